@@ -1,0 +1,1 @@
+"""Train sparse mixture-of-experts encoder-decoder models from raw text."""

@@ -1,0 +1,67 @@
+"""Batch: the one type that crosses from data to model and training.
+
+Letters: B sequences, L encoder length, T decoder length. Token id 0 is padding everywhere.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Encoder inputs and decoder targets, with what is needed to keep packed examples apart.
+
+    Segment ids number the examples in a row from 1; 0 marks padding. Two positions may see each
+    other only if their segment ids are equal. Without segment ids each row is one example and
+    the positions holding id 0 are padding. `padding=False` promises that no position is padding
+    and every row is one example, which lets the model skip all masks; it is never required.
+    """
+
+    inputs: Int[Tensor, "B L"]
+    targets: Int[Tensor, "B T"]
+    input_segments: Int[Tensor, "B L"] | None = None
+    target_segments: Int[Tensor, "B T"] | None = None
+    padding: bool = True
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch with every tensor on `device`."""
+
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
+        return Batch(
+            inputs=self.inputs.to(device, non_blocking=True),
+            targets=self.targets.to(device, non_blocking=True),
+            input_segments=move(self.input_segments),
+            target_segments=move(self.target_segments),
+            padding=self.padding,
+        )
+
+    def split(self, parts: int) -> list["Batch"]:
+        """`parts` batches of equally many consecutive rows. `parts` must divide the rows."""
+        rows = self.inputs.shape[0]
+        if rows % parts:
+            raise ValueError(f"{rows} rows do not divide into {parts} equal parts.")
+        size = rows // parts
+
+        def rows_of(tensor: Tensor | None, part: int) -> Tensor | None:
+            return None if tensor is None else tensor[part * size : (part + 1) * size]
+
+        return [
+            Batch(
+                inputs=self.inputs[part * size : (part + 1) * size],
+                targets=self.targets[part * size : (part + 1) * size],
+                input_segments=rows_of(self.input_segments, part),
+                target_segments=rows_of(self.target_segments, part),
+                padding=self.padding,
+            )
+            for part in range(parts)
+        ]
+
+    @property
+    def num_tokens(self) -> int:
+        """Input and target positions that are not padding."""
+        return int((self.inputs != 0).sum()) + int((self.targets != 0).sum())

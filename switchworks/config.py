@@ -1,0 +1,145 @@
+"""Configuration as frozen dataclasses: errors for users, TOML in and out, and differences.
+
+Read first. Every other module declares its own config beside the thing it configures; this
+one only knows how any of them is written to a file, read back and compared. An experiment's
+file is complete: nothing in it depends on a default that a later version might change.
+"""
+
+import dataclasses
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tomli_w
+
+T = TypeVar("T")
+
+NONE = "none"
+"""How TOML, which has no null, says None here. No setting takes this word as a real value."""
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work. The message names the value, the rule and the fix."""
+
+
+class DataError(ValueError):
+    """Text, or a file made from it, that cannot be used. Names the file, the rule and the fix."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or does not fit. Names the file, the rule and the fix."""
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """`config`, a dataclass instance, as nested plain values; None becomes the word "none"."""
+    return {
+        field.name: _to_plain(getattr(config, field.name)) for field in dataclasses.fields(config)
+    }
+
+
+def from_dict(kind: type[T], values: Mapping[str, Any], *, where: str = "") -> T:
+    """An instance of the dataclass `kind` from nested plain values.
+
+    Raises ConfigError for an unknown name or a value of the wrong type, naming both.
+    """
+    hints = typing.get_type_hints(kind)
+    known = [field.name for field in dataclasses.fields(kind) if field.init]  # type: ignore[arg-type]
+    for name in values:
+        if name not in known:
+            raise ConfigError(
+                f"{where}{name} is not a setting of {kind.__name__}.\n"
+                f"  Known settings: {', '.join(known)}."
+            )
+    parsed = {
+        name: _from_plain(hints[name], value, f"{where}{name}") for name, value in values.items()
+    }
+    return kind(**parsed)
+
+
+def to_toml(config: Any) -> str:
+    """`config` as TOML text with every setting written out."""
+    return tomli_w.dumps(to_dict(config))
+
+
+def from_toml(kind: type[T], path: Path) -> T:
+    """The dataclass `kind` read from the TOML file `path`. Raises ConfigError if it cannot be."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as an experiment: {error}") from error
+    return from_dict(kind, values)
+
+
+def differences(left: Any, right: Any) -> dict[str, tuple[Any, Any]]:
+    """Every setting in which two configs differ: dotted name -> (left value, right value)."""
+    a, b = _flatten(to_dict(left)), _flatten(to_dict(right))
+    absent = "(absent)"
+    return {
+        name: (a.get(name, absent), b.get(name, absent))
+        for name in sorted(a.keys() | b.keys())
+        if a.get(name, absent) != b.get(name, absent)
+    }
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(typing.cast("Mapping[str, Any]", value), f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _to_plain(value: Any) -> Any:
+    if value is None:
+        return NONE
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return to_dict(value)
+    if isinstance(value, tuple):
+        return [_to_plain(item) for item in typing.cast("tuple[Any, ...]", value)]
+    return value
+
+
+def _from_plain(hint: Any, value: Any, name: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return _from_plain(arguments[0], value, name)
+    if origin in (typing.Union, types.UnionType):
+        return _from_union(arguments, value, name)
+    if origin is typing.Literal:
+        if value in arguments:
+            return value
+        choices = ", ".join(repr(choice) for choice in arguments)
+        raise ConfigError(f"{name} = {value!r} is not one of {choices}.")
+    if origin is tuple and isinstance(value, list):
+        items = typing.cast("list[Any]", value)
+        return tuple(_from_plain(arguments[0], item, f"{name}[]") for item in items)
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return from_dict(
+            typing.cast("type[Any]", hint),
+            typing.cast("Mapping[str, Any]", value),
+            where=f"{name}.",
+        )
+    if hint is float and type(value) is int:
+        return float(value)
+    if isinstance(hint, type) and type(value) is hint:
+        return value
+    raise ConfigError(f"{name} = {value!r} should be of type {getattr(hint, '__name__', hint)}.")
+
+
+def _from_union(choices: tuple[Any, ...], value: Any, name: str) -> Any:
+    if value == NONE and type(None) in choices:
+        return None
+    errors: list[str] = []
+    for choice in choices:
+        if choice is type(None):
+            continue
+        try:
+            return _from_plain(choice, value, name)
+        except ConfigError as error:
+            errors.append(str(error))
+    raise ConfigError(errors[0])

@@ -1,0 +1,1 @@
+"""Text to batches: documents > tokenizer > store > span corruption > packing > Batch."""

@@ -1,0 +1,5 @@
+"""Fixtures and settings every test shares."""
+
+import torch
+
+torch.set_num_threads(2)
