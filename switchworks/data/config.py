@@ -55,7 +55,7 @@ class DataConfig:
         if self.source == "hub" and self.path is None and not self.dataset:
             raise ConfigError(
                 "data.source = 'hub' needs the name of a dataset.\n"
-                "  Set data.dataset, for example --data.dataset allenai/c4 --data.dataset-config en."
+                "  Set it, for example --data.dataset allenai/c4 --data.dataset-config en."
             )
         if not 0 < self.noise_density < 1:
             raise ConfigError(
