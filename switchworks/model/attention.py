@@ -1,0 +1,158 @@
+"""Attention as in T5: no biases, no 1/sqrt(d_k), and a learned relative position bias.
+
+The missing factor is folded into the initialisation of the query (see `init.py`). The bias is
+one table per stack, shared by its layers, for self-attention only; it depends on the distance
+between two positions, so packed examples need no position ids: distances inside a segment are
+what they would be alone.
+
+Letters: B sequences, H heads, L query length, M key length, K head width, D model width.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from switchworks.model.config import ModelConfig
+from switchworks.model.layers import SharedDropout
+
+HIDDEN = -1e9
+"""Added to the score of a key that must not be seen. Finite, so that a query which sees no key
+at all (a padded row) gets a meaningless average and not NaN."""
+
+
+def relative_bucket(
+    distance: Int[Tensor, "L M"], *, bidirectional: bool, buckets: int, max_distance: int
+) -> Int[Tensor, "L M"]:
+    """Bucket of each `distance` = key position - query position (Mesh-TF
+    `_relative_position_bucket`).
+
+    Bidirectional: half the buckets per direction, the upper half for keys after the query. Near
+    distances have a bucket each; the rest share buckets that widen logarithmically up to
+    `max_distance`, beyond which all share the last.
+    """
+    bucket = torch.zeros_like(distance)
+    away = -distance
+    if bidirectional:
+        buckets //= 2
+        bucket = bucket + (away < 0).to(bucket.dtype) * buckets
+        away = away.abs()
+    else:
+        away = away.clamp(min=0)
+    exact = buckets // 2
+    ratio = torch.log(away.clamp(min=1).float() / exact) / math.log(max_distance / exact)
+    far = (exact + (ratio * (buckets - exact)).to(bucket.dtype)).clamp(max=buckets - 1)
+    return bucket + torch.where(away < exact, away, far)
+
+
+class RelativeBias(nn.Module):
+    """A learned number per head and distance bucket, added to self-attention's scores."""
+
+    letters = {"weight": "_ H"}  # noqa: RUF012
+
+    def __init__(self, config: ModelConfig, *, bidirectional: bool) -> None:
+        super().__init__()
+        self.bidirectional = bidirectional
+        self.max_distance = config.relative_max_distance
+        self.weight = nn.Parameter(torch.empty(config.relative_buckets, config.num_heads))
+
+    def forward(self, num_queries: int, num_keys: int, first: int = 0) -> Float[Tensor, "1 H L M"]:
+        """The bias for queries at positions first, first + 1, ... and keys from position 0."""
+        device = self.weight.device
+        queries = torch.arange(first, first + num_queries, device=device)
+        keys = torch.arange(num_keys, device=device)
+        bucket = relative_bucket(
+            keys[None] - queries[:, None],
+            bidirectional=self.bidirectional,
+            buckets=self.weight.shape[0],
+            max_distance=self.max_distance,
+        )
+        return F.embedding(bucket, self.weight).permute(2, 0, 1)[None]
+
+
+def visible(
+    query_segments: Int[Tensor, "B L"], key_segments: Int[Tensor, "B M"]
+) -> Bool[Tensor, "B 1 L M"]:
+    """True where query and key belong to the same example."""
+    return (query_segments[:, :, None] == key_segments[:, None, :])[:, None]
+
+
+def causal(num_queries: int, num_keys: int, device: torch.device) -> Bool[Tensor, "1 1 L M"]:
+    """True where the key is not after the query; the last query stands at the last key."""
+    ones = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
+    return ones.tril(diagonal=num_keys - num_queries)[None, None]
+
+
+def hide(mask: Bool[Tensor, "..."], dtype: torch.dtype) -> Float[Tensor, "..."]:
+    """0 where `mask` is True and a large negative number elsewhere, to be added to scores."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, HIDDEN)
+
+
+def attend(
+    q: Float[Tensor, "B H L K"],
+    k: Float[Tensor, "B H M K"],
+    v: Float[Tensor, "B H M K"],
+    bias: Float[Tensor, "#B #H L M"] | None,
+    dropout: SharedDropout,
+) -> Float[Tensor, "B H L K"]:
+    """softmax(q k^T + bias) v, unscaled, with the softmax in float32.
+
+    The plain form, and the reference for every faster one. Without gradients torch's fused
+    kernel computes the same.
+    """
+    if not torch.is_grad_enabled():
+        bias = None if bias is None else bias.to(q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+    scores = q @ k.mT
+    if bias is not None:
+        scores = scores + bias
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+    return dropout(weights) @ v
+
+
+class KeyValues(NamedTuple):
+    """Keys and values of one attention layer."""
+
+    k: Float[Tensor, "B H M K"]
+    v: Float[Tensor, "B H M K"]
+
+
+class Attention(nn.Module):
+    """Multi-head attention from `x` to `memory`. H in the letters stands for H * K rows."""
+
+    letters = {  # noqa: RUF012
+        "q.weight": "H D",
+        "k.weight": "H D",
+        "v.weight": "H D",
+        "o.weight": "D H",
+    }
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        inner = config.num_heads * config.d_kv
+        self.q = nn.Linear(config.d_model, inner, bias=False)
+        self.k = nn.Linear(config.d_model, inner, bias=False)
+        self.v = nn.Linear(config.d_model, inner, bias=False)
+        self.o = nn.Linear(inner, config.d_model, bias=False)
+        self.dropout = SharedDropout(config.dropout)
+
+    def project(self, memory: Float[Tensor, "B M D"]) -> KeyValues:
+        """The keys and values of `memory`."""
+        return KeyValues(self._heads(self.k(memory)), self._heads(self.v(memory)))
+
+    def forward(
+        self,
+        x: Float[Tensor, "B L D"],
+        memory: KeyValues,
+        bias: Float[Tensor, "#B #H L M"] | None,
+    ) -> Float[Tensor, "B L D"]:
+        """What each position of `x` reads from `memory`."""
+        read = attend(self._heads(self.q(x)), memory.k, memory.v, bias, self.dropout)
+        return self.o(read.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Float[Tensor, "B M HK"]) -> Float[Tensor, "B H M K"]:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)

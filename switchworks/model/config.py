@@ -1,0 +1,148 @@
+"""The settings of the model and of its routing.
+
+One object describes a model completely; `SwitchTransformer(config)` needs nothing else.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from switchworks.config import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingConfig:
+    """How tokens are shared out among experts, and what keeps the shares even."""
+
+    experts: int = 8
+    every: int = 2
+    """Sparse frequency 1/every: the FFN of every `every`-th block is a switch layer, the last of
+    each run, so 0-based blocks 1, 3, 5, ... for 2. 1 makes all of them sparse."""
+    group_sequences: int = 1
+    """Rows of the batch whose tokens compete for the same slots. Never derived from the number
+    of devices, so adding devices does not change who is dropped."""
+    capacity_factor: float | None = 1.25
+    """Slots offered per token in training. 1.0 is enough only if routing is perfectly even; None
+    drops no token."""
+    eval_capacity_factor: float | None = None
+    """The same in evaluation and generation. None drops nothing, so that no answer depends on
+    its neighbours in the batch; the paper's code uses 2.0."""
+    min_capacity: int = 4
+    balance_weight: float = 0.01
+    """alpha of equation (4)."""
+    z_weight: float = 0.0
+    """Weight of the router z-loss. The paper has none; ST-MoE uses 1e-3."""
+    jitter: float = 0.01
+    """epsilon: in training the router's input is multiplied by Uniform(1 - eps, 1 + eps)."""
+    expert_dropout: float | None = None
+    """Dropout on the hidden activation inside each expert; the paper fine-tunes with 0.4 there
+    and 0.1 elsewhere. None: the model's own rate."""
+
+    def __post_init__(self) -> None:
+        if self.experts < 1:
+            raise ConfigError(f"routing.experts = {self.experts} must be at least 1.")
+        if self.every < 1:
+            raise ConfigError(
+                f"routing.every = {self.every} must be at least 1, which makes every FFN sparse."
+            )
+        if self.group_sequences < 1:
+            raise ConfigError(
+                f"routing.group_sequences = {self.group_sequences} must be at least 1 row."
+            )
+        if self.min_capacity < 1:
+            raise ConfigError(
+                f"routing.min_capacity = {self.min_capacity} would leave experts without a slot.\n"
+                "  Use at least 1; Mesh-TensorFlow uses 4."
+            )
+        for name in ("capacity_factor", "eval_capacity_factor"):
+            factor = getattr(self, name)
+            if factor is not None and factor <= 0:
+                raise ConfigError(
+                    f"routing.{name} = {factor} would drop every token.\n"
+                    "  Use 1.0 or more (1.25 in the paper), or none to drop no token at all."
+                )
+        if not 0 <= self.jitter < 1:
+            raise ConfigError(f"routing.jitter = {self.jitter} must lie in [0, 1). T5 uses 0.01.")
+        for name in ("balance_weight", "z_weight"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"routing.{name} = {getattr(self, name)} must not be negative.")
+        if self.expert_dropout is not None and not 0 <= self.expert_dropout < 1:
+            raise ConfigError(f"routing.expert_dropout = {self.expert_dropout} must lie in [0, 1).")
+
+    def capacity(self, group_tokens: int, *, training: bool) -> int | None:
+        """Slots per expert and group (equation 3, rounded as Mesh-TensorFlow does); None: no limit.
+
+        max(min_capacity, min(group_tokens, int(group_tokens * factor / experts))).
+        """
+        factor = self.capacity_factor if training else self.eval_capacity_factor
+        if factor is None:
+            return None
+        slots = min(group_tokens, int(group_tokens * factor / self.experts))
+        return max(self.min_capacity, slots)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of an encoder-decoder; the defaults are T5 1.0 small."""
+
+    vocab_size: int = 32128
+    """Rows of the embedding. Training sets it to the tokenizer's size."""
+    d_model: int = 512
+    d_ff: int = 2048
+    d_kv: int = 64
+    num_heads: int = 8
+    num_layers: int = 6
+    """Blocks of the encoder, and of the decoder unless `num_decoder_layers` says otherwise."""
+    num_decoder_layers: int | None = None
+    activation: Literal["relu", "gelu"] = "relu"
+    """gelu is its tanh form, as in T5 1.1."""
+    gated: bool = False
+    """Multiply the activation by a second projection (GEGLU with gelu: T5 1.1)."""
+    tied_head: bool = True
+    """Use the embedding for the output, on hidden states scaled by d_model ** -0.5 (T5 1.0)."""
+    dropout: float = 0.0
+    """After embeddings, sublayers, on hidden FFN activations and attention weights. The mask is
+    shared over the sequence, as in Mesh-TensorFlow."""
+    relative_buckets: int = 32
+    relative_max_distance: int = 128
+    norm_epsilon: float = 1e-6
+    init_scale: float = 0.1
+    """s of section 2.4: FFN, expert, router and head weights have variance s / fan_in. T5 used
+    1.0; the paper recommends 0.1."""
+    z_loss: float = 1e-4
+    """Weight of the mean squared log-normaliser of the output softmax."""
+    routing: RoutingConfig | None = None
+    """None: every FFN is dense and the model is T5."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "d_model", "d_ff", "d_kv", "num_heads", "num_layers"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name} = {getattr(self, name)} must be at least 1.")
+        if self.num_decoder_layers is not None and self.num_decoder_layers < 1:
+            raise ConfigError(
+                f"model.num_decoder_layers = {self.num_decoder_layers} must be at least 1."
+            )
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"model.dropout = {self.dropout} must lie in [0, 1).")
+        if self.relative_buckets < 4 or self.relative_buckets % 4:
+            raise ConfigError(
+                f"model.relative_buckets = {self.relative_buckets} must be a positive multiple of "
+                "4.\n  Half of them serve each direction, and half of those are exact. T5: 32."
+            )
+        if self.init_scale <= 0:
+            raise ConfigError(f"model.init_scale = {self.init_scale} must be positive.")
+        layers = max(self.num_layers, self.decoder_layers)
+        if self.routing is not None and self.routing.every > layers:
+            raise ConfigError(
+                f"routing.every = {self.routing.every} exceeds the {layers} blocks of a stack, so "
+                f"no layer would be sparse.\n  Use at most {layers}, or no routing at all."
+            )
+
+    @property
+    def decoder_layers(self) -> int:
+        """Blocks of the decoder."""
+        return self.num_layers if self.num_decoder_layers is None else self.num_decoder_layers
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether 0-based block `layer`, of either stack, has a switch layer."""
+        every = None if self.routing is None else self.routing.every
+        return every is not None and layer % every == every - 1

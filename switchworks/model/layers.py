@@ -1,0 +1,72 @@
+"""The parts every block is made of: RMS norm, dropout and the dense feed-forward layer.
+
+Read first in `model/`. Letters: B sequences, L length, D model width, F feed-forward width.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from switchworks.model.config import ModelConfig
+
+
+class RMSNorm(nn.Module):
+    """Divide by the root mean square, multiply by a learned scale; no bias, no mean (T5)."""
+
+    letters = {"weight": "D"}  # noqa: RUF012
+
+    def __init__(self, width: int, epsilon: float) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Float[Tensor, "*b D"]) -> Float[Tensor, "*b D"]:
+        """`x` with mean square 1 along D, scaled; the statistics are taken in float32."""
+        wide = x.float()
+        unit = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.epsilon)
+        return unit.to(self.weight.dtype) * self.weight
+
+
+class SharedDropout(nn.Module):
+    """Dropout whose mask is the same at every position of the sequence, as in Mesh-TensorFlow.
+
+    The second to last dimension of the input is the one that shares. Drawing one mask for all
+    positions is also what keeps dropout cheap.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Float[Tensor, "*b L D"]) -> Float[Tensor, "*b L D"]:
+        """`x` in evaluation; in training a share `rate` of its columns zeroed, the rest scaled."""
+        if not self.training or self.rate == 0:
+            return x
+        return x * F.dropout(torch.ones_like(x[..., :1, :]), self.rate)
+
+
+def activate(hidden: Tensor, gate: Tensor | None, activation: str) -> Tensor:
+    """The non-linearity of an FFN or expert; with `gate`, the activated gate times `hidden`."""
+    driver = hidden if gate is None else gate
+    active = F.relu(driver) if activation == "relu" else F.gelu(driver, approximate="tanh")
+    return active if gate is None else active * hidden
+
+
+class FFN(nn.Module):
+    """The dense feed-forward layer: two matrices, three when gated, no bias."""
+
+    letters = {"w_in.weight": "F D", "w_gate.weight": "F D", "w_out.weight": "D F"}  # noqa: RUF012
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.activation = config.activation
+        self.w_in = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.w_gate = nn.Linear(config.d_model, config.d_ff, bias=False) if config.gated else None
+        self.w_out = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.dropout = SharedDropout(config.dropout)
+
+    def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
+        """The layer's output, before the block's dropout and residual."""
+        gate = None if self.w_gate is None else self.w_gate(x)
+        return self.w_out(self.dropout(activate(self.w_in(x), gate, self.activation)))

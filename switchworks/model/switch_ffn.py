@@ -1,0 +1,115 @@
+"""The switch layer (section 2.1): a router, its experts, and one expert per token.
+
+Works alone in anybody's model: `y, routing = SwitchFFN(d_model, d_ff, RoutingConfig())(x)`, and
+`routing.loss` is what to add to the training loss.
+
+Letters: B sequences, L length, G groups, S tokens per group, E experts, D model width.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from switchworks.config import ConfigError
+from switchworks.model.config import RoutingConfig
+from switchworks.model.dispatch import DISPATCHERS, Dispatcher
+from switchworks.model.experts import Experts
+from switchworks.model.init import initialise_switch_ffn
+from switchworks.model.losses import balance_loss, expert_load, router_z_loss
+from switchworks.model.routing import Router, Routes, route
+
+
+class Routing(NamedTuple):
+    """What a switch layer reports beside its output. Statistics carry no gradient."""
+
+    loss: Float[Tensor, ""]
+    """The two losses below, weighted: add it to the training loss, once per layer."""
+    balance: Float[Tensor, ""]
+    """E * sum f P: 1 when the load is even, E when one expert gets everything."""
+    router_z: Float[Tensor, ""]
+    load: Float[Tensor, "E"]
+    """Share of the real tokens that want each expert, before any is dropped."""
+    dropped: Float[Tensor, ""]
+    """Share of the real tokens that found their expert full."""
+    confidence: Float[Tensor, ""]
+    """Mean gate of the real tokens."""
+    routes: Routes
+
+
+class SwitchFFN(nn.Module):
+    """E expert feed-forward networks of which each token uses the one its router prefers."""
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        routing: RoutingConfig,
+        *,
+        activation: str = "relu",
+        gated: bool = False,
+        dropout: float = 0.0,
+        init_scale: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.config = routing
+        self.router = Router(d_model, routing.experts, routing.jitter)
+        self.experts = Experts(
+            routing.experts,
+            d_model,
+            d_ff,
+            activation=activation,
+            gated=gated,
+            dropout=dropout if routing.expert_dropout is None else routing.expert_dropout,
+        )
+        self.dispatcher: Dispatcher = DISPATCHERS["sorted"]
+        initialise_switch_ffn(self, init_scale)
+
+    def forward(
+        self, x: Float[Tensor, "B L D"], real: Bool[Tensor, "B L"] | None = None
+    ) -> tuple[Float[Tensor, "B L D"], Routing]:
+        """(y, routing): y = gate * expert(x), and 0 for dropped and padded tokens.
+
+        `real` is False at padding, which takes no slot and counts in no loss; None: all real.
+        Dropped tokens rely on the residual connection around the layer. Raises ConfigError in
+        training if `group_sequences` does not divide B or a group has fewer tokens than experts.
+        """
+        if real is None:
+            real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        groups, capacity = self._groups(x)
+        tokens = x.reshape(groups, -1, x.shape[-1])  # G S D
+        real = real.reshape(groups, -1)
+        logits = self.router(tokens)
+        probs = logits.softmax(dim=-1)
+        routes = route(probs, real, capacity)
+        y = self.dispatcher(tokens, routes, self.experts, capacity)
+        return y.view_as(x), self._report(logits, probs, real, routes)
+
+    def _groups(self, x: Tensor) -> tuple[int, int | None]:
+        """Number of groups in the batch, and slots per expert in each."""
+        rows, length, _ = x.shape
+        size = self.config.group_sequences
+        capacity = self.config.capacity(size * length, training=self.training)
+        if rows % size == 0:
+            return rows // size, capacity
+        if capacity is None:
+            return rows, None  # nothing is dropped, so groups only matter to the statistics
+        raise ConfigError(
+            f"A batch of {rows} rows cannot be cut into groups of routing.group_sequences = {size}."
+            f"\n  Use a batch size that is a multiple of {size}, or smaller groups."
+        )
+
+    def _report(self, logits: Tensor, probs: Tensor, real: Tensor, routes: Routes) -> Routing:
+        balance = balance_loss(probs, routes.expert, real)
+        router_z = router_z_loss(logits, real)
+        count = real.sum().clamp(min=1)
+        return Routing(
+            loss=self.config.balance_weight * balance + self.config.z_weight * router_z,
+            balance=balance,
+            router_z=router_z,
+            load=expert_load(routes.expert, real, self.config.experts),
+            dropped=(real.sum() - routes.kept.sum()) / count,
+            confidence=(routes.gate.detach() * real).sum() / count,
+            routes=routes,
+        )

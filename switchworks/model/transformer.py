@@ -1,0 +1,325 @@
+"""The encoder-decoder: T5, with switch layers where the configuration asks for them.
+
+Read last in `model/`. Pre-norm blocks: x + dropout(sublayer(norm(x))). Single-device code; what
+makes it larger or faster (meshes, kernels, compilation) is applied from outside.
+
+Letters: B sequences, L encoder length, T decoder length, M memory length, D model width,
+V vocabulary, H heads.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from switchworks.config import ConfigError
+from switchworks.model.attention import (
+    Attention,
+    KeyValues,
+    RelativeBias,
+    causal,
+    hide,
+    visible,
+)
+from switchworks.model.config import ModelConfig
+from switchworks.model.init import initialise
+from switchworks.model.layers import FFN, RMSNorm, SharedDropout
+from switchworks.model.losses import Losses, cross_entropy
+from switchworks.model.switch_ffn import Routing, SwitchFFN
+
+
+class Output(NamedTuple):
+    """What the model answers to inputs and targets."""
+
+    logits: Float[Tensor, "B T V"]
+    losses: Losses
+    routing: tuple[Routing, ...]
+    """One report per switch layer, in the order of `SwitchTransformer.switch_layers`."""
+
+
+class Memory(NamedTuple):
+    """What the decoder reads: the encoder's states and which of them are real."""
+
+    states: Float[Tensor, "B M D"]
+    segments: Int[Tensor, "B M"] | None
+    """None: one example per row and no padding."""
+    routing: tuple[Routing, ...]
+
+
+class Block(nn.Module):
+    """Self-attention, for the decoder cross-attention, then a dense or sparse FFN."""
+
+    def __init__(self, config: ModelConfig, *, sparse: bool, decoder: bool) -> None:
+        super().__init__()
+        self.self_norm = RMSNorm(config.d_model, config.norm_epsilon)
+        self.self_attention = Attention(config)
+        self.cross_norm = RMSNorm(config.d_model, config.norm_epsilon) if decoder else None
+        self.cross_attention = Attention(config) if decoder else None
+        self.ffn_norm = RMSNorm(config.d_model, config.norm_epsilon)
+        self.ffn = _switch_ffn(config) if sparse else FFN(config)
+        self.dropout = SharedDropout(config.dropout)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B L D"],
+        bias: Float[Tensor, "#B H L M"],
+        *,
+        segments: Int[Tensor, "B L"] | None,
+        past: "LayerCache | None" = None,
+        memory: KeyValues | None = None,
+        memory_bias: Float[Tensor, "B 1 #L M2"] | None = None,
+    ) -> tuple[Float[Tensor, "B L D"], Routing | None]:
+        """The block's output and, from a switch layer, its report."""
+        normed = self.self_norm(x)
+        keys = self.self_attention.project(normed)
+        keys = keys if past is None else past.extend(keys)
+        x = x + self.dropout(self.self_attention(normed, keys, bias))
+        if self.cross_attention is not None and self.cross_norm is not None:
+            assert memory is not None
+            read = self.cross_attention(self.cross_norm(x), memory, memory_bias)
+            x = x + self.dropout(read)
+        return self._feed_forward(x, segments)
+
+    def project(self, memory: "Memory") -> KeyValues:
+        """Keys and values of the encoder's states, for a decoder block's cross-attention."""
+        assert self.cross_attention is not None
+        return self.cross_attention.project(memory.states)
+
+    def _feed_forward(self, x: Tensor, segments: Tensor | None) -> tuple[Tensor, Routing | None]:
+        normed = self.ffn_norm(x)
+        if isinstance(self.ffn, FFN):
+            return x + self.dropout(self.ffn(normed)), None
+        y, routing = self.ffn(normed, None if segments is None else segments != 0)
+        return x + self.dropout(y), routing
+
+
+class Stack(nn.Module):
+    """The blocks of an encoder or a decoder, their shared relative bias and the final norm."""
+
+    def __init__(self, config: ModelConfig, *, layers: int, decoder: bool) -> None:
+        super().__init__()
+        self.relative_bias = RelativeBias(config, bidirectional=not decoder)
+        self.blocks = nn.ModuleList(
+            Block(config, sparse=config.is_sparse(layer), decoder=decoder)
+            for layer in range(layers)
+        )
+        self.final_norm = RMSNorm(config.d_model, config.norm_epsilon)
+        self.dropout = SharedDropout(config.dropout)
+
+    def __iter__(self) -> Iterator[Block]:
+        """Its blocks, first to last."""
+        return cast("Iterator[Block]", iter(self.blocks))
+
+
+class LayerCache:
+    """Keys and values one decoder layer has seen, in buffers of a fixed length."""
+
+    def __init__(self, size: tuple[int, int, int, int], memory: KeyValues) -> None:
+        self.k = memory.k.new_zeros(size)  # B H T K
+        self.v = memory.v.new_zeros(size)
+        self.length = 0
+        self.memory = memory
+
+    def extend(self, new: KeyValues) -> KeyValues:
+        """Everything seen so far, `new` included."""
+        start, self.length = self.length, self.length + new.k.shape[2]
+        self.k[:, :, start : self.length] = new.k
+        self.v[:, :, start : self.length] = new.v
+        return KeyValues(self.k[:, :, : self.length], self.v[:, :, : self.length])
+
+
+class DecoderCache(NamedTuple):
+    """What decoding one token after another remembers."""
+
+    layers: list[LayerCache]
+    memory_bias: Float[Tensor, "B 1 1 M"] | None
+
+
+class SwitchTransformer(nn.Module):
+    """T5 (1.0 or 1.1), or a Switch Transformer when `config.routing` is set.
+
+    Parameters get their first values from `seed` (see `init.py`); on the meta device they stay
+    without values.
+    """
+
+    letters = {"embedding.weight": "V D", "head.weight": "V D"}  # noqa: RUF012
+
+    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        device = torch.get_default_device()
+        with torch.device("meta"):  # so that nothing is drawn twice
+            self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+            self.dropout = SharedDropout(config.dropout)
+            self.encoder = Stack(config, layers=config.num_layers, decoder=False)
+            self.decoder = Stack(config, layers=config.decoder_layers, decoder=True)
+            self.head = (
+                None
+                if config.tied_head
+                else nn.Linear(config.d_model, config.vocab_size, bias=False)
+            )
+        if device.type != "meta":
+            self.to_empty(device=device)
+            initialise(self, seed)
+
+    @property
+    def switch_layers(self) -> dict[str, SwitchFFN]:
+        """Every switch layer by name ("encoder.1", ...), the encoder's first."""
+        return {
+            f"{name}.{number}": block.ffn
+            for name, stack in (("encoder", self.encoder), ("decoder", self.decoder))
+            for number, block in enumerate(stack)
+            if isinstance(block.ffn, SwitchFFN)
+        }
+
+    def forward(
+        self,
+        inputs: Int[Tensor, "B L"],
+        targets: Int[Tensor, "B T"],
+        *,
+        input_segments: Int[Tensor, "B L"] | None = None,
+        target_segments: Int[Tensor, "B T"] | None = None,
+        padding: bool = True,
+    ) -> Output:
+        """Logits of each target from the inputs and the targets before it, and the losses.
+
+        Id 0 is padding. Segment ids keep packed examples apart (see `Batch`). `padding=False`
+        promises that there are neither padding nor segments, and saves the masks.
+        """
+        self._check(inputs, targets)
+        memory = self.encode(inputs, segments=input_segments, padding=padding)
+        if target_segments is None and padding:
+            target_segments = (targets != 0).to(targets.dtype)
+        x, routing = self._decode(shift_right(targets, target_segments), target_segments, memory)
+        logits = self.logits(x)
+        routing = (*memory.routing, *routing)
+        return Output(logits, self._losses(logits, targets, routing), routing)
+
+    def encode(
+        self,
+        inputs: Int[Tensor, "B L"],
+        *,
+        segments: Int[Tensor, "B L"] | None = None,
+        padding: bool = True,
+    ) -> Memory:
+        """The encoder's states for `inputs`."""
+        if segments is None and padding:
+            segments = (inputs != 0).to(inputs.dtype)
+        x = self.dropout(self.embedding(inputs))
+        bias = self.encoder.relative_bias(inputs.shape[1], inputs.shape[1])
+        if segments is not None:
+            bias = bias + hide(visible(segments, segments), bias.dtype)
+        reports = []
+        for block in self.encoder:
+            x, report = block(x, bias, segments=segments)
+            reports += [] if report is None else [report]
+        x = self.encoder.dropout(self.encoder.final_norm(x))
+        return Memory(x, segments, tuple(reports))
+
+    def start_decoding(self, memory: Memory, max_length: int) -> DecoderCache:
+        """An empty cache for up to `max_length` tokens: cross-attention is projected once."""
+        batch, _, _ = memory.states.shape
+        size = (batch, self.config.num_heads, max_length, self.config.d_kv)
+        layers = [LayerCache(size, block.project(memory)) for block in self.decoder.blocks]
+        if memory.segments is None:
+            return DecoderCache(layers, None)
+        return DecoderCache(
+            layers, hide((memory.segments != 0)[:, None, None], memory.states.dtype)
+        )
+
+    def decode_next(
+        self, tokens: Int[Tensor, "B T"], cache: DecoderCache
+    ) -> Float[Tensor, "B T V"]:
+        """Logits for the positions after `tokens`, which follow what `cache` has already seen."""
+        first, count = cache.layers[0].length, tokens.shape[1]
+        x = self.embedding(tokens)
+        bias = self.decoder.relative_bias(count, first + count, first)
+        if count > 1:
+            bias = bias + hide(causal(count, first + count, x.device), bias.dtype)
+        for block, past in zip(self.decoder, cache.layers, strict=True):
+            x, _ = block(
+                x,
+                bias,
+                segments=None,
+                past=past,
+                memory=past.memory,
+                memory_bias=cache.memory_bias,
+            )
+        return self.logits(self.decoder.final_norm(x))
+
+    def logits(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T V"]:
+        """Scores over the vocabulary for decoder states `x`, in their dtype."""
+        if self.head is not None:
+            return self.head(x)
+        return F.linear(x * self.config.d_model**-0.5, self.embedding.weight)
+
+    def _decode(
+        self, tokens: Tensor, segments: Tensor | None, memory: Memory
+    ) -> tuple[Tensor, list[Routing]]:
+        """Teacher forcing: the decoder's states for every position, and its layers' reports."""
+        length = tokens.shape[1]
+        x = self.dropout(self.embedding(tokens))
+        seen = causal(length, length, tokens.device)
+        memory_bias = None
+        if segments is not None:
+            seen = seen & visible(segments, segments)
+            keys = memory.segments
+            if keys is None:
+                keys = torch.ones(memory.states.shape[:2], dtype=segments.dtype).to(x.device)
+            memory_bias = hide(visible(segments, keys), x.dtype)
+        bias = self.decoder.relative_bias(length, length) + hide(seen, x.dtype)
+        reports: list[Routing] = []
+        for block in self.decoder:
+            x, report = block(
+                x,
+                bias,
+                segments=segments,
+                memory=block.project(memory),
+                memory_bias=memory_bias,
+            )
+            reports += [] if report is None else [report]
+        return self.decoder.dropout(self.decoder.final_norm(x)), reports
+
+    def _losses(self, logits: Tensor, targets: Tensor, routing: tuple[Routing, ...]) -> Losses:
+        nats, squared_log_z = cross_entropy(logits, targets)
+        output_z = self.config.z_loss * squared_log_z
+        balance, router_z = nats.new_zeros(()), nats.new_zeros(())
+        weights = self.config.routing
+        if weights is not None:
+            balance = weights.balance_weight * sum((r.balance for r in routing), balance)
+            router_z = weights.z_weight * sum((r.router_z for r in routing), router_z)
+        total = nats + output_z + balance + router_z
+        return Losses(total, nats, output_z, balance, router_z)
+
+    def _check(self, inputs: Tensor, targets: Tensor) -> None:
+        if inputs.shape[0] != targets.shape[0]:
+            raise ConfigError(
+                f"{inputs.shape[0]} rows of inputs but {targets.shape[0]} rows of targets.\n"
+                "  Both need one row per sequence."
+            )
+
+
+def shift_right(
+    targets: Int[Tensor, "B T"], segments: Int[Tensor, "B T"] | None
+) -> Int[Tensor, "B T"]:
+    """What the decoder reads: each segment moved by one position, starting with id 0 (T5)."""
+    shifted = F.pad(targets[:, :-1], (1, 0))
+    if segments is None:
+        return shifted
+    return torch.where(segments == F.pad(segments[:, :-1], (1, 0), value=-1), shifted, 0)
+
+
+def _switch_ffn(config: ModelConfig) -> SwitchFFN:
+    assert config.routing is not None
+    return SwitchFFN(
+        config.d_model,
+        config.d_ff,
+        config.routing,
+        activation=config.activation,
+        gated=config.gated,
+        dropout=config.dropout,
+        init_scale=config.init_scale,
+    )
