@@ -1,0 +1,44 @@
+# make quickstart   train a Switch Transformer on this machine, from nothing but this checkout
+# make test         every test that needs no GPU
+# make check        format, lint, types, import ladder
+# make setup        only the environment
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: setup quickstart test check format clean
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than 3.11. Use: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
+	@test -x $(BIN)/pip || { echo "making .venv ..."; $(PYTHON) -m venv .venv; }
+	@echo "installing switchworks (the first time takes a few minutes) ..."
+	@$(PIP) --editable .
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	@echo "installing the test tools ..."
+	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+quickstart: .venv/installed
+	$(BIN)/switchworks train quickstart --run-dir runs/quickstart $(if $(wildcard runs/quickstart/experiment.toml),--resume)
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest -m "not gpu and not slow" $(ARGS)
+
+check: .venv/installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: .venv/installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

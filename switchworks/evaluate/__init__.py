@@ -1,0 +1,5 @@
+"""Measuring a trained model."""
+
+from switchworks.evaluate.perplexity import mean_nats
+
+__all__ = ["mean_nats"]

@@ -1,0 +1,47 @@
+"""The held-out loss of a finished run, measured again from what is on disk."""
+
+import math
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from switchworks.checkpoint.model_files import load
+from switchworks.config import CheckpointError, from_dict
+from switchworks.data.config import DataConfig
+from switchworks.data.pipeline import validation_batches
+from switchworks.data.prepare import prepare
+from switchworks.evaluate.perplexity import mean_nats
+
+
+def evaluate_run(run_dir: Path, *, batches: int, batch_size: int = 16) -> dict[str, Any]:
+    """Loss in nats per token, perplexity and counts of the model in `run_dir`.
+
+    Uses the run's own text and tokenizer and the first `batches` held-out batches, whose masks
+    are the same at every call. Raises CheckpointError if `run_dir` is not a finished run.
+    """
+    file = run_dir / "experiment.toml"
+    if not file.exists():
+        raise CheckpointError(
+            f"{run_dir} is not a run directory: it has no experiment.toml.\n"
+            "  Give the directory that `switchworks train` wrote."
+        )
+    model, tokenizer = load(run_dir)
+    data = from_dict(DataConfig, tomllib.loads(file.read_text(encoding="utf-8"))["data"])
+    prepared = prepare(data, vocab_size=model.config.vocab_size)
+    if tokenizer is None or tokenizer.fingerprint != prepared.tokenizer.fingerprint:
+        raise CheckpointError(
+            f"The tokenizer in {run_dir}/model is not the one that made the token store.\n"
+            "  Give the run's own: --data.tokenizer of its experiment.toml."
+        )
+    rows = list(
+        validation_batches(
+            data, prepared.validation, prepared.tokenizer, batch_size=batch_size, batches=batches
+        )
+    )
+    loss = mean_nats(model, rows)
+    return {
+        "loss": loss,
+        "perplexity": math.exp(loss),
+        "negative_log_perplexity": -loss,
+        "target_tokens": sum(int((batch.targets != 0).sum()) for batch in rows),
+    }

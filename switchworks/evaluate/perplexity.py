@@ -1,0 +1,37 @@
+"""Held-out loss: the number the paper calls negative log perplexity, with its sign turned."""
+
+from collections.abc import Iterable
+
+import torch
+
+from switchworks.batch import Batch
+from switchworks.model import SwitchTransformer
+
+
+@torch.no_grad()
+def mean_nats(model: SwitchTransformer, batches: Iterable[Batch]) -> float:
+    """Mean nats per target token over all `batches` together, padding not counted.
+
+    No dropout, no jitter, no dropped token, no z-loss and no balance loss enter it. The model's
+    training mode is restored afterwards.
+    """
+    was_training = model.training
+    model.eval()
+    device = model.embedding.weight.device
+    nats, tokens = 0.0, 0
+    try:
+        for batch in batches:
+            batch = batch.to(device)
+            count = int((batch.targets != 0).sum())
+            output = model(
+                batch.inputs,
+                batch.targets,
+                input_segments=batch.input_segments,
+                target_segments=batch.target_segments,
+                padding=batch.padding,
+            )
+            nats += float(output.losses.cross_entropy) * count
+            tokens += count
+    finally:
+        model.train(was_training)
+    return nats / max(1, tokens)

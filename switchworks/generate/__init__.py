@@ -1,0 +1,6 @@
+"""Writing text with a trained model."""
+
+from switchworks.generate.decode import generate
+from switchworks.generate.sampling import Sampling
+
+__all__ = ["Sampling", "generate"]

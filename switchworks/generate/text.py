@@ -1,0 +1,46 @@
+"""From text to text: what `switchworks generate` prints."""
+
+from pathlib import Path
+
+import torch
+
+from switchworks.checkpoint.model_files import load
+from switchworks.config import CheckpointError, ConfigError
+from switchworks.data.tokenizer import Tokenizer
+from switchworks.generate.decode import EOS, generate
+from switchworks.generate.fill_in import HOLE, fill, parse_fills
+from switchworks.generate.sampling import Sampling
+from switchworks.model import SwitchTransformer
+
+
+def answer(path: Path, text: str, *, max_length: int, sampling: Sampling) -> str:
+    """`text` with its holes filled by the model in `path`, fills in square brackets.
+
+    A text without a hole gets one at its end, so it is continued. Raises CheckpointError if the
+    model has no tokenizer, ConfigError if there is no text.
+    """
+    model, tokenizer = load(path)
+    if tokenizer is None:
+        raise CheckpointError(
+            f"{path} holds a model without a tokenizer, so there is no way to read text.\n"
+            "  Save it with one: switchworks.save(model, directory, tokenizer)."
+        )
+    return fill_text(model, tokenizer, text, max_length=max_length, sampling=sampling)
+
+
+def fill_text(
+    model: SwitchTransformer,
+    tokenizer: Tokenizer,
+    text: str,
+    *,
+    max_length: int = 128,
+    sampling: Sampling | None = None,
+) -> str:
+    """`text` with every hole <extra_id_N> filled in square brackets; see `answer`."""
+    if not text.strip():
+        raise ConfigError("There is no text to fill in. Example: \"The <extra_id_0> of the list.\"")
+    if HOLE.search(text) is None:
+        text = f"{text.rstrip()} <extra_id_0>"
+    inputs = torch.tensor([[*tokenizer.encode(text), EOS]])
+    written = generate(model, inputs, max_length=max_length, sampling=sampling)
+    return fill(text, parse_fills(tokenizer.decode(written[0].tolist())))

@@ -1,0 +1,129 @@
+"""Experiment: everything that decides how a run comes out, in one frozen object."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from switchworks.config import ConfigError
+from switchworks.data.config import DataConfig
+from switchworks.model.config import ModelConfig
+from switchworks.optim.config import OptimConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How many ranks share the data, the experts and the width of the model."""
+
+    data: int = 1
+    expert: int = 1
+    model: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("data", "expert", "model"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"mesh.{name} = {getattr(self, name)} must be at least 1.")
+
+    @property
+    def size(self) -> int:
+        """Ranks in all."""
+        return self.data * self.expert * self.model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """A complete training run. Recipes return one; `train` runs it; `experiment.toml` keeps it."""
+
+    name: str
+    steps: int
+    """Optimizer steps."""
+    batch_size: int
+    """Sequences per optimizer step, over all ranks and micro-batches."""
+    seed: int = 0
+    """Decides first values, data order, masks, jitter and dropout."""
+    micro_batches: int = 1
+    """Parts a batch is cut into, whose gradients are added before one optimizer step."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 computes with bfloat16 weights and keeps float32 masters; routers stay float32."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    log_every: int = 10
+    """Steps between two lines of progress. 0 means never, here and below."""
+    validate_every: int = 200
+    """The last step is always validated, unless this is 0."""
+    validation_batches: int = 8
+    sample_every: int = 0
+    """Steps between two sets of fill-ins of held-out text; also after the last step."""
+    checkpoint_every: int = 500
+    """The last step always has a checkpoint, and so has one that a signal ended."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept. 0 keeps all."""
+    threads: int = 0
+    """CPU threads. 0: as many as torch finds fit."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "micro_batches"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} = {getattr(self, name)} must be at least 1.")
+        for name in _CADENCES:
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} = {getattr(self, name)} must be 0 (never) or more.")
+        self._check_rows()
+        self._check_groups()
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Rows a rank computes at once."""
+        return self.batch_size // (self.micro_batches * self.mesh.data * self.mesh.expert)
+
+    @property
+    def group_tokens(self) -> tuple[int, int]:
+        """Tokens that compete for the same slots, in encoder and decoder layers."""
+        rows = 1 if self.model.routing is None else self.model.routing.group_sequences
+        return rows * self.data.input_length, rows * self.data.target_length
+
+    def _check_rows(self) -> None:
+        parts = self.micro_batches * self.mesh.data * self.mesh.expert
+        if self.batch_size % parts:
+            raise ConfigError(
+                f"batch_size = {self.batch_size} rows cannot be cut into {parts} equal parts\n"
+                f"  (micro_batches x mesh.data x mesh.expert).\n"
+                f"  Use {math.ceil(self.batch_size / parts) * parts}, or fewer parts."
+            )
+
+    def _check_groups(self) -> None:
+        routing = self.model.routing
+        if routing is None:
+            return
+        rows = routing.group_sequences
+        if self.micro_batch_size % rows:
+            raise ConfigError(
+                f"{self.micro_batch_size} rows computed at once are not a whole number of routing "
+                f"groups of {rows} rows.\n  Set routing.group_sequences to a divisor of "
+                f"{self.micro_batch_size}, or change batch_size or micro_batches."
+            )
+        for where, tokens in zip(("encoder", "decoder"), self.group_tokens, strict=True):
+            if tokens < routing.experts:
+                need = math.ceil(routing.experts * rows / tokens)
+                raise ConfigError(
+                    f"A routing group of {tokens} {where} tokens ({rows} rows) cannot occupy "
+                    f"{routing.experts} experts.\n  Set routing.group_sequences to {need} or more "
+                    f"(batch_size must be a multiple of it), or use fewer experts."
+                )
+
+
+_CADENCES = (
+    "log_every",
+    "validate_every",
+    "validation_batches",
+    "sample_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "threads",
+)
+
+MAY_CHANGE = frozenset(_CADENCES) | {"data.cache", "data.workers", "data.prefetch"}
+"""Settings that a resumed run may change, because they do not change what it computes."""

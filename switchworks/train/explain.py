@@ -1,0 +1,110 @@
+"""What an experiment costs, computed and not run: parameters, FLOPs, memory, capacity."""
+
+from typing import Any
+
+from switchworks.model.sizes import (
+    active_parameters,
+    flops_per_sequence,
+    flops_per_token,
+    num_parameters,
+)
+from switchworks.train.experiment import Experiment
+
+_MASTER, _COMPUTE = 4, {"float32": 4, "bfloat16": 2}
+"""Bytes per number."""
+
+
+def explain(experiment: Experiment) -> dict[str, Any]:
+    """The figures of `experiment` as plain numbers, for `explain --json`.
+
+    FLOPs are of the forward pass (a training step takes three times as many), counted as the
+    paper's Table 9 counts them; bytes are those of one rank.
+    """
+    model, data = experiment.model, experiment.data
+    parameters = num_parameters(model)
+    per_token = flops_per_token(model, data.input_length, data.target_length)
+    tokens = experiment.batch_size * (data.input_length + data.target_length)
+    figures: dict[str, Any] = {
+        "recipe": experiment.name,
+        "parameters": parameters,
+        "active_parameters": active_parameters(model),
+        "flops_per_token": per_token,
+        "flops_per_sequence": flops_per_sequence(model, data.input_length, data.target_length),
+        "tokens_per_step": tokens,
+        "training_flops_per_step": 3 * per_token * tokens,
+        "steps": experiment.steps,
+        "training_tokens": experiment.steps * tokens,
+        "mesh": {
+            "data": experiment.mesh.data,
+            "expert": experiment.mesh.expert,
+            "model": experiment.mesh.model,
+        },
+        "bytes_per_rank": memory(experiment, parameters),
+        "routing": capacities(experiment),
+    }
+    figures["parameter_bytes_per_rank"] = figures["bytes_per_rank"]["weights"]
+    return figures
+
+
+def memory(experiment: Experiment, parameters: int) -> dict[str, int]:
+    """Bytes that stay allocated through a step, activations not counted."""
+    compute = _COMPUTE[experiment.precision]
+    moments = 2 if experiment.optim.name == "adamw" else int(experiment.optim.betas[0] > 0)
+    bytes_of = {
+        "weights": parameters * compute,
+        "masters": 0 if compute == _MASTER else parameters * _MASTER,
+        "gradients": parameters * _MASTER,
+        "optimizer": parameters * _MASTER * moments,
+    }
+    return bytes_of | {"total": sum(bytes_of.values())}
+
+
+def capacities(experiment: Experiment) -> dict[str, Any] | None:
+    """How many tokens share how many slots in encoder and decoder; None for a dense model."""
+    routing = experiment.model.routing
+    if routing is None:
+        return None
+    return {
+        "experts": routing.experts,
+        "switch_layers": sum(map(experiment.model.is_sparse, range(experiment.model.num_layers)))
+        + sum(map(experiment.model.is_sparse, range(experiment.model.decoder_layers))),
+        **{
+            where: {"group_tokens": tokens, "slots_per_expert": routing.capacity(tokens, training=True)}
+            for where, tokens in zip(("encoder", "decoder"), experiment.group_tokens, strict=True)
+        },
+    }
+
+
+def as_text(figures: dict[str, Any]) -> str:
+    """The same figures as lines for people."""
+    lines = [
+        f"{figures['recipe']}",
+        f"  parameters         {_count(figures['parameters'])}"
+        f" ({_count(figures['active_parameters'])} used by each token)",
+        f"  forward FLOPs      {_count(figures['flops_per_token'])} per token, "
+        f"{_count(figures['flops_per_sequence'])} per sequence",
+        f"  step               {figures['tokens_per_step']:,} tokens, "
+        f"{_count(figures['training_flops_per_step'])} FLOPs forward and backward",
+        f"  run                {figures['steps']:,} steps, "
+        f"{_count(figures['training_tokens'])} tokens",
+    ]
+    for name, size in figures["bytes_per_rank"].items():
+        lines.append(f"  {name + ' per rank':<18} {size / 2**30:,.2f} GiB")
+    lines[-1] += ", activations not counted"
+    routing = figures["routing"]
+    if routing is not None:
+        lines.append(f"  switch layers      {routing['switch_layers']}, {routing['experts']} experts each")
+        for where in ("encoder", "decoder"):
+            slots = routing[where]["slots_per_expert"]
+            lines.append(
+                f"  {where:<18} {routing[where]['group_tokens']} tokens compete for "
+                + ("no limit of slots" if slots is None else f"{slots} slots per expert")
+            )
+    return "\n".join(lines)
+
+
+def _count(number: float) -> str:
+    for limit, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= limit:
+            return f"{number / limit:,.1f}{unit}"
+    return f"{number:,.0f}"

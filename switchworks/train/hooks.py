@@ -1,0 +1,212 @@
+"""What happens beside training: progress, validation, fill-ins, checkpoints."""
+
+import math
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from switchworks.batch import Batch
+from switchworks.checkpoint.training_state import Checkpoints
+from switchworks.data.tokenizer import Tokenizer
+from switchworks.evaluate.perplexity import mean_nats
+from switchworks.generate import generate
+from switchworks.generate.fill_in import fill, parse_fills
+from switchworks.train.recorder import Recorder
+from switchworks.train.state import TrainState
+from switchworks.train.step import StepResult
+
+
+class Progress:
+    """Every `every` steps a line on the screen and in the metrics, averaged since the last."""
+
+    def __init__(self, recorder: Recorder, every: int, state: TrainState) -> None:
+        self.recorder = recorder
+        self.every = every
+        self._since: list[StepResult] = []
+        self._mark = (state.tokens, state.seconds)
+
+    def after_step(self, state: TrainState, result: StepResult) -> None:
+        """Keep the step's result; report when it is time."""
+        self._since.append(result)
+        if self.every and state.step % self.every == 0:
+            self._report(state)
+
+    def finish(self, state: TrainState, *, interrupted: bool) -> None:
+        """Report the steps that no line covers yet."""
+        if self._since and self.every:
+            self._report(state)
+
+    def _report(self, state: TrainState) -> None:
+        values = averages(self._since)
+        tokens, seconds = state.tokens - self._mark[0], state.seconds - self._mark[1]
+        values["tokens_per_second"] = tokens / max(seconds, 1e-9)
+        per_step = seconds / len(self._since)
+        values["seconds_left"] = per_step * (state.experiment.steps - state.step)
+        self.recorder.write(state, values)
+        print(progress_line(state, values), flush=True)
+        self._since, self._mark = [], (state.tokens, state.seconds)
+
+
+def averages(results: Sequence[StepResult]) -> dict[str, Any]:
+    """The metrics of consecutive steps: means over the steps, and over layers where one number
+    stands for all of them."""
+    values: dict[str, Any] = {
+        "train/loss": fmean(result.cross_entropy for result in results),
+        "train/total": fmean(result.total for result in results),
+        "train/lr": results[-1].update.lr,
+        "train/grad_norm": fmean(result.update.grad_norm for result in results),
+    }
+    names = results[0].layers
+    if not names:
+        return values
+    for field in ("balance", "router_z", "dropped", "confidence"):
+        values[f"train/{field}"] = fmean(
+            getattr(layer, field) for result in results for layer in result.layers.values()
+        )
+    loads = {name: _mean_load([result.layers[name].load for result in results]) for name in names}
+    values["train/experts_in_use"] = fmean(
+        sum(share > 0 for share in load) for load in loads.values()
+    )
+    for name, load in loads.items():
+        values[f"load/{name}"] = [round(share, 5) for share in load]
+        values[f"dropped/{name}"] = fmean(result.layers[name].dropped for result in results)
+    return values
+
+
+def _mean_load(loads: Sequence[list[float]]) -> list[float]:
+    return [fmean(shares) for shares in zip(*loads, strict=True)]
+
+
+def progress_line(state: TrainState, values: dict[str, Any]) -> str:
+    """One line for people: loss, balance, dropped share, experts in use, speed, time left."""
+    parts = [f"step {state.step}/{state.experiment.steps}", f"loss {values['train/loss']:.3f}"]
+    routing = state.experiment.model.routing
+    if routing is not None:
+        parts += [
+            f"balance {values['train/balance']:.2f}",
+            f"dropped {values['train/dropped']:.1%}",
+            f"experts in use {values['train/experts_in_use']:.1f}/{routing.experts}",
+        ]
+    parts += [
+        f"{values['tokens_per_second'] / 1000:.1f}k tok/s",
+        f"{clock(values['seconds_left'])} left",
+    ]
+    return "  ".join(parts)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as m:ss, or h:mm:ss from an hour on."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+class Validate:
+    """Every `every` steps the loss on the same held-out batches."""
+
+    def __init__(self, recorder: Recorder, every: int, batches: Sequence[Batch]) -> None:
+        self.recorder = recorder
+        self.every = every
+        self.batches = batches
+        self._done = -1
+
+    def after_step(self, state: TrainState, result: StepResult) -> None:
+        """Validate when it is time."""
+        if self.every and state.step % self.every == 0:
+            self._validate(state)
+
+    def finish(self, state: TrainState, *, interrupted: bool) -> None:
+        """Validate the last step, unless a signal wants the process gone."""
+        if self.every and not interrupted and self._done != state.step:
+            self._validate(state)
+
+    def _validate(self, state: TrainState) -> None:
+        loss = mean_nats(state.model, self.batches)
+        self._done = state.step
+        self.recorder.write(state, {"val/loss": loss})
+        print(
+            f"step {state.step}  held-out loss {loss:.3f}  perplexity {math.exp(loss):.1f}",
+            flush=True,
+        )
+
+
+class Samples:
+    """Every `every` steps the model fills the holes in the same pieces of held-out text."""
+
+    def __init__(
+        self, recorder: Recorder, every: int, batch: Batch, tokenizer: Tokenizer, show: int = 1
+    ) -> None:
+        self.recorder = recorder
+        self.every = every
+        self.batch = batch
+        self.tokenizer = tokenizer
+        self.show = show
+        self._done = -1
+
+    def after_step(self, state: TrainState, result: StepResult) -> None:
+        """Write fill-ins when it is time."""
+        if self.every and state.step % self.every == 0:
+            self._write(state)
+
+    def finish(self, state: TrainState, *, interrupted: bool) -> None:
+        """Write them after the last step too, unless a signal wants the process gone."""
+        if self.every and not interrupted and self._done != state.step:
+            self._write(state)
+
+    def _write(self, state: TrainState) -> None:
+        self._done = state.step
+        device = state.model.embedding.weight.device
+        answers = generate(
+            state.model, self.batch.inputs.to(device), max_length=self.batch.targets.shape[1]
+        )
+        for row, answer in enumerate(answers):
+            sample = {
+                "step": state.step,
+                "inputs": self.tokenizer.decode(self.batch.inputs[row].tolist()),
+                "truth": self.tokenizer.decode(self.batch.targets[row].tolist()),
+                "prediction": self.tokenizer.decode(answer.tolist()),
+            }
+            self.recorder.write_sample(sample)
+            if row < self.show:
+                text = fill(sample["inputs"], parse_fills(sample["prediction"]))
+                print(f"step {state.step}  fill-in: {text[:300]} ...", flush=True)
+
+
+class SaveCheckpoints:
+    """Every `every` steps, and whenever the loop ends, everything needed to go on."""
+
+    def __init__(self, checkpoints: Checkpoints, every: int) -> None:
+        self.checkpoints = checkpoints
+        self.every = every
+        self._done = -1
+
+    def after_step(self, state: TrainState, result: StepResult) -> None:
+        """Save when it is time."""
+        if self.every and state.step % self.every == 0:
+            self._save(state)
+
+    def finish(self, state: TrainState, *, interrupted: bool) -> None:
+        """Save the last step."""
+        if self._done != state.step:
+            self._save(state)
+
+    def _save(self, state: TrainState) -> None:
+        self._done = state.step
+        self.checkpoints.save(state.step, state.state_dict(), state.about())
+
+
+def first_rows(batch: Batch, rows: int) -> Batch:
+    """The first `rows` rows of a batch without segments."""
+
+    def cut(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else tensor[:rows]
+
+    return Batch(
+        inputs=batch.inputs[:rows],
+        targets=batch.targets[:rows],
+        input_segments=cut(batch.input_segments),
+        target_segments=cut(batch.target_segments),
+        padding=batch.padding,
+    )

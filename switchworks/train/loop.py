@@ -1,0 +1,68 @@
+"""The training loop. Everything optional is a hook."""
+
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from types import FrameType
+from typing import Protocol
+
+from switchworks.batch import Batch
+from switchworks.train.state import TrainState
+from switchworks.train.step import StepResult, train_step
+
+
+class Hook(Protocol):
+    """Something that happens beside training."""
+
+    def after_step(self, state: TrainState, result: StepResult) -> None:
+        """Called after every step."""
+        ...
+
+    def finish(self, state: TrainState, *, interrupted: bool) -> None:
+        """Called once, after the last step or when a signal asked to leave."""
+        ...
+
+
+class Interrupt:
+    """Set by SIGINT or SIGTERM; the loop leaves after the step it is in."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """While inside, the first signal asks to leave and a second acts as it always does."""
+        previous = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+
+        def ask(number: int, _frame: FrameType | None) -> None:
+            self.signal = signal.Signals(number)
+            print(f"\n{self.signal.name}: saving after this step ...", flush=True)
+            for name, handler in previous.items():
+                signal.signal(name, handler)
+
+        for name in previous:
+            signal.signal(name, ask)
+        try:
+            yield
+        finally:
+            for name, handler in previous.items():
+                signal.signal(name, handler)
+
+
+def run(
+    state: TrainState, batches: Iterator[Batch], hooks: Sequence[Hook], interrupt: Interrupt
+) -> None:
+    """Train `state` until its experiment's last step, or until `interrupt` is set."""
+    started = time.perf_counter()
+    for batch in islice(batches, max(0, state.experiment.steps - state.step)):
+        result = train_step(state, batch)
+        state.seconds += time.perf_counter() - started
+        for hook in hooks:
+            hook.after_step(state, result)
+        if interrupt.signal is not None:
+            break
+        started = time.perf_counter()  # what hooks took is not training time
+    for hook in hooks:
+        hook.finish(state, interrupted=interrupt.signal is not None)

@@ -1,0 +1,58 @@
+"""Where a run's numbers go: `metrics.jsonl`, `samples.jsonl` and TensorBoard."""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from switchworks.train.state import TrainState
+
+
+class Recorder:
+    """Appends to the files of a run directory; every line is whole once written."""
+
+    def __init__(self, run_dir: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.metrics = run_dir / "metrics.jsonl"
+        self.samples = run_dir / "samples.jsonl"
+        for path in (self.metrics, self.samples):
+            _drop_after(path, first_step)
+        logging.getLogger("tensorboard").setLevel(logging.ERROR)
+        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+
+    def write(self, state: TrainState, values: Mapping[str, Any]) -> None:
+        """One line of metrics, led by step, tokens and seconds; numbers also to TensorBoard."""
+        line = {"step": state.step, "tokens": state.tokens, "seconds": round(state.seconds, 3)}
+        _append(self.metrics, line | dict(values))
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                self.board.add_scalar(name, value, state.step)
+
+    def write_sample(self, sample: Mapping[str, Any]) -> None:
+        """One fill-in."""
+        _append(self.samples, sample)
+
+    def close(self) -> None:
+        """Flush everything."""
+        self.board.close()
+
+
+def _append(path: Path, line: Mapping[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Remove lines of steps after `step`, and a torn last line: a resumed run repeats them."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue
+    path.write_text("".join(kept), encoding="utf-8")

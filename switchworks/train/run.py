@@ -1,0 +1,213 @@
+"""From an Experiment to a trained model in a run directory."""
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from switchworks.batch import Batch
+from switchworks.checkpoint.model_files import load, save
+from switchworks.checkpoint.training_state import Checkpoints
+from switchworks.config import CheckpointError, ConfigError
+from switchworks.data.pipeline import Pipeline, validation_batches
+from switchworks.data.prepare import Prepared, prepare
+from switchworks.model import SwitchTransformer
+from switchworks.model.sizes import active_parameters, flops_per_token, num_parameters
+from switchworks.report import write_report
+from switchworks.train import machine
+from switchworks.train.experiment import Experiment
+from switchworks.train.hooks import (
+    Hook,
+    Progress,
+    Samples,
+    SaveCheckpoints,
+    Validate,
+    first_rows,
+)
+from switchworks.train.loop import Interrupt, run
+from switchworks.train.recorder import Recorder
+from switchworks.train.run_directory import open_run_directory
+from switchworks.train.state import TrainState, start_from
+
+SAMPLE_ROWS = 4
+"""Pieces of held-out text whose holes are filled at each sampling."""
+
+
+def train(
+    experiment: Experiment,
+    run_dir: Path | str | None = None,
+    *,
+    resume: bool = False,
+    init: Path | str | None = None,
+) -> Path:
+    """Run `experiment` in `run_dir` (default runs/NAME) and return that directory.
+
+    Afterwards it holds the exported model, checkpoints, metrics and the report. With `resume` an
+    interrupted run goes on from its newest complete checkpoint; `init` starts from the weights of
+    another model. After SIGINT or SIGTERM the state is saved and `Interrupted` is raised.
+    """
+    _check_mesh(experiment)
+    machine.keep_freed_memory()
+    if experiment.threads:
+        torch.set_num_threads(experiment.threads)
+    run_dir = Path(run_dir or Path("runs") / experiment.name)
+    prepared = prepare(experiment.data, vocab_size=experiment.model.vocab_size)
+    experiment = with_vocabulary(experiment, prepared.tokenizer.vocab_size)
+    pipeline = _pipeline(experiment, prepared)
+    resuming = open_run_directory(run_dir, experiment, resume=resume)
+    checkpoints = Checkpoints(run_dir / "checkpoints", experiment.keep_checkpoints)
+    state = _first_state(experiment, checkpoints if resuming else None, init)
+    _write_about(run_dir, experiment, prepared)
+    interrupt = Interrupt()
+    with closing(Recorder(run_dir, state.step)) as recorder, interrupt.listening():
+        hooks = _hooks(state, recorder, checkpoints, prepared)
+        with closing(pipeline.batches(state.step)) as batches:
+            run(state, batches, hooks, interrupt)
+    if interrupt.signal is not None:
+        raise Interrupted(interrupt.signal.name, state.step, run_dir)
+    export(state, run_dir / "model", prepared)
+    write_report([run_dir])
+    return run_dir
+
+
+class Interrupted(Exception):
+    """A signal ended the run after its state was saved."""
+
+    def __init__(self, signal: str, step: int, run_dir: Path) -> None:
+        super().__init__(
+            f"{signal}: step {step} is saved in {run_dir}. The same command with --resume goes on."
+        )
+        self.signal = signal
+
+
+def with_vocabulary(experiment: Experiment, vocab_size: int) -> Experiment:
+    """`experiment` with the tokenizer's vocabulary: the tokenizer decides, and says so."""
+    if experiment.model.vocab_size == vocab_size:
+        return experiment
+    print(f"vocabulary: {vocab_size} (the tokenizer's; {experiment.model.vocab_size} was asked for)")
+    return replace(experiment, model=replace(experiment.model, vocab_size=vocab_size))
+
+
+def export(state: TrainState, directory: Path, prepared: Prepared) -> None:
+    """Write the float32 weights, config and tokenizer to `directory`."""
+    with torch.device("meta"):
+        model = SwitchTransformer(state.experiment.model)
+    model.load_state_dict(state.updater.float_state(), assign=True)
+    save(model, directory, tokenizer=prepared.tokenizer)
+
+
+def _pipeline(experiment: Experiment, prepared: Prepared) -> Pipeline:
+    return Pipeline(
+        experiment.data,
+        prepared.train,
+        prepared.tokenizer,
+        batch_size=experiment.batch_size,
+        seed=experiment.seed,
+    )
+
+
+def _first_state(
+    experiment: Experiment, checkpoints: Checkpoints | None, init: Path | str | None
+) -> TrainState:
+    """Where the run starts, in order of precedence: checkpoint, `init`, first values."""
+    state = start_from(experiment, _first_model(experiment, init))
+    newest = None if checkpoints is None else checkpoints.latest()
+    if checkpoints is not None and newest is not None:
+        contents = state.state_dict()
+        about = checkpoints.load(newest, contents)
+        state.load(contents, about)
+        print(f"resumed from step {state.step} ({newest})")
+    return state
+
+
+def _first_model(experiment: Experiment, init: Path | str | None) -> SwitchTransformer:
+    if init is None:
+        return SwitchTransformer(experiment.model, seed=experiment.seed)
+    model, _ = load(Path(init))
+    if model.config.vocab_size != experiment.model.vocab_size:
+        raise CheckpointError(
+            f"{init} has a vocabulary of {model.config.vocab_size}, the tokenizer one of "
+            f"{experiment.model.vocab_size}.\n"
+            f"  Use the model's own tokenizer: --data.tokenizer {init}."
+        )
+    shape, wanted = SwitchTransformer, experiment.model
+    fresh = shape(wanted, seed=experiment.seed)
+    return _take_weights(fresh, model, init)
+
+
+def _take_weights(
+    fresh: SwitchTransformer, source: SwitchTransformer, where: Path | str
+) -> SwitchTransformer:
+    """`fresh` with every weight from `source`. Raises CheckpointError unless all of them fit."""
+    wanted = {name: tuple(p.shape) for name, p in fresh.named_parameters()}
+    found = {name: tuple(p.shape) for name, p in source.named_parameters()}
+    wrong = sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
+    if wrong:
+        first = ", ".join(f"{n} {found.get(n)} -> {wanted.get(n)}" for n in wrong[:3])
+        raise CheckpointError(
+            f"{len(wrong)} tensors of {where} do not fit this experiment's model: {first}.\n"
+            "  Give the experiment the model settings in that folder's config.toml."
+        )
+    fresh.load_state_dict(source.state_dict())
+    return fresh
+
+
+def _hooks(
+    state: TrainState, recorder: Recorder, checkpoints: Checkpoints, prepared: Prepared
+) -> Sequence[Hook]:
+    experiment = state.experiment
+    hooks: list[Hook] = [Progress(recorder, experiment.log_every, state)]
+    held_out: list[Batch] = []
+    if experiment.validate_every or experiment.sample_every:
+        held_out = list(
+            validation_batches(
+                experiment.data,
+                prepared.validation,
+                prepared.tokenizer,
+                batch_size=experiment.batch_size,
+                batches=max(1, experiment.validation_batches),
+            )
+        )
+    if experiment.validate_every:
+        hooks.append(Validate(recorder, experiment.validate_every, held_out))
+    if experiment.sample_every:
+        rows = first_rows(held_out[0], SAMPLE_ROWS)
+        hooks.append(Samples(recorder, experiment.sample_every, rows, prepared.tokenizer))
+    return [*hooks, SaveCheckpoints(checkpoints, experiment.checkpoint_every)]
+
+
+def _check_mesh(experiment: Experiment) -> None:
+    mesh = experiment.mesh
+    if mesh.size > 1:
+        raise ConfigError(
+            f"mesh = data {mesh.data} x expert {mesh.expert} x model {mesh.model} needs "
+            f"{mesh.size} devices; this version trains on one.\n"
+            "  Set --mesh.data 1 --mesh.expert 1 --mesh.model 1."
+        )
+
+
+def _write_about(run_dir: Path, experiment: Experiment, prepared: Prepared) -> None:
+    data, config = experiment.data, experiment.model
+    about: dict[str, Any] = {
+        "parameters": num_parameters(config),
+        "active_parameters": active_parameters(config),
+        "flops_per_token": flops_per_token(config, data.input_length, data.target_length),
+        "machine": machine.describe(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "version": version("switchworks"),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "vocabulary": prepared.tokenizer.vocab_size,
+        "train_tokens": prepared.train.num_tokens,
+        "text": data.path or data.dataset or data.source,
+    }
+    (run_dir / "about.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,65 @@
+"""A run directory: what a run writes, where, and whose it is.
+
+    experiment.toml     every setting, enough to repeat the run
+    about.json          sizes, machine, versions, command
+    metrics.jsonl       a line per report        samples.jsonl   a line per fill-in
+    tensorboard/        the same numbers
+    checkpoints/        step_XXXXXXXX/: everything needed to go on
+    model/              what `switchworks.load` opens
+    report.html
+"""
+
+from pathlib import Path
+
+from switchworks.config import ConfigError, differences, from_toml, to_toml
+from switchworks.train.experiment import MAY_CHANGE, Experiment
+
+_ENDLESS = ("rsqrt", "constant")
+"""Schedules that do not depend on the last step, so that a finished run may be made longer."""
+
+
+def open_run_directory(path: Path, experiment: Experiment, *, resume: bool) -> bool:
+    """Make `path` the directory of `experiment`; afterwards its experiment.toml says so.
+
+    True if there is a run to go on with. Raises ConfigError if the directory holds another
+    experiment (the message lists the differences), or the same one and `resume` is False.
+    """
+    file = path / "experiment.toml"
+    if not file.exists():
+        _refuse_foreign_files(path)
+        path.mkdir(parents=True, exist_ok=True)
+        _write(file, to_toml(experiment))
+        return False
+    found = from_toml(Experiment, file)
+    free = MAY_CHANGE | ({"steps"} if experiment.optim.schedule in _ENDLESS else set())
+    changed = {
+        name: pair for name, pair in differences(found, experiment).items() if name not in free
+    }
+    if changed:
+        raise ConfigError(
+            f"{path} already holds another experiment. It differs in:\n"
+            + "".join(f"    {name}: {old} there, {new} now\n" for name, (old, new) in changed.items())
+            + "  Choose another --run-dir, or make the settings agree and add --resume."
+        )
+    if not resume:
+        raise ConfigError(
+            f"{path} already holds this very experiment.\n"
+            "  Add --resume to go on where it stopped, or choose another --run-dir."
+        )
+    _write(file, to_toml(experiment))
+    return True
+
+
+def _refuse_foreign_files(path: Path) -> None:
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(
+            f"{path} exists and is not the directory of a run (it has no experiment.toml).\n"
+            "  Choose another --run-dir, or an empty one."
+        )
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace `path` as a whole."""
+    aside = path.with_suffix(".tmp")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
