@@ -1,5 +1,46 @@
-"""Fixtures and settings every test shares."""
+"""Fixtures every test shares: a small real corpus, and a tiny trained run."""
 
+import os
+from dataclasses import replace
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
 import torch
 
 torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def private_cache(tmp_path_factory):
+    """Nothing a test makes goes into the user's cache."""
+    os.environ["SWITCHWORKS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """A folder of English text files: Python's help topics, 0.2 MB."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for name, text in list(topics.items())[:24]:
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_experiment(corpus):
+    """The tiny recipe on the small corpus, on one thread."""
+    from switchworks.recipes.tiny import tiny
+
+    recipe = tiny()
+    return replace(recipe, threads=1, data=replace(recipe.data, path=str(corpus)))
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_experiment, tmp_path_factory) -> Path:
+    """The run directory of a finished tiny run. Tests only read it."""
+    from switchworks.train import train
+
+    threads = torch.get_num_threads()
+    run_dir = train(tiny_experiment, tmp_path_factory.mktemp("runs") / "tiny")
+    torch.set_num_threads(threads)
+    return run_dir

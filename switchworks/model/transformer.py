@@ -250,6 +250,26 @@ class SwitchTransformer(nn.Module):
             )
         return self.logits(self.decoder.final_norm(x))
 
+    def generate(
+        self,
+        inputs: Int[Tensor, "B L"],
+        *,
+        max_length: int = 128,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+    ) -> Int[Tensor, "B T"]:
+        """The tokens the model writes for `inputs`: greedy at temperature 0, else sampled.
+
+        A convenience for `switchworks.generate`, and the only place where the model looks up the
+        ladder.
+        """
+        from switchworks.generate import Sampling, generate
+
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        return generate(self, inputs, max_length=max_length, sampling=sampling)
+
     def logits(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T V"]:
         """Scores over the vocabulary for decoder states `x`, in their dtype."""
         if self.head is not None:

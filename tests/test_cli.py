@@ -1,0 +1,129 @@
+"""The command line: verbs, flags, errors in plain words, and the README's own commands."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from switchworks.cli import VERBS, main
+from switchworks.config import ConfigError
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--data.path", "CORPUS", "--steps", "2", "--threads", "1"]
+
+
+@pytest.fixture
+def tiny_flags(corpus) -> list[str]:
+    return [str(corpus) if word == "CORPUS" else word for word in TINY]
+
+
+def test_help_names_every_verb(capsys):
+    assert main([]) == 0
+    usage = capsys.readouterr().out
+    assert all(f"\n  {verb} " in usage for verb in VERBS)
+
+
+def test_an_unknown_verb_is_refused_with_the_usage(capsys):
+    assert main(["trian"]) == 2
+    assert "no verb 'trian'" in capsys.readouterr().err
+
+
+def test_a_tiny_training_runs_from_the_command_line(tiny_flags, tmp_path, capsys):
+    assert main(["train", "tiny", "--run-dir", str(tmp_path / "run"), *tiny_flags]) == 0
+    output = capsys.readouterr().out
+    assert "held-out loss" in output
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_routing_settings_are_reached_by_their_short_name(tmp_path, capsys):
+    file = tmp_path / "figures.json"
+    words = ["tiny", "--routing.experts", "2", "--routing.capacity-factor", "none"]
+    assert main(["explain", *words, "--json", str(file)]) == 0
+    figures = json.loads(file.read_text())
+    assert figures["routing"]["experts"] == 2
+    assert figures["routing"]["encoder"]["slots_per_expert"] is None
+    assert "no limit of slots" in capsys.readouterr().out
+
+
+def test_explain_prints_the_paper_s_parameters_and_flops(tmp_path, capsys):
+    file = tmp_path / "figures.json"
+    assert main(["explain", "c4_t5_base", "--json", str(file)]) == 0
+    figures = json.loads(file.read_text())
+    assert figures["parameters"] == 222_903_552
+    assert figures["flops_per_sequence"] == pytest.approx(124.6e9, rel=1e-3)
+    assert figures["mesh"] == {"data": 1, "expert": 1, "model": 1}
+    assert "222.9M" in capsys.readouterr().out
+
+
+def test_an_error_is_one_plain_message_and_status_2(tmp_path, capsys):
+    missing = str(tmp_path / "nothing-here")
+    assert main(["train", "tiny", "--data.path", missing, "--run-dir", str(tmp_path / "r")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert missing in error
+    assert "Traceback" not in error
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    with pytest.raises(ConfigError):
+        main(["train", "no_such_recipe", "--debug"])
+
+
+def test_a_verb_without_its_recipe_says_what_is_missing(capsys):
+    assert main(["train", "--steps", "3"]) == 2
+    assert "needs the name of a recipe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shard", ["3", "4/4", "a/b", "-1/4"])
+def test_a_shard_that_is_none_is_refused(shard, capsys):
+    assert main(["prepare", "tiny", f"--shard={shard}"]) == 2
+    assert "--shard" in capsys.readouterr().err
+
+
+def test_generate_fills_the_holes(tiny_run, capsys):
+    assert main(["generate", str(tiny_run), "The <extra_id_0> is.", "--max-length", "4"]) == 0
+    assert capsys.readouterr().out.startswith("The ")
+
+
+def test_generate_without_text_says_so(tiny_run, capsys):
+    assert main(["generate", str(tiny_run), " "]) == 2
+    assert "no text" in capsys.readouterr().err
+
+
+def test_evaluate_repeats_the_run_s_own_held_out_loss(tiny_run, tmp_path, capsys):
+    file = tmp_path / "figures.json"
+    assert main(["evaluate", str(tiny_run), "--batches", "4", "--json", str(file)]) == 0
+    figures = json.loads(file.read_text())
+    assert figures["negative_log_perplexity"] == -figures["loss"]
+    assert 2 < figures["loss"] < 7
+
+
+def test_evaluating_something_else_than_a_run_is_refused(tmp_path, capsys):
+    assert main(["evaluate", str(tmp_path)]) == 2
+    assert "not a run directory" in capsys.readouterr().err
+
+
+def test_report_compares_runs(tiny_run, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    assert main(["report", str(tiny_run), "--output", str(page)]) == 0
+    assert page.read_text().count("<html") == 1
+
+
+def test_recipes_are_listed_with_what_they_are(capsys):
+    assert main(["recipes"]) == 0
+    assert re.search(r"quickstart_dense +The dense twin", capsys.readouterr().out)
+
+
+def test_the_module_runs_as_a_program():
+    done = subprocess.run(
+        [sys.executable, "-m", "switchworks", "explain", "tiny"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0
+    assert "parameters" in done.stdout
+    assert done.stderr == ""

@@ -1,0 +1,87 @@
+"""Configs: TOML in and out, differences, and errors that name the setting."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+
+from switchworks.config import ConfigError, differences, from_dict, from_toml, to_dict, to_toml
+
+
+@dataclass(frozen=True)
+class Inner:
+    rate: float | None = 0.5
+    mode: Literal["a", "b"] = "a"
+
+
+@dataclass(frozen=True)
+class Outer:
+    steps: int = 3
+    betas: tuple[float, ...] = (0.0, 0.9)
+    name: str | None = None
+    inner: Inner = field(default_factory=Inner)
+    maybe: Inner | None = None
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Outer(),
+        Outer(steps=7, name="x", inner=Inner(rate=None, mode="b")),
+        Outer(maybe=Inner(rate=1.0), betas=(0.1,)),
+    ],
+)
+def test_a_config_survives_being_written_and_read(config, tmp_path):
+    file = tmp_path / "config.toml"
+    file.write_text(to_toml(config))
+    assert from_toml(Outer, file) == config
+
+
+def test_every_setting_is_written_even_those_that_are_none():
+    assert to_dict(Outer())["name"] == "none"
+    assert to_dict(Outer())["maybe"] == "none"
+
+
+def test_differences_name_each_setting_by_its_path():
+    left, right = Outer(), Outer(steps=4, inner=Inner(rate=None))
+    assert differences(left, right) == {"steps": (3, 4), "inner.rate": (0.5, "none")}
+
+
+def test_equal_configs_differ_in_nothing():
+    assert differences(Outer(), Outer()) == {}
+
+
+def test_a_setting_that_exists_on_one_side_only_is_a_difference():
+    found = differences(Outer(), Outer(maybe=Inner()))
+    assert found["maybe"] == ("none", "(absent)")
+    assert found["maybe.rate"] == ("(absent)", 0.5)
+
+
+def test_an_unknown_setting_is_refused_with_the_known_ones():
+    with pytest.raises(ConfigError, match=r"inner\.rat is not a setting of Inner.*\n.*rate, mode"):
+        from_dict(Outer, {"inner": {"rat": 1.0}})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"steps": "3"}, "steps = '3' should be of type int"),
+        ({"steps": True}, "steps = True should be of type int"),
+        ({"inner": {"mode": "c"}}, "inner.mode = 'c' is not one of 'a', 'b'"),
+        ({"betas": [1.0, "x"]}, r"betas\[\] = 'x' should be of type float"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused_by_name(values, message):
+    with pytest.raises(ConfigError, match=message):
+        from_dict(Outer, values)
+
+
+def test_a_whole_number_is_a_good_float():
+    assert from_dict(Inner, {"rate": 1}).rate == 1.0
+
+
+def test_a_file_that_is_not_toml_is_refused_by_name(tmp_path):
+    file = tmp_path / "broken.toml"
+    file.write_text("steps = = 3")
+    with pytest.raises(ConfigError, match=r"broken\.toml cannot be read"):
+        from_toml(Outer, file)

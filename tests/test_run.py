@@ -1,0 +1,237 @@
+"""Whole runs: what they write, how they stop, and that they go on exactly."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import switchworks
+from switchworks.config import CheckpointError, ConfigError, from_toml, to_toml
+from switchworks.train import Experiment, train
+from switchworks.train.run_directory import open_run_directory
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def weights_of(run_dir: Path) -> dict[str, torch.Tensor]:
+    model, _ = switchworks.load(run_dir)
+    return model.state_dict()
+
+
+def test_a_run_leaves_everything_its_directory_promises(tiny_run):
+    for name in ("experiment.toml", "about.json", "metrics.jsonl", "samples.jsonl", "report.html"):
+        assert (tiny_run / name).stat().st_size > 0, name
+    assert (tiny_run / "checkpoints" / "step_00000020").is_dir()
+    assert list((tiny_run / "tensorboard").glob("events*"))
+
+
+def test_the_settings_written_are_the_settings_run(tiny_run, tiny_experiment):
+    assert from_toml(Experiment, tiny_run / "experiment.toml") == tiny_experiment
+
+
+def test_metrics_have_the_promised_keys(tiny_run):
+    lines = lines_of(tiny_run / "metrics.jsonl")
+    training = [line for line in lines if "train/loss" in line]
+    assert [line["step"] for line in training] == [5, 10, 15, 20]
+    for key in ("tokens", "seconds", "train/balance", "train/dropped", "train/experts_in_use"):
+        assert all(key in line for line in training), key
+    assert all(line["tokens_per_second"] > 0 for line in training)
+    assert sum(training[-1]["load/decoder.1"]) == pytest.approx(1, abs=1e-3)
+    assert [line["step"] for line in lines if "val/loss" in line] == [10, 20]
+
+
+def test_a_tiny_run_learns_something(tiny_run):
+    losses = [line["val/loss"] for line in lines_of(tiny_run / "metrics.jsonl") if "val/loss" in line]
+    assert losses[-1] < losses[0] < 6.0
+
+
+def test_the_exported_model_has_the_last_checkpoint_s_weights_and_tokenizer(tiny_run):
+    model, tokenizer = switchworks.load(tiny_run)
+    assert tokenizer.decode(tokenizer.encode("So it is.")) == "So it is."
+    assert model.config.vocab_size == tokenizer.vocab_size
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_samples_pair_truth_and_prediction(tiny_run):
+    sample = lines_of(tiny_run / "samples.jsonl")[0]
+    assert sample["step"] == 20
+    assert sample["truth"].startswith("<extra_id_0>")
+    assert "<extra_id_0>" in sample["inputs"]
+
+
+def test_a_run_repeated_is_bitwise_the_same(tiny_run, tiny_experiment, tmp_path):
+    again = weights_of(train(tiny_experiment, tmp_path / "again"))
+    first = weights_of(tiny_run)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_a_directory_with_another_experiment_is_refused_with_the_differences(
+    tiny_run, tiny_experiment
+):
+    other = replace(tiny_experiment, seed=9, optim=replace(tiny_experiment.optim, lr=0.1))
+    with pytest.raises(ConfigError) as error:
+        train(other, tiny_run, resume=True)
+    assert "seed: 0 there, 9 now" in str(error.value)
+    assert "optim.lr: 0.3 there, 0.1 now" in str(error.value)
+    assert from_toml(Experiment, tiny_run / "experiment.toml") == tiny_experiment
+
+
+def test_the_same_experiment_again_is_refused_and_resume_is_offered(tiny_run, tiny_experiment):
+    with pytest.raises(ConfigError, match="--resume"):
+        train(tiny_experiment, tiny_run)
+
+
+def test_a_folder_that_is_no_run_is_not_written_into(tiny_experiment, tmp_path):
+    (tmp_path / "thesis.txt").write_text("dear")
+    with pytest.raises(ConfigError, match="not the directory of a run"):
+        train(tiny_experiment, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_settings_that_do_not_change_the_result_may_change_on_resume(tiny_experiment, tmp_path):
+    assert not open_run_directory(tmp_path / "run", tiny_experiment, resume=False)
+    quieter = replace(tiny_experiment, log_every=1, keep_checkpoints=5)
+    assert open_run_directory(tmp_path / "run", quieter, resume=True)
+
+
+def test_more_steps_are_only_a_resume_where_the_schedule_does_not_know_the_last_one(
+    tiny_experiment, tmp_path
+):
+    longer = replace(tiny_experiment, steps=30)
+    open_run_directory(tmp_path / "endless", tiny_experiment, resume=False)
+    assert open_run_directory(tmp_path / "endless", longer, resume=True)
+    cosine = replace(tiny_experiment, optim=replace(tiny_experiment.optim, schedule="cosine"))
+    open_run_directory(tmp_path / "cosine", cosine, resume=False)
+    with pytest.raises(ConfigError, match="steps: 20 there, 30 now"):
+        open_run_directory(tmp_path / "cosine", replace(cosine, steps=30), resume=True)
+
+
+def test_a_mesh_larger_than_this_machine_is_refused(tiny_experiment, tmp_path):
+    from switchworks.train import MeshConfig
+
+    with pytest.raises(ConfigError, match="needs 2 devices"):
+        train(replace(tiny_experiment, mesh=MeshConfig(data=2)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_can_begin_with_the_weights_of_another(tiny_run, tiny_experiment, tmp_path):
+    short = replace(tiny_experiment, steps=1, optim=replace(tiny_experiment.optim, lr=1e-12))
+    begun = weights_of(train(short, tmp_path / "run", init=tiny_run))
+    first = weights_of(tiny_run)
+    assert all(torch.allclose(first[name], begun[name], atol=1e-7) for name in first)
+
+
+def test_weights_of_another_shape_are_refused_by_name(tiny_run, tiny_experiment, tmp_path):
+    wider = replace(tiny_experiment, model=replace(tiny_experiment.model, d_ff=96))
+    with pytest.raises(CheckpointError, match=r"tensors of .* do not fit .*\(32, 64\)|do not fit"):
+        train(wider, tmp_path / "run", init=tiny_run)
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from switchworks.config import from_toml
+from switchworks.train import Experiment, train
+import switchworks.train.loop as loop
+
+slow = float(sys.argv[3])
+step = loop.train_step
+def slower(state, batch):
+    import time
+    time.sleep(slow)
+    return step(state, batch)
+loop.train_step = slower
+try:
+    train(from_toml(Experiment, Path(sys.argv[1])), sys.argv[2], resume="--resume" in sys.argv)
+except Exception as error:
+    print(type(error).__name__, error)
+    raise SystemExit(3)
+"""
+
+
+def start(experiment_file: Path, run_dir: Path, *more: str) -> subprocess.Popen:
+    """Training in a process of its own, slowed down so that it can be caught in the middle."""
+    command = [sys.executable, "-c", SCRIPT, str(experiment_file), str(run_dir), *more]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ
+    )
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline, f"{path} never came"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def resumable(tiny_experiment, tmp_path_factory) -> Path:
+    """The tiny experiment as a file, in bfloat16 with micro-batches and momentum, all of whose
+    state must survive."""
+    experiment = replace(
+        tiny_experiment,
+        precision="bfloat16",
+        micro_batches=2,
+        checkpoint_every=6,
+        optim=replace(tiny_experiment.optim, betas=(0.9, 0.999)),
+    )
+    file = tmp_path_factory.mktemp("settings") / "experiment.toml"
+    file.write_text(to_toml(experiment))
+    return file
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(resumable, tmp_path_factory) -> Path:
+    threads = torch.get_num_threads()
+    run_dir = train(from_toml(Experiment, resumable), tmp_path_factory.mktemp("whole") / "run")
+    torch.set_num_threads(threads)
+    return run_dir
+
+
+def test_a_run_killed_in_the_middle_and_resumed_ends_bitwise_the_same(
+    resumable, uninterrupted, tmp_path
+):
+    run_dir = tmp_path / "run"
+    process = start(resumable, run_dir, "0.15")
+    wait_for(run_dir / "checkpoints" / "step_00000006", process)
+    time.sleep(0.3)  # a few steps past the checkpoint, whose lines the resumed run must repeat
+    process.kill()
+    process.wait()
+    assert not (run_dir / "model").exists()
+    train(from_toml(Experiment, resumable), run_dir, resume=True)
+    whole, resumed = weights_of(uninterrupted), weights_of(run_dir)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    keys = ("step", "tokens", "train/loss", "train/grad_norm")
+    read = [
+        [tuple(line[key] for key in keys) for line in lines_of(d / "metrics.jsonl") if "train/loss" in line]
+        for d in (uninterrupted, run_dir)
+    ]
+    assert [row[:2] for row in read[0]] == [row[:2] for row in read[1]]
+    assert read[0][-1] == read[1][-1]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_saves_and_leaves_and_the_run_goes_on(name, resumable, uninterrupted, tmp_path):
+    run_dir = tmp_path / "run"
+    process = start(resumable, run_dir, "0.2")
+    wait_for(run_dir / "metrics.jsonl", process)
+    process.send_signal(getattr(signal, name))
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 3
+    assert f"Interrupted {name}: step" in output
+    saved = int(output.rpartition("step ")[2].split()[0])
+    assert 0 < saved < 20
+    assert (run_dir / "checkpoints" / f"step_{saved:08d}").is_dir()
+    train(from_toml(Experiment, resumable), run_dir, resume=True)
+    whole, resumed = weights_of(uninterrupted), weights_of(run_dir)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
