@@ -1,0 +1,322 @@
+"""Tokens on disk: every document once, end to end, memory-mapped, with random access.
+
+A store is a folder. Its text is shared out into shards (one per job of a job array, or one in
+all) and a shard is written as parts, each of whole documents:
+
+    train/shard-00003-of-00064.part-0000.tokens     uint16, or uint32 for large vocabularies
+    train/shard-00003-of-00064.part-0000.ends       uint64: where each document of the part ends
+    validation/...                                  the same for the documents held out
+    shard-00003-of-00064.part-0000.json             counts and hashes; written last
+    store.json                                      all of it; written when no shard is missing
+
+Files are written aside, synced and renamed, and a part counts only once its .json is there: a
+killed build goes on with the part it was at. No separator is stored between documents, and no
+EOS: T5 concatenates without.
+"""
+
+import json
+import os
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from switchworks.config import DataError
+
+VERSION = 1
+SPLITS = ("train", "validation")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of whole documents in one pair of files: `name`.tokens and `name`.ends."""
+
+    name: str
+    num_tokens: int
+    num_documents: int
+    first_token: int = 0
+    first_document: int = 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one part's .json says. `last`: the shard ends with this part."""
+
+    shard: int
+    number: int
+    documents_read: int
+    last: bool
+    segments: dict[str, Segment]
+    hashes: dict[str, str]
+    """blake2b of each file, by its name relative to the store."""
+    sizes: dict[str, int]
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+class TokenStore:
+    """The tokens of one split: one stream over all documents, read from disk as needed."""
+
+    def __init__(self, folder: Path, split: str, dtype: str, segments: Sequence[Segment]) -> None:
+        self.folder, self.split, self.dtype = folder, split, dtype
+        self._segments = [segment for segment in segments if segment.num_tokens]
+        self._starts = [0, *accumulate(segment.num_tokens for segment in self._segments)]
+        self._maps: dict[str, np.ndarray] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": {}}  # each process maps the files itself
+
+    def __repr__(self) -> str:
+        return (
+            f"TokenStore({str(self.folder)!r}, {self.split!r}: {self.num_tokens} tokens, "
+            f"{self.num_documents} documents)"
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        return self._starts[-1]
+
+    @property
+    def num_documents(self) -> int:
+        return sum(segment.num_documents for segment in self._segments)
+
+    def tokens(self, start: int, stop: int) -> Int[np.ndarray, " N"]:
+        """The tokens at [start, stop) of the stream, as int32. Raises IndexError outside it."""
+        self._check_range(start, stop)
+        out = np.empty(stop - start, np.int32)
+        for segment, begin in self._within(start, stop):
+            low, high = max(start, begin), min(stop, begin + segment.num_tokens)
+            at = segment.first_token - begin
+            out[low - start : high - start] = self._tokens(segment)[low + at : high + at]
+        return out
+
+    def document_bounds(self, start: int, stop: int) -> Int[np.ndarray, " bounds"]:
+        """Where new documents start strictly inside (start, stop): sorted stream positions."""
+        self._check_range(start, stop)
+        found = [np.empty(0, np.int64)]
+        for segment, begin in self._within(start, stop):
+            ends = self._ends(segment)
+            # Everything but the result is in the file's own offsets, so only it is copied.
+            shift = begin - segment.first_token
+            low = np.searchsorted(ends, np.uint64(max(start - shift, 0)), side="right")
+            high = np.searchsorted(ends, np.uint64(max(stop - shift, 0)), side="left")
+            inside = ends[low:high].astype(np.int64) + shift
+            found.append(inside[inside <= begin + segment.num_tokens])
+        return np.concatenate(found)
+
+    def _check_range(self, start: int, stop: int) -> None:
+        if not 0 <= start <= stop <= self.num_tokens:
+            raise IndexError(f"[{start}, {stop}) is not inside the {self.num_tokens} tokens.")
+
+    def _within(self, start: int, stop: int) -> list[tuple[Segment, int]]:
+        """The segments that [start, stop) touches, each with its place in the stream."""
+        first = bisect_right(self._starts, start) - 1
+        last = bisect_right(self._starts, stop - 1) if stop > start else first
+        return list(zip(self._segments[first:last], self._starts[first:last], strict=True))
+
+    def _tokens(self, segment: Segment) -> np.ndarray:
+        return self._map(f"{segment.name}.tokens", self.dtype)
+
+    def _ends(self, segment: Segment) -> np.ndarray:
+        ends = self._map(f"{segment.name}.ends", "<u8")
+        return ends[segment.first_document : segment.first_document + segment.num_documents]
+
+    def _map(self, name: str, dtype: str) -> np.ndarray:
+        if name not in self._maps:
+            self._maps[name] = np.memmap(self.folder / name, dtype, mode="r")
+        return self._maps[name]
+
+
+def open_store(
+    folder: Path, *, tokenizer: str | None = None, verify: bool = False
+) -> tuple[TokenStore, TokenStore]:
+    """The train and validation stores in `folder`.
+
+    Raises DataError if shards are missing, if a file is not as long as it was written, or if it
+    was made by another tokenizer than the one with fingerprint `tokenizer`. `verify` also reads
+    every file and compares its hash.
+    """
+    manifest = _read_json(folder / "store.json")
+    if manifest is None:
+        raise DataError(_missing_message(folder))
+    if manifest.get("version") != VERSION:
+        raise DataError(
+            f"{folder} was written by another version of switchworks.\n"
+            "  Delete the folder; it will be made again."
+        )
+    if tokenizer is not None and manifest["tokenizer"] != tokenizer:
+        raise DataError(
+            f"{folder} was made by another tokenizer ({manifest['tokenizer'][:12]}, not "
+            f"{tokenizer[:12]}).\n  Delete the folder; it will be made again."
+        )
+    for name, size in manifest["sizes"].items():
+        _check_file(folder / name, size, manifest["hashes"][name] if verify else None)
+    train, validation = (
+        TokenStore(
+            folder, split, manifest["dtype"], [Segment(**s) for s in manifest["segments"][split]]
+        )
+        for split in SPLITS
+    )
+    return train, validation
+
+
+def missing_shards(folder: Path) -> list[int]:
+    """The shards of the store in `folder` that are not finished."""
+    num_shards = planned_shards(folder)
+    return [shard for shard in range(num_shards) if not is_finished(folder, shard, num_shards)]
+
+
+def planned_shards(folder: Path) -> int:
+    """How many shards the store in `folder` has. Raises DataError if there is no store."""
+    plan = _read_json(folder / "plan.json")
+    if plan is None:
+        raise DataError(f"There is no token store in {folder}.\n  Build it: switchworks prepare.")
+    return plan["num_shards"]
+
+
+def is_finished(folder: Path, shard: int, num_shards: int) -> bool:
+    """Whether every part of `shard` is written."""
+    parts = finished_parts(folder, shard, num_shards)
+    return bool(parts) and parts[-1].last
+
+
+def finished_parts(folder: Path, shard: int, num_shards: int) -> list[Part]:
+    """The parts of `shard` that are whole, from the first on, without a gap."""
+    parts: list[Part] = []
+    while values := _read_json(folder / f"{part_name(shard, num_shards, len(parts))}.json"):
+        values["segments"] = {k: Segment(**v) for k, v in values["segments"].items()}
+        part = Part(**values)
+        if any(_size(folder / name) != size for name, size in part.sizes.items()):
+            break
+        parts.append(part)
+    return parts
+
+
+def part_name(shard: int, num_shards: int, number: int) -> str:
+    """The name, without suffix, of the files of part `number` of a shard."""
+    return f"shard-{shard:05d}-of-{num_shards:05d}.part-{number:04d}"
+
+
+def finish_store(folder: Path, *, validation_share: float) -> None:
+    """`folder` holds store.json, so it opens; its shards must all be finished.
+
+    A store too small for any document to be held out by its hash gets its last documents held
+    out; one document alone gives up its end. At least `validation_share` of the tokens is taken.
+    """
+    num_shards = planned_shards(folder)
+    parts = [
+        part for shard in range(num_shards) for part in finished_parts(folder, shard, num_shards)
+    ]
+    train, validation = (
+        [p.segments[split] for p in parts if p.segments[split].num_tokens] for split in SPLITS
+    )
+    train, validation = _with_validation(folder, train, validation, validation_share)
+    if not train:
+        raise DataError("There is no text to train on: every document is empty.")
+    segments = {"train": train, "validation": validation}
+    plan = _read_json(folder / "plan.json") or {}
+    write_json(
+        folder / "store.json",
+        {
+            **plan,
+            "tokens": {split: sum(s.num_tokens for s in segments[split]) for split in SPLITS},
+            "documents": {split: sum(s.num_documents for s in segments[split]) for split in SPLITS},
+            "reports": [part.report for part in parts if part.last],
+            "segments": {split: [asdict(s) for s in segments[split]] for split in SPLITS},
+            "sizes": {name: size for part in parts for name, size in part.sizes.items()},
+            "hashes": {name: value for part in parts for name, value in part.hashes.items()},
+        },
+    )
+
+
+def _with_validation(
+    folder: Path, train: list[Segment], validation: list[Segment], share: float
+) -> tuple[list[Segment], list[Segment]]:
+    """The two splits such that neither is empty, if there are two tokens at all."""
+    if not train:
+        train, validation = validation, []
+    if validation or not train:
+        return train, validation
+    *before, segment = train
+    ends = np.fromfile(folder / f"{segment.name}.ends", "<u8").astype(np.int64)
+    wanted = max(1, int(share * sum(s.num_tokens for s in train)))
+    if segment.num_documents > 1:
+        keep = int(np.searchsorted(ends, segment.num_tokens - wanted, side="right"))
+        keep = min(max(keep, 1), segment.num_documents - 1)
+        cut, held = int(ends[keep - 1]), segment.num_documents - keep
+    elif before:
+        return before, [segment]
+    else:
+        keep, held = 1, 1
+        cut = max(1, min(segment.num_tokens - wanted, segment.num_tokens * 9 // 10))
+    kept = Segment(segment.name, cut, keep)
+    first = keep if segment.num_documents > 1 else 0
+    tail = Segment(segment.name, segment.num_tokens - cut, held, cut, first)
+    return [*before, kept], [tail] if tail.num_tokens else []
+
+
+def _missing_message(folder: Path) -> str:
+    missing = missing_shards(folder)
+    if not missing:
+        return f"{folder} has all its shards but is not closed.\n  Run: switchworks prepare."
+    shown = ", ".join(map(str, missing[:20])) + (", ..." if len(missing) > 20 else "")
+    return (
+        f"The token store in {folder} is not complete: {len(missing)} shards are missing "
+        f"({shown}).\n  Build them with switchworks prepare --shard i/n, or all with "
+        "switchworks prepare."
+    )
+
+
+def _check_file(path: Path, size: int, digest: str | None) -> None:
+    found = _size(path)
+    if found != size:
+        what = "is missing" if found is None else f"has {found} bytes instead of {size}"
+        raise DataError(f"{path} {what}.\n  Delete its folder; it will be made again.")
+    if digest is not None and file_hash(path) != digest:
+        raise DataError(
+            f"{path} is not what was written: its hash differs.\n"
+            "  Delete its folder; it will be made again."
+        )
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
+
+
+def file_hash(path: Path) -> str:
+    """blake2b of the file's content."""
+    digest = blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """`path` holds `values`; at no time does it hold half of them."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with aside.open("w", encoding="utf-8") as file:
+        json.dump(values, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path} cannot be read: {error}.\n  Delete its folder; it will be made again."
+        ) from error
+    return values

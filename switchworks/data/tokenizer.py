@@ -1,0 +1,373 @@
+"""Text to ids and back, in T5's layout, behind one interface.
+
+Ids 0, 1 and 2 are padding, end of sequence and unknown; then come the pieces; then the sentinels
+that stand for hidden spans, written <extra_id_0>, <extra_id_1>, ... in text. SentencePiece models
+get 100 sentinels above their pieces, the first the highest, as in T5 (32000 pieces:
+<extra_id_0> is 32099). Bytes follow transformers' ByT5Tokenizer: 125 sentinels, the first the
+lowest (259). So never compute a sentinel's id: ask `sentinel(i)`.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+from switchworks.config import DataError
+
+PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
+MODEL_FILE = "spiece.model"
+SETTINGS_FILE = "tokenizer.json"
+
+_SENTINEL = re.compile(r"<extra_id_(\d{1,3})>")
+
+
+class Tokenizer(ABC):
+    """Text to ids and back. Pad, EOS and unknown are 0, 1 and 2."""
+
+    pad_id: int = PAD_ID
+    eos_id: int = EOS_ID
+    unk_id: int = UNK_ID
+    num_sentinels: int = 100
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """Ids in use, sentinels included."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the model's embedding: `size` rounded up to a multiple of 128."""
+        return -(-self.size // 128) * 128
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Hexadecimal; equal for two tokenizers exactly if they give the same ids."""
+
+    @abstractmethod
+    def sentinel(self, index: int) -> int:
+        """The id of <extra_id_`index`>. Raises IndexError outside 0 .. num_sentinels - 1."""
+
+    @abstractmethod
+    def encode_batch(
+        self, texts: Sequence[str], *, sentinels: bool = True, threads: int = 1
+    ) -> list[np.ndarray]:
+        """The ids (int32) of each text, without EOS.
+
+        `sentinels`: a literal <extra_id_N> becomes that sentinel; off for a corpus, where it is
+        text like any other. `threads` is an upper bound.
+        """
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`: sentinels written out, padding, EOS and unused ids left out."""
+
+    @abstractmethod
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """`directory`, made if need be, holds what `load_tokenizer` opens."""
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, without EOS; a literal <extra_id_N> becomes that sentinel."""
+        return self.encode_batch([text])[0].tolist()
+
+    def _sentinel_index(self, token: int) -> int | None:
+        """Which sentinel `token` is, or None."""
+        first, last = self.sentinel(0), self.sentinel(self.num_sentinels - 1)
+        return abs(token - first) if min(first, last) <= token <= max(first, last) else None
+
+    def _split(self, text: str) -> Iterator[str | int]:
+        """`text` cut at its sentinels: plain stretches, and sentinel ids between them."""
+        end = 0
+        for match in _SENTINEL.finditer(text):
+            if int(match.group(1)) < self.num_sentinels:
+                yield text[end : match.start()]
+                yield self.sentinel(int(match.group(1)))
+                end = match.end()
+        yield text[end:]
+
+    def _check_sentinel(self, index: int) -> None:
+        if not 0 <= index < self.num_sentinels:
+            raise IndexError(f"<extra_id_{index}>: there are {self.num_sentinels} sentinels.")
+
+
+class ByteTokenizer(Tokenizer):
+    """UTF-8 bytes plus 3, as in ByT5; ids 259 to 383 are the sentinels, in rising order."""
+
+    num_sentinels = 125
+
+    @property
+    def size(self) -> int:
+        return 3 + 256 + self.num_sentinels
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.blake2b(b"bytes 3 256 125", digest_size=16).hexdigest()
+
+    def sentinel(self, index: int) -> int:
+        self._check_sentinel(index)
+        return 259 + index
+
+    def encode_batch(
+        self, texts: Sequence[str], *, sentinels: bool = True, threads: int = 1
+    ) -> list[np.ndarray]:
+        return [
+            np.concatenate([self._encode_part(part) for part in self._split(text)])
+            if sentinels
+            else self._encode_part(text)
+            for text in texts
+        ]
+
+    def _encode_part(self, part: str | int) -> np.ndarray:
+        if isinstance(part, int):
+            return np.array([part], np.int32)
+        # Lone surrogates cannot be written as UTF-8; they become "?".
+        return np.frombuffer(part.encode("utf-8", "replace"), np.uint8).astype(np.int32) + 3
+
+    def decode(self, ids: Iterable[int]) -> str:
+        text = bytearray()
+        for token in map(int, ids):
+            if 3 <= token < 259:
+                text.append(token - 3)
+            elif (index := self._sentinel_index(token)) is not None:
+                text += b"<extra_id_%d>" % index
+        return text.decode("utf-8", "replace")
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        _write_settings(Path(directory), {"kind": "bytes"})
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model with 100 sentinels above its pieces. `model` is the file's content."""
+
+    def __init__(self, model: bytes, *, source: str = MODEL_FILE) -> None:
+        self.model = model
+        self._exact = _processor(model, source)
+        _check_layout(self._exact, source)
+        self._pieces = self._exact.get_piece_size()
+        # T5 models squeeze runs of white space; ours keep them.
+        self._squeezes = self._exact.encode("a  b") == self._exact.encode("a b")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (SentencePieceTokenizer, (self.model,))
+
+    @property
+    def size(self) -> int:
+        return self._pieces + self.num_sentinels
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.blake2b(self.model, digest_size=16).hexdigest()
+
+    def sentinel(self, index: int) -> int:
+        self._check_sentinel(index)
+        return self.size - 1 - index
+
+    def encode_batch(
+        self, texts: Sequence[str], *, sentinels: bool = True, threads: int = 1
+    ) -> list[np.ndarray]:
+        whole = [not (sentinels and "<extra_id_" in text) for text in texts]
+        plain = [text for text, is_plain in zip(texts, whole, strict=True) if is_plain]
+        encoded = iter(self._exact.encode(plain, num_threads=threads) if plain else [])
+        return [
+            np.array(next(encoded) if is_plain else self._encode_parts(text), np.int32)
+            for text, is_plain in zip(texts, whole, strict=True)
+        ]
+
+    @cached_property
+    def _glued(self) -> sentencepiece.SentencePieceProcessor:
+        """The same model, but it puts no space in front of a text."""
+        proto = ModelProto.FromString(self.model)
+        proto.normalizer_spec.add_dummy_prefix = False
+        return _processor(proto.SerializeToString(), MODEL_FILE)
+
+    def _encode_parts(self, text: str) -> list[int]:
+        """Ids such that corrupting the ids of a text equals encoding the corrupted text.
+
+        The space before a sentinel belongs to it (it is written there by `decode`); the space
+        after it belongs to the next piece, which starts with the space mark.
+        """
+        parts = list(self._split(text))
+        ids: list[int] = []
+        for place, part in enumerate(parts):
+            if isinstance(part, int):
+                ids.append(part)
+                continue
+            if place + 1 < len(parts):
+                part = part.removesuffix(" ")
+            if not part.strip() and (self._squeezes or not part):
+                continue
+            if place == 0:
+                ids += self._exact.encode(part)
+            elif part[0] == " ":
+                ids += self._exact.encode(part[1:])  # encoding puts one space in front
+            else:
+                spaced = self._squeezes and part[0].isspace()
+                ids += (self._exact if spaced else self._glued).encode(part)
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        text, run = "", list[int]()
+        for token in map(int, ids):
+            index = self._sentinel_index(token)
+            if index is not None:
+                text = self._append(text, run)
+                text += (" " if text and not text[-1].isspace() else "") + f"<extra_id_{index}>"
+                run = []
+            elif token > EOS_ID and token < self._pieces:
+                run.append(token)
+        return self._append(text, run)
+
+    def _append(self, text: str, run: list[int]) -> str:
+        """`text` and the text of `run`, with the space that SentencePiece drops at a start."""
+        if not run:
+            return text
+        spaced = bool(text) and self._exact.id_to_piece(run[0]).startswith("\u2581")
+        return text + (" " if spaced else "") + self._exact.decode(run)
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        directory = Path(directory)
+        _write_settings(directory, {"kind": "sentencepiece"})
+        (directory / MODEL_FILE).write_bytes(self.model)
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer at `path`: "bytes", a SentencePiece model file, or a folder holding one.
+
+    Raises DataError if there is none, or if it is not laid out as T5's.
+    """
+    if str(path) == "bytes":
+        return ByteTokenizer()
+    place = Path(path)
+    if place.is_dir():
+        if _settings_kind(place / SETTINGS_FILE) == "bytes":
+            return ByteTokenizer()
+        place = place / MODEL_FILE
+    try:
+        model = place.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"There is no tokenizer at {path}: {place} cannot be read ({error.strerror}).\n"
+            f'  Name a {MODEL_FILE}, a folder that holds one, "bytes", or "train".'
+        ) from error
+    return SentencePieceTokenizer(model, source=str(place))
+
+
+def train_sentencepiece(
+    documents: Iterable[str], vocab_size: int, *, sample_bytes: int = 12_000_000
+) -> SentencePieceTokenizer:
+    """A unigram model of `vocab_size` ids, sentinels included, trained on `documents`.
+
+    T5's layout. Unlike T5's own model it keeps every character: unknown ones are spelt in bytes
+    and white space is not changed, so that decoding gives back the text. It learns from the
+    first `sample_bytes` of the text, and is the same for the same text on any number of cores.
+    A text too small for so many pieces gives fewer. Raises DataError if there is no text.
+    """
+    pieces = vocab_size - Tokenizer.num_sentinels
+    if pieces < 3 + 256 + 32:
+        raise DataError(
+            f"A vocabulary of {vocab_size} is too small: 100 sentinels, 256 bytes and 3 special "
+            "ids leave no room for pieces.\n  Use 512 or more, or --data.tokenizer bytes."
+        )
+    lines = list(_training_lines(documents, sample_bytes))
+    if not lines:
+        raise DataError("There is no text to train a tokenizer on: every document is empty.")
+    model = io.BytesIO()
+    try:
+        _train(lines, model, pieces)
+    except RuntimeError as error:
+        raise DataError(
+            f"SentencePiece cannot train {pieces} pieces on {len(lines)} lines of text: {error}\n"
+            "  Give more text, or use --data.tokenizer bytes."
+        ) from error
+    return SentencePieceTokenizer(model.getvalue())
+
+
+def _train(lines: list[str], model: io.BytesIO, pieces: int) -> None:
+    sentencepiece.set_random_generator_seed(0)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        model_type="unigram",
+        vocab_size=pieces,
+        hard_vocab_limit=False,
+        pad_id=PAD_ID,
+        eos_id=EOS_ID,
+        unk_id=UNK_ID,
+        bos_id=-1,
+        pad_piece="<pad>",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        character_coverage=0.9999,
+        max_sentence_length=8192,
+        # Sums are taken per thread: a fixed number gives the same model on every machine.
+        num_threads=16,
+        minloglevel=2,
+    )
+
+
+def _training_lines(documents: Iterable[str], sample_bytes: int) -> Iterator[str]:
+    """Lines of at most 2000 characters, cut at spaces where there are any, without repetition.
+
+    Control characters that SentencePiece gives a meaning of its own are left out.
+    """
+    total = 0
+    for document in documents:
+        for line in re.split(r"[\r\n\v\f\x1c-\x1e\x85\u2028\u2029]+", document):
+            for part in re.findall(r".{1,2000}(?!\S)|.{1,2000}", line):
+                part = part.replace("\0", "").replace("\u2581", " ").strip()
+                if part:
+                    total += len(part.encode("utf-8", "replace"))
+                    yield part.encode("utf-8", "replace").decode("utf-8")
+        if total >= sample_bytes:
+            return
+
+
+def _processor(model: bytes, source: str) -> sentencepiece.SentencePieceProcessor:
+    processor = sentencepiece.SentencePieceProcessor()
+    try:
+        processor.LoadFromSerializedProto(model)
+    except RuntimeError as error:
+        raise DataError(f"{source} is not a SentencePiece model: {error}") from error
+    if processor.get_piece_size() == 0:
+        raise DataError(f"{source} is not a SentencePiece model: it holds no pieces.")
+    return processor
+
+
+def _check_layout(processor: sentencepiece.SentencePieceProcessor, source: str) -> None:
+    found = (processor.pad_id(), processor.eos_id(), processor.unk_id())
+    if found != (PAD_ID, EOS_ID, UNK_ID):
+        raise DataError(
+            f"{source} has pad, eos and unk at {', '.join(map(str, found))} (-1: absent); "
+            "T5's layout has them at 0, 1, 2.\n"
+            "  Use a T5 or mT5 spiece.model, or --data.tokenizer train."
+        )
+    if processor.piece_to_id("<extra_id_0>") != UNK_ID:
+        raise DataError(
+            f"{source} already holds <extra_id_0> as a piece, so 100 sentinels cannot be put "
+            "above its pieces as in T5.\n"
+            "  Use a T5 or mT5 spiece.model, or --data.tokenizer train."
+        )
+
+
+def _write_settings(directory: Path, settings: dict[str, str]) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / SETTINGS_FILE).write_text(json.dumps(settings) + "\n", encoding="utf-8")
+
+
+def _settings_kind(path: Path) -> str | None:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return settings.get("kind") if isinstance(settings, dict) else None
