@@ -1,0 +1,297 @@
+"""Tokens to batches: any step's batch can be made from (seed, step, rank, world) and nothing else.
+
+So there is no iterator state to save: resume asks for step k, and more or fewer ranks cut the
+same global batch into other shares. Rows of the run are numbered 0, 1, 2, ... across steps;
+row g's place in the corpus and its hidden spans are functions of (seed, g). In each epoch every
+window of the token stream is visited once, in a fresh order, on a freshly shifted grid.
+
+What `grain` does: the shuffle, computed element by element so that no permutation is stored,
+and prefetch. What it does not: its batching and packing hand out a stream whose position is
+state, so rows are gathered by number and packed here, one window to one row.
+Letters: B rows of this rank, L input positions, T target positions, N tokens of a window.
+"""
+
+import logging
+import sys
+from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain, count
+from typing import Protocol, runtime_checkable
+
+import absl.logging
+import numpy as np
+import torch
+from jaxtyping import Int
+
+from switchworks.batch import Batch
+from switchworks.config import ConfigError, DataError
+from switchworks.data.config import DataConfig
+from switchworks.data.packing import SHORTEST_PIECE, Packed, cut_into_pieces, pack
+from switchworks.data.span_corruption import SpanCorruption, corrupt, corrupt_rows, raw_length
+
+
+@contextmanager
+def _without_word_of_jax() -> Iterator[None]:
+    """grain warns on import when JAX, which it can do without, is not installed."""
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("Failed to load jax profiler")
+
+    logger = absl.logging.get_absl_logger()
+    logger.addFilter(wanted)
+    try:
+        yield
+    finally:
+        logger.removeFilter(wanted)
+
+
+with _without_word_of_jax():
+    import grain
+
+VALIDATION_SEED = 20_210_111
+"""Seeds the order and the masks of validation batches, whatever the run's own seed."""
+
+_ORDER, _OFFSET, _MASK = range(3)  # what a random stream is for; part of its seed
+
+
+@runtime_checkable
+class TokenStore(Protocol):
+    """Documents' tokens, one after the other, with random access."""
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    def tokens(self, start: int, stop: int) -> Int[np.ndarray, " N"]:
+        """The tokens at [start, stop) of the stream."""
+        ...
+
+    def document_bounds(self, start: int, stop: int) -> Int[np.ndarray, " bounds"]:
+        """Sorted offsets strictly inside (start, stop) at which a new document starts."""
+        ...
+
+
+@runtime_checkable
+class SpecialIds(Protocol):
+    """What span corruption needs to know of a tokenizer."""
+
+    eos_id: int
+    num_sentinels: int
+
+    def sentinel(self, index: int) -> int: ...
+
+
+class Pipeline:
+    """The batches of one run, or of its validation, as seen by one rank.
+
+    `raw_length` is the number of tokens a row consumes; `windows` the rows in an epoch.
+    `left_out` is the share of tokens that packing="documents" leaves out of rows, as found in
+    windows spread evenly over the corpus; 0.0 for packing="stream".
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        store: TokenStore,
+        tokenizer: SpecialIds,
+        *,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        """`batch_size` is the number of rows on all `world` ranks together.
+
+        Raises ConfigError for lengths, ranks or a seed that cannot work, DataError for a corpus
+        that does not fill one row.
+        """
+        _check_shares(batch_size, rank, world)
+        if seed < 0:
+            raise ConfigError(f"seed = {seed} is negative. Use 0 or more.")
+        self.config, self.store, self.tokenizer = config, store, tokenizer
+        self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
+        self.corruption = SpanCorruption(
+            noise_density=config.noise_density,
+            mean_span=config.mean_span,
+            sentinels=tuple(tokenizer.sentinel(i) for i in range(tokenizer.num_sentinels)),
+            eos_id=tokenizer.eos_id,
+        )
+        self.raw_length, self.left_out = _row_of(config, store, self.corruption)
+        # One window less than fits leaves the grid at least a window's length to shift in.
+        self.windows = max(1, store.num_tokens // self.raw_length - 1)
+        self._shifts = min(store.num_tokens - self.windows * self.raw_length + 1, self.raw_length)
+        shuffle_seed = int(np.random.SeedSequence([seed, _ORDER]).generate_state(1)[0])
+        self._order = grain.MapDataset.range(self.windows).shuffle(seed=shuffle_seed).repeat()
+
+    def batch(self, step: int) -> Batch:
+        """This rank's rows of the batch at `step`, counted from 0."""
+        share = self.batch_size // self.world
+        first = step * self.batch_size + self.rank * share
+        rows = range(first, first + share)
+        return self._stream_rows(rows) if self.config.packing == "stream" else self._packed(rows)
+
+    def batches(self, start_step: int = 0) -> Iterator[Batch]:
+        """batch(start_step), batch(start_step + 1), ... without end.
+
+        `config.prefetch` batches are made ahead by one thread while the caller works. An error
+        in it is raised at the step whose batch failed. Closing the iterator ends the thread.
+        """
+        if self.config.prefetch == 0:
+            yield from map(self.batch, count(start_step))
+            return
+        steps = grain.MapDataset.range(start_step, sys.maxsize).map(self.batch)
+        ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=self.config.prefetch)
+        iterator = iter(steps.to_iter_dataset(ahead))
+        try:
+            yield from iterator
+        finally:
+            iterator.close()
+
+    def validation_batches(self, store: TokenStore, n: int) -> list[Batch]:
+        """This rank's share of at most `n` batches of held-out text, the same at every call.
+
+        They depend on the store, the data settings and the batch size, not on the run's seed.
+        There are fewer than `n` if the store has fewer, but always one, which then repeats text.
+        """
+        twin = Pipeline(
+            self.config,
+            store,
+            self.tokenizer,
+            batch_size=self.batch_size,
+            seed=VALIDATION_SEED,
+            rank=self.rank,
+            world=self.world,
+        )
+        steps = min(n, max(1, twin.windows // self.batch_size))
+        return [twin.batch(step) for step in range(steps)]
+
+    def epoch_of(self, step: int) -> float:
+        """How many times the corpus has been read when `step` begins."""
+        return step * self.batch_size / self.windows
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Input and target positions in a step on all ranks, padding included."""
+        return self.batch_size * (self.config.input_length + self.config.target_length)
+
+    def window_of(self, row: int) -> tuple[int, int]:
+        """The (start, stop) in the token stream of row `row` of the run."""
+        epoch = row // self.windows
+        offset = int(np.random.default_rng([self.seed, _OFFSET, epoch]).integers(self._shifts))
+        start = offset + self._order[row] * self.raw_length  # type: ignore[operator]
+        return start, start + self.raw_length
+
+    def _stream_rows(self, rows: range) -> Batch:
+        tokens = np.stack([self.store.tokens(*self.window_of(row)) for row in rows])
+        inputs, targets = corrupt_rows(tokens, [self._rng(row) for row in rows], self.corruption)
+        return Batch(
+            inputs=torch.from_numpy(inputs), targets=torch.from_numpy(targets), padding=False
+        )
+
+    def _packed(self, rows: range) -> Batch:
+        packed = [self._packed_row(row) for row in rows]
+        inputs, targets, input_segments, target_segments = (
+            torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*packed, strict=True)
+        )
+        return Batch(
+            inputs=inputs,
+            targets=targets,
+            input_segments=input_segments,
+            target_segments=target_segments,
+        )
+
+    def _packed_row(self, row: int) -> Packed:
+        start, stop = self.window_of(row)
+        lengths = self.config.input_length, self.config.target_length
+        tokens, rng = self.store.tokens(start, stop), self._rng(row)
+        pieces = cut_into_pieces(_bounds(self.store, start, stop), self.corruption, *lengths)
+        pairs = [corrupt(tokens[a - start : b - start], rng, self.corruption) for a, b in pieces]
+        return pack(pairs, *lengths)
+
+    def _rng(self, row: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, _MASK, row])
+
+
+def _check_shares(batch_size: int, rank: int, world: int) -> None:
+    if not 0 <= rank < world:
+        raise ConfigError(f"rank = {rank} is not one of the {world} ranks from 0 to {world - 1}.")
+    if batch_size < 1 or batch_size % world:
+        raise ConfigError(
+            f"A batch of {batch_size} rows does not divide over {world} ranks.\n"
+            f"  Use a multiple of {world} rows."
+        )
+
+
+def _row_of(config: DataConfig, store: TokenStore, corruption: SpanCorruption) -> tuple[int, float]:
+    """(tokens a row consumes, share of them left out)."""
+    raw = raw_length(config.input_length, config.noise_density, config.mean_span)
+    corruption.counts(raw)  # raises if there are too few sentinels
+    if store.num_tokens < raw:
+        raise DataError(
+            f"The corpus has {store.num_tokens} tokens; one row of data.input_length = "
+            f"{config.input_length} needs {raw}.\n"
+            "  Use a shorter data.input_length or more text."
+        )
+    if config.packing == "documents":
+        return _document_window(config, store, corruption, raw)
+    needs = corruption.lengths(raw)
+    if needs != (config.input_length, config.target_length):
+        raise ConfigError(
+            f"data.input_length = {config.input_length} and data.target_length = "
+            f"{config.target_length} do not belong together: rows of {raw} tokens\n"
+            f"  become {needs[0]} inputs and {needs[1]} targets. Set --data.input-length "
+            f"{needs[0]} --data.target-length {needs[1]}."
+        )
+    return raw, 0.0
+
+
+SURVEYED = 256
+"""At most so many windows, evenly spaced over the corpus, are looked at to choose their length."""
+FITTING = 0.98
+"""Share of the surveyed windows whose pieces must all fit their row."""
+
+
+def _document_window(
+    config: DataConfig, store: TokenStore, corruption: SpanCorruption, longest: int
+) -> tuple[int, float]:
+    """(window length, share of tokens left out) for packing="documents".
+
+    The longest window, up to `longest`, that fits its row whole in nearly all surveyed places.
+    Each document in a window costs an EOS on both sides and rounds its spans up or down, so how
+    much fits depends on how long the documents are.
+    """
+    row = config.input_length, config.target_length
+    least = corruption.lengths(SHORTEST_PIECE)
+    if row[0] < least[0] or row[1] < least[1]:
+        raise ConfigError(
+            f"data.input_length = {row[0]} and data.target_length = {row[1]} leave no "
+            f"room for a piece of {SHORTEST_PIECE} tokens,\n"
+            f"  which needs {least[0]} and {least[1]}. Raise the shorter one."
+        )
+    places = min(SURVEYED, store.num_tokens // longest)
+    step = (store.num_tokens - longest) // max(1, places - 1)
+    surveyed = [_bounds(store, i * step, i * step + longest) for i in range(places)]
+    needs = np.zeros((longest + 1, 2), dtype=np.int64)  # positions by length of piece
+    for length in range(SHORTEST_PIECE, longest + 1):
+        needs[length] = corruption.lengths(length)
+
+    def too_long(raw: int) -> bool:
+        fitting = [needs[np.diff(_first(b, raw))].sum(axis=0) <= row for b in surveyed]
+        return float(np.all(fitting, axis=1).mean()) < FITTING
+
+    lengths = range(SHORTEST_PIECE + 1, longest + 1)
+    raw = SHORTEST_PIECE + bisect_right(lengths, False, key=too_long)
+    pieces = [cut_into_pieces(_first(b, raw).tolist(), corruption, *row) for b in surveyed]
+    kept = sum(stop - start for start, stop in chain.from_iterable(pieces))
+    return raw, 1 - kept / (raw * places)
+
+
+def _first(bounds: list[int], raw: int) -> np.ndarray:
+    """The bounds of a window's first `raw` tokens."""
+    end = bounds[0] + raw
+    return np.array([*(bound for bound in bounds if bound < end), end])
+
+
+def _bounds(store: TokenStore, start: int, stop: int) -> list[int]:
+    """The borders of the documents' pieces in a window, both its ends included."""
+    return [start, *store.document_bounds(start, stop).tolist(), stop]
