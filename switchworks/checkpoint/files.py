@@ -1,0 +1,212 @@
+"""Directories that are either whole or not there.
+
+Everything is written into a hidden sibling, flushed to the disk, listed in `manifest.json` with
+a size and a hash per file, and only then renamed to its real name. Whoever finds the real name
+finds all of it, also after a power cut, a killed process or a full disk.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from switchworks.config import CheckpointError
+
+MANIFEST = "manifest.json"
+PARTIAL = ".partial"
+"""Ends the name of a directory that is being written. Nothing ever reads one."""
+REPLACED = ".replaced"
+"""Ends the name of a whole directory that is about to be replaced by a newer one."""
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_ROOM_WORDS = ("No space left", "quota exceeded", "File too large", "unexpected pos")
+"""How the writers of torch and safetensors report the same: as text, without the error number.
+"unexpected pos" is torch's zip writer after a write that came out short."""
+
+
+@contextmanager
+def whole_directory(path: Path, *, needs: int, otherwise: str) -> Iterator[Path]:
+    """Yields an empty directory to write into, which is `path` once the block has ended.
+
+    A `path` that exists and is a whole directory of this kind is replaced. If the block or the
+    writing fails nothing has changed and nothing is left over. `needs` is about how many bytes
+    will be written; `otherwise` says, for the error, what the user still has then. Raises
+    CheckpointError for a full disk, any other failure to write, or a `path` with foreign files.
+    """
+    partial = path.with_name(f".{path.name}{PARTIAL}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _prepare(path, partial)
+        free = shutil.disk_usage(path.parent).free
+        if free < needs:
+            raise OSError(errno.ENOSPC, f"{free} bytes are free")
+        partial.mkdir()
+        yield partial
+        seal(partial)
+        _put(partial, path)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if _no_room(error):
+            raise CheckpointError(_full(path, needs, otherwise)) from error
+        if isinstance(error, OSError):
+            raise CheckpointError(f"{path} cannot be written: {error}\n  {otherwise}") from error
+        raise
+
+
+def seal(directory: Path) -> None:
+    """Flush every file of `directory` to the disk and list it in the manifest."""
+    names = _files(directory)
+    for name in names:
+        _flush(directory / name)
+    with ThreadPoolExecutor() as pool:
+        hashes = pool.map(lambda name: _sha256(directory / name), names)
+        listing = {
+            name: {"bytes": (directory / name).stat().st_size, "sha256": digest}
+            for name, digest in zip(names, hashes, strict=True)
+        }
+    write_json(directory / MANIFEST, {"files": listing})
+    for folder in [*(path for path in directory.rglob("*") if path.is_dir()), directory]:
+        _flush(folder)
+
+
+def verify(directory: Path, *, allow_foreign: bool = False) -> None:
+    """Returns if every file that the manifest of `directory` lists is there, unchanged.
+
+    Raises CheckpointError naming the first that is missing, torn (of another size) or changed
+    (of another hash), or, unless `allow_foreign`, that the manifest does not list.
+    """
+    listing = read_manifest(directory)
+    for name, entry in listing.items():
+        file = directory / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing: {directory} is incomplete.{_FIX}")
+        if (size := file.stat().st_size) != entry["bytes"]:
+            raise CheckpointError(
+                f"{file} is torn: it has {size} bytes and should have {entry['bytes']}.{_FIX}"
+            )
+    foreign = [] if allow_foreign else sorted(set(_files(directory)) - listing.keys())
+    if foreign:
+        raise CheckpointError(
+            f"{directory / foreign[0]} is not part of the checkpoint it lies in.\n"
+            "  Move it elsewhere."
+        )
+    with ThreadPoolExecutor() as pool:
+        hashes = pool.map(lambda name: _sha256(directory / name), listing)
+        for (name, entry), digest in zip(listing.items(), hashes, strict=True):
+            if digest != entry["sha256"]:
+                raise CheckpointError(
+                    f"{directory / name} has changed since it was written: its sha256 is not "
+                    f"the one in {MANIFEST}.{_FIX}"
+                )
+
+
+def read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
+    """File name -> {"bytes", "sha256"} of everything in `directory`."""
+    if not directory.is_dir():
+        aside = directory.with_name(f".{directory.name}{REPLACED}")
+        fix = f"\n  A save was interrupted: rename {aside} to {directory.name}."
+        raise CheckpointError(f"{directory} does not exist.{fix if aside.is_dir() else ''}")
+    files = read_json(directory / MANIFEST).get("files")
+    if not isinstance(files, dict):
+        raise CheckpointError(f"{directory / MANIFEST} lists no files.{_FIX}")
+    return files
+
+
+def write_json(path: Path, values: Any) -> None:
+    """`values` as readable JSON in `path`, flushed to the disk. Floats come back bit for bit."""
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    _flush(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`. Raises CheckpointError if there is none."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing: {path.parent} is incomplete.{_FIX}") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}{_FIX}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds no JSON object.{_FIX}")
+    return values
+
+
+_FIX = "\n  Use another checkpoint, or write this one again."
+
+
+def _prepare(path: Path, partial: Path) -> None:
+    """Clear what an interrupted save left, and refuse to replace what is not ours."""
+    replaced = path.with_name(f".{path.name}{REPLACED}")
+    if replaced.exists() and not path.exists():
+        replaced.rename(path)
+    shutil.rmtree(partial, ignore_errors=True)
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is a file, not a directory.\n  Choose another place.")
+    listed = read_manifest(path) if (path / MANIFEST).exists() else {}
+    foreign = sorted(set(_files(path)) - listed.keys())
+    if foreign:
+        raise CheckpointError(
+            f"{path} already holds {foreign[0]}, which would be lost.\n"
+            "  Move it elsewhere, or choose another directory."
+        )
+
+
+def _put(partial: Path, path: Path) -> None:
+    """Rename `partial` to `path`; what was there is deleted last."""
+    replaced = path.with_name(f".{path.name}{REPLACED}")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if path.exists():
+        path.rename(replaced)
+    partial.rename(path)
+    _flush(path.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _files(directory: Path) -> list[str]:
+    """Names, relative and with forward slashes, of all files but the manifest."""
+    paths = (path for path in directory.rglob("*") if not path.is_dir())
+    return sorted({path.relative_to(directory).as_posix() for path in paths} - {MANIFEST})
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Force a file, or the entries of a directory, from memory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _no_room(error: BaseException) -> bool:
+    """Whether `error`, or one of those it wraps, says that the disk is full."""
+    inner: list[BaseException | None] = [error.__cause__, error.__context__]
+    # torch.distributed.checkpoint gathers rank -> (error, stack) in its own exception.
+    failures = getattr(error, "failures", None)
+    if isinstance(failures, dict):
+        inner += [failure[0] for failure in failures.values()]
+    return (
+        getattr(error, "errno", None) in _NO_ROOM
+        or any(words in str(error) for words in _NO_ROOM_WORDS)
+        or any(_no_room(cause) for cause in inner if cause is not None)
+    )
+
+
+def _full(path: Path, needs: int, otherwise: str) -> str:
+    free = shutil.disk_usage(path.parent).free
+    return (
+        f"No room for {path}: it needs {needs / 1e6:,.1f} MB and the disk or quota has "
+        f"{free / 1e6:,.1f} MB or less.\n  {otherwise}\n  Make room, or write elsewhere."
+    )

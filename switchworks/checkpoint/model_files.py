@@ -1,0 +1,112 @@
+"""A model as files: weights in safetensors, `config.toml`, and the tokenizer beside them."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from switchworks.checkpoint.files import read_manifest, verify, whole_directory
+from switchworks.checkpoint.tensors import (
+    SHARD_BYTES,
+    convert,
+    fill,
+    num_bytes,
+    open_tensors,
+    require_match,
+    write_tensors,
+)
+from switchworks.config import CheckpointError, from_toml, to_toml
+from switchworks.data.tokenizer import MODEL_FILE, SETTINGS_FILE, Tokenizer, load_tokenizer
+from switchworks.model.config import ModelConfig
+from switchworks.model.transformer import SwitchTransformer
+
+CONFIG = "config.toml"
+MAX_SPARE_ROWS = 1024
+"""Rows of the embedding that may have no token: vocabularies are padded to multiples of 128."""
+
+
+def save(
+    model: SwitchTransformer,
+    directory: Path | str,
+    tokenizer: Tokenizer | None = None,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write `model`, and its `tokenizer` if given, into `directory`; `load` reads it.
+
+    Weights keep their dtype. Raises CheckpointError if the two do not fit together, if the disk
+    is full or if `directory` holds other files; then nothing has changed.
+    """
+    if tokenizer is not None:
+        _require_fit(model.config, tokenizer, "The tokenizer")
+    state = dict(model.named_parameters())
+    otherwise = "Nothing was written; the model itself is untouched."
+    with whole_directory(Path(directory), needs=num_bytes(state), otherwise=otherwise) as partial:
+        (partial / CONFIG).write_text(to_toml(model.config), encoding="utf-8")
+        write_tensors(state, partial, shard_bytes=shard_bytes)
+        if tokenizer is not None:
+            tokenizer.save(partial)
+
+
+def load(
+    path: Path | str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> tuple[SwitchTransformer, Tokenizer | None]:
+    """The model, in evaluation mode, and the tokenizer in `path`, None if it has none.
+
+    `path` is a directory that `save` wrote or a run directory with one in `model/`. `dtype` None
+    keeps the stored one; routers always do. Raises CheckpointError if a file is missing, torn or
+    changed, or if weights, configuration and tokenizer do not fit together.
+    """
+    directory = _model_directory(Path(path))
+    verify(directory, allow_foreign=True)
+    config = from_toml(ModelConfig, directory / CONFIG)
+    stored = open_tensors(directory)
+    with torch.device("meta"):
+        model = SwitchTransformer(config)
+    require_match(
+        f"{directory} is not the model that its {CONFIG} describes.",
+        wanted={name: tuple(meta.shape) for name, meta in model.named_parameters()},
+        found=stored.shapes,
+        fix="Write it again from the checkpoint.",
+    )
+
+    def read(name: str, meta: Tensor) -> Tensor:
+        # Copied, because what is read shares memory with the file.
+        return convert(name, stored.read(name), dtype).to(device, copy=True)
+
+    fill(model, read)
+    return model.eval(), _load_tokenizer(directory, config)
+
+
+def _model_directory(path: Path) -> Path:
+    directory = path / "model" if (path / "model").is_dir() else path
+    if (directory / CONFIG).is_file():
+        return directory
+    if (directory / "config.json").is_file():
+        raise CheckpointError(
+            f"{directory} is a Hugging Face model.\n"
+            f"  Use load_hf, or: switchworks convert {directory} NEW_DIRECTORY"
+        )
+    raise CheckpointError(
+        f"{path} holds no model: there is no {CONFIG} in it or in {path / 'model'}.\n"
+        "  A run writes model/ when it ends; give its directory or that one."
+    )
+
+
+def _load_tokenizer(directory: Path, config: ModelConfig) -> Tokenizer | None:
+    if not {MODEL_FILE, SETTINGS_FILE} & read_manifest(directory).keys():
+        return None
+    tokenizer = load_tokenizer(directory)
+    _require_fit(config, tokenizer, f"The tokenizer in {directory}")
+    return tokenizer
+
+
+def _require_fit(config: ModelConfig, tokenizer: Tokenizer, which: str) -> None:
+    if not 0 <= config.vocab_size - tokenizer.vocab_size < MAX_SPARE_ROWS:
+        raise CheckpointError(
+            f"{which} has {tokenizer.vocab_size} ids but the model's vocab_size is "
+            f"{config.vocab_size}.\n  They belong to different models; use the tokenizer that the "
+            "model was trained with."
+        )

@@ -1,0 +1,195 @@
+"""Named tensors in files, and the check that two sets of names and shapes agree.
+
+The files are named as Hugging Face names them: `model.safetensors`, or numbered shards and an
+index. Reading is lazy: a tensor's bytes are touched when it is asked for.
+"""
+
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from switchworks.checkpoint.files import read_json, write_json
+from switchworks.config import CheckpointError
+
+SHARD_BYTES = 5_000_000_000
+"""Larger files are split; the limit that the Hub's tools use."""
+
+
+class Tensors(NamedTuple):
+    """Tensors that can be read by name."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[str], Tensor]
+    """The tensor of that name; it may share memory with a file or a model, so copy it."""
+
+
+def of_state(state: Mapping[str, Tensor]) -> Tensors:
+    """Those of a state dict."""
+    return Tensors({name: tuple(t.shape) for name, t in state.items()}, state.__getitem__)
+
+
+def write_tensors(
+    tensors: Mapping[str, Tensor], directory: Path, *, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write `tensors` to one safetensors file, or to several of at most `shard_bytes` each.
+
+    A tensor larger than that gets a file of its own. At most one file's tensors are copied at a
+    time, and only those that are views or not on the CPU.
+    """
+    shards = list(_shards(tensors, shard_bytes))
+    if len(shards) == 1:
+        _write(tensors, directory / "model.safetensors")
+        return
+    places: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        _write({name: tensors[name] for name in names}, directory / file)
+        places |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": num_bytes(tensors)}, "weight_map": places}
+    write_json(directory / "model.safetensors.index.json", index)
+
+
+def num_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes that all of them take."""
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def open_tensors(directory: Path) -> Tensors:
+    """The weights in `directory`: safetensors or, failing that, PyTorch's .bin, split or not.
+
+    Only plain tensors are read from .bin files, never other pickled objects. Raises
+    CheckpointError for a file that is missing, torn or holds something else.
+    """
+    for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index, single = directory / f"{stem}.{ending}.index.json", directory / f"{stem}.{ending}"
+        opened = _open_safetensors if ending == "safetensors" else _open_bin
+        if index.exists():
+            files = sorted(set(read_json(index).get("weight_map", {}).values()))
+            return opened([directory / file for file in files])
+        if single.exists():
+            return opened([single])
+    raise CheckpointError(
+        f"{directory} holds no weights.\n"
+        "  Looked for model.safetensors and pytorch_model.bin, whole or in shards."
+    )
+
+
+def require_match(
+    what: str,
+    *,
+    wanted: Mapping[str, object],
+    found: Mapping[str, object],
+    fix: str,
+) -> None:
+    """Returns if both map the same names to the same shapes.
+
+    Raises CheckpointError that lists, up to about ten each, what is missing, unknown or of
+    another shape; it starts with `what` and ends with `fix`.
+    """
+    complaints: list[str] = []
+    if missing := [name for name in wanted if name not in found]:
+        complaints.append(f"missing: {_some(missing)}")
+    if unknown := [name for name in found if name not in wanted]:
+        complaints.append(f"unknown: {_some(unknown)}")
+    wrong = [
+        f"{name} is {_shown(found[name])} and should be {_shown(shape)}"
+        for name, shape in wanted.items()
+        if name in found and found[name] != shape
+    ]
+    if wrong:
+        complaints.append(f"of another shape: {_some(wrong)}")
+    if complaints:
+        raise CheckpointError("\n  ".join([what, *complaints, fix]))
+
+
+def fill(model: nn.Module, read: Callable[[str, Tensor], Tensor]) -> None:
+    """Give every parameter of a `model` on the meta device the value `read(name, meta)`."""
+    for name, meta in list(model.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(read(name, meta)))
+
+
+def convert(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """`tensor` in `dtype`, except a router's, which keeps the precision it was stored in."""
+    return tensor if dtype is None or name.endswith("router.weight") else tensor.to(dtype)
+
+
+def _shards(tensors: Mapping[str, Tensor], limit: int) -> Iterator[list[str]]:
+    names: list[str] = []
+    size = 0
+    for name, tensor in tensors.items():
+        if names and size + tensor.nbytes > limit:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += tensor.nbytes
+    yield names
+
+
+def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
+    own: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        # safetensors writes no tensor that shares its memory with another.
+        shared = plain.untyped_storage().nbytes() != plain.nbytes or plain.data_ptr() in seen
+        own[name] = plain.clone() if shared else plain
+        seen.add(own[name].data_ptr())
+    save_file(own, path, metadata={"format": "pt"})  # transformers refuses files without it
+
+
+def _open_safetensors(files: list[Path]) -> Tensors:
+    shapes: dict[str, tuple[int, ...]] = {}
+    places: dict[str, Any] = {}
+    for file in files:
+        try:
+            handle = safe_open(file, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise _unreadable(file, error) from error
+        for name in handle.keys():  # noqa: SIM118  not a mapping
+            shapes[name] = tuple(handle.get_slice(name).get_shape())
+            places[name] = handle
+    return Tensors(shapes, lambda name: places[name].get_tensor(name))
+
+
+def _open_bin(files: list[Path]) -> Tensors:
+    state: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            state |= _load_bin(file)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise _unreadable(file, error) from error
+    return of_state(state)
+
+
+def _load_bin(file: Path) -> dict[str, Tensor]:
+    with file.open("rb") as opened:
+        zipped = opened.read(2) == b"PK"  # torch < 1.6 wrote a format that cannot be mapped
+    loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+    if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):
+        raise pickle.UnpicklingError("it does not hold a dictionary of tensors")
+    return loaded
+
+
+def _unreadable(file: Path, error: Exception) -> CheckpointError:
+    if not file.exists():
+        return CheckpointError(f"{file} is missing: {file.parent} is incomplete.")
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return CheckpointError(
+        f"{file} cannot be read: {reason}\n  It may be torn; fetch or write it again."
+    )
+
+
+def _some(items: list[str], limit: int = 10) -> str:
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more
+
+
+def _shown(shape: object) -> str:
+    return str(list(shape)) if isinstance(shape, tuple) else str(shape)

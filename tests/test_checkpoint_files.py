@@ -1,0 +1,200 @@
+"""Directories that are whole or not there; the disk is really full in the last tests."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from switchworks.checkpoint.files import MANIFEST, verify, whole_directory
+from switchworks.config import CheckpointError
+
+
+def write(path: Path, text: str = "hello", needs: int = 0) -> None:
+    with whole_directory(path, needs=needs, otherwise="You still have step 7.") as partial:
+        (partial / "inner").mkdir()
+        (partial / "a.txt").write_text(text)
+        (partial / "inner" / "b.txt").write_text("there")
+
+
+def write_half(path: Path) -> None:
+    with whole_directory(path, needs=0, otherwise="") as partial:
+        (partial / "a.txt").write_text("new")
+        1 / 0
+
+
+def everything_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_finished_directory_holds_what_was_written_and_verifies(tmp_path):
+    write(tmp_path / "made" / "step")
+    verify(tmp_path / "made" / "step")
+    assert (tmp_path / "made" / "step" / "a.txt").read_text() == "hello"
+    assert everything_in(tmp_path / "made") == ["step"]
+
+
+def test_nothing_has_the_real_name_until_everything_is_written(tmp_path):
+    path = tmp_path / "step"
+    with whole_directory(path, needs=0, otherwise="") as partial:
+        (partial / "a.txt").write_text("half")
+        assert not path.exists()
+    assert path.exists()
+
+
+def test_an_error_while_writing_leaves_the_old_directory_and_no_rest(tmp_path):
+    write(tmp_path / "step", "old")
+    with pytest.raises(ZeroDivisionError):
+        write_half(tmp_path / "step")
+    verify(tmp_path / "step")
+    assert (tmp_path / "step" / "a.txt").read_text() == "old"
+    assert everything_in(tmp_path) == ["step"]
+
+
+def test_writing_again_replaces_the_old_directory(tmp_path):
+    write(tmp_path / "step", "old")
+    write(tmp_path / "step", "new")
+    assert (tmp_path / "step" / "a.txt").read_text() == "new"
+    assert everything_in(tmp_path) == ["step"]
+
+
+def test_what_a_killed_process_left_half_written_is_never_used(tmp_path):
+    (tmp_path / ".step.partial").mkdir()
+    (tmp_path / ".step.partial" / "rest.txt").write_text("half")
+    write(tmp_path / "step")
+    verify(tmp_path / "step")
+    assert everything_in(tmp_path) == ["step"]
+
+
+def test_a_replacement_killed_between_its_two_renames_can_be_undone(tmp_path):
+    write(tmp_path / "step", "old")
+    (tmp_path / "step").rename(tmp_path / ".step.replaced")
+    with pytest.raises(CheckpointError, match=r"rename .*\.step\.replaced to step"):
+        verify(tmp_path / "step")
+    with pytest.raises(ZeroDivisionError):
+        write_half(tmp_path / "step")
+    assert (tmp_path / "step" / "a.txt").read_text() == "old"
+
+
+def test_a_directory_with_somebodys_own_files_is_never_replaced(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(CheckpointError, match=r"already holds thesis\.txt"):
+        write(tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def leave_a_note(path: Path) -> None:
+    (path / "notes.txt").write_text("mine")
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (lambda path: (path / "inner" / "b.txt").unlink(), r"b\.txt is missing"),
+        (lambda path: (path / "a.txt").write_text("hell"), r"a\.txt is torn: it has 4 bytes"),
+        (lambda path: (path / "a.txt").write_text("hullo"), r"a\.txt has changed"),
+        (leave_a_note, r"notes\.txt is not part of"),
+        (lambda path: (path / MANIFEST).unlink(), r"manifest\.json is missing"),
+        (lambda path: (path / MANIFEST).write_text("{"), r"manifest\.json cannot be read"),
+        (lambda path: path.rename(path.with_name("gone")), "does not exist"),
+    ],
+)
+def test_verify_names_the_first_file_that_is_wrong(tmp_path, damage, complaint):
+    write(tmp_path / "step")
+    damage(tmp_path / "step")
+    with pytest.raises(CheckpointError, match=complaint):
+        verify(tmp_path / "step")
+
+
+def test_foreign_files_can_be_allowed(tmp_path):
+    write(tmp_path / "step")
+    (tmp_path / "step" / "README.md").write_text("about this model")
+    verify(tmp_path / "step", allow_foreign=True)
+
+
+def test_a_disk_that_is_too_small_is_noticed_before_anything_is_written(tmp_path):
+    write(tmp_path / "step", "old")
+    with pytest.raises(CheckpointError) as error:
+        write(tmp_path / "step", "new", needs=10**18)
+    assert "it needs 1,000,000,000,000.0 MB" in str(error.value)
+    assert "You still have step 7." in str(error.value)
+    assert (tmp_path / "step" / "a.txt").read_text() == "old"
+    assert everything_in(tmp_path) == ["step"]
+
+
+def test_a_place_that_cannot_be_written_is_a_checkpoint_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        write(tmp_path / "file" / "step")
+
+
+LIMITED = """
+import resource, sys, torch
+from pathlib import Path
+from switchworks.checkpoint.model_files import save
+from switchworks.checkpoint.training_state import Checkpoints
+from switchworks.config import CheckpointError
+from switchworks.model import ModelConfig, SwitchTransformer
+
+folder = Path(sys.argv[1])
+model = SwitchTransformer(ModelConfig(vocab_size=512, d_model=32, d_ff=8, d_kv=8, num_layers=1))
+checkpoints = Checkpoints(folder / "checkpoints", keep=1)
+checkpoints.save(5, {"w": torch.arange(10)}, {})
+save(model, folder / "model")
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+for write in (
+    lambda: checkpoints.save(6, {"w": torch.zeros(100_000)}, {}),
+    lambda: save(model, folder / "model"),
+):
+    try:
+        write()
+    except CheckpointError as error:
+        print(error)
+"""
+
+
+def test_a_file_that_stops_growing_halfway_leaves_the_previous_checkpoint(tmp_path):
+    """The system refuses to let any file grow beyond 20 kB, so writing really breaks off."""
+    command = [sys.executable, "-W", "error", "-c", LIMITED, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    first, second = done.stdout.split("No room for ")[1:]
+    assert "step_00000006: it needs 0.4 MB" in first
+    assert "Training state is safe at step 5" in first
+    assert "model: it needs 0.2 MB" in second
+    assert everything_in(tmp_path / "checkpoints") == ["step_00000005"]
+    verify(tmp_path / "checkpoints" / "step_00000005")
+    verify(tmp_path / "model")
+
+
+FULL = """
+import shutil, sys, torch
+from pathlib import Path
+from switchworks.checkpoint.files import verify
+from switchworks.checkpoint.training_state import Checkpoints
+from switchworks.config import CheckpointError
+
+folder = Path(sys.argv[1])
+checkpoints = Checkpoints(folder, keep=1)
+checkpoints.save(5, {"w": torch.arange(10)}, {})
+room = shutil.disk_usage(folder).free
+for size in (room - 100, 2 * room):
+    try:
+        checkpoints.save(6, {"w": torch.zeros(size, dtype=torch.uint8)}, {})
+    except CheckpointError as error:
+        print(error)
+verify(folder / "step_00000005")
+print(sorted(path.name for path in folder.iterdir()))
+"""
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
+    """On a disk of 1 MB: once noticed beforehand, once in the middle of writing."""
+    mount = f"mount -t tmpfs -o size=1m tmpfs {tmp_path}"
+    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("this system does not let its users mount a small disk")
+    shell = f'{mount} && exec "$0" -W error -c "$1" {tmp_path}'
+    command = ["unshare", "-rm", "sh", "-c", shell, sys.executable, FULL]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.count("step_00000006: it needs ") == 2
+    assert done.stdout.count("Training state is safe at step 5") == 2
+    assert done.stdout.endswith("['step_00000005']\n")

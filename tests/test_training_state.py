@@ -1,0 +1,199 @@
+"""Saving and restoring training state."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from switchworks.checkpoint.training_state import Checkpoints
+from switchworks.config import CheckpointError
+
+
+def some_state(seed: int = 0) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return {
+        "model": {
+            "encoder.w": nn.Parameter(random(3, 5)),
+            "scale": random(1).squeeze().bfloat16(),
+            "turned": random(4, 6).T,
+        },
+        "optim": {
+            0: {"row": random(3), "step": seed + 7},
+            1: {"empty": torch.zeros(0, 2), "betas": (0.9, 0.1 + 0.2 * seed)},
+        },
+        "random": torch.randint(0, 255, (16,), generator=generator, dtype=torch.uint8),
+        "step": 120 + seed,
+        "rate": 1 / (3 + seed),
+        "note": None if seed else "first",
+        "flags": [True, 1, "x", None, float("inf")],
+    }
+
+
+def flat(state: dict) -> list:
+    return [
+        leaf
+        for value in state.values()
+        for leaf in (flat(value) if isinstance(value, dict) else [value])
+    ]
+
+
+def assert_equal(left: dict, right: dict) -> None:
+    for a, b in zip(flat(left), flat(right), strict=True):
+        if isinstance(a, torch.Tensor):
+            assert a.dtype == b.dtype
+            assert torch.equal(a, b)
+        else:
+            assert type(a) is type(b)
+            assert a == b
+
+
+def test_every_kind_of_value_comes_back_bit_for_bit(tmp_path):
+    saved, restored = some_state(0), some_state(1)
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    path = checkpoints.save(120, saved, {"tokens": 5, "seed": 0})
+    assert path == tmp_path / "step_00000120"
+    assert checkpoints.load(path, restored) == {"tokens": 5, "seed": 0}
+    assert_equal(restored, saved)
+
+
+def test_tensors_are_restored_in_place(tmp_path):
+    state = some_state()
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    path = checkpoints.save(1, state, {})
+    weight = state["model"]["encoder.w"]
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight.zero_()
+    checkpoints.load(path, state)
+    assert state["model"]["encoder.w"] is weight
+    assert torch.equal(weight, before)
+
+
+def test_a_model_and_its_optimizer_go_on_as_if_they_had_not_stopped(tmp_path):
+    def start() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3)
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1)
+
+    def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> None:
+        for _ in range(count):
+            model(torch.ones(2, 4)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model, optimizer = start()
+    steps(model, optimizer, 3)
+    state = {"model": model.state_dict(), "optim": optimizer.state_dict()}
+    path = Checkpoints(tmp_path, keep=1).save(3, state, {})
+    steps(model, optimizer, 2)
+
+    resumed, other = start()
+    steps(resumed, other, 1)  # so that the optimizer's state exists
+    state = {"model": resumed.state_dict(), "optim": other.state_dict()}
+    Checkpoints(tmp_path, keep=1).load(path, state)
+    other.load_state_dict(state["optim"])
+    steps(resumed, other, 2)
+    assert torch.equal(resumed.weight, model.weight)
+
+
+def test_part_of_a_state_can_be_restored_alone(tmp_path):
+    path = Checkpoints(tmp_path, keep=1).save(1, some_state(), {})
+    part = {"model": some_state(1)["model"]}
+    Checkpoints(tmp_path, keep=1).load(path, part)
+    assert_equal(part, {"model": some_state()["model"]})
+
+
+def test_the_newest_checkpoints_are_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (9, 10, 100, 11):
+        checkpoints.save(step, {"step": step, "w": torch.ones(1)}, {})
+    # 11 was saved by a run that went back: it keeps two up to its own step and leaves the later.
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "step_00000010",
+        "step_00000011",
+        "step_00000100",
+    ]
+
+
+def test_keep_0_keeps_all(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=0)
+    for step in (1, 2, 3):
+        checkpoints.save(step, {"w": torch.ones(1)}, {})
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_the_latest_checkpoint_has_the_highest_step(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=0)
+    assert checkpoints.latest() is None
+    for step in (7, 100_000_000, 20):
+        checkpoints.save(step, {"w": torch.ones(1)}, {})
+    assert checkpoints.latest() == tmp_path / "step_100000000"
+
+
+def tear(path: Path) -> None:
+    file = next(path.glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def test_a_torn_newest_checkpoint_is_skipped_with_a_warning(tmp_path, caplog):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2):
+        checkpoints.save(step, {"w": torch.ones(5)}, {})
+    tear(tmp_path / "step_00000002")
+    with caplog.at_level(logging.WARNING):
+        assert checkpoints.latest() == tmp_path / "step_00000001"
+    assert "step_00000002 is skipped" in caplog.text
+    assert "is torn" in caplog.text
+
+
+def test_a_torn_checkpoint_is_not_loaded_but_can_be_written_again(tmp_path):
+    checkpoints, state = Checkpoints(tmp_path, keep=2), {"w": torch.ones(5)}
+    path = checkpoints.save(2, state, {})
+    tear(path)
+    with pytest.raises(CheckpointError, match="is torn"):
+        checkpoints.load(path, state)
+    checkpoints.save(2, state, {})
+    assert checkpoints.latest() == path
+
+
+def test_what_does_not_fit_is_listed_and_nothing_is_changed(tmp_path):
+    path = Checkpoints(tmp_path, keep=1).save(
+        1, {"m": {"a": torch.ones(2), "b": torch.ones(3), "gone": torch.ones(1), "n": 1}}, {}
+    )
+    state = {
+        "m": {"a": torch.zeros(2), "b": torch.zeros(4), "new": torch.zeros(1), "n": torch.ones(1)}
+    }
+    with pytest.raises(CheckpointError) as error:
+        Checkpoints(tmp_path, keep=1).load(path, state)
+    message = str(error.value)
+    assert "missing: m.new" in message
+    assert "unknown: m.gone" in message
+    assert "m.b is [3] of float32 and should be [4] of float32" in message
+    assert "m.n is a plain value and should be [1] of float32" in message
+    assert state["m"]["a"].sum() == 0
+
+
+def test_another_dtype_is_not_silently_converted(tmp_path):
+    path = Checkpoints(tmp_path, keep=1).save(1, {"w": torch.ones(2)}, {})
+    with pytest.raises(CheckpointError, match=r"w is \[2\] of float32 and should be .* bfloat16"):
+        Checkpoints(tmp_path, keep=1).load(path, {"w": torch.zeros(2, dtype=torch.bfloat16)})
+
+
+def test_a_value_that_only_a_pickle_could_hold_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"cannot hold optim\.when, a PosixPath"):
+        Checkpoints(tmp_path, keep=1).save(1, {"optim": {"when": Path("/")}}, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_half_written_rests_of_a_killed_run_are_cleared_by_the_next_save(tmp_path):
+    (tmp_path / ".step_00000007.partial").mkdir()
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    assert checkpoints.latest() is None
+    checkpoints.save(8, {"w": torch.ones(1)}, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000008"]
