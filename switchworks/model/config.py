@@ -121,12 +121,19 @@ class ModelConfig:
             raise ConfigError(
                 f"model.num_decoder_layers = {self.num_decoder_layers} must be at least 1."
             )
+        check_activation(self.activation)
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"model.dropout = {self.dropout} must lie in [0, 1).")
         if self.relative_buckets < 4 or self.relative_buckets % 4:
             raise ConfigError(
                 f"model.relative_buckets = {self.relative_buckets} must be a positive multiple of "
                 "4.\n  Half of them serve each direction, and half of those are exact. T5: 32."
+            )
+        if self.relative_max_distance <= self.relative_buckets // 2:
+            raise ConfigError(
+                f"model.relative_max_distance = {self.relative_max_distance} must exceed half of "
+                f"model.relative_buckets = {self.relative_buckets}.\n  The first half are exact "
+                "distances; the rest reach from there to the maximum. T5: 32 and 128."
             )
         if self.init_scale <= 0:
             raise ConfigError(f"model.init_scale = {self.init_scale} must be positive.")
@@ -146,3 +153,12 @@ class ModelConfig:
         """Whether 0-based block `layer`, of either stack, has a switch layer."""
         every = None if self.routing is None else self.routing.every
         return every is not None and layer % every == every - 1
+
+
+def check_activation(name: str) -> None:
+    """Raises ConfigError unless `name` is an activation that experts and dense FFNs have."""
+    if name not in ("relu", "gelu"):
+        raise ConfigError(
+            f"activation = {name!r} is not known.\n"
+            '  Use "relu" (T5 1.0) or "gelu" in its tanh form (T5 1.1).'
+        )

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from switchworks.model.config import check_activation
 from switchworks.model.layers import activate
 
 
@@ -42,6 +43,7 @@ class Experts(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        check_activation(activation)
         self.activation = activation
         self.dropout = dropout
         self.w_in = nn.Parameter(torch.empty(experts, d_model, d_ff))

@@ -34,7 +34,8 @@ def balance_loss(
     without real tokens counts as 0.
     """
     experts = probs.shape[-1]
-    share = real / real.sum(dim=1, keepdim=True).clamp(min=1)  # G S  sums to 1 in each group
+    count = real.sum(dim=1, keepdim=True).clamp(min=1)
+    share = real.to(probs.dtype) / count  # G S  sums to 1 in each group
     wanted = torch.zeros_like(probs[:, 0]).scatter_add_(1, expert, share)  # G E  f
     offered = (probs * share[..., None]).sum(dim=1)  # G E  P
     return experts * (wanted * offered).sum(dim=-1).mean()
@@ -46,7 +47,7 @@ def router_z_loss(logits: Float[Tensor, "G S E"], real: Bool[Tensor, "G S"]) -> 
     Zero or more; it keeps logits small, where float32 and bfloat16 still tell them apart. Taken
     in each group and averaged over the groups, as the balance loss is.
     """
-    share = real / real.sum(dim=1, keepdim=True).clamp(min=1)
+    share = real.to(logits.dtype) / real.sum(dim=1, keepdim=True).clamp(min=1)
     return (logits.logsumexp(dim=-1).square() * share).sum(dim=1).mean()
 
 

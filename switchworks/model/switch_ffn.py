@@ -72,8 +72,8 @@ class SwitchFFN(nn.Module):
         """(y, routing): y = gate * expert(x), and 0 for dropped and padded tokens.
 
         `real` is False at padding, which takes no slot and counts in no loss; None: all real.
-        Dropped tokens rely on the residual connection around the layer. Raises ConfigError in
-        training if `group_sequences` does not divide B or a group has fewer tokens than experts.
+        Dropped tokens rely on the residual connection around the layer. Raises ConfigError if
+        capacity is limited and `group_sequences` does not divide B.
         """
         if real is None:
             real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)

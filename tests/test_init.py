@@ -1,0 +1,140 @@
+"""The first value of every parameter."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from switchworks.model import ModelConfig, RoutingConfig, SwitchFFN, SwitchTransformer
+from switchworks.model.init import truncated_normal_
+
+CONFIG = ModelConfig(
+    vocab_size=256,
+    d_model=64,
+    d_ff=96,
+    d_kv=8,
+    num_heads=4,
+    num_layers=2,
+    gated=True,
+    tied_head=False,
+    routing=RoutingConfig(experts=6),
+)
+TRUNCATED = 0.8796
+"""The standard deviation of a unit normal cut at two, by its closed form."""
+
+
+@pytest.fixture(scope="module")
+def parameters() -> dict[str, torch.Tensor]:
+    return dict(SwitchTransformer(CONFIG, seed=3).named_parameters())
+
+
+def std_of(weight: torch.Tensor) -> float:
+    return weight.detach().double().std().item()
+
+
+@pytest.mark.parametrize(
+    ("name", "sigma"),
+    [
+        ("encoder.blocks.0.ffn.w_in.weight", math.sqrt(0.1 / 64)),
+        ("encoder.blocks.0.ffn.w_gate.weight", math.sqrt(0.1 / 64)),
+        ("decoder.blocks.0.ffn.w_out.weight", math.sqrt(0.1 / 96)),
+        ("encoder.blocks.1.ffn.experts.w_in", math.sqrt(0.1 / 64)),
+        ("encoder.blocks.1.ffn.experts.w_gate", math.sqrt(0.1 / 64)),
+        ("decoder.blocks.1.ffn.experts.w_out", math.sqrt(0.1 / 96)),
+        ("decoder.blocks.1.ffn.router.weight", math.sqrt(0.1 / 64)),
+        ("head.weight", math.sqrt(0.1 / 64)),
+    ],
+)
+def test_ffn_expert_router_and_head_weights_are_truncated_at_two_sigma(parameters, name, sigma):
+    """Fedus et al. 2021, section 2.4: sigma = sqrt(s / fan-in) with s = 0.1. Fan-in leaves out
+    the experts; the truncation is not made up for, as in Mesh-TF."""
+    weight = parameters[name]
+    assert weight.abs().max() <= 2 * sigma
+    spread = 5 / math.sqrt(2 * weight.numel())
+    assert std_of(weight) == pytest.approx(TRUNCATED * sigma, rel=spread)
+
+
+@pytest.mark.parametrize(
+    ("name", "sigma"),
+    [
+        ("embedding.weight", 1.0),
+        ("encoder.blocks.0.self_attention.q.weight", (64 * 8) ** -0.5),
+        ("decoder.blocks.1.cross_attention.k.weight", 64**-0.5),
+        ("decoder.blocks.1.cross_attention.v.weight", 64**-0.5),
+        ("encoder.blocks.1.self_attention.o.weight", (4 * 8) ** -0.5),
+    ],
+)
+def test_embedding_and_attention_are_normal_and_ignore_the_scale(parameters, name, sigma):
+    """Mesh-TF `attention.py`: 1/sqrt(d_k) is part of the query's deviation."""
+    weight = parameters[name]
+    assert std_of(weight) == pytest.approx(sigma, rel=5 / math.sqrt(2 * weight.numel()))
+    assert weight.abs().max() > 2 * sigma
+
+
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+def test_the_relative_bias_is_glorot_uniform(parameters, stack):
+    """Mesh-TF's default initialiser, over [buckets, heads]."""
+    weight = parameters[f"{stack}.relative_bias.weight"]
+    limit = math.sqrt(6 / (32 + 4))
+    assert 0.9 * limit < weight.abs().max() <= limit
+    assert std_of(weight) == pytest.approx(limit / math.sqrt(3), rel=0.2)
+
+
+def test_every_norm_starts_at_one(parameters):
+    norms = [weight for name, weight in parameters.items() if "norm" in name]
+    assert len(norms) == 2 * 2 + 2 * 3 + 2
+    assert all((weight == 1).all() for weight in norms)
+
+
+def test_no_two_experts_start_alike(parameters):
+    w_in = parameters["encoder.blocks.1.ffn.experts.w_in"]
+    assert torch.pdist(w_in.flatten(1)).min() > 0
+
+
+def test_a_tenth_of_the_scale_is_a_tenth_of_the_variance():
+    """Fedus et al. 2021, section 2.4: the factor acts on s, not on sigma."""
+    large, small = torch.empty(64, 64), torch.empty(64, 64)
+    for weight, scale in ((large, 1.0), (small, 0.1)):
+        generator = torch.Generator().manual_seed(0)
+        truncated_normal_(weight, math.sqrt(scale / 64), generator)
+    assert std_of(large) / std_of(small) == pytest.approx(math.sqrt(10), rel=1e-5)
+
+
+def test_a_layer_of_its_own_starts_as_one_in_a_model_does():
+    layer = SwitchFFN(64, 96, RoutingConfig(experts=6))
+    for weight, fan_in in ((layer.router.weight, 64), (layer.experts.w_out, 96)):
+        sigma = math.sqrt(0.1 / fan_in)
+        assert weight.abs().max() <= 2 * sigma
+        spread = 5 / math.sqrt(2 * weight.numel())
+        assert std_of(weight) == pytest.approx(TRUNCATED * sigma, rel=spread)
+
+
+def test_the_same_seed_gives_the_same_model(parameters):
+    again = dict(SwitchTransformer(CONFIG, seed=3).named_parameters())
+    assert all(torch.equal(again[name], weight) for name, weight in parameters.items())
+
+
+def test_another_seed_gives_another_model(parameters):
+    other = dict(SwitchTransformer(CONFIG, seed=4).named_parameters())
+    same = {name for name, weight in parameters.items() if torch.equal(other[name], weight)}
+    assert same == {name for name in parameters if "norm" in name}
+
+
+def test_a_dense_twin_starts_from_the_same_values_where_the_two_agree(parameters):
+    dense = dict(SwitchTransformer(replace(CONFIG, routing=None), seed=3).named_parameters())
+    shared = dense.keys() & parameters.keys()
+    assert len(dense) - len(shared) == 2 * 3  # two sparse layers stand for three matrices each
+    assert all(torch.equal(dense[name], parameters[name]) for name in shared)
+
+
+def test_building_a_model_draws_nothing_from_the_global_generator():
+    before = torch.random.get_rng_state()
+    SwitchTransformer(CONFIG)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_model_on_meta_has_shapes_and_no_values():
+    with torch.device("meta"):
+        model = SwitchTransformer(CONFIG)
+    assert all(weight.is_meta for weight in model.parameters())

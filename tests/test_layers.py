@@ -1,0 +1,102 @@
+"""The parts of a block against T5's own and against closed forms."""
+
+import pytest
+import torch
+
+from switchworks.model import ModelConfig
+from switchworks.model.layers import FFN, RMSNorm, SharedDropout, activate
+
+
+def test_the_norm_is_that_of_t5():
+    from transformers.models.t5.modeling_t5 import T5LayerNorm
+
+    x = torch.randn(2, 3, 8) * 5
+    norm, theirs = RMSNorm(8, 1e-6), T5LayerNorm(8, 1e-6)
+    norm.weight.data = theirs.weight.data = torch.randn(8)
+    torch.testing.assert_close(norm(x), theirs(x))
+
+
+def test_the_norm_gives_mean_square_one_and_keeps_the_mean():
+    x = torch.randn(4, 64) * 100 + 30
+    y = RMSNorm(64, 1e-6)(x)
+    torch.testing.assert_close(y.square().mean(-1), torch.ones(4))
+    assert (y.mean(-1) > 0.05).all()  # it is not a LayerNorm
+
+
+def test_the_norm_takes_its_statistics_in_float32():
+    """The squares of these values overflow nothing and round nothing away in float32."""
+    x = torch.full((1, 1024), 3.0).bfloat16()
+    y = RMSNorm(1024, 1e-6).bfloat16()(x)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, torch.ones_like(y))
+
+
+def test_a_row_of_zeros_stays_zero():
+    assert torch.equal(RMSNorm(8, 1e-6)(torch.zeros(1, 8)), torch.zeros(1, 8))
+
+
+def test_dropout_shares_its_mask_over_the_sequence():
+    """Mesh-TF: the noise shape leaves out the length."""
+    y = SharedDropout(0.5)(torch.ones(3, 40, 64))
+    assert torch.equal(y, y[:, :1].expand_as(y))
+    assert not torch.equal(y[0], y[1])  # but not over the batch
+
+
+def test_dropout_keeps_the_mean():
+    y = SharedDropout(0.2)(torch.ones(400, 2, 50))
+    torch.testing.assert_close(y.unique(), torch.tensor([0.0, 1.25]))
+    assert y.mean().item() == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_dropout_does_nothing_in_evaluation_or_at_rate_zero(rate):
+    layer, x = SharedDropout(rate), torch.randn(2, 3, 4)
+    if rate > 0:
+        layer.eval()
+    assert torch.equal(layer(x), x)
+
+
+def test_gelu_is_the_tanh_form():
+    x = torch.linspace(-4, 4, 50, dtype=torch.float64)
+    expected = 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+    torch.testing.assert_close(activate(x, None, "gelu"), expected)
+
+
+def test_the_gate_is_what_is_activated():
+    hidden, gate = torch.tensor([-3.0, 5.0]), torch.tensor([2.0, -2.0])
+    assert activate(hidden, gate, "relu").tolist() == [-6.0, 0.0]
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_dense_layer_is_that_of_t5(gated):
+    from transformers import T5Config
+    from transformers.models.t5.modeling_t5 import T5DenseActDense, T5DenseGatedActDense
+
+    kind = "gated-gelu" if gated else "relu"
+    settings = T5Config(d_model=8, d_ff=12, dropout_rate=0.0, feed_forward_proj=kind)
+    ours = FFN(ModelConfig(d_model=8, d_ff=12, gated=gated, activation="gelu" if gated else "relu"))
+    if gated:
+        theirs = T5DenseGatedActDense(settings)
+        assert ours.w_gate is not None
+        theirs.wi_0.weight, theirs.wi_1.weight = ours.w_gate.weight, ours.w_in.weight
+    else:
+        theirs = T5DenseActDense(settings)
+        theirs.wi.weight = ours.w_in.weight
+    theirs.wo.weight = ours.w_out.weight
+    x = torch.randn(2, 3, 8)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_no_layer_has_a_bias():
+    """T5 has none, in norms and matrices alike."""
+    names = [
+        name for name, _ in FFN(ModelConfig(d_model=8, d_ff=12, gated=True)).named_parameters()
+    ]
+    assert sorted(names) == ["w_gate.weight", "w_in.weight", "w_out.weight"]
+
+
+def test_dropout_in_the_dense_layer_acts_on_the_hidden_activation():
+    layer = FFN(ModelConfig(d_model=32, d_ff=32, dropout=0.5))
+    layer.w_in.weight.data = layer.w_out.weight.data = torch.eye(32)
+    y = layer(torch.ones(2, 5, 32))
+    torch.testing.assert_close(y.unique(), torch.tensor([0.0, 2.0]))
