@@ -1,10 +1,13 @@
 """The pipeline: any batch from (seed, step, rank, world), every window once an epoch, prefetch."""
 
+import re
 import subprocess
 import sys
 import threading
 import time
 from itertools import islice
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -13,7 +16,8 @@ import torch
 from switchworks.batch import Batch
 from switchworks.config import ConfigError, DataError
 from switchworks.data.config import DataConfig
-from switchworks.data.pipeline import Pipeline
+from switchworks.data.pipeline import Pipeline, validation_batches
+from switchworks.data.prepare import prepare
 
 CONFIG = DataConfig(input_length=32, target_length=8, prefetch=2)
 DOCUMENTS = DataConfig(input_length=32, target_length=12, packing="documents", prefetch=2)
@@ -217,33 +221,36 @@ def test_nearly_everything_fits_a_packed_row() -> None:
     assert lost < 0.06  # most of it scraps: a third of these documents have 2 to 4 tokens
 
 
-def test_validation_batches_never_change_with_the_seed_or_the_call() -> None:
-    held_out = MemoryStore(1000)
-    first = _pipeline(seed=1).validation_batches(held_out, 3)
-    again = _pipeline(seed=2, store=MemoryStore(5000)).validation_batches(held_out, 3)
-    assert len(first) == 3
-    for left, right in zip(first, again, strict=True):
+def _validation(store: MemoryStore, batches: int, *, rank: int = 0, world: int = 1) -> list[Batch]:
+    return validation_batches(
+        CONFIG, store, Ids(), batch_size=4, batches=batches, rank=rank, world=world
+    )
+
+
+def test_validation_batches_never_change() -> None:
+    first, again = _validation(MemoryStore(1000), 3), _validation(MemoryStore(1000), 5)
+    assert (len(first), len(again)) == (3, 5)
+    for left, right in zip(first, again[:3], strict=True):
         _assert_equal(left, right)
 
 
 def test_every_rank_gets_its_share_of_the_validation_batches() -> None:
-    held_out = MemoryStore(1000)
-    whole = _pipeline().validation_batches(held_out, 2)
+    whole = _validation(MemoryStore(1000), 2)
     for rank in (0, 1):
-        share = _pipeline(rank=rank, world=2).validation_batches(held_out, 2)
+        share = _validation(MemoryStore(1000), 2, rank=rank, world=2)
         for left, right in zip(share, whole, strict=True):
             _assert_equal(left, right.split(2)[rank])
 
 
 def test_validation_stops_before_it_repeats_text() -> None:
-    batches = _pipeline().validation_batches(MemoryStore(10 * RAW), 100)
+    batches = _validation(MemoryStore(10 * RAW), 100)
     assert len(batches) == 2  # 9 windows on the shifted grid, 4 to a batch
     seen = [offset for b in batches for row in b.inputs for offset in _offsets(row)]
     assert len(seen) == len(set(seen))
 
 
 def test_a_validation_store_smaller_than_a_batch_still_gives_one() -> None:
-    assert len(_pipeline().validation_batches(MemoryStore(2 * RAW), 5)) == 1
+    assert len(_validation(MemoryStore(2 * RAW), 5)) == 1
 
 
 def _prefetch_threads() -> list[threading.Thread]:
@@ -323,9 +330,27 @@ def test_a_corpus_under_one_row_is_refused_with_the_numbers_and_the_fix() -> Non
     assert "shorter data.input_length or more text" in str(error.value)
 
 
-def test_lengths_that_leave_rows_unfilled_are_refused_with_the_right_ones() -> None:
-    with pytest.raises(ConfigError, match=r"Set --data.input-length 256 --data.target-length 58"):
-        _pipeline(DataConfig(input_length=256, target_length=114))
+def test_targets_too_short_for_the_inputs_are_refused_with_the_right_length() -> None:
+    with pytest.raises(ConfigError, match=r"= 57 is too short .* 256: .*\n.*target-length 58"):
+        _pipeline(DataConfig(input_length=256, target_length=57))
+
+
+def test_a_longer_target_length_is_padded_and_says_so() -> None:
+    full = _pipeline().batch(0)
+    longer = _pipeline(DataConfig(input_length=32, target_length=11)).batch(0)
+    assert longer.padding
+    assert torch.equal(longer.inputs, full.inputs)
+    assert torch.equal(longer.targets[:, :8], full.targets)
+    assert not bool(longer.targets[:, 8:].any())
+
+
+def test_inputs_that_cannot_be_filled_exactly_are_padded_and_say_so() -> None:
+    # 90 % hidden in spans of one token: one token more can add two inputs, never 32 in all.
+    config = DataConfig(input_length=32, target_length=190, noise_density=0.9, mean_span=1.0)
+    batch = _pipeline(config).batch(0)
+    assert batch.padding
+    assert batch.inputs.shape == (4, 32)
+    assert int((batch.inputs != 0).sum()) == 4 * 31
 
 
 def test_a_row_that_needs_too_many_sentinels_is_refused_before_the_first_batch() -> None:
@@ -354,6 +379,33 @@ def test_a_corpus_of_a_billion_windows_needs_no_stored_order() -> None:
     batch = pipeline.batch(10**8)
     assert time.perf_counter() - start < 2.0
     assert batch.inputs.shape == (4, 32)
+
+
+@pytest.mark.parametrize("packing", ["stream", "documents"])
+def test_text_on_disk_comes_back_out_of_the_batches(
+    tmp_path: Path, packing: Literal["stream", "documents"]
+) -> None:
+    documents = [f"{i} is the number of document {i}." * 5 for i in range(60)]
+    (tmp_path / "text.jsonl").write_text("".join(f'{{"text": "{d}"}}\n' for d in documents))
+    config = DataConfig(
+        path=str(tmp_path / "text.jsonl"),
+        cache=str(tmp_path / "cache"),
+        tokenizer="bytes",
+        workers=1,
+        input_length=64,
+        target_length=17,
+        packing=packing,
+    )
+    prepared = prepare(config, vocab_size=384, quiet=True)
+    pipeline = Pipeline(config, prepared.train, prepared.tokenizer, batch_size=2, seed=0)
+    batch = pipeline.batch(0)
+    first = int((batch.inputs[0] == 1).nonzero()[0])  # where the first example ends
+    hidden = prepared.tokenizer.decode(batch.targets[0].tolist())
+    text = prepared.tokenizer.decode(batch.inputs[0, :first].tolist())
+    for mark, span in re.findall(r"(<extra_id_\d+>)([^<]*)", hidden):
+        text = text.replace(mark, span, 1)
+    assert len(text) > 15
+    assert text in "".join(documents)
 
 
 def test_importing_the_pipeline_prints_nothing() -> None:

@@ -56,8 +56,8 @@ _ORDER, _OFFSET, _MASK = range(3)  # what a random stream is for; part of its se
 
 
 @runtime_checkable
-class TokenStore(Protocol):
-    """Documents' tokens, one after the other, with random access."""
+class TokenStream(Protocol):
+    """Documents' tokens, one after the other, with random access. A `store.TokenStore` is one."""
 
     @property
     def num_tokens(self) -> int: ...
@@ -92,7 +92,7 @@ class Pipeline:
     def __init__(
         self,
         config: DataConfig,
-        store: TokenStore,
+        store: TokenStream,
         tokenizer: SpecialIds,
         *,
         batch_size: int,
@@ -147,24 +147,6 @@ class Pipeline:
         finally:
             iterator.close()
 
-    def validation_batches(self, store: TokenStore, n: int) -> list[Batch]:
-        """This rank's share of at most `n` batches of held-out text, the same at every call.
-
-        They depend on the store, the data settings and the batch size, not on the run's seed.
-        There are fewer than `n` if the store has fewer, but always one, which then repeats text.
-        """
-        twin = Pipeline(
-            self.config,
-            store,
-            self.tokenizer,
-            batch_size=self.batch_size,
-            seed=VALIDATION_SEED,
-            rank=self.rank,
-            world=self.world,
-        )
-        steps = min(n, max(1, twin.windows // self.batch_size))
-        return [twin.batch(step) for step in range(steps)]
-
     def epoch_of(self, step: int) -> float:
         """How many times the corpus has been read when `step` begins."""
         return step * self.batch_size / self.windows
@@ -184,8 +166,14 @@ class Pipeline:
     def _stream_rows(self, rows: range) -> Batch:
         tokens = np.stack([self.store.tokens(*self.window_of(row)) for row in rows])
         inputs, targets = corrupt_rows(tokens, [self._rng(row) for row in rows], self.corruption)
+        full = (inputs.shape[1], targets.shape[1]) == (
+            self.config.input_length,
+            self.config.target_length,
+        )
         return Batch(
-            inputs=torch.from_numpy(inputs), targets=torch.from_numpy(targets), padding=False
+            inputs=_padded(inputs, self.config.input_length),
+            targets=_padded(targets, self.config.target_length),
+            padding=not full,
         )
 
     def _packed(self, rows: range) -> Batch:
@@ -212,6 +200,39 @@ class Pipeline:
         return np.random.default_rng([self.seed, _MASK, row])
 
 
+def _padded(ids: Int[np.ndarray, "B short"], length: int) -> Int[torch.Tensor, "B long"]:
+    return torch.from_numpy(np.pad(ids, ((0, 0), (0, length - ids.shape[1]))))
+
+
+def validation_batches(
+    config: DataConfig,
+    store: TokenStream,
+    tokenizer: SpecialIds,
+    *,
+    batch_size: int,
+    batches: int,
+    rank: int = 0,
+    world: int = 1,
+) -> list[Batch]:
+    """This rank's share of at most `batches` batches of held-out text, the same at every call.
+
+    They depend on the store, the data settings and `batch_size`, the rows on all ranks together,
+    not on a run's seed. There are fewer than `batches` if the store has fewer, but always one,
+    which then repeats text. Raises what `Pipeline` raises.
+    """
+    pipeline = Pipeline(
+        config,
+        store,
+        tokenizer,
+        batch_size=batch_size,
+        seed=VALIDATION_SEED,
+        rank=rank,
+        world=world,
+    )
+    full = max(1, pipeline.windows // batch_size)
+    return [pipeline.batch(step) for step in range(min(batches, full))]
+
+
 def _check_shares(batch_size: int, rank: int, world: int) -> None:
     if not 0 <= rank < world:
         raise ConfigError(f"rank = {rank} is not one of the {world} ranks from 0 to {world - 1}.")
@@ -222,7 +243,9 @@ def _check_shares(batch_size: int, rank: int, world: int) -> None:
         )
 
 
-def _row_of(config: DataConfig, store: TokenStore, corruption: SpanCorruption) -> tuple[int, float]:
+def _row_of(
+    config: DataConfig, store: TokenStream, corruption: SpanCorruption
+) -> tuple[int, float]:
     """(tokens a row consumes, share of them left out)."""
     raw = raw_length(config.input_length, config.noise_density, config.mean_span)
     corruption.counts(raw)  # raises if there are too few sentinels
@@ -234,13 +257,12 @@ def _row_of(config: DataConfig, store: TokenStore, corruption: SpanCorruption) -
         )
     if config.packing == "documents":
         return _document_window(config, store, corruption, raw)
-    needs = corruption.lengths(raw)
-    if needs != (config.input_length, config.target_length):
+    needed = corruption.lengths(raw)[1]
+    if config.target_length < needed:
         raise ConfigError(
-            f"data.input_length = {config.input_length} and data.target_length = "
-            f"{config.target_length} do not belong together: rows of {raw} tokens\n"
-            f"  become {needs[0]} inputs and {needs[1]} targets. Set --data.input-length "
-            f"{needs[0]} --data.target-length {needs[1]}."
+            f"data.target_length = {config.target_length} is too short for data.input_length = "
+            f"{config.input_length}: rows of {raw} tokens\n"
+            f"  make targets of {needed}. Set --data.target-length {needed}."
         )
     return raw, 0.0
 
@@ -252,7 +274,7 @@ FITTING = 0.98
 
 
 def _document_window(
-    config: DataConfig, store: TokenStore, corruption: SpanCorruption, longest: int
+    config: DataConfig, store: TokenStream, corruption: SpanCorruption, longest: int
 ) -> tuple[int, float]:
     """(window length, share of tokens left out) for packing="documents".
 
@@ -292,6 +314,6 @@ def _first(bounds: list[int], raw: int) -> np.ndarray:
     return np.array([*(bound for bound in bounds if bound < end), end])
 
 
-def _bounds(store: TokenStore, start: int, stop: int) -> list[int]:
+def _bounds(store: TokenStream, start: int, stop: int) -> list[int]:
     """The borders of the documents' pieces in a window, both its ends included."""
     return [start, *store.document_bounds(start, stop).tolist(), stop]
