@@ -97,6 +97,7 @@ def line_chart(
     would flatten all the rest. What lies outside is cut off, and said. `reference` is a value
     worth a dashed line, and its name.
     """
+    several = len(curves) > 1  # then a single one with points must be named, too
     curves = [curve for curve in curves if len(curve.x)]
     if not curves:
         return ""
@@ -119,7 +120,7 @@ def line_chart(
     return _figure(
         title,
         unit,
-        _legend(curves),
+        _legend(curves) if several else "",
         f'<svg class="chart" viewBox="0 0 480 268" role="img" aria-label="{escape(title)}" '
         f'data-frame="{edges}" data-x="{escape(x_label)}">{"".join(parts)}</svg>',
     )
@@ -339,8 +340,6 @@ def _reference(frame: Frame, reference: tuple[float, str]) -> str:
 
 
 def _legend(curves: Sequence[Curve]) -> str:
-    if len(curves) < 2:
-        return ""
     return (
         '<div class="legend">'
         + "".join(

@@ -99,8 +99,8 @@ for (const chart of document.querySelectorAll('svg.chart')) {
     if (at < left - 6 || at > right + 6) return leave();
     const x = Math.min(right, Math.max(left, at));
     line.setAttribute('d', `M${x} ${top}V${bottom}`);
-    tip.replaceChildren(make('b', chart.dataset.x + ': '
-      + show(x0 + (x - left) / (right - left) * (x1 - x0))));
+    const place = x0 + (x - left) / (right - left) * (x1 - x0), name = chart.dataset.x;
+    tip.replaceChildren(make('b', `${name}: ${show(name === 'step' ? Math.round(place) : place)}`));
     for (const { label, colour, points } of curves) {
       const near = points.reduce((a, b) => Math.abs(b[0] - x) < Math.abs(a[0] - x) ? b : a);
       const row = make('div', ''), dot = make('i', '');
