@@ -1,6 +1,7 @@
 """Checkpoints: training state, model files, and Hugging Face's format.
 
-Reading order: files, tensors, training_state, model_files, hugging_face.
+Reading order: files, tensors, training_state, model_files,
+hugging_face_config, hugging_face, convert.
 """
 
 from switchworks.checkpoint.hugging_face import load_hf, save_hf

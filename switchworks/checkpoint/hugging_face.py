@@ -31,6 +31,7 @@ from switchworks.checkpoint.tensors import (
     write_tensors,
 )
 from switchworks.config import CheckpointError
+from switchworks.data.tokenizer import MODEL_FILE, SentencePieceTokenizer, Tokenizer
 from switchworks.model.config import ModelConfig
 from switchworks.model.transformer import SwitchTransformer
 
@@ -93,11 +94,16 @@ def load_hf(source: Path | str | Any, *, dtype: torch.dtype | None = None) -> Sw
 
 
 def save_hf(
-    model: SwitchTransformer, directory: Path | str, *, shard_bytes: int = SHARD_BYTES
+    model: SwitchTransformer,
+    directory: Path | str,
+    tokenizer: Tokenizer | None = None,
+    *,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write `model` so that transformers' `from_pretrained` opens it: as T5 or, when sparse, as
     Switch Transformers.
 
+    A SentencePiece `tokenizer` is written beside it as spiece.model; one of bytes needs no file.
     Raises CheckpointError for what transformers cannot express, before anything is written, and
     for a full disk.
     """
@@ -111,6 +117,8 @@ def save_hf(
     with whole_directory(Path(directory), needs=num_bytes(state), otherwise=otherwise) as partial:
         write_json(partial / "config.json", values)
         write_tensors(state, partial, shard_bytes=shard_bytes)
+        if isinstance(tokenizer, SentencePieceTokenizer):
+            (partial / MODEL_FILE).write_bytes(tokenizer.model)
 
 
 def to_hf_state(model: SwitchTransformer, *, ffn: str) -> dict[str, Tensor]:

@@ -80,9 +80,18 @@ def load(
     return model.eval(), _load_tokenizer(directory, config)
 
 
+def is_model(path: Path) -> bool:
+    """Whether `path` is a model directory of ours, or a run directory with one."""
+    return (_place(path) / CONFIG).is_file()
+
+
+def _place(path: Path) -> Path:
+    return path / "model" if (path / "model").is_dir() else path
+
+
 def _model_directory(path: Path) -> Path:
-    directory = path / "model" if (path / "model").is_dir() else path
-    if (directory / CONFIG).is_file():
+    directory = _place(path)
+    if is_model(path):
         return directory
     if (directory / "config.json").is_file():
         raise CheckpointError(

@@ -1,0 +1,26 @@
+"""From Hugging Face's format to ours or back, whichever the source calls for."""
+
+from pathlib import Path
+
+from switchworks.checkpoint.hugging_face import load_hf, save_hf
+from switchworks.checkpoint.model_files import is_model, load, save
+from switchworks.data.tokenizer import MODEL_FILE, load_tokenizer
+
+
+def convert(source: Path | str, destination: Path | str) -> str:
+    """`destination` holds the model in `source` in the other format; says so in a sentence.
+
+    A SentencePiece tokenizer beside the weights goes with them. Raises CheckpointError if the
+    model cannot be read or expressed, or if `destination` holds other files.
+    """
+    source = Path(source)
+    if is_model(source):
+        model, tokenizer = load(source)
+        save_hf(model, destination, tokenizer)
+        return f"{destination} holds the model for transformers: from_pretrained opens it."
+    model = load_hf(source)
+    pieces = source / MODEL_FILE
+    tokenizer = load_tokenizer(pieces) if pieces.is_file() else None
+    save(model, destination, tokenizer)
+    without = "" if tokenizer else f", without a tokenizer: {source} has no {MODEL_FILE}"
+    return f"{destination} holds the model for switchworks{without}."
