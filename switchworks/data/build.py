@@ -1,5 +1,6 @@
 """Documents to a token store: one shard at a time, part by part, able to go on after a kill."""
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -204,5 +205,6 @@ class _File:
 
     def abandon(self) -> None:
         if not self.file.closed:
-            self.file.close()
+            with contextlib.suppress(OSError):  # a full disk is reported once
+                self.file.close()
             self.aside.unlink(missing_ok=True)

@@ -131,14 +131,14 @@ def _standard_library() -> list[str]:
 
 def _package_files(package: importlib.metadata.Distribution) -> list[str]:
     """Its README, then its files in order of their names."""
-    readme = package.metadata.get_payload()
+    readme = package.metadata.json.get("description", "")
     files = sorted(str(file) for file in package.files or [])
     paths = [
         str(package.locate_file(file))
         for file in files
         if file.endswith(_SUFFIXES) and not _LEFT_OUT.search(file)
     ]
-    return ["\n" + str(readme or ""), *paths]
+    return ["\n" + str(readme), *paths]
 
 
 def _help_topics() -> list[str]:

@@ -9,11 +9,10 @@ import json
 import logging
 import tempfile
 import zlib
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import zstandard
 
@@ -33,14 +32,18 @@ class Report:
 
     documents: int = 0
     characters: int = 0
-    bad_lines: Counter[str] = field(default_factory=Counter)
+    bad_lines: dict[str, int] = field(default_factory=dict)
     """How many JSONL lines were left out, by reason."""
     examples: list[str] = field(default_factory=list)
     """file:line and reason of the first few."""
 
+    @property
+    def num_bad_lines(self) -> int:
+        return sum(self.bad_lines.values())
+
     def bad(self, path: Path, line: int, reason: str) -> None:
         """Line `line` (from 1) of `path` is left out because of `reason`."""
-        self.bad_lines[reason] += 1
+        self.bad_lines[reason] = self.bad_lines.get(reason, 0) + 1
         if len(self.examples) < 5:
             self.examples.append(f"{path}:{line} ({reason})")
 
@@ -48,7 +51,8 @@ class Report:
         """This report counts what `other` counted, too."""
         self.documents += other.documents
         self.characters += other.characters
-        self.bad_lines += other.bad_lines
+        for reason, count in other.bad_lines.items():
+            self.bad_lines[reason] = self.bad_lines.get(reason, 0) + count
         self.examples = [*self.examples, *other.examples][:5]
 
     def log(self) -> None:
@@ -57,7 +61,7 @@ class Report:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.bad_lines.items())
             logging.getLogger(__name__).warning(
                 "%d lines were left out: %s. First: %s",
-                self.bad_lines.total(),
+                self.num_bad_lines,
                 reasons,
                 "; ".join(self.examples),
             )
@@ -87,6 +91,7 @@ def read_documents(path: Path, column: str, report: Report) -> Iterator[str]:
             yield document
 
 
+@runtime_checkable
 class _Decompressor(Protocol):
     """What zlib's and zstandard's decompression objects have in common."""
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import sentencepiece
-from sentencepiece.sentencepiece_model_pb2 import ModelProto
+from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
 from switchworks.config import DataError
 
@@ -69,7 +69,7 @@ class Tokenizer(ABC):
         """
 
     @abstractmethod
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         """The text of `ids`: sentinels written out, padding, EOS and unused ids left out."""
 
     @abstractmethod
@@ -133,7 +133,7 @@ class ByteTokenizer(Tokenizer):
         # Lone surrogates cannot be written as UTF-8; they become "?".
         return np.frombuffer(part.encode("utf-8", "replace"), np.uint8).astype(np.int32) + 3
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         text = bytearray()
         for token in map(int, ids):
             if 3 <= token < 259:
@@ -215,7 +215,7 @@ class SentencePieceTokenizer(Tokenizer):
                 ids += (self._exact if spaced else self._glued).encode(part)
         return ids
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         text, run = "", list[int]()
         for token in map(int, ids):
             index = self._sentinel_index(token)
