@@ -253,6 +253,11 @@ def test_a_validation_store_smaller_than_a_batch_still_gives_one() -> None:
     assert len(_validation(MemoryStore(2 * RAW), 5)) == 1
 
 
+def test_too_little_held_out_text_is_refused_by_its_own_name_and_fix() -> None:
+    with pytest.raises(DataError, match=r"Held-out text: .* 33 tokens(.|\n)*validation_share"):
+        _validation(MemoryStore(33), 1)
+
+
 def _prefetch_threads() -> list[threading.Thread]:
     return [t for t in threading.enumerate() if t.name.startswith("grain-prefetch")]
 

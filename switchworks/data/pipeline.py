@@ -220,15 +220,18 @@ def validation_batches(
     not on a run's seed. There are fewer than `batches` if the store has fewer, but always one,
     which then repeats text. Raises what `Pipeline` raises.
     """
-    pipeline = Pipeline(
-        config,
-        store,
-        tokenizer,
-        batch_size=batch_size,
-        seed=VALIDATION_SEED,
-        rank=rank,
-        world=world,
-    )
+    try:
+        pipeline = Pipeline(
+            config,
+            store,
+            tokenizer,
+            batch_size=batch_size,
+            seed=VALIDATION_SEED,
+            rank=rank,
+            world=world,
+        )
+    except DataError as error:
+        raise DataError(f"Held-out text: {error}\n  Or raise data.validation_share.") from error
     full = max(1, pipeline.windows // batch_size)
     return [pipeline.batch(step) for step in range(min(batches, full))]
 
