@@ -252,7 +252,7 @@ def _parse(kind: type[T], verb: str, words: list[str], default: T | None = None)
     )
 
 
-def _experiment(verb: str, words: list[str], flags: type[T]) -> "tuple[Experiment, T]":
+def _experiment(verb: str, words: list[str], kind: type[T]) -> "tuple[Experiment, T]":
     """The recipe named by the first word with every flag applied, and the verb's own flags."""
     if not words or words[0].startswith("-"):
         raise ConfigError(
@@ -267,13 +267,13 @@ def _experiment(verb: str, words: list[str], flags: type[T]) -> "tuple[Experimen
     @dataclass(frozen=True)
     class Arguments:
         experiment: Annotated[Experiment, tyro.conf.arg(name="")]
-        flags: Annotated[Any, tyro.conf.arg(name="", constructor=flags)]
+        flags: Annotated[Any, tyro.conf.arg(name="", constructor=kind)]
 
     parsed = tyro.cli(
         Arguments,
         prog=f"switchworks {verb} {words[0]}",
         args=[_spelled(word) for word in words[1:]],
-        default=Arguments(experiment=recipe, flags=flags()),
+        default=Arguments(experiment=recipe, flags=kind()),
         config=(tyro.conf.AvoidSubcommands,),
     )
     return parsed.experiment, parsed.flags

@@ -24,9 +24,9 @@ def test_every_recipe_survives_being_written_and_read(name):
 
 
 def test_more_experts_than_tokens_in_a_group_are_refused_with_a_group_that_fits():
-    with pytest.raises(ConfigError, match=r"group of 32 decoder tokens .* 48 experts") as error:
+    with pytest.raises(ConfigError, match=r"group of 28 decoder tokens .* 48 experts") as error:
         with_routing(experts=48)
-    assert "group_sequences to 3" in str(error.value)
+    assert "group_sequences to 4" in str(error.value)
 
 
 def test_a_batch_that_is_not_whole_groups_is_refused():
@@ -62,5 +62,5 @@ def test_a_dense_experiment_has_no_groups_to_check():
 
 
 def test_groups_hold_whole_rows_of_encoder_and_decoder():
-    assert with_routing(group_sequences=2).group_tokens == (128, 32)
+    assert with_routing(group_sequences=2).group_tokens == (128, 28)
     assert isinstance(with_routing().model.routing, RoutingConfig)

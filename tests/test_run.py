@@ -50,7 +50,9 @@ def test_metrics_have_the_promised_keys(tiny_run):
 
 
 def test_a_tiny_run_learns_something(tiny_run):
-    losses = [line["val/loss"] for line in lines_of(tiny_run / "metrics.jsonl") if "val/loss" in line]
+    losses = [
+        line["val/loss"] for line in lines_of(tiny_run / "metrics.jsonl") if "val/loss" in line
+    ]
     assert losses[-1] < losses[0] < 6.0
 
 
@@ -213,7 +215,11 @@ def test_a_run_killed_in_the_middle_and_resumed_ends_bitwise_the_same(
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     keys = ("step", "tokens", "train/loss", "train/grad_norm")
     read = [
-        [tuple(line[key] for key in keys) for line in lines_of(d / "metrics.jsonl") if "train/loss" in line]
+        [
+            tuple(line[key] for key in keys)
+            for line in lines_of(d / "metrics.jsonl")
+            if "train/loss" in line
+        ]
         for d in (uninterrupted, run_dir)
     ]
     assert [row[:2] for row in read[0]] == [row[:2] for row in read[1]]

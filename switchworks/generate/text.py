@@ -38,7 +38,7 @@ def fill_text(
 ) -> str:
     """`text` with every hole <extra_id_N> filled in square brackets; see `answer`."""
     if not text.strip():
-        raise ConfigError("There is no text to fill in. Example: \"The <extra_id_0> of the list.\"")
+        raise ConfigError('There is no text to fill in. Example: "The <extra_id_0> of the list."')
     if HOLE.search(text) is None:
         text = f"{text.rstrip()} <extra_id_0>"
     inputs = torch.tensor([[*tokenizer.encode(text), EOS]])

@@ -65,6 +65,4 @@ def text_folder() -> Experiment:
 
 def dense_twin(sparse: Experiment) -> Experiment:
     """`sparse` with a dense FFN in place of every switch layer."""
-    return replace(
-        sparse, name=f"{sparse.name}_dense", model=replace(sparse.model, routing=None)
-    )
+    return replace(sparse, name=f"{sparse.name}_dense", model=replace(sparse.model, routing=None))

@@ -32,6 +32,4 @@ SWITCH_C = ModelConfig(
 
 def switch(dense: ModelConfig, experts: int, *, group_sequences: int) -> ModelConfig:
     """`dense` with `experts` experts in every other FFN: the same FLOPs per token."""
-    return replace(
-        dense, routing=RoutingConfig(experts=experts, group_sequences=group_sequences)
-    )
+    return replace(dense, routing=RoutingConfig(experts=experts, group_sequences=group_sequences))

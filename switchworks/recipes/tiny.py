@@ -21,7 +21,7 @@ def tiny() -> Experiment:
             num_layers=2,
             routing=RoutingConfig(experts=4, group_sequences=2),
         ),
-        data=DataConfig(tokenizer="bytes", input_length=64, target_length=16, workers=1),
+        data=DataConfig(tokenizer="bytes", input_length=64, target_length=14, workers=1),
         optim=OptimConfig(lr=0.3, warmup_steps=100),
         log_every=5,
         validate_every=10,

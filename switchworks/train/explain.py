@@ -69,7 +69,10 @@ def capacities(experiment: Experiment) -> dict[str, Any] | None:
         "switch_layers": sum(map(experiment.model.is_sparse, range(experiment.model.num_layers)))
         + sum(map(experiment.model.is_sparse, range(experiment.model.decoder_layers))),
         **{
-            where: {"group_tokens": tokens, "slots_per_expert": routing.capacity(tokens, training=True)}
+            where: {
+                "group_tokens": tokens,
+                "slots_per_expert": routing.capacity(tokens, training=True),
+            }
             for where, tokens in zip(("encoder", "decoder"), experiment.group_tokens, strict=True)
         },
     }
@@ -93,7 +96,9 @@ def as_text(figures: dict[str, Any]) -> str:
     lines[-1] += ", activations not counted"
     routing = figures["routing"]
     if routing is not None:
-        lines.append(f"  switch layers      {routing['switch_layers']}, {routing['experts']} experts each")
+        lines.append(
+            f"  switch layers      {routing['switch_layers']}, {routing['experts']} experts each"
+        )
         for where in ("encoder", "decoder"):
             slots = routing[where]["slots_per_expert"]
             lines.append(

@@ -48,11 +48,15 @@ def _drop_after(path: Path, step: int) -> None:
     """Remove lines of steps after `step`, and a torn last line: a resumed run repeats them."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError, TypeError):
-            continue
-    path.write_text("".join(kept), encoding="utf-8")
+    # Not splitlines: text may hold other line separators than the one that ends a line here.
+    lines = path.read_bytes().split(b"\n")
+    aside = path.with_suffix(".tmp")
+    aside.write_bytes(b"".join(line + b"\n" for line in lines if _is_until(line, step)))
+    aside.replace(path)
+
+
+def _is_until(line: bytes, step: int) -> bool:
+    try:
+        return json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError):
+        return False

@@ -25,17 +25,16 @@ from switchworks.report import write_report
 from switchworks.train import machine
 from switchworks.train.experiment import Experiment
 from switchworks.train.hooks import (
-    Hook,
     Progress,
     Samples,
     SaveCheckpoints,
     Validate,
     first_rows,
 )
-from switchworks.train.loop import Interrupt, run
+from switchworks.train.loop import Hook, Interrupt, run
 from switchworks.train.recorder import Recorder
 from switchworks.train.run_directory import open_run_directory
-from switchworks.train.state import TrainState, start_from
+from switchworks.train.state import TrainState, build_state
 
 SAMPLE_ROWS = 4
 """Pieces of held-out text whose holes are filled at each sampling."""
@@ -78,7 +77,7 @@ def train(
     return run_dir
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818  it is not an error
     """A signal ended the run after its state was saved."""
 
     def __init__(self, signal: str, step: int, run_dir: Path) -> None:
@@ -92,7 +91,9 @@ def with_vocabulary(experiment: Experiment, vocab_size: int) -> Experiment:
     """`experiment` with the tokenizer's vocabulary: the tokenizer decides, and says so."""
     if experiment.model.vocab_size == vocab_size:
         return experiment
-    print(f"vocabulary: {vocab_size} (the tokenizer's; {experiment.model.vocab_size} was asked for)")
+    print(
+        f"vocabulary: {vocab_size} (the tokenizer's; {experiment.model.vocab_size} was asked for)"
+    )
     return replace(experiment, model=replace(experiment.model, vocab_size=vocab_size))
 
 
@@ -118,12 +119,12 @@ def _first_state(
     experiment: Experiment, checkpoints: Checkpoints | None, init: Path | str | None
 ) -> TrainState:
     """Where the run starts, in order of precedence: checkpoint, `init`, first values."""
-    state = start_from(experiment, _first_model(experiment, init))
+    state = build_state(experiment, _first_model(experiment, init))
     newest = None if checkpoints is None else checkpoints.latest()
     if checkpoints is not None and newest is not None:
         contents = state.state_dict()
         about = checkpoints.load(newest, contents)
-        state.load(contents, about)
+        state.restore(contents, about)
         print(f"resumed from step {state.step} ({newest})")
     return state
 
@@ -138,8 +139,7 @@ def _first_model(experiment: Experiment, init: Path | str | None) -> SwitchTrans
             f"{experiment.model.vocab_size}.\n"
             f"  Use the model's own tokenizer: --data.tokenizer {init}."
         )
-    shape, wanted = SwitchTransformer, experiment.model
-    fresh = shape(wanted, seed=experiment.seed)
+    fresh = SwitchTransformer(experiment.model, seed=experiment.seed)
     return _take_weights(fresh, model, init)
 
 
@@ -161,20 +161,21 @@ def _take_weights(
 
 
 def _hooks(
-    state: TrainState, recorder: Recorder, checkpoints: Checkpoints, prepared: Prepared
+    state: TrainState,
+    recorder: Recorder,
+    checkpoints: Checkpoints,
+    prepared: Prepared,
 ) -> Sequence[Hook]:
     experiment = state.experiment
     hooks: list[Hook] = [Progress(recorder, experiment.log_every, state)]
     held_out: list[Batch] = []
     if experiment.validate_every or experiment.sample_every:
-        held_out = list(
-            validation_batches(
-                experiment.data,
-                prepared.validation,
-                prepared.tokenizer,
-                batch_size=experiment.batch_size,
-                batches=max(1, experiment.validation_batches),
-            )
+        held_out = validation_batches(
+            experiment.data,
+            prepared.validation,
+            prepared.tokenizer,
+            batch_size=experiment.batch_size,
+            batches=max(1, experiment.validation_batches),
         )
     if experiment.validate_every:
         hooks.append(Validate(recorder, experiment.validate_every, held_out))

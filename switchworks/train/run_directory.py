@@ -1,12 +1,12 @@
 """A run directory: what a run writes, where, and whose it is.
 
-    experiment.toml     every setting, enough to repeat the run
-    about.json          sizes, machine, versions, command
-    metrics.jsonl       a line per report        samples.jsonl   a line per fill-in
-    tensorboard/        the same numbers
-    checkpoints/        step_XXXXXXXX/: everything needed to go on
-    model/              what `switchworks.load` opens
-    report.html
+experiment.toml     every setting, enough to repeat the run
+about.json          sizes, machine, versions, command
+metrics.jsonl       a line per report        samples.jsonl   a line per fill-in
+tensorboard/        the same numbers
+checkpoints/        step_XXXXXXXX/: everything needed to go on
+model/              what `switchworks.load` opens
+report.html
 """
 
 from pathlib import Path
@@ -38,7 +38,9 @@ def open_run_directory(path: Path, experiment: Experiment, *, resume: bool) -> b
     if changed:
         raise ConfigError(
             f"{path} already holds another experiment. It differs in:\n"
-            + "".join(f"    {name}: {old} there, {new} now\n" for name, (old, new) in changed.items())
+            + "".join(
+                f"    {name}: {old} there, {new} now\n" for name, (old, new) in changed.items()
+            )
             + "  Choose another --run-dir, or make the settings agree and add --resume."
         )
     if not resume:

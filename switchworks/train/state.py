@@ -8,7 +8,7 @@ from torch import nn
 
 from switchworks.model import SwitchTransformer
 from switchworks.model.routing import Router
-from switchworks.optim.build import Updater
+from switchworks.optim.build import Updater, build_optimizer, dimension_letters
 from switchworks.train.experiment import Experiment
 
 
@@ -28,27 +28,37 @@ class TrainState:
     """Time spent in steps, over all sittings; validation and saving not counted."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything to save: float32 weights and optimizer state."""
+        """Every tensor that a step changes: float32 weights and optimizer state, not copied."""
         return self.updater.state_dict()
 
     def about(self) -> dict[str, Any]:
-        """The counters, plain numbers that go into the checkpoint's manifest."""
+        """The counters, plain numbers that go into a checkpoint."""
         return {"step": self.step, "tokens": self.tokens, "seconds": self.seconds}
 
+    def restore(self, contents: dict[str, Any], about: dict[str, Any]) -> None:
+        """Be where the checkpoint with these contents was."""
+        self.updater.load_state_dict(contents)
+        self.step, self.tokens = about["step"], about["tokens"]
+        self.seconds = about["seconds"]
 
-def build_state(experiment: Experiment) -> TrainState:
-    """A fresh run of `experiment`: first values from its seed, step 0."""
-    model = SwitchTransformer(experiment.model, seed=experiment.seed)
-    return start_from(experiment, model)
 
+def build_state(experiment: Experiment, model: SwitchTransformer | None = None) -> TrainState:
+    """Step 0 of `experiment`, with the float32 weights of `model` or else those of its seed.
 
-def start_from(experiment: Experiment, model: SwitchTransformer) -> TrainState:
-    """A fresh run of `experiment` that begins with the float32 weights of `model`."""
-    raise NotImplementedError
+    The model is taken over: with bfloat16 its weights are cast and the float32 ones become the
+    optimizer's masters.
+    """
+    model = model or SwitchTransformer(experiment.model, seed=experiment.seed)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    cast_for_compute(model, getattr(torch, experiment.precision))
+    updater = build_optimizer(
+        model.named_parameters(), dimension_letters(model), experiment.optim, weights
+    )
+    return TrainState(experiment, model, updater)
 
 
 def cast_for_compute(model: nn.Module, dtype: torch.dtype) -> None:
-    """Every floating-point parameter of `model` in `dtype`, but routers in float32 (section 2.4)."""
+    """Every parameter of `model` in `dtype`, but those of routers in float32 (section 2.4)."""
     for module in model.modules():
         if isinstance(module, Router):
             continue

@@ -71,9 +71,7 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
         raise DivergenceError(explain_divergence(state, batch, f"loss {total}"))
     update = state.updater.step(state.step, experiment.steps)
     if update.grad_norm - update.grad_norm != 0:
-        raise DivergenceError(
-            explain_divergence(state, batch, f"gradient norm {update.grad_norm}")
-        )
+        raise DivergenceError(explain_divergence(state, batch, f"gradient norm {update.grad_norm}"))
     tokens = batch.num_tokens
     state.step += 1
     state.tokens += tokens
