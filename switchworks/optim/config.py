@@ -22,7 +22,8 @@ class OptimConfig:
     clip_norm: float | None = None
     """Bound on the global gradient norm. None: no bound."""
     weight_decay: float = 0.0
-    """Decoupled; not applied to norm scales and relative biases."""
+    """Decoupled: each step shrinks a weight by lr * weight_decay. Not applied to norm scales and
+    relative biases."""
     betas: tuple[float, ...] = (0.0, 0.999)
     """First: momentum (adafactor: 0 keeps no first moment). Second: adamw only."""
     eps: float = 1e-8
@@ -46,4 +47,14 @@ class OptimConfig:
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ConfigError(
                 f"optim.clip_norm = {self.clip_norm} must be positive. Use none for no bound."
+            )
+        for name in ("eps", "decay_exponent", "clip_update"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"optim.{name} = {getattr(self, name)} must be positive.")
+        for name in ("warmup_steps", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"optim.{name} = {getattr(self, name)} must be at least 0.")
+        if not 0 <= self.final_lr_share <= 1:
+            raise ConfigError(
+                f"optim.final_lr_share = {self.final_lr_share} must be between 0 and 1."
             )

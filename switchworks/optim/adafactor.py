@@ -1,0 +1,301 @@
+"""T5's Adafactor, as in Mesh TensorFlow's `optimize.py` and T5X's `adafactor.py`.
+
+torch.optim.Adafactor is another optimizer: it caps the learning rate at 1/sqrt(step), factors
+every tensor over its last two dimensions, and scales and clips a stack of experts as one.
+
+Memory traffic is the cost here, not arithmetic. So tensors are gone through in blocks that fit
+the processor's cache, temporaries are of a block's size and reused, and factors that are constant
+along a row are applied to row sums instead of elements.
+
+Letters: a matrix is D F; *E are the dimensions before the matrix, experts first if it is a stack.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+EPS_SQUARE = 1e-30
+"""Added to every squared gradient (epsilon1)."""
+EPS_SCALE = 1e-3
+"""Least root mean square a parameter is taken to have (epsilon2)."""
+_BLOCK = 2**20
+"""Numbers per block on the CPU: 4 MB of each of parameter, gradient and temporary."""
+
+
+class Adafactor(torch.optim.Optimizer):
+    """Adafactor with parameter scale, update clipping and per-expert statistics.
+
+    A parameter W with gradient G moves by lr * max(RMS(W), 1e-3) * clip(G / sqrt(V)), where V is a
+    running mean of G ** 2 + 1e-30 with decay 1 - (t + 1) ** -decay_exponent (0 at t = 0). V is
+    kept as row and column means over the two largest dimensions if the second largest is at
+    least `min_factored_dim`, else whole. clip divides by max(1, RMS / clip_update).
+
+    In a parameter group with `stacked=True` the first dimension of every tensor counts experts:
+    it is never factored, and with `per_expert` (T5X) each expert is scaled and clipped by itself;
+    without (Mesh TensorFlow) the whole stack as one.
+
+    Parameters are float32 or float64 and the state has their dtype: in bfloat16 most updates would
+    round to nothing, see `MasterWeights`. The state exists from the start.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float = 1e-2,
+        beta1: float = 0.0,
+        decay_exponent: float = 0.8,
+        clip_update: float = 1.0,
+        parameter_scale: bool = True,
+        min_factored_dim: int = 128,
+        per_expert: bool = True,
+        weight_decay: float = 0.0,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "beta1": beta1,
+            "decay_exponent": decay_exponent,
+            "clip_update": clip_update,
+            "parameter_scale": parameter_scale,
+            "min_factored_dim": min_factored_dim,
+            "per_expert": per_expert,
+            "weight_decay": weight_decay,
+            "stacked": False,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, with state for its parameters. Raises ValueError for a 16-bit parameter."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for parameter in group["params"]:
+            if parameter.dtype not in (torch.float32, torch.float64):
+                raise ValueError(
+                    f"Adafactor updates float32 parameters, not {parameter.dtype}.\n"
+                    "  Give it the masters of switchworks.optim.masters.MasterWeights."
+                )
+            self.state[parameter] = _first_state(parameter, group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every parameter that has a gradient; the others and their state stay."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        scratch = _Scratch()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    state = self.state[parameter]
+                    state["step"] += 1
+                    rule = _rule(group, int(state["step"]))
+                    dims = _dims_of(parameter, group)
+                    _update(parameter, parameter.grad, state, dims, rule, scratch)
+        return loss
+
+
+class _Rule(NamedTuple):
+    """The numbers of one step of one parameter."""
+
+    lr: float
+    mixing: float
+    """Share of the new squares in the running mean: 1 - decay."""
+    beta1: float
+    clip_update: float
+    parameter_scale: bool
+    keep: float
+    """What weight decay leaves of a parameter: 1 - lr * weight_decay."""
+    apart: bool
+    """Whether each index of the first dimension is scaled and clipped by itself."""
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean over what is scaled and clipped together, in a shape that multiplies `x`."""
+        dims = tuple(range(1 if self.apart else 0, x.dim()))
+        return x.mean(dim=dims, keepdim=True) if dims else x
+
+    def factor(self, update_square: Tensor, parameter_square: Tensor | None) -> Tensor:
+        """What to multiply an update by, from its mean square and that of the parameter."""
+        clip = (update_square.sqrt() / self.clip_update).clamp_(min=1.0)
+        if parameter_square is None:
+            return -self.lr / clip
+        return parameter_square.sqrt().clamp_(min=EPS_SCALE).mul_(-self.lr) / clip
+
+
+class _Scratch:
+    """Memory for temporaries, grown to the largest asked for and used again and again."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """a * b, where b broadcasts to a. Valid until the next call."""
+        buffer = self._buffers.get((a.device, a.dtype))
+        if buffer is None or buffer.numel() < a.numel():
+            buffer = torch.empty(a.numel(), device=a.device, dtype=a.dtype)
+            self._buffers[a.device, a.dtype] = buffer
+        return torch.mul(a, b, out=buffer[: a.numel()].view(a.shape))
+
+
+def factored_dims(
+    shape: Sequence[int], *, stacked: bool, min_factored_dim: int
+) -> tuple[int, int] | None:
+    """The two largest dimensions, in ascending order; None if V is kept whole.
+
+    The first dimension of a stack does not count. Of equal sizes the earlier one counts as larger.
+    """
+    candidates = sorted(range(1 if stacked else 0, len(shape)), key=lambda dim: -shape[dim])[:2]
+    if len(candidates) < 2 or shape[candidates[1]] < min_factored_dim:
+        return None
+    return min(candidates), max(candidates)
+
+
+def _dims_of(parameter: Tensor, group: dict[str, Any]) -> tuple[int, int] | None:
+    return factored_dims(
+        parameter.shape, stacked=group["stacked"], min_factored_dim=group["min_factored_dim"]
+    )
+
+
+def _first_state(parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+    """Step 0: "row" and "column", or "square"; and "momentum" if there is any."""
+    state = {"step": torch.zeros((), dtype=torch.int64)}
+    dims = _dims_of(parameter, group)
+    if dims is None:
+        state["square"] = torch.zeros_like(parameter, requires_grad=False)
+    else:
+        matrices = parameter.detach().movedim(dims, (-2, -1))
+        state["row"] = matrices.new_zeros(matrices.shape[:-1])
+        state["column"] = matrices.new_zeros(matrices.shape[:-2] + matrices.shape[-1:])
+    if group["beta1"] > 0:
+        state["momentum"] = torch.zeros_like(parameter, requires_grad=False)
+    return state
+
+
+def _rule(group: dict[str, Any], step: int) -> _Rule:
+    """The numbers of step number `step`, counted from 1."""
+    return _Rule(
+        lr=group["lr"],
+        mixing=step ** -group["decay_exponent"],
+        beta1=group["beta1"],
+        clip_update=group["clip_update"],
+        parameter_scale=group["parameter_scale"],
+        keep=1.0 - group["lr"] * group["weight_decay"],
+        apart=group["stacked"] and group["per_expert"],
+    )
+
+
+def _update(
+    parameter: Tensor,
+    grad: Tensor,
+    state: dict[str, Tensor],
+    dims: tuple[int, int] | None,
+    rule: _Rule,
+    scratch: _Scratch,
+) -> None:
+    momentum = state.get("momentum")
+    if dims is None:
+        _update_whole(parameter, grad, state["square"], momentum, rule, scratch)
+        return
+    p, g, row, column = parameter, grad, state["row"], state["column"]
+    p, g = p.movedim(dims, (-2, -1)), g.movedim(dims, (-2, -1))
+    m = None if momentum is None else momentum.movedim(dims, (-2, -1))
+    for part in _blocks(p) if rule.apart else [slice(None)]:  # a few experts, while in the cache
+        m_part = None if m is None else m[part]
+        _update_factored(p[part], g[part], row[part], column[part], m_part, rule, scratch)
+
+
+def _update_whole(
+    p: Float[Tensor, "*E"],
+    g: Float[Tensor, "*E"],
+    square: Float[Tensor, "*E"],
+    m: Float[Tensor, "*E"] | None,
+    rule: _Rule,
+    scratch: _Scratch,
+) -> None:
+    """One step with a second moment per number."""
+    square.lerp_(scratch.product(g, g).add_(EPS_SQUARE), rule.mixing)
+    update = square.rsqrt().mul_(g)
+    p_square = rule.mean(scratch.product(p, p)) if rule.parameter_scale else None
+    factor = rule.factor(rule.mean(scratch.product(update, update)), p_square)
+    _move(p, m, update, factor, rule)
+
+
+def _update_factored(
+    p: Float[Tensor, "*E D F"],
+    g: Float[Tensor, "*E D F"],
+    row: Float[Tensor, "*E D"],
+    column: Float[Tensor, "*E F"],
+    m: Float[Tensor, "*E D F"] | None,
+    rule: _Rule,
+    scratch: _Scratch,
+) -> None:
+    """One step with row and column means of the second moment.
+
+    The update is g * r * c. Only g * c is formed element by element, block after block; r enters
+    the row sums of its squares and, with scale and clipping, the last multiplication.
+    """
+    blocks = _blocks(p)
+    _mix_squares(g, row, column, blocks, rule, scratch)
+    r = (row / row.mean(dim=-1, keepdim=True)).rsqrt_()
+    c = column.rsqrt().unsqueeze(-2)
+    u_square = torch.empty_like(row)
+    p_square = torch.empty_like(row) if rule.parameter_scale else None
+    for block in blocks:
+        u_square[block] = _row_mean_square(scratch.product(g[block], _at(c, block)))
+        if p_square is not None:
+            p_square[block] = _row_mean_square(p[block])
+    p_square = None if p_square is None else rule.mean(p_square)
+    factor = r * rule.factor(rule.mean(u_square * r.square()), p_square)
+    for block in blocks:
+        update = scratch.product(g[block], _at(c, block))
+        m_block = None if m is None else m[block]
+        _move(p[block], m_block, update, factor[block].unsqueeze(-1), rule)
+
+
+def _mix_squares(
+    g: Float[Tensor, "*E D F"],
+    row: Float[Tensor, "*E D"],
+    column: Float[Tensor, "*E F"],
+    blocks: list[slice],
+    rule: _Rule,
+    scratch: _Scratch,
+) -> None:
+    """Mix the new squared gradients into the running row and column means."""
+    new_row, new_column = torch.empty_like(row), torch.zeros_like(column)
+    for block in blocks:
+        squares = scratch.product(g[block], g[block])
+        new_row[block] = squares.mean(dim=-1)
+        into = new_column if g.dim() == 2 else new_column[block]
+        into += squares.sum(dim=-2)
+    row.lerp_(new_row.add_(EPS_SQUARE), rule.mixing)
+    column.lerp_(new_column.div_(g.shape[-2]).add_(EPS_SQUARE), rule.mixing)
+
+
+def _move(p: Tensor, m: Tensor | None, update: Tensor, factor: Tensor, rule: _Rule) -> None:
+    """Move `p` by update * factor, or by the momentum that takes this in."""
+    if rule.keep != 1.0:
+        p.mul_(rule.keep)
+    if m is None:
+        p.addcmul_(update, factor)
+    else:
+        m.mul_(rule.beta1).addcmul_(update, factor, value=1.0 - rule.beta1)
+        p.add_(m)
+
+
+def _blocks(x: Float[Tensor, "*E D F"]) -> list[slice]:
+    """Slices of the first dimension, of about _BLOCK numbers each; on a GPU one slice."""
+    length = x.shape[0]
+    step = max(1, _BLOCK * length // x.numel()) if x.device.type == "cpu" else length
+    return [slice(start, start + step) for start in range(0, length, step)]
+
+
+def _at(c: Float[Tensor, "*E 1 F"], block: slice) -> Float[Tensor, "*e 1 F"]:
+    """The column factors that belong to a block: all of them if blocks are rows of one matrix."""
+    return c if c.dim() == 2 else c[block]
+
+
+def _row_mean_square(x: Float[Tensor, "*E D F"]) -> Float[Tensor, "*E D"]:
+    return torch.linalg.vector_norm(x, dim=-1).square_() / x.shape[-1]
