@@ -17,10 +17,10 @@ def test_the_norm_is_that_of_t5():
 
 
 def test_the_norm_gives_mean_square_one_and_keeps_the_mean():
-    x = torch.randn(4, 64) * 100 + 30
+    x = torch.randn(4, 64) * 10 + 30
     y = RMSNorm(64, 1e-6)(x)
     torch.testing.assert_close(y.square().mean(-1), torch.ones(4))
-    assert (y.mean(-1) > 0.05).all()  # it is not a LayerNorm
+    assert (y.mean(-1) > 0.5).all()  # it is not a LayerNorm
 
 
 def test_the_norm_takes_its_statistics_in_float32():

@@ -95,7 +95,7 @@ def attend(
     q: Float[Tensor, "B H L K"],
     k: Float[Tensor, "B H M K"],
     v: Float[Tensor, "B H M K"],
-    bias: Float[Tensor, "#B #H L M"] | None,
+    bias: Float[Tensor, "#B #H #L M"] | None,
     dropout: SharedDropout,
 ) -> Float[Tensor, "B H L K"]:
     """softmax(q k^T + bias) v, unscaled, with the softmax in float32.
@@ -148,7 +148,7 @@ class Attention(nn.Module):
         self,
         x: Float[Tensor, "B L D"],
         memory: KeyValues,
-        bias: Float[Tensor, "#B #H L M"] | None,
+        bias: Float[Tensor, "#B #H #L M"] | None,
     ) -> Float[Tensor, "B L D"]:
         """What each position of `x` reads from `memory`."""
         read = attend(self._heads(self.q(x)), memory.k, memory.v, bias, self.dropout)
