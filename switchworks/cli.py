@@ -16,7 +16,7 @@ import tyro
 from switchworks.config import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
-    from switchworks.train.experiment import Experiment
+    from switchworks.training.experiment import Experiment
 
 T = TypeVar("T")
 
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(words: list[str]) -> int:
     experiment, more = _experiment("train", words, TrainFlags)
-    from switchworks.train import DivergenceError, Interrupted, train
+    from switchworks.training import DivergenceError, Interrupted, train
 
     try:
         run_dir = train(experiment, more.run_dir, resume=more.resume, init=more.init)
@@ -89,7 +89,7 @@ def _prepare(words: list[str]) -> int:
 
 def _explain(words: list[str]) -> int:
     experiment, more = _experiment("explain", words, ExplainFlags)
-    from switchworks.train.explain import as_text, explain
+    from switchworks.training.explain import as_text, explain
 
     figures = explain(experiment)
     if more.json is not None:
@@ -240,16 +240,8 @@ class NoFlags:
     """Nothing to set."""
 
 
-def _parse(kind: type[T], verb: str, words: list[str], default: T | None = None) -> T:
-    return tyro.cli(
-        kind,
-        prog=f"switchworks {verb}",
-        args=words,
-        default=default,
-        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
-        if default is not None
-        else (),
-    )
+def _parse(kind: type[T], verb: str, words: list[str]) -> T:
+    return tyro.cli(kind, prog=f"switchworks {verb}", args=words)
 
 
 def _experiment(verb: str, words: list[str], kind: type[T]) -> "tuple[Experiment, T]":
@@ -260,7 +252,7 @@ def _experiment(verb: str, words: list[str], kind: type[T]) -> "tuple[Experiment
             "  `switchworks recipes` lists them."
         )
     from switchworks.recipes import find_recipe
-    from switchworks.train.experiment import Experiment
+    from switchworks.training.experiment import Experiment
 
     recipe = find_recipe(words[0])()
 

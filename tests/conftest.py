@@ -38,7 +38,7 @@ def tiny_experiment(corpus):
 @pytest.fixture(scope="session")
 def tiny_run(tiny_experiment, tmp_path_factory) -> Path:
     """The run directory of a finished tiny run. Tests only read it."""
-    from switchworks.train import train
+    from switchworks.training import train
 
     threads = torch.get_num_threads()
     run_dir = train(tiny_experiment, tmp_path_factory.mktemp("runs") / "tiny")

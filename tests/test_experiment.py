@@ -8,7 +8,7 @@ from switchworks.config import ConfigError, from_dict, to_dict
 from switchworks.model import ModelConfig, RoutingConfig
 from switchworks.recipes import RECIPES
 from switchworks.recipes.tiny import tiny
-from switchworks.train.experiment import Experiment, MeshConfig
+from switchworks.training.experiment import Experiment, MeshConfig
 
 
 def with_routing(**settings) -> Experiment:

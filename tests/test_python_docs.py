@@ -75,16 +75,16 @@ def test_markdown_loses_its_fences_links_and_headings():
     text = """
     # A heading that is not a sentence but looks as if it were one.
 
-    This is the [first](https://example.org) of the **cats** &amp; it is `asleep` &mdash; still, as it was
-    when we last had a look at it.
+    This is the [first](https://example.org) of the **cats** &amp; it is `asleep` &mdash; still, as
+    it was when we last had a look at it.
 
     ```python
     # This is a comment that is in the code of the file.
     ```
     """
     assert list(paragraphs(text)) == [
-        "This is the first of the cats & it is asleep \u2014 still, as it was when we last had a look "
-        "at it."
+        "This is the first of the cats & it is asleep \u2014 still, as it was when we last had a "
+        "look at it."
     ]
 
 

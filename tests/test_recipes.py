@@ -10,7 +10,7 @@ from switchworks.model import SwitchTransformer
 from switchworks.model.sizes import active_parameters, flops_per_token, num_parameters
 from switchworks.recipes import RECIPES, find_recipe
 from switchworks.recipes.tiny import tiny
-from switchworks.train import train
+from switchworks.training import train
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -14,8 +14,8 @@ import torch
 
 import switchworks
 from switchworks.config import CheckpointError, ConfigError, from_toml, to_toml
-from switchworks.train import Experiment, train
-from switchworks.train.run_directory import open_run_directory
+from switchworks.training import Experiment, train
+from switchworks.training.run_directory import open_run_directory
 
 
 def lines_of(path: Path) -> list[dict]:
@@ -118,7 +118,7 @@ def test_more_steps_are_only_a_resume_where_the_schedule_does_not_know_the_last_
 
 
 def test_a_mesh_larger_than_this_machine_is_refused(tiny_experiment, tmp_path):
-    from switchworks.train import MeshConfig
+    from switchworks.training import MeshConfig
 
     with pytest.raises(ConfigError, match="needs 2 devices"):
         train(replace(tiny_experiment, mesh=MeshConfig(data=2)), tmp_path / "run")
@@ -142,8 +142,8 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from switchworks.config import from_toml
-from switchworks.train import Experiment, train
-import switchworks.train.loop as loop
+from switchworks.training import Experiment, train
+from switchworks.training import loop
 
 slow = float(sys.argv[3])
 step = loop.train_step
@@ -204,11 +204,10 @@ def test_a_run_killed_in_the_middle_and_resumed_ends_bitwise_the_same(
     resumable, uninterrupted, tmp_path
 ):
     run_dir = tmp_path / "run"
-    process = start(resumable, run_dir, "0.15")
-    wait_for(run_dir / "checkpoints" / "step_00000006", process)
-    time.sleep(0.3)  # a few steps past the checkpoint, whose lines the resumed run must repeat
-    process.kill()
-    process.wait()
+    with start(resumable, run_dir, "0.15") as process:
+        wait_for(run_dir / "checkpoints" / "step_00000006", process)
+        time.sleep(0.3)  # a few steps past the checkpoint, whose lines the resumed run must repeat
+        process.kill()
     assert not (run_dir / "model").exists()
     train(from_toml(Experiment, resumable), run_dir, resume=True)
     whole, resumed = weights_of(uninterrupted), weights_of(run_dir)
@@ -229,10 +228,10 @@ def test_a_run_killed_in_the_middle_and_resumed_ends_bitwise_the_same(
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_signal_saves_and_leaves_and_the_run_goes_on(name, resumable, uninterrupted, tmp_path):
     run_dir = tmp_path / "run"
-    process = start(resumable, run_dir, "0.2")
-    wait_for(run_dir / "metrics.jsonl", process)
-    process.send_signal(getattr(signal, name))
-    output, _ = process.communicate(timeout=60)
+    with start(resumable, run_dir, "0.2") as process:
+        wait_for(run_dir / "metrics.jsonl", process)
+        process.send_signal(getattr(signal, name))
+        output, _ = process.communicate(timeout=60)
     assert process.returncode == 3
     assert f"Interrupted {name}: step" in output
     saved = int(output.rpartition("step ")[2].split()[0])

@@ -7,8 +7,8 @@ import torch
 
 from switchworks.batch import Batch
 from switchworks.recipes.tiny import tiny
-from switchworks.train.state import build_state
-from switchworks.train.step import DivergenceError, train_step
+from switchworks.training.state import build_state
+from switchworks.training.step import DivergenceError, train_step
 
 
 def quiet_experiment(**settings):
@@ -58,7 +58,7 @@ def test_the_total_is_the_sum_of_its_parts():
     state = build_state(quiet_experiment())
     batch = some_batch()
     losses = state.model.train()(batch.inputs, batch.targets).losses
-    assert train_step(state, batch).total == pytest.approx(float(sum(losses[1:])), rel=1e-6)
+    assert train_step(state, batch).total == pytest.approx(sum(part.item() for part in losses[1:]), rel=1e-6)
 
 
 def test_a_step_counts_tokens_without_padding():

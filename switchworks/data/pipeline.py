@@ -14,7 +14,7 @@ Letters: B rows of this rank, L input positions, T target positions, N tokens of
 import logging
 import sys
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from itertools import chain, count
 from typing import Protocol, runtime_checkable
@@ -130,7 +130,7 @@ class Pipeline:
         rows = range(first, first + share)
         return self._stream_rows(rows) if self.config.packing == "stream" else self._packed(rows)
 
-    def batches(self, start_step: int = 0) -> Iterator[Batch]:
+    def batches(self, start_step: int = 0) -> Generator[Batch, None, None]:
         """batch(start_step), batch(start_step + 1), ... without end.
 
         `config.prefetch` batches are made ahead by one thread while the caller works. An error

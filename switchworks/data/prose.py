@@ -69,7 +69,8 @@ _FUNCTION_WORDS = frozenset(
     )
 )
 _WORD = re.compile(r"[A-Za-z]+(?:['\u2019-][A-Za-z]+)*")
-_ODD = re.compile(r"https?:|www\.|[{}<>|\\=~^@$#\[\]*`]|__|::|->|\.\.\.\.|\ufffd")
+_NEVER = re.compile(r"http|&\w+;")
+_ODD = re.compile(r"www\.|[{}<>|\\=~^@$#\[\]*`]|__|::|->|\.\.\.\.|\ufffd")
 _BEGINS = re.compile(r"[\"'(\u201c]?[A-Z]")
 _ENDS = re.compile(r"[.!?:][\"')\u201d]*$")
 
@@ -99,7 +100,7 @@ def is_english(paragraph: str) -> bool:
     return (
         common >= 0.2 * len(tokens)
         and odd <= 0.05 * len(tokens)
-        and "http" not in paragraph
+        and not _NEVER.search(paragraph)
         and ascii_letters >= 0.97 * len(paragraph)
     )
 

@@ -223,7 +223,7 @@ class SwitchTransformer(nn.Module):
         """An empty cache for up to `max_length` tokens: cross-attention is projected once."""
         batch, _, _ = memory.states.shape
         size = (batch, self.config.num_heads, max_length, self.config.d_kv)
-        layers = [LayerCache(size, block.project(memory)) for block in self.decoder.blocks]
+        layers = [LayerCache(size, block.project(memory)) for block in self.decoder]
         if memory.segments is None:
             return DecoderCache(layers, None)
         return DecoderCache(

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from switchworks.config import ConfigError
 from switchworks.recipes import c4, quickstart, tiny
-from switchworks.train.experiment import Experiment
+from switchworks.training.experiment import Experiment
 
 Recipe = Callable[[], Experiment]
 

@@ -9,7 +9,7 @@ from switchworks.data.config import DataConfig
 from switchworks.model import ModelConfig
 from switchworks.optim.config import OptimConfig
 from switchworks.recipes.sizes import SWITCH_C, T5_BASE, T5_LARGE, T5_XXL, switch
-from switchworks.train.experiment import Experiment
+from switchworks.training.experiment import Experiment
 
 
 def c4_t5_base() -> Experiment:

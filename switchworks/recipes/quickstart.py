@@ -9,7 +9,7 @@ from dataclasses import replace
 from switchworks.data.config import DataConfig
 from switchworks.model import ModelConfig, RoutingConfig
 from switchworks.optim.config import OptimConfig
-from switchworks.train.experiment import Experiment
+from switchworks.training.experiment import Experiment
 
 
 def quickstart() -> Experiment:

@@ -3,7 +3,7 @@
 from switchworks.data.config import DataConfig
 from switchworks.model import ModelConfig, RoutingConfig
 from switchworks.optim.config import OptimConfig
-from switchworks.train.experiment import Experiment
+from switchworks.training.experiment import Experiment
 
 
 def tiny() -> Experiment:

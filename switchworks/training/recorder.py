@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from switchworks.train.state import TrainState
+from switchworks.training.state import TrainState
 
 
 class Recorder:

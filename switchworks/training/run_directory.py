@@ -12,7 +12,7 @@ report.html
 from pathlib import Path
 
 from switchworks.config import ConfigError, differences, from_toml, to_toml
-from switchworks.train.experiment import MAY_CHANGE, Experiment
+from switchworks.training.experiment import MAY_CHANGE, Experiment
 
 _ENDLESS = ("rsqrt", "constant")
 """Schedules that do not depend on the last step, so that a finished run may be made longer."""

@@ -6,13 +6,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from types import FrameType
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from switchworks.batch import Batch
-from switchworks.train.state import TrainState
-from switchworks.train.step import StepResult, train_step
+from switchworks.training.state import TrainState
+from switchworks.training.step import StepResult, train_step
 
 
+@runtime_checkable
 class Hook(Protocol):
     """Something that happens beside training."""
 

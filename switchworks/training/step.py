@@ -12,7 +12,7 @@ from torch import Tensor
 from switchworks.batch import Batch
 from switchworks.model import Output, SwitchTransformer
 from switchworks.optim.build import UpdateStats
-from switchworks.train.state import TrainState
+from switchworks.training.state import TrainState
 
 
 class DivergenceError(RuntimeError):

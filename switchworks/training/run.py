@@ -22,19 +22,19 @@ from switchworks.data.prepare import Prepared, prepare
 from switchworks.model import SwitchTransformer
 from switchworks.model.sizes import active_parameters, flops_per_token, num_parameters
 from switchworks.report import write_report
-from switchworks.train import machine
-from switchworks.train.experiment import Experiment
-from switchworks.train.hooks import (
+from switchworks.training import machine
+from switchworks.training.experiment import Experiment
+from switchworks.training.hooks import (
     Progress,
     Samples,
     SaveCheckpoints,
     Validate,
     first_rows,
 )
-from switchworks.train.loop import Hook, Interrupt, run
-from switchworks.train.recorder import Recorder
-from switchworks.train.run_directory import open_run_directory
-from switchworks.train.state import TrainState, build_state
+from switchworks.training.loop import Hook, Interrupt, run
+from switchworks.training.recorder import Recorder
+from switchworks.training.run_directory import open_run_directory
+from switchworks.training.state import TrainState, build_state
 
 SAMPLE_ROWS = 4
 """Pieces of held-out text whose holes are filled at each sampling."""

@@ -13,9 +13,9 @@ from switchworks.data.tokenizer import Tokenizer
 from switchworks.evaluate.perplexity import mean_nats
 from switchworks.generate import generate
 from switchworks.generate.fill_in import fill, parse_fills
-from switchworks.train.recorder import Recorder
-from switchworks.train.state import TrainState
-from switchworks.train.step import StepResult
+from switchworks.training.recorder import Recorder
+from switchworks.training.state import TrainState
+from switchworks.training.step import StepResult
 
 
 class Progress:

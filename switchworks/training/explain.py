@@ -8,7 +8,7 @@ from switchworks.model.sizes import (
     flops_per_token,
     num_parameters,
 )
-from switchworks.train.experiment import Experiment
+from switchworks.training.experiment import Experiment
 
 _MASTER, _COMPUTE = 4, {"float32": 4, "bfloat16": 2}
 """Bytes per number."""
@@ -108,7 +108,7 @@ def as_text(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _count(number: float) -> str:
+def _count(number: int | float) -> str:
     for limit, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= limit:
             return f"{number / limit:,.1f}{unit}"

@@ -9,7 +9,7 @@ from torch import nn
 from switchworks.model import SwitchTransformer
 from switchworks.model.routing import Router
 from switchworks.optim.build import Updater, build_optimizer, dimension_letters
-from switchworks.train.experiment import Experiment
+from switchworks.training.experiment import Experiment
 
 
 @dataclass
