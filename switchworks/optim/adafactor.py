@@ -243,14 +243,17 @@ def _update_factored(
     c = column.rsqrt().unsqueeze(-2)
     u_square = torch.empty_like(row)
     p_square = torch.empty_like(row) if rule.parameter_scale else None
+    update = g
     for block in blocks:
-        u_square[block] = _row_mean_square(scratch.product(g[block], _at(c, block)))
+        update = scratch.product(g[block], _at(c, block))
+        u_square[block] = _row_mean_square(update)
         if p_square is not None:
             p_square[block] = _row_mean_square(p[block])
     p_square = None if p_square is None else rule.mean(p_square)
     factor = r * rule.factor(rule.mean(u_square * r.square()), p_square)
     for block in blocks:
-        update = scratch.product(g[block], _at(c, block))
+        if len(blocks) > 1:  # else the scratch memory still holds it
+            update = scratch.product(g[block], _at(c, block))
         m_block = None if m is None else m[block]
         _move(p[block], m_block, update, factor[block].unsqueeze(-1), rule)
 
