@@ -92,6 +92,15 @@ def test_no_two_experts_start_alike(parameters):
     assert torch.pdist(w_in.flatten(1)).min() > 0
 
 
+def test_no_two_parameters_of_one_shape_start_alike(parameters):
+    keys_and_values = [
+        weight.flatten()
+        for name, weight in parameters.items()
+        if name.endswith((".k.weight", ".v.weight"))
+    ]
+    assert torch.pdist(torch.stack(keys_and_values)).min() > 0
+
+
 def test_a_tenth_of_the_scale_is_a_tenth_of_the_variance():
     """Fedus et al. 2021, section 2.4: the factor acts on s, not on sigma."""
     large, small = torch.empty(64, 64), torch.empty(64, 64)

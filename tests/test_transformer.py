@@ -1,5 +1,6 @@
 """The whole model: what may and may not depend on what, and what the losses count."""
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 
 from switchworks.config import ConfigError
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
+from switchworks.model.layers import SharedDropout
 from switchworks.model.transformer import Output, shift_right
 
 V = 40
@@ -285,6 +287,27 @@ def test_dropout_acts_in_training_only(config):
     assert not torch.equal(model(*batch).logits, model(*batch).logits)
     model.eval()
     assert torch.equal(model(*batch).logits, model(*batch).logits)
+
+
+def test_dropout_is_where_t5_has_it():
+    """Mesh-TF `defaults.gin`: on embeddings, after each sublayer and each stack, and inside the
+    attention weights and the dense FFN (experts have their own)."""
+    model = SwitchTransformer(SPARSE)
+    used: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        if isinstance(module, SharedDropout):
+            module.register_forward_hook(lambda *_, name=name: used.update([name]))
+    model(tokens(1, 6), tokens(1, 5))
+    assert used.pop("dropout") == 2  # the embeddings of inputs and of targets
+    assert used.pop("encoder.dropout") == used.pop("decoder.dropout") == 1
+    for block in (0, 1):
+        assert used.pop(f"encoder.blocks.{block}.dropout") == 2
+        assert used.pop(f"decoder.blocks.{block}.dropout") == 3
+    inside = ["encoder.blocks.0.ffn", "decoder.blocks.0.ffn"]
+    for stack in ("encoder", "decoder"):
+        inside += [f"{stack}.blocks.{block}.self_attention" for block in (0, 1)]
+    inside += [f"decoder.blocks.{block}.cross_attention" for block in (0, 1)]
+    assert used == {f"{name}.dropout": 1 for name in inside}
 
 
 def test_the_tied_head_scales_hidden_states_and_the_untied_one_does_not():
