@@ -36,8 +36,8 @@ def flops_per_sequence(config: ModelConfig, input_length: int, target_length: in
         output                2 T D V
 
     with A = H K. A product and a sum are two operations. This is the count behind the paper's
-    Table 9: one expert per token, and no router, norms or softmax. Of the two products of
-    attention, q k and weights v, it counts one, or half of each as in causal attention; the
+    Table 9: one expert per token, no router, norms or softmax, one of the two products of
+    attention (q k and weights v), and cross-attention's keys and values over T positions. The
     published figures come out only so.
     """
     L, T, D = input_length, target_length, config.d_model
