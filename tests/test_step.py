@@ -58,7 +58,9 @@ def test_the_total_is_the_sum_of_its_parts():
     state = build_state(quiet_experiment())
     batch = some_batch()
     losses = state.model.train()(batch.inputs, batch.targets).losses
-    assert train_step(state, batch).total == pytest.approx(sum(part.item() for part in losses[1:]), rel=1e-6)
+    assert train_step(state, batch).total == pytest.approx(
+        sum(part.item() for part in losses[1:]), rel=1e-6
+    )
 
 
 def test_a_step_counts_tokens_without_padding():

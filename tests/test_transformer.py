@@ -9,8 +9,9 @@ import torch
 
 from switchworks.config import ConfigError
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
+from switchworks.model.attention import hide
 from switchworks.model.layers import SharedDropout
-from switchworks.model.transformer import Output, shift_right
+from switchworks.model.transformer import Output, _check, shift_right
 
 V = 40
 SPARSE = ModelConfig(
@@ -340,9 +341,22 @@ def test_a_row_of_padding_gives_finite_logits_and_no_loss_of_its_own():
 
 def test_inputs_and_targets_of_different_batch_sizes_are_refused():
     """The message counts both; the annotations alone would not name them to a user."""
-    model = SwitchTransformer(DENSE)
     with pytest.raises(ConfigError, match="3 rows of inputs but 2 rows of targets"):
-        model._check(tokens(3, 6), tokens(2, 5))
+        _check(tokens(3, 6), tokens(2, 5), None, None)
+
+
+def test_segment_ids_on_one_side_only_are_refused():
+    model = SwitchTransformer(DENSE)
+    with pytest.raises(ConfigError, match="Only target_segments is given"):
+        model(tokens(1, 6), tokens(1, 5), target_segments=segments(2, 3, to=5))
+
+
+def test_a_float16_model_masks_without_overflow():
+    """Its largest number is 65504; -1e9 would be infinite."""
+    hidden = hide(torch.tensor([True, False]), torch.float16)
+    assert hidden.isfinite().all()
+    assert hidden[0] == 0
+    assert hidden[1] < -30000
 
 
 def test_each_parameter_with_letters_has_as_many_dimensions_as_letters():

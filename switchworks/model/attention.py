@@ -88,7 +88,8 @@ def causal(num_queries: int, num_keys: int, device: torch.device) -> Bool[Tensor
 
 def hide(mask: Bool[Tensor, "..."], dtype: torch.dtype) -> Float[Tensor, "..."]:
     """0 where `mask` is True and a large negative number elsewhere, to be added to scores."""
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, HIDDEN)
+    hidden = max(HIDDEN, torch.finfo(dtype).min / 2)  # float16 ends at -65504
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, hidden)
 
 
 def attend(

@@ -105,8 +105,23 @@ def sort_by_expert(routes: Routes, num_experts: int) -> Order:
     return Order(key.argsort(stable=True)[: sum(counts)], counts)
 
 
+class ChosenDispatcher:
+    """The faster of the two: padded slots where there is a capacity, sorted tokens where not.
+
+    With a capacity of 1.25 a batched product over padded slots takes less time than one product
+    per expert, unless the experts are large; without one, slots would have to hold a whole group.
+    """
+
+    def __call__(
+        self, x: Float[Tensor, "G S D"], routes: Routes, experts: Experts, capacity: int | None
+    ) -> Float[Tensor, "G S D"]:
+        chosen = DISPATCHERS["sorted" if capacity is None else "padded"]
+        return chosen(x, routes, experts, capacity)
+
+
 DISPATCHERS: dict[str, Dispatcher] = {
     "einsum": EinsumDispatcher(),
     "padded": PaddedDispatcher(),
     "sorted": SortedDispatcher(),
+    "chosen": ChosenDispatcher(),
 }

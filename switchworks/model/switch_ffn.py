@@ -63,7 +63,7 @@ class SwitchFFN(nn.Module):
             gated=gated,
             dropout=dropout if routing.expert_dropout is None else routing.expert_dropout,
         )
-        self.dispatcher: Dispatcher = DISPATCHERS["sorted"]
+        self.dispatcher: Dispatcher = DISPATCHERS["chosen"]
         initialise_switch_ffn(self, init_scale)
 
     def forward(

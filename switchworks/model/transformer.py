@@ -189,7 +189,7 @@ class SwitchTransformer(nn.Module):
         Id 0 is padding. Segment ids keep packed examples apart (see `Batch`). `padding=False`
         promises that there are neither padding nor segments, and saves the masks.
         """
-        self._check(inputs, targets)
+        _check(inputs, targets, input_segments, target_segments)
         memory = self.encode(inputs, segments=input_segments, padding=padding)
         if target_segments is None and padding:
             target_segments = (targets != 0).to(targets.dtype)
@@ -314,12 +314,21 @@ class SwitchTransformer(nn.Module):
         total = nats + output_z + balance + router_z
         return Losses(total, nats, output_z, balance, router_z)
 
-    def _check(self, inputs: Tensor, targets: Tensor) -> None:
-        if inputs.shape[0] != targets.shape[0]:
-            raise ConfigError(
-                f"{inputs.shape[0]} rows of inputs but {targets.shape[0]} rows of targets.\n"
-                "  Both need one row per sequence."
-            )
+
+def _check(
+    inputs: Tensor, targets: Tensor, input_segments: Tensor | None, target_segments: Tensor | None
+) -> None:
+    if inputs.shape[0] != targets.shape[0]:
+        raise ConfigError(
+            f"{inputs.shape[0]} rows of inputs but {targets.shape[0]} rows of targets.\n"
+            "  Both need one row per sequence."
+        )
+    if (input_segments is None) != (target_segments is None):
+        given = "target_segments" if input_segments is None else "input_segments"
+        raise ConfigError(
+            f"Only {given} is given, so packed targets would read the wrong inputs.\n"
+            "  Give segment ids for both, or for neither."
+        )
 
 
 def shift_right(
