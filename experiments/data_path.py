@@ -32,7 +32,9 @@ def main() -> None:
             pass
         speeds.append(steps * pipeline.tokens_per_step / (time.perf_counter() - started))
     delivered = statistics.median(speeds)
-    print(f"data path   {delivered:12,.0f} tokens/s (min {min(speeds):,.0f}, max {max(speeds):,.0f})")
+    print(
+        f"data path   {delivered:12,.0f} tokens/s (min {min(speeds):,.0f}, max {max(speeds):,.0f})"
+    )
     if len(sys.argv) > 1:
         lines = (Path(sys.argv[1]) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         rates = [row["tokens_per_second"] for row in map(json.loads, lines) if "train/loss" in row]

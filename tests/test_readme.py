@@ -1,0 +1,78 @@
+"""Every command and every snippet in the README runs."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+import switchworks
+from switchworks.cli import VERBS, main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+COMMANDS = [
+    line.removeprefix("$ ").split("#")[0].strip()
+    for kind, block in BLOCKS
+    if kind == "console"
+    for line in block.splitlines()
+    if line.startswith("$ ")
+]
+SMALL = (
+    "--steps 2 --batch-size 4 --threads 1 --model.d-model 32 --model.d-ff 64 --model.num-heads 2 "
+    "--model.num-layers 2 --model.vocab-size 512 --routing.experts 4 --routing.group-sequences 2 "
+    "--data.input-length 64 --data.target-length 14 --sample-every 0 --validation-batches 1"
+)
+
+
+def test_make_targets_named_in_the_readme_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = [command.split()[1] for command in COMMANDS if command.startswith("make ")]
+    assert targets == ["quickstart", "test"]
+    assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in targets)
+
+
+def test_the_table_of_commands_is_the_list_of_verbs():
+    named = re.findall(r"^\| `switchworks (\w+)", README, flags=re.MULTILINE)
+    assert sorted(named) == sorted(VERBS)
+
+
+def test_the_switchworks_commands_run_one_after_another(corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    commands = [shlex.split(line)[1:] for line in COMMANDS if "switchworks" in line]
+    assert [words[0] for words in commands] == ["train", "generate"]
+    for words in commands:
+        words = [str(corpus) if word == "~/texts" else word for word in words]
+        more = shlex.split(SMALL) if words[0] == "train" else ["--max-length", "4"]
+        assert main(words + more) == 0, capsys.readouterr().err
+    assert (tmp_path / "runs" / "mine" / "report.html").exists()
+
+
+def test_every_flag_the_readme_names_exists(capsys):
+    flags = set(re.findall(r"`?(--(?:data|model|routing|optim|steps)[\w.-]*)", README))
+    assert len(flags) > 6
+    with pytest.raises(SystemExit):
+        main(["train", "quickstart", "--help"])
+    known = capsys.readouterr().out
+    for flag in flags:
+        assert flag.replace("--routing", "--model.routing") in known, flag
+
+
+def test_the_snippets_run(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    layer, whole = (block for kind, block in BLOCKS if kind == "python")
+    names: dict = {"x": torch.randn(2, 6, 512), "task_loss": torch.zeros(())}
+    exec(layer, names)
+    assert names["y"].shape == names["x"].shape
+    switchworks.save_hf(switchworks.load(tiny_run)[0], tmp_path / "hf")
+    for written, real in (
+        ("runs/quickstart", str(tiny_run)),
+        ("path/to/switch-base-8", str(tmp_path / "hf")),
+    ):
+        assert written in whole
+        whole = whole.replace(written, real)
+    names = {"inputs": torch.randint(3, 300, (2, 9)), "targets": torch.randint(3, 300, (2, 5))}
+    exec(whole, names)
+    assert (tmp_path / "somewhere" / "config.json").exists()
