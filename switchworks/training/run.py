@@ -15,6 +15,7 @@ import torch
 
 from switchworks.batch import Batch
 from switchworks.checkpoint.model_files import load, save
+from switchworks.checkpoint.tensors import require_match
 from switchworks.checkpoint.training_state import Checkpoints
 from switchworks.config import CheckpointError, ConfigError
 from switchworks.data.pipeline import Pipeline, validation_batches
@@ -33,7 +34,7 @@ from switchworks.training.hooks import (
 )
 from switchworks.training.loop import Hook, Interrupt, run
 from switchworks.training.recorder import Recorder
-from switchworks.training.run_directory import open_run_directory
+from switchworks.training.run_directory import claim, may_resume
 from switchworks.training.state import TrainState, build_state
 
 SAMPLE_ROWS = 4
@@ -61,9 +62,10 @@ def train(
     prepared = prepare(experiment.data, vocab_size=experiment.model.vocab_size)
     experiment = with_vocabulary(experiment, prepared.tokenizer.vocab_size)
     pipeline = _pipeline(experiment, prepared)
-    resuming = open_run_directory(run_dir, experiment, resume=resume)
+    resuming = may_resume(run_dir, experiment, resume=resume)
     checkpoints = Checkpoints(run_dir / "checkpoints", experiment.keep_checkpoints)
     state = _first_state(experiment, checkpoints if resuming else None, init)
+    claim(run_dir, experiment)  # only now, when nothing can be wrong with the settings any more
     _write_about(run_dir, experiment, prepared)
     interrupt = Interrupt()
     with closing(Recorder(run_dir, state.step)) as recorder, interrupt.listening():
@@ -140,23 +142,13 @@ def _first_model(experiment: Experiment, init: Path | str | None) -> SwitchTrans
             f"  Use the model's own tokenizer: --data.tokenizer {init}."
         )
     fresh = SwitchTransformer(experiment.model, seed=experiment.seed)
-    return _take_weights(fresh, model, init)
-
-
-def _take_weights(
-    fresh: SwitchTransformer, source: SwitchTransformer, where: Path | str
-) -> SwitchTransformer:
-    """`fresh` with every weight from `source`. Raises CheckpointError unless all of them fit."""
-    wanted = {name: tuple(p.shape) for name, p in fresh.named_parameters()}
-    found = {name: tuple(p.shape) for name, p in source.named_parameters()}
-    wrong = sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
-    if wrong:
-        first = ", ".join(f"{n} {found.get(n)} -> {wanted.get(n)}" for n in wrong[:3])
-        raise CheckpointError(
-            f"{len(wrong)} tensors of {where} do not fit this experiment's model: {first}.\n"
-            "  Give the experiment the model settings in that folder's config.toml."
-        )
-    fresh.load_state_dict(source.state_dict())
+    require_match(
+        f"The weights in {init} do not fit this experiment's model.",
+        wanted={name: tuple(p.shape) for name, p in fresh.named_parameters()},
+        found={name: tuple(p.shape) for name, p in model.named_parameters()},
+        fix="Give the experiment the model settings in that folder's config.toml.",
+    )
+    fresh.load_state_dict(model.state_dict())
     return fresh
 
 

@@ -18,17 +18,15 @@ _ENDLESS = ("rsqrt", "constant")
 """Schedules that do not depend on the last step, so that a finished run may be made longer."""
 
 
-def open_run_directory(path: Path, experiment: Experiment, *, resume: bool) -> bool:
-    """Make `path` the directory of `experiment`; afterwards its experiment.toml says so.
+def may_resume(path: Path, experiment: Experiment, *, resume: bool) -> bool:
+    """Whether `path` holds this experiment, to go on with; False if it is free. Writes nothing.
 
-    True if there is a run to go on with. Raises ConfigError if the directory holds another
-    experiment (the message lists the differences), or the same one and `resume` is False.
+    Raises ConfigError if it holds another experiment (the message lists the differences), the
+    same one while `resume` is False, or files that are no run's.
     """
     file = path / "experiment.toml"
     if not file.exists():
         _refuse_foreign_files(path)
-        path.mkdir(parents=True, exist_ok=True)
-        _write(file, to_toml(experiment))
         return False
     found = from_toml(Experiment, file)
     free = MAY_CHANGE | ({"steps"} if experiment.optim.schedule in _ENDLESS else set())
@@ -48,8 +46,15 @@ def open_run_directory(path: Path, experiment: Experiment, *, resume: bool) -> b
             f"{path} already holds this very experiment.\n"
             "  Add --resume to go on where it stopped, or choose another --run-dir."
         )
-    _write(file, to_toml(experiment))
     return True
+
+
+def claim(path: Path, experiment: Experiment) -> None:
+    """Make `path` the directory of `experiment`: its experiment.toml says so."""
+    path.mkdir(parents=True, exist_ok=True)
+    aside = path / "experiment.tmp"
+    aside.write_text(to_toml(experiment), encoding="utf-8")
+    aside.replace(path / "experiment.toml")
 
 
 def _refuse_foreign_files(path: Path) -> None:
@@ -58,10 +63,3 @@ def _refuse_foreign_files(path: Path) -> None:
             f"{path} exists and is not the directory of a run (it has no experiment.toml).\n"
             "  Choose another --run-dir, or an empty one."
         )
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace `path` as a whole."""
-    aside = path.with_suffix(".tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
