@@ -1,0 +1,65 @@
+"""A switch recipe against its dense twin over several seeds: losses, spread, speed-up.
+
+    python experiments/pair.py quickstart --seeds 0 1 2 --out runs/pairs [FLAGS of train ...]
+
+Runs RECIPE and RECIPE_dense one at a time, each seed in turn, in a process of its own, and goes on
+with what an earlier call left. Then prints the table. Both sides get the same flags, tokens, order
+and FLOPs per token. The speed-up is the paper's: the dense run's steps (and seconds) to its final
+validation loss, over the switch run's to the same loss, interpolated between validations.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from statistics import fmean, stdev
+
+from switchworks.report.runs import read_run, when_reached
+
+
+def run(recipe: str, seed: int, out: Path, flags: list[str]) -> Path:
+    """The finished run directory of `recipe` with `seed`."""
+    directory = out / f"{recipe}_{seed}"
+    if not (directory / "report.html").exists():
+        words = ["train", recipe, "--seed", str(seed), "--run-dir", str(directory), "--resume"]
+        subprocess.run([sys.executable, "-m", "switchworks", *words, *flags], check=True)
+    return directory
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(usage=__doc__)
+    parser.add_argument("recipe")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("runs/pairs"))
+    known, flags = parser.parse_known_args()
+    rows = []
+    for seed in known.seeds:
+        sparse, dense = (
+            read_run(run(name, seed, known.out, flags))
+            for name in (known.recipe, f"{known.recipe}_dense")
+        )
+        target, reached = dense.last("val/loss"), sparse.last("val/loss")
+        slow, fast = when_reached(dense, target), when_reached(sparse, target)
+        rows.append((seed, target, reached, slow, fast))
+    show(rows)
+
+
+def show(rows: list) -> None:
+    """Print a table in Markdown, a row per seed and one for the mean."""
+    print("| seed | dense | switch | gain (nats) | speed-up in steps | in seconds |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for seed, dense, sparse, slow, fast in rows:
+        ups = "not reached | not reached"
+        if slow is not None and fast is not None:
+            ups = f"{slow.step / fast.step:.2f} | {slow.seconds / fast.seconds:.2f}"
+        print(f"| {seed} | {dense:.4f} | {sparse:.4f} | {dense - sparse:+.4f} | {ups} |")
+    for name, column in (("dense", 1), ("switch", 2)):
+        losses = [row[column] for row in rows]
+        spread = stdev(losses) if len(losses) > 1 else float("nan")
+        print(f"{name}: mean {fmean(losses):.4f}, standard deviation {spread:.4f}")
+    gains = [row[1] - row[2] for row in rows]
+    print(f"gain: mean {fmean(gains):+.4f}, least {min(gains):+.4f}")
+
+
+if __name__ == "__main__":
+    main()
