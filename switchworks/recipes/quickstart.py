@@ -13,32 +13,42 @@ from switchworks.training.experiment import Experiment
 
 
 def quickstart() -> Experiment:
-    """Switch with 16 experts, 41M parameters (9M active), on python_docs: minutes on two cores."""
+    """A Switch Transformer of 11M parameters on python_docs: five minutes on two cores.
+
+    Small, because in minutes a small model that sees many tokens learns more than a large one
+    that sees few. The settings were chosen by held-out loss after 500 steps, on both sides: an
+    untied head (4.58 nats against 4.66), first values with s = 1 (4.65 against 4.77), lr 0.06
+    (4.58; 0.03 gives 4.65, 0.12 more). experiments/ has the numbers.
+    """
     return Experiment(
         name="quickstart",
-        steps=600,
+        steps=1200,
         batch_size=16,
         precision="bfloat16",
         model=ModelConfig(
-            vocab_size=8192,
-            d_model=256,
-            d_ff=1024,
+            vocab_size=4096,
+            d_model=128,
+            d_ff=512,
+            d_kv=32,
             num_heads=4,
             num_layers=4,
+            tied_head=False,
+            init_scale=1.0,
             routing=RoutingConfig(experts=16, group_sequences=16),
         ),
         data=DataConfig(input_length=256, target_length=58),
         optim=OptimConfig(
             name="adafactor",
-            lr=0.02,
+            lr=0.06,
             betas=(0.9, 0.999),
             schedule="cosine",
-            warmup_steps=60,
+            warmup_steps=100,
         ),
-        validate_every=100,
+        log_every=20,
+        validate_every=200,
         validation_batches=16,
-        sample_every=200,
-        checkpoint_every=200,
+        sample_every=400,
+        checkpoint_every=400,
     )
 
 
@@ -48,8 +58,10 @@ def quickstart_dense() -> Experiment:
 
 
 def speedup() -> Experiment:
-    """A longer pair, to measure how many fewer steps sparsity needs."""
-    return replace(quickstart(), name="speedup", steps=3000)
+    """`quickstart` for longer, to measure how many steps sparsity saves. Half an hour."""
+    return replace(
+        quickstart(), name="speedup", steps=6000, validate_every=500, checkpoint_every=500
+    )
 
 
 def speedup_dense() -> Experiment:

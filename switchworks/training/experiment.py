@@ -107,7 +107,7 @@ class Experiment:
             )
         for where, tokens in zip(("encoder", "decoder"), self.group_tokens, strict=True):
             if tokens < routing.experts:
-                need = math.ceil(routing.experts * rows / tokens)
+                need = math.ceil(routing.experts * rows / min(self.group_tokens))
                 raise ConfigError(
                     f"A routing group of {tokens} {where} tokens ({rows} rows) cannot occupy "
                     f"{routing.experts} experts.\n  Set routing.group_sequences to {need} or more "
