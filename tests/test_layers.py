@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from switchworks.model import ModelConfig
-from switchworks.model.layers import FFN, RMSNorm, SharedDropout, activate
+from switchworks.model.layers import FFN, RMSNorm, SharedDropout, activate, look_up
 
 
 def test_the_norm_is_that_of_t5():
@@ -102,3 +102,18 @@ def test_dropout_in_the_dense_layer_acts_on_the_hidden_activation():
     layer.w_in.weight.data = layer.w_out.weight.data = torch.eye(32)
     y = layer(torch.ones(2, 5, 32))
     torch.testing.assert_close(y.unique(), torch.tensor([0.0, 2.0]))
+
+
+def test_the_gradient_of_a_shared_row_does_not_drown_in_bfloat16():
+    """3000 terms of 1: summed in bfloat16 they stop growing at 256."""
+    table = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    rows = look_up(table, torch.zeros(30, 100, dtype=torch.long))
+    rows.backward(torch.ones_like(rows))
+    assert table.grad is not None
+    assert table.grad.flatten().tolist() == [3008.0, 0.0]  # 3000 in eight bits
+
+
+def test_rows_are_looked_up_as_torch_does():
+    table, ids = torch.randn(5, 3), torch.tensor([[4, 0], [4, 2]])
+    assert torch.equal(look_up(table, ids), table[ids])
+    assert torch.equal(look_up(table.bfloat16(), ids), table.bfloat16()[ids])

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from switchworks.model.config import ModelConfig
-from switchworks.model.layers import SharedDropout
+from switchworks.model.layers import SharedDropout, look_up
 
 HIDDEN = -1e9
 """Added to the score of a key that must not be seen. Finite, so that a query which sees no key
@@ -70,7 +70,7 @@ class RelativeBias(nn.Module):
             buckets=self.weight.shape[0],
             max_distance=self.max_distance,
         )
-        return F.embedding(bucket, self.weight).permute(2, 0, 1)[None]
+        return look_up(self.weight, bucket).permute(2, 0, 1)[None]
 
 
 def visible(

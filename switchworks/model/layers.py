@@ -5,7 +5,7 @@ Read first in `model/`. Letters: B sequences, L length, D model width, F feed-fo
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from switchworks.model.config import ModelConfig
@@ -44,6 +44,17 @@ class SharedDropout(nn.Module):
         if not self.training or self.rate == 0:
             return x
         return x * F.dropout(torch.ones_like(x[..., :1, :]), self.rate)
+
+
+def look_up(table: Float[Tensor, "V D"], ids: Int[Tensor, "..."]) -> Float[Tensor, "... D"]:
+    """The rows of `table` at `ids`, whose gradients are summed in float32 whatever its dtype.
+
+    Thousands of positions may share a row. Summed one by one in bfloat16, terms beyond some
+    hundreds are lost to rounding: 10 % of the gradient of a relative bias over 256 positions.
+    """
+    if table.dtype in (torch.bfloat16, torch.float16) and torch.is_grad_enabled():
+        return F.embedding(ids, table.float()).to(table.dtype)
+    return F.embedding(ids, table)
 
 
 def activate(hidden: Tensor, gate: Tensor | None, activation: str) -> Tensor:

@@ -26,7 +26,7 @@ from switchworks.model.attention import (
 )
 from switchworks.model.config import ModelConfig
 from switchworks.model.init import initialise
-from switchworks.model.layers import FFN, RMSNorm, SharedDropout
+from switchworks.model.layers import FFN, RMSNorm, SharedDropout, look_up
 from switchworks.model.losses import Losses, cross_entropy
 from switchworks.model.switch_ffn import Routing, SwitchFFN
 
@@ -208,7 +208,7 @@ class SwitchTransformer(nn.Module):
         """The encoder's states for `inputs`."""
         if segments is None and padding:
             segments = (inputs != 0).to(inputs.dtype)
-        x = self.dropout(self.embedding(inputs))
+        x = self.dropout(look_up(self.embedding.weight, inputs))
         bias = self.encoder.relative_bias(inputs.shape[1], inputs.shape[1])
         if segments is not None:
             bias = bias + hide(visible(segments, segments), bias.dtype)
@@ -235,7 +235,7 @@ class SwitchTransformer(nn.Module):
     ) -> Float[Tensor, "B T V"]:
         """Logits for the positions after `tokens`, which follow what `cache` has already seen."""
         first, count = cache.layers[0].length, tokens.shape[1]
-        x = self.embedding(tokens)
+        x = look_up(self.embedding.weight, tokens)
         bias = self.decoder.relative_bias(count, first + count, first)
         if count > 1:
             bias = bias + hide(causal(count, first + count, x.device), bias.dtype)
@@ -281,7 +281,7 @@ class SwitchTransformer(nn.Module):
     ) -> tuple[Tensor, list[Routing]]:
         """Teacher forcing: the decoder's states for every position, and its layers' reports."""
         length = tokens.shape[1]
-        x = self.dropout(self.embedding(tokens))
+        x = self.dropout(look_up(self.embedding.weight, tokens))
         seen = causal(length, length, tokens.device)
         memory_bias = None
         if segments is not None:
