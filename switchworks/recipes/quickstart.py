@@ -58,7 +58,10 @@ def quickstart_dense() -> Experiment:
 
 
 def speedup() -> Experiment:
-    """`quickstart` for longer, to measure how many steps sparsity saves. Half an hour."""
+    """`quickstart` for longer, to measure how many steps sparsity saves.
+
+    Not yet run end to end. 6000 steps should take 17 minutes, 15 for the dense twin.
+    """
     return replace(
         quickstart(), name="speedup", steps=6000, validate_every=500, checkpoint_every=500
     )
