@@ -87,6 +87,13 @@ def test_a_directory_with_another_experiment_is_refused_with_the_differences(
     assert from_toml(Experiment, tiny_run / "experiment.toml") == tiny_experiment
 
 
+def test_another_experiment_is_refused_before_any_text_is_read(tiny_run, tiny_experiment, tmp_path):
+    data = replace(tiny_experiment.data, cache=str(tmp_path / "cache"))
+    with pytest.raises(ConfigError, match="seed: 0 there, 9 now"):
+        train(replace(tiny_experiment, seed=9, data=data), tiny_run, resume=True)
+    assert not (tmp_path / "cache").exists()
+
+
 def test_the_same_experiment_again_is_refused_and_resume_is_offered(tiny_run, tiny_experiment):
     with pytest.raises(ConfigError, match="--resume"):
         train(tiny_experiment, tiny_run)

@@ -59,6 +59,8 @@ def train(
     if experiment.threads:
         torch.set_num_threads(experiment.threads)
     run_dir = Path(run_dir or Path("runs") / experiment.name)
+    # Before text is read, which may take long; the vocabulary is not known yet.
+    may_resume(run_dir, experiment, resume=resume, ignoring=frozenset({"model.vocab_size"}))
     prepared = prepare(experiment.data, vocab_size=experiment.model.vocab_size)
     experiment = with_vocabulary(experiment, prepared.tokenizer.vocab_size)
     pipeline = _pipeline(experiment, prepared)

@@ -18,18 +18,21 @@ _ENDLESS = ("rsqrt", "constant")
 """Schedules that do not depend on the last step, so that a finished run may be made longer."""
 
 
-def may_resume(path: Path, experiment: Experiment, *, resume: bool) -> bool:
+def may_resume(
+    path: Path, experiment: Experiment, *, resume: bool, ignoring: frozenset[str] = frozenset()
+) -> bool:
     """Whether `path` holds this experiment, to go on with; False if it is free. Writes nothing.
 
-    Raises ConfigError if it holds another experiment (the message lists the differences), the
-    same one while `resume` is False, or files that are no run's.
+    Settings named in `ignoring` are not compared. Raises ConfigError if it holds another
+    experiment (the message lists the differences), the same one while `resume` is False, or
+    files that are no run's.
     """
     file = path / "experiment.toml"
     if not file.exists():
         _refuse_foreign_files(path)
         return False
     found = from_toml(Experiment, file)
-    free = MAY_CHANGE | ({"steps"} if experiment.optim.schedule in _ENDLESS else set())
+    free = MAY_CHANGE | ignoring | ({"steps"} if experiment.optim.schedule in _ENDLESS else set())
     changed = {
         name: pair for name, pair in differences(found, experiment).items() if name not in free
     }
