@@ -39,7 +39,7 @@ def quickstart() -> Experiment:
         data=DataConfig(input_length=64, target_length=14),
         optim=OptimConfig(
             name="adafactor",
-            lr=0.1,
+            lr=0.04,
             betas=(0.9, 0.999),
             schedule="cosine",
             warmup_steps=100,
