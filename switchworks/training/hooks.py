@@ -198,7 +198,7 @@ class SaveCheckpoints:
 
 
 def first_rows(batch: Batch, rows: int) -> Batch:
-    """The first `rows` rows of a batch without segments."""
+    """The first `rows` rows of a batch."""
 
     def cut(tensor: torch.Tensor | None) -> torch.Tensor | None:
         return None if tensor is None else tensor[:rows]
