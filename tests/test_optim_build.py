@@ -116,6 +116,24 @@ def test_adamw_is_torchs_fed_with_the_schedules_rate():
         torch.testing.assert_close(a, b)
 
 
+def test_the_floor_of_relative_biases_lets_them_and_nothing_else_move_by_the_rate_itself():
+    moved = {}
+    for floor in (1e-3, 2.0):
+        model = Net()
+        before = weights_of(model)
+        updater = updater_of(model, replace(ADAFACTOR, betas=(0.0, 0.0), relative_bias_floor=floor))
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        rate = updater.step(0, 100).lr
+        moved[floor] = {n: (before[n] - p) / rate for n, p in model.named_parameters()}
+    torch.testing.assert_close(moved[2.0].pop("table"), torch.full((8, 4), 2.0))
+    table = Net().table
+    torch.testing.assert_close(
+        moved[1e-3].pop("table"), table.square().mean().sqrt().detach().expand(8, 4)
+    )
+    assert same(moved[2.0], moved[1e-3])
+
+
 def test_adafactor_gets_every_setting():
     config = OptimConfig(
         betas=(0.5, 0.0),
@@ -328,6 +346,7 @@ def test_a_switch_transformer_in_bfloat16_learns_one_batch_by_heart():
         {"clip_update": 0.0},
         {"decay_exponent": 0.0},
         {"eps": 0.0},
+        {"relative_bias_floor": 0.0},
     ],
     ids=lambda setting: next(iter(setting)),
 )

@@ -20,7 +20,7 @@ from torch import Tensor
 EPS_SQUARE = 1e-30
 """Added to every squared gradient (epsilon1)."""
 EPS_SCALE = 1e-3
-"""Least root mean square a parameter is taken to have (epsilon2)."""
+"""Least root mean square a parameter is taken to have (epsilon2), unless its group says else."""
 _BLOCK = 2**20
 """Numbers per block on the CPU: 4 MB of each of parameter, gradient and temporary."""
 
@@ -28,9 +28,9 @@ _BLOCK = 2**20
 class Adafactor(torch.optim.Optimizer):
     """Adafactor with parameter scale, update clipping and per-expert statistics.
 
-    A parameter W with gradient G moves by lr * max(RMS(W), 1e-3) * clip(G / sqrt(V)), where V is a
-    running mean of G ** 2 + 1e-30 with decay 1 - (t + 1) ** -decay_exponent (0 at t = 0). V is
-    kept as row and column means over the two largest dimensions if the second largest is at
+    A parameter W with gradient G moves by lr * max(RMS(W), scale_floor) * clip(G / sqrt(V)), where
+    V is a running mean of G ** 2 + 1e-30 with decay 1 - (t + 1) ** -decay_exponent (0 at t = 0). V
+    is kept as row and column means over the two largest dimensions if the second largest is at
     least `min_factored_dim`, else whole. clip divides by max(1, RMS / clip_update).
 
     In a parameter group with `stacked=True` the first dimension of every tensor counts experts:
@@ -50,6 +50,7 @@ class Adafactor(torch.optim.Optimizer):
         decay_exponent: float = 0.8,
         clip_update: float = 1.0,
         parameter_scale: bool = True,
+        scale_floor: float = EPS_SCALE,
         min_factored_dim: int = 128,
         per_expert: bool = True,
         weight_decay: float = 0.0,
@@ -60,6 +61,7 @@ class Adafactor(torch.optim.Optimizer):
             "decay_exponent": decay_exponent,
             "clip_update": clip_update,
             "parameter_scale": parameter_scale,
+            "scale_floor": scale_floor,
             "min_factored_dim": min_factored_dim,
             "per_expert": per_expert,
             "weight_decay": weight_decay,
@@ -107,6 +109,7 @@ class _Rule(NamedTuple):
     beta1: float
     clip_update: float
     parameter_scale: bool
+    scale_floor: float
     keep: float
     """What weight decay leaves of a parameter: 1 - lr * weight_decay."""
     apart: bool
@@ -122,7 +125,7 @@ class _Rule(NamedTuple):
         clip = (update_square.sqrt() / self.clip_update).clamp_(min=1.0)
         if parameter_square is None:
             return -self.lr / clip
-        return parameter_square.sqrt().clamp_(min=EPS_SCALE).mul_(-self.lr) / clip
+        return parameter_square.sqrt().clamp_(min=self.scale_floor).mul_(-self.lr) / clip
 
 
 class _Scratch:
@@ -182,6 +185,7 @@ def _rule(group: dict[str, Any], step: int) -> _Rule:
         beta1=group["beta1"],
         clip_update=group["clip_update"],
         parameter_scale=group["parameter_scale"],
+        scale_floor=group["scale_floor"],
         keep=1.0 - group["lr"] * group["weight_decay"],
         apart=group["stacked"] and group["per_expert"],
     )

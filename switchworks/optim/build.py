@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from switchworks.config import CheckpointError
-from switchworks.optim.adafactor import Adafactor
+from switchworks.optim.adafactor import EPS_SCALE, Adafactor
 from switchworks.optim.clip import clip_by_global_norm, first_nonfinite, global_norm
 from switchworks.optim.config import OptimConfig
 from switchworks.optim.masters import MasterWeights
@@ -23,6 +23,21 @@ class UpdateStats(NamedTuple):
     lr: float
     grad_norm: float
     """Norm of all gradients together, before clipping. If not finite, nothing was updated."""
+
+
+class Kind(NamedTuple):
+    """What of a parameter the optimizers care about."""
+
+    stacked: bool
+    """A stack of experts."""
+    bias: bool
+    """A table of relative positions."""
+    vector: bool
+
+    @property
+    def spared(self) -> bool:
+        """Whether weight decay passes it over."""
+        return self.bias or self.vector
 
 
 class Updater:
@@ -118,12 +133,13 @@ def build_optimizer(
     `weights`: float32 values the masters begin with, see `MasterWeights`.
     """
     masters = MasterWeights(named_parameters, weights)
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    groups: dict[Kind, list[nn.Parameter]] = {}
     for name, master in masters.named().items():
         dims = letters.get(name, "").split()
-        stacked = len(dims) > 2 and dims[0] == "E"
-        spared = master.dim() < 2 or "_" in dims
-        groups.setdefault((stacked, spared), []).append(master)
+        kind = Kind(
+            stacked=len(dims) > 2 and dims[0] == "E", bias="_" in dims, vector=master.dim() < 2
+        )
+        groups.setdefault(kind, []).append(master)
     return Updater(masters, _optimizer(groups, config), config)
 
 
@@ -139,17 +155,18 @@ def dimension_letters(model: nn.Module) -> dict[str, str]:
 
 
 def _optimizer(
-    groups: Mapping[tuple[bool, bool], list[nn.Parameter]], config: OptimConfig
+    groups: Mapping[Kind, list[nn.Parameter]], config: OptimConfig
 ) -> torch.optim.Optimizer:
     if config.name == "adamw":
         return _adamw(groups, config)
     param_groups = [
         {
             "params": parameters,
-            "stacked": stacked,
-            "weight_decay": 0.0 if spared else config.weight_decay,
+            "stacked": kind.stacked,
+            "scale_floor": config.relative_bias_floor if kind.bias else EPS_SCALE,
+            "weight_decay": 0.0 if kind.spared else config.weight_decay,
         }
-        for (stacked, spared), parameters in groups.items()
+        for kind, parameters in groups.items()
     ]
     return Adafactor(
         param_groups,
@@ -163,13 +180,11 @@ def _optimizer(
     )
 
 
-def _adamw(
-    groups: Mapping[tuple[bool, bool], list[nn.Parameter]], config: OptimConfig
-) -> torch.optim.Optimizer:
+def _adamw(groups: Mapping[Kind, list[nn.Parameter]], config: OptimConfig) -> torch.optim.Optimizer:
     """torch's fused AdamW, its state made now, so that `state_dict` is complete before a step."""
     param_groups = [
-        {"params": parameters, "weight_decay": 0.0 if spared else config.weight_decay}
-        for (_, spared), parameters in groups.items()
+        {"params": parameters, "weight_decay": 0.0 if kind.spared else config.weight_decay}
+        for kind, parameters in groups.items()
     ]
     beta1, beta2 = config.betas
     optimizer = torch.optim.AdamW(

@@ -34,6 +34,10 @@ class OptimConfig:
     """adafactor: bound on the root mean square of a tensor's update."""
     parameter_scale: bool = True
     """adafactor: multiply the update by the parameter's root mean square (at least 1e-3)."""
+    relative_bias_floor: float = 1e-3
+    """adafactor: least root mean square a table of relative positions is taken to have. T5 makes
+    no exception of it. With 1 a bias, which is added to scores, moves by `lr` itself, and short
+    runs find sooner what stands near what."""
     min_factored_dim: int = 128
     """adafactor: a tensor is factored when its second largest dimension is at least this."""
     per_expert: bool = True
@@ -48,7 +52,7 @@ class OptimConfig:
             raise ConfigError(
                 f"optim.clip_norm = {self.clip_norm} must be positive. Use none for no bound."
             )
-        for name in ("eps", "decay_exponent", "clip_update"):
+        for name in ("eps", "decay_exponent", "clip_update", "relative_bias_floor"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"optim.{name} = {getattr(self, name)} must be positive.")
         for name in ("warmup_steps", "weight_decay"):
