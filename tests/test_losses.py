@@ -152,6 +152,31 @@ def test_cross_entropy_is_that_of_torch_over_real_targets():
     torch.testing.assert_close(nats, expected)
 
 
+@pytest.mark.parametrize("block", [1, 40, 2**18])
+def test_the_gradients_of_cross_entropy_and_z_loss_are_those_of_the_plain_formulas(
+    block, monkeypatch
+):
+    """Also when the rows are cut into blocks that do not come out even."""
+    monkeypatch.setattr("switchworks.model.losses._BLOCK", block)
+    logits = torch.randn(5, 14, 11, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, 11, (5, 14))
+    nats, squared = cross_entropy(logits, targets)
+    (ours,) = torch.autograd.grad(nats + 0.3 * squared, logits)
+    real = targets != 0
+    plain = F.cross_entropy(logits[real], targets[real])
+    plain = plain + 0.3 * logits[real].logsumexp(-1).square().mean()
+    torch.testing.assert_close(ours, torch.autograd.grad(plain, logits)[0])
+
+
+def test_the_gradient_of_bfloat16_logits_is_rounded_once():
+    logits, targets = 9 * torch.randn(2, 30, 50), torch.randint(1, 50, (2, 30))
+    narrow = logits.bfloat16().requires_grad_()
+    wide = narrow.detach().float().requires_grad_()
+    for each in (narrow, wide):
+        cross_entropy(each, targets)[0].backward()
+    assert torch.equal(narrow.grad, wide.grad.bfloat16())
+
+
 def test_an_even_guess_costs_the_logarithm_of_the_vocabulary():
     nats, _ = cross_entropy(torch.zeros(1, 3, 32), torch.tensor([[5, 9, 0]]))
     assert nats.item() == pytest.approx(3.4657, abs=1e-4)  # ln 32

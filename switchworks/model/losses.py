@@ -1,14 +1,19 @@
 """Every loss, as pure functions with their ranges stated.
 
-Letters: G groups, S tokens per group, E experts, B sequences, T target length, V vocabulary.
+Letters: G groups, S tokens per group, E experts, B sequences, T target length, V vocabulary,
+N rows of logits.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_BLOCK = 2**18
+"""Logits widened at once."""
 
 
 class Losses(NamedTuple):
@@ -59,12 +64,53 @@ def cross_entropy(
     Targets with id 0 are padding and do not count; with no real target both are 0. Computed in
     float32. The first, with its sign turned, is the paper's negative log perplexity.
     """
-    real = targets != 0
-    flat = logits.flatten(0, 1)[real.flatten()].float()
-    normaliser = flat.logsumexp(dim=-1)
-    picked = flat.gather(-1, targets[real][:, None]).squeeze(-1)
-    count = max(1, len(flat))
-    return (normaliser - picked).sum() / count, normaliser.square().sum() / count
+    real = (targets != 0).flatten()
+    nats, normaliser = _CrossEntropy.apply(logits.flatten(0, 1), targets.flatten())
+    count = real.sum().clamp(min=1)
+    return (nats * real).sum() / count, (normaliser.square() * real).sum() / count
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Nats and log-normaliser of every row, a few rows at a time in float32.
+
+    A float32 copy of all logits, their softmax and their gradient would be the largest tensors of
+    a training step. Here only the logits themselves and one number per row are kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Float[Tensor, "N V"], targets: Int[Tensor, "N"]
+    ) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:
+        normaliser = torch.cat([_widen(block).logsumexp(dim=-1) for block in _blocks(logits)])
+        picked = logits.gather(-1, targets[:, None]).squeeze(-1).to(normaliser.dtype)
+        ctx.save_for_backward(logits, targets, normaliser)
+        return normaliser - picked, normaliser
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, of_nats: Float[Tensor, "N"], of_normaliser: Float[Tensor, "N"]
+    ) -> tuple[Float[Tensor, "N V"], None]:
+        logits, targets, normaliser = ctx.saved_tensors
+        whole = (of_nats + of_normaliser)[:, None]
+        columns = (logits, targets[:, None], normaliser[:, None], whole, -of_nats[:, None])
+        parts = zip(*(_blocks(column, of=logits) for column in columns), strict=True)
+        grads = []
+        for block, target, log_z, share, minus in parts:
+            probs = _widen(block).sub(log_z).exp_()
+            grads.append(probs.mul_(share).scatter_add_(-1, target, minus).to(logits.dtype))
+        return torch.cat(grads), None
+
+
+def _blocks(rows: Tensor, of: Tensor | None = None) -> tuple[Tensor, ...]:
+    """`rows` in at most 64 parts, of about a megabyte of logits each where that is larger."""
+    logits = rows if of is None else of
+    length = max(-(-len(logits) // 64), _BLOCK // logits.shape[-1], 1)
+    return rows.split(length)
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def expert_load(

@@ -22,7 +22,7 @@ def quickstart() -> Experiment:
     """
     return Experiment(
         name="quickstart",
-        steps=1800,
+        steps=1500,
         batch_size=64,
         precision="bfloat16",
         model=ModelConfig(
@@ -39,16 +39,17 @@ def quickstart() -> Experiment:
         data=DataConfig(input_length=64, target_length=14),
         optim=OptimConfig(
             name="adafactor",
-            lr=0.04,
+            lr=0.02,
             betas=(0.9, 0.999),
+            relative_bias_floor=5.0,
             schedule="cosine",
             warmup_steps=100,
         ),
         log_every=20,
-        validate_every=200,
+        validate_every=100,
         validation_batches=16,
-        sample_every=600,
-        checkpoint_every=600,
+        sample_every=500,
+        checkpoint_every=500,
     )
 
 
