@@ -17,7 +17,8 @@ def quickstart() -> Experiment:
 
     Small, because in minutes a small model that sees many tokens learns more than a large one
     that sees few; and with short rows, because in long ones attention takes longer to find out
-    what is near a hole (after 500 steps: 4.17 nats with 64 inputs a row, 4.58 with 256).
+    what is near a hole (after 500 steps: 4.17 nats with 64 inputs a row, 4.58 with 256). Relative
+    biases move faster than in T5, for the same reason.
     experiments/2026-11-23-quickstart.md has these numbers and how the rate was chosen.
     """
     return Experiment(
@@ -61,7 +62,7 @@ def quickstart_dense() -> Experiment:
 def speedup() -> Experiment:
     """`quickstart` for longer, to measure how many steps sparsity saves.
 
-    Not yet run end to end. 6000 steps should take 17 minutes, 15 for the dense twin.
+    Not yet run end to end. 6000 steps should take 17 to 22 minutes, and a sixth less for the twin.
     """
     return replace(
         quickstart(), name="speedup", steps=6000, validate_every=500, checkpoint_every=500
