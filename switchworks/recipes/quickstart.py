@@ -23,7 +23,7 @@ def quickstart() -> Experiment:
     """
     return Experiment(
         name="quickstart",
-        steps=1500,
+        steps=1400,
         batch_size=64,
         precision="bfloat16",
         model=ModelConfig(
