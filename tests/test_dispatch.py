@@ -174,5 +174,5 @@ def test_sorting_puts_the_kept_tokens_in_the_order_of_experts_and_then_of_places
         gate=torch.ones(2, 3),
     )
     order = sort_by_expert(routes, 4)
-    assert order.token.tolist() == [1, 3, 0, 4]
+    assert order.assignment.tolist() == [1, 3, 0, 4]
     assert order.counts == [2, 0, 2, 0]

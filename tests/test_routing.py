@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from switchworks.model.config import RoutingConfig
 from switchworks.model.routing import Router, route
 
 
@@ -109,7 +110,7 @@ def test_the_queues_are_those_of_a_plain_loop(tokens, capacity):
 
 
 def new_router(jitter: float = 0.0, experts: int = 4) -> Router:
-    router = Router(8, experts, jitter)
+    router = Router(8, RoutingConfig(experts=experts, jitter=jitter))
     torch.nn.init.normal_(router.weight)
     return router
 
@@ -140,7 +141,7 @@ def test_autocast_does_not_lower_the_routers_precision():
 
 def test_jitter_multiplies_the_routers_input_by_at_most_its_share():
     """Mesh-TF `switch_jitter`: x * Uniform(1 - eps, 1 + eps), element by element."""
-    router = Router(1, 1, jitter=0.01)
+    router = Router(1, RoutingConfig(experts=1, jitter=0.01))
     torch.nn.init.ones_(router.weight)
     noisy = router(torch.ones(1, 4000, 1))
     assert 0.99 <= noisy.min() < 0.9905

@@ -143,7 +143,23 @@ class Attention(nn.Module):
 
     def project(self, memory: Float[Tensor, "B M D"]) -> KeyValues:
         """The keys and values of `memory`."""
-        return KeyValues(self._heads(self.k(memory)), self._heads(self.v(memory)))
+        heads = self.num_heads
+        return KeyValues(split_heads(self.k(memory), heads), split_heads(self.v(memory), heads))
+
+    def ask(
+        self, x: Float[Tensor, "B L D"], real: Bool[Tensor, "B L"] | None = None
+    ) -> tuple[Float[Tensor, "B H L K"], KeyValues, None]:
+        """Queries, keys and values of `x`, for self-attention. `real` makes no difference here."""
+        return split_heads(self.q(x), self.num_heads), self.project(x), None
+
+    def read(
+        self,
+        query: Float[Tensor, "B H L K"],
+        memory: KeyValues,
+        bias: Float[Tensor, "#B #H #L M"] | None,
+    ) -> Float[Tensor, "B L D"]:
+        """What each query reads from `memory`."""
+        return self.o(join_heads(attend(query, memory.k, memory.v, bias, self.dropout)))
 
     def forward(
         self,
@@ -152,8 +168,14 @@ class Attention(nn.Module):
         bias: Float[Tensor, "#B #H #L M"] | None,
     ) -> Float[Tensor, "B L D"]:
         """What each position of `x` reads from `memory`."""
-        read = attend(self._heads(self.q(x)), memory.k, memory.v, bias, self.dropout)
-        return self.o(read.transpose(1, 2).flatten(2))
+        return self.read(split_heads(self.q(x), self.num_heads), memory, bias)
 
-    def _heads(self, x: Float[Tensor, "B M HK"]) -> Float[Tensor, "B H M K"]:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+def split_heads(x: Float[Tensor, "B M HK"], num_heads: int) -> Float[Tensor, "B H M K"]:
+    """Each head's share of the columns, as a dimension of its own."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def join_heads(x: Float[Tensor, "B H L K"]) -> Float[Tensor, "B L HK"]:
+    """The heads' columns side by side."""
+    return x.transpose(1, 2).flatten(2)

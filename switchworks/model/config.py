@@ -3,10 +3,24 @@
 One object describes a model completely; `SwitchTransformer(config)` needs nothing else.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from switchworks.config import ConfigError
+
+
+StrategyName = Literal[
+    "switch", "switch_max", "switch_random", "top2", "no_token_left_behind", "expert_choice"
+]
+"""The keys of `routing.STRATEGIES`, which says what each does."""
+
+LOOKS_AHEAD = {
+    "switch_max": "a later token with a higher probability takes an earlier one's slot",
+    "switch_random": "which tokens get a slot is drawn from all of the group, later ones too",
+    "no_token_left_behind": "second wishes are served after all first ones, later tokens' too",
+    "expert_choice": "experts pick among all tokens of the group, later ones too",
+}
+"""Strategies a decoder must not use, and why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,6 +28,15 @@ class RoutingConfig:
     """How tokens are shared out among experts, and what keeps the shares even."""
 
     experts: int = 8
+    strategy: StrategyName = "switch"
+    """switch: one expert per token, first come first served. switch_max and switch_random differ
+    in whom a full expert drops, no_token_left_behind offers them their next choices, top2 asks two
+    experts, with expert_choice experts pick their tokens."""
+    decoder_strategy: StrategyName | None = None
+    """The same for decoders, where routing must not look ahead. None: `strategy`."""
+    layers: Literal["ffn", "attention", "both"] = "ffn"
+    """What is sparse in a sparse block: its FFN, the query, key and value of its self-attention
+    (appendix A), or both."""
     every: int = 2
     """Sparse frequency 1/every: the FFN of every `every`-th block is a switch layer, the last of
     each run, so 0-based blocks 1, 3, 5, ... for 2. 1 makes all of them sparse."""
@@ -27,12 +50,31 @@ class RoutingConfig:
     """The same in evaluation and generation. None drops nothing, so that no answer depends on
     its neighbours in the batch; the paper's code uses 2.0."""
     min_capacity: int = 4
+    expert_capacity: int | None = None
+    """Slots per expert and group as a plain number, in training and evaluation alike, instead of
+    the factors. transformers works so, with 64 for each row."""
+    padding_takes_slots: bool = False
+    """Route padding like any token, as transformers does. It counts in no loss all the same."""
     balance_weight: float = 0.01
     """alpha of equation (4)."""
+    balance_over: Literal["group", "batch"] = "group"
+    """What is balanced: each group by itself, as in the paper, or all tokens together."""
+    bias_rate: float = 0.0
+    """Above 0, experts are balanced without a loss: a bias on the choice (not on the gate) moves
+    by this much per step towards experts with less than their share (arXiv 2408.15664: 1e-3).
+    Set balance_weight to 0 then."""
     z_weight: float = 0.0
     """Weight of the router z-loss. The paper has none; ST-MoE uses 1e-3."""
+    exploration: Literal["argmax", "sample", "input_dropout", "input_jitter"] = "input_jitter"
+    """Appendix C, in training: take the likeliest expert, draw one from the softmax, or take the
+    likeliest for an input with dropout or with jitter."""
     jitter: float = 0.01
     """epsilon: in training the router's input is multiplied by Uniform(1 - eps, 1 + eps)."""
+    input_dropout: float = 0.1
+    """Dropout on the router's input, for exploration = "input_dropout"."""
+    second_threshold: float = 0.2
+    """top2 in training asks a second expert of gate g with probability min(1, g / threshold).
+    0 always asks it."""
     expert_dropout: float | None = None
     """Dropout on the hidden activation inside each expert; the paper fine-tunes with 0.4 there
     and 0.1 elsewhere. None: the model's own rate."""
@@ -60,20 +102,79 @@ class RoutingConfig:
                     f"routing.{name} = {factor} would drop every token.\n"
                     "  Use 1.0 or more (1.25 in the paper), or none to drop no token at all."
                 )
+        if self.expert_capacity is not None and self.expert_capacity < 1:
+            raise ConfigError(
+                f"routing.expert_capacity = {self.expert_capacity} would drop every token.\n"
+                "  Use at least 1, or none to let capacity_factor decide."
+            )
         if not 0 <= self.jitter < 1:
             raise ConfigError(f"routing.jitter = {self.jitter} must lie in [0, 1). T5 uses 0.01.")
-        for name in ("balance_weight", "z_weight"):
+        if not 0 <= self.input_dropout < 1:
+            raise ConfigError(f"routing.input_dropout = {self.input_dropout} must lie in [0, 1).")
+        self._check_expert_choice()
+        for name in ("balance_weight", "z_weight", "bias_rate", "second_threshold"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"routing.{name} = {getattr(self, name)} must not be negative.")
         if self.expert_dropout is not None and not 0 <= self.expert_dropout < 1:
             raise ConfigError(f"routing.expert_dropout = {self.expert_dropout} must lie in [0, 1).")
 
+    def _check_expert_choice(self) -> None:
+        if "expert_choice" not in (self.strategy, self.decoder_strategy):
+            return
+        if self.capacity_factor is None and self.expert_capacity is None:
+            raise ConfigError(
+                "routing.strategy = expert_choice needs to know how many tokens an expert picks.\n"
+                "  Set routing.capacity_factor, the average number of experts per token (2.0)."
+            )
+        if self.bias_rate > 0 or self.exploration == "sample":
+            raise ConfigError(
+                "routing.strategy = expert_choice leaves nothing to balance or to sample: experts "
+                "choose.\n  Set routing.bias_rate 0 and another routing.exploration."
+            )
+
+    def for_decoder(self) -> "RoutingConfig":
+        """The routing of decoder layers.
+
+        Raises ConfigError for a strategy that looks ahead: trained so, a decoder would see in who
+        is dropped what it is to predict.
+        """
+        strategy = self.decoder_strategy or self.strategy
+        if strategy in LOOKS_AHEAD:
+            raise ConfigError(
+                f"routing.strategy = {strategy} cannot route a decoder: {LOOKS_AHEAD[strategy]}.\n"
+                "  Keep it for the encoder and set routing.decoder_strategy to switch or top2."
+            )
+        return replace(self, strategy=strategy, decoder_strategy=None)
+
+    @property
+    def sparse_ffn(self) -> bool:
+        """Whether a sparse block has experts in its FFN."""
+        return self.layers != "attention"
+
+    @property
+    def sparse_attention(self) -> bool:
+        """Whether a sparse block has experts in its self-attention."""
+        return self.layers != "ffn"
+
+    @property
+    def experts_per_token(self) -> float:
+        """Experts a token is sent to, on average over real tokens and before any is dropped."""
+        if self.strategy == "expert_choice":
+            return min(self.capacity_factor or 1.0, self.experts)
+        return min(2, self.experts) if self.strategy == "top2" else 1
+
     def capacity(self, group_tokens: int, *, training: bool) -> int | None:
         """Slots per expert and group (equation 3, rounded as Mesh-TensorFlow does); None: no limit.
 
-        max(min_capacity, min(group_tokens, int(group_tokens * factor / experts))).
+        max(min_capacity, min(group_tokens, int(group_tokens * factor / experts))), unless
+        `expert_capacity` says another number. Expert choice always has a limit: where evaluation
+        has no factor, that of training.
         """
+        if self.expert_capacity is not None:
+            return self.expert_capacity
         factor = self.capacity_factor if training else self.eval_capacity_factor
+        if factor is None and self.strategy == "expert_choice":
+            factor = self.capacity_factor
         if factor is None:
             return None
         slots = min(group_tokens, int(group_tokens * factor / self.experts))
@@ -137,6 +238,8 @@ class ModelConfig:
             )
         if self.init_scale <= 0:
             raise ConfigError(f"model.init_scale = {self.init_scale} must be positive.")
+        if self.routing is not None:
+            self.routing.for_decoder()
         layers = max(self.num_layers, self.decoder_layers)
         if self.routing is not None and self.routing.every > layers:
             raise ConfigError(

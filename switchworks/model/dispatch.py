@@ -4,8 +4,8 @@ A dispatcher is a plain object without parameters, so that expert parallelism ca
 from outside. `EinsumDispatcher` is the paper's formulation (Figure 16) and the reference for
 every other; list a new one in `DISPATCHERS` and the equivalence tests run on it.
 
-Letters: G groups, S tokens per group, E experts, C slots per expert and group, D width,
-N tokens sorted by expert.
+Letters: G groups, S tokens per group, A assignments per group, E experts, C slots per expert and
+group, D width, O width of the answers (D but in switch attention), N assignments kept.
 """
 
 from typing import NamedTuple, Protocol
@@ -28,8 +28,9 @@ class Dispatcher(Protocol):
         routes: Routes,
         experts: Experts,
         capacity: int | None,
-    ) -> Float[Tensor, "G S D"]:
-        """gate * expert(x) for every kept token and 0 for the others, in `x`'s dtype."""
+    ) -> Float[Tensor, "G S O"]:
+        """The sum of gate * expert(x) over a token's kept assignments, in `x`'s dtype; 0 for a
+        token without any."""
         ...
 
 
@@ -38,17 +39,20 @@ class EinsumDispatcher:
 
     def __call__(
         self, x: Float[Tensor, "G S D"], routes: Routes, experts: Experts, capacity: int | None
-    ) -> Float[Tensor, "G S D"]:
-        num_experts = experts.w_in.shape[0]
-        capacity = x.shape[1] if capacity is None else capacity
+    ) -> Float[Tensor, "G S O"]:
+        num_experts, size = experts.w_in.shape[0], x.shape[1]
+        capacity = size if capacity is None else capacity
         slot = F.one_hot(routes.slot.clamp(max=capacity - 1), capacity)
         expert = F.one_hot(routes.expert, num_experts)
         mask = expert[..., :, None] * slot[..., None, :] * routes.kept[..., None, None]
-        mask = mask.to(x.dtype)  # G S E C
-        inbox = torch.einsum("gsd,gsec->egcd", x, mask)
+        mask = mask.to(x.dtype)  # G A E C
+        token = torch.arange(size, device=x.device) if routes.token is None else routes.token
+        token = F.one_hot(token, size).expand(len(x), -1, -1).to(x.dtype)  # G A S
+        inbox = torch.einsum("gsd,gas,gaec->egcd", x, token, mask)
         outbox = experts(Inbox(inbox.flatten(0, 2), None))
         outbox = outbox.view(num_experts, x.shape[0], capacity, -1)
-        return torch.einsum("egcd,gsec,gs->gsd", outbox, mask, routes.gate.to(x.dtype))
+        answers = torch.einsum("egcd,gaec,ga->gad", outbox, mask, routes.gate.to(x.dtype))
+        return torch.einsum("gad,gas->gsd", answers, token).to(x.dtype)
 
 
 class PaddedDispatcher:
@@ -59,7 +63,7 @@ class PaddedDispatcher:
 
     def __call__(
         self, x: Float[Tensor, "G S D"], routes: Routes, experts: Experts, capacity: int | None
-    ) -> Float[Tensor, "G S D"]:
+    ) -> Float[Tensor, "G S O"]:
         groups, size, width = x.shape
         num_experts = experts.w_in.shape[0]
         capacity = size if capacity is None else capacity
@@ -67,10 +71,17 @@ class PaddedDispatcher:
         place = (routes.expert * groups + group) * capacity + routes.slot
         nowhere = num_experts * groups * capacity  # one spare slot takes what is not kept
         place = torch.where(routes.kept, place, nowhere).flatten()
-        inbox = x.new_zeros(nowhere + 1, width).index_copy(0, place, x.flatten(0, 1))
+        tokens = rows_of(routes, size)
+        rows = x.flatten(0, 1) if tokens is None else x.flatten(0, 1)[tokens]
+        inbox = x.new_zeros(nowhere + 1, width).index_copy(0, place, rows)
         outbox = experts(Inbox(inbox[:-1], None))
-        answers = torch.cat([outbox, outbox.new_zeros(1, width)])[place]
-        return answers.view_as(x) * routes.gate[..., None].to(x.dtype)
+        answers = torch.cat([outbox, outbox.new_zeros(1, outbox.shape[-1])])[place]
+        answers = answers * routes.gate.flatten()[:, None].to(x.dtype)
+        if tokens is not None:
+            answers = answers.new_zeros(groups * size, answers.shape[-1]).index_add(
+                0, tokens, answers
+            )
+        return answers.view(groups, size, -1)
 
 
 class SortedDispatcher:
@@ -82,27 +93,41 @@ class SortedDispatcher:
 
     def __call__(
         self, x: Float[Tensor, "G S D"], routes: Routes, experts: Experts, capacity: int | None
-    ) -> Float[Tensor, "G S D"]:
+    ) -> Float[Tensor, "G S O"]:
+        groups, size, _ = x.shape
         order = sort_by_expert(routes, experts.w_in.shape[0])
-        answers = experts(Inbox(x.flatten(0, 1)[order.token], order.counts))
-        answers = answers * routes.gate.flatten()[order.token, None].to(x.dtype)
-        return torch.zeros_like(x).flatten(0, 1).index_copy(0, order.token, answers).view_as(x)
+        tokens = rows_of(routes, size)
+        tokens = order.assignment if tokens is None else tokens[order.assignment]
+        answers = experts(Inbox(x.flatten(0, 1)[tokens], order.counts))
+        answers = answers * routes.gate.flatten()[order.assignment, None].to(x.dtype)
+        empty = answers.new_zeros(groups * size, answers.shape[-1])
+        if routes.token is None:  # each row is written once at most
+            return empty.index_copy(0, tokens, answers).view(groups, size, -1)
+        return empty.index_add(0, tokens, answers).view(groups, size, -1)
 
 
 class Order(NamedTuple):
-    """Kept tokens sorted by expert, those of one expert in their original order."""
+    """Kept assignments sorted by expert, those of one expert in their original order."""
 
-    token: Int[Tensor, "N"]
-    """Index of each into the flattened [G * S]."""
+    assignment: Int[Tensor, "N"]
+    """Index of each into the flattened [G * A]."""
     counts: list[int]
     """How many each expert gets."""
 
 
 def sort_by_expert(routes: Routes, num_experts: int) -> Order:
-    """The kept tokens of all groups in the order of their experts."""
+    """The kept assignments of all groups in the order of their experts."""
     key = torch.where(routes.kept, routes.expert, num_experts).flatten()
     counts = torch.bincount(key, minlength=num_experts + 1)[:num_experts].tolist()
     return Order(key.argsort(stable=True)[: sum(counts)], counts)
+
+
+def rows_of(routes: Routes, size: int) -> Int[Tensor, "GA"] | None:
+    """Each assignment's token as an index into the flattened [G * S]; None: they are the same."""
+    if routes.token is None:
+        return None
+    first = torch.arange(len(routes.token), device=routes.token.device) * size
+    return (routes.token + first[:, None]).flatten()
 
 
 class ChosenDispatcher:
@@ -114,7 +139,7 @@ class ChosenDispatcher:
 
     def __call__(
         self, x: Float[Tensor, "G S D"], routes: Routes, experts: Experts, capacity: int | None
-    ) -> Float[Tensor, "G S D"]:
+    ) -> Float[Tensor, "G S O"]:
         chosen = DISPATCHERS["sorted" if capacity is None else "padded"]
         return chosen(x, routes, experts, capacity)
 

@@ -4,7 +4,8 @@ Tokens reach them sorted by expert. How many each expert gets is either the same
 padded to a capacity) or a list of counts (no padding). All paths give the same numbers; the
 tests hold each to `run_reference`.
 
-Letters: E experts, N tokens sorted by expert, C tokens of one expert, D width, F hidden width.
+Letters: E experts, N tokens sorted by expert, C tokens of one expert, D width, F hidden width,
+O width of the answers (D but in switch attention).
 """
 
 from collections.abc import Sequence
@@ -41,6 +42,7 @@ class Experts(nn.Module):
         activation: str = "relu",
         gated: bool = False,
         dropout: float = 0.0,
+        d_out: int | None = None,
     ) -> None:
         super().__init__()
         check_activation(activation)
@@ -48,15 +50,15 @@ class Experts(nn.Module):
         self.dropout = dropout
         self.w_in = nn.Parameter(torch.empty(experts, d_model, d_ff))
         self.w_gate = nn.Parameter(torch.empty(experts, d_model, d_ff)) if gated else None
-        self.w_out = nn.Parameter(torch.empty(experts, d_ff, d_model))
+        self.w_out = nn.Parameter(torch.empty(experts, d_ff, d_out or d_model))
 
-    def forward(self, inbox: Inbox) -> Float[Tensor, "N D"]:
+    def forward(self, inbox: Inbox) -> Float[Tensor, "N O"]:
         """Each expert's answer to its tokens, in the same order."""
         if inbox.counts is None:
             return self._run_even(inbox.tokens)
         return self._run_uneven(inbox.tokens, inbox.counts)
 
-    def one(self, expert: int, x: Float[Tensor, "C D"]) -> Float[Tensor, "C D"]:
+    def one(self, expert: int, x: Float[Tensor, "C D"]) -> Float[Tensor, "C O"]:
         """What expert number `expert` makes of `x`. The reference for every path."""
         w_gate = None if self.w_gate is None else self.w_gate[expert]
         return self._expert(x, self.w_in[expert], w_gate, self.w_out[expert])
@@ -68,14 +70,14 @@ class Experts(nn.Module):
             hidden = F.dropout(hidden, self.dropout)
         return hidden @ w_out
 
-    def _run_even(self, tokens: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+    def _run_even(self, tokens: Float[Tensor, "N D"]) -> Float[Tensor, "N O"]:
         """All experts in one batched product; static shapes, so it compiles."""
         slots = tokens.unflatten(0, (self.w_in.shape[0], -1))  # E C D
         return self._expert(slots, self.w_in, self.w_gate, self.w_out).flatten(0, 1)
 
     def _run_uneven(
         self, tokens: Float[Tensor, "N D"], counts: Sequence[int]
-    ) -> Float[Tensor, "N D"]:
+    ) -> Float[Tensor, "N O"]:
         """One product per expert, without padding.
 
         `unbind` and not `w[i]`: the gradient of an index allocates the whole stack each time,

@@ -13,6 +13,7 @@ Letters: D model width, F feed-forward width, H heads, K head width; s is `init_
 | router, untied head                    | truncated normal, std sqrt(s / D)                  |
 | relative bias                          | uniform, Glorot over [buckets, H]                  |
 | norm scales                            | 1                                                  |
+| router's selection bias                | 0                                                  |
 
 Truncation is at two standard deviations and, as in Mesh-TensorFlow, the std is not corrected for
 it (the actual one is 0.88 of what the table says). Fan-in never counts the expert dimension.
@@ -47,7 +48,10 @@ def initialise_switch_ffn(
         return
     with torch.no_grad():
         for weight in layer.parameters():
-            fan_in = weight.shape[1]  # E D | E D F | E F D
+            if weight.dim() == 1:
+                weight.zero_()  # the selection bias
+                continue
+            fan_in = weight.shape[1]  # E D | E D F | E F O
             truncated_normal_(weight, math.sqrt(scale / fan_in), generator)
 
 
@@ -85,5 +89,7 @@ def _fill(
         weight.uniform_(-limit, limit, generator=generator)
     elif kind.endswith("norm"):
         weight.fill_(1.0)
+    elif kind == "selection_bias":
+        weight.zero_()
     else:
         raise AssertionError(f"no first value is defined for {name}")

@@ -18,7 +18,7 @@ from switchworks.model.dispatch import DISPATCHERS, Dispatcher
 from switchworks.model.experts import Experts
 from switchworks.model.init import initialise_switch_ffn
 from switchworks.model.losses import balance_loss, expert_load, router_z_loss
-from switchworks.model.routing import Router, Routes, route
+from switchworks.model.routing import STRATEGIES, Router, Routes, Rules
 
 
 class Routing(NamedTuple):
@@ -30,16 +30,17 @@ class Routing(NamedTuple):
     """E * sum f P: 1 when the load is even, E when one expert gets everything."""
     router_z: Float[Tensor, ""]
     load: Float[Tensor, "E"]
-    """Share of the real tokens that want each expert, before any is dropped."""
+    """Share of the real tokens that want each expert most, before any is dropped."""
     dropped: Float[Tensor, ""]
-    """Share of the real tokens that found their expert full."""
+    """Share of the real tokens that no expert had room for (or, with expert choice, picked)."""
     confidence: Float[Tensor, ""]
-    """Mean gate of the real tokens."""
+    """Mean probability of the expert each real token wants most."""
     routes: Routes
 
 
 class SwitchFFN(nn.Module):
-    """E expert feed-forward networks of which each token uses the one its router prefers."""
+    """E expert feed-forward networks of which each token uses the one its router prefers, or
+    those that another `routing.strategy` gives it."""
 
     def __init__(
         self,
@@ -51,10 +52,17 @@ class SwitchFFN(nn.Module):
         gated: bool = False,
         dropout: float = 0.0,
         init_scale: float = 0.1,
+        causal: bool = False,
+        d_out: int | None = None,
     ) -> None:
+        """`causal` for decoders: raises ConfigError for strategies that look ahead.
+
+        `d_out` is the width of the answers, None: `d_model`.
+        """
         super().__init__()
-        self.config = routing
-        self.router = Router(d_model, routing.experts, routing.jitter)
+        self.config = routing.for_decoder() if causal else routing
+        self.causal = causal
+        self.router = Router(d_model, self.config)
         self.experts = Experts(
             routing.experts,
             d_model,
@@ -62,13 +70,19 @@ class SwitchFFN(nn.Module):
             activation=activation,
             gated=gated,
             dropout=dropout if routing.expert_dropout is None else routing.expert_dropout,
+            d_out=d_out,
         )
         self.dispatcher: Dispatcher = DISPATCHERS["chosen"]
         initialise_switch_ffn(self, init_scale)
 
+    @property
+    def balance_weight(self) -> float:
+        """Weight of the balance loss; 0 for expert choice, whose load is even by construction."""
+        return 0.0 if self.config.strategy == "expert_choice" else self.config.balance_weight
+
     def forward(
         self, x: Float[Tensor, "B L D"], real: Bool[Tensor, "B L"] | None = None
-    ) -> tuple[Float[Tensor, "B L D"], Routing]:
+    ) -> tuple[Float[Tensor, "B L O"], Routing]:
         """(y, routing): y = gate * expert(x), and 0 for dropped and padded tokens.
 
         `real` is False at padding, which takes no slot and counts in no loss; None: all real.
@@ -82,14 +96,21 @@ class SwitchFFN(nn.Module):
         real = real.reshape(groups, -1)
         logits = self.router(tokens)
         probs = logits.softmax(dim=-1)
-        routes = route(probs, real, capacity)
+        choice = self.router.choose(logits, probs)
+        routed = torch.ones_like(real) if self.config.padding_takes_slots else real
+        routes = STRATEGIES[self.config.strategy](probs, choice, routed, self._rules(capacity))
         y = self.dispatcher(tokens, routes, self.experts, capacity)
-        return y.view_as(x), self._report(logits, probs, real, routes)
+        return y.view(*x.shape[:2], -1), self._report(logits, probs, choice, real, routes)
+
+    def _rules(self, capacity: int | None) -> Rules:
+        return Rules(capacity, self.causal, self.training, self.config.second_threshold)
 
     def _groups(self, x: Tensor) -> tuple[int, int | None]:
         """Number of groups in the batch, and slots per expert in each."""
         rows, length, _ = x.shape
         size = self.config.group_sequences
+        if not self.training and self.config.strategy == "expert_choice":
+            size = 1  # a row's answer must not depend on its neighbours
         capacity = self.config.capacity(size * length, training=self.training)
         if rows % size == 0:
             return rows // size, capacity
@@ -100,16 +121,22 @@ class SwitchFFN(nn.Module):
             f"\n  Use a batch size that is a multiple of {size}, or smaller groups."
         )
 
-    def _report(self, logits: Tensor, probs: Tensor, real: Tensor, routes: Routes) -> Routing:
-        balance = balance_loss(probs, routes.expert, real)
-        router_z = router_z_loss(logits, real)
+    def _report(
+        self, logits: Tensor, probs: Tensor, choice: Tensor, real: Tensor, routes: Routes
+    ) -> Routing:
+        served = routes.served(real.shape[1]) & real
         count = real.sum().clamp(min=1)
+        wanted = probs.detach().gather(-1, choice[..., None]).squeeze(-1)
+        router_z = router_z_loss(logits, real)
+        if self.config.balance_over == "batch":
+            probs, choice, real = (t.flatten(0, 1)[None] for t in (probs, choice, real))
+        balance = balance_loss(probs, choice, real)
         return Routing(
-            loss=self.config.balance_weight * balance + self.config.z_weight * router_z,
+            loss=self.balance_weight * balance + self.config.z_weight * router_z,
             balance=balance,
             router_z=router_z,
-            load=expert_load(routes.expert, real, self.config.experts),
-            dropped=(real.sum() - routes.kept.sum()) / count,
-            confidence=(routes.gate.detach() * real).sum() / count,
+            load=expert_load(choice, real, self.config.experts),
+            dropped=(real.sum() - served.sum()) / count,
+            confidence=(wanted * real.view_as(wanted)).sum() / count,
             routes=routes,
         )

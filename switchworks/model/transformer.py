@@ -28,6 +28,7 @@ from switchworks.model.config import ModelConfig
 from switchworks.model.init import initialise
 from switchworks.model.layers import FFN, RMSNorm, SharedDropout, look_up
 from switchworks.model.losses import Losses, cross_entropy
+from switchworks.model.switch_attention import SwitchAttention
 from switchworks.model.switch_ffn import Routing, SwitchFFN
 
 
@@ -55,11 +56,20 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, *, sparse: bool, decoder: bool) -> None:
         super().__init__()
         self.self_norm = RMSNorm(config.d_model, config.norm_epsilon)
-        self.self_attention = Attention(config)
+        routing = config.routing if sparse else None
+        self.self_attention = (
+            SwitchAttention(config, causal=decoder)
+            if routing is not None and routing.sparse_attention
+            else Attention(config)
+        )
         self.cross_norm = RMSNorm(config.d_model, config.norm_epsilon) if decoder else None
         self.cross_attention = Attention(config) if decoder else None
         self.ffn_norm = RMSNorm(config.d_model, config.norm_epsilon)
-        self.ffn = _switch_ffn(config) if sparse else FFN(config)
+        self.ffn = (
+            _switch_ffn(config, causal=decoder)
+            if routing is not None and routing.sparse_ffn
+            else FFN(config)
+        )
         self.dropout = SharedDropout(config.dropout)
 
     def forward(
@@ -71,28 +81,29 @@ class Block(nn.Module):
         past: "LayerCache | None" = None,
         memory: KeyValues | None = None,
         memory_bias: Float[Tensor, "B 1 #L M2"] | None = None,
-    ) -> tuple[Float[Tensor, "B L D"], Routing | None]:
-        """The block's output and, from a switch layer, its report."""
-        normed = self.self_norm(x)
-        keys = self.self_attention.project(normed)
+    ) -> tuple[Float[Tensor, "B L D"], list[Routing]]:
+        """The block's output and the reports of its switch layers."""
+        real = None if segments is None else segments != 0
+        query, keys, asked = self.self_attention.ask(self.self_norm(x), real)
         keys = keys if past is None else past.extend(keys)
-        x = x + self.dropout(self.self_attention(normed, keys, bias))
+        x = x + self.dropout(self.self_attention.read(query, keys, bias))
         if self.cross_attention is not None and self.cross_norm is not None:
             assert memory is not None
             read = self.cross_attention(self.cross_norm(x), memory, memory_bias)
             x = x + self.dropout(read)
-        return self._feed_forward(x, segments)
+        x, fed = self._feed_forward(x, real)
+        return x, [report for report in (asked, fed) if report is not None]
 
     def project(self, memory: "Memory") -> KeyValues:
         """Keys and values of the encoder's states, for a decoder block's cross-attention."""
         assert self.cross_attention is not None
         return self.cross_attention.project(memory.states)
 
-    def _feed_forward(self, x: Tensor, segments: Tensor | None) -> tuple[Tensor, Routing | None]:
+    def _feed_forward(self, x: Tensor, real: Tensor | None) -> tuple[Tensor, Routing | None]:
         normed = self.ffn_norm(x)
         if isinstance(self.ffn, FFN):
             return x + self.dropout(self.ffn(normed)), None
-        y, routing = self.ffn(normed, None if segments is None else segments != 0)
+        y, routing = self.ffn(normed, real)
         return x + self.dropout(y), routing
 
 
@@ -167,13 +178,16 @@ class SwitchTransformer(nn.Module):
 
     @property
     def switch_layers(self) -> dict[str, SwitchFFN]:
-        """Every switch layer by name ("encoder.1", ...), the encoder's first."""
-        return {
-            f"{name}.{number}": block.ffn
-            for name, stack in (("encoder", self.encoder), ("decoder", self.decoder))
-            for number, block in enumerate(stack)
-            if isinstance(block.ffn, SwitchFFN)
-        }
+        """Every switch layer by name, the encoder's first: "encoder.1", and for one in
+        self-attention "encoder.1.attention", which comes before its block's FFN."""
+        layers: dict[str, SwitchFFN] = {}
+        for name, stack in (("encoder", self.encoder), ("decoder", self.decoder)):
+            for number, block in enumerate(stack):
+                if isinstance(block.self_attention, SwitchAttention):
+                    layers[f"{name}.{number}.attention"] = block.self_attention.switch
+                if isinstance(block.ffn, SwitchFFN):
+                    layers[f"{name}.{number}"] = block.ffn
+        return layers
 
     def forward(
         self,
@@ -215,7 +229,7 @@ class SwitchTransformer(nn.Module):
         reports = []
         for block in self.encoder:
             x, report = block(x, bias, segments=segments)
-            reports += [] if report is None else [report]
+            reports += report
         x = self.encoder.dropout(self.encoder.final_norm(x))
         return Memory(x, segments, tuple(reports))
 
@@ -300,7 +314,7 @@ class SwitchTransformer(nn.Module):
                 memory=block.project(memory),
                 memory_bias=memory_bias,
             )
-            reports += [] if report is None else [report]
+            reports += report
         return self.decoder.dropout(self.decoder.final_norm(x)), reports
 
     def _losses(self, logits: Tensor, targets: Tensor, routing: tuple[Routing, ...]) -> Losses:
@@ -309,7 +323,9 @@ class SwitchTransformer(nn.Module):
         balance, router_z = nats.new_zeros(()), nats.new_zeros(())
         weights = self.config.routing
         if weights is not None:
-            balance = weights.balance_weight * sum((r.balance for r in routing), balance)
+            layers = self.switch_layers.values()
+            for layer, report in zip(layers, routing, strict=True):
+                balance = balance + layer.balance_weight * report.balance
             router_z = weights.z_weight * sum((r.router_z for r in routing), router_z)
         total = nats + output_z + balance + router_z
         return Losses(total, nats, output_z, balance, router_z)
@@ -341,7 +357,7 @@ def shift_right(
     return torch.where(segments == F.pad(segments[:, :-1], (1, 0), value=-1), shifted, 0)
 
 
-def _switch_ffn(config: ModelConfig) -> SwitchFFN:
+def _switch_ffn(config: ModelConfig, *, causal: bool) -> SwitchFFN:
     assert config.routing is not None
     return SwitchFFN(
         config.d_model,
@@ -351,4 +367,5 @@ def _switch_ffn(config: ModelConfig) -> SwitchFFN:
         gated=config.gated,
         dropout=config.dropout,
         init_scale=config.init_scale,
+        causal=causal,
     )

@@ -1,0 +1,63 @@
+"""Switch for attention (appendix A, Figure 10): experts in place of query, key and value.
+
+Each token is routed once. Its expert answers with a query and with one vector that serves as key
+and value alike (Mesh-TF `ExpertsSelfAttention` needs them shared); both carry the gate. A dropped
+token asks nothing in particular and is read as zeros.
+
+Letters: B sequences, H heads, L length, K head width, D model width.
+"""
+
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from switchworks.model.attention import KeyValues, attend, join_heads, split_heads
+from switchworks.model.config import ModelConfig
+from switchworks.model.layers import SharedDropout
+from switchworks.model.switch_ffn import Routing, SwitchFFN
+
+
+class SwitchAttention(nn.Module):
+    """Self-attention whose queries and keys come from the experts of a switch layer.
+
+    The hidden layer of an expert is `d_ff` wide with a ReLU; its second matrix gives the query and
+    the key side by side. The query is scaled by d_kv ** -0.5 at run time, since experts do not
+    have the initialisation of a dense query that makes the factor unnecessary.
+    """
+
+    letters = {"o.weight": "D H"}  # noqa: RUF012
+
+    def __init__(self, config: ModelConfig, *, causal: bool) -> None:
+        super().__init__()
+        assert config.routing is not None
+        self.num_heads = config.num_heads
+        self.scale = config.d_kv**-0.5
+        inner = config.num_heads * config.d_kv
+        self.switch = SwitchFFN(
+            config.d_model,
+            config.d_ff,
+            config.routing,
+            dropout=config.dropout,
+            init_scale=config.init_scale,
+            causal=causal,
+            d_out=2 * inner,
+        )
+        self.o = nn.Linear(inner, config.d_model, bias=False)
+        self.dropout = SharedDropout(config.dropout)
+
+    def ask(
+        self, x: Float[Tensor, "B L D"], real: Bool[Tensor, "B L"] | None
+    ) -> tuple[Float[Tensor, "B H L K"], KeyValues, Routing]:
+        """Queries, keys and values of `x`, and the router's report."""
+        answers, routing = self.switch(x, real)
+        query, key = answers.chunk(2, dim=-1)
+        key = split_heads(key, self.num_heads)
+        return split_heads(query * self.scale, self.num_heads), KeyValues(key, key), routing
+
+    def read(
+        self,
+        query: Float[Tensor, "B H L K"],
+        memory: KeyValues,
+        bias: Float[Tensor, "#B #H #L M"] | None,
+    ) -> Float[Tensor, "B L D"]:
+        """What each query reads from `memory`."""
+        return self.o(join_heads(attend(query, memory.k, memory.v, bias, self.dropout)))
