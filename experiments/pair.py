@@ -24,14 +24,12 @@ from switchworks.report.runs import read_run, when_reached
 def run(recipes: Sequence[str], seed: int, out: Path, flags: list[str]) -> list[Path]:
     """The finished run directories of `recipes` with `seed`, trained at the same time."""
     directories = [out / f"{recipe}_{seed}" for recipe in recipes]
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-m", "switchworks", "train", recipe, "--seed", str(seed)]
-            + ["--run-dir", str(directory), "--resume", *flags]
-        )
-        for recipe, directory in zip(recipes, directories, strict=True)
-        if not (directory / "report.html").exists()
-    ]
+    running = []
+    for recipe, directory in zip(recipes, directories, strict=True):
+        if not (directory / "report.html").exists():
+            words = ["train", recipe, "--seed", str(seed), "--run-dir", str(directory), "--resume"]
+            command = [sys.executable, "-m", "switchworks", *words, *flags]
+            running.append(subprocess.Popen(command))
     if any(process.wait() for process in running):
         sys.exit(f"a run of seed {seed} did not end well; the same command goes on")
     return directories

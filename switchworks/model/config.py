@@ -8,7 +8,6 @@ from typing import Literal
 
 from switchworks.config import ConfigError
 
-
 StrategyName = Literal[
     "switch", "switch_max", "switch_random", "top2", "no_token_left_behind", "expert_choice"
 ]
@@ -160,8 +159,8 @@ class RoutingConfig:
     def experts_per_token(self) -> float:
         """Experts a token is sent to, on average over real tokens and before any is dropped."""
         if self.strategy == "expert_choice":
-            return min(self.capacity_factor or 1.0, self.experts)
-        return min(2, self.experts) if self.strategy == "top2" else 1
+            return float(min(self.capacity_factor or 1.0, self.experts))
+        return float(min(2, self.experts)) if self.strategy == "top2" else 1.0
 
     def capacity(self, group_tokens: int, *, training: bool) -> int | None:
         """Slots per expert and group (equation 3, rounded as Mesh-TensorFlow does); None: no limit.

@@ -59,6 +59,8 @@ class Rules(NamedTuple):
     training: bool = False
     second_threshold: float = 0.2
     """top2 keeps a second expert of gate g with probability min(1, g / threshold)."""
+    picks: Int[Tensor, "G"] | None = None
+    """expert_choice: the capacity counted from the real tokens of each group alone; None: all."""
 
 
 class Router(nn.Module):
@@ -215,7 +217,7 @@ def no_token_left_behind(probs: Tensor, choice: Tensor, real: Tensor, rules: Rul
     if rules.capacity is None:
         return plan
     experts = probs.shape[-1]
-    ranked = probs.scatter(-1, choice[..., None], 2.0).argsort(-1, descending=True, stable=True)
+    ranked = probs.scatter(-1, choice[..., None], 2.0).argsort(dim=-1, descending=True, stable=True)
     expert, slot, kept, gate = plan[:4]
     for rank in range(1, min(NTLB_ROUNDS, experts)):
         waiting = real & ~kept
@@ -232,20 +234,23 @@ def no_token_left_behind(probs: Tensor, choice: Tensor, real: Tensor, rules: Rul
 def expert_choice(probs: Tensor, choice: Tensor, real: Tensor, rules: Rules) -> Routes:
     """Each expert takes the tokens most likely to want it (arXiv 2202.09368).
 
-    A token may get several experts or none. `capacity` is for a group without padding; an expert
-    takes that share of the real tokens, so padding changes nothing.
+    A token may get several experts or none. How many an expert takes is counted from the real
+    tokens (`rules.picks`), so padding changes nothing.
     """
     assert rules.capacity is not None
     groups, tokens, experts = probs.shape
     slots = min(rules.capacity, tokens)
     scores = probs.masked_fill(~real[..., None], -1.0)
-    gate, token = scores.topk(slots, dim=1)  # G C E, the likeliest first
+    token = scores.argsort(dim=1, descending=True, stable=True)[:, :slots]  # G C E
+    gate = scores.gather(1, token)
     number = torch.arange(slots, device=probs.device)
-    share = real.sum(dim=1) * rules.capacity // tokens  # as many of what is there
-    taken = number < share.clamp(min=1)[:, None]  # G C
-    kept = taken[..., None] & (gate >= 0)
+    kept = gate >= 0  # not padding
+    if rules.picks is not None:
+        kept = kept & (number < rules.picks[:, None])[..., None]
     return Routes(
-        expert=torch.arange(experts, device=probs.device).repeat_interleave(slots).repeat(groups, 1),
+        expert=torch.arange(experts, device=probs.device)
+        .repeat_interleave(slots)
+        .repeat(groups, 1),
         slot=number.repeat(groups, experts),
         kept=kept.mT.flatten(1),
         gate=gate.mT.flatten(1),

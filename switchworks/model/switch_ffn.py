@@ -98,12 +98,17 @@ class SwitchFFN(nn.Module):
         probs = logits.softmax(dim=-1)
         choice = self.router.choose(logits, probs)
         routed = torch.ones_like(real) if self.config.padding_takes_slots else real
-        routes = STRATEGIES[self.config.strategy](probs, choice, routed, self._rules(capacity))
+        routes = STRATEGIES[self.config.strategy](probs, choice, routed, self._rules(capacity, real))
         y = self.dispatcher(tokens, routes, self.experts, capacity)
         return y.view(*x.shape[:2], -1), self._report(logits, probs, choice, real, routes)
 
-    def _rules(self, capacity: int | None) -> Rules:
-        return Rules(capacity, self.causal, self.training, self.config.second_threshold)
+    def _rules(self, capacity: int | None, real: Tensor) -> Rules:
+        config, picks = self.config, None
+        if config.strategy == "expert_choice":
+            counts = real.sum(dim=1).tolist()
+            slots = [config.capacity(count, training=self.training) for count in counts]
+            picks = torch.tensor(slots, device=real.device)
+        return Rules(capacity, self.causal, self.training, config.second_threshold, picks)
 
     def _groups(self, x: Tensor) -> tuple[int, int | None]:
         """Number of groups in the batch, and slots per expert in each."""

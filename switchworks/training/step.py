@@ -72,10 +72,13 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
     update = state.updater.step(state.step, experiment.steps)
     if update.grad_norm - update.grad_norm != 0:
         raise DivergenceError(explain_divergence(state, batch, f"gradient norm {update.grad_norm}"))
+    layers = _layer_reports(model, reports)
+    for name, layer in model.switch_layers.items():
+        layer.router.nudge(torch.tensor(layers[name].load))
     tokens = batch.num_tokens
     state.step += 1
     state.tokens += tokens
-    return StepResult(total, float(sum(nats)), update, _layer_reports(model, reports), tokens)
+    return StepResult(total, float(sum(nats)), update, layers, tokens)
 
 
 def explain_divergence(state: TrainState, batch: Batch, what: str) -> str:
