@@ -98,7 +98,8 @@ class SwitchFFN(nn.Module):
         probs = logits.softmax(dim=-1)
         choice = self.router.choose(logits, probs)
         routed = torch.ones_like(real) if self.config.padding_takes_slots else real
-        routes = STRATEGIES[self.config.strategy](probs, choice, routed, self._rules(capacity, real))
+        strategy = STRATEGIES[self.config.strategy]
+        routes = strategy(probs, choice, routed, self._rules(capacity, real))
         y = self.dispatcher(tokens, routes, self.experts, capacity)
         return y.view(*x.shape[:2], -1), self._report(logits, probs, choice, real, routes)
 
