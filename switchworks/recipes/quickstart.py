@@ -25,7 +25,7 @@ def quickstart() -> Experiment:
         name="quickstart",
         steps=1400,
         batch_size=64,
-        precision="bfloat16",
+        precision="auto",
         model=ModelConfig(
             vocab_size=4096,
             d_model=128,

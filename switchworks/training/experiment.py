@@ -42,8 +42,9 @@ class Experiment:
     """Decides first values, data order, masks, jitter and dropout."""
     micro_batches: int = 1
     """Parts a batch is cut into, whose gradients are added before one optimizer step."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16 computes with bfloat16 weights and keeps float32 masters; routers stay float32."""
+    precision: Literal["float32", "bfloat16", "auto"] = "float32"
+    """bfloat16 computes with bfloat16 weights and keeps float32 masters; routers stay float32.
+    auto takes whichever this machine multiplies faster, once, when the run begins."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

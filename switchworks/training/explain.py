@@ -8,6 +8,7 @@ from switchworks.model.sizes import (
     flops_per_token,
     num_parameters,
 )
+from switchworks.training import machine
 from switchworks.training.experiment import Experiment
 
 _MASTER, _COMPUTE = 4, {"float32": 4, "bfloat16": 2}
@@ -48,7 +49,8 @@ def explain(experiment: Experiment) -> dict[str, Any]:
 
 def memory(experiment: Experiment, parameters: int) -> dict[str, int]:
     """Bytes that stay allocated through a step, activations not counted."""
-    compute = _COMPUTE[experiment.precision]
+    precision = experiment.precision
+    compute = _COMPUTE[machine.fastest_precision() if precision == "auto" else precision]
     moments = 2 if experiment.optim.name == "adamw" else int(experiment.optim.betas[0] > 0)
     bytes_of = {
         "weights": parameters * compute,

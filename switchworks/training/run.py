@@ -34,7 +34,7 @@ from switchworks.training.hooks import (
 )
 from switchworks.training.loop import Hook, Interrupt, run
 from switchworks.training.recorder import Recorder
-from switchworks.training.run_directory import claim, may_resume
+from switchworks.training.run_directory import claim, may_resume, settings_in
 from switchworks.training.state import TrainState, build_state
 
 SAMPLE_ROWS = 4
@@ -59,6 +59,7 @@ def train(
     if experiment.threads:
         torch.set_num_threads(experiment.threads)
     run_dir = Path(run_dir or Path("runs") / experiment.name)
+    experiment = with_precision(experiment, run_dir)
     # Before text is read, which may take long; the vocabulary is not known yet.
     may_resume(run_dir, experiment, resume=resume, ignoring=frozenset({"model.vocab_size"}))
     prepared = prepare(experiment.data, vocab_size=experiment.model.vocab_size)
@@ -99,6 +100,27 @@ def with_vocabulary(experiment: Experiment, vocab_size: int) -> Experiment:
         f"vocabulary: {vocab_size} (the tokenizer's; {experiment.model.vocab_size} was asked for)"
     )
     return replace(experiment, model=replace(experiment.model, vocab_size=vocab_size))
+
+
+def with_precision(experiment: Experiment, run_dir: Path) -> Experiment:
+    """`experiment` with "auto" settled: as the run in `run_dir` has it, or by this machine.
+
+    Says so where bfloat16 was asked for and is many times slower here than float32.
+    """
+    gain = 1.0 if experiment.precision == "float32" else machine.bfloat16_gain()
+    if experiment.precision != "auto":
+        if gain < 0.5:
+            print(
+                f"warning: this machine multiplies bfloat16 {1 / gain:.0f} times slower than "
+                "float32. --precision float32 is faster here, and auto would choose it.",
+                file=sys.stderr,
+            )
+        return experiment
+    begun = settings_in(run_dir)
+    precision = machine.fastest_precision() if begun is None else begun.precision
+    why = "as this run began" if begun else f"bfloat16 products run at {gain:.2g} times its speed"
+    print(f"precision: {precision}" + (f" ({why})" if precision == "float32" or begun else ""))
+    return replace(experiment, precision=precision)
 
 
 def export(state: TrainState, directory: Path, prepared: Prepared) -> None:

@@ -27,11 +27,10 @@ def may_resume(
     experiment (the message lists the differences), the same one while `resume` is False, or
     files that are no run's.
     """
-    file = path / "experiment.toml"
-    if not file.exists():
+    found = settings_in(path)
+    if found is None:
         _refuse_foreign_files(path)
         return False
-    found = from_toml(Experiment, file)
     free = MAY_CHANGE | ignoring | ({"steps"} if experiment.optim.schedule in _ENDLESS else set())
     changed = {
         name: pair for name, pair in differences(found, experiment).items() if name not in free
@@ -50,6 +49,12 @@ def may_resume(
             "  Add --resume to go on where it stopped, or choose another --run-dir."
         )
     return True
+
+
+def settings_in(path: Path) -> Experiment | None:
+    """The experiment whose directory `path` is; None if it is nobody's."""
+    file = path / "experiment.toml"
+    return from_toml(Experiment, file) if file.exists() else None
 
 
 def claim(path: Path, experiment: Experiment) -> None:

@@ -48,6 +48,7 @@ def build_state(experiment: Experiment, model: SwitchTransformer | None = None) 
     The model is taken over: with bfloat16 its weights are cast and the float32 ones become the
     optimizer's masters.
     """
+    assert experiment.precision != "auto", "train() settles it first"
     model = model or SwitchTransformer(experiment.model, seed=experiment.seed)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     cast_for_compute(model, getattr(torch, experiment.precision))
