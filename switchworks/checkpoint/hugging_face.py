@@ -3,22 +3,24 @@
 One table, `RENAMES`, turns our parameter names into theirs; reading asks it which of their
 tensors each of our parameters is made of. `hugging_face_config` maps the settings.
 
-What does not carry over: `expert_capacity` (theirs is a number per sequence, whatever its
-length; reading ignores it, writing sets it so high that nothing is dropped, as our evaluation
-does), capacity factors, group size, expert dropout and the output z-loss. Their balance loss is
-taken over all layers of a stack at once, ours per layer, so its weight means more here.
+Capacity: theirs is a number of tokens per expert and sequence, whatever its length, in training
+and evaluation, and padding counts. Reading takes it over if asked to, writing if the model has
+one (`routing.expert_capacity`); else it is written so high that nothing is dropped, as our
+evaluation does. What does not carry over: capacity factors, group size, expert dropout and the
+output z-loss. Their balance loss is taken over all layers of a stack at once, ours per layer, so
+its weight means more here.
 """
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from switchworks.checkpoint.files import MANIFEST, read_json, verify, whole_directory, write_json
-from switchworks.checkpoint.hugging_face_config import from_hf_config, to_hf_config
+from switchworks.checkpoint.hugging_face_config import Capacity, from_hf_config, to_hf_config
 from switchworks.checkpoint.tensors import (
     SHARD_BYTES,
     Tensors,
@@ -30,7 +32,7 @@ from switchworks.checkpoint.tensors import (
     require_match,
     write_tensors,
 )
-from switchworks.config import CheckpointError
+from switchworks.config import CheckpointError, ConfigError
 from switchworks.data.tokenizer import MODEL_FILE, SentencePieceTokenizer, Tokenizer
 from switchworks.model.config import ModelConfig
 from switchworks.model.transformer import SwitchTransformer
@@ -63,21 +65,30 @@ _ALIASES = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_token
 """The embedding's names: any of them may hold it, and all that do must agree."""
 
 
-def load_hf(source: Path | str | Any, *, dtype: torch.dtype | None = None) -> SwitchTransformer:
+def load_hf(
+    source: Path | str | Any,
+    *,
+    capacity: Capacity = "paper",
+    dtype: torch.dtype | None = None,
+) -> SwitchTransformer:
     """The model in `source`, in evaluation mode.
 
     `source` is a directory with config.json and weights (safetensors or .bin, whole or in
     shards) or a live transformers model of T5, mT5 or Switch Transformers, which is copied.
+    `capacity` "paper" drops tokens in training only, by our factor; "hf" as transformers does, by
+    the checkpoint's expert_capacity, so that the outputs are the same also where it drops some.
     `dtype` None keeps the embedding's; routers keep the precision they are stored in. Raises
     CheckpointError if a setting cannot be expressed or any tensor is missing, unknown or of
     another shape.
     """
+    if capacity not in get_args(Capacity):
+        raise ConfigError(f'capacity = {capacity!r} is not known.\n  Use "paper" or "hf".')
     if isinstance(source, str | Path):
         directory = Path(source)
         values, stored = _read_config(directory), open_tensors(directory)
     else:
         directory, values, stored = type(source).__name__, *_of_model(source)
-    config = from_hf_config(values, stored.shapes)
+    config = from_hf_config(values, stored.shapes, capacity)
     stored = _resolve_aliases(stored, config)
     with torch.device("meta"):
         model = SwitchTransformer(config)
