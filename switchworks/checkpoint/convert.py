@@ -9,9 +9,7 @@ from switchworks.config import ConfigError
 from switchworks.data.tokenizer import MODEL_FILE, load_tokenizer
 
 
-def convert(
-    source: Path | str, destination: Path | str, *, capacity: Capacity = "paper"
-) -> str:
+def convert(source: Path | str, destination: Path | str, *, capacity: Capacity = "paper") -> str:
     """`destination` holds the model in `source` in the other format; says so in a sentence.
 
     A SentencePiece tokenizer beside the weights goes with them. `capacity` is for reading theirs,

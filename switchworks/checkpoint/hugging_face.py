@@ -203,17 +203,27 @@ def _resolve_aliases(stored: Tensors, config: ModelConfig) -> Tensors:
         return Tensors(shapes, stored.read)
     source: dict[str, str] = {"shared.weight": present[0]}
     for name in present[1:]:
-        if not torch.equal(stored.read(name), stored.read(present[0])):
-            raise CheckpointError(
-                f"{name} and {present[0]} differ, but the configuration says that they are one.\n"
-                "  A head of its own needs an unscaled output: tie_word_embeddings false."
-            )
+        _require_same(stored, present[0], name)
     shape = shapes[present[0]]
     shapes = {name: s for name, s in shapes.items() if name not in names} | {"shared.weight": shape}
     if not config.tied_head and "lm_head.weight" not in shapes:
         source["lm_head.weight"] = present[0]  # transformers 5 ties it, unscaled
         shapes["lm_head.weight"] = shape
     return Tensors(shapes, lambda name: stored.read(source.get(name) or name))
+
+
+def _require_same(stored: Tensors, first: str, name: str) -> None:
+    if torch.equal(stored.read(name), stored.read(first)):
+        return
+    if name == "lm_head.weight":
+        raise CheckpointError(
+            f"{name} and {first} differ, but the configuration says that they are one.\n"
+            "  A head of its own needs an unscaled output: tie_word_embeddings false."
+        )
+    raise CheckpointError(
+        f"{name} and {first} differ, so the two stacks read different embeddings.\n"
+        "  Here they share one, as in T5; such a model cannot be converted."
+    )
 
 
 def _dtype_name(model: SwitchTransformer) -> str:

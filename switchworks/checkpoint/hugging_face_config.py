@@ -67,7 +67,9 @@ def from_hf_config(
     try:
         return _from_hf_config(values, list(names), capacity)
     except ConfigError as error:
-        raise CheckpointError(f"config.json describes no model that can be built: {error}") from error
+        raise CheckpointError(
+            f"config.json describes no model that can be built: {error}"
+        ) from error
 
 
 def _from_hf_config(values: Mapping[str, Any], names: list[str], capacity: Capacity) -> ModelConfig:

@@ -166,8 +166,8 @@ class RoutingConfig:
         """Slots per expert and group (equation 3, rounded as Mesh-TensorFlow does); None: no limit.
 
         max(min_capacity, min(group_tokens, int(group_tokens * factor / experts))), unless
-        `expert_capacity` says another number (no limit where that holds the group). Expert choice always has a limit: where evaluation
-        has no factor, that of training.
+        `expert_capacity` says another number; no limit where that holds the whole group. Expert
+        choice always has a limit: where evaluation has no factor, that of training.
         """
         if self.expert_capacity is not None:
             # Slots that no queue can fill cost memory: a step of decoding has one token a row.
