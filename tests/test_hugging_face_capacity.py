@@ -13,8 +13,7 @@ from torch import Tensor
 from switchworks import load, load_hf, save, save_hf
 from switchworks.checkpoint.convert import convert
 from switchworks.cli import main
-from switchworks.config import CheckpointError, ConfigError
-from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
+from switchworks.config import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -162,13 +161,6 @@ def test_a_model_with_a_capacity_of_its_own_keeps_it_there_and_back(transformers
         assert torch.equal(
             run_theirs(opened, inputs, targets).logits, run_theirs(theirs, inputs, targets).logits
         )
-
-
-def test_capacity_over_several_sequences_is_not_written(tmp_path):
-    routing = RoutingConfig(experts=2, expert_capacity=5, group_sequences=2)
-    model = SwitchTransformer(ModelConfig(vocab_size=11, d_model=4, num_layers=2, routing=routing))
-    with pytest.raises(CheckpointError, match="counts in each sequence"):
-        save_hf(model, tmp_path / "hf")
 
 
 def test_a_dense_model_has_no_capacity_to_take_over(transformers):

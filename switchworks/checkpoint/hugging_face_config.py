@@ -115,11 +115,7 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
             "feed_forward_proj": name,
             "scale_decoder_outputs": config.tied_head,
         }
-    if config.gated:
-        raise CheckpointError(
-            "model.gated = true with routing cannot be written for transformers, whose experts "
-            "have no gate.\n  Use switchworks' own format."
-        )
+    _refuse_other_routing(config, config.routing)
     return values | _sparse_values(config, config.routing) | {"dense_act_fn": name}
 
 
@@ -211,16 +207,43 @@ def _sparse_blocks(layers: int, every: int) -> set[int]:
     return {block for block in range(layers) if block % every == every - 1}
 
 
+def _refuse_other_routing(config: ModelConfig, routing: RoutingConfig) -> None:
+    """Raises CheckpointError if the model would compute something else in transformers."""
+    strategies = {routing.strategy, routing.decoder_strategy or routing.strategy}
+    reasons = {
+        "model.gated = true with routing": (config.gated, "whose experts have no gate"),
+        f"routing.strategy = {' and '.join(sorted(strategies))}": (
+            strategies != {"switch"},
+            "which sends each token to one expert",
+        ),
+        f"routing.layers = {routing.layers}": (
+            routing.layers != "ffn",
+            "which has experts in feed-forward layers only",
+        ),
+        f"routing.bias_rate = {routing.bias_rate}": (
+            routing.bias_rate > 0,
+            "whose routers have no selection bias",
+        ),
+        f"routing.expert_capacity = {routing.expert_capacity} over routing.group_sequences = "
+        f"{routing.group_sequences}": (
+            routing.expert_capacity is not None and routing.group_sequences > 1,
+            "which counts in each sequence",
+        ),
+    }
+    for setting, (refused, why) in reasons.items():
+        if refused:
+            raise CheckpointError(
+                f"{setting} cannot be written for transformers, {why}.\n"
+                "  Use switchworks' own format."
+            )
+
+
 def _sparse_values(config: ModelConfig, routing: RoutingConfig) -> dict[str, Any]:
-    if routing.expert_capacity is not None and routing.group_sequences != 1:
-        raise CheckpointError(
-            f"routing.expert_capacity = {routing.expert_capacity} over routing.group_sequences = "
-            f"{routing.group_sequences} cannot be written for transformers, which counts in each "
-            "sequence.\n  Set group_sequences to 1, or expert_capacity to none."
-        )
     values: dict[str, Any] = {
         theirs: getattr(routing, ours) for ours, theirs in _ROUTING_NAMES.items()
     }
+    if routing.exploration != "input_jitter":
+        values["router_jitter_noise"] = 0.0
     for stack, layers in (("encoder", config.num_layers), ("decoder", config.decoder_layers)):
         count = _num_sparse(layers, _sparse_blocks(layers, routing.every), routing.every)
         values[f"num_sparse_{stack}_layers"] = count
