@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -134,7 +134,7 @@ def _convert(words: list[str]) -> int:
     flags = _parse(ConvertFlags, "convert", words)
     from switchworks.checkpoint.convert import convert
 
-    print(convert(flags.source, flags.destination))
+    print(convert(flags.source, flags.destination, capacity=flags.capacity))
     return 0
 
 
@@ -233,6 +233,9 @@ class ConvertFlags:
 
     source: tyro.conf.Positional[Path]
     destination: tyro.conf.Positional[Path]
+    capacity: Literal["paper", "hf"] = "paper"
+    """Which tokens are dropped in a Switch model read from Hugging Face: by the paper's factor and
+    in training only, or as transformers does, by the checkpoint's expert_capacity."""
 
 
 @dataclass(frozen=True)

@@ -348,6 +348,13 @@ def test_sparse_blocks_in_an_order_we_cannot_express_are_refused():
     [
         ({"gated": True}, "whose experts have no gate"),
         ({"num_layers": 6, "routing": RoutingConfig(experts=2, every=3)}, r"not make \[2, 5\]"),
+        ({"routing": RoutingConfig(experts=2, strategy="top2")}, "strategy = top2 cannot"),
+        ({"routing": RoutingConfig(experts=2, layers="both")}, "layers = both cannot"),
+        ({"routing": RoutingConfig(experts=2, bias_rate=1e-3)}, "have no selection bias"),
+        (
+            {"routing": RoutingConfig(experts=2, expert_capacity=5, group_sequences=2)},
+            "counts in each sequence",
+        ),
     ],
 )
 def test_models_that_transformers_cannot_express_are_not_written(tmp_path, change, complaint):

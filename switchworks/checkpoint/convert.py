@@ -3,22 +3,30 @@
 from pathlib import Path
 
 from switchworks.checkpoint.hugging_face import load_hf, save_hf
+from switchworks.checkpoint.hugging_face_config import Capacity
 from switchworks.checkpoint.model_files import is_model, load, save
+from switchworks.config import ConfigError
 from switchworks.data.tokenizer import MODEL_FILE, load_tokenizer
 
 
-def convert(source: Path | str, destination: Path | str) -> str:
+def convert(source: Path | str, destination: Path | str, *, capacity: Capacity = "paper") -> str:
     """`destination` holds the model in `source` in the other format; says so in a sentence.
 
-    A SentencePiece tokenizer beside the weights goes with them. Raises CheckpointError if the
+    A SentencePiece tokenizer beside the weights goes with them. `capacity` is for reading theirs,
+    see `load_hf`. Raises CheckpointError if the
     model cannot be read or expressed, or if `destination` holds other files.
     """
     source = Path(source)
     if is_model(source):
+        if capacity != "paper":
+            raise ConfigError(
+                f"--capacity {capacity} is for reading Hugging Face's format, but {source} holds "
+                "a model of ours.\n  Its routing.expert_capacity, if set, is written as it is."
+            )
         model, tokenizer = load(source)
         save_hf(model, destination, tokenizer)
         return f"{destination} holds the model for transformers: from_pretrained opens it."
-    model = load_hf(source)
+    model = load_hf(source, capacity=capacity)
     pieces = source / MODEL_FILE
     tokenizer = load_tokenizer(pieces) if pieces.is_file() else None
     save(model, destination, tokenizer)

@@ -3,22 +3,24 @@
 One table, `RENAMES`, turns our parameter names into theirs; reading asks it which of their
 tensors each of our parameters is made of. `hugging_face_config` maps the settings.
 
-What does not carry over: `expert_capacity` (theirs is a number per sequence, whatever its
-length; reading ignores it, writing sets it so high that nothing is dropped, as our evaluation
-does), capacity factors, group size, expert dropout and the output z-loss. Their balance loss is
-taken over all layers of a stack at once, ours per layer, so its weight means more here.
+Capacity: theirs is a number of tokens per expert and sequence, whatever its length, in training
+and evaluation, and padding counts. Reading takes it over if asked to, writing if the model has
+one (`routing.expert_capacity`); else it is written so high that nothing is dropped, as our
+evaluation does. What does not carry over: capacity factors, group size, expert dropout and the
+output z-loss. Their balance loss is taken over all layers of a stack at once, ours per layer, so
+its weight means more here.
 """
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from switchworks.checkpoint.files import MANIFEST, read_json, verify, whole_directory, write_json
-from switchworks.checkpoint.hugging_face_config import from_hf_config, to_hf_config
+from switchworks.checkpoint.hugging_face_config import Capacity, from_hf_config, to_hf_config
 from switchworks.checkpoint.tensors import (
     SHARD_BYTES,
     Tensors,
@@ -30,7 +32,7 @@ from switchworks.checkpoint.tensors import (
     require_match,
     write_tensors,
 )
-from switchworks.config import CheckpointError
+from switchworks.config import CheckpointError, ConfigError
 from switchworks.data.tokenizer import MODEL_FILE, SentencePieceTokenizer, Tokenizer
 from switchworks.model.config import ModelConfig
 from switchworks.model.transformer import SwitchTransformer
@@ -63,21 +65,30 @@ _ALIASES = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_token
 """The embedding's names: any of them may hold it, and all that do must agree."""
 
 
-def load_hf(source: Path | str | Any, *, dtype: torch.dtype | None = None) -> SwitchTransformer:
+def load_hf(
+    source: Path | str | Any,
+    *,
+    capacity: Capacity = "paper",
+    dtype: torch.dtype | None = None,
+) -> SwitchTransformer:
     """The model in `source`, in evaluation mode.
 
     `source` is a directory with config.json and weights (safetensors or .bin, whole or in
     shards) or a live transformers model of T5, mT5 or Switch Transformers, which is copied.
+    `capacity` "paper" drops tokens in training only, by our factor; "hf" as transformers does, by
+    the checkpoint's expert_capacity, so that the outputs are the same also where it drops some.
     `dtype` None keeps the embedding's; routers keep the precision they are stored in. Raises
     CheckpointError if a setting cannot be expressed or any tensor is missing, unknown or of
     another shape.
     """
+    if capacity not in get_args(Capacity):
+        raise ConfigError(f'capacity = {capacity!r} is not known.\n  Use "paper" or "hf".')
     if isinstance(source, str | Path):
         directory = Path(source)
         values, stored = _read_config(directory), open_tensors(directory)
     else:
         directory, values, stored = type(source).__name__, *_of_model(source)
-    config = from_hf_config(values, stored.shapes)
+    config = from_hf_config(values, stored.shapes, capacity)
     stored = _resolve_aliases(stored, config)
     with torch.device("meta"):
         model = SwitchTransformer(config)
@@ -192,17 +203,27 @@ def _resolve_aliases(stored: Tensors, config: ModelConfig) -> Tensors:
         return Tensors(shapes, stored.read)
     source: dict[str, str] = {"shared.weight": present[0]}
     for name in present[1:]:
-        if not torch.equal(stored.read(name), stored.read(present[0])):
-            raise CheckpointError(
-                f"{name} and {present[0]} differ, but the configuration says that they are one.\n"
-                "  A head of its own needs an unscaled output: tie_word_embeddings false."
-            )
+        _require_same(stored, present[0], name)
     shape = shapes[present[0]]
     shapes = {name: s for name, s in shapes.items() if name not in names} | {"shared.weight": shape}
     if not config.tied_head and "lm_head.weight" not in shapes:
         source["lm_head.weight"] = present[0]  # transformers 5 ties it, unscaled
         shapes["lm_head.weight"] = shape
     return Tensors(shapes, lambda name: stored.read(source.get(name) or name))
+
+
+def _require_same(stored: Tensors, first: str, name: str) -> None:
+    if torch.equal(stored.read(name), stored.read(first)):
+        return
+    if name == "lm_head.weight":
+        raise CheckpointError(
+            f"{name} and {first} differ, but the configuration says that they are one.\n"
+            "  A head of its own needs an unscaled output: tie_word_embeddings false."
+        )
+    raise CheckpointError(
+        f"{name} and {first} differ, so the two stacks read different embeddings.\n"
+        "  Here they share one, as in T5; such a model cannot be converted."
+    )
 
 
 def _dtype_name(model: SwitchTransformer) -> str:

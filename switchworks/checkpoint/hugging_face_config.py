@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from switchworks.config import CheckpointError
+from switchworks.config import CheckpointError, ConfigError
 from switchworks.model.config import ModelConfig, RoutingConfig
 
 _NAMES = {
@@ -36,6 +36,7 @@ _THEIR_DEFAULTS: dict[str, Any] = {
     "router_jitter_noise": 0.01,
     "router_aux_loss_coef": 0.001,
     "router_z_loss_coef": 0.001,
+    "expert_capacity": 64,
 }
 """What transformers takes where an older config.json says nothing."""
 _ACTIVATIONS: dict[str, tuple[Literal["relu", "gelu"], bool]] = {
@@ -51,11 +52,27 @@ _ACTIVATIONS: dict[str, tuple[Literal["relu", "gelu"], bool]] = {
 _UNLIMITED = 2**31 - 1
 
 
-def from_hf_config(values: Mapping[str, Any], names: Iterable[str]) -> ModelConfig:
+Capacity = Literal["paper", "hf"]
+"""Whose rule decides how many tokens an expert takes."""
+
+
+def from_hf_config(
+    values: Mapping[str, Any], names: Iterable[str], capacity: Capacity = "paper"
+) -> ModelConfig:
     """The ModelConfig of a transformers config and the `names` of the tensors beside it.
 
-    Raises CheckpointError naming a setting that we cannot express.
+    `capacity` "paper" keeps our defaults, "hf" takes their fixed number of tokens per expert and
+    sequence, padding among them. Raises CheckpointError naming a setting that we cannot express.
     """
+    try:
+        return _from_hf_config(values, list(names), capacity)
+    except ConfigError as error:
+        raise CheckpointError(
+            f"config.json describes no model that can be built: {error}"
+        ) from error
+
+
+def _from_hf_config(values: Mapping[str, Any], names: list[str], capacity: Capacity) -> ModelConfig:
     kind = values.get("model_type")
     if kind not in ("t5", "mt5", "switch_transformers"):
         raise CheckpointError(
@@ -63,16 +80,17 @@ def from_hf_config(values: Mapping[str, Any], names: Iterable[str]) -> ModelConf
             "  Models of type t5, mt5 and switch_transformers can."
         )
     _refuse_other_ids(values)
-    default = "gated-gelu" if kind == "mt5" else "relu"
-    key = "dense_act_fn" if kind == "switch_transformers" else "feed_forward_proj"
-    activation, gated = _activation(key, values.get(key, default))
+    sparse = kind == "switch_transformers"
+    activation, gated = _activation(values, "gated-gelu" if kind == "mt5" else "relu", sparse)
+    if sparse:  # its configuration has no word for gates: their weights tell
+        gated = gated or any(name.endswith(".wi_0.weight") for name in names)
     settings = {ours: _get(values, theirs) for ours, theirs in _NAMES.items()}
     return ModelConfig(
         **settings,
         activation=activation,
         gated=gated,
         tied_head=_is_tied(values, kind),
-        routing=_routing(values, names, settings) if kind == "switch_transformers" else None,
+        routing=_routing(values, names, settings, capacity) if sparse else None,
     )
 
 
@@ -97,11 +115,7 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
             "feed_forward_proj": name,
             "scale_decoder_outputs": config.tied_head,
         }
-    if config.gated:
-        raise CheckpointError(
-            "model.gated = true with routing cannot be written for transformers, whose experts "
-            "have no gate.\n  Use switchworks' own format."
-        )
+    _refuse_other_routing(config, config.routing)
     return values | _sparse_values(config, config.routing) | {"dense_act_fn": name}
 
 
@@ -112,19 +126,28 @@ def _get(values: Mapping[str, Any], name: str) -> Any:
 
 
 def _refuse_other_ids(values: Mapping[str, Any]) -> None:
-    for name in ("pad_token_id", "decoder_start_token_id"):
-        if values.get(name) not in (None, 0):
+    for name, ours in (("pad_token_id", 0), ("decoder_start_token_id", 0), ("eos_token_id", 1)):
+        if values.get(name) not in (None, ours, [ours]):
             raise CheckpointError(
                 f"{name} = {values[name]} cannot be read: here id 0 is padding and starts the "
-                "decoder.\n  Only such models can be converted."
+                "decoder, and id 1 ends a text.\n  Only such models can be converted."
             )
 
 
-def _activation(key: str, name: str) -> tuple[Literal["relu", "gelu"], bool]:
-    if name not in _ACTIVATIONS or (key == "dense_act_fn" and _ACTIVATIONS[name][1]):
+def _activation(
+    values: Mapping[str, Any], default: str, sparse: bool
+) -> tuple[Literal["relu", "gelu"], bool]:
+    """The activation, and whether the configuration speaks of a gate.
+
+    Switch models say dense_act_fn. Older ones, and all with gates, also have feed_forward_proj.
+    """
+    key = "feed_forward_proj"
+    if sparse and not str(values.get(key, "")).startswith("gated-"):
+        key = "dense_act_fn"
+    name = values.get(key, default)
+    if name not in _ACTIVATIONS:
         raise CheckpointError(
-            f"{key} = {name!r} cannot be read.\n  Known: {', '.join(_ACTIVATIONS)}; in Switch "
-            "models only those without a gate."
+            f"{key} = {name!r} cannot be read.\n  Known: {', '.join(_ACTIVATIONS)}."
         )
     return _ACTIVATIONS[name]
 
@@ -142,7 +165,10 @@ def _is_tied(values: Mapping[str, Any], kind: str) -> bool:
 
 
 def _routing(
-    values: Mapping[str, Any], names: Iterable[str], settings: Mapping[str, Any]
+    values: Mapping[str, Any],
+    names: Iterable[str],
+    settings: Mapping[str, Any],
+    capacity: Capacity,
 ) -> RoutingConfig | None:
     """The routing of a Switch model. Which blocks are sparse is read off the tensors' names."""
     if values.get("router_bias"):
@@ -164,6 +190,11 @@ def _routing(
             decoder,
         ):
             chosen = {ours: _get(values, theirs) for ours, theirs in _ROUTING_NAMES.items()}
+            if capacity == "hf":
+                chosen |= {
+                    "expert_capacity": _get(values, "expert_capacity"),
+                    "padding_takes_slots": True,
+                }
             return RoutingConfig(**chosen, every=every)
     raise CheckpointError(
         f"Blocks {sorted(encoder)} of the encoder and {sorted(decoder)} of the decoder are sparse, "
@@ -176,10 +207,43 @@ def _sparse_blocks(layers: int, every: int) -> set[int]:
     return {block for block in range(layers) if block % every == every - 1}
 
 
+def _refuse_other_routing(config: ModelConfig, routing: RoutingConfig) -> None:
+    """Raises CheckpointError if the model would compute something else in transformers."""
+    strategies = {routing.strategy, routing.decoder_strategy or routing.strategy}
+    reasons = {
+        "model.gated = true with routing": (config.gated, "whose experts have no gate"),
+        f"routing.strategy = {' and '.join(sorted(strategies))}": (
+            strategies != {"switch"},
+            "which sends each token to one expert",
+        ),
+        f"routing.layers = {routing.layers}": (
+            routing.layers != "ffn",
+            "which has experts in feed-forward layers only",
+        ),
+        f"routing.bias_rate = {routing.bias_rate}": (
+            routing.bias_rate > 0,
+            "whose routers have no selection bias",
+        ),
+        f"routing.expert_capacity = {routing.expert_capacity} over routing.group_sequences = "
+        f"{routing.group_sequences}": (
+            routing.expert_capacity is not None and routing.group_sequences > 1,
+            "which counts in each sequence",
+        ),
+    }
+    for setting, (refused, why) in reasons.items():
+        if refused:
+            raise CheckpointError(
+                f"{setting} cannot be written for transformers, {why}.\n"
+                "  Use switchworks' own format."
+            )
+
+
 def _sparse_values(config: ModelConfig, routing: RoutingConfig) -> dict[str, Any]:
     values: dict[str, Any] = {
         theirs: getattr(routing, ours) for ours, theirs in _ROUTING_NAMES.items()
     }
+    if routing.exploration != "input_jitter":
+        values["router_jitter_noise"] = 0.0
     for stack, layers in (("encoder", config.num_layers), ("decoder", config.decoder_layers)):
         count = _num_sparse(layers, _sparse_blocks(layers, routing.every), routing.every)
         values[f"num_sparse_{stack}_layers"] = count
@@ -187,7 +251,7 @@ def _sparse_values(config: ModelConfig, routing: RoutingConfig) -> dict[str, Any
     return values | {
         "model_type": "switch_transformers",
         "architectures": ["SwitchTransformersForConditionalGeneration"],
-        "expert_capacity": _UNLIMITED,
+        "expert_capacity": routing.expert_capacity or _UNLIMITED,
         "router_bias": False,
         "router_dtype": "float32",
     }

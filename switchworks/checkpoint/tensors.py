@@ -5,6 +5,7 @@ index. Reading is lazy: a tensor's bytes are touched when it is asked for.
 """
 
 import pickle
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,21 +90,23 @@ def require_match(
 ) -> None:
     """Returns if both map the same names to the same shapes.
 
-    Raises CheckpointError that lists, up to about ten each, what is missing, unknown or of
-    another shape; it starts with `what` and ends with `fix`.
+    Raises CheckpointError that lists what is missing, unknown or of another shape; it starts with
+    `what` and ends with `fix`. Names that differ in numbers only share an entry; of the entries
+    the first ten of each kind are shown and the others counted.
     """
     complaints: list[str] = []
     if missing := [name for name in wanted if name not in found]:
-        complaints.append(f"missing: {_some(missing)}")
+        complaints.append(f"missing: {_some(_merged(missing))}")
     if unknown := [name for name in found if name not in wanted]:
-        complaints.append(f"unknown: {_some(unknown)}")
-    wrong = [
-        f"{name} is {_shown(found[name])} and should be {_shown(shape)}"
-        for name, shape in wanted.items()
-        if name in found and found[name] != shape
-    ]
+        complaints.append(f"unknown: {_some(_merged(unknown))}")
+    wrong: dict[str, list[str]] = {}
+    for name, shape in wanted.items():
+        if name in found and found[name] != shape:
+            says = f" is {_shown(found[name])} and should be {_shown(shape)}"
+            wrong.setdefault(says, []).append(name)
     if wrong:
-        complaints.append(f"of another shape: {_some(wrong)}")
+        entries = [name + says for says, names in wrong.items() for name in _merged(names)]
+        complaints.append(f"of another shape: {_some(entries)}")
     if complaints:
         raise CheckpointError("\n  ".join([what, *complaints, fix]))
 
@@ -189,6 +192,35 @@ def _unreadable(file: Path, error: Exception) -> CheckpointError:
 def _some(items: list[str], limit: int = 10) -> str:
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
     return ", ".join(items[:limit]) + more
+
+
+def _merged(names: list[str]) -> list[str]:
+    """`names`, those that differ in numbers only as one: encoder.block.{1,3}.x (2 tensors)."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(re.sub(r"\d+", "#", name), []).append(name)
+    return [
+        group[0] if len(group) == 1 else f"{_pattern(group)} ({len(group)} tensors)"
+        for group in alike.values()
+    ]
+
+
+def _pattern(names: list[str]) -> str:
+    """The common form of `names`, with the numbers that occur at each place."""
+    words = re.split(r"\d+", names[0])
+    numbers = zip(*(map(int, re.findall(r"\d+", name)) for name in names), strict=True)
+    places = [_numbers(sorted(set(column))) for column in numbers]
+    return "".join(word + place for word, place in zip(words, [*places, ""], strict=True))
+
+
+def _numbers(numbers: list[int]) -> str:
+    """5, {1,3} or, without gaps, {0-7}."""
+    if len(numbers) == 1:
+        return str(numbers[0])
+    first, last = numbers[0], numbers[-1]
+    if last - first + 1 == len(numbers) > 2:
+        return f"{{{first}-{last}}}"
+    return "{" + ",".join(map(str, numbers)) + "}"
 
 
 def _shown(shape: object) -> str:

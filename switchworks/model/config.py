@@ -166,11 +166,13 @@ class RoutingConfig:
         """Slots per expert and group (equation 3, rounded as Mesh-TensorFlow does); None: no limit.
 
         max(min_capacity, min(group_tokens, int(group_tokens * factor / experts))), unless
-        `expert_capacity` says another number. Expert choice always has a limit: where evaluation
-        has no factor, that of training.
+        `expert_capacity` says another number; no limit where that holds the whole group. Expert
+        choice always has a limit: where evaluation has no factor, that of training.
         """
         if self.expert_capacity is not None:
-            return self.expert_capacity
+            # Slots that no queue can fill cost memory: a step of decoding has one token a row.
+            full = group_tokens > self.expert_capacity or self.strategy == "expert_choice"
+            return self.expert_capacity if full else None
         factor = self.capacity_factor if training else self.eval_capacity_factor
         if factor is None and self.strategy == "expert_choice":
             factor = self.capacity_factor

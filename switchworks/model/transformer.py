@@ -225,7 +225,12 @@ class SwitchTransformer(nn.Module):
         x = self.dropout(look_up(self.embedding.weight, inputs))
         bias = self.encoder.relative_bias(inputs.shape[1], inputs.shape[1])
         if segments is not None:
-            bias = bias + hide(visible(segments, segments), bias.dtype)
+            seen = visible(segments, segments)
+            if self.config.routing is not None and self.config.routing.padding_takes_slots:
+                # Whose slots padding takes depends on what it reads: in transformers, the text.
+                seen = seen | (segments == 0)[:, None, :, None]
+                seen = seen & (segments != 0)[:, None, None]
+            bias = bias + hide(seen, bias.dtype)
         reports = []
         for block in self.encoder:
             x, report = block(x, bias, segments=segments)
