@@ -4,7 +4,8 @@ from pathlib import Path
 
 from switchworks.checkpoint.hugging_face import load_hf, save_hf
 from switchworks.checkpoint.model_files import is_model, load, save
-from switchworks.data.tokenizer import MODEL_FILE, load_tokenizer
+from switchworks.data.tokenizer import MODEL_FILE, Tokenizer, load_tokenizer
+from switchworks.model.transformer import SwitchTransformer
 
 
 def convert(source: Path | str, destination: Path | str) -> str:
@@ -18,9 +19,15 @@ def convert(source: Path | str, destination: Path | str) -> str:
         model, tokenizer = load(source)
         save_hf(model, destination, tokenizer)
         return f"{destination} holds the model for transformers: from_pretrained opens it."
-    model = load_hf(source)
-    pieces = source / MODEL_FILE
-    tokenizer = load_tokenizer(pieces) if pieces.is_file() else None
+    model, tokenizer = open_model(source)
     save(model, destination, tokenizer)
     without = "" if tokenizer else f", without a tokenizer: {source} has no {MODEL_FILE}"
     return f"{destination} holds the model for switchworks{without}."
+
+
+def open_model(source: Path) -> tuple[SwitchTransformer, Tokenizer | None]:
+    """The model in `source`, in whichever format it is, and the tokenizer beside it if any."""
+    if is_model(source):
+        return load(source)
+    model, pieces = load_hf(source), source / MODEL_FILE
+    return model, load_tokenizer(pieces) if pieces.is_file() else None

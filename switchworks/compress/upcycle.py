@@ -1,0 +1,143 @@
+"""A sparse model from a trained dense one, without losing what the dense one knows.
+
+Every FFN of a block that becomes sparse is copied into E experts, the router is drawn afresh and
+everything else is copied (Komatsuzaki et al. 2022, "Sparse Upcycling"). A plain copy would not
+compute what the dense model does: a switch layer multiplies the expert's answer by the router's
+probability, about 1/E before any training, so the layer's output all but vanishes. Komatsuzaki et
+al. accept the drop in their language models and normalise the gates to sum to 1 in their vision
+models; with one expert per token that makes every gate 1 and takes the router's gradient away. He
+et al. (2024, "Upcycling Large Language Models into Mixture of Experts") scale weights instead.
+
+So does this module, and the result is an ordinary Switch Transformer, which trains and goes to
+transformers like any other:
+
+- **Experts' output matrices are multiplied by E**, the only place where a factor passes through
+  any activation unchanged.
+- **The router is drawn as always and then shrunk** until its logits differ by about `SPREAD`.
+  Then every gate is 1/E up to that much, and gate * E * ffn(x) is ffn(x). The argmax does not
+  mind the shrinking: tokens go where the router as drawn would send them. A router of zeros would
+  be exact to the last bit, but all logits would tie, all tokens go to expert 0, and with a limited
+  capacity most of them be dropped.
+
+What follows from it: as the router grows confident its gates rise above 1/E, and training has to
+take the factor back out. Adafactor with parameter scaling moves a matrix in proportion to its
+size, so the layer changes as fast as in the dense model; AdamW moves the larger matrices
+relatively slower.
+
+Letters: E experts, D model width, F hidden width.
+"""
+
+import math
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from switchworks.checkpoint.convert import open_model
+from switchworks.checkpoint.model_files import save
+from switchworks.checkpoint.tensors import fill
+from switchworks.config import ConfigError
+from switchworks.model import RoutingConfig, SwitchTransformer
+from switchworks.model.init import truncated_normal_
+
+SPREAD = 1e-5
+"""Standard deviation of the first router logits: small enough that the loss stays within 1e-5 of
+the dense one, a hundred times what float32 can tell apart in a probability, so that few tie."""
+
+
+def upcycle(
+    model: SwitchTransformer, routing: RoutingConfig, *, noise: float = 0.0, seed: int = 0
+) -> SwitchTransformer:
+    """A sparse model that computes what the dense `model` does, ready to be trained further.
+
+    While no token is dropped its cross-entropy is that of `model` to 1e-5 in float32, in training
+    (without dropout) and in evaluation. The total loss in training has the balance loss on top.
+    Limited capacity costs more, for a fresh router is not even: see `RoutingConfig`, and begin
+    with a `capacity_factor` of 2 or none.
+
+    `noise` is added to every expert's copy, as a share of its matrix's root mean square; it sets
+    the experts apart at once but leaves the dense loss. Without it they part by what they are
+    taught: each sees other tokens. `model` is left as it is and shares no memory with the result.
+    Raises ConfigError if `model` is sparse already or if `routing` does not fit it.
+    """
+    if model.config.routing is not None:
+        raise ConfigError(
+            f"The model is sparse already: it has {model.config.routing.experts} experts in every "
+            f"{model.config.routing.every} blocks.\n  Only dense models can be upcycled."
+        )
+    if not (noise >= 0 and math.isfinite(noise)):
+        raise ConfigError(
+            f"noise = {noise} must be 0 (exact copies) or a positive share, for example 0.01."
+        )
+    with torch.device("meta"):
+        sparse = SwitchTransformer(replace(model.config, routing=routing))
+    dense = dict(model.named_parameters())
+
+    def first_value(name: str, meta: Tensor) -> Tensor:
+        if name in dense:
+            return dense[name].detach().clone()
+        source, generator = _source(name), torch.Generator(model.embedding.weight.device)
+        generator.manual_seed(seed + zlib.crc32(name.encode()))
+        if name.endswith("router.weight"):
+            return _router(meta, dense[source].detach(), generator)
+        factor = routing.experts if name.endswith("w_out") else 1
+        stack = dense[source].detach().T.mul(factor).repeat(routing.experts, 1, 1)
+        return _disturb(stack, noise, generator) if noise else stack
+
+    fill(sparse, first_value)
+    return sparse.train(model.training)
+
+
+def upcycle_directory(
+    source: Path | str,
+    destination: Path | str,
+    routing: RoutingConfig,
+    *,
+    noise: float = 0.0,
+    seed: int = 0,
+) -> str:
+    """`destination` holds the dense model in `source` upcycled, with its tokenizer; says so.
+
+    `source` is a directory of Hugging Face's, a model of ours or a run directory with one.
+    """
+    model, tokenizer = open_model(Path(source))
+    sparse = upcycle(model, routing, noise=noise, seed=seed)
+    save(sparse, destination, tokenizer)
+    layers = len(sparse.switch_layers)
+    return (
+        f"{destination} holds the model with {routing.experts} experts in {layers} layers. "
+        f"Train on: switchworks train RECIPE --init {destination}"
+    )
+
+
+def _source(name: str) -> str:
+    """The dense parameter behind one of a switch layer: its matrix, for the router the norm."""
+    block, _, leaf = name.rpartition(".ffn.")
+    if leaf == "router.weight":
+        return f"{block}.ffn_norm.weight"
+    return f"{block}.ffn.{leaf.removeprefix('experts.')}.weight"
+
+
+def _router(
+    meta: Float[Tensor, "E D"], norm: Float[Tensor, "D"], generator: torch.Generator
+) -> Float[Tensor, "E D"]:
+    """Weights whose logits deviate by `SPREAD`, given the scale of the norm before the layer.
+
+    Always float32, whatever the model's dtype: in bfloat16 the probabilities would tie.
+    """
+    weight = torch.empty(meta.shape, device=norm.device)
+    # The norm gives each coordinate a mean square of 1 and multiplies it by its scale.
+    size = float(norm.float().norm())
+    truncated_normal_(weight, SPREAD / max(size, torch.finfo().tiny ** 0.5), generator)
+    return weight
+
+
+def _disturb(
+    stack: Float[Tensor, "E _ _"], noise: float, generator: torch.Generator
+) -> Float[Tensor, "E _ _"]:
+    size = float(stack[0].float().square().mean().sqrt())
+    drawn = torch.empty_like(stack).normal_(std=noise * size, generator=generator)
+    return stack.add_(drawn)
