@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from switchworks.checkpoint.hugging_face import load_hf, save_hf
-from switchworks.checkpoint.model_files import load
+from switchworks.checkpoint.model_files import load, save
 from switchworks.cli import main
 from switchworks.compress import upcycle
 from switchworks.config import ConfigError
+from switchworks.data.tokenizer import ByteTokenizer
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
 from switchworks.training import train
 
@@ -197,6 +198,19 @@ def test_a_hugging_face_directory_is_upcycled(tmp_path, capsys):
     sparse, _ = load(tmp_path / "sparse")
     assert len(sparse.switch_layers) == 8
     assert nats(sparse) == pytest.approx(nats(load_hf(tmp_path / "hf")), abs=1e-5)
+    capsys.readouterr()
+
+
+def test_spare_rows_of_a_released_vocabulary_stay_through_upcycling_and_training(
+    dense_experiment, corpus, tmp_path, capsys
+):
+    """T5's embedding has 32128 rows for 32100 ids; here it is 512 for the 384 of bytes."""
+    dense = SwitchTransformer(replace(dense_experiment.model, vocab_size=512), seed=1)
+    save(dense, tmp_path / "dense", ByteTokenizer())
+    assert main(["convert", str(tmp_path / "dense"), str(tmp_path / "u"), "--upcycle", "4"]) == 0
+    words = ["train", "tiny", "--init", str(tmp_path / "u"), "--data.path", str(corpus)]
+    assert main([*words, "--steps", "1", "--threads", "1", "--run-dir", str(tmp_path / "on")]) == 0
+    assert load(tmp_path / "on")[0].config.vocab_size == 512
     capsys.readouterr()
 
 
