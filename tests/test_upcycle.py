@@ -59,14 +59,26 @@ def test_tokens_are_spread_and_all_have_the_same_gate():
         assert torch.allclose(report.routes.gate, torch.tensor(1 / 8), rtol=1e-4)
 
 
-def test_tokens_go_where_the_unshrunken_router_would_send_them():
+def test_tokens_go_where_a_router_of_full_size_would_send_them():
     sparse = upcycle(SwitchTransformer(SHAPE), free(8)).eval()
     layer = sparse.switch_layers["encoder.1"]
     x = torch.randn(4, 50, 32)
-    shrunken = layer(x)[1].routes.expert
-    layer.router.weight.data *= 1e5
-    agree = (layer(x)[1].routes.expert == shrunken).float().mean()
+    small = layer(x)[1].routes.expert
+    weight = layer.router.weight.data
+    weight.copy_((weight - weight.mean(dim=0)) * 1e5)
+    agree = (layer(x)[1].routes.expert == small).float().mean()
     assert agree > 0.95  # the rest tie to within float32
+
+
+def test_the_router_is_as_large_as_a_fresh_one():
+    """Adafactor moves a matrix in proportion to its size."""
+    fresh = SwitchTransformer(replace(SHAPE, routing=free(8)))
+    upcycled = upcycle(SwitchTransformer(SHAPE), free(8))
+    sizes = [
+        torch.stack([layer.router.weight.detach().norm() for layer in m.switch_layers.values()])
+        for m in (fresh, upcycled)
+    ]
+    assert float(sizes[1].mean()) == pytest.approx(float(sizes[0].mean()), rel=0.25)
 
 
 def test_every_weight_outside_switch_layers_is_a_copy():

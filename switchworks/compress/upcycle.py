@@ -13,16 +13,18 @@ transformers like any other:
 
 - **Experts' output matrices are multiplied by E**, the only place where a factor passes through
   any activation unchanged.
-- **The router is drawn as always and then shrunk** until its logits differ by about `SPREAD`.
-  Then every gate is 1/E up to that much, and gate * E * ffn(x) is ffn(x). The argmax does not
-  mind the shrinking: tokens go where the router as drawn would send them. A router of zeros would
-  be exact to the last bit, but all logits would tie, all tokens go to expert 0, and with a limited
-  capacity most of them be dropped.
+- **The router's rows are one common row, drawn as always, plus a small row for each expert**, so
+  small that logits differ by about `SPREAD`. Then every gate is 1/E up to that much, and
+  gate * E * ffn(x) is ffn(x). The softmax does not see the common row; Adafactor does, which moves
+  a matrix in proportion to its size and would hardly move one of small rows alone. The argmax does
+  not mind how small they are: tokens spread as a fresh router of any size would spread them. With
+  equal rows gates would be exact to the last bit, but all logits would tie, all tokens go to
+  expert 0, and with a limited capacity most of them be dropped.
 
 What follows from it: as the router grows confident its gates rise above 1/E, and training has to
-take the factor back out. Adafactor with parameter scaling moves a matrix in proportion to its
-size, so the layer changes as fast as in the dense model; AdamW moves the larger matrices
-relatively slower.
+take the factor back out. Adafactor with parameter scaling changes the layer as fast as in the dense
+model; AdamW moves the larger matrices relatively slower. The reported balance starts at 1 however
+uneven the load is, since the probabilities are even: look at the load and the dropped share.
 
 Letters: E experts, D model width, F hidden width.
 """
@@ -82,7 +84,8 @@ def upcycle(
         source, generator = _source(name), torch.Generator(model.embedding.weight.device)
         generator.manual_seed(seed + zlib.crc32(name.encode()))
         if name.endswith("router.weight"):
-            return _router(meta, dense[source].detach(), generator)
+            std = math.sqrt(model.config.init_scale / model.config.d_model)
+            return _router(meta, dense[source].detach(), std, generator)
         factor = routing.experts if name.endswith("w_out") else 1
         stack = dense[source].detach().T.mul(factor).repeat(routing.experts, 1, 1)
         return _disturb(stack, noise, generator) if noise else stack
@@ -122,17 +125,19 @@ def _source(name: str) -> str:
 
 
 def _router(
-    meta: Float[Tensor, "E D"], norm: Float[Tensor, "D"], generator: torch.Generator
+    meta: Float[Tensor, "E D"], norm: Float[Tensor, "D"], std: float, generator: torch.Generator
 ) -> Float[Tensor, "E D"]:
-    """Weights whose logits deviate by `SPREAD`, given the scale of the norm before the layer.
+    """A common row of deviation `std` plus rows whose logits deviate by `SPREAD`, given the scale
+    of the norm before the layer.
 
-    Always float32, whatever the model's dtype: in bfloat16 the probabilities would tie.
+    Always float32, whatever the model's dtype: in bfloat16 the rows would be equal.
     """
-    weight = torch.empty(meta.shape, device=norm.device)
+    own, common = torch.empty(meta.shape, device=norm.device), norm.new_empty(1, meta.shape[1])
     # The norm gives each coordinate a mean square of 1 and multiplies it by its scale.
-    size = float(norm.float().norm())
-    truncated_normal_(weight, SPREAD / max(size, torch.finfo().tiny ** 0.5), generator)
-    return weight
+    size = max(float(norm.float().norm()), 1e-6)
+    truncated_normal_(own, SPREAD / size, generator)
+    truncated_normal_(common, std, generator)
+    return own + common.float()
 
 
 def _disturb(
