@@ -1,7 +1,7 @@
 """A small GPT of one's own, made sparse: its MLPs become switch layers in three lines.
 
     python examples/causal_lm.py                                   # half a minute on a laptop
-    python examples/causal_lm.py --compile                         # one graph, no breaks
+    python examples/causal_lm.py --compile                         # one graph; the first step waits
     torchrun --nproc-per-node 2 examples/causal_lm.py --fsdp       # sharded over two processes
 
 The text is the help topics that come with Python, the tokens are bytes. The model is plain

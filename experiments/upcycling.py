@@ -45,7 +45,8 @@ def show(run_dir: Path) -> None:
     losses = [f"{line['val/loss']:.3f}" for line in lines if "val/loss" in line]
     dropped = [f"{line['train/dropped']:.1%}" for line in lines if "train/dropped" in line]
     print(f"{run_dir.name:12} held-out loss {' '.join(losses)}")
-    print(f"{'':12} dropped {' '.join(dropped)}")
+    if dropped:
+        print(f"{'':12} dropped {' '.join(dropped)}")
 
 
 def main(root: Path) -> None:
