@@ -30,6 +30,7 @@ USAGE = """usage: switchworks VERB ...
   evaluate PATH       held-out loss of a trained model
   report RUN_DIR ...  one HTML page from one or several runs
   convert SRC DST     Hugging Face directory <-> switchworks directory
+                      [--upcycle E: a dense model made sparse]
   recipes             what there is to train
 
 `switchworks VERB --help` lists the flags of a verb, `switchworks train RECIPE --help` all
@@ -132,9 +133,26 @@ def _report(words: list[str]) -> int:
 
 def _convert(words: list[str]) -> int:
     flags = _parse(ConvertFlags, "convert", words)
+    if flags.upcycle is not None:
+        return _upcycle(flags, flags.upcycle)
+    if flags != ConvertFlags(flags.source, flags.destination, flags.capacity):
+        raise ConfigError(
+            "--every, --noise and --seed say how to upcycle.\n"
+            "  Add --upcycle E, the number of experts, or leave them out."
+        )
     from switchworks.checkpoint.convert import convert
 
     print(convert(flags.source, flags.destination, capacity=flags.capacity))
+    return 0
+
+
+def _upcycle(flags: "ConvertFlags", experts: int) -> int:
+    from switchworks.compress.upcycle import upcycle_directory
+    from switchworks.model import RoutingConfig
+
+    routing = RoutingConfig(experts=experts, every=flags.every)
+    source, destination = flags.source, flags.destination
+    print(upcycle_directory(source, destination, routing, noise=flags.noise, seed=flags.seed))
     return 0
 
 
@@ -229,13 +247,22 @@ class ReportFlags:
 
 @dataclass(frozen=True)
 class ConvertFlags:
-    """Translate between Hugging Face's format and this one; the source decides the direction."""
+    """Translate between Hugging Face's format and this one; the source decides the direction.
+    With --upcycle, make a dense model of either format sparse."""
 
     source: tyro.conf.Positional[Path]
     destination: tyro.conf.Positional[Path]
     capacity: Literal["paper", "hf"] = "paper"
     """Which tokens are dropped in a Switch model read from Hugging Face: by the paper's factor and
     in training only, or as transformers does, by the checkpoint's expert_capacity."""
+    upcycle: int | None = None
+    """Experts each FFN of a sparse block is copied into. The result is in this format."""
+    every: int = 2
+    """Every this many blocks one becomes sparse."""
+    noise: float = 0.0
+    """Noise on the experts' copies, as a share of their size. 0 keeps the dense model's loss."""
+    seed: int = 0
+    """Decides routers and noise."""
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,16 @@ from switchworks.checkpoint.hugging_face import load_hf, save_hf
 from switchworks.checkpoint.hugging_face_config import Capacity
 from switchworks.checkpoint.model_files import is_model, load, save
 from switchworks.config import ConfigError
-from switchworks.data.tokenizer import MODEL_FILE, load_tokenizer
+from switchworks.data.tokenizer import MODEL_FILE, Tokenizer, load_tokenizer
+from switchworks.model.transformer import SwitchTransformer
 
 
 def convert(source: Path | str, destination: Path | str, *, capacity: Capacity = "paper") -> str:
     """`destination` holds the model in `source` in the other format; says so in a sentence.
 
     A SentencePiece tokenizer beside the weights goes with them. `capacity` is for reading theirs,
-    see `load_hf`. Raises CheckpointError if the
-    model cannot be read or expressed, or if `destination` holds other files.
+    see `load_hf`. Raises CheckpointError if the model cannot be read or expressed, or if
+    `destination` holds other files.
     """
     source = Path(source)
     if is_model(source):
@@ -26,9 +27,17 @@ def convert(source: Path | str, destination: Path | str, *, capacity: Capacity =
         model, tokenizer = load(source)
         save_hf(model, destination, tokenizer)
         return f"{destination} holds the model for transformers: from_pretrained opens it."
-    model = load_hf(source, capacity=capacity)
-    pieces = source / MODEL_FILE
-    tokenizer = load_tokenizer(pieces) if pieces.is_file() else None
+    model, tokenizer = open_model(source, capacity)
     save(model, destination, tokenizer)
     without = "" if tokenizer else f", without a tokenizer: {source} has no {MODEL_FILE}"
     return f"{destination} holds the model for switchworks{without}."
+
+
+def open_model(
+    source: Path, capacity: Capacity = "paper"
+) -> tuple[SwitchTransformer, Tokenizer | None]:
+    """The model in `source`, in whichever format it is, and the tokenizer beside it if any."""
+    if is_model(source):
+        return load(source)
+    model, pieces = load_hf(source, capacity=capacity), source / MODEL_FILE
+    return model, load_tokenizer(pieces) if pieces.is_file() else None

@@ -80,6 +80,11 @@ def load(
     return model.eval(), _load_tokenizer(directory, config)
 
 
+def stored_config(path: Path | str) -> ModelConfig:
+    """The settings of the model that `load(path)` would read. Raises CheckpointError as it does."""
+    return from_toml(ModelConfig, _model_directory(Path(path)) / CONFIG)
+
+
 def is_model(path: Path) -> bool:
     """Whether `path` is a model directory of ours, or a run directory with one."""
     return (_place(path) / CONFIG).is_file()

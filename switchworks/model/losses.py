@@ -117,5 +117,6 @@ def expert_load(
     expert: Int[Tensor, "G S"], real: Bool[Tensor, "G S"], experts: int
 ) -> Float[Tensor, "E"]:
     """Share of the real tokens that want each expert; sums to 1, or to 0 without real tokens."""
-    counts = F.one_hot(expert[real], experts).sum(dim=0).float()
+    # A product and not expert[real], whose length is not known before it runs: this compiles.
+    counts = (F.one_hot(expert, experts) * real[..., None]).sum(dim=(0, 1)).float()
     return counts / counts.sum().clamp(min=1)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from switchworks.batch import Batch
-from switchworks.checkpoint.model_files import load, save
+from switchworks.checkpoint.model_files import MAX_SPARE_ROWS, load, save, stored_config
 from switchworks.checkpoint.tensors import require_match
 from switchworks.checkpoint.training_state import Checkpoints
 from switchworks.config import CheckpointError, ConfigError
@@ -63,7 +63,7 @@ def train(
     # Before text is read, which may take long; the vocabulary is not known yet.
     may_resume(run_dir, experiment, resume=resume, ignoring=frozenset({"model.vocab_size"}))
     prepared = prepare(experiment.data, vocab_size=experiment.model.vocab_size)
-    experiment = with_vocabulary(experiment, prepared.tokenizer.vocab_size)
+    experiment = with_vocabulary(experiment, _vocabulary(prepared, init))
     pipeline = _pipeline(experiment, prepared)
     resuming = may_resume(run_dir, experiment, resume=resume)
     checkpoints = Checkpoints(run_dir / "checkpoints", experiment.keep_checkpoints)
@@ -97,7 +97,8 @@ def with_vocabulary(experiment: Experiment, vocab_size: int) -> Experiment:
     if experiment.model.vocab_size == vocab_size:
         return experiment
     print(
-        f"vocabulary: {vocab_size} (the tokenizer's; {experiment.model.vocab_size} was asked for)"
+        f"vocabulary: {vocab_size} (to fit the tokenizer; {experiment.model.vocab_size} was asked "
+        "for)"
     )
     return replace(experiment, model=replace(experiment.model, vocab_size=vocab_size))
 
@@ -121,6 +122,13 @@ def with_precision(experiment: Experiment, run_dir: Path) -> Experiment:
     why = "as this run began" if begun else f"bfloat16 products run at {gain:.2g} times its speed"
     print(f"precision: {precision}" + (f" ({why})" if precision == "float32" or begun else ""))
     return replace(experiment, precision=precision)
+
+
+def _vocabulary(prepared: Prepared, init: Path | str | None) -> int:
+    """Rows of the embedding: the tokenizer's ids, and what `init` has to spare beyond them."""
+    ids = prepared.tokenizer.vocab_size
+    rows = ids if init is None else stored_config(init).vocab_size
+    return rows if 0 <= rows - ids < MAX_SPARE_ROWS else ids
 
 
 def export(state: TrainState, directory: Path, prepared: Prepared) -> None:

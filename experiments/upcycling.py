@@ -1,0 +1,73 @@
+"""A dense model upcycled and trained on, beside itself trained on and a sparse one from scratch.
+
+    python experiments/upcycling.py [DIRECTORY]     # minutes on one core
+
+Small enough to run at any time; it shows that the first losses agree and that routing evens out,
+not who wins in the end.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from pydoc_data.topics import topics
+
+from switchworks import RoutingConfig, train
+from switchworks.compress.upcycle import upcycle_directory
+from switchworks.recipes.tiny import tiny
+from switchworks.training import Experiment
+
+
+def dense_experiment(text: Path) -> Experiment:
+    """250 steps of a dense model of 64 x 128 on Python's help topics, bytes as tokens."""
+    recipe = tiny()
+    return replace(
+        recipe,
+        name="dense",
+        threads=1,
+        steps=250,
+        batch_size=8,
+        validate_every=20,
+        validation_batches=8,
+        checkpoint_every=0,
+        sample_every=0,
+        data=replace(recipe.data, path=str(text)),
+        model=replace(recipe.model, d_model=64, d_ff=128, routing=None),
+        optim=replace(
+            recipe.optim, lr=0.02, schedule="constant", warmup_steps=0, relative_bias_floor=1.0
+        ),
+    )
+
+
+def show(run_dir: Path) -> None:
+    """Held-out losses and the share of dropped tokens, step by step."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    losses = [f"{line['val/loss']:.3f}" for line in lines if "val/loss" in line]
+    dropped = [f"{line['train/dropped']:.1%}" for line in lines if "train/dropped" in line]
+    print(f"{run_dir.name:12} held-out loss {' '.join(losses)}")
+    if dropped:
+        print(f"{'':12} dropped {' '.join(dropped)}")
+
+
+def main(root: Path) -> None:
+    """Run all five."""
+    text = root / "text"
+    text.mkdir(parents=True)
+    for name, topic in topics.items():
+        (text / f"{name}.txt").write_text(topic, encoding="utf-8")
+    dense = dense_experiment(text)
+    train(dense, root / "dense")
+    upcycle_directory(root / "dense", root / "start", RoutingConfig(experts=8))
+    on = replace(dense, steps=100)
+    runs = [train(on, root / "continued", init=root / "dense")]
+    for name, factor in (("no_limit", None), ("factor_2", 2.0), ("factor_1.25", 1.25)):
+        routing = RoutingConfig(experts=8, group_sequences=8, capacity_factor=factor)
+        sparse = replace(on, name=name, model=replace(on.model, routing=routing))
+        runs.append(train(sparse, root / name, init=root / "start"))
+    runs.append(train(replace(sparse, name="scratch"), root / "scratch"))
+    for run_dir in runs:
+        show(run_dir)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/upcycling"))

@@ -1,0 +1,170 @@
+"""A sparse model from a trained dense one, without losing what the dense one knows.
+
+Every FFN of a block that becomes sparse is copied into E experts, the router is drawn afresh and
+everything else is copied (Komatsuzaki et al. 2022, "Sparse Upcycling"). A plain copy would not
+compute what the dense model does: a switch layer multiplies the expert's answer by the router's
+probability, about 1/E before any training, so the layer's output all but vanishes. Komatsuzaki et
+al. accept the drop in their language models and normalise the gates to sum to 1 in their vision
+models; with one expert per token that makes every gate 1 and takes the router's gradient away. He
+et al. (2024, "Upcycling Large Language Models into Mixture of Experts") scale weights instead.
+
+So does this module, and the result is an ordinary Switch Transformer, which trains and goes to
+transformers like any other:
+
+- **Experts' output matrices are multiplied by E**, the only place where a factor passes through
+  any activation unchanged.
+- **The router's rows are one common row, drawn as always, plus a small row for each expert**, so
+  small that logits differ by about `SPREAD`. Then every gate is 1/E up to that much, and
+  gate * E * ffn(x) is ffn(x). The softmax does not see the common row; Adafactor does, which moves
+  a matrix in proportion to its size and would hardly move one of small rows alone. The argmax does
+  not mind how small they are: tokens spread as a fresh router of any size would spread them. With
+  equal rows gates would be exact to the last bit, but all logits would tie, all tokens go to
+  expert 0, and with a limited capacity most of them be dropped.
+
+What follows from it: as the router grows confident its gates rise above 1/E, and training has to
+take the factor back out. Adafactor with parameter scaling changes the layer as fast as in the dense
+model; AdamW moves the larger matrices relatively slower. The reported balance starts at 1 however
+uneven the load is, since the probabilities are even: look at the load and the dropped share.
+
+Letters: E experts, D model width, F hidden width.
+"""
+
+import math
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from switchworks.checkpoint.convert import open_model
+from switchworks.checkpoint.model_files import save
+from switchworks.checkpoint.tensors import fill
+from switchworks.config import ConfigError
+from switchworks.model import RoutingConfig, SwitchTransformer
+from switchworks.model.init import truncated_normal_
+
+SPREAD = 1e-5
+"""Standard deviation of the first router logits: small enough that the loss stays within 1e-5 of
+the dense one, a hundred times what float32 can tell apart in a probability, so that few tie."""
+
+
+def upcycle(
+    model: SwitchTransformer, routing: RoutingConfig, *, noise: float = 0.0, seed: int = 0
+) -> SwitchTransformer:
+    """A sparse model that computes what the dense `model` does, ready to be trained further.
+
+    While no token is dropped its cross-entropy is that of `model` to 1e-5 in float32, in training
+    (without dropout) and in evaluation. The total loss in training has the balance loss on top.
+    Limited capacity costs more, for a fresh router is not even: see `RoutingConfig`, and begin
+    with a `capacity_factor` of 2 or none.
+
+    `noise` is added to every expert's copy, as a share of its matrix's root mean square; it sets
+    the experts apart at once but leaves the dense loss. Without it they part by what they are
+    taught: each sees other tokens. `model` is left as it is and shares no memory with the result.
+    Raises ConfigError if `model` is sparse already or if `routing` does not fit it.
+    """
+    if model.config.routing is not None:
+        raise ConfigError(
+            f"The model is sparse already: it has {model.config.routing.experts} experts in every "
+            f"{model.config.routing.every} blocks.\n  Only dense models can be upcycled."
+        )
+    if not (noise >= 0 and math.isfinite(noise)):
+        raise ConfigError(
+            f"noise = {noise} must be 0 (exact copies) or a positive share, for example 0.01."
+        )
+    _check_routing(routing)
+    with torch.device("meta"):
+        sparse = SwitchTransformer(replace(model.config, routing=routing))
+    dense = dict(model.named_parameters())
+
+    def first_value(name: str, meta: Tensor) -> Tensor:
+        if name in dense:
+            return dense[name].detach().clone()
+        if name.endswith("selection_bias"):
+            return torch.zeros(meta.shape)
+        source, generator = _source(name), torch.Generator(model.embedding.weight.device)
+        generator.manual_seed(seed + zlib.crc32(name.encode()))
+        if name.endswith("router.weight"):
+            std = math.sqrt(model.config.init_scale / model.config.d_model)
+            return _router(meta, dense[source].detach(), std, generator)
+        factor = _factor(routing, name) if name.endswith("w_out") else 1
+        stack = dense[source].detach().T.mul(factor).repeat(routing.experts, 1, 1)
+        return _disturb(stack, noise, generator) if noise else stack
+
+    fill(sparse, first_value)
+    return sparse.train(model.training)
+
+
+def upcycle_directory(
+    source: Path | str,
+    destination: Path | str,
+    routing: RoutingConfig,
+    *,
+    noise: float = 0.0,
+    seed: int = 0,
+) -> str:
+    """`destination` holds the dense model in `source` upcycled, with its tokenizer; says so.
+
+    `source` is a directory of Hugging Face's, a model of ours or a run directory with one.
+    """
+    model, tokenizer = open_model(Path(source))
+    sparse = upcycle(model, routing, noise=noise, seed=seed)
+    save(sparse, destination, tokenizer)
+    layers = len(sparse.switch_layers)
+    return (
+        f"{destination} holds the model with {routing.experts} experts in {layers} layers. "
+        f"Train on: switchworks train RECIPE --init {destination}"
+    )
+
+
+def _check_routing(routing: RoutingConfig) -> None:
+    if routing.sparse_attention:
+        raise ConfigError(
+            f"routing.layers = {routing.layers} cannot be upcycled: experts in attention have a "
+            "hidden layer, which a dense query and key have not.\n  Use layers ffn."
+        )
+    if routing.strategy == "expert_choice":
+        raise ConfigError(
+            "routing.strategy = expert_choice cannot be upcycled: how many experts a token gets "
+            "varies, and so would its answer.\n  Use switch or top2."
+        )
+
+
+def _factor(routing: RoutingConfig, name: str) -> int:
+    """What undoes the gates: E, or 1 where the gates of a token sum to 1 anyway."""
+    used = routing.for_decoder() if name.startswith("decoder.") else routing
+    return 1 if used.strategy == "top2" else routing.experts
+
+
+def _source(name: str) -> str:
+    """The dense parameter behind one of a switch layer: its matrix, for the router the norm."""
+    block, _, leaf = name.rpartition(".ffn.")
+    if leaf == "router.weight":
+        return f"{block}.ffn_norm.weight"
+    return f"{block}.ffn.{leaf.removeprefix('experts.')}.weight"
+
+
+def _router(
+    meta: Float[Tensor, "E D"], norm: Float[Tensor, "D"], std: float, generator: torch.Generator
+) -> Float[Tensor, "E D"]:
+    """A common row of deviation `std` plus rows whose logits deviate by `SPREAD`, given the scale
+    of the norm before the layer.
+
+    Always float32, whatever the model's dtype: in bfloat16 the rows would be equal.
+    """
+    own, common = torch.empty(meta.shape, device=norm.device), norm.new_empty(1, meta.shape[1])
+    # The norm gives each coordinate a mean square of 1 and multiplies it by its scale.
+    size = max(float(norm.float().norm()), 1e-6)
+    truncated_normal_(own, SPREAD / size, generator)
+    truncated_normal_(common, std, generator)
+    return own + common.float()
+
+
+def _disturb(
+    stack: Float[Tensor, "E _ _"], noise: float, generator: torch.Generator
+) -> Float[Tensor, "E _ _"]:
+    size = float(stack[0].float().square().mean().sqrt())
+    drawn = torch.empty_like(stack).normal_(std=noise * size, generator=generator)
+    return stack.add_(drawn)

@@ -1,0 +1,97 @@
+"""Every example runs and learns."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def load_example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_language_model_learns_and_says_what_its_experts_do(capsys):
+    before, after = load_example("causal_lm").main(["--steps", "40"])
+    assert before > 5.3  # log(256) = 5.5 is a blind guess
+    assert after < 3.2
+    output = capsys.readouterr().out
+    assert re.search(
+        r"step  39  loss \d\.\d+  dropped \d+\.\d%  load per layer( +\d\.\d\d){8}", output
+    )
+    assert f"{after:.3f} after" in output
+
+
+def run(*words: str) -> str:
+    """What a fresh Python prints; the types that tests check would break up compiled graphs."""
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def held_out(output: str) -> tuple[float, float]:
+    found = re.search(r"held-out loss (\S+) before, (\S+) after", output)
+    assert found is not None
+    return float(found[1]), float(found[2])
+
+
+def test_the_language_model_compiles_into_one_graph():
+    """aot_eager traces forward and backward as inductor does, without its C++ compiler."""
+    output = run(str(EXAMPLES / "causal_lm.py"), "--steps", "5", "--compile", "aot_eager")
+    before, after = held_out(output)
+    assert after < before - 0.5
+
+
+def test_the_language_model_trains_sharded_over_two_processes():
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    output = run(*launcher, str(EXAMPLES / "causal_lm.py"), "--fsdp", "--steps", "15")
+    shares = re.findall(r"rank \d holds (\d+) of (\d+) parameters", output)
+    assert len(shares) == 2
+    assert all(int(held) * 2 == int(total) for held, total in shares)
+    before, after = held_out(output)
+    assert before > 5.3
+    assert after < 4
+
+
+def test_sharding_without_torchrun_is_explained(monkeypatch, capsys):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit):
+        load_example("causal_lm").main(["--fsdp"])
+    assert "torchrun" in capsys.readouterr().err
+
+
+def test_the_language_model_sees_no_later_token():
+    model = load_example("causal_lm").GPT().eval()
+    rows = torch.randint(0, 256, (2, 20))
+    changed = rows.clone()
+    changed[:, 12:] = 7
+    with torch.no_grad():
+        logits, other = model(rows)[0], model(changed)[0]
+    assert torch.allclose(logits[:, :12], other[:, :12], atol=1e-6)
+    assert not torch.allclose(logits[:, 12:], other[:, 12:], atol=1e-6)
+
+
+def test_the_vision_transformer_learns(capsys):
+    before, after = load_example("vision_transformer").main(["--steps", "80"])
+    assert before < 0.4  # a quarter is a blind guess
+    assert after > 0.55
+    assert "load per layer" in capsys.readouterr().out
+
+
+def test_the_three_lines_are_marked_in_every_example():
+    for file in EXAMPLES.glob("*.py"):
+        marked = [line for line in file.read_text().splitlines() if line.endswith("# <-")]
+        assert sum("import" in line for line in marked) == 1, file
+        assert sum("SwitchFFN(" in line for line in marked) == 1, file
+        assert sum("y, routing = " in line for line in marked) == 1, file
