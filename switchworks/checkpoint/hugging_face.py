@@ -104,9 +104,15 @@ def save_hf(
     Switch Transformers.
 
     A SentencePiece `tokenizer` is written beside it as spiece.model; one of bytes needs no file.
-    Raises CheckpointError for what transformers cannot express, before anything is written, and
-    for a full disk.
+    Raises CheckpointError for what transformers cannot express, a decoder-only model among it,
+    before anything is written, and for a full disk.
     """
+    if model.config.decoder_only:
+        raise CheckpointError(
+            "This model is decoder-only, and transformers has T5 and Switch Transformers with an "
+            "encoder only.\n  Keep it in this format: switchworks.save(model, directory, "
+            "tokenizer)."
+        )
     values = to_hf_config(model.config) | {"dtype": _dtype_name(model)}
     ffn = "DenseReluDense" if model.config.routing is None else "mlp"
     state = to_hf_state(model, ffn=ffn)

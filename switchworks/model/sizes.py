@@ -16,6 +16,8 @@ def num_parameters(config: ModelConfig) -> int:
     feed-forward     W, or E W + E D (experts and router) in a sparse block
     norms            D              two, or three in a decoder block, and one per stack
     relative bias    buckets H      one per stack
+
+    A decoder-only model has one stack, of blocks like an encoder's.
     """
     return _parameters(config, experts_used=None)
 
@@ -39,12 +41,18 @@ def flops_per_sequence(config: ModelConfig, input_length: int, target_length: in
     Table 9: one expert per token, no router, norms or softmax, one of the two products of
     attention (q k and weights v), and cross-attention's keys and values over T positions. The
     published figures come out only so.
+
+    A decoder-only model runs the encoder's count over all N = L + T positions in place of the
+    first two lines: a causal mask hides half of attention's products but saves none of them.
     """
     L, T, D = input_length, target_length, config.d_model
     A, W = config.num_heads * config.d_kv, _ffn_weights(config)
+    output = 2 * T * D * config.vocab_size
+    if config.decoder_only:
+        N = L + T
+        return config.decoder_layers * (2 * N * (4 * D * A + W) + 2 * N * N * A) + output
     encoder = 2 * L * (4 * D * A + W) + 2 * L * L * A
     decoder = 2 * T * (8 * D * A + W) + 2 * T * T * A + 2 * L * T * A
-    output = 2 * T * D * config.vocab_size
     return config.num_layers * encoder + config.decoder_layers * decoder + output
 
 
@@ -62,16 +70,17 @@ def training_flops_per_token(config: ModelConfig, input_length: int, target_leng
 def _parameters(config: ModelConfig, *, experts_used: int | None) -> int:
     D, V = config.d_model, config.vocab_size
     attention = 4 * D * config.num_heads * config.d_kv
-    encoder = config.num_layers * (attention + 2 * D)
-    decoder = config.decoder_layers * (2 * attention + 3 * D)
+    stacks = 1 if config.decoder_only else 2
+    encoder = config.encoder_layers * (attention + 2 * D)
+    decoder = config.decoder_layers * (stacks * attention + (stacks + 1) * D)
     feed_forward = sum(
         _feed_forward(config, sparse=config.is_sparse(layer), experts_used=experts_used)
-        for layers in (config.num_layers, config.decoder_layers)
+        for layers in (config.encoder_layers, config.decoder_layers)
         for layer in range(layers)
     )
     per_stack = D + config.relative_buckets * config.num_heads
     embeddings = V * D * (1 if config.tied_head else 2)
-    return embeddings + encoder + decoder + feed_forward + 2 * per_stack
+    return embeddings + encoder + decoder + feed_forward + stacks * per_stack
 
 
 def _feed_forward(config: ModelConfig, *, sparse: bool, experts_used: int | None) -> int:

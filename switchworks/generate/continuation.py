@@ -1,0 +1,16 @@
+"""Continuing text: what a decoder-only model wrote, as text."""
+
+import os
+from collections.abc import Sequence
+
+from switchworks.data.tokenizer import Tokenizer
+
+
+def continuation(tokenizer: Tokenizer, prompt: Sequence[int], written: Sequence[int]) -> str:
+    """The text that `written` adds to the text of `prompt`, the space between them included.
+
+    Decoded together, because alone the first token of `written` would lose its space and half a
+    character would not be one.
+    """
+    before, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *written])
+    return whole[len(os.path.commonprefix([before, whole])) :]
