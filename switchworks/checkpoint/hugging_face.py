@@ -107,12 +107,6 @@ def save_hf(
     Raises CheckpointError for what transformers cannot express, a decoder-only model among it,
     before anything is written, and for a full disk.
     """
-    if model.config.decoder_only:
-        raise CheckpointError(
-            "This model is decoder-only, and transformers has T5 and Switch Transformers with an "
-            "encoder only.\n  Keep it in this format: switchworks.save(model, directory, "
-            "tokenizer)."
-        )
     values = to_hf_config(model.config) | {"dtype": _dtype_name(model)}
     ffn = "DenseReluDense" if model.config.routing is None else "mlp"
     state = to_hf_state(model, ffn=ffn)

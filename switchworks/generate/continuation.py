@@ -1,7 +1,7 @@
 """Continuing text: what a decoder-only model wrote, as text."""
 
-import os
 from collections.abc import Sequence
+from itertools import takewhile
 
 from switchworks.data.tokenizer import Tokenizer
 
@@ -13,4 +13,5 @@ def continuation(tokenizer: Tokenizer, prompt: Sequence[int], written: Sequence[
     character would not be one.
     """
     before, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *written])
-    return whole[len(os.path.commonprefix([before, whole])) :]
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(before, whole, strict=False))
+    return whole[sum(1 for _ in same) :]

@@ -319,12 +319,15 @@ _CONTINUED = (
 
 def _continuations(samples: Sequence[Sample]) -> tuple[str, str]:
     """Nothing to count, and each prompt with what was written and what stood there, as HTML."""
-    return "", "".join(
-        f'<div class="text">{escape(sample.inputs)} '
-        f"<mark>{escape(sample.prediction.strip()) or '(nothing)'}</mark>"
-        f"<ins>{escape(sample.truth.strip())}</ins></div>"
-        for sample in samples
-    )
+    texts = []
+    for sample in samples:
+        written = escape(sample.prediction.strip()) or "(nothing)"
+        space = " " if sample.prediction[:1].isspace() else ""  # else it goes on inside a word
+        texts.append(
+            f'<div class="text">{escape(sample.inputs)}{space}<mark>{written}</mark>'
+            f"<ins>{escape(sample.truth.strip())}</ins></div>"
+        )
+    return "", "".join(texts)
 
 
 def _fill_ins(samples: Sequence[Sample]) -> tuple[str, str]:

@@ -203,7 +203,8 @@ class Samples:
 
 def _in_a_line(sample: Mapping[str, str], continues: bool) -> str:
     if continues:
-        return f"continued: {sample['inputs'][-150:]} [{sample['prediction'].strip()[:150]}] ..."
+        beginning, rest = (" ".join(sample[name].split()) for name in ("inputs", "prediction"))
+        return f"continued: ... {beginning[-150:]} [{rest[:150]}] ..."
     return f"fill-in: {fill(sample['inputs'], parse_fills(sample['prediction']))[:300]} ..."
 
 
