@@ -23,7 +23,6 @@ def causal_row(
     Segments count the documents from 1; a document's EOS belongs to it. The last document of a
     window has an EOS only if its end is inside, so EOS always means that a document ended.
     """
-    starts = starts.astype(np.int64)
     targets = np.insert(tokens.astype(np.int64), starts, eos_id)[: len(tokens)]
     ends = starts + np.arange(len(starts))  # where the EOS now stand
     return targets, np.searchsorted(ends, np.arange(len(tokens))) + 1
