@@ -1,6 +1,8 @@
 """Language models end to end: the causal objective, and a run that continues text."""
 
 import json
+import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -154,8 +156,17 @@ def test_a_decoder_only_model_is_refused_for_span_corruption_with_the_fix():
 def test_an_encoder_is_refused_for_the_causal_objective_with_the_fix():
     recipe = tiny()
     causal = replace(recipe.data, objective="causal", input_length=0)
-    with pytest.raises(ConfigError, match=r"--model.decoder-only True"):
+    with pytest.raises(ConfigError, match=r"Set --model\.decoder-only, or"):
         replace(recipe, data=causal)
+
+
+def test_a_recipe_becomes_a_language_model_by_the_flags_that_the_errors_name(capsys):
+    words = ["explain", "quickstart", "--model.decoder-only"]
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    flags = re.findall(r"--data[\w.-]+ \w+", error)
+    assert main([*words, *shlex.split(" ".join(flags))]) == 0
+    assert "decoder            4992 tokens" in capsys.readouterr().out
 
 
 def test_the_prompts_for_samples_are_each_rows_longest_document():

@@ -102,7 +102,7 @@ class Experiment:
         if causal and not self.model.decoder_only:
             raise ConfigError(
                 "data.objective = 'causal' gives an encoder nothing to read.\n"
-                "  Set --model.decoder-only True, or --data.objective span_corruption."
+                "  Set --model.decoder-only, or --data.objective span_corruption."
             )
 
     def _check_rows(self) -> None:
