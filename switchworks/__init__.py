@@ -1,4 +1,4 @@
-"""Train, use and understand sparse mixture-of-experts encoder-decoder models.
+"""Train, use and understand sparse mixture-of-experts transformers.
 
 The whole public interface is listed here; docs/tour.md says how to read the rest. Names are
 imported when they are first used, so that `switchworks --help` need not wait for torch.

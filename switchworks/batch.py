@@ -1,6 +1,6 @@
 """Batch: the one type that crosses from data to model and training.
 
-Letters: B sequences, L encoder length, T decoder length. Token id 0 is padding everywhere.
+Letters: B sequences, L encoder or prompt length, T decoder length. Id 0 is padding everywhere.
 """
 
 from dataclasses import dataclass
@@ -18,6 +18,8 @@ class Batch:
     other only if their segment ids are equal. Without segment ids each row is one example and
     the positions holding id 0 are padding. `padding=False` promises that no position is padding
     and every row is one example, which lets the model skip all masks; it is never required.
+
+    For a decoder-only model inputs are prompts, of width 0 where whole texts are the targets.
     """
 
     inputs: Int[Tensor, "B L"]

@@ -26,7 +26,7 @@ USAGE = """usage: switchworks VERB ...
                       data, tokenizer, training, model and report
   prepare RECIPE      tokenizer and token store ahead of time
   explain RECIPE      parameters, FLOPs, memory and capacity; runs nothing
-  generate PATH TEXT  fill the holes <extra_id_0>, <extra_id_1>, ... of a text
+  generate PATH TEXT  fill the holes <extra_id_0>, <extra_id_1>, ... of a text, or continue it
   evaluate PATH       held-out loss of a trained model
   report RUN_DIR ...  one HTML page from one or several runs
   convert SRC DST     Hugging Face directory <-> switchworks directory
@@ -213,7 +213,8 @@ class GenerateFlags:
     path: tyro.conf.Positional[Path]
     """A run directory or a model directory."""
     text: tyro.conf.Positional[str]
-    """Text with holes <extra_id_0>, <extra_id_1>, ... Without a hole one is added at the end."""
+    """Text with holes <extra_id_0>, <extra_id_1>, ... Without a hole one is added at the end. A
+    decoder-only model continues the text and fills no holes."""
     max_length: int = 128
     """Tokens written at most."""
     temperature: float = 0.0

@@ -62,5 +62,5 @@ def test_a_dense_experiment_has_no_groups_to_check():
 
 
 def test_groups_hold_whole_rows_of_encoder_and_decoder():
-    assert with_routing(group_sequences=2).group_tokens == (128, 28)
+    assert with_routing(group_sequences=2).group_tokens == {"encoder": 128, "decoder": 28}
     assert isinstance(with_routing().model.routing, RoutingConfig)

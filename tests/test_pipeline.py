@@ -76,12 +76,19 @@ def _offsets(row: torch.Tensor) -> list[int]:
 
 
 MANY = [30, 11, 50, 6, 3, 90, 2, 60, 44, 4] * 10  # 3000 tokens in 100 documents
-BOTH = pytest.mark.parametrize(
-    ("config", "store"), [(CONFIG, MemoryStore(3000)), (DOCUMENTS, MemoryStore(3000, MANY))]
+CAUSAL = DataConfig(objective="causal", input_length=0, target_length=34, prefetch=2)
+ALL = pytest.mark.parametrize(
+    ("config", "store"),
+    [
+        (CONFIG, MemoryStore(3000)),
+        (DOCUMENTS, MemoryStore(3000, MANY)),
+        (CAUSAL, MemoryStore(3000, MANY)),
+    ],
+    ids=["stream", "documents", "causal"],
 )
 
 
-@BOTH
+@ALL
 def test_a_batch_depends_on_the_step_alone(config: DataConfig, store: MemoryStore) -> None:
     through = _pipeline(config, store)
     passed = [through.batch(step) for step in range(30)]
@@ -89,7 +96,7 @@ def test_a_batch_depends_on_the_step_alone(config: DataConfig, store: MemoryStor
         _assert_equal(_pipeline(config, store).batch(step), passed[step])
 
 
-@BOTH
+@ALL
 def test_resuming_at_step_7_goes_on_as_if_never_stopped(
     config: DataConfig, store: MemoryStore
 ) -> None:
@@ -100,7 +107,7 @@ def test_resuming_at_step_7_goes_on_as_if_never_stopped(
 
 
 @pytest.mark.parametrize("world", [2, 4])
-@BOTH
+@ALL
 def test_more_ranks_cut_the_same_global_batch(
     config: DataConfig, store: MemoryStore, world: int
 ) -> None:

@@ -29,6 +29,10 @@ def test_every_recipe_trains_three_steps_when_made_tiny(name, corpus, tmp_path):
         routing = replace(routing, experts=4, group_sequences=2, every=min(2, routing.every))
     shape = replace(small.model, routing=routing, activation=recipe.model.activation)
     shape = replace(shape, gated=recipe.model.gated, tied_head=recipe.model.tied_head)
+    shape = replace(shape, decoder_only=recipe.model.decoder_only)
+    data = replace(small.data, path=str(corpus))
+    if recipe.model.decoder_only:
+        data = replace(data, objective="causal", input_length=0, target_length=64)
     experiment = replace(
         recipe,
         steps=3,
@@ -36,14 +40,14 @@ def test_every_recipe_trains_three_steps_when_made_tiny(name, corpus, tmp_path):
         micro_batches=min(2, recipe.micro_batches),
         threads=1,
         model=shape,
-        data=replace(small.data, path=str(corpus)),
+        data=data,
         validation_batches=1,
     )
     run_dir = train(experiment, tmp_path / "run")
     assert (run_dir / "model" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("name", ["quickstart", "speedup"])
+@pytest.mark.parametrize("name", ["quickstart", "quickstart_lm", "speedup"])
 def test_a_dense_twin_costs_the_same_flops_and_differs_in_nothing_but_experts(name):
     sparse, dense = RECIPES[name](), RECIPES[f"{name}_dense"]()
     lengths = (sparse.data.input_length, sparse.data.target_length)

@@ -342,6 +342,19 @@ def test_holes_are_filled_with_the_guess_and_the_original_stands_beside_a_wrong_
     assert "After step 7: 1 of 3 holes as in the original" in html
 
 
+def test_a_continuation_follows_its_prompt_and_the_original_stands_beside_it(tmp_path):
+    samples = [
+        {"step": 7, "inputs": "The cat", "truth": " sat.", "prediction": " <ran>"},
+        {"step": 7, "inputs": "The c", "truth": "at sat.", "prediction": "ow"},
+    ]
+    settings = {"model": {"decoder_only": True}}
+    html = html_of(a_run(tmp_path / "r", [training(7)], samples=samples, settings=settings))
+    assert "The cat <mark>&lt;ran&gt;</mark><ins>sat.</ins>" in html
+    assert "The c<mark>ow</mark><ins>at sat.</ins>" in html
+    assert "Held-out text, continued" in html
+    assert "holes" not in html
+
+
 def test_the_newest_fill_ins_come_first(tmp_path):
     samples = [
         {"step": s, "inputs": "a <extra_id_0>", "truth": "", "prediction": ""} for s in range(1, 31)

@@ -115,8 +115,8 @@ def save_hf(
     Switch Transformers.
 
     A SentencePiece `tokenizer` is written beside it as spiece.model; one of bytes needs no file.
-    Raises CheckpointError for what transformers cannot express, before anything is written, and
-    for a full disk.
+    Raises CheckpointError for what transformers cannot express, a decoder-only model among it,
+    before anything is written, and for a full disk.
     """
     values = to_hf_config(model.config) | {"dtype": _dtype_name(model)}
     ffn = "DenseReluDense" if model.config.routing is None else "mlp"

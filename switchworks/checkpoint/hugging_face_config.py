@@ -96,6 +96,11 @@ def _from_hf_config(values: Mapping[str, Any], names: list[str], capacity: Capac
 
 def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     """The config.json of `config`. Raises CheckpointError for what transformers cannot express."""
+    if config.decoder_only:
+        raise CheckpointError(
+            "model.decoder_only = true cannot be written for transformers, whose T5 and Switch "
+            "Transformers have an encoder.\n  Use switchworks' own format."
+        )
     values: dict[str, Any] = {theirs: getattr(config, ours) for ours, theirs in _NAMES.items()}
     values |= {
         "num_decoder_layers": config.decoder_layers,

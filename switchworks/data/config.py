@@ -8,7 +8,7 @@ from switchworks.config import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The text, its tokenizer and the span corruption that makes training pairs from it."""
+    """The text, its tokenizer and the objective that makes training examples from it."""
 
     path: str | None = None
     """Own text: a file, a folder or a glob of .txt, .jsonl or .parquet, each also .gz or .zst.
@@ -36,10 +36,13 @@ class DataConfig:
     workers: int = 0
     """Processes that tokenise. 0: one per core."""
 
+    objective: Literal["span_corruption", "causal"] = "span_corruption"
+    """"span_corruption" hides spans of the text, which the model writes (T5). "causal" has the
+    model predict every token from those before it, for decoder-only models."""
     input_length: int = 512
-    """L: encoder positions per row, the closing EOS included."""
+    """L: encoder positions per row, the closing EOS included. "causal" has none: 0."""
     target_length: int = 114
-    """T: decoder positions per row, the closing EOS included."""
+    """T: decoder positions per row, the closing EOS included; for "causal" the whole row."""
     noise_density: float = 0.15
     """Share of the tokens that are hidden."""
     mean_span: float = 3.0
@@ -47,7 +50,8 @@ class DataConfig:
     packing: Literal["stream", "documents"] = "stream"
     """"stream": a row is a window over the concatenated documents, corrupted as one, as T5 does.
     "documents": the documents in the window are corrupted apart and packed with segment ids, so
-    that nothing is seen across their borders."""
+    that nothing is seen across their borders. "causal" takes the same windows for both; with
+    "documents" no position sees another document."""
     prefetch: int = 4
     """Batches made ahead of the step that needs them. 0: none, made in the calling thread."""
 
@@ -57,6 +61,7 @@ class DataConfig:
                 "data.source = 'hub' needs the name of a dataset.\n"
                 "  Set it, for example --data.dataset allenai/c4 --data.dataset-config en."
             )
+        self._check_causal()
         if not 0 < self.noise_density < 1:
             raise ConfigError(
                 f"data.noise_density = {self.noise_density} is not a share between 0 and 1.\n"
@@ -69,4 +74,20 @@ class DataConfig:
         if not 0 < self.validation_share < 1:
             raise ConfigError(
                 f"data.validation_share = {self.validation_share} is not a share between 0 and 1."
+            )
+
+    def _check_causal(self) -> None:
+        if self.objective != "causal":
+            return
+        if self.input_length:
+            raise ConfigError(
+                f"data.input_length = {self.input_length}, but the causal objective has no inputs: "
+                "a row is data.target_length tokens.\n"
+                f"  Set --data.input-length 0 --data.target-length "
+                f"{self.input_length + self.target_length}."
+            )
+        if self.target_length < 2:
+            raise ConfigError(
+                f"data.target_length = {self.target_length} leaves nothing to continue. Use at "
+                "least 2 tokens, and better hundreds."
             )

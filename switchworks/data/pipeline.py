@@ -26,6 +26,7 @@ from jaxtyping import Int
 
 from switchworks.batch import Batch
 from switchworks.config import ConfigError, DataError
+from switchworks.data.causal import causal_row
 from switchworks.data.config import DataConfig
 from switchworks.data.packing import SHORTEST_PIECE, Packed, cut_into_pieces, pack
 from switchworks.data.span_corruption import SpanCorruption, corrupt, corrupt_rows, raw_length
@@ -85,8 +86,8 @@ class Pipeline:
     """The batches of one run, or of its validation, as seen by one rank.
 
     `raw_length` is the number of tokens a row consumes; `windows` the rows in an epoch.
-    `left_out` is the share of tokens that packing="documents" leaves out of rows, as found in
-    windows spread evenly over the corpus; 0.0 for packing="stream".
+    `left_out` is the share of tokens that packing="documents" or, to make room for EOS, the
+    causal objective leaves out of rows, as found in windows spread evenly over the corpus.
     """
 
     def __init__(
@@ -128,6 +129,8 @@ class Pipeline:
         share = self.batch_size // self.world
         first = step * self.batch_size + self.rank * share
         rows = range(first, first + share)
+        if self.config.objective == "causal":
+            return self._causal(rows)
         return self._stream_rows(rows) if self.config.packing == "stream" else self._packed(rows)
 
     def batches(self, start_step: int = 0) -> Generator[Batch, None, None]:
@@ -162,6 +165,21 @@ class Pipeline:
         offset = int(np.random.default_rng([self.seed, _OFFSET, epoch]).integers(self._shifts))
         start = offset + self._order[row] * self.raw_length  # type: ignore[operator]
         return start, start + self.raw_length
+
+    def _causal(self, rows: range) -> Batch:
+        made = [self._causal_row(row) for row in rows]
+        targets, segments = (torch.from_numpy(np.stack(part)) for part in zip(*made, strict=True))
+        nothing = targets[:, :0]
+        if self.config.packing == "stream":
+            return Batch(inputs=nothing, targets=targets, padding=False)
+        return Batch(
+            inputs=nothing, targets=targets, input_segments=nothing, target_segments=segments
+        )
+
+    def _causal_row(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        start, stop = self.window_of(row)
+        starts = self.store.document_bounds(start, stop) - start
+        return causal_row(self.store.tokens(start, stop), starts, self.tokenizer.eos_id)
 
     def _stream_rows(self, rows: range) -> Batch:
         tokens = np.stack([self.store.tokens(*self.window_of(row)) for row in rows])
@@ -250,14 +268,11 @@ def _row_of(
     config: DataConfig, store: TokenStream, corruption: SpanCorruption
 ) -> tuple[int, float]:
     """(tokens a row consumes, share of them left out)."""
+    if config.objective == "causal":
+        return _causal_window(config, store)
     raw = raw_length(config.input_length, config.noise_density, config.mean_span)
     corruption.counts(raw)  # raises if there are too few sentinels
-    if store.num_tokens < raw:
-        raise DataError(
-            f"The corpus has {store.num_tokens} tokens; one row of data.input_length = "
-            f"{config.input_length} needs {raw}.\n"
-            "  Use a shorter data.input_length or more text."
-        )
+    _check_text(store, raw, "input_length", config.input_length)
     if config.packing == "documents":
         return _document_window(config, store, corruption, raw)
     needed = corruption.lengths(raw)[1]
@@ -270,8 +285,24 @@ def _row_of(
     return raw, 0.0
 
 
+def _causal_window(config: DataConfig, store: TokenStream) -> tuple[int, float]:
+    """(tokens a row consumes, share of them that EOS push out)."""
+    raw = config.target_length
+    _check_text(store, raw, "target_length", raw)
+    surveyed = _survey(store, raw)
+    return raw, sum(len(bounds) - 2 for bounds in surveyed) / (raw * len(surveyed))
+
+
+def _check_text(store: TokenStream, raw: int, name: str, length: int) -> None:
+    if store.num_tokens < raw:
+        raise DataError(
+            f"The corpus has {store.num_tokens} tokens; one row of data.{name} = {length} needs "
+            f"{raw}.\n  Use a shorter data.{name} or more text."
+        )
+
+
 SURVEYED = 256
-"""At most so many windows, evenly spaced over the corpus, are looked at to choose their length."""
+"""At most so many windows, evenly spaced over the corpus, are looked at."""
 FITTING = 0.98
 """Share of the surveyed windows whose pieces must all fit their row."""
 
@@ -293,9 +324,7 @@ def _document_window(
             f"room for a piece of {SHORTEST_PIECE} tokens,\n"
             f"  which needs {least[0]} and {least[1]}. Raise the shorter one."
         )
-    places = min(SURVEYED, store.num_tokens // longest)
-    step = (store.num_tokens - longest) // max(1, places - 1)
-    surveyed = [_bounds(store, i * step, i * step + longest) for i in range(places)]
+    surveyed = _survey(store, longest)
     needs = np.zeros((longest + 1, 2), dtype=np.int64)  # positions by length of piece
     for length in range(SHORTEST_PIECE, longest + 1):
         needs[length] = corruption.lengths(length)
@@ -308,7 +337,14 @@ def _document_window(
     raw = SHORTEST_PIECE + bisect_right(lengths, False, key=too_long)
     pieces = [cut_into_pieces(_first(b, raw).tolist(), corruption, *row) for b in surveyed]
     kept = sum(stop - start for start, stop in chain.from_iterable(pieces))
-    return raw, 1 - kept / (raw * places)
+    return raw, 1 - kept / (raw * len(surveyed))
+
+
+def _survey(store: TokenStream, raw: int) -> list[list[int]]:
+    """The `_bounds` of windows of `raw` tokens, spread evenly over the corpus."""
+    places = min(SURVEYED, store.num_tokens // raw)
+    step = (store.num_tokens - raw) // max(1, places - 1)
+    return [_bounds(store, i * step, i * step + raw) for i in range(places)]
 
 
 def _first(bounds: list[int], raw: int) -> np.ndarray:

@@ -4,7 +4,7 @@ No token is ever dropped here (see `RoutingConfig.eval_capacity_factor`), so a s
 does not depend on its neighbours in the batch, and decoding with the cache gives what a full
 forward pass gives.
 
-Letters: B sequences, L encoder length, T tokens written.
+Letters: B sequences, L input or prompt length, T tokens written.
 """
 
 import torch
@@ -28,6 +28,9 @@ def generate(
 ) -> Int[Tensor, "B T"]:
     """The tokens `model` writes for `inputs`, each row ended by EOS and then padded with 0.
 
+    For a decoder-only model the inputs are prompts without EOS, padded on either side, and the
+    tokens are what follows them.
+
     T is the length of the longest row and at most `max_length`; a row that has not ended by then
     has no EOS. The model's training mode is restored afterwards.
     """
@@ -50,13 +53,18 @@ def _decode(
     sampling: Sampling,
     generator: torch.Generator,
 ) -> Tensor:
-    cache = model.start_decoding(model.encode(inputs), max_length)
-    token = inputs.new_zeros(inputs.shape[0])  # decoding starts from id 0, as in T5
-    ended = torch.zeros_like(token, dtype=torch.bool)
-    written: list[Tensor] = []
+    if model.config.decoder_only:
+        logits, cache = model.read_prompts(inputs, max_length)
+    else:
+        cache = model.start_decoding(model.encode(inputs), max_length)
+        start = torch.zeros_like(inputs[:, :1])  # decoding starts from id 0, as in T5
+        logits = model.decode_next(start, cache)
+    token = choose(logits[:, -1], sampling, generator)
+    written = [token]
+    ended = token == EOS
     while len(written) < max_length and not ended.all():
-        logits = model.decode_next(token[:, None], cache)[:, -1]
-        token = choose(logits, sampling, generator).masked_fill(ended, PAD)
+        logits = model.decode_next(token[:, None], cache)
+        token = choose(logits[:, -1], sampling, generator).masked_fill(ended, PAD)
         ended = ended | (token == EOS)
         written.append(token)
     return torch.stack(written, dim=1)

@@ -7,6 +7,7 @@ import torch
 from switchworks.checkpoint.model_files import load
 from switchworks.config import CheckpointError, ConfigError
 from switchworks.data.tokenizer import Tokenizer
+from switchworks.generate.continuation import continuation
 from switchworks.generate.decode import EOS, generate
 from switchworks.generate.fill_in import HOLE, fill, parse_fills
 from switchworks.generate.sampling import Sampling
@@ -16,7 +17,8 @@ from switchworks.model import SwitchTransformer
 def answer(path: Path, text: str, *, max_length: int, sampling: Sampling) -> str:
     """`text` with its holes filled by the model in `path`, fills in square brackets.
 
-    A text without a hole gets one at its end, so it is continued. Raises CheckpointError if the
+    A text without a hole gets one at its end, so it is continued. A decoder-only model only
+    continues, and what it wrote follows the text without brackets. Raises CheckpointError if the
     model has no tokenizer, ConfigError if there is no text.
     """
     model, tokenizer = load(path)
@@ -25,7 +27,8 @@ def answer(path: Path, text: str, *, max_length: int, sampling: Sampling) -> str
             f"{path} holds a model without a tokenizer, so there is no way to read text.\n"
             "  Save it with one: switchworks.save(model, directory, tokenizer)."
         )
-    return fill_text(model, tokenizer, text, max_length=max_length, sampling=sampling)
+    write = continue_text if model.config.decoder_only else fill_text
+    return write(model, tokenizer, text, max_length=max_length, sampling=sampling)
 
 
 def fill_text(
@@ -44,3 +47,24 @@ def fill_text(
     inputs = torch.tensor([[*tokenizer.encode(text), EOS]])
     written = generate(model, inputs, max_length=max_length, sampling=sampling)
     return fill(text, parse_fills(tokenizer.decode(written[0].tolist())))
+
+
+def continue_text(
+    model: SwitchTransformer,
+    tokenizer: Tokenizer,
+    text: str,
+    *,
+    max_length: int = 128,
+    sampling: Sampling | None = None,
+) -> str:
+    """`text` and what a decoder-only model writes after it. An empty text begins a new one."""
+    if HOLE.search(text) is not None:
+        raise ConfigError(
+            "This model is decoder-only: it continues a text and cannot fill holes inside it.\n"
+            "  Give the text up to the first <extra_id_N>."
+        )
+    prompt = tokenizer.encode(text.rstrip())
+    written = generate(
+        model, torch.tensor([prompt], dtype=torch.long), max_length=max_length, sampling=sampling
+    )
+    return text.rstrip() + continuation(tokenizer, prompt, written[0].tolist())

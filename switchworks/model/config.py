@@ -184,7 +184,7 @@ class RoutingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The shape of an encoder-decoder; the defaults are T5 1.0 small."""
+    """The shape of a model; the defaults are T5 1.0 small."""
 
     vocab_size: int = 32128
     """Rows of the embedding. Training sets it to the tokenizer's size."""
@@ -195,6 +195,8 @@ class ModelConfig:
     num_layers: int = 6
     """Blocks of the encoder, and of the decoder unless `num_decoder_layers` says otherwise."""
     num_decoder_layers: int | None = None
+    decoder_only: bool = False
+    """No encoder and no cross-attention: a causal language model of `num_layers` blocks."""
     activation: Literal["relu", "gelu"] = "relu"
     """gelu is its tanh form, as in T5 1.1."""
     gated: bool = False
@@ -223,6 +225,12 @@ class ModelConfig:
             raise ConfigError(
                 f"model.num_decoder_layers = {self.num_decoder_layers} must be at least 1."
             )
+        if self.decoder_only and self.num_decoder_layers is not None:
+            raise ConfigError(
+                f"model.num_decoder_layers = {self.num_decoder_layers} is the depth beside an "
+                "encoder, and a decoder-only model has none.\n"
+                "  Set model.num_layers and leave model.num_decoder_layers at none."
+            )
         check_activation(self.activation)
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"model.dropout = {self.dropout} must lie in [0, 1).")
@@ -247,6 +255,11 @@ class ModelConfig:
                 f"routing.every = {self.routing.every} exceeds the {layers} blocks of a stack, so "
                 f"no layer would be sparse.\n  Use at most {layers}, or no routing at all."
             )
+
+    @property
+    def encoder_layers(self) -> int:
+        """Blocks of the encoder: 0 if there is none."""
+        return 0 if self.decoder_only else self.num_layers
 
     @property
     def decoder_layers(self) -> int:

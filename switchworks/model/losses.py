@@ -25,7 +25,7 @@ class Losses(NamedTuple):
     """Nats per target token that is not padding."""
     output_z: Float[Tensor, ""]
     balance: Float[Tensor, ""]
-    """alpha * E * sum f P, summed over the switch layers of both stacks."""
+    """alpha * E * sum f P, summed over all switch layers."""
     router_z: Float[Tensor, ""]
 
 

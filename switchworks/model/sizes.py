@@ -17,6 +17,8 @@ def num_parameters(config: ModelConfig) -> int:
     switch attention E F (D + 2 H K) + E D + D H K in place of a self-attention
     norms            D              two, or three in a decoder block, and one per stack
     relative bias    buckets H      one per stack
+
+    A decoder-only model has one stack, of blocks like an encoder's.
     """
     return _parameters(config, experts_used=None)
 
@@ -42,20 +44,23 @@ def flops_per_sequence(config: ModelConfig, input_length: int, target_length: in
     the count behind the paper's Table 9: one expert per token, no router, norms or softmax, one of
     the two products of attention (q k and weights v), and cross-attention's keys and values over
     T positions. The published figures come out only so.
+
+    A decoder-only model runs the encoder's count over all N = L + T positions in place of the
+    first two lines: a causal mask hides half of attention's products but saves none of them.
     """
     L, T, D = input_length, target_length, config.d_model
     A = config.num_heads * config.d_kv
-    encoder = sum(
-        2 * L * _products(config, layer, False) + 2 * L * L * A
-        for layer in range(config.num_layers)
-    )
-    decoder = sum(
-        2 * T * (_products(config, layer, True) + _attention(config))
-        + 2 * T * T * A
-        + 2 * L * T * A
-        for layer in range(config.decoder_layers)
-    )
-    return round(encoder + decoder + 2 * T * D * config.vocab_size)
+    output = 2 * T * D * config.vocab_size
+    alone = config.decoder_only
+    N = L + T if alone else L
+    flops = 0.0
+    for layer in range(config.num_layers if alone else config.encoder_layers):
+        flops += 2 * N * _products(config, layer, decoder=alone) + 2 * N * N * A
+    for layer in range(0 if alone else config.decoder_layers):
+        cross = _attention(config)
+        flops += 2 * T * (_products(config, layer, decoder=True) + cross) + 2 * T * T * A
+        flops += 2 * L * T * A
+    return round(flops + output)
 
 
 def flops_per_token(config: ModelConfig, input_length: int, target_length: int) -> float:
@@ -71,18 +76,18 @@ def training_flops_per_token(config: ModelConfig, input_length: int, target_leng
 
 def _parameters(config: ModelConfig, *, experts_used: float | None) -> int:
     D, V = config.d_model, config.vocab_size
-    stacks = ((config.num_layers, False), (config.decoder_layers, True))
+    cross = not config.decoder_only
     blocks = sum(
         _self_attention(config, layer, decoder, experts_used)
-        + (_attention(config) if decoder else 0)
+        + (_attention(config) + D if decoder and cross else 0)
         + _feed_forward(config, layer, decoder, experts_used)
-        + (3 if decoder else 2) * D
-        for layers, decoder in stacks
+        + 2 * D
+        for layers, decoder in ((config.encoder_layers, False), (config.decoder_layers, True))
         for layer in range(layers)
     )
     per_stack = D + config.relative_buckets * config.num_heads
     embeddings = V * D * (1 if config.tied_head else 2)
-    return embeddings + blocks + 2 * per_stack
+    return embeddings + blocks + (2 if cross else 1) * per_stack
 
 
 def _attention(config: ModelConfig) -> int:

@@ -1,4 +1,7 @@
-"""The encoder-decoder: T5, with switch layers where the configuration asks for them.
+"""The model: T5, with switch layers where the configuration asks for them.
+
+An encoder and a decoder or, with `decoder_only`, the decoder alone as a causal language model:
+the same blocks without cross-attention, for which the inputs are what comes before the targets.
 
 Read last in `model/`. Pre-norm blocks: x + dropout(sublayer(norm(x))). Single-device code; what
 makes it larger or faster (meshes, kernels, compilation) is applied from outside.
@@ -24,6 +27,7 @@ from switchworks.model.attention import (
     hide,
     visible,
 )
+from switchworks.model.cache import DecoderCache, LayerCache
 from switchworks.model.config import ModelConfig
 from switchworks.model.init import initialise
 from switchworks.model.layers import FFN, RMSNorm, SharedDropout, look_up
@@ -51,7 +55,8 @@ class Memory(NamedTuple):
 
 
 class Block(nn.Module):
-    """Self-attention, for the decoder cross-attention, then a dense or sparse FFN."""
+    """Self-attention, cross-attention for the decoder beside an encoder, then an FFN. In a sparse
+    block the FFN, self-attention or both have experts."""
 
     def __init__(self, config: ModelConfig, *, sparse: bool, decoder: bool) -> None:
         super().__init__()
@@ -62,8 +67,9 @@ class Block(nn.Module):
             if routing is not None and routing.sparse_attention
             else Attention(config)
         )
-        self.cross_norm = RMSNorm(config.d_model, config.norm_epsilon) if decoder else None
-        self.cross_attention = Attention(config) if decoder else None
+        cross = decoder and not config.decoder_only
+        self.cross_norm = RMSNorm(config.d_model, config.norm_epsilon) if cross else None
+        self.cross_attention = Attention(config) if cross else None
         self.ffn_norm = RMSNorm(config.d_model, config.norm_epsilon)
         self.ffn = (
             _switch_ffn(config, causal=decoder)
@@ -78,7 +84,7 @@ class Block(nn.Module):
         bias: Float[Tensor, "#B H L M"],
         *,
         segments: Int[Tensor, "B L"] | None,
-        past: "LayerCache | None" = None,
+        past: LayerCache | None = None,
         memory: KeyValues | None = None,
         memory_bias: Float[Tensor, "B 1 #L M2"] | None = None,
     ) -> tuple[Float[Tensor, "B L D"], list[Routing]]:
@@ -125,30 +131,6 @@ class Stack(nn.Module):
         return cast("Iterator[Block]", iter(self.blocks))
 
 
-class LayerCache:
-    """Keys and values one decoder layer has seen, in buffers of a fixed length."""
-
-    def __init__(self, size: tuple[int, int, int, int], memory: KeyValues) -> None:
-        self.k = memory.k.new_zeros(size)  # B H T K
-        self.v = memory.v.new_zeros(size)
-        self.length = 0
-        self.memory = memory
-
-    def extend(self, new: KeyValues) -> KeyValues:
-        """Everything seen so far, `new` included."""
-        start, self.length = self.length, self.length + new.k.shape[2]
-        self.k[:, :, start : self.length] = new.k
-        self.v[:, :, start : self.length] = new.v
-        return KeyValues(self.k[:, :, : self.length], self.v[:, :, : self.length])
-
-
-class DecoderCache(NamedTuple):
-    """What decoding one token after another remembers."""
-
-    layers: list[LayerCache]
-    memory_bias: Float[Tensor, "B 1 1 M"] | None
-
-
 class SwitchTransformer(nn.Module):
     """T5 (1.0 or 1.1), or a Switch Transformer when `config.routing` is set.
 
@@ -165,7 +147,11 @@ class SwitchTransformer(nn.Module):
         with torch.device("meta"):  # so that nothing is drawn twice
             self.embedding = nn.Embedding(config.vocab_size, config.d_model)
             self.dropout = SharedDropout(config.dropout)
-            self.encoder = Stack(config, layers=config.num_layers, decoder=False)
+            self.encoder = (
+                None
+                if config.decoder_only
+                else Stack(config, layers=config.num_layers, decoder=False)
+            )
             self.decoder = Stack(config, layers=config.decoder_layers, decoder=True)
             self.head = (
                 None
@@ -182,7 +168,7 @@ class SwitchTransformer(nn.Module):
         self-attention "encoder.1.attention", which comes before its block's FFN."""
         layers: dict[str, SwitchFFN] = {}
         for name, stack in (("encoder", self.encoder), ("decoder", self.decoder)):
-            for number, block in enumerate(stack):
+            for number, block in enumerate(stack or ()):
                 if isinstance(block.self_attention, SwitchAttention):
                     layers[f"{name}.{number}.attention"] = block.self_attention.switch
                 if isinstance(block.ffn, SwitchFFN):
@@ -202,8 +188,13 @@ class SwitchTransformer(nn.Module):
 
         Id 0 is padding. Segment ids keep packed examples apart (see `Batch`). `padding=False`
         promises that there are neither padding nor segments, and saves the masks.
+
+        A decoder-only model reads inputs and targets as one text, of which only the targets
+        count in the loss: inputs are prompts, padded on either side, or have width 0.
         """
         _check(inputs, targets, input_segments, target_segments)
+        if self.encoder is None:
+            return self._continue(inputs, targets, target_segments, padding)
         memory = self.encode(inputs, segments=input_segments, padding=padding)
         if target_segments is None and padding:
             target_segments = (targets != 0).to(targets.dtype)
@@ -219,7 +210,12 @@ class SwitchTransformer(nn.Module):
         segments: Int[Tensor, "B L"] | None = None,
         padding: bool = True,
     ) -> Memory:
-        """The encoder's states for `inputs`."""
+        """The encoder's states for `inputs`. Raises ConfigError if there is no encoder."""
+        if self.encoder is None:
+            raise ConfigError(
+                "A decoder-only model has no encoder.\n"
+                "  Use read_prompts(inputs, max_length), then decode_next."
+            )
         if segments is None and padding:
             segments = (inputs != 0).to(inputs.dtype)
         x = self.dropout(look_up(self.embedding.weight, inputs))
@@ -240,34 +236,60 @@ class SwitchTransformer(nn.Module):
 
     def start_decoding(self, memory: Memory, max_length: int) -> DecoderCache:
         """An empty cache for up to `max_length` tokens: cross-attention is projected once."""
-        batch, _, _ = memory.states.shape
-        size = (batch, self.config.num_heads, max_length, self.config.d_kv)
-        layers = [LayerCache(size, block.project(memory)) for block in self.decoder]
+        layers = [
+            LayerCache(self._no_keys(memory.states, max_length), block.project(memory))
+            for block in self.decoder
+        ]
         if memory.segments is None:
-            return DecoderCache(layers, None)
+            return DecoderCache(layers)
         return DecoderCache(
             layers, hide((memory.segments != 0)[:, None, None], memory.states.dtype)
         )
+
+    def read_prompts(
+        self, prompts: Int[Tensor, "B L"], max_length: int
+    ) -> tuple[Float[Tensor, "B 1 V"], DecoderCache]:
+        """Decoder-only: the logits of what follows each prompt, read in one pass, and the cache.
+
+        The cache has room for `max_length` tokens more. Prompts may be padded with id 0 on either
+        side, down to none; a continuation does not depend on how far.
+        """
+        tokens = F.pad(align_right(prompts), (0, 1), value=1)  # stands for the token to come
+        segments = (tokens != 0).to(tokens.dtype)
+        x = look_up(self.embedding.weight, shift_right(tokens, segments))
+        length = tokens.shape[1]
+        prompt_bias = hide((segments != 0)[:, None, None], x.dtype)
+        layers = [LayerCache(self._no_keys(x, length + max_length - 1), None) for _ in self.decoder]
+        cache = DecoderCache(layers, prompt_bias=prompt_bias)
+        return self._decode_next(x, cache, segments)[:, -1:], cache
 
     def decode_next(
         self, tokens: Int[Tensor, "B T"], cache: DecoderCache
     ) -> Float[Tensor, "B T V"]:
         """Logits for the positions after `tokens`, which follow what `cache` has already seen."""
-        first, count = cache.layers[0].length, tokens.shape[1]
-        x = look_up(self.embedding.weight, tokens)
+        return self._decode_next(look_up(self.embedding.weight, tokens), cache, None)
+
+    def _decode_next(self, x: Tensor, cache: DecoderCache, segments: Tensor | None) -> Tensor:
+        first, count = cache.layers[0].length, x.shape[1]
         bias = self.decoder.relative_bias(count, first + count, first)
         if count > 1:
             bias = bias + hide(causal(count, first + count, x.device), bias.dtype)
+        if cache.prompt_bias is not None:
+            written = first + count - cache.prompt_bias.shape[-1]
+            bias = bias + F.pad(cache.prompt_bias, (0, written))
         for block, past in zip(self.decoder, cache.layers, strict=True):
             x, _ = block(
                 x,
                 bias,
-                segments=None,
+                segments=segments,
                 past=past,
                 memory=past.memory,
                 memory_bias=cache.memory_bias,
             )
         return self.logits(self.decoder.final_norm(x))
+
+    def _no_keys(self, like: Tensor, length: int) -> Float[Tensor, "B H T K"]:
+        return like.new_zeros(like.shape[0], self.config.num_heads, length, self.config.d_kv)
 
     def generate(
         self,
@@ -280,6 +302,8 @@ class SwitchTransformer(nn.Module):
         seed: int = 0,
     ) -> Int[Tensor, "B T"]:
         """The tokens the model writes for `inputs`: greedy at temperature 0, else sampled.
+
+        For a decoder-only model the inputs are prompts, and the tokens what follows them.
 
         A convenience for `switchworks.generate`, and the only place where the model looks up the
         ladder.
@@ -295,8 +319,25 @@ class SwitchTransformer(nn.Module):
             return self.head(x)
         return F.linear(x * self.config.d_model**-0.5, self.embedding.weight)
 
+    def _continue(
+        self, prompts: Tensor, targets: Tensor, segments: Tensor | None, padding: bool
+    ) -> Output:
+        """Decoder-only: `forward`."""
+        if segments is not None and prompts.shape[1]:
+            raise ConfigError(
+                f"{prompts.shape[1]} positions of inputs beside packed targets: a decoder-only "
+                "model reads a row as one text.\n"
+                "  Put each prompt before its own targets and give inputs of width 0."
+            )
+        tokens = torch.cat([align_right(prompts) if padding else prompts, targets], dim=1)
+        if segments is None and padding:
+            segments = (tokens != 0).to(tokens.dtype)
+        x, routing = self._decode(shift_right(tokens, segments), segments, None)
+        logits = self.logits(x[:, prompts.shape[1] :])
+        return Output(logits, self._losses(logits, targets, tuple(routing)), tuple(routing))
+
     def _decode(
-        self, tokens: Tensor, segments: Tensor | None, memory: Memory
+        self, tokens: Tensor, segments: Tensor | None, memory: Memory | None
     ) -> tuple[Tensor, list[Routing]]:
         """Teacher forcing: the decoder's states for every position, and its layers' reports."""
         length = tokens.shape[1]
@@ -305,6 +346,7 @@ class SwitchTransformer(nn.Module):
         memory_bias = None
         if segments is not None:
             seen = seen & visible(segments, segments)
+        if segments is not None and memory is not None:
             keys = memory.segments
             if keys is None:
                 keys = torch.ones(memory.states.shape[:2], dtype=segments.dtype).to(x.device)
@@ -316,7 +358,7 @@ class SwitchTransformer(nn.Module):
                 x,
                 bias,
                 segments=segments,
-                memory=block.project(memory),
+                memory=None if memory is None else block.project(memory),
                 memory_bias=memory_bias,
             )
             reports += report
@@ -360,6 +402,11 @@ def shift_right(
     if segments is None:
         return shifted
     return torch.where(segments == F.pad(segments[:, :-1], (1, 0), value=-1), shifted, 0)
+
+
+def align_right(prompts: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:
+    """Each row's tokens in their order behind its padding (id 0), wherever that stood before."""
+    return prompts.gather(1, (prompts != 0).to(torch.uint8).argsort(dim=1, stable=True))
 
 
 def _switch_ffn(config: ModelConfig, *, causal: bool) -> SwitchFFN:

@@ -18,6 +18,8 @@ RECIPES: dict[str, Recipe] = {
         tiny.tiny,
         quickstart.quickstart,
         quickstart.quickstart_dense,
+        quickstart.quickstart_lm,
+        quickstart.quickstart_lm_dense,
         quickstart.text_folder,
         quickstart.speedup,
         quickstart.speedup_dense,

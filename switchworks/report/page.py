@@ -15,7 +15,7 @@ from switchworks.report.runs import Run, Sample, baseline, last_part
 from switchworks.report.style import SCRIPT, STYLE
 
 SAMPLE_STEPS = 8
-"""Most steps whose fill-ins are shown: the newest, the first and some between."""
+"""Most steps whose samples are shown: the newest, the first and some between."""
 
 _HOLE = re.compile(r"<extra_id_(\d+)>")
 
@@ -290,23 +290,51 @@ def _samples(run: Run, *, several: bool) -> str:
     steps = list(dict.fromkeys(sample.step for sample in run.samples))
     places = {round(i * (len(steps) - 1) / (SAMPLE_STEPS - 1)) for i in range(SAMPLE_STEPS)}
     shown = [steps[place] for place in sorted(places)] if len(steps) > SAMPLE_STEPS else steps
+    continued = run.settings.get("model.decoder_only") is True
     parts = []
     for step in shown:
-        texts = [_filled(sample) for sample in run.samples if sample.step == step]
-        right, holes = sum(text[1] for text in texts), sum(text[2] for text in texts)
+        samples = [sample for sample in run.samples if sample.step == step]
+        said, texts = _continuations(samples) if continued else _fill_ins(samples)
         parts.append(
             f'<details class="card"{" open" if step == steps[0] else ""}><summary>After step '
-            f"{step:,}: {right} of {holes} holes as in the original</summary>"
-            + "".join(text[0] for text in texts)
-            + "</details>"
+            f"{step:,}{said}</summary>{texts}</details>"
         )
-    title = "Held-out text, filled in" + (f": {run.name}" if several else "")
-    return (
-        f'<section><h2>{escape(title)}</h2><p class="soft">The model saw the text without the '
-        'marked words. <mark class="right">its guess</mark> was the original; '
-        "<mark>its guess</mark><ins>original</ins> was not. Many other fillings make sense too."
-        f"</p>{''.join(parts)}</section>"
-    )
+    title, said = _CONTINUED if continued else _FILLED_IN
+    title += f": {run.name}" if several else ""
+    return f'<section><h2>{escape(title)}</h2><p class="soft">{said}</p>{"".join(parts)}</section>'
+
+
+_FILLED_IN = (
+    "Held-out text, filled in",
+    'The model saw the text without the marked words. <mark class="right">its guess</mark> was the '
+    "original; <mark>its guess</mark><ins>original</ins> was not. Many other fillings make sense "
+    "too.",
+)
+_CONTINUED = (
+    "Held-out text, continued",
+    "The model read the beginning and wrote <mark>what follows</mark>; <ins>the original</ins> "
+    "went on otherwise, as good texts may.",
+)
+
+
+def _continuations(samples: Sequence[Sample]) -> tuple[str, str]:
+    """Nothing to count, and each prompt with what was written and what stood there, as HTML."""
+    texts = []
+    for sample in samples:
+        written = escape(sample.prediction.strip()) or "(nothing)"
+        space = " " if sample.prediction[:1].isspace() else ""  # else it goes on inside a word
+        texts.append(
+            f'<div class="text">{escape(sample.inputs)}{space}<mark>{written}</mark>'
+            f"<ins>{escape(sample.truth.strip())}</ins></div>"
+        )
+    return "", "".join(texts)
+
+
+def _fill_ins(samples: Sequence[Sample]) -> tuple[str, str]:
+    """How many holes are as in the original, and the texts, as HTML."""
+    texts = [_filled(sample) for sample in samples]
+    right, holes = sum(text[1] for text in texts), sum(text[2] for text in texts)
+    return f": {right} of {holes} holes as in the original", "".join(text[0] for text in texts)
 
 
 def _filled(sample: Sample) -> tuple[str, int, int]:

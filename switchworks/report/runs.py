@@ -22,7 +22,10 @@ LAST_PART = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One held-out text after `step` steps: holes are `<extra_id_0>`, `<extra_id_1>`, ..."""
+    """One held-out text after `step` steps: holes are `<extra_id_0>`, `<extra_id_1>`, ...
+
+    From a decoder-only model: a prompt, and the original and written continuations of it.
+    """
 
     step: int
     inputs: str

@@ -57,7 +57,8 @@ class Experiment:
     """The last step is always validated, unless this is 0."""
     validation_batches: int = 8
     sample_every: int = 0
-    """Steps between two sets of fill-ins of held-out text; also after the last step."""
+    """Steps between two sets of held-out texts filled in or, by a decoder-only model, continued;
+    also after the last step."""
     checkpoint_every: int = 500
     """The last step always has a checkpoint, and so has one that a signal ended."""
     keep_checkpoints: int = 2
@@ -72,6 +73,7 @@ class Experiment:
         for name in _CADENCES:
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} = {getattr(self, name)} must be 0 (never) or more.")
+        self._check_objective()
         self._check_rows()
         self._check_groups()
 
@@ -81,10 +83,28 @@ class Experiment:
         return self.batch_size // (self.micro_batches * self.mesh.data * self.mesh.expert)
 
     @property
-    def group_tokens(self) -> tuple[int, int]:
-        """Tokens that compete for the same slots, in encoder and decoder layers."""
+    def group_tokens(self) -> dict[str, int]:
+        """Tokens that compete for the same slots, in the layers of each stack there is."""
         rows = 1 if self.model.routing is None else self.model.routing.group_sequences
-        return rows * self.data.input_length, rows * self.data.target_length
+        decoder = {"decoder": rows * self.data.target_length}
+        if self.model.decoder_only:
+            return decoder
+        return {"encoder": rows * self.data.input_length} | decoder
+
+    def _check_objective(self) -> None:
+        causal = self.data.objective == "causal"
+        if self.model.decoder_only and not causal:
+            length = self.data.input_length + self.data.target_length
+            raise ConfigError(
+                "data.objective = 'span_corruption' needs an encoder, and model.decoder_only has "
+                f"none.\n  Set --data.objective causal --data.input-length 0 --data.target-length "
+                f"{length}."
+            )
+        if causal and not self.model.decoder_only:
+            raise ConfigError(
+                "data.objective = 'causal' gives an encoder nothing to read.\n"
+                "  Set --model.decoder-only, or --data.objective span_corruption."
+            )
 
     def _check_rows(self) -> None:
         parts = self.micro_batches * self.mesh.data * self.mesh.expert
@@ -106,9 +126,9 @@ class Experiment:
                 f"groups of {rows} rows.\n  Set routing.group_sequences to a divisor of "
                 f"{self.micro_batch_size}, or change batch_size or micro_batches."
             )
-        for where, tokens in zip(("encoder", "decoder"), self.group_tokens, strict=True):
+        for where, tokens in self.group_tokens.items():
             if tokens < routing.experts:
-                need = math.ceil(routing.experts * rows / min(self.group_tokens))
+                need = math.ceil(routing.experts * rows / min(self.group_tokens.values()))
                 raise ConfigError(
                     f"A routing group of {tokens} {where} tokens ({rows} rows) cannot occupy "
                     f"{routing.experts} experts.\n  Set routing.group_sequences to {need} or more "

@@ -62,20 +62,22 @@ def memory(experiment: Experiment, parameters: int) -> dict[str, int]:
 
 
 def capacities(experiment: Experiment) -> dict[str, Any] | None:
-    """How many tokens share how many slots in encoder and decoder; None for a dense model."""
+    """How many tokens share how many slots in each stack; None for a dense model."""
     routing = experiment.model.routing
     if routing is None:
         return None
     return {
         "experts": routing.experts,
-        "switch_layers": sum(map(experiment.model.is_sparse, range(experiment.model.num_layers)))
+        "switch_layers": sum(
+            map(experiment.model.is_sparse, range(experiment.model.encoder_layers))
+        )
         + sum(map(experiment.model.is_sparse, range(experiment.model.decoder_layers))),
         **{
             where: {
                 "group_tokens": tokens,
                 "slots_per_expert": routing.capacity(tokens, training=True),
             }
-            for where, tokens in zip(("encoder", "decoder"), experiment.group_tokens, strict=True)
+            for where, tokens in experiment.group_tokens.items()
         },
     }
 
@@ -101,7 +103,7 @@ def as_text(figures: dict[str, Any]) -> str:
         lines.append(
             f"  switch layers      {routing['switch_layers']}, {routing['experts']} experts each"
         )
-        for where in ("encoder", "decoder"):
+        for where in (stack for stack in ("encoder", "decoder") if stack in routing):
             slots = routing[where]["slots_per_expert"]
             lines.append(
                 f"  {where:<18} {routing[where]['group_tokens']} tokens compete for "

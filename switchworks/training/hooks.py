@@ -1,17 +1,21 @@
-"""What happens beside training: progress, validation, fill-ins, checkpoints."""
+"""What happens beside training: progress, validation, samples of text, checkpoints."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from switchworks.batch import Batch
 from switchworks.checkpoint.training_state import Checkpoints
 from switchworks.data.tokenizer import Tokenizer
 from switchworks.evaluate.perplexity import mean_nats
 from switchworks.generate import generate
+from switchworks.generate.continuation import continuation
 from switchworks.generate.fill_in import fill, parse_fills
 from switchworks.training.recorder import Recorder
 from switchworks.training.state import TrainState
@@ -133,7 +137,10 @@ class Validate:
 
 
 class Samples:
-    """Every `every` steps the model fills the holes in the same pieces of held-out text."""
+    """Every `every` steps the model fills the holes in the same pieces of held-out text.
+
+    A decoder-only model continues them: it gets the first half of each row's longest piece.
+    """
 
     def __init__(
         self, recorder: Recorder, every: int, batch: Batch, tokenizer: Tokenizer, show: int = 1
@@ -157,21 +164,61 @@ class Samples:
 
     def _write(self, state: TrainState) -> None:
         self._done = state.step
-        device = state.model.embedding.weight.device
-        answers = generate(
-            state.model, self.batch.inputs.to(device), max_length=self.batch.targets.shape[1]
-        )
-        for row, answer in enumerate(answers):
-            sample = {
-                "step": state.step,
+        continues = state.model.config.decoder_only
+        samples = self._continuations(state) if continues else self._fill_ins(state)
+        for row, sample in enumerate(samples):
+            self.recorder.write_sample({"step": state.step} | sample)
+            if row < self.show:
+                print(f"step {state.step}  {_in_a_line(sample, continues)}", flush=True)
+
+    def _fill_ins(self, state: TrainState) -> list[dict[str, str]]:
+        answers = self._generate(state, self.batch.inputs, self.batch.targets.shape[1])
+        return [
+            {
                 "inputs": self.tokenizer.decode(self.batch.inputs[row].tolist()),
                 "truth": self.tokenizer.decode(self.batch.targets[row].tolist()),
-                "prediction": self.tokenizer.decode(answer.tolist()),
+                "prediction": self.tokenizer.decode(answer),
             }
-            self.recorder.write_sample(sample)
-            if row < self.show:
-                text = fill(sample["inputs"], parse_fills(sample["prediction"]))
-                print(f"step {state.step}  fill-in: {text[:300]} ...", flush=True)
+            for row, answer in enumerate(answers)
+        ]
+
+    def _continuations(self, state: TrainState) -> list[dict[str, str]]:
+        texts = longest_pieces(self.batch)
+        halves = [(text[: len(text) // 2], text[len(text) // 2 :]) for text in texts]
+        prompts = pad_sequence([prompt for prompt, _ in halves], batch_first=True)
+        answers = self._generate(state, prompts, max(len(rest) for _, rest in halves))
+        return [
+            {
+                "inputs": self.tokenizer.decode(prompt.tolist()),
+                "truth": continuation(self.tokenizer, prompt.tolist(), rest.tolist()),
+                "prediction": continuation(self.tokenizer, prompt.tolist(), answer[: len(rest)]),
+            }
+            for (prompt, rest), answer in zip(halves, answers, strict=True)
+        ]
+
+    def _generate(self, state: TrainState, inputs: Tensor, max_length: int) -> list[list[int]]:
+        device = state.model.embedding.weight.device
+        return generate(state.model, inputs.to(device), max_length=max_length).tolist()
+
+
+def _in_a_line(sample: Mapping[str, str], continues: bool) -> str:
+    if continues:
+        beginning, rest = (" ".join(sample[name].split()) for name in ("inputs", "prediction"))
+        return f"continued: ... {beginning[-150:]} [{rest[:150]}] ..."
+    return f"fill-in: {fill(sample['inputs'], parse_fills(sample['prediction']))[:300]} ..."
+
+
+def longest_pieces(batch: Batch) -> list[Int[Tensor, "T"]]:
+    """Per row the targets of its longest packed example, without padding; the first if several."""
+    segments = batch.target_segments
+    if segments is None:
+        segments = (batch.targets != 0).long()
+    pieces = []
+    for row, of in zip(batch.targets, segments, strict=True):
+        sizes = torch.bincount(of)
+        sizes[0] = 0  # padding is no example
+        pieces.append(row[of == sizes.argmax()])
+    return pieces
 
 
 class SaveCheckpoints:
@@ -200,7 +247,7 @@ class SaveCheckpoints:
 def first_rows(batch: Batch, rows: int) -> Batch:
     """The first `rows` rows of a batch."""
 
-    def cut(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    def cut(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor[:rows]
 
     return Batch(
