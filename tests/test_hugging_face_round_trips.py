@@ -120,6 +120,7 @@ def count_for(layers: int, every: int) -> int:
 
 def ours_of(kind: str, shape: dict[str, int], sparse: dict[str, int]) -> SwitchTransformer:
     """A random model of ours that transformers can express as `kind`."""
+    torch.manual_seed(0)
     routing = RoutingConfig(**sparse, jitter=0.0) if kind.startswith("switch") else None
     config = ModelConfig(
         **shape,
