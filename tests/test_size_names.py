@@ -11,6 +11,7 @@ from switchworks.cli import main
 from switchworks.config import ConfigError
 from switchworks.model import ModelConfig
 from switchworks.model.sizes import flops_per_sequence, num_parameters
+from switchworks.optim import OptimConfig
 from switchworks.recipes import RECIPES, find_recipe
 from switchworks.recipes.sizes import FAMILIES, SIZES
 
@@ -141,6 +142,15 @@ def test_every_size_is_a_recipe_of_its_own_name(name):
     assert (experiment.name, experiment.model) == (name, SIZES[name])
     tokens = experiment.batch_size * experiment.data.input_length
     assert tokens == 2**20
+
+
+def test_a_size_is_trained_on_c4_as_the_paper_says():
+    """Fedus et al. 2021, section 4.1: 550k steps of 2^20 tokens; Adafactor at T5's rate."""
+    experiment = find_recipe("switch_base_128")()
+    assert (experiment.steps, experiment.batch_size) == (550_000, 2048)
+    assert experiment.optim == OptimConfig()
+    assert (experiment.data.dataset, experiment.data.dataset_config) == ("allenai/c4", "en")
+    assert replace(find_recipe("c4_base_128")(), name="switch_base_128") == experiment
 
 
 def test_the_released_spelling_of_a_size_is_understood():
