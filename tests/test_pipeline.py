@@ -172,7 +172,9 @@ def test_rows_at_the_default_lengths_are_t5s() -> None:
     for inputs, targets in zip(batch.inputs.tolist(), batch.targets.tolist(), strict=True):
         assert inputs[-1] == targets[-1] == 1
         spans = list(range(32_099, 32_099 - 28, -1))
-        assert [id for id in inputs if id > 31_999] == [id for id in targets if id > 31_999] == spans
+        assert (
+            [id for id in inputs if id > 31_999] == [id for id in targets if id > 31_999] == spans
+        )
         found = sorted(id for id in inputs + targets if 1 < id < 32_000)
         assert found == list(range(found[0], found[0] + 568))
 
