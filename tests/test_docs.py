@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 
-def tests_in(file: str) -> set[str]:
+def functions_of(file: str) -> set[str]:
     """The names of the test functions of `tests/file`; none if there is no such file."""
     path = ROOT / "tests" / file
     if not path.exists():
@@ -19,7 +19,7 @@ def tests_in(file: str) -> set[str]:
     return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
 
 
-def tests_named_in(page: Path) -> set[tuple[str, str]]:
+def named_in(page: Path) -> set[tuple[str, str]]:
     """(file, function) of every `test_x.py::test_y`, and of every test_x: `y`, `z`."""
     text = page.read_text(encoding="utf-8")
     named = set(re.findall(r"(test_\w+\.py)::(\w+)", text))
@@ -31,16 +31,14 @@ def tests_named_in(page: Path) -> set[tuple[str, str]]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_test_that_a_page_names_exists(page):
     missing = [
-        f"{file}::{name}"
-        for file, name in sorted(tests_named_in(page))
-        if name not in tests_in(file)
+        f"{file}::{name}" for file, name in sorted(named_in(page)) if name not in functions_of(file)
     ]
     assert not missing
 
 
 @pytest.mark.parametrize("page", ["paper.md", "statements.md"])
 def test_the_two_pages_about_the_paper_name_tests(page):
-    assert len(tests_named_in(ROOT / "docs" / page)) > 20
+    assert len(named_in(ROOT / "docs" / page)) > 20
 
 
 def test_every_statement_has_a_test_or_says_what_is_missing():
