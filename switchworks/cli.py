@@ -26,12 +26,13 @@ USAGE = """usage: switchworks VERB ...
                       data, tokenizer, training, model and report
   prepare RECIPE      tokenizer and token store ahead of time
   explain RECIPE      parameters, FLOPs, memory and capacity; runs nothing
+                      (RECIPE may be a size: explain switch-base-128)
   generate PATH TEXT  fill the holes <extra_id_0>, <extra_id_1>, ... of a text, or continue it
   evaluate PATH       held-out loss of a trained model
   report RUN_DIR ...  one HTML page from one or several runs
   convert SRC DST     Hugging Face directory <-> switchworks directory
                       [--upcycle E: a dense model made sparse]
-  recipes             what there is to train
+  recipes             what there is to train, and the sizes of the papers
 
 `switchworks VERB --help` lists the flags of a verb, `switchworks train RECIPE --help` all
 settings of a recipe with their values. --debug, after the verb, shows tracebacks."""
@@ -158,11 +159,21 @@ def _upcycle(flags: "ConvertFlags", experts: int) -> int:
 
 def _recipes(words: list[str]) -> int:
     _parse(NoFlags, "recipes", words)
-    from switchworks.recipes import RECIPES
+    from switchworks.model.sizes import num_parameters
+    from switchworks.recipes import GROUPS
+    from switchworks.recipes.sizes import FAMILIES
+    from switchworks.training.explain import count
 
-    for name, recipe in RECIPES.items():
-        first_line = (recipe.__doc__ or "").partition("\n")[0]
-        print(f"{name:<18} {first_line}")
+    for heading, recipes in GROUPS.items():
+        print(f"{heading}:")
+        for recipe in recipes:
+            print(f"  {recipe.__name__:<18} {(recipe.__doc__ or '').partition(chr(10))[0]}")
+        print()
+    print("Sizes, each a recipe too: that model on C4 (mT5: on your own text):")
+    for family, sizes in FAMILIES.items():
+        print(f"  {family}")
+        for name, model in sizes.items():
+            print(f"    {name:<18} {count(num_parameters(model)):>8}")
     return 0
 
 

@@ -104,6 +104,17 @@ def test_expert_dropout_zeroes_hidden_activations_in_training(counts):
     assert (y[0] != y[1]).any()  # tokens do not share a mask
 
 
+@pytest.mark.parametrize("counts", [None, [50, 50]])
+def test_expert_dropout_stands_between_the_two_matrices(counts):
+    """Fedus et al. 2021, section 2.4. Each output below adds up the same hidden values, so what is
+    dropped is dropped from all of a token's outputs alike."""
+    experts = identity_experts(dropout=0.4)
+    torch.nn.init.ones_(experts.w_out)
+    y = experts(Inbox(torch.ones(100, 64), counts))
+    torch.testing.assert_close(y, y[:, :1].expand_as(y))
+    assert 30 < y.min() < y.max() < 100  # 64, give or take: some hidden values, not all or none
+
+
 def test_expert_dropout_is_for_training_only():
     experts, x = identity_experts(dropout=0.4).eval(), torch.ones(10, 64)
     assert torch.equal(experts(Inbox(x, None)), x)

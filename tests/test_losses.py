@@ -1,5 +1,7 @@
 """Every loss against its equation, its range and torch's own arithmetic."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -58,17 +60,22 @@ def test_the_balance_loss_is_that_of_transformers_for_one_group():
 
 
 def test_the_balance_loss_does_not_see_who_is_dropped():
-    """Fedus et al. 2021, equation 5: f counts what tokens want, before capacity."""
-    x = torch.randn(2, 12, 8)
+    """Fedus et al. 2021, equation 5: f counts what tokens want, before capacity. 8 want expert 0
+    and 4 expert 1; with two slots each, what is served would be even."""
+    x = F.one_hot(torch.tensor([[0] * 8 + [1] * 4]), 3).float()
     reports = []
-    for factor in (0.25, 1.25, None):
+    for factor in (0.5, 1.25, None):
         layer = SwitchFFN(
-            8, 8, RoutingConfig(experts=3, capacity_factor=factor, min_capacity=1, jitter=0.0)
+            3, 8, RoutingConfig(experts=3, capacity_factor=factor, min_capacity=1, jitter=0.0)
         )
-        torch.nn.init.ones_(layer.router.weight)  # ties: all to expert 0
+        layer.router.weight.data = torch.eye(3)
         reports.append(layer(x)[1])
-    assert reports[0].dropped > 0.5
-    assert reports[0].balance == reports[1].balance == reports[2].balance
+    assert [round(12 * report.dropped.item()) for report in reports] == [8, 3, 0]
+    likely = math.e / (math.e + 2)  # of the expert a token wants; the other two share the rest
+    P = [(8 * likely + 4 * (1 - likely) / 2) / 12, (4 * likely + 8 * (1 - likely) / 2) / 12]
+    for report in reports:
+        assert report.balance.item() == pytest.approx(3 * (8 / 12 * P[0] + 4 / 12 * P[1]))
+        assert report.load.tolist() == pytest.approx([8 / 12, 4 / 12, 0])
 
 
 def test_the_balance_loss_pulls_at_probabilities_with_the_strength_of_the_load():

@@ -6,6 +6,15 @@ from switchworks.config import ConfigError, from_dict
 from switchworks.model import ModelConfig, RoutingConfig, SwitchFFN
 
 
+def test_what_is_not_set_is_as_the_paper_has_it():
+    """Fedus et al. 2021, sections 2.2 and 2.4 and table 9; Mesh-TF for jitter, minimum, z-loss."""
+    routing, model = RoutingConfig(), ModelConfig()
+    assert (routing.every, routing.capacity_factor, routing.min_capacity) == (2, 1.25, 4)
+    assert (routing.balance_weight, routing.z_weight, routing.jitter) == (0.01, 0.0, 0.01)
+    assert (model.init_scale, model.z_loss, model.dropout) == (0.1, 1e-4, 0.0)
+    assert (model.relative_buckets, model.relative_max_distance) == (32, 128)
+
+
 @pytest.mark.parametrize(("factor", "slots"), [(1.0, 2), (1.5, 3)])
 def test_capacity_is_that_of_the_worked_example(factor, slots):
     """Fedus et al. 2021, figure 3: 6 tokens, 3 experts."""

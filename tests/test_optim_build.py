@@ -134,6 +134,14 @@ def test_the_floor_of_relative_biases_lets_them_and_nothing_else_move_by_the_rat
     assert same(moved[2.0], moved[1e-3])
 
 
+def test_the_optimizer_that_is_not_configured_is_t5s():
+    """Mesh-TF `optimize.py` and T5's gin files; Table 9's models trained with it."""
+    config = OptimConfig()
+    assert (config.name, config.betas[0], config.decay_exponent) == ("adafactor", 0.0, 0.8)
+    assert (config.clip_update, config.parameter_scale, config.min_factored_dim) == (1.0, True, 128)
+    assert (config.relative_bias_floor, config.weight_decay, config.clip_norm) == (1e-3, 0.0, None)
+
+
 def test_adafactor_gets_every_setting():
     config = OptimConfig(
         betas=(0.5, 0.0),

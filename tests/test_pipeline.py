@@ -160,6 +160,32 @@ def test_stream_rows_are_full_and_say_so() -> None:
     assert bool(batch.targets.all())
 
 
+class T5Ids:
+    """T5's vocabulary: 32000 pieces, then 100 sentinels of which the highest id comes first."""
+
+    eos_id = 1
+    num_sentinels = 100
+
+    def sentinel(self, index: int) -> int:
+        return 32_099 - index
+
+
+def test_rows_at_the_default_lengths_are_t5s() -> None:
+    """568 tokens become 512 inputs and 114 targets, both with EOS, sentinels from 32099 down."""
+    store = MemoryStore(6000)
+    store.tokens = lambda start, stop: np.arange(start, stop, dtype=np.int32) + 100  # under 32000
+    batch = Pipeline(DataConfig(prefetch=0), store, T5Ids(), batch_size=2, seed=0).batch(0)
+    assert (batch.inputs.shape, batch.targets.shape) == ((2, 512), (2, 114))
+    for inputs, targets in zip(batch.inputs.tolist(), batch.targets.tolist(), strict=True):
+        assert inputs[-1] == targets[-1] == 1
+        spans = list(range(32_099, 32_099 - 28, -1))
+        assert (
+            [id for id in inputs if id > 31_999] == [id for id in targets if id > 31_999] == spans
+        )
+        found = sorted(id for id in inputs + targets if 1 < id < 32_000)
+        assert found == list(range(found[0], found[0] + 568))
+
+
 def test_a_window_seen_again_is_hidden_elsewhere() -> None:
     pipeline = _pipeline(store=MemoryStore(RAW), batch_size=2)  # one window, so all rows are it
     batch = pipeline.batch(0)

@@ -103,6 +103,19 @@ def test_what_padding_holds_changes_nothing():
         torch.testing.assert_close(getattr(routing, field), getattr(other, field))
 
 
+@pytest.mark.parametrize("padding", [1, 5])
+def test_more_padding_leaves_the_answers_to_real_tokens_at_one_capacity(padding):
+    """Mesh-TF `moe.py`, in training and with drops; the capacity is 2 whatever the length."""
+    layer, x = new_layer(capacity_factor=0.01, min_capacity=2), torch.randn(2, 9, D)
+    longer = torch.cat([x, torch.randn(2, padding, D)], dim=1)
+    real = torch.arange(9 + padding).expand(2, -1) < 9
+    (y, routing), (padded, with_padding) = layer(x), layer(longer, real)
+    assert routing.dropped > 0
+    torch.testing.assert_close(padded[:, :9], y)
+    assert padded[:, 9:].abs().sum() == 0
+    torch.testing.assert_close(with_padding.loss, routing.loss)
+
+
 def test_without_a_mask_every_token_is_real():
     layer, x = new_layer(), torch.randn(2, 6, D)
     everything = torch.ones(2, 6, dtype=torch.bool)
@@ -133,6 +146,19 @@ def test_a_bfloat16_layer_routes_by_the_order_of_float32():
     assert y.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("name", DISPATCHERS)
+def test_what_experts_receive_and_answer_is_bfloat16(name):
+    """Fedus et al. 2021, section 2.4: float32 stays where the router is, and does not travel."""
+    layer = new_layer().bfloat16()
+    layer.dispatcher = DISPATCHERS[name]
+    seen = []
+    layer.experts.register_forward_hook(
+        lambda _, arguments, answer: seen.append((arguments[0].tokens.dtype, answer.dtype))
+    )
+    layer(torch.randn(2, 6, D).bfloat16())
+    assert seen == [(torch.bfloat16, torch.bfloat16)]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_jitter_reaches_the_router_and_not_the_expert(dtype):
     """Mesh-TF `switch_jitter`. With one expert p = 1 whatever the noise, so y shows its input."""
@@ -141,6 +167,18 @@ def test_jitter_reaches_the_router_and_not_the_expert(dtype):
     before = x.clone()
     assert torch.equal(layer(x)[0], layer.eval()(x)[0])
     assert torch.equal(x, before)
+
+
+def test_the_noise_of_the_paper_is_drawn_for_every_number_of_every_token():
+    """Mesh-TF `switch_jitter`, 1e-2. The router below answers with the input it sees, ones."""
+    layer = SwitchFFN(D, 16, RoutingConfig(experts=D))
+    layer.router.weight.data = torch.eye(D)
+    noise = layer.router(torch.ones(2, 500, D))
+    assert 0.99 <= noise.min() < 0.9901
+    assert 1.0099 < noise.max() <= 1.01
+    assert noise.mean().item() == pytest.approx(1, abs=5e-4)
+    assert noise.std().item() == pytest.approx(0.01 / 3**0.5, rel=0.05)
+    assert noise.unique().numel() > 0.98 * noise.numel()  # float32 has 250,000 values there
 
 
 def test_jitter_changes_routing_in_training_and_never_in_evaluation():

@@ -174,6 +174,60 @@ def test_decoding_without_gradients_equals_teacher_forcing_with_them(config):
     assert_close(logits, expected)
 
 
+def crowd(model: SwitchTransformer) -> None:
+    """Send every token of `model` to expert 0: all scores are equal, and the first wins."""
+    for layer in model.switch_layers.values():
+        torch.nn.init.zeros_(layer.router.weight)
+
+
+def test_cached_decoding_drops_nothing_however_crowded_an_expert_is():
+    """A capacity per step would not be that of the whole; so evaluation has none."""
+    config = with_routing(SPARSE, capacity_factor=0.1, min_capacity=1)
+    model, inputs, targets = evaluated(config), tokens(3, 7), tokens(3, 9)
+    crowd(model)
+    whole = model(inputs, targets)
+    assert all(report.dropped == 0 for report in whole.routing)
+    cache = model.start_decoding(model.encode(inputs), max_length=9)
+    steps = shift_right(targets, None).split(1, dim=1)
+    logits = torch.cat([model.decode_next(step, cache) for step in steps], dim=1)
+    assert_close(logits, whole.logits)
+
+
+@pytest.mark.parametrize("changed", [2, 5])
+def test_in_training_who_is_dropped_does_not_tell_of_later_targets(changed):
+    """Fedus et al. 2021, section 2.2: dropping is causal, or the decoder would see what it is to
+    predict."""
+    config = with_routing(SPARSE, jitter=0.0, capacity_factor=0.5, min_capacity=1, every=1)
+    model, inputs, targets = SwitchTransformer(config), tokens(2, 8), tokens(2, 8)
+    other = targets.clone()
+    other[:, changed:] = 1 + other[:, changed:] % (V - 1)
+    before, after = model(inputs, targets), model(inputs, other)
+    assert all(report.dropped > 0 for report in before.routing)
+    assert_close(after.logits[:, : changed + 1], before.logits[:, : changed + 1])
+
+
+def test_a_block_hands_on_a_dropped_token_as_it_came():
+    """Fedus et al. 2021, section 2.2. Its attention is silenced: what is left is the FFN."""
+    config = with_routing(SPARSE, jitter=0.0, capacity_factor=1.0, min_capacity=1)
+    model = SwitchTransformer(config)
+    crowd(model)
+    block, x = model.encoder.blocks[1], torch.randn(1, 6, 16)
+    torch.nn.init.zeros_(block.self_attention.o.weight)
+    y, _ = block(x, model.encoder.relative_bias(6, 6), segments=None)
+    assert (y[:, :2] != x[:, :2]).any(-1).all()  # int(6 * 1.0 / 3) slots
+    assert torch.equal(y[:, 2:], x[:, 2:])
+
+
+def test_padding_takes_no_slot_in_the_model_either():
+    """Mesh-TF `moe.py`. Padding stands first, where it would take the only slots."""
+    config = with_routing(SPARSE, jitter=0.0, capacity_factor=0.1, min_capacity=2)
+    model, inputs = SwitchTransformer(config), tokens(1, 6)
+    crowd(model)
+    inputs[0, :4] = 0
+    reports = model(inputs, tokens(1, 2)).routing
+    assert [report.dropped.item() for report in reports] == [0, 0]
+
+
 def train_step(model: SwitchTransformer, rows: int = 4) -> Output:
     output = model(padded(tokens(rows, 10), 12), padded(tokens(rows, 8), 9))
     output.losses.total.backward()

@@ -1,20 +1,22 @@
 """Recipes: functions that return a complete Experiment.
 
 A recipe's docstring says what it is, what it needs, and what was measured or that nothing was.
+The name of a size (`sizes.py`) is a recipe too: that model, trained as its paper did.
 """
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 
 from switchworks.config import ConfigError
-from switchworks.recipes import c4, quickstart, tiny
+from switchworks.recipes import c4, mt5, quickstart, tiny
+from switchworks.recipes.sizes import MT5, SIZES
 from switchworks.training.experiment import Experiment
 
 Recipe = Callable[[], Experiment]
 
-RECIPES: dict[str, Recipe] = {
-    recipe.__name__: recipe
-    for recipe in (
+GROUPS: dict[str, tuple[Recipe, ...]] = {
+    "On this machine": (
         tiny.tiny,
         quickstart.quickstart,
         quickstart.quickstart_dense,
@@ -23,6 +25,8 @@ RECIPES: dict[str, Recipe] = {
         quickstart.text_folder,
         quickstart.speedup,
         quickstart.speedup_dense,
+    ),
+    "The paper's models on C4": (
         c4.c4_t5_base,
         c4.c4_base_8,
         c4.c4_base_16,
@@ -33,21 +37,31 @@ RECIPES: dict[str, Recipe] = {
         c4.c4_large_128,
         c4.c4_xxl_128,
         c4.c4_switch_c,
-    )
+    ),
+}
+"""What `switchworks recipes` lists, under these headings."""
+
+RECIPES: dict[str, Recipe] = {
+    recipe.__name__: recipe for group in GROUPS.values() for recipe in group
 }
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe called `name`, or the function behind `module:function`.
+    """The recipe called `name`, that of the size `name`, or the function behind `module:function`.
 
-    Raises ConfigError with the names there are.
+    A size may be spelled as its checkpoint is: switch-base-8. Raises ConfigError with the names
+    there are.
     """
     if name in RECIPES:
         return RECIPES[name]
+    size = name.replace("-", "_")
+    if size in SIZES:
+        return partial(mt5.on_own_text if size in MT5 else c4.on_c4, size, SIZES[size])
     module, _, function = name.partition(":")
     if not function:
         raise ConfigError(
             f"There is no recipe {name!r}. Recipes: {', '.join(RECIPES)}.\n"
+            "  Names of sizes are recipes too; `switchworks recipes` lists them.\n"
             "  Your own: module:function, a function that returns an Experiment."
         )
     try:

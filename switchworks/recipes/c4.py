@@ -1,5 +1,6 @@
 """The paper's models on C4 (Table 9, Figures 4 to 6). None has been run end to end here.
 
+Every other size can be trained the same way, under its own name: `switchworks train t5_small`.
 They read `allenai/c4` from the Hub as a stream; `--data.path` takes a local copy instead and
 `--data.tokenizer` an existing `spiece.model`. Batches are the paper's 2^20 tokens, cut into
 micro-batches that one large accelerator can hold.
@@ -8,61 +9,62 @@ micro-batches that one large accelerator can hold.
 from switchworks.data.config import DataConfig
 from switchworks.model import ModelConfig
 from switchworks.optim.config import OptimConfig
-from switchworks.recipes.sizes import SWITCH_C, T5_BASE, T5_LARGE, T5_XXL, switch
+from switchworks.recipes.sizes import SIZES
 from switchworks.training.experiment import Experiment
 
 
 def c4_t5_base() -> Experiment:
     """T5-Base, 223M parameters, the dense baseline. Not yet run end to end."""
-    return _c4("c4_t5_base", T5_BASE)
+    return on_c4("c4_t5_base", SIZES["t5_base"])
 
 
 def c4_base_8() -> Experiment:
     """Switch-Base with 8 experts, 0.6B parameters. Not yet run end to end."""
-    return _c4("c4_base_8", switch(T5_BASE, 8, group_sequences=16))
+    return on_c4("c4_base_8", SIZES["switch_base_8"])
 
 
 def c4_base_16() -> Experiment:
     """Switch-Base with 16 experts, 1.1B parameters. Not yet run end to end."""
-    return _c4("c4_base_16", switch(T5_BASE, 16, group_sequences=16))
+    return on_c4("c4_base_16", SIZES["switch_base_16"])
 
 
 def c4_base_32() -> Experiment:
     """Switch-Base with 32 experts, 2.0B parameters. Not yet run end to end."""
-    return _c4("c4_base_32", switch(T5_BASE, 32, group_sequences=16))
+    return on_c4("c4_base_32", SIZES["switch_base_32"])
 
 
 def c4_base_64() -> Experiment:
     """Switch-Base with 64 experts, 3.8B parameters. Not yet run end to end."""
-    return _c4("c4_base_64", switch(T5_BASE, 64, group_sequences=16))
+    return on_c4("c4_base_64", SIZES["switch_base_64"])
 
 
 def c4_base_128() -> Experiment:
     """Switch-Base with 128 experts, 7.4B parameters. Not yet run end to end."""
-    return _c4("c4_base_128", switch(T5_BASE, 128, group_sequences=16))
+    return on_c4("c4_base_128", SIZES["switch_base_128"])
 
 
 def c4_base_256() -> Experiment:
     """Switch-Base with 256 experts, 14.7B parameters. Not yet run end to end."""
-    return _c4("c4_base_256", switch(T5_BASE, 256, group_sequences=16))
+    return on_c4("c4_base_256", SIZES["switch_base_256"])
 
 
 def c4_large_128() -> Experiment:
     """Switch-Large with 128 experts, 26B parameters. Not yet run end to end."""
-    return _c4("c4_large_128", switch(T5_LARGE, 128, group_sequences=8))
+    return on_c4("c4_large_128", SIZES["switch_large_128"])
 
 
 def c4_xxl_128() -> Experiment:
     """Switch-XXL with 128 experts, 395B parameters. Not yet run end to end."""
-    return _c4("c4_xxl_128", switch(T5_XXL, 128, group_sequences=8))
+    return on_c4("c4_xxl_128", SIZES["switch_xxl_128"])
 
 
 def c4_switch_c() -> Experiment:
     """Switch-C, 2048 experts in every FFN, 1.6T parameters. Not yet run end to end."""
-    return _c4("c4_switch_c", SWITCH_C)
+    return on_c4("c4_switch_c", SIZES["switch_c_2048"])
 
 
-def _c4(name: str, model: ModelConfig) -> Experiment:
+def on_c4(name: str, model: ModelConfig) -> Experiment:
+    """`model` on English C4 with the paper's batch and T5's optimizer, for 550k steps."""
     return Experiment(
         name=name,
         steps=550_000,

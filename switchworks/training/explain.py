@@ -86,14 +86,14 @@ def as_text(figures: dict[str, Any]) -> str:
     """The same figures as lines for people."""
     lines = [
         f"{figures['recipe']}",
-        f"  parameters         {_count(figures['parameters'])}"
-        f" ({_count(figures['active_parameters'])} used by each token)",
-        f"  forward FLOPs      {_count(figures['flops_per_token'])} per token, "
-        f"{_count(figures['flops_per_sequence'])} per sequence",
+        f"  parameters         {count(figures['parameters'])}"
+        f" ({count(figures['active_parameters'])} used by each token)",
+        f"  forward FLOPs      {count(figures['flops_per_token'])} per token, "
+        f"{count(figures['flops_per_sequence'])} per sequence",
         f"  step               {figures['tokens_per_step']:,} tokens, "
-        f"{_count(figures['training_flops_per_step'])} FLOPs forward and backward",
+        f"{count(figures['training_flops_per_step'])} FLOPs forward and backward",
         f"  run                {figures['steps']:,} steps, "
-        f"{_count(figures['training_tokens'])} tokens",
+        f"{count(figures['training_tokens'])} tokens",
     ]
     for name, size in figures["bytes_per_rank"].items():
         lines.append(f"  {name + ' per rank':<18} {size / 2**30:,.2f} GiB")
@@ -112,7 +112,8 @@ def as_text(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _count(number: int | float) -> str:
+def count(number: int | float) -> str:
+    """`number` for people: 222.9M."""
     for limit, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= limit:
             return f"{number / limit:,.1f}{unit}"

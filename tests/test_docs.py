@@ -1,0 +1,55 @@
+"""The pages that say which test holds what: every test they name is there."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+
+def functions_of(file: str) -> set[str]:
+    """The names of the test functions of `tests/file`; none if there is no such file."""
+    path = ROOT / "tests" / file
+    if not path.exists():
+        return set()
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+
+
+def named_in(page: Path) -> set[tuple[str, str]]:
+    """(file, function) of every `test_x.py::test_y`, and of every test_x: `y`, `z`."""
+    text = page.read_text(encoding="utf-8")
+    named = set(re.findall(r"(test_\w+\.py)::(\w+)", text))
+    for module, names in re.findall(r"\b(test_\w+): (`\w+`(?:, `\w+`)*)", text):
+        named |= {(f"{module}.py", f"test_{name}") for name in re.findall(r"\w+", names)}
+    return named
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_test_that_a_page_names_exists(page):
+    missing = [
+        f"{file}::{name}" for file, name in sorted(named_in(page)) if name not in functions_of(file)
+    ]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", ["paper.md", "statements.md"])
+def test_the_two_pages_about_the_paper_name_tests(page):
+    assert len(named_in(ROOT / "docs" / page)) > 20
+
+
+def test_every_statement_has_a_test_or_says_what_is_missing():
+    lines = (ROOT / "docs" / "statements.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "|" in line]
+    rows = [row for row in rows if row[0].isdigit()]
+    assert sorted(int(number) for number, *_ in rows) == list(range(1, 32))
+    assert all(tests or missing for _, _, tests, missing in rows)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_of_a_page_leads_to_a_file(page):
+    links = re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
