@@ -36,7 +36,9 @@ class Block(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
         # Was: nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-        self.mlp = SwitchFFN(width, 4 * width, ROUTING, activation="gelu", init_scale=1.0)  # <-
+        self.mlp = SwitchFFN(  # <-
+            width, 4 * width, ROUTING, activation="gelu", init_scale=1.0, causal=True
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The block's output, then the layer's loss, load and dropped share."""

@@ -3,15 +3,14 @@
 An encoder and a decoder or, with `decoder_only`, the decoder alone as a causal language model:
 the same blocks without cross-attention, for which the inputs are what comes before the targets.
 
-Read last in `model/`. Pre-norm blocks: x + dropout(sublayer(norm(x))). Single-device code; what
-makes it larger or faster (meshes, kernels, compilation) is applied from outside.
+Read last in `model/`. Single-device code; what makes it larger or faster (meshes, kernels,
+compilation) is applied from outside.
 
 Letters: B sequences, L encoder length, T decoder length, M memory length, D model width,
 V vocabulary, H heads.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,18 +18,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from switchworks.config import ConfigError
-from switchworks.model.attention import (
-    Attention,
-    KeyValues,
-    RelativeBias,
-    causal,
-    hide,
-    visible,
-)
+from switchworks.model.attention import causal, hide, visible
+from switchworks.model.blocks import Stack
 from switchworks.model.cache import DecoderCache, LayerCache
 from switchworks.model.config import ModelConfig
 from switchworks.model.init import initialise
-from switchworks.model.layers import FFN, RMSNorm, SharedDropout, look_up
+from switchworks.model.layers import SharedDropout, look_up
 from switchworks.model.losses import Losses, cross_entropy
 from switchworks.model.switch_attention import SwitchAttention
 from switchworks.model.switch_ffn import Routing, SwitchFFN
@@ -52,83 +45,6 @@ class Memory(NamedTuple):
     segments: Int[Tensor, "B M"] | None
     """None: one example per row and no padding."""
     routing: tuple[Routing, ...]
-
-
-class Block(nn.Module):
-    """Self-attention, cross-attention for the decoder beside an encoder, then an FFN. In a sparse
-    block the FFN, self-attention or both have experts."""
-
-    def __init__(self, config: ModelConfig, *, sparse: bool, decoder: bool) -> None:
-        super().__init__()
-        self.self_norm = RMSNorm(config.d_model, config.norm_epsilon)
-        routing = config.routing if sparse else None
-        self.self_attention = (
-            SwitchAttention(config, causal=decoder)
-            if routing is not None and routing.sparse_attention
-            else Attention(config)
-        )
-        cross = decoder and not config.decoder_only
-        self.cross_norm = RMSNorm(config.d_model, config.norm_epsilon) if cross else None
-        self.cross_attention = Attention(config) if cross else None
-        self.ffn_norm = RMSNorm(config.d_model, config.norm_epsilon)
-        self.ffn = (
-            _switch_ffn(config, causal=decoder)
-            if routing is not None and routing.sparse_ffn
-            else FFN(config)
-        )
-        self.dropout = SharedDropout(config.dropout)
-
-    def forward(
-        self,
-        x: Float[Tensor, "B L D"],
-        bias: Float[Tensor, "#B H L M"],
-        *,
-        segments: Int[Tensor, "B L"] | None,
-        past: LayerCache | None = None,
-        memory: KeyValues | None = None,
-        memory_bias: Float[Tensor, "B 1 #L M2"] | None = None,
-    ) -> tuple[Float[Tensor, "B L D"], list[Routing]]:
-        """The block's output and the reports of its switch layers."""
-        real = None if segments is None else segments != 0
-        query, keys, asked = self.self_attention.ask(self.self_norm(x), real)
-        keys = keys if past is None else past.extend(keys)
-        x = x + self.dropout(self.self_attention.read(query, keys, bias))
-        if self.cross_attention is not None and self.cross_norm is not None:
-            assert memory is not None
-            read = self.cross_attention(self.cross_norm(x), memory, memory_bias)
-            x = x + self.dropout(read)
-        x, fed = self._feed_forward(x, real)
-        return x, [report for report in (asked, fed) if report is not None]
-
-    def project(self, memory: "Memory") -> KeyValues:
-        """Keys and values of the encoder's states, for a decoder block's cross-attention."""
-        assert self.cross_attention is not None
-        return self.cross_attention.project(memory.states)
-
-    def _feed_forward(self, x: Tensor, real: Tensor | None) -> tuple[Tensor, Routing | None]:
-        normed = self.ffn_norm(x)
-        if isinstance(self.ffn, FFN):
-            return x + self.dropout(self.ffn(normed)), None
-        y, routing = self.ffn(normed, real)
-        return x + self.dropout(y), routing
-
-
-class Stack(nn.Module):
-    """The blocks of an encoder or a decoder, their shared relative bias and the final norm."""
-
-    def __init__(self, config: ModelConfig, *, layers: int, decoder: bool) -> None:
-        super().__init__()
-        self.relative_bias = RelativeBias(config, bidirectional=not decoder)
-        self.blocks = nn.ModuleList(
-            Block(config, sparse=config.is_sparse(layer), decoder=decoder)
-            for layer in range(layers)
-        )
-        self.final_norm = RMSNorm(config.d_model, config.norm_epsilon)
-        self.dropout = SharedDropout(config.dropout)
-
-    def __iter__(self) -> Iterator[Block]:
-        """Its blocks, first to last."""
-        return cast("Iterator[Block]", iter(self.blocks))
 
 
 class SwitchTransformer(nn.Module):
@@ -237,7 +153,7 @@ class SwitchTransformer(nn.Module):
     def start_decoding(self, memory: Memory, max_length: int) -> DecoderCache:
         """An empty cache for up to `max_length` tokens: cross-attention is projected once."""
         layers = [
-            LayerCache(self._no_keys(memory.states, max_length), block.project(memory))
+            LayerCache(self._no_keys(memory.states, max_length), block.project(memory.states))
             for block in self.decoder
         ]
         if memory.segments is None:
@@ -358,7 +274,7 @@ class SwitchTransformer(nn.Module):
                 x,
                 bias,
                 segments=segments,
-                memory=None if memory is None else block.project(memory),
+                memory=None if memory is None else block.project(memory.states),
                 memory_bias=memory_bias,
             )
             reports += report
@@ -407,17 +323,3 @@ def shift_right(
 def align_right(prompts: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:
     """Each row's tokens in their order behind its padding (id 0), wherever that stood before."""
     return prompts.gather(1, (prompts != 0).to(torch.uint8).argsort(dim=1, stable=True))
-
-
-def _switch_ffn(config: ModelConfig, *, causal: bool) -> SwitchFFN:
-    assert config.routing is not None
-    return SwitchFFN(
-        config.d_model,
-        config.d_ff,
-        config.routing,
-        activation=config.activation,
-        gated=config.gated,
-        dropout=config.dropout,
-        init_scale=config.init_scale,
-        causal=causal,
-    )

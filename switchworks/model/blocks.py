@@ -1,0 +1,111 @@
+"""A block of the encoder or the decoder, and the stack of them.
+
+Pre-norm: x + dropout(sublayer(norm(x))). In a sparse block the FFN, self-attention or both have
+experts.
+
+Letters: B sequences, L length, M length of the keys, D model width, H heads.
+"""
+
+from collections.abc import Iterator
+from typing import cast
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from switchworks.model.attention import Attention, KeyValues, RelativeBias
+from switchworks.model.cache import LayerCache
+from switchworks.model.config import ModelConfig
+from switchworks.model.layers import FFN, RMSNorm, SharedDropout
+from switchworks.model.switch_attention import SwitchAttention
+from switchworks.model.switch_ffn import Routing, SwitchFFN
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention for the decoder beside an encoder, then an FFN. In a sparse
+    block the FFN, self-attention or both have experts."""
+
+    def __init__(self, config: ModelConfig, *, sparse: bool, decoder: bool) -> None:
+        super().__init__()
+        self.self_norm = RMSNorm(config.d_model, config.norm_epsilon)
+        routing = config.routing if sparse else None
+        self.self_attention = (
+            SwitchAttention(config, causal=decoder)
+            if routing is not None and routing.sparse_attention
+            else Attention(config)
+        )
+        cross = decoder and not config.decoder_only
+        self.cross_norm = RMSNorm(config.d_model, config.norm_epsilon) if cross else None
+        self.cross_attention = Attention(config) if cross else None
+        self.ffn_norm = RMSNorm(config.d_model, config.norm_epsilon)
+        self.ffn = (
+            _switch_ffn(config, causal=decoder)
+            if routing is not None and routing.sparse_ffn
+            else FFN(config)
+        )
+        self.dropout = SharedDropout(config.dropout)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B L D"],
+        bias: Float[Tensor, "#B H L M"],
+        *,
+        segments: Int[Tensor, "B L"] | None,
+        past: LayerCache | None = None,
+        memory: KeyValues | None = None,
+        memory_bias: Float[Tensor, "B 1 #L M2"] | None = None,
+    ) -> tuple[Float[Tensor, "B L D"], list[Routing]]:
+        """The block's output and the reports of its switch layers."""
+        real = None if segments is None else segments != 0
+        query, keys, asked = self.self_attention.ask(self.self_norm(x), real)
+        keys = keys if past is None else past.extend(keys)
+        x = x + self.dropout(self.self_attention.read(query, keys, bias))
+        if self.cross_attention is not None and self.cross_norm is not None:
+            assert memory is not None
+            read = self.cross_attention(self.cross_norm(x), memory, memory_bias)
+            x = x + self.dropout(read)
+        x, fed = self._feed_forward(x, real)
+        return x, [report for report in (asked, fed) if report is not None]
+
+    def project(self, states: Float[Tensor, "B M D"]) -> KeyValues:
+        """Keys and values of the encoder's states, for a decoder block's cross-attention."""
+        assert self.cross_attention is not None
+        return self.cross_attention.project(states)
+
+    def _feed_forward(self, x: Tensor, real: Tensor | None) -> tuple[Tensor, Routing | None]:
+        normed = self.ffn_norm(x)
+        if isinstance(self.ffn, FFN):
+            return x + self.dropout(self.ffn(normed)), None
+        y, routing = self.ffn(normed, real)
+        return x + self.dropout(y), routing
+
+
+class Stack(nn.Module):
+    """The blocks of an encoder or a decoder, their shared relative bias and the final norm."""
+
+    def __init__(self, config: ModelConfig, *, layers: int, decoder: bool) -> None:
+        super().__init__()
+        self.relative_bias = RelativeBias(config, bidirectional=not decoder)
+        self.blocks = nn.ModuleList(
+            Block(config, sparse=config.is_sparse(layer), decoder=decoder)
+            for layer in range(layers)
+        )
+        self.final_norm = RMSNorm(config.d_model, config.norm_epsilon)
+        self.dropout = SharedDropout(config.dropout)
+
+    def __iter__(self) -> Iterator[Block]:
+        """Its blocks, first to last."""
+        return cast("Iterator[Block]", iter(self.blocks))
+
+
+def _switch_ffn(config: ModelConfig, *, causal: bool) -> SwitchFFN:
+    assert config.routing is not None
+    return SwitchFFN(
+        config.d_model,
+        config.d_ff,
+        config.routing,
+        activation=config.activation,
+        gated=config.gated,
+        dropout=config.dropout,
+        init_scale=config.init_scale,
+        causal=causal,
+    )
