@@ -212,6 +212,9 @@ class ModelConfig:
     init_scale: float = 0.1
     """s of section 2.4: FFN, expert, router and head weights have variance s / fan_in. T5 used
     1.0; the paper recommends 0.1."""
+    attention_init: Literal["t5", "aligned"] = "t5"
+    """aligned begins with two things that T5's attention has to find out first: see `init.py`. For
+    runs of minutes; it ends the plateau at their beginning in two thirds of the steps."""
     z_loss: float = 1e-4
     """Weight of the mean squared log-normaliser of the output softmax."""
     routing: RoutingConfig | None = None

@@ -19,6 +19,13 @@ Truncation is at two standard deviations and, as in Mesh-TensorFlow, the std is 
 it (the actual one is 0.88 of what the table says). Fan-in never counts the expert dimension.
 Sources: the paper's section 2.4; Mesh-TensorFlow's layers.py, attention.py and moe.py.
 
+`attention_init = "aligned"` then changes two rows, for short runs (after mimetic initialisation,
+arXiv 2305.09828):
+- cross-attention's q is its k times K ** -0.5, so that a decoder position first reads the encoder
+  positions that hold the token it holds itself: the target's sentinel finds the input's;
+- in half of the heads the relative bias falls off by `SLOPE` per position, down to four times that,
+  from one neighbour: -1, +1, -2, +2, ... in the encoder, 0, -1, -2, ... in the decoder.
+
 A parameter's values depend on the seed and on its name, not on the order of construction, so a
 dense model and its sparse twin start from the same values wherever their parameters agree.
 """
@@ -30,9 +37,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from switchworks.model.attention import relative_bucket
+
 if TYPE_CHECKING:
+    from switchworks.model.attention import RelativeBias
     from switchworks.model.switch_ffn import SwitchFFN
     from switchworks.model.transformer import SwitchTransformer
+
+
+SLOPE = 2.0
+"""Nats per position by which an aligned relative bias falls off from its neighbour."""
 
 
 def truncated_normal_(weight: Tensor, std: float, generator: torch.Generator | None) -> None:
@@ -63,6 +77,8 @@ def initialise(model: "SwitchTransformer", seed: int) -> None:
                 generator = torch.Generator(parameter.device)
                 generator.manual_seed(seed + zlib.crc32(name.encode()))
                 _fill(name, parameter, model, generator)
+        if model.config.attention_init == "aligned" and not model.embedding.weight.is_meta:
+            _align(model)
 
 
 def _fill(
@@ -93,3 +109,31 @@ def _fill(
         weight.zero_()
     else:
         raise AssertionError(f"no first value is defined for {name}")
+
+
+def _align(model: "SwitchTransformer") -> None:
+    """The two changes of `attention_init = "aligned"`."""
+    for block in model.decoder:
+        if block.cross_attention is not None:
+            key = block.cross_attention.k.weight
+            block.cross_attention.q.weight.copy_(key * model.config.d_kv**-0.5)
+    for stack in (model.encoder, model.decoder):
+        if stack is not None:
+            _prefer_neighbours(stack.relative_bias)
+
+
+def _prefer_neighbours(bias: "RelativeBias") -> None:
+    """Half of the heads begin with one neighbour each."""
+    buckets, heads = bias.weight.shape
+    far = bias.max_distance
+    distance = torch.arange(-far, far + 1)
+    bucket = relative_bucket(
+        distance[None], bidirectional=bias.bidirectional, buckets=buckets, max_distance=far
+    )[0]
+    for head in range(max(1, heads // 2)):
+        step = head // 2 + 1
+        neighbour = (-step if head % 2 == 0 else step) if bias.bidirectional else -head
+        away = torch.full((buckets,), far)
+        away.scatter_reduce_(0, bucket, (distance - neighbour).abs(), "amin")
+        fall = (SLOPE * away).clamp(max=4 * SLOPE)
+        bias.weight[:, head] -= fall.to(bias.weight)
