@@ -147,3 +147,68 @@ def test_a_model_on_meta_has_shapes_and_no_values():
     with torch.device("meta"):
         model = SwitchTransformer(CONFIG)
     assert all(weight.is_meta for weight in model.parameters())
+
+
+# --- attention_init = "aligned" ---
+
+
+@pytest.fixture(scope="module")
+def aligned() -> SwitchTransformer:
+    return SwitchTransformer(replace(CONFIG, attention_init="aligned"), seed=3).eval()
+
+
+def test_t5s_attention_is_the_default_and_aligning_changes_two_kinds_of_weights(
+    aligned, parameters
+):
+    changed = {n for n, w in aligned.named_parameters() if not torch.equal(w, parameters[n])}
+    assert changed == {
+        "encoder.relative_bias.weight",
+        "decoder.relative_bias.weight",
+        "decoder.blocks.0.cross_attention.q.weight",
+        "decoder.blocks.1.cross_attention.q.weight",
+    }
+
+
+@pytest.mark.parametrize(
+    ("stack", "head", "neighbour"),
+    [("encoder", 0, -1), ("encoder", 1, 1), ("decoder", 0, 0), ("decoder", 1, -1)],
+)
+def test_half_of_the_aligned_heads_prefer_one_neighbour(aligned, stack, head, neighbour):
+    table = getattr(aligned, stack).relative_bias
+    bias = table(300, 300)[0, head].detach()
+    middle = 150
+    keys = bias[middle, : middle + 1] if stack == "decoder" else bias[middle]
+    assert int(keys.argmax()) - middle == neighbour
+    # Two nats a position, eight at most, around T5's own first values.
+    plain = SwitchTransformer(CONFIG, seed=3)
+    fall = getattr(plain, stack).relative_bias(300, 300)[0, head].detach() - bias
+    assert fall[middle, middle + neighbour] == 0
+    assert fall[middle, middle + neighbour - 1] == pytest.approx(2, abs=1e-5)
+    assert fall[middle, 0] == pytest.approx(8, abs=1e-5)
+
+
+def test_the_other_half_of_the_heads_starts_as_t5s(aligned, parameters):
+    for stack in ("encoder", "decoder"):
+        name = f"{stack}.relative_bias.weight"
+        weight = aligned.get_parameter(name)
+        assert torch.equal(weight[:, 2:], parameters[name][:, 2:])
+
+
+def test_an_aligned_decoder_first_reads_the_token_it_holds(aligned):
+    """Of sixteen different tokens, seen as embeddings, most decoder positions find their own."""
+    tokens = torch.arange(100, 116)[None]
+    x = torch.nn.functional.embedding(tokens, aligned.embedding.weight)
+
+    def found(model: SwitchTransformer) -> float:
+        attention = model.decoder.blocks[0].cross_attention
+        query, keys, _ = attention.ask(x)
+        return (query @ keys.k.mT).argmax(-1).eq(torch.arange(16)).float().mean().item()
+
+    assert found(aligned) > 0.6
+    assert found(SwitchTransformer(CONFIG, seed=3)) < 0.3
+
+
+def test_a_language_model_may_start_aligned_too():
+    config = replace(CONFIG, attention_init="aligned", decoder_only=True)
+    bias = SwitchTransformer(config).decoder.relative_bias(20, 20)[0]
+    assert int(bias[1, 10, :11].argmax()) == 9
