@@ -127,7 +127,7 @@ class DataConfig:
             )
 
 
-def check_rates(exponent: float, cap: float | None) -> None:
+def check_rates(exponent: float, cap: int | float | None) -> None:
     """Raises ConfigError unless corpora can be weighted by min(size, `cap`) ** `exponent`."""
     if not 0 <= exponent <= 1:
         raise ConfigError(

@@ -40,7 +40,7 @@ _TURNS, _CORPUS = 3, 4  # what a random stream is for; part of its seed, after p
 
 
 def rates(
-    sizes: Sequence[float], exponent: float = 0.3, cap: float | None = None
+    sizes: Sequence[int | float], exponent: float = 0.3, cap: int | float | None = None
 ) -> Float[np.ndarray, " K"]:
     """How often each corpus is drawn from: min(size, cap) ** exponent, made to sum to 1.
 
@@ -53,7 +53,7 @@ def rates(
     known = np.asarray(sizes, dtype=np.float64)
     for index in np.flatnonzero(~((known > 0) & np.isfinite(known))):
         raise DataError(
-            f"Corpus {index} of the mixture has the size {sizes[index]}.\n"
+            f"Corpus {index} of the mixture has the size {known[index]:g}.\n"
             "  A size is a positive number; leave out corpora without text."
         )
     weights = np.minimum(known, np.inf if cap is None else cap) ** exponent
