@@ -32,6 +32,7 @@ from switchworks.data.pipeline import Pipeline, validation_batches
 from switchworks.data.span_corruption import raw_length
 from switchworks.evaluate.held_out import evaluate_run
 from switchworks.training import Experiment
+from switchworks.training.hooks import in_few_words
 
 
 def test_107_languages_are_sampled_by_size_to_the_power_0_3() -> None:
@@ -440,6 +441,13 @@ def test_a_run_of_a_mixture_stopped_and_resumed_ends_bitwise_the_same(
     assert main([*_words(config, run_dir, 6), "--resume"]) == 0
     whole, resumed = (switchworks.load(path)[0].state_dict() for path in (run_of_two, run_dir))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_the_line_of_a_validation_names_all_corpora_or_of_many_the_extremes() -> None:
+    assert in_few_words({}) == ""
+    assert in_few_words({"en": 1.0, "de": 0.5}) == "  en 1.000  de 0.500"
+    many = {f"c{i}": (i * 37 % 107) / 10 for i in range(107)}
+    assert in_few_words(many) == "  lowest c0 0.000  highest c26 10.600 of 107"
 
 
 def test_the_report_lists_the_corpora_with_loss_share_and_epochs(run_of_two) -> None:

@@ -164,12 +164,12 @@ def draw(sources: Sequence[Documents], shares: Float[np.ndarray, " K"]) -> Itera
 
 def summary(corpora: Corpora, batches: Mixture, steps: int) -> str:
     """A table of the mixture: sizes, share of the rows, epochs in a run of `steps` steps."""
-    epochs = batches.epochs(steps)
+    epochs, shares = batches.epochs(steps), corpora.rates
     wide = max(len("corpus"), *map(len, corpora.parts))
     lines = [f"{'corpus':<{wide}} {'tokens':>16} {'documents':>12} {'rows':>7} {'epochs':>9}"]
     for name, part in corpora.parts.items():
         lines.append(
             f"{name:<{wide}} {part.train.num_tokens:>16,} {part.train.num_documents:>12,} "
-            f"{corpora.rates[name]:>7.2%} {epochs[name]:>9.3g}"
+            f"{shares[name]:>7.2%} {epochs[name]:>9.3g}"
         )
     return "\n".join([*lines, f"Epochs: how often each is read in {steps:,} steps."])

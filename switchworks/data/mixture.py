@@ -8,7 +8,9 @@ n-th of the block, and the order of all places is the order of the rows. So
 
 - which corpus row g of the run comes from, and how many rows that corpus had before it, follow
   from (seed, g) alone: whole blocks by multiplication, the rest from one block's order;
-- after any number of rows, of K corpora none is further from its share than 1 + K times its rate;
+- over whole blocks every rate is kept to 1 / N, save that no corpus is left without any row;
+- after any number of rows of a block, of K corpora none is further from its share of them than
+  1 + K times its rate, in rows;
 - each corpus is read in its own epochs, every window once before any comes again.
 
 Letters: K corpora, N rows of a block.
