@@ -3,6 +3,7 @@
 Letters: B sequences, L encoder or prompt length, T decoder length. Id 0 is padding everywhere.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +63,36 @@ class Batch:
             )
             for part in range(parts)
         ]
+
+    def take(self, rows: Int[Tensor, " N"]) -> "Batch":
+        """The rows with these numbers, in this order."""
+
+        def taken(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[rows]
+
+        return Batch(
+            inputs=self.inputs[rows],
+            targets=self.targets[rows],
+            input_segments=taken(self.input_segments),
+            target_segments=taken(self.target_segments),
+            padding=self.padding,
+        )
+
+    @staticmethod
+    def join(parts: Sequence["Batch"]) -> "Batch":
+        """The rows of all `parts`, which agree in their lengths and in having segments or not."""
+
+        def joined(name: str) -> Tensor | None:
+            tensors = [getattr(part, name) for part in parts]
+            return None if tensors[0] is None else torch.cat(tensors)
+
+        return Batch(
+            inputs=torch.cat([part.inputs for part in parts]),
+            targets=torch.cat([part.targets for part in parts]),
+            input_segments=joined("input_segments"),
+            target_segments=joined("target_segments"),
+            padding=any(part.padding for part in parts),
+        )
 
     @property
     def num_tokens(self) -> int:

@@ -81,11 +81,16 @@ def _train(words: list[str]) -> int:
 
 def _prepare(words: list[str]) -> int:
     experiment, more = _experiment("prepare", words, PrepareFlags)
-    from switchworks.data.prepare import prepare
+    from switchworks.data.corpora import prepare_corpora, summary
+    from switchworks.data.mixture import Mixture
 
     shard = None if more.shard is None else _parse_shard(more.shard)
-    prepared = prepare(experiment.data, vocab_size=experiment.model.vocab_size, shard=shard)
-    print(prepared)
+    corpora = prepare_corpora(experiment.data, vocab_size=experiment.model.vocab_size, shard=shard)
+    print(corpora)
+    if experiment.data.mixture and corpora.complete:
+        batches = corpora.training(batch_size=experiment.batch_size, seed=experiment.seed)
+        assert isinstance(batches, Mixture)
+        print(summary(corpora, batches, experiment.steps))
     return 0
 
 

@@ -365,6 +365,24 @@ def test_the_newest_fill_ins_come_first(tmp_path):
     assert (steps[0], steps[-1], len(steps)) == (30, 1, 8)
 
 
+def test_runs_of_mixtures_are_compared_corpus_by_corpus(tmp_path):
+    def mixed(step: int, **losses: float) -> dict[str, Any]:
+        parts = {f"val/loss/{name}": loss for name, loss in losses.items()}
+        return validation(step, 3.0) | parts | {"epoch/de": 2.5}
+
+    about = {"corpora": {"en": {"rate": 0.75}, "de": {"rate": 0.25}}}
+    lines = [mixed(1, en=9.0, de=8.0), mixed(2, en=2.0, de=4.0)]
+    both = a_run(tmp_path / "both", lines, about=about)
+    one = a_run(tmp_path / "one", [mixed(2, de=3.5)])
+    plain = a_run(tmp_path / "plain", [validation(1, 3.0)])
+    html = write_report([both, one]).read_text(encoding="utf-8")
+    parsed(html)
+    said = " ".join(re.sub(r"<[^>]*>", " ", html).split())
+    assert "en 75.00% of the rows 2.000 - " in said
+    assert "de 4.000 25.00% of the rows, read 2.5 times 3.500 read 2.5 times" in said
+    assert "The corpora" not in write_report([plain]).read_text(encoding="utf-8")
+
+
 def test_every_setting_is_listed_and_differences_are_marked(tmp_path):
     one = a_run(tmp_path / "a", [training(1)], settings={"seed": 1, "model": {"d_ff": 64}})
     two = a_run(tmp_path / "b", [training(1)], settings={"seed": 2, "model": {"d_ff": 64}})

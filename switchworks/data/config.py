@@ -1,5 +1,6 @@
 """Where text comes from and how it becomes batches: the settings of `data/`."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,16 @@ class DataConfig:
     path: str | None = None
     """Own text: a file, a folder or a glob of .txt, .jsonl or .parquet, each also .gz or .zst.
     When given, `source` is not used."""
+    mixture: tuple[str, ...] = ()
+    """Several corpora instead of one, each as NAME=PATH, with PATH as above: en=texts/en
+    de=texts/de. One tokenizer serves all; each has its own held-out text and its own loss."""
+    mixture_exponent: float = 0.3
+    """A corpus of size n gives rows in proportion to n ** this: 1 is by size, 0 equally often.
+    mT5 used 0.3, which shows small languages more often than their size would."""
+    mixture_by: Literal["tokens", "documents"] = "tokens"
+    """What the size of a corpus is. mT5 counted documents."""
+    mixture_cap: int | None = None
+    """A larger corpus counts as one of this size, as in T5's mixtures of tasks."""
     source: Literal["python_docs", "hub"] = "python_docs"
     """The embedded corpus, or a Hugging Face dataset named by the next four settings."""
     dataset: str | None = None
@@ -56,7 +67,8 @@ class DataConfig:
     """Batches made ahead of the step that needs them. 0: none, made in the calling thread."""
 
     def __post_init__(self) -> None:
-        if self.source == "hub" and self.path is None and not self.dataset:
+        self._check_mixture()
+        if self.source == "hub" and self.path is None and not self.mixture and not self.dataset:
             raise ConfigError(
                 "data.source = 'hub' needs the name of a dataset.\n"
                 "  Set it, for example --data.dataset allenai/c4 --data.dataset-config en."
@@ -76,6 +88,28 @@ class DataConfig:
                 f"data.validation_share = {self.validation_share} is not a share between 0 and 1."
             )
 
+    @property
+    def corpora(self) -> dict[str, str]:
+        """The path of each corpus of the mixture by its name, in the order given."""
+        return dict(_named(entry) for entry in self.mixture)
+
+    def _check_mixture(self) -> None:
+        check_rates(self.mixture_exponent, self.mixture_cap)
+        names = [_named(entry)[0] for entry in self.mixture]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(
+                    f"data.mixture names {name!r} {names.count(name)} times.\n"
+                    "  Give each corpus a name of its own."
+                )
+        for setting in ("path", "dataset"):
+            value = getattr(self, setting)
+            if self.mixture and value is not None:
+                raise ConfigError(
+                    f"data.mixture and data.{setting} = {value!r} both say where text comes from."
+                    f"\n  Keep one of them; --data.{setting} none takes the second away."
+                )
+
     def _check_causal(self) -> None:
         if self.objective != "causal":
             return
@@ -91,3 +125,26 @@ class DataConfig:
                 f"data.target_length = {self.target_length} leaves nothing to continue. Use at "
                 "least 2 tokens, and better hundreds."
             )
+
+
+def check_rates(exponent: float, cap: int | float | None) -> None:
+    """Raises ConfigError unless corpora can be weighted by min(size, `cap`) ** `exponent`."""
+    if not 0 <= exponent <= 1:
+        raise ConfigError(
+            f"data.mixture_exponent = {exponent} is not between 0, equally often, and 1, by size."
+            "\n  mT5 used 0.3. It is the inverse of a temperature."
+        )
+    if cap is not None and not cap > 0:
+        raise ConfigError(
+            f"data.mixture_cap = {cap} leaves no corpus a size. Use a positive number, or none."
+        )
+
+
+def _named(entry: str) -> tuple[str, str]:
+    name, equals, path = entry.partition("=")
+    if not (equals and path and re.fullmatch(r"[\w.-]+", name)):
+        raise ConfigError(
+            f"data.mixture has {entry!r}, which is not NAME=PATH.\n"
+            "  Example: en=texts/en. Names have letters, digits, '.', '_' and '-'."
+        )
+    return name, path

@@ -235,7 +235,7 @@ def find_files(pattern: str) -> list[Path]:
                 "quote the pattern so that the shell leaves it alone."
             )
     else:
-        raise DataError(f"{path} does not exist.\n  --data.path names a file, a folder or a glob.")
+        raise DataError(f"{path} does not exist.\n  Text is named by a file, a folder or a glob.")
     if not any(file.stat().st_size for file in found):
         empty = "is empty" if len(found) == 1 else f"and {len(found) - 1} more are empty"
         raise DataError(f"There is no text to train on: {found[0]} {empty}.")

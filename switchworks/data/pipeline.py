@@ -14,7 +14,7 @@ Letters: B rows of this rank, L input positions, T target positions, N tokens of
 import logging
 import sys
 from bisect import bisect_right
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, count
 from typing import Protocol, runtime_checkable
@@ -106,7 +106,7 @@ class Pipeline:
         Raises ConfigError for lengths, ranks or a seed that cannot work, DataError for a corpus
         that does not fill one row.
         """
-        _check_shares(batch_size, rank, world)
+        check_shares(batch_size, rank, world)
         if seed < 0:
             raise ConfigError(f"seed = {seed} is negative. Use 0 or more.")
         self.config, self.store, self.tokenizer = config, store, tokenizer
@@ -126,29 +126,17 @@ class Pipeline:
 
     def batch(self, step: int) -> Batch:
         """This rank's rows of the batch at `step`, counted from 0."""
-        share = self.batch_size // self.world
-        first = step * self.batch_size + self.rank * share
-        rows = range(first, first + share)
+        return self.rows(rows_of_step(step, self.batch_size, self.rank, self.world))
+
+    def rows(self, rows: Sequence[int]) -> Batch:
+        """The rows of the run with these numbers, whichever steps they belong to."""
         if self.config.objective == "causal":
             return self._causal(rows)
         return self._stream_rows(rows) if self.config.packing == "stream" else self._packed(rows)
 
     def batches(self, start_step: int = 0) -> Generator[Batch, None, None]:
-        """batch(start_step), batch(start_step + 1), ... without end.
-
-        `config.prefetch` batches are made ahead by one thread while the caller works. An error
-        in it is raised at the step whose batch failed. Closing the iterator ends the thread.
-        """
-        if self.config.prefetch == 0:
-            yield from map(self.batch, count(start_step))
-            return
-        steps = grain.MapDataset.range(start_step, sys.maxsize).map(self.batch)
-        ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=self.config.prefetch)
-        iterator = iter(steps.to_iter_dataset(ahead))
-        try:
-            yield from iterator
-        finally:
-            iterator.close()
+        """batch(start_step), batch(start_step + 1), ... without end, made ahead of their use."""
+        return made_ahead(self.batch, start_step, self.config.prefetch)
 
     def epoch_of(self, step: int) -> float:
         """How many times the corpus has been read when `step` begins."""
@@ -166,7 +154,7 @@ class Pipeline:
         start = offset + self._order[row] * self.raw_length  # type: ignore[operator]
         return start, start + self.raw_length
 
-    def _causal(self, rows: range) -> Batch:
+    def _causal(self, rows: Sequence[int]) -> Batch:
         made = [self._causal_row(row) for row in rows]
         targets, segments = (torch.from_numpy(np.stack(part)) for part in zip(*made, strict=True))
         nothing = targets[:, :0]
@@ -181,7 +169,7 @@ class Pipeline:
         starts = self.store.document_bounds(start, stop) - start
         return causal_row(self.store.tokens(start, stop), starts, self.tokenizer.eos_id)
 
-    def _stream_rows(self, rows: range) -> Batch:
+    def _stream_rows(self, rows: Sequence[int]) -> Batch:
         tokens = np.stack([self.store.tokens(*self.window_of(row)) for row in rows])
         inputs, targets = corrupt_rows(tokens, [self._rng(row) for row in rows], self.corruption)
         full = (inputs.shape[1], targets.shape[1]) == (
@@ -194,7 +182,7 @@ class Pipeline:
             padding=not full,
         )
 
-    def _packed(self, rows: range) -> Batch:
+    def _packed(self, rows: Sequence[int]) -> Batch:
         packed = [self._packed_row(row) for row in rows]
         inputs, targets, input_segments, target_segments = (
             torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*packed, strict=True)
@@ -216,6 +204,33 @@ class Pipeline:
 
     def _rng(self, row: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, _MASK, row])
+
+
+def rows_of_step(step: int, batch_size: int, rank: int, world: int) -> range:
+    """The numbers, in the whole run, of the rows that `rank` has in the batch at `step`."""
+    share = batch_size // world
+    first = step * batch_size + rank * share
+    return range(first, first + share)
+
+
+def made_ahead(
+    make: Callable[[int], Batch], start_step: int, prefetch: int
+) -> Generator[Batch, None, None]:
+    """make(start_step), make(start_step + 1), ... without end.
+
+    `prefetch` batches are made ahead by one thread while the caller works. An error in it is
+    raised at the step whose batch failed. Closing the iterator ends the thread.
+    """
+    if prefetch == 0:
+        yield from map(make, count(start_step))
+        return
+    steps = grain.MapDataset.range(start_step, sys.maxsize).map(make)
+    ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
+    iterator = iter(steps.to_iter_dataset(ahead))
+    try:
+        yield from iterator
+    finally:
+        iterator.close()
 
 
 def _padded(ids: Int[np.ndarray, "B short"], length: int) -> Int[torch.Tensor, "B long"]:
@@ -254,7 +269,8 @@ def validation_batches(
     return [pipeline.batch(step) for step in range(min(batches, full))]
 
 
-def _check_shares(batch_size: int, rank: int, world: int) -> None:
+def check_shares(batch_size: int, rank: int, world: int) -> None:
+    """Raises ConfigError unless `rank` is one of `world` ranks that can share a batch evenly."""
     if not 0 <= rank < world:
         raise ConfigError(f"rank = {rank} is not one of the {world} ranks from 0 to {world - 1}.")
     if batch_size < 1 or batch_size % world:

@@ -8,7 +8,7 @@ the tokenizer or the held-out share never meets an old store. One process builds
 import heapq
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -65,9 +65,14 @@ class Prepared:
             self.folder, tokenizer=self.tokenizer.fingerprint, verify=size <= VERIFIED_BYTES
         )
 
+    @property
+    def missing(self) -> list[int]:
+        """The shards that no job has finished yet."""
+        return missing_shards(self.folder)
+
     def __str__(self) -> str:
         head = f"{self.tokenizer.size} ids, tokens in {self.folder}"
-        if missing := missing_shards(self.folder):
+        if missing := self.missing:
             return f"{head}; shards still missing: {', '.join(map(str, missing))}"
         return (
             f"{head}\n"
@@ -84,22 +89,30 @@ def prepare(
     vocab_size: int,
     shard: tuple[int, int] | None = None,
     quiet: bool = False,
+    name: str = "",
 ) -> Prepared:
     """The tokenizer and the stores for `config`; what is missing is made, the rest is opened.
 
+    The text is that of one corpus, to which progress refers by `name`; a mixture of several is
+    for `corpora.prepare_corpora`.
     `vocab_size` is the size of a tokenizer trained here, sentinels included. `shard` = (i, n)
     builds the i-th of n shards only, so that n jobs can share the work; the first of them to
     come trains the tokenizer while the others wait for it. Raises DataError for bad input.
     """
+    assert not config.mixture
     cache = cache_folder(config)
     source = open_documents(config, cache)
-    tokenizer = _tokenizer(config, source, cache, vocab_size, quiet)
+    tokenizer = load_tokenizer(
+        config.tokenizer
+        if config.tokenizer != "train"
+        else trained_tokenizer(cache, source.fingerprint(), spread(source), vocab_size, quiet)
+    )
     folder = cache / f"store-{_store_key(config, source, tokenizer)}"
     report = Report()
     if not (folder / "store.json").exists():
         num_shards = _plan(folder, tokenizer, shard)
         for index in range(num_shards) if shard is None else [shard[0]]:
-            report.merge(_build(folder, config, source, tokenizer, index, num_shards, quiet))
+            report.merge(_build(folder, config, source, tokenizer, index, num_shards, quiet, name))
         with _lock(folder):
             if not missing_shards(folder):
                 finish_store(folder, validation_share=config.validation_share)
@@ -113,25 +126,27 @@ def cache_folder(config: DataConfig) -> Path:
     return Path(named).expanduser()
 
 
-def _tokenizer(
-    config: DataConfig, source: Documents, cache: Path, vocab_size: int, quiet: bool
-) -> Tokenizer:
-    if config.tokenizer != "train":
-        return load_tokenizer(config.tokenizer)
-    folder = cache / f"tokenizer-{_key(source.fingerprint(), vocab_size)}"
+def trained_tokenizer(
+    cache: Path, fingerprint: str, documents: Iterable[str], vocab_size: int, quiet: bool
+) -> Path:
+    """The folder of a tokenizer of `vocab_size` ids, trained if the cache has none.
+
+    `fingerprint` names the text that `documents`, read only for training, gives.
+    """
+    folder = cache / f"tokenizer-{_key(fingerprint, vocab_size)}"
     if not folder.is_dir():
         with _lock(folder):
             if not folder.is_dir():
                 if not quiet:
                     print(f"training a tokenizer of {vocab_size} ids", flush=True)
-                made = train_sentencepiece(_sample(source), vocab_size)
+                made = train_sentencepiece(documents, vocab_size)
                 aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
                 made.save(aside)
                 aside.replace(folder)
-    return load_tokenizer(folder)
+    return folder
 
 
-def _sample(source: Documents) -> Iterator[str]:
+def spread(source: Documents) -> Iterator[str]:
     """The documents of the source, taken in turn from files spread evenly over it.
 
     A function of the source alone, so that every machine trains on the same text.
@@ -169,10 +184,11 @@ def _build(
     shard: int,
     num_shards: int,
     quiet: bool,
+    name: str,
 ) -> Report:
     """One shard is finished, by this process or, if that came first, by another."""
     report = Report()
-    what = "tokenising" if num_shards == 1 else f"tokenising {shard}/{num_shards}"
+    what = f"tokenising {name}".strip() + ("" if num_shards == 1 else f" {shard}/{num_shards}")
     total = source.num_characters
     total = None if total is None else total // num_shards
     with _lock(folder / f"shard-{shard}"), Progress(what, total, quiet=quiet) as progress:

@@ -2,22 +2,23 @@
 
 import math
 import tomllib
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from switchworks.checkpoint.model_files import load
 from switchworks.config import CheckpointError, from_dict
 from switchworks.data.config import DataConfig
-from switchworks.data.pipeline import validation_batches
-from switchworks.data.prepare import prepare
-from switchworks.evaluate.perplexity import mean_nats
+from switchworks.data.corpora import prepare_corpora
+from switchworks.evaluate.perplexity import held_out_losses
 
 
 def evaluate_run(run_dir: Path, *, batches: int, batch_size: int = 16) -> dict[str, Any]:
     """Loss in nats per token, perplexity and counts of the model in `run_dir`.
 
     Uses the run's own text and tokenizer and the first `batches` held-out batches, whose masks
-    are the same at every call. Raises CheckpointError if `run_dir` is not a finished run.
+    are the same at every call. Of a mixture, "loss/NAME" is the loss of each corpus. Raises
+    CheckpointError if `run_dir` is not a finished run.
     """
     file = run_dir / "experiment.toml"
     if not file.exists():
@@ -27,21 +28,19 @@ def evaluate_run(run_dir: Path, *, batches: int, batch_size: int = 16) -> dict[s
         )
     model, tokenizer = load(run_dir)
     data = from_dict(DataConfig, tomllib.loads(file.read_text(encoding="utf-8"))["data"])
-    prepared = prepare(data, vocab_size=model.config.vocab_size)
-    if tokenizer is None or tokenizer.fingerprint != prepared.tokenizer.fingerprint:
+    corpora = prepare_corpora(data, vocab_size=model.config.vocab_size)
+    if tokenizer is None or tokenizer.fingerprint != corpora.tokenizer.fingerprint:
         raise CheckpointError(
             f"The tokenizer in {run_dir}/model is not the one that made the token store.\n"
             "  Give the run's own: --data.tokenizer of its experiment.toml."
         )
-    rows = list(
-        validation_batches(
-            data, prepared.validation, prepared.tokenizer, batch_size=batch_size, batches=batches
-        )
-    )
-    loss = mean_nats(model, rows)
+    held_out = corpora.held_out(batch_size=batch_size, batches=batches)
+    loss, by_corpus = held_out_losses(model, held_out)
+    rows = chain.from_iterable(held_out.batches.values())
     return {
         "loss": loss,
         "perplexity": math.exp(loss),
         "negative_log_perplexity": -loss,
         "target_tokens": sum(int((batch.targets != 0).sum()) for batch in rows),
+        **{f"loss/{name}": of_it for name, of_it in by_corpus.items()},
     }

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 
 from switchworks.batch import Batch
+from switchworks.data.corpora import HeldOut
 from switchworks.model import SwitchTransformer
 
 
@@ -35,3 +36,13 @@ def mean_nats(model: SwitchTransformer, batches: Iterable[Batch]) -> float:
     finally:
         model.train(was_training)
     return nats / max(1, tokens)
+
+
+def held_out_losses(model: SwitchTransformer, held_out: HeldOut) -> tuple[float, dict[str, float]]:
+    """(mean by the corpora's shares, loss of each corpus by its name), in nats per target token.
+
+    Nothing is in the second for a corpus without a name, which is alone.
+    """
+    losses = {name: mean_nats(model, batches) for name, batches in held_out.batches.items()}
+    overall = sum(held_out.shares[name] * loss for name, loss in losses.items())
+    return overall, {name: loss for name, loss in losses.items() if name}

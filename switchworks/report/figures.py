@@ -92,6 +92,27 @@ def _speedup(own: Reached | None, other: Reached | None) -> list[str]:
     ]
 
 
+def by_corpus(runs: Sequence[Run]) -> dict[str, list[tuple[str, str] | None]]:
+    """Per corpus of mixtures, in every run: its last validation loss, and what share it had and
+    how often it was read; None in a run that was not validated on it."""
+    keys = dict.fromkeys(key for run in runs for row in run.rows for key in row)
+    names = [key.removeprefix("val/loss/") for key in keys if key.startswith("val/loss/")]
+    return {name: [_of_corpus(run, name) for run in runs] for name in names}
+
+
+def _of_corpus(run: Run, name: str) -> tuple[str, str] | None:
+    loss, epochs = run.last(f"val/loss/{name}"), run.last(f"epoch/{name}")
+    if loss is None:
+        return None
+    about = run.about.get("corpora")
+    rate = about.get(name, {}).get("rate") if isinstance(about, dict) else None
+    notes = [
+        f"{rate:.2%} of the rows" if isinstance(rate, float) else "",
+        "" if epochs is None else f"read {epochs:.3g} times",
+    ]
+    return f"{loss:.3f}", ", ".join(note for note in notes if note)
+
+
 def _ratio(own: float | None, other: float | None) -> str:
     return f"{own / other:.2f}x" if own and other else "-"
 

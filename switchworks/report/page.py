@@ -9,8 +9,16 @@ from html import escape
 
 import numpy as np
 
-from switchworks.report.charts import Curve, colour_bar, line_chart, load_chart
-from switchworks.report.figures import Figure, compact, figures, gains, recorded, speedups
+from switchworks.report.charts import COLOURS, Curve, colour_bar, line_chart, load_chart
+from switchworks.report.figures import (
+    Figure,
+    by_corpus,
+    compact,
+    figures,
+    gains,
+    recorded,
+    speedups,
+)
 from switchworks.report.runs import Run, Sample, baseline, last_part
 from switchworks.report.style import SCRIPT, STYLE
 
@@ -28,7 +36,7 @@ def page(runs: Sequence[Run]) -> str:
         sections.append(_comparison(runs))
     elif runs[0].rows:
         sections.append(_tiles(figures(runs[0])))
-    sections += [_learning(runs), _speed(runs), _routing(runs)]
+    sections += [_learning(runs), _corpora(runs), _speed(runs), _routing(runs)]
     sections += [_loads(run, several=len(runs) > 1) for run in runs]
     sections += [_samples(run, several=len(runs) > 1) for run in runs]
     sections += [_origin(runs), _settings(runs)]
@@ -209,6 +217,29 @@ def _learning(runs: Sequence[Run]) -> str:
     said = "Lower is better. Training loss is smoothed"
     said += ", with its raw values behind." if len(runs) == 1 else "."
     return _section("How it learned", said, charts)
+
+
+def _corpora(runs: Sequence[Run]) -> str:
+    """What runs of a mixture came to on each corpus; curves where they can be told apart."""
+    found = by_corpus(runs)
+    if not found:
+        return ""
+    chart = ""
+    if len(runs) == 1 and len(found) <= COLOURS:
+        curves = [
+            Curve(x=x, y=y, label=name, colour=colour, kind="points")
+            for colour, name in enumerate(found)
+            for x, y in [runs[0].series(f"val/loss/{name}")]
+        ]
+        chart = line_chart("Validation loss by corpus", "nats per target token", "step", curves)
+    rows = [_figure_row(name, cells) for name, cells in found.items()]
+    return (
+        '<section><h2>The corpora</h2><p class="soft">The last validation loss on each. The '
+        "validation loss of the run is their mean, each weighted by its share of the rows.</p>"
+        f'<div class="grid">{chart}</div><div class="card scroll">'
+        + _table(["", *(run.name for run in runs)], rows)
+        + "</div></section>"
+    )
 
 
 def _speed(runs: Sequence[Run]) -> str:

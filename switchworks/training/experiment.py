@@ -56,6 +56,7 @@ class Experiment:
     validate_every: int = 200
     """The last step is always validated, unless this is 0."""
     validation_batches: int = 8
+    """Of a mixture, shared out over its corpora; each has one at least."""
     sample_every: int = 0
     """Steps between two sets of held-out texts filled in or, by a decoder-only model, continued;
     also after the last step."""

@@ -12,8 +12,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from switchworks.batch import Batch
 from switchworks.checkpoint.training_state import Checkpoints
+from switchworks.data.corpora import HeldOut
+from switchworks.data.mixture import Mixture
 from switchworks.data.tokenizer import Tokenizer
-from switchworks.evaluate.perplexity import mean_nats
+from switchworks.evaluate.perplexity import held_out_losses
 from switchworks.generate import generate
 from switchworks.generate.continuation import continuation
 from switchworks.generate.fill_in import fill, parse_fills
@@ -108,12 +110,22 @@ def clock(seconds: float) -> str:
 
 
 class Validate:
-    """Every `every` steps the loss on the same held-out batches."""
+    """Every `every` steps the loss on the same held-out batches.
 
-    def __init__(self, recorder: Recorder, every: int, batches: Sequence[Batch]) -> None:
+    Of a mixture, the loss of each corpus besides, and how often each has been read.
+    """
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        every: int,
+        held_out: HeldOut,
+        mixture: Mixture | None = None,
+    ) -> None:
         self.recorder = recorder
         self.every = every
-        self.batches = batches
+        self.held_out = held_out
+        self.mixture = mixture
         self._done = -1
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
@@ -127,13 +139,30 @@ class Validate:
             self._validate(state)
 
     def _validate(self, state: TrainState) -> None:
-        loss = mean_nats(state.model, self.batches)
+        loss, by_corpus = held_out_losses(state.model, self.held_out)
+        epochs = {} if self.mixture is None else self.mixture.epochs(state.step)
         self._done = state.step
-        self.recorder.write(state, {"val/loss": loss})
-        print(
-            f"step {state.step}  held-out loss {loss:.3f}  perplexity {math.exp(loss):.1f}",
-            flush=True,
+        self.recorder.write(
+            state,
+            {"val/loss": loss}
+            | {f"val/loss/{name}": of_it for name, of_it in by_corpus.items()}
+            | {f"epoch/{name}": times for name, times in epochs.items()},
         )
+        line = f"step {state.step}  held-out loss {loss:.3f}  perplexity {math.exp(loss):.1f}"
+        print(line + in_few_words(by_corpus), flush=True)
+
+
+def in_few_words(losses: Mapping[str, float], most: int = 6) -> str:
+    """The losses of corpora for the end of a line: all, or of more than `most` the extremes."""
+    if not losses:
+        return ""
+    ranked = sorted(losses, key=losses.__getitem__)
+    if len(ranked) <= most:
+        return "  " + "  ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+    best, worst = ranked[0], ranked[-1]
+    return (
+        f"  lowest {best} {losses[best]:.3f}  highest {worst} {losses[worst]:.3f} of {len(ranked)}"
+    )
 
 
 class Samples:

@@ -18,8 +18,9 @@ from switchworks.checkpoint.model_files import MAX_SPARE_ROWS, load, save, store
 from switchworks.checkpoint.tensors import require_match
 from switchworks.checkpoint.training_state import Checkpoints
 from switchworks.config import CheckpointError, ConfigError
-from switchworks.data.pipeline import Pipeline, validation_batches
-from switchworks.data.prepare import Prepared, prepare
+from switchworks.data.corpora import Corpora, HeldOut, prepare_corpora, summary
+from switchworks.data.mixture import Mixture
+from switchworks.data.tokenizer import Tokenizer
 from switchworks.model import SwitchTransformer
 from switchworks.model.sizes import active_parameters, flops_per_token, num_parameters
 from switchworks.report import write_report
@@ -62,22 +63,25 @@ def train(
     experiment = with_precision(experiment, run_dir)
     # Before text is read, which may take long; the vocabulary is not known yet.
     may_resume(run_dir, experiment, resume=resume, ignoring=frozenset({"model.vocab_size"}))
-    prepared = prepare(experiment.data, vocab_size=experiment.model.vocab_size)
-    experiment = with_vocabulary(experiment, _vocabulary(prepared, init))
-    pipeline = _pipeline(experiment, prepared)
+    corpora = prepare_corpora(experiment.data, vocab_size=experiment.model.vocab_size)
+    experiment = with_vocabulary(experiment, _vocabulary(corpora, init))
+    pipeline = corpora.training(batch_size=experiment.batch_size, seed=experiment.seed)
+    mixture = pipeline if isinstance(pipeline, Mixture) else None
+    if mixture is not None:
+        print(summary(corpora, mixture, experiment.steps))
     resuming = may_resume(run_dir, experiment, resume=resume)
     checkpoints = Checkpoints(run_dir / "checkpoints", experiment.keep_checkpoints)
     state = _first_state(experiment, checkpoints if resuming else None, init)
     claim(run_dir, experiment)  # only now, when nothing can be wrong with the settings any more
-    _write_about(run_dir, experiment, prepared)
+    _write_about(run_dir, experiment, corpora)
     interrupt = Interrupt()
     with closing(Recorder(run_dir, state.step)) as recorder, interrupt.listening():
-        hooks = _hooks(state, recorder, checkpoints, prepared)
+        hooks = _hooks(state, recorder, checkpoints, corpora, mixture)
         with closing(pipeline.batches(state.step)) as batches:
             run(state, batches, hooks, interrupt)
     if interrupt.signal is not None:
         raise Interrupted(interrupt.signal.name, state.step, run_dir)
-    export(state, run_dir / "model", prepared)
+    export(state, run_dir / "model", corpora.tokenizer)
     write_report([run_dir])
     return run_dir
 
@@ -124,29 +128,19 @@ def with_precision(experiment: Experiment, run_dir: Path) -> Experiment:
     return replace(experiment, precision=precision)
 
 
-def _vocabulary(prepared: Prepared, init: Path | str | None) -> int:
+def _vocabulary(corpora: Corpora, init: Path | str | None) -> int:
     """Rows of the embedding: the tokenizer's ids, and what `init` has to spare beyond them."""
-    ids = prepared.tokenizer.vocab_size
+    ids = corpora.tokenizer.vocab_size
     rows = ids if init is None else stored_config(init).vocab_size
     return rows if 0 <= rows - ids < MAX_SPARE_ROWS else ids
 
 
-def export(state: TrainState, directory: Path, prepared: Prepared) -> None:
+def export(state: TrainState, directory: Path, tokenizer: Tokenizer) -> None:
     """Write the float32 weights, config and tokenizer to `directory`."""
     with torch.device("meta"):
         model = SwitchTransformer(state.experiment.model)
     model.load_state_dict(state.updater.float_state(), assign=True)
-    save(model, directory, tokenizer=prepared.tokenizer)
-
-
-def _pipeline(experiment: Experiment, prepared: Prepared) -> Pipeline:
-    return Pipeline(
-        experiment.data,
-        prepared.train,
-        prepared.tokenizer,
-        batch_size=experiment.batch_size,
-        seed=experiment.seed,
-    )
+    save(model, directory, tokenizer=tokenizer)
 
 
 def _first_state(
@@ -188,25 +182,28 @@ def _hooks(
     state: TrainState,
     recorder: Recorder,
     checkpoints: Checkpoints,
-    prepared: Prepared,
+    corpora: Corpora,
+    mixture: Mixture | None,
 ) -> Sequence[Hook]:
     experiment = state.experiment
     hooks: list[Hook] = [Progress(recorder, experiment.log_every, state)]
-    held_out: list[Batch] = []
     if experiment.validate_every or experiment.sample_every:
-        held_out = validation_batches(
-            experiment.data,
-            prepared.validation,
-            prepared.tokenizer,
-            batch_size=experiment.batch_size,
-            batches=max(1, experiment.validation_batches),
+        held_out = corpora.held_out(
+            batch_size=experiment.batch_size, batches=max(1, experiment.validation_batches)
         )
-    if experiment.validate_every:
-        hooks.append(Validate(recorder, experiment.validate_every, held_out))
-    if experiment.sample_every:
-        rows = first_rows(held_out[0], SAMPLE_ROWS)
-        hooks.append(Samples(recorder, experiment.sample_every, rows, prepared.tokenizer))
+        if experiment.validate_every:
+            hooks.append(Validate(recorder, experiment.validate_every, held_out, mixture))
+        if experiment.sample_every:
+            rows = _sample_rows(held_out)
+            hooks.append(Samples(recorder, experiment.sample_every, rows, corpora.tokenizer))
     return [*hooks, SaveCheckpoints(checkpoints, experiment.checkpoint_every)]
+
+
+def _sample_rows(held_out: HeldOut) -> Batch:
+    """SAMPLE_ROWS rows, of as many corpora as there are so many."""
+    each = -(-SAMPLE_ROWS // len(held_out.batches))
+    rows = [first_rows(batches[0], each) for batches in held_out.batches.values()]
+    return first_rows(Batch.join(rows), SAMPLE_ROWS)
 
 
 def _check_mesh(experiment: Experiment) -> None:
@@ -219,7 +216,7 @@ def _check_mesh(experiment: Experiment) -> None:
         )
 
 
-def _write_about(run_dir: Path, experiment: Experiment, prepared: Prepared) -> None:
+def _write_about(run_dir: Path, experiment: Experiment, corpora: Corpora) -> None:
     data, config = experiment.data, experiment.model
     about: dict[str, Any] = {
         "parameters": num_parameters(config),
@@ -231,8 +228,13 @@ def _write_about(run_dir: Path, experiment: Experiment, prepared: Prepared) -> N
         "version": version("switchworks"),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "vocabulary": prepared.tokenizer.vocab_size,
-        "train_tokens": prepared.train.num_tokens,
-        "text": data.path or data.dataset or data.source,
+        "vocabulary": corpora.tokenizer.vocab_size,
+        "train_tokens": corpora.train_tokens,
+        "text": ", ".join(data.corpora) or data.path or data.dataset or data.source,
     }
+    if data.mixture:
+        about["corpora"] = {
+            name: {"train_tokens": corpora.parts[name].train.num_tokens, "rate": rate}
+            for name, rate in corpora.rates.items()
+        }
     (run_dir / "about.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,175 @@
+"""All that a run reads: one corpus or a mixture, from the settings to batches.
+
+The callers need not know which. One corpus is a mixture of one, without a name, whose batches
+are those of a plain `Pipeline`.
+"""
+
+import heapq
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+from switchworks.batch import Batch
+from switchworks.data.config import DataConfig
+from switchworks.data.documents import Documents, open_documents
+from switchworks.data.mixture import Mixture, naming, rates
+from switchworks.data.pipeline import Pipeline, validation_batches
+from switchworks.data.prepare import Prepared, cache_folder, prepare, spread, trained_tokenizer
+from switchworks.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out batches of each corpus by its name, and the share each loss has in the mean."""
+
+    batches: Mapping[str, list[Batch]]
+    shares: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Corpora:
+    """One tokenizer, and the tokens of each corpus by its name; "" names one that is alone."""
+
+    config: DataConfig
+    tokenizer: Tokenizer
+    parts: Mapping[str, Prepared]
+
+    @property
+    def complete(self) -> bool:
+        """Whether no shard of any corpus is missing."""
+        return not any(part.missing for part in self.parts.values())
+
+    @property
+    def train_tokens(self) -> int:
+        """Of all corpora together."""
+        return sum(part.train.num_tokens for part in self.parts.values())
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """The share of the rows that each corpus gives."""
+        by, stores = self.config.mixture_by, [part.train for part in self.parts.values()]
+        sizes = [s.num_tokens if by == "tokens" else s.num_documents for s in stores]
+        found = rates(sizes, self.config.mixture_exponent, self.config.mixture_cap)
+        return dict(zip(self.parts, found.tolist(), strict=True))
+
+    def training(
+        self, *, batch_size: int, seed: int, rank: int = 0, world: int = 1
+    ) -> Pipeline | Mixture:
+        """The batches to train on. Raises what `Pipeline` and `Mixture` raise."""
+        stores = {name: part.train for name, part in self.parts.items()}
+        where = {"batch_size": batch_size, "seed": seed, "rank": rank, "world": world}
+        if not self.config.mixture:
+            return Pipeline(self.config, stores[""], self.tokenizer, **where)
+        weights = np.array(list(self.rates.values()))
+        return Mixture(self.config, stores, self.tokenizer, weights, **where)
+
+    def held_out(self, *, batch_size: int, batches: int) -> HeldOut:
+        """At most `batches` batches, shared out equally over the corpora, one at least for each.
+
+        In the mean of the corpora's losses each weighs as much as it gives rows to train on, so
+        that it is the loss that training brings down. Raises what `validation_batches` raises.
+        """
+        each = -(-batches // len(self.parts))
+        found: dict[str, list[Batch]] = {}
+        for name, part in self.parts.items():
+            with naming(name):
+                found[name] = validation_batches(
+                    self.config,
+                    part.validation,
+                    self.tokenizer,
+                    batch_size=batch_size,
+                    batches=each,
+                )
+        return HeldOut(found, self.rates)
+
+    def __str__(self) -> str:
+        """What there is of each corpus, or which of its shards are still missing."""
+        return "\n".join(
+            f"{name}: {part}" if name else f"{part}" for name, part in self.parts.items()
+        )
+
+
+def prepare_corpora(
+    config: DataConfig,
+    *,
+    vocab_size: int,
+    shard: tuple[int, int] | None = None,
+    quiet: bool = False,
+) -> Corpora:
+    """The tokenizer and the stores of every corpus; what is missing is made, the rest is opened.
+
+    Arguments and errors are those of `prepare`, which see to one corpus after the other. A
+    tokenizer trained here learns from all corpora, mixed by their rates.
+    """
+    if not config.mixture:
+        alone = prepare(config, vocab_size=vocab_size, shard=shard, quiet=quiet)
+        return Corpora(config, alone.tokenizer, {"": alone})
+    own = {name: replace(config, mixture=(), path=path) for name, path in config.corpora.items()}
+    sources: dict[str, Documents] = {}
+    for name, settings in own.items():  # all are looked at before any work is done on one
+        with naming(name):
+            sources[name] = open_documents(settings, cache_folder(config))
+    tokenizer = config.tokenizer
+    if tokenizer == "train":
+        tokenizer = str(_trained(config, list(sources.values()), vocab_size, quiet))
+    parts: dict[str, Prepared] = {}
+    for name, settings in own.items():
+        settings = replace(settings, tokenizer=tokenizer)
+        with naming(name):
+            parts[name] = prepare(
+                settings, vocab_size=vocab_size, shard=shard, quiet=quiet, name=name
+            )
+    return Corpora(config, next(iter(parts.values())).tokenizer, parts)
+
+
+def _trained(
+    config: DataConfig, sources: Sequence[Documents], vocab_size: int, quiet: bool
+) -> Path:
+    """The folder of the tokenizer that learns from all `sources`.
+
+    Tokens cannot be counted before there is a tokenizer, so sizes are in characters here, and
+    `mixture_cap`, which counts something else, has no say.
+    """
+    shares = rates([source.num_characters or 1 for source in sources], config.mixture_exponent)
+    named = [source.fingerprint() for source in sources], config.mixture_exponent
+    return trained_tokenizer(
+        cache_folder(config), repr(named), draw(sources, shares), vocab_size, quiet
+    )
+
+
+def draw(sources: Sequence[Documents], shares: Float[np.ndarray, " K"]) -> Iterator[str]:
+    """Documents of all `sources`, such that the text of each grows in proportion to its share.
+
+    A source that ends begins again, as it will in training, until every one has ended once.
+    """
+    streams = [spread(source) for source in sources]
+    unfinished = set(range(len(sources)))
+    turns = [(0.0, index) for index in unfinished]  # (characters given per share, source)
+    while unfinished and turns:
+        given, index = heapq.heappop(turns)
+        text = next(streams[index], None)
+        if text is None:
+            unfinished.discard(index)
+            if given == 0.0:
+                continue  # it is empty
+            streams[index] = spread(sources[index])
+            heapq.heappush(turns, (given, index))
+            continue
+        heapq.heappush(turns, (given + len(text) / float(shares[index]), index))
+        yield text
+
+
+def summary(corpora: Corpora, batches: Mixture, steps: int) -> str:
+    """A table of the mixture: sizes, share of the rows, epochs in a run of `steps` steps."""
+    epochs, shares = batches.epochs(steps), corpora.rates
+    wide = max(len("corpus"), *map(len, corpora.parts))
+    lines = [f"{'corpus':<{wide}} {'tokens':>16} {'documents':>12} {'rows':>7} {'epochs':>9}"]
+    for name, part in corpora.parts.items():
+        lines.append(
+            f"{name:<{wide}} {part.train.num_tokens:>16,} {part.train.num_documents:>12,} "
+            f"{shares[name]:>7.2%} {epochs[name]:>9.3g}"
+        )
+    return "\n".join([*lines, f"Epochs: how often each is read in {steps:,} steps."])
