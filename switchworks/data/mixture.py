@@ -113,7 +113,7 @@ class Mixture:
     """The batches of a run over several corpora, as seen by one rank.
 
     Like `Pipeline`, whose batches they are made of: a batch follows from (seed, step, rank,
-    world). `parts` has the pipeline of each corpus by its name, `rates` the corpora's rates.
+    world). `parts` has the pipeline of each corpus by its name.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class Mixture:
         check_shares(batch_size, rank, world)
         if seed < 0:
             raise ConfigError(f"seed = {seed} is negative. Use 0 or more.")
-        self.config, self.rates = config, rates
+        self.config = config
         self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
         self.parts = {
             name: _part(name, config, store, tokenizer, seed) for name, store in stores.items()
@@ -168,11 +168,6 @@ class Mixture:
             name: int(read) / part.windows
             for (name, part), read in zip(self.parts.items(), rows, strict=True)
         }
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Input and target positions in a step on all ranks, padding included."""
-        return self.batch_size * (self.config.input_length + self.config.target_length)
 
 
 def _part(
