@@ -45,7 +45,7 @@ def open_teacher(experiment: Experiment) -> Teacher | None:
     path = Path(distil.teacher)
     if not distil.teacher or not (is_model(path) or (path / "config.json").is_file()):
         raise CheckpointError(
-            f"There is no teacher in distil.teacher = {distil.teacher!r}: it is {_what(path)}.\n"
+            f"There is no teacher in distil.teacher = {distil.teacher!r}: {_why(distil.teacher)}.\n"
             "  Train one first (switchworks train quickstart), or give --distil.teacher PATH: the\n"
             "  directory of a finished run, of a model, or of a Hugging Face model."
         )
@@ -65,9 +65,12 @@ def open_teacher(experiment: Experiment) -> Teacher | None:
     return Teacher(distil.teacher, model, tokenizer)
 
 
-def _what(path: Path) -> str:
+def _why(teacher: str) -> str:
+    path = Path(teacher)
+    if not teacher:
+        return "none is named"
     if not path.exists():
-        return "not there"
+        return "it is not there"
     if (path / "experiment.toml").is_file():
-        return "a run that has not ended, which has no model/ yet"
-    return "no model"
+        return "that run has not ended, so it has no model/ yet"
+    return "it is no model"
