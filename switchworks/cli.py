@@ -7,7 +7,7 @@ paths. What needs torch is imported by the verb that uses it, so that help is in
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -298,10 +298,14 @@ def _experiment(verb: str, words: list[str], kind: type[T]) -> "tuple[Experiment
             f"switchworks {verb} needs the name of a recipe first, for example quickstart.\n"
             "  `switchworks recipes` lists them."
         )
+    from switchworks.compress.config import DistilConfig
     from switchworks.recipes import find_recipe
     from switchworks.training.experiment import Experiment
 
     recipe = find_recipe(words[0])()
+    if recipe.distil is None and any(word.startswith("--distil.") for word in words):
+        # Flags set what is there; any recipe's model may have a teacher.
+        recipe = replace(recipe, distil=DistilConfig(teacher=""))
 
     @dataclass(frozen=True)
     class Arguments:

@@ -22,7 +22,7 @@ def test_every_recipe_builds_without_memory(name):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_trains_three_steps_when_made_tiny(name, corpus, tmp_path):
+def test_every_recipe_trains_three_steps_when_made_tiny(name, corpus, tiny_run, tmp_path):
     recipe, small = RECIPES[name](), tiny()
     routing = recipe.model.routing
     if routing is not None:
@@ -42,6 +42,7 @@ def test_every_recipe_trains_three_steps_when_made_tiny(name, corpus, tmp_path):
         model=shape,
         data=data,
         validation_batches=1,
+        distil=recipe.distil and replace(recipe.distil, teacher=str(tiny_run)),
     )
     run_dir = train(experiment, tmp_path / "run")
     assert (run_dir / "model" / "model.safetensors").exists()

@@ -40,7 +40,7 @@ class DataConfig:
 
     tokenizer: str = "train"
     """"train" makes a SentencePiece model from the text, "bytes" needs none (ByT5's ids), and
-    anything else is the path of a `spiece.model` or of a folder that holds one."""
+    anything else is the path of a `spiece.model`, of a folder that holds one or of a run."""
     cache: str | None = None
     """Folder for tokenizers and token stores. None: $SWITCHWORKS_CACHE, else
     ~/.cache/switchworks."""

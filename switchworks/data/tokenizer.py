@@ -241,7 +241,8 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer at `path`: "bytes", a SentencePiece model file, or a folder holding one.
+    """The tokenizer at `path`: "bytes", a SentencePiece model file, a folder holding one, or a run
+    directory, whose model has it.
 
     Raises DataError if there is none, or if it is not laid out as T5's.
     """
@@ -249,6 +250,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         return ByteTokenizer()
     place = Path(path)
     if place.is_dir():
+        if (place / "model").is_dir():
+            place = place / "model"
         if _settings_kind(place / SETTINGS_FILE) == "bytes":
             return ByteTokenizer()
         place = place / MODEL_FILE

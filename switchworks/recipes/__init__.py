@@ -22,6 +22,7 @@ GROUPS: dict[str, tuple[Recipe, ...]] = {
         quickstart.quickstart_dense,
         quickstart.quickstart_lm,
         quickstart.quickstart_lm_dense,
+        quickstart.distil,
         quickstart.text_folder,
         quickstart.speedup,
         quickstart.speedup_dense,

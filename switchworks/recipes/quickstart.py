@@ -6,6 +6,7 @@ the same tokens in the same order, and the same first values where they share pa
 
 from dataclasses import replace
 
+from switchworks.compress.config import DistilConfig
 from switchworks.data.config import DataConfig
 from switchworks.model import ModelConfig, RoutingConfig
 from switchworks.optim.config import OptimConfig
@@ -95,6 +96,18 @@ def speedup() -> Experiment:
 def speedup_dense() -> Experiment:
     """The dense twin of `speedup`."""
     return dense_twin(speedup())
+
+
+def distil() -> Experiment:
+    """`quickstart_dense` taught by a finished `quickstart`, in runs/quickstart or --distil.teacher.
+
+    Section 4.2: a quarter of the loss is the teacher's, and the student begins with the teacher's
+    weights outside the switch layers. Not yet run end to end at full length. A step takes a third
+    more FLOPs than one of `quickstart_dense`: the teacher's forward pass.
+    """
+    return replace(
+        quickstart_dense(), name="distil", distil=DistilConfig(teacher="runs/quickstart")
+    )
 
 
 def text_folder() -> Experiment:

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from switchworks.compress.config import DistilConfig
 from switchworks.config import ConfigError
 from switchworks.data.config import DataConfig
 from switchworks.model.config import ModelConfig
@@ -50,6 +51,8 @@ class Experiment:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    distil: DistilConfig | None = None
+    """A teacher the model learns from beside the text. None: there is no teacher."""
 
     log_every: int = 10
     """Steps between two lines of progress. 0 means never, here and below."""

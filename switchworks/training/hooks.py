@@ -64,6 +64,9 @@ def averages(results: Sequence[StepResult]) -> dict[str, Any]:
         "train/lr": results[-1].update.lr,
         "train/grad_norm": fmean(result.update.grad_norm for result in results),
     }
+    softs = [result.soft for result in results if result.soft is not None]
+    if softs:
+        values["train/soft"] = fmean(softs)
     names = results[0].layers
     if not names:
         return values
@@ -88,6 +91,8 @@ def _mean_load(loads: Sequence[list[float]]) -> list[float]:
 def progress_line(state: TrainState, values: dict[str, Any]) -> str:
     """One line for people: loss, balance, dropped share, experts in use, speed, time left."""
     parts = [f"step {state.step}/{state.experiment.steps}", f"loss {values['train/loss']:.3f}"]
+    if "train/soft" in values:
+        parts.append(f"soft {values['train/soft']:.3f}")
     routing = state.experiment.model.routing
     if routing is not None:
         parts += [

@@ -17,6 +17,7 @@ from switchworks.batch import Batch
 from switchworks.checkpoint.model_files import MAX_SPARE_ROWS, load, save, stored_config
 from switchworks.checkpoint.tensors import require_match
 from switchworks.checkpoint.training_state import Checkpoints
+from switchworks.compress.student import initialise_from_teacher
 from switchworks.config import CheckpointError, ConfigError
 from switchworks.data.corpora import Corpora, HeldOut, prepare_corpora, summary
 from switchworks.data.mixture import Mixture
@@ -37,6 +38,7 @@ from switchworks.training.loop import Hook, Interrupt, run
 from switchworks.training.recorder import Recorder
 from switchworks.training.run_directory import claim, may_resume, settings_in
 from switchworks.training.state import TrainState, build_state
+from switchworks.training.teacher import Teacher, open_teacher
 
 SAMPLE_ROWS = 4
 """Pieces of held-out text whose holes are filled at each sampling."""
@@ -53,9 +55,11 @@ def train(
 
     Afterwards it holds the exported model, checkpoints, metrics and the report. With `resume` an
     interrupted run goes on from its newest complete checkpoint; `init` starts from the weights of
-    another model. After SIGINT or SIGTERM the state is saved and `Interrupted` is raised.
+    another model; a teacher is what `experiment.distil` names. After SIGINT or SIGTERM the state
+    is saved and `Interrupted` is raised.
     """
     _check_mesh(experiment)
+    _check_beginning(experiment, init)
     machine.keep_freed_memory()
     if experiment.threads:
         torch.set_num_threads(experiment.threads)
@@ -63,15 +67,18 @@ def train(
     experiment = with_precision(experiment, run_dir)
     # Before text is read, which may take long; the vocabulary is not known yet.
     may_resume(run_dir, experiment, resume=resume, ignoring=frozenset({"model.vocab_size"}))
+    teacher = open_teacher(experiment)
     corpora = prepare_corpora(experiment.data, vocab_size=experiment.model.vocab_size)
-    experiment = with_vocabulary(experiment, _vocabulary(corpora, init))
+    experiment = with_vocabulary(experiment, _vocabulary(corpora, init, teacher))
+    if teacher is not None:
+        teacher.require_same_ids(corpora.tokenizer, experiment.model.vocab_size)
     pipeline = corpora.training(batch_size=experiment.batch_size, seed=experiment.seed)
     mixture = pipeline if isinstance(pipeline, Mixture) else None
     if mixture is not None:
         print(summary(corpora, mixture, experiment.steps))
     resuming = may_resume(run_dir, experiment, resume=resume)
     checkpoints = Checkpoints(run_dir / "checkpoints", experiment.keep_checkpoints)
-    state = _first_state(experiment, checkpoints if resuming else None, init)
+    state = _first_state(experiment, checkpoints if resuming else None, init, teacher)
     claim(run_dir, experiment)  # only now, when nothing can be wrong with the settings any more
     _write_about(run_dir, experiment, corpora)
     interrupt = Interrupt()
@@ -128,10 +135,14 @@ def with_precision(experiment: Experiment, run_dir: Path) -> Experiment:
     return replace(experiment, precision=precision)
 
 
-def _vocabulary(corpora: Corpora, init: Path | str | None) -> int:
-    """Rows of the embedding: the tokenizer's ids, and what `init` has to spare beyond them."""
-    ids = corpora.tokenizer.vocab_size
-    rows = ids if init is None else stored_config(init).vocab_size
+def _vocabulary(corpora: Corpora, init: Path | str | None, teacher: Teacher | None) -> int:
+    """Rows of the embedding: the tokenizer's ids, and what `init` or else the teacher has to
+    spare beyond them."""
+    rows = ids = corpora.tokenizer.vocab_size
+    if init is not None:
+        rows = stored_config(init).vocab_size
+    elif teacher is not None:
+        rows = teacher.model.config.vocab_size
     return rows if 0 <= rows - ids < MAX_SPARE_ROWS else ids
 
 
@@ -144,17 +155,33 @@ def export(state: TrainState, directory: Path, tokenizer: Tokenizer) -> None:
 
 
 def _first_state(
-    experiment: Experiment, checkpoints: Checkpoints | None, init: Path | str | None
+    experiment: Experiment,
+    checkpoints: Checkpoints | None,
+    init: Path | str | None,
+    teacher: Teacher | None,
 ) -> TrainState:
-    """Where the run starts, in order of precedence: checkpoint, `init`, first values."""
-    state = build_state(experiment, _first_model(experiment, init))
+    """Where the run starts, in order of precedence: checkpoint, `init`, the teacher's weights as
+    far as they fit, first values."""
+    model = _first_model(experiment, init)
     newest = None if checkpoints is None else checkpoints.latest()
+    if newest is None and experiment.distil is not None and experiment.distil.initialise:
+        assert teacher is not None
+        _inherit(model, teacher)
+    state = build_state(experiment, model, None if teacher is None else teacher.model)
     if checkpoints is not None and newest is not None:
         contents = state.state_dict()
         about = checkpoints.load(newest, contents)
         state.restore(contents, about)
         print(f"resumed from step {state.step} ({newest})")
     return state
+
+
+def _inherit(student: SwitchTransformer, teacher: Teacher) -> None:
+    """Copy what fits of the teacher and say how much that is."""
+    copied, fresh = initialise_from_teacher(student, teacher.model)
+    print(f"student: {len(copied)} of {len(copied) + len(fresh)} tensors from {teacher.path}")
+    if fresh:
+        print(f"  fresh: {', '.join(fresh[:6])}{', ...' if len(fresh) > 6 else ''}")
 
 
 def _first_model(experiment: Experiment, init: Path | str | None) -> SwitchTransformer:
@@ -204,6 +231,14 @@ def _sample_rows(held_out: HeldOut) -> Batch:
     each = -(-SAMPLE_ROWS // len(held_out.batches))
     rows = [first_rows(batches[0], each) for batches in held_out.batches.values()]
     return first_rows(Batch.join(rows), SAMPLE_ROWS)
+
+
+def _check_beginning(experiment: Experiment, init: Path | str | None) -> None:
+    if init is not None and experiment.distil is not None and experiment.distil.initialise:
+        raise ConfigError(
+            f"Both --init {init} and distil.initialise say which weights the student begins with.\n"
+            "  Add --distil.no-initialise, or leave --init out."
+        )
 
 
 def _check_mesh(experiment: Experiment) -> None:

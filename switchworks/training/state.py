@@ -26,6 +26,9 @@ class TrainState:
     """Input and target tokens seen, padding not counted."""
     seconds: float = 0.0
     """Time spent in steps, over all sittings; validation and saving not counted."""
+    teacher: SwitchTransformer | None = None
+    """Whom the model learns from if `experiment.distil` says so. No step changes it, so it is in
+    no checkpoint."""
 
     def state_dict(self) -> dict[str, Any]:
         """Every tensor that a step changes: float32 weights and optimizer state, not copied."""
@@ -42,20 +45,30 @@ class TrainState:
         self.seconds = about["seconds"]
 
 
-def build_state(experiment: Experiment, model: SwitchTransformer | None = None) -> TrainState:
+def build_state(
+    experiment: Experiment,
+    model: SwitchTransformer | None = None,
+    teacher: SwitchTransformer | None = None,
+) -> TrainState:
     """Step 0 of `experiment`, with the float32 weights of `model` or else those of its seed.
 
     The model is taken over: with bfloat16 its weights are cast and the float32 ones become the
-    optimizer's masters.
+    optimizer's masters. The `teacher` is taken over too: cast as the model is, in evaluation mode
+    and without gradients, so that it drops no token and draws no noise.
     """
+    assert (teacher is None) == (experiment.distil is None)
     assert experiment.precision != "auto", "train() settles it first"
     model = model or SwitchTransformer(experiment.model, seed=experiment.seed)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    cast_for_compute(model, getattr(torch, experiment.precision))
+    dtype = getattr(torch, experiment.precision)
+    cast_for_compute(model, dtype)
     updater = build_optimizer(
         model.named_parameters(), dimension_letters(model), experiment.optim, weights
     )
-    return TrainState(experiment, model, updater)
+    if teacher is not None:
+        cast_for_compute(teacher, dtype)
+        teacher.to(model.embedding.weight.device).eval().requires_grad_(False)
+    return TrainState(experiment, model, updater, teacher=teacher)
 
 
 def cast_for_compute(model: nn.Module, dtype: torch.dtype) -> None:

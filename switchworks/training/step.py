@@ -1,6 +1,6 @@
 """One optimizer step: forward, backward, bound, update.
 
-Letters: E experts.
+Letters: B sequences, T target length, V vocabulary, E experts.
 """
 
 from typing import NamedTuple
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from switchworks.batch import Batch
 from switchworks.model import Output, SwitchTransformer
+from switchworks.model.losses import distillation_loss
 from switchworks.optim.build import UpdateStats
 from switchworks.training.state import TrainState
 
@@ -37,6 +38,8 @@ class StepResult(NamedTuple):
     update: UpdateStats
     layers: dict[str, LayerReport]
     tokens: int
+    soft: float | None = None
+    """The teacher's share before it is weighted; None without a teacher."""
 
 
 def train_step(state: TrainState, batch: Batch) -> StepResult:
@@ -45,7 +48,9 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
     With micro-batches the gradient is that of the whole batch: the cross-entropy of each part
     counts by its share of the targets, balance and router losses by its share of the groups.
     Noise (jitter, dropout) is drawn from the seed and the step alone, so a resumed run repeats
-    it. Raises DivergenceError before the weights are touched if loss or gradient is not finite.
+    it. With a teacher part of the cross-entropy is with its probabilities for the same rows, see
+    `DistilConfig`. Raises DivergenceError before the weights are touched if loss or gradient is
+    not finite.
     """
     experiment, model = state.experiment, state.model
     model.train()
@@ -54,17 +59,19 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
     targets = max(1, int((batch.targets != 0).sum()))
     totals: list[Tensor] = []
     nats: list[Tensor] = []
+    softs: list[Tensor] = []
     reports: list[Output] = []
     for part in batch.split(experiment.micro_batches):
         share = int((part.targets != 0).sum()) / targets
-        output = _forward(model, part)
+        output, learnt, soft = _learn(state, part)
         losses = output.losses
-        loss = share * (losses.cross_entropy + losses.output_z)
+        loss = share * (learnt + losses.output_z)
         loss = loss + (losses.balance + losses.router_z) / experiment.micro_batches
         loss.backward()
         state.updater.accumulate()
         totals.append(loss.detach())
         nats.append(losses.cross_entropy.detach() * share)
+        softs.append(soft.detach() * share)
         reports.append(output._replace(logits=output.logits.new_zeros(0, 0, 0)))
     total = float(sum(totals))
     if total - total != 0:  # not finite
@@ -78,7 +85,24 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
     tokens = batch.num_tokens
     state.step += 1
     state.tokens += tokens
-    return StepResult(total, float(sum(nats)), update, layers, tokens)
+    soft = None if state.teacher is None else float(sum(softs))
+    return StepResult(total, float(sum(nats)), update, layers, tokens, soft)
+
+
+def _learn(state: TrainState, batch: Batch) -> tuple[Output, Tensor, Tensor]:
+    """The model's answer, the mean nats it is to learn from, and those with the teacher alone.
+
+    The first are the text's and the teacher's in the mixture of `DistilConfig`; without a teacher
+    they are the text's, and the others 0.
+    """
+    # The teacher first: of its work only the logits remain while the model's activations pile up.
+    taught = _teacher_logits(state, batch)
+    output = _forward(state.model, batch)
+    hard, distil = output.losses.cross_entropy, state.experiment.distil
+    if taught is None or distil is None:
+        return output, hard, hard.new_zeros(())
+    soft = distillation_loss(output.logits, taught, batch.targets, distil.temperature)
+    return output, (1 - distil.soft_weight) * hard + distil.soft_weight * soft, soft
 
 
 def explain_divergence(state: TrainState, batch: Batch, what: str) -> str:
@@ -116,6 +140,9 @@ def _first_nonfinite(state: TrainState, batch: Batch) -> str:
         with torch.no_grad():
             for part in batch.split(state.experiment.micro_batches):
                 _forward(state.model, part)
+                taught = _teacher_logits(state, part)
+                if taught is not None and not taught.isfinite().all():
+                    found.append("the teacher")
     finally:
         for handle in handles:
             handle.remove()
@@ -133,6 +160,14 @@ def _forward(model: SwitchTransformer, batch: Batch) -> Output:
         target_segments=batch.target_segments,
         padding=batch.padding,
     )
+
+
+def _teacher_logits(state: TrainState, batch: Batch) -> Float[Tensor, "B T V"] | None:
+    """What the teacher, if there is one, makes of the same rows."""
+    if state.teacher is None:
+        return None
+    with torch.no_grad():
+        return _forward(state.teacher, batch).logits
 
 
 def _layer_reports(model: SwitchTransformer, outputs: list[Output]) -> dict[str, LayerReport]:

@@ -1,0 +1,38 @@
+"""Settings of distillation."""
+
+import math
+from dataclasses import dataclass
+
+from switchworks.config import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistilConfig:
+    """Who teaches the model of an experiment, and how much of the loss is the teacher's.
+
+    The loss is (1 - soft_weight) times the cross-entropy with the text plus soft_weight times
+    temperature^2 times the cross-entropy with the teacher's probabilities (section 4.2).
+    """
+
+    teacher: str
+    """A run or model directory, or one of Hugging Face's. It is read and never written."""
+    soft_weight: float = 0.25
+    """Share of the teacher's probabilities in the loss; the rest is the text's. 0 learns from the
+    text alone, 1 from the teacher alone."""
+    temperature: float = 1.0
+    """What logits of both are divided by for the teacher's share. Above 1 unlikely tokens count
+    more; temperature^2 keeps the gradient's size. The paper names none: 1."""
+    initialise: bool = True
+    """Begin with the teacher's weights wherever name and shape agree, experts and routers left
+    out. The FFNs that stand where the teacher has switch layers begin afresh."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.soft_weight <= 1:
+            raise ConfigError(
+                f"distil.soft_weight = {self.soft_weight} must lie in [0, 1]. The paper uses 0.25."
+            )
+        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+            raise ConfigError(
+                f"distil.temperature = {self.temperature} must be positive. 1.0 leaves the "
+                "teacher's probabilities as they are."
+            )

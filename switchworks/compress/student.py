@@ -1,0 +1,60 @@
+"""A student's first weights, and how much of its teacher's gain it kept (section 4.2)."""
+
+from typing import NamedTuple
+
+import torch
+
+from switchworks.model import SwitchTransformer
+from switchworks.model.experts import Experts
+from switchworks.model.routing import Router
+
+
+class Inherited(NamedTuple):
+    """Names of a student's parameters, in its order."""
+
+    copied: list[str]
+    """Those with the teacher's values."""
+    fresh: list[str]
+    """Those left as they were."""
+
+
+@torch.no_grad()
+def initialise_from_teacher(student: SwitchTransformer, teacher: SwitchTransformer) -> Inherited:
+    """`student` has the teacher's values wherever a name and its shape are in both.
+
+    Experts and routers are never copied. Of a sparse teacher and a student of the same width that
+    is embeddings, attention, norms and the FFNs of dense blocks; the FFNs that stand where the
+    teacher has switch layers keep their first values. Nothing is shared with `teacher`.
+    """
+    experts = _of_switch_layers(student) | _of_switch_layers(teacher)
+    taught = dict(teacher.named_parameters())
+    inherited = Inherited([], [])
+    for name, parameter in student.named_parameters():
+        source = taught.get(name)
+        if source is None or source.shape != parameter.shape or name in experts:
+            inherited.fresh.append(name)
+            continue
+        parameter.copy_(source)
+        inherited.copied.append(name)
+    return inherited
+
+
+def fraction_of_gain(*, baseline: float, teacher: float, student: float) -> float:
+    """(student - baseline) / (teacher - baseline), the paper's "percent of teacher gain" / 100.
+
+    Of losses, of log perplexities or of any score, but all three of one kind. 0 is a student no
+    better than the baseline trained without a teacher, 1 one as good as the teacher; nan where
+    the teacher is no different from the baseline.
+    """
+    gain = teacher - baseline
+    return (student - baseline) / gain if gain else float("nan")
+
+
+def _of_switch_layers(model: SwitchTransformer) -> set[str]:
+    """Names of the parameters that experts and routers hold."""
+    return {
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if isinstance(module, Experts | Router)
+        for name, _ in module.named_parameters()
+    }
