@@ -109,6 +109,7 @@ class Router(nn.Module):
         load of the whole batch. Does nothing without a `bias_rate`.
         """
         if self.selection_bias is not None:
+            load = load.to(self.selection_bias)
             self.selection_bias += self.config.bias_rate * (load.mean() - load).sign()
 
     def _explore(self, x: Float[Tensor, "G S D"]) -> Float[Tensor, "G S D"]:
