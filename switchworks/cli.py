@@ -172,7 +172,7 @@ def _recipes(words: list[str]) -> int:
     for heading, recipes in GROUPS.items():
         print(f"{heading}:")
         for recipe in recipes:
-            print(f"  {recipe.__name__:<18} {(recipe.__doc__ or '').partition(chr(10))[0]}")
+            print(f"  {recipe.__name__:<20} {(recipe.__doc__ or '').partition(chr(10))[0]}")
         print()
     print("Sizes, each a recipe too: that model on C4 (mT5: on your own text):")
     for family, sizes in FAMILIES.items():
