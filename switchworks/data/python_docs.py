@@ -26,11 +26,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 from switchworks.data.prose import paragraphs
 
 ROOTS = (
     "torch", "numpy", "jaxtyping", "safetensors", "sentencepiece", "grain", "datasets",
-    "zstandard", "tomli-w", "tyro", "rich", "tensorboard", "matplotlib",
+    "zstandard", "tomli-w", "tyro", "rich", "tensorboard", "matplotlib", "scikit-learn", "scipy",
+    "sacrebleu", "rouge-score",
 )  # fmt: skip
 """What switchworks itself depends on: these are read, with everything they need in turn."""
 
@@ -111,9 +114,9 @@ def _packages() -> dict[str, importlib.metadata.Distribution]:
             continue
         found[name] = installed[name]
         for requirement in installed[name].requires or []:
-            match = re.match(r"[A-Za-z0-9._-]+", requirement)
-            if match and not re.search(r"\bextra\s*==", requirement):
-                wanted.append(_normal(match.group()))
+            needed = Requirement(requirement)
+            if needed.marker is None or needed.marker.evaluate({"extra": ""}):
+                wanted.append(_normal(needed.name))
     return found
 
 
