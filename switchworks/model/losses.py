@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_BLOCK = 2**18
+BLOCK = 2**18
 """Logits widened at once."""
 
 
@@ -81,7 +81,7 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Float[Tensor, "N V"], targets: Int[Tensor, "N"]
     ) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:
-        normaliser = torch.cat([_widen(block).logsumexp(dim=-1) for block in _blocks(logits)])
+        normaliser = torch.cat([widen(block).logsumexp(dim=-1) for block in row_blocks(logits)])
         picked = logits.gather(-1, targets[:, None]).squeeze(-1).to(normaliser.dtype)
         ctx.save_for_backward(logits, targets, normaliser)
         return normaliser - picked, normaliser
@@ -94,73 +94,23 @@ class _CrossEntropy(torch.autograd.Function):
         logits, targets, normaliser = ctx.saved_tensors
         whole = (of_nats + of_normaliser)[:, None]
         columns = (logits, targets[:, None], normaliser[:, None], whole, -of_nats[:, None])
-        parts = zip(*(_blocks(column, of=logits) for column in columns), strict=True)
+        parts = zip(*(row_blocks(column, of=logits) for column in columns), strict=True)
         grads = []
         for block, target, log_z, share, minus in parts:
-            probs = _widen(block).sub(log_z).exp_()
+            probs = widen(block).sub(log_z).exp_()
             grads.append(probs.mul_(share).scatter_add_(-1, target, minus).to(logits.dtype))
         return torch.cat(grads), None
 
 
-def distillation_loss(
-    student_logits: Float[Tensor, "B T V"],
-    teacher_logits: Float[Tensor, "B T V"],
-    targets: Int[Tensor, "B T"],
-    temperature: float = 1.0,
-) -> Float[Tensor, ""]:
-    """Temperature^2 times the mean cross-entropy, in nats, with the teacher's probabilities.
-
-    Both sides' logits are divided by the temperature; its square keeps the gradient's size (Hinton
-    et al. 2015). Never below temperature^2 times the teacher's mean entropy, which it is when the
-    student has the teacher's probabilities. Counts where `targets` is not padding, 0 without any;
-    computed in float32. Only the student's logits get a gradient.
-    """
-    real = (targets != 0).flatten()
-    rows = (student_logits.flatten(0, 1), teacher_logits.detach().flatten(0, 1))
-    nats = _SoftCrossEntropy.apply(*rows, temperature)
-    return temperature**2 * (nats * real).sum() / real.sum().clamp(min=1)
-
-
-class _SoftCrossEntropy(torch.autograd.Function):
-    """Nats of every row with the teacher's softened probabilities, a few rows at a time.
-
-    As in `_CrossEntropy` nothing of the logits' size is kept but the logits themselves.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"], temperature: float
-    ) -> Float[Tensor, "N"]:
-        ctx.save_for_backward(student, teacher)
-        ctx.temperature = temperature
-        nats = []
-        for ours, theirs in zip(_blocks(student), _blocks(teacher, of=student), strict=True):
-            log_probs = _widen(ours).div(temperature).log_softmax(dim=-1)
-            probs = _widen(theirs).div(temperature).softmax(dim=-1)
-            nats.append(-log_probs.mul_(probs).sum(dim=-1))
-        return torch.cat(nats)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, of_nats: Float[Tensor, "N"]) -> tuple[Float[Tensor, "N V"], None, None]:
-        student, teacher = ctx.saved_tensors
-        columns = (student, teacher, of_nats[:, None] / ctx.temperature)
-        grads = []
-        for ours, theirs, share in zip(*(_blocks(c, of=student) for c in columns), strict=True):
-            probs = _widen(ours).div(ctx.temperature).softmax(dim=-1)
-            probs.sub_(_widen(theirs).div(ctx.temperature).softmax(dim=-1)).mul_(share)
-            grads.append(probs.to(student.dtype))
-        return torch.cat(grads), None, None
-
-
-def _blocks(rows: Tensor, of: Tensor | None = None) -> tuple[Tensor, ...]:
+def row_blocks(rows: Tensor, of: Tensor | None = None) -> tuple[Tensor, ...]:
     """`rows` in at most 64 parts, of about a megabyte of logits each where that is larger."""
     logits = rows if of is None else of
-    length = max(-(-len(logits) // 64), _BLOCK // logits.shape[-1], 1)
+    length = max(-(-len(logits) // 64), BLOCK // logits.shape[-1], 1)
     return rows.split(length)
 
 
-def _widen(x: Tensor) -> Tensor:
+def widen(x: Tensor) -> Tensor:
+    """`x` in float32, or in its own dtype where that holds more."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

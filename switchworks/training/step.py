@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from switchworks.batch import Batch
+from switchworks.compress.loss import distillation_loss
 from switchworks.model import Output, SwitchTransformer
-from switchworks.model.losses import distillation_loss
 from switchworks.optim.build import UpdateStats
 from switchworks.training.state import TrainState
 

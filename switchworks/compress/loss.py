@@ -1,0 +1,64 @@
+"""What a student learns from its teacher's logits.
+
+Letters: B sequences, T target length, V vocabulary, N rows of logits.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from switchworks.model.losses import row_blocks, widen
+
+
+def distillation_loss(
+    student_logits: Float[Tensor, "B T V"],
+    teacher_logits: Float[Tensor, "B T V"],
+    targets: Int[Tensor, "B T"],
+    temperature: float = 1.0,
+) -> Float[Tensor, ""]:
+    """Temperature^2 times the mean cross-entropy, in nats, with the teacher's probabilities.
+
+    Both sides' logits are divided by the temperature; its square keeps the gradient's size (Hinton
+    et al. 2015). Never below temperature^2 times the teacher's mean entropy, which it is when the
+    student has the teacher's probabilities. Counts where `targets` is not padding, 0 without any;
+    computed in float32. Only the student's logits get a gradient.
+    """
+    real = (targets != 0).flatten()
+    rows = (student_logits.flatten(0, 1), teacher_logits.detach().flatten(0, 1))
+    nats = _SoftCrossEntropy.apply(*rows, temperature)
+    return temperature**2 * (nats * real).sum() / real.sum().clamp(min=1)
+
+
+class _SoftCrossEntropy(torch.autograd.Function):
+    """Nats of every row with the teacher's softened probabilities, a few rows at a time.
+
+    As in `losses.cross_entropy` nothing of the logits' size is kept but the logits themselves.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"], temperature: float
+    ) -> Float[Tensor, "N"]:
+        ctx.save_for_backward(student, teacher)
+        ctx.temperature = temperature
+        nats = []
+        for ours, theirs in zip(row_blocks(student), row_blocks(teacher, of=student), strict=True):
+            log_probs = widen(ours).div(temperature).log_softmax(dim=-1)
+            probs = widen(theirs).div(temperature).softmax(dim=-1)
+            nats.append(-log_probs.mul_(probs).sum(dim=-1))
+        return torch.cat(nats)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_nats: Float[Tensor, "N"]) -> tuple[Float[Tensor, "N V"], None, None]:
+        student, teacher = ctx.saved_tensors
+        columns = (student, teacher, of_nats[:, None] / ctx.temperature)
+        grads = []
+        for ours, theirs, share in zip(*(row_blocks(c, of=student) for c in columns), strict=True):
+            probs = widen(ours).div(ctx.temperature).softmax(dim=-1)
+            probs.sub_(widen(theirs).div(ctx.temperature).softmax(dim=-1)).mul_(share)
+            grads.append(probs.to(student.dtype))
+        return torch.cat(grads), None, None
