@@ -256,3 +256,13 @@ def test_a_signal_saves_and_leaves_and_the_run_goes_on(name, resumable, uninterr
     train(from_toml(Experiment, resumable), run_dir, resume=True)
     whole, resumed = weights_of(uninterrupted), weights_of(run_dir)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize("program", ["/opt/bin/switchworks", "/lib/switchworks/__main__.py"])
+def test_a_run_remembers_the_command_as_one_would_type_it(
+    program, tiny_experiment, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sys, "argv", [program, "train", "tiny", "--steps", "1"])
+    run_dir = train(replace(tiny_experiment, steps=1), tmp_path / "run")
+    about = json.loads((run_dir / "about.json").read_text())
+    assert about["command"] == "switchworks train tiny --steps 1"

@@ -261,7 +261,7 @@ def _write_about(run_dir: Path, experiment: Experiment, corpora: Corpora) -> Non
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "version": version("switchworks"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([_program(), *sys.argv[1:]]),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "vocabulary": corpora.tokenizer.vocab_size,
         "train_tokens": corpora.train_tokens,
@@ -273,3 +273,9 @@ def _write_about(run_dir: Path, experiment: Experiment, corpora: Corpora) -> Non
             for name, rate in corpora.rates.items()
         }
     (run_dir / "about.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def _program() -> str:
+    """What the user called: for `python -m switchworks` the command of the same name."""
+    program = Path(sys.argv[0])
+    return program.parent.name if program.name == "__main__.py" else program.name
