@@ -31,7 +31,8 @@ USAGE = """usage: switchworks VERB ...
   evaluate PATH       held-out loss of a trained model
   report RUN_DIR ...  one HTML page from one or several runs
   convert SRC DST     Hugging Face directory <-> switchworks directory
-                      [--upcycle E: a dense model made sparse]
+                      [--upcycle E: a dense model made sparse;
+                      --prune K, --merge K: a sparse one with fewer experts]
   recipes             what there is to train, and the sizes of the papers
 
 `switchworks VERB --help` lists the flags of a verb, `switchworks train RECIPE --help` all
@@ -139,27 +140,70 @@ def _report(words: list[str]) -> int:
 
 def _convert(words: list[str]) -> int:
     flags = _parse(ConvertFlags, "convert", words)
-    if flags.upcycle is not None:
-        return _upcycle(flags, flags.upcycle)
-    if flags != ConvertFlags(flags.source, flags.destination, flags.capacity):
-        raise ConfigError(
-            "--every, --noise and --seed say how to upcycle.\n"
-            "  Add --upcycle E, the number of experts, or leave them out."
-        )
-    from switchworks.checkpoint.convert import convert
+    how = _one_change(flags)
+    if how == "upcycle":
+        print(_upcycle(flags))
+    elif how is None:
+        from switchworks.checkpoint.convert import convert
 
-    print(convert(flags.source, flags.destination, capacity=flags.capacity))
+        print(convert(flags.source, flags.destination, capacity=flags.capacity))
+    else:
+        from switchworks.compress.reduce import reduce_directory
+
+        print(
+            reduce_directory(
+                flags.source,
+                flags.destination,
+                getattr(flags, how),
+                how=how,
+                by=flags.by,
+                text=flags.text,
+                batches=flags.batches,
+            )
+        )
     return 0
 
 
-def _upcycle(flags: "ConvertFlags", experts: int) -> int:
+Change = Literal["upcycle", "prune", "merge"]
+
+
+def _one_change(flags: "ConvertFlags") -> Change | None:
+    """What is to be changed beside the format. Raises ConfigError for flags of something else."""
+    reducing = ("by", "text", "batches")
+    owned: dict[Change, tuple[str, ...]] = {
+        "upcycle": ("every", "noise", "seed"),
+        "prune": reducing,
+        "merge": reducing,
+    }
+    asked: list[Change] = [how for how in owned if getattr(flags, how) is not None]
+    if len(asked) > 1:
+        raise ConfigError(
+            f"--{' and --'.join(asked)} are different changes.\n  Make one after the other."
+        )
+    how = asked[0] if asked else None
+    for name in sorted({name for names in owned.values() for name in names}):
+        default = getattr(ConvertFlags(flags.source, flags.destination), name)
+        if getattr(flags, name) != default and not (how and name in owned[how]):
+            owners = " or ".join(f"--{owner}" for owner, names in owned.items() if name in names)
+            raise ConfigError(
+                f"--{name} belongs to {owners} and does nothing without it.\n"
+                f"  Add {owners} with the number of experts, or leave it out."
+            )
+    if how and flags.capacity != "paper":
+        raise ConfigError(
+            f"--capacity {flags.capacity} is for a change of format alone.\n"
+            f"  Convert first, then --{how} the result."
+        )
+    return how
+
+
+def _upcycle(flags: "ConvertFlags") -> str:
     from switchworks.compress.upcycle import upcycle_directory
     from switchworks.model import RoutingConfig
 
-    routing = RoutingConfig(experts=experts, every=flags.every)
+    routing = RoutingConfig(experts=flags.upcycle or 0, every=flags.every)
     source, destination = flags.source, flags.destination
-    print(upcycle_directory(source, destination, routing, noise=flags.noise, seed=flags.seed))
-    return 0
+    return upcycle_directory(source, destination, routing, noise=flags.noise, seed=flags.seed)
 
 
 def _recipes(words: list[str]) -> int:
@@ -265,7 +309,8 @@ class ReportFlags:
 @dataclass(frozen=True)
 class ConvertFlags:
     """Translate between Hugging Face's format and this one; the source decides the direction.
-    With --upcycle, make a dense model of either format sparse."""
+    With --upcycle, make a dense model of either format sparse; with --prune or --merge, leave a
+    sparse one fewer experts."""
 
     source: tyro.conf.Positional[Path]
     destination: tyro.conf.Positional[Path]
@@ -280,6 +325,16 @@ class ConvertFlags:
     """Noise on the experts' copies, as a share of their size. 0 keeps the dense model's loss."""
     seed: int = 0
     """Decides routers and noise."""
+    prune: int | None = None
+    """Experts to keep in each layer, the most used ones. The result is in this format."""
+    merge: int | None = None
+    """Experts to make of each layer's by averaging similar ones, hidden units aligned."""
+    by: Literal["usage", "gates"] = "usage"
+    """What an expert counts by: the tokens that want it, or the sum of their gates."""
+    text: str | None = None
+    """The text to count on: a file, folder or glob. None: what the run in `source` trained on."""
+    batches: int = 32
+    """Batches of 16 rows read of it."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,89 @@
+"""`switchworks convert --prune K` and `--merge K`: from a directory to a directory."""
+
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from switchworks.batch import Batch
+from switchworks.checkpoint.convert import open_model
+from switchworks.checkpoint.model_files import save
+from switchworks.compress.fewer_experts import By, Fewer, merge_experts, prune_experts
+from switchworks.config import ConfigError, from_dict
+from switchworks.data.config import DataConfig
+from switchworks.data.corpora import prepare_corpora
+from switchworks.model import ModelConfig
+
+ROWS = 16
+"""Rows in a batch of the text by which experts are counted."""
+
+
+def reduce_directory(
+    source: Path | str,
+    destination: Path | str,
+    keep: int,
+    *,
+    how: Literal["prune", "merge"],
+    by: By = "usage",
+    text: str | None = None,
+    batches: int = 32,
+) -> str:
+    """`destination` holds the model in `source` with `keep` experts a layer; says which remained.
+
+    `text` is a file, folder or glob; None takes the text that a run directory was trained on.
+    `batches` of 16 rows are read from its training part. Raises ConfigError if there is no text,
+    and what `prune_experts` and `merge_experts` raise.
+    """
+    source = Path(source)
+    if batches < 1:
+        raise ConfigError(f"--batches {batches} would read no text. Use at least 1.")
+    model, tokenizer = open_model(source)
+    if tokenizer is None:
+        raise ConfigError(
+            f"{source} holds no tokenizer, so no text can be read for it.\n"
+            "  Put the model's spiece.model beside its weights."
+        )
+    data = _data(source, model.config, text)
+    corpora = prepare_corpora(data, vocab_size=model.config.vocab_size)
+    pipeline = corpora.training(batch_size=ROWS, seed=0)
+    seen = [pipeline.batch(step) for step in range(batches)]
+    reduce = prune_experts if how == "prune" else merge_experts
+    fewer = reduce(model, seen, keep, by=by)
+    save(fewer.model, destination, tokenizer)
+    return (
+        f"{as_text(fewer, seen)}\n{destination} holds the model with {keep} experts a layer. To "
+        f"recover:\n  switchworks train RECIPE --init {destination} --model.routing.experts {keep}"
+    )
+
+
+def _data(source: Path, model: ModelConfig, text: str | None) -> DataConfig:
+    """The settings of the run, or plain ones for a model alone, with `text` in place of its own."""
+    file = source / "experiment.toml"
+    if file.is_file():
+        data = from_dict(DataConfig, tomllib.loads(file.read_text(encoding="utf-8"))["data"])
+        data = replace(data, tokenizer=str(source))
+        return data if text is None else replace(data, path=text, mixture=(), dataset=None)
+    if text is None:
+        raise ConfigError(
+            f"{source} is not a run directory, so it does not say which text it was trained on.\n"
+            "  Give one: --text FILE, a folder or a glob."
+        )
+    if model.decoder_only:
+        causal = {"objective": "causal", "input_length": 0, "target_length": 512}
+        return DataConfig(path=text, tokenizer=str(source), **causal)
+    return DataConfig(path=text, tokenizer=str(source))
+
+
+def as_text(fewer: Fewer, seen: list[Batch]) -> str:
+    """A line for each layer: what share of the tokens its experts had, and which they are."""
+    tokens = sum(batch.num_tokens for batch in seen)
+    lines = [f"experts by their use on {tokens:,} tokens"]
+    for name, groups in fewer.groups.items():
+        share = sum(group.share for group in groups)
+        experts = " ".join("+".join(map(str, group.members)) for group in groups)
+        scales = fewer.scales[name]
+        lines.append(
+            f"  {name:<20} {share:4.0%} of the tokens, output x {float(scales.min()):.2f} to "
+            f"{float(scales.max()):.2f}, experts {experts}"
+        )
+    return "\n".join(lines)
