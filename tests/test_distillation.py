@@ -16,7 +16,7 @@ from switchworks.batch import Batch
 from switchworks.checkpoint.hugging_face import save_hf
 from switchworks.checkpoint.training_state import Checkpoints
 from switchworks.cli import main
-from switchworks.compress import fraction_of_gain, initialise_from_teacher
+from switchworks.compress import dense_teacher, fraction_of_gain, initialise_from_teacher
 from switchworks.compress.config import DistilConfig
 from switchworks.config import CheckpointError, ConfigError, from_toml
 from switchworks.data.tokenizer import train_sentencepiece
@@ -97,6 +97,26 @@ def test_a_student_begins_with_every_weight_of_the_teacher_but_experts_and_route
     assert sorted(copied + fresh) == sorted(after)
     assert all(torch.equal(after[name], first[name]) for name in fresh)
     assert all(torch.equal(after[name], teacher.get_parameter(name)) for name in copied)
+
+
+@pytest.mark.parametrize("ffn", ["average", "most_used"])
+def test_a_student_s_ffns_may_begin_with_what_the_teacher_s_experts_do(ffn):
+    """With experts that are all alike: a third of one's output each, since their gates are."""
+    teacher = SwitchTransformer(SPARSE, seed=1)
+    with torch.no_grad():
+        for layer in teacher.switch_layers.values():
+            layer.router.weight.zero_()
+            for weight in layer.experts.parameters():
+                weight[:] = weight[:1]
+    tokens = torch.randint(2, 40, (2, 9))
+    batch = Batch(inputs=tokens, targets=tokens)
+    student = SwitchTransformer(replace(SPARSE, routing=None), seed=2)
+    copied, fresh = initialise_from_teacher(student, dense_teacher(teacher, [batch], ffn))
+    assert not fresh
+    assert len(copied) == len(list(student.parameters()))
+    with torch.no_grad():
+        theirs, ours = (m.eval()(tokens, tokens).logits for m in (teacher, student))
+    torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("layers", ["ffn", "attention", "both"])
@@ -317,6 +337,19 @@ def test_a_teacher_may_be_in_hugging_face_s_format(student, tiny_run, corpus, tm
     )
     run_dir = train(short, tmp_path / "run")
     assert switchworks.load(run_dir)[0].config.vocab_size == model.vocab_size
+
+
+def test_a_run_can_begin_with_the_average_of_the_teacher_s_experts(student, tmp_path, capsys):
+    average = replace(student.distil, ffn="average")
+    train(replace(student, steps=1, sample_every=0, distil=average), tmp_path / "run")
+    first = capsys.readouterr().out
+    total = len(list(switchworks.load(tmp_path / "run")[0].parameters()))
+    assert f"student: {total} of {total} tensors from" in first
+
+
+def test_experts_without_the_teacher_s_weights_are_a_contradiction():
+    with pytest.raises(ConfigError, match=r"distil\.ffn = average"):
+        DistilConfig(teacher="x", ffn="average", initialise=False)
 
 
 # What is refused

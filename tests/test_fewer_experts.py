@@ -8,7 +8,7 @@ import torch
 import switchworks
 from switchworks.batch import Batch
 from switchworks.cli import main
-from switchworks.compress.fewer_experts import merge_experts, prune_experts
+from switchworks.compress.fewer_experts import dense_equivalent, merge_experts, prune_experts
 from switchworks.compress.usage import measure_usage
 from switchworks.config import ConfigError, DataError
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
@@ -139,6 +139,23 @@ def test_the_first_model_is_left_as_it_was():
     assert not ours & {value.data_ptr() for value in model.parameters()}
 
 
+@pytest.mark.parametrize("config", [CONFIG, GATED])
+def test_one_expert_left_is_a_dense_model_with_the_same_answers(config):
+    model, batch = SwitchTransformer(config, seed=1), batch_of()
+    one = merge_experts(model, [batch], 1).model
+    dense = dense_equivalent(one)
+    assert dense.config == replace(config, routing=None)
+    torch.testing.assert_close(logits_of(dense, batch), logits_of(one, batch))
+
+
+def test_several_experts_or_one_in_attention_make_no_dense_model():
+    with pytest.raises(ConfigError, match="4 experts a layer"):
+        dense_equivalent(SwitchTransformer(CONFIG))
+    routing = RoutingConfig(experts=1, layers="both")
+    with pytest.raises(ConfigError, match=r"routing\.layers = both"):
+        dense_equivalent(SwitchTransformer(replace(CONFIG, routing=routing)))
+
+
 @WAYS
 @pytest.mark.parametrize(
     ("keep", "message"),
@@ -177,6 +194,13 @@ def test_the_command_writes_a_model_that_trains_on(how, tiny_run, tmp_path, caps
     assert tokenizer is not None
     more = ["--model.routing.experts", "2", "--steps", "2", "--run-dir", str(tmp_path / "run")]
     assert main(["train", "tiny", "--init", str(smaller), *more]) == 0
+
+
+def test_the_command_makes_a_dense_model_of_one_expert(tiny_run, tmp_path):
+    words = ["convert", str(tiny_run), str(tmp_path / "dense"), "--merge", "1", "--batches", "1"]
+    assert main(words) == 0
+    model, _ = switchworks.load(tmp_path / "dense")
+    assert model.config.routing is None
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from switchworks.config import ConfigError
 
@@ -24,12 +25,21 @@ class DistilConfig:
     more; temperature^2 keeps the gradient's size. The paper names none: 1."""
     initialise: bool = True
     """Begin with the teacher's weights wherever name and shape agree, experts and routers left
-    out. The FFNs that stand where the teacher has switch layers begin afresh."""
+    out."""
+    ffn: Literal["fresh", "average", "most_used"] = "fresh"
+    """How FFNs begin that stand where the teacher has switch layers: with first values of their
+    own, as in the paper, with the average of the teacher's experts (hidden units aligned, by their
+    use) or with the most used of them. The latter two read 8 batches to count."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.soft_weight <= 1:
             raise ConfigError(
                 f"distil.soft_weight = {self.soft_weight} must lie in [0, 1]. The paper uses 0.25."
+            )
+        if self.ffn != "fresh" and not self.initialise:
+            raise ConfigError(
+                f"distil.ffn = {self.ffn} takes the teacher's FFNs but distil.initialise is off.\n"
+                "  Leave one of the two out."
             )
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
             raise ConfigError(

@@ -129,6 +129,33 @@ def _grouped(usage: Usage, heads: list[int]) -> list[Group]:
 
 
 @torch.no_grad()
+def dense_equivalent(model: SwitchTransformer) -> SwitchTransformer:
+    """A dense model that computes what `model`, with one expert a layer, computes.
+
+    Its gates are all 1, so that each switch layer is the FFN of its only expert. Raises ConfigError
+    for more experts than one, or for experts in attention, which no dense attention equals.
+    """
+    routing = model.config.routing
+    if routing is None or routing.experts != 1:
+        raise ConfigError(
+            f"The model has {'no' if routing is None else routing.experts} experts a layer; one is "
+            "what a dense FFN can stand for.\n  Reduce it first: --merge 1 or --prune 1."
+        )
+    if routing.sparse_attention:
+        raise ConfigError(
+            f"routing.layers = {routing.layers}: an expert in attention has a hidden layer, which "
+            "a dense query and key have not.\n  Keep at least 2 experts."
+        )
+    dense = SwitchTransformer(replace(model.config, routing=None)).to(model.embedding.weight)
+    before = dict(model.named_parameters())
+    for name, parameter in dense.named_parameters():
+        block, ffn, leaf = name.removesuffix(".weight").rpartition(".ffn.")
+        expert = before.get(f"{block}{ffn}experts.{leaf}") if ffn else None
+        parameter.copy_(before[name] if expert is None else expert[0].T)
+    return dense.train(model.training)
+
+
+@torch.no_grad()
 def _reduce(
     model: SwitchTransformer,
     batches: Sequence[Batch],

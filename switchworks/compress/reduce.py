@@ -8,7 +8,13 @@ from typing import Literal
 from switchworks.batch import Batch
 from switchworks.checkpoint.convert import open_model
 from switchworks.checkpoint.model_files import save
-from switchworks.compress.fewer_experts import By, Fewer, merge_experts, prune_experts
+from switchworks.compress.fewer_experts import (
+    By,
+    Fewer,
+    dense_equivalent,
+    merge_experts,
+    prune_experts,
+)
 from switchworks.config import ConfigError, from_dict
 from switchworks.data.config import DataConfig
 from switchworks.data.corpora import prepare_corpora
@@ -30,6 +36,7 @@ def reduce_directory(
 ) -> str:
     """`destination` holds the model in `source` with `keep` experts a layer; says which remained.
 
+    One expert makes a dense model.
     `text` is a file, folder or glob; None takes the text that a run directory was trained on.
     `batches` of 16 rows are read from its training part. Raises ConfigError if there is no text,
     and what `prune_experts` and `merge_experts` raise.
@@ -49,10 +56,14 @@ def reduce_directory(
     seen = [pipeline.batch(step) for step in range(batches)]
     reduce = prune_experts if how == "prune" else merge_experts
     fewer = reduce(model, seen, keep, by=by)
-    save(fewer.model, destination, tokenizer)
+    result = dense_equivalent(fewer.model) if keep == 1 else fewer.model
+    save(result, destination, tokenizer)
+    what, flags = f"{keep} experts a layer", f" --model.routing.experts {keep}"
+    if keep == 1:
+        what, flags = "a dense FFN for each layer of experts", ""
     return (
-        f"{as_text(fewer, seen)}\n{destination} holds the model with {keep} experts a layer. To "
-        f"recover:\n  switchworks train RECIPE --init {destination} --model.routing.experts {keep}"
+        f"{as_text(fewer, seen)}\n{destination} holds the model with {what}. To recover:\n"
+        f"  switchworks train RECIPE --init {destination}{flags}"
     )
 
 

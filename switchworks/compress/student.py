@@ -1,9 +1,12 @@
 """A student's first weights, and how much of its teacher's gain it kept (section 4.2)."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 
+from switchworks.batch import Batch
+from switchworks.compress.fewer_experts import dense_equivalent, merge_experts, prune_experts
 from switchworks.model import SwitchTransformer
 from switchworks.model.experts import Experts
 from switchworks.model.routing import Router
@@ -24,7 +27,8 @@ def initialise_from_teacher(student: SwitchTransformer, teacher: SwitchTransform
 
     Experts and routers are never copied. Of a sparse teacher and a student of the same width that
     is embeddings, attention, norms and the FFNs of dense blocks; the FFNs that stand where the
-    teacher has switch layers keep their first values. Nothing is shared with `teacher`.
+    teacher has switch layers keep their first values, unless the teacher is first made dense (see
+    `dense_teacher`). Nothing is shared with `teacher`.
     """
     experts = _of_switch_layers(student) | _of_switch_layers(teacher)
     taught = dict(teacher.named_parameters())
@@ -37,6 +41,18 @@ def initialise_from_teacher(student: SwitchTransformer, teacher: SwitchTransform
         parameter.copy_(source)
         inherited.copied.append(name)
     return inherited
+
+
+def dense_teacher(
+    teacher: SwitchTransformer, batches: Sequence[Batch], ffn: Literal["average", "most_used"]
+) -> SwitchTransformer:
+    """`teacher` with one FFN in place of each layer's experts, as a source of first values.
+
+    "average" is that of all experts by their use on `batches`, hidden units aligned, "most_used"
+    the one that most tokens want. Either is scaled by the gates its tokens had.
+    """
+    reduce = merge_experts if ffn == "average" else prune_experts
+    return dense_equivalent(reduce(teacher, batches, 1).model)
 
 
 def fraction_of_gain(*, baseline: float, teacher: float, student: float) -> float:

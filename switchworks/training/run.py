@@ -17,10 +17,12 @@ from switchworks.batch import Batch
 from switchworks.checkpoint.model_files import MAX_SPARE_ROWS, load, save, stored_config
 from switchworks.checkpoint.tensors import require_match
 from switchworks.checkpoint.training_state import Checkpoints
-from switchworks.compress.student import initialise_from_teacher
+from switchworks.compress.config import DistilConfig
+from switchworks.compress.student import dense_teacher, initialise_from_teacher
 from switchworks.config import CheckpointError, ConfigError
 from switchworks.data.corpora import Corpora, HeldOut, prepare_corpora, summary
 from switchworks.data.mixture import Mixture
+from switchworks.data.pipeline import Pipeline
 from switchworks.data.tokenizer import Tokenizer
 from switchworks.model import SwitchTransformer
 from switchworks.model.sizes import active_parameters, flops_per_token, num_parameters
@@ -78,7 +80,7 @@ def train(
         print(summary(corpora, mixture, experiment.steps))
     resuming = may_resume(run_dir, experiment, resume=resume)
     checkpoints = Checkpoints(run_dir / "checkpoints", experiment.keep_checkpoints)
-    state = _first_state(experiment, checkpoints if resuming else None, init, teacher)
+    state = _first_state(experiment, checkpoints if resuming else None, init, teacher, pipeline)
     claim(run_dir, experiment)  # only now, when nothing can be wrong with the settings any more
     _write_about(run_dir, experiment, corpora)
     interrupt = Interrupt()
@@ -159,6 +161,7 @@ def _first_state(
     checkpoints: Checkpoints | None,
     init: Path | str | None,
     teacher: Teacher | None,
+    pipeline: Pipeline | Mixture,
 ) -> TrainState:
     """Where the run starts, in order of precedence: checkpoint, `init`, the teacher's weights as
     far as they fit, first values."""
@@ -166,7 +169,7 @@ def _first_state(
     newest = None if checkpoints is None else checkpoints.latest()
     if newest is None and experiment.distil is not None and experiment.distil.initialise:
         assert teacher is not None
-        _inherit(model, teacher)
+        _inherit(model, teacher, experiment.distil, pipeline)
     state = build_state(experiment, model, None if teacher is None else teacher.model)
     if checkpoints is not None and newest is not None:
         contents = state.state_dict()
@@ -176,9 +179,14 @@ def _first_state(
     return state
 
 
-def _inherit(student: SwitchTransformer, teacher: Teacher) -> None:
+def _inherit(
+    student: SwitchTransformer, teacher: Teacher, distil: DistilConfig, pipeline: Pipeline | Mixture
+) -> None:
     """Copy what fits of the teacher and say how much that is."""
-    copied, fresh = initialise_from_teacher(student, teacher.model)
+    source = teacher.model
+    if distil.ffn != "fresh":
+        source = dense_teacher(source, [pipeline.batch(step) for step in range(8)], distil.ffn)
+    copied, fresh = initialise_from_teacher(student, source)
     print(f"student: {len(copied)} of {len(copied) + len(fresh)} tensors from {teacher.path}")
     if fresh:
         print(f"  fresh: {', '.join(fresh[:6])}{', ...' if len(fresh) > 6 else ''}")
