@@ -145,12 +145,13 @@ def task_rates(config: DataConfig, rows: Sequence[TaskRows]) -> Float[np.ndarray
     In proportion to min(size, cap) ** (1 / temperature), T5's rule. The cap is in examples.
     """
     cap = np.inf if config.task_cap is None else config.task_cap
-    examples = np.array([min(len(part.store), cap) for part in rows])
+    examples = [min(len(part.store), cap) for part in rows]
     if config.task_rates == "equal":
         return rates(examples, 0.0)
     tokens_each = [part.tokens_per_row / part.examples_per_row for part in rows]
-    sizes = examples if config.task_rates == "examples" else examples * np.array(tokens_each)
-    return rates(sizes.tolist(), 1 / config.task_temperature)
+    each = [1.0] * len(rows) if config.task_rates == "examples" else tokens_each
+    sizes = [count * size for count, size in zip(examples, each, strict=True)]
+    return rates(sizes, 1 / config.task_temperature)
 
 
 def row_rates(

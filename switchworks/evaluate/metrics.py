@@ -39,7 +39,8 @@ def f1_binary(
         labels.index(answer) if answer in labels else 1 - right
         for answer, right in zip(predictions, truth, strict=True)
     ]
-    return {"f1": 100 * float(f1_score(truth, answers, zero_division=0))}
+    value = f1_score(truth, answers, zero_division=0.0)  # type: ignore[arg-type]
+    return {"f1": 100 * float(value)}
 
 
 def f1_macro(
@@ -50,7 +51,7 @@ def f1_macro(
 
     truth, answers = _numbers(predictions, examples, labels)
     named = list(range(len(labels)))
-    score = f1_score(truth, answers, labels=named, average="macro", zero_division=0)
+    score = f1_score(truth, answers, labels=named, average="macro", zero_division=0.0)  # type: ignore[arg-type]
     return {"f1": 100 * float(score)}
 
 
