@@ -18,11 +18,7 @@ ROWS = [
     {"sentence1": "Big news.", "sentence2": 'He said "no".', "label": 1, "idx": 0},
     {"sentence1": "Größe, ohne\nEnde", "sentence2": "NA", "label": 0, "idx": 1},
 ]
-CSV = (
-    "sentence1,sentence2,label,idx\n"
-    'Big news.,"He said ""no"".",1,0\n'
-    '"Größe, ohne\nEnde",NA,0,1\n'
-)
+CSV = 'sentence1,sentence2,label,idx\nBig news.,"He said ""no"".",1,0\n"Größe, ohne\nEnde",NA,0,1\n'
 
 
 def write(path: Path, text: str) -> Path:
@@ -59,9 +55,7 @@ def test_files_of_a_split_are_read_in_order_and_sliced_by_number(tmp_path):
     write(tmp_path / "nq" / "train-00001-of-00002.jsonl", "".join(rows[4:]))
     write(tmp_path / "nq" / "train-00000-of-00002.jsonl", "".join(rows[:4]))
     write(tmp_path / "nq" / "training_notes.csv", "a\n")
-    source = Hub(
-        dataset=None, folder="nq", names={"train": "train[:5]", "validation": "train[5:]"}
-    )
+    source = Hub(dataset=None, folder="nq", names={"train": "train[:5]", "validation": "train[5:]"})
     places = Places(tmp_path, tmp_path)
     assert [r["question"] for r in source.records("train", places)] == [f"q{i}" for i in range(5)]
     assert [r["question"] for r in source.records("validation", places)] == ["q5"]
@@ -85,6 +79,16 @@ def test_without_a_network_the_hub_s_tasks_say_where_a_copy_goes(tmp_path, monke
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match=r"(?s)glue_rte/ as\s+train.parquet.*--data.task-folder"):
         read(TASKS["glue_rte"], "train", Places(tmp_path))
+
+
+def test_the_hub_s_library_gives_the_same_examples_as_a_local_copy(tmp_path):
+    # A folder in place of the dataset's name takes the way that a dataset on the Hub takes.
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS)
+    write(tmp_path / "hub" / "train.jsonl", lines)
+    write(tmp_path / "local" / "rte" / "train.jsonl", lines)
+    source = Hub(dataset=str(tmp_path / "hub"), folder="rte")
+    fetched = list(source.records("train", Places(tmp_path)))
+    assert fetched == list(source.records("train", Places(tmp_path, tmp_path / "local")))
 
 
 def test_catalogs_are_read_from_a_folder_only(tmp_path):
@@ -169,7 +173,10 @@ def test_a_few_empty_targets_among_thousands_are_left_out_and_counted(tmp_path):
     counts = Counts()
     found = list(examples_of(task, "train", Places(tmp_path, validation_share=1e-9), counts))
     assert len(found) == counts.examples == 1999
-    assert (counts.empty, counts.first_empty) == (1, "record 4 of train")
+    assert (counts.empty, counts.first_empty) == (
+        1,
+        "record 4 of train, with the input 'review 3'",
+    )
 
 
 def test_labels_outside_the_set_are_refused_with_the_record(tmp_path):
@@ -204,7 +211,7 @@ def test_what_is_no_task_is_refused(entry, problem, tmp_path, monkeypatch):
         find_tasks([entry])
 
 
-MY_TASK = '''
+MY_TASK = """
 from switchworks.data.tasks import Example, Hub, Task, label_of
 
 LABELS = ("dull", "fine")
@@ -221,7 +228,7 @@ TASK = Task(
     to_text=to_text,
     labels=LABELS,
 )
-'''
+"""
 
 
 def test_a_python_file_of_twenty_lines_is_a_task_and_a_change_in_it_is_noticed(tmp_path):

@@ -382,7 +382,7 @@ def test_the_two_odd_pronouns_of_wsc_are_marked_as_t5_does(text, pronoun, index,
 
 def test_a_pronoun_that_is_not_there_is_refused():
     record = GOLDEN["super_glue_wsc"][0] | {"span2_index": 1}
-    with pytest.raises(DataError, match="word 1 of .* is not the pronoun 'he'"):
+    with pytest.raises(DataError, match=r"word 1 of .* is not the pronoun 'he'"):
         TASKS["super_glue_wsc"].examples(record, "validation")
 
 

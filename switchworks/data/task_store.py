@@ -50,7 +50,7 @@ class TaskStore:
         self.counts = Counts(**about["counts"])
         self.ends: Int[np.ndarray, "N 2"] = np.load(folder / "ends.npy", mmap_mode="r")
         size = int(self.ends[-1, 1]) if len(self.ends) else 0
-        self.ids = np.memmap(folder / "ids.bin", about["dtype"], "r", shape=(size,)) if size else []
+        self.ids = np.memmap(folder / "ids.bin", about["dtype"], "r", shape=(size,))
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -69,7 +69,8 @@ class TaskStore:
         """The tokens of inputs and target of one example."""
         start = int(self.ends[index - 1, 1]) if index else 0
         middle, stop = (int(end) for end in self.ends[index])
-        return self.ids[start:middle], self.ids[middle:stop]  # type: ignore[index]
+        tokens = np.asarray(self.ids[start:stop], np.int64)
+        return tokens[: middle - start], tokens[middle - start :]
 
     def lengths(self) -> Int[np.ndarray, "N 2"]:
         """The number of tokens of every example's inputs and target."""
@@ -97,11 +98,12 @@ def examples_of(task: Task, split: str, places: Places, counts: Counts) -> Itera
                 yield example
             else:
                 counts.empty += 1
-                counts.first_empty = counts.first_empty or f"record {number} of {split}"
+                where = f"record {number} of {split}, with the input {example.inputs[:60]!r}"
+                counts.first_empty = counts.first_empty or where
     if counts.empty > EMPTY_SHARE * (counts.examples + counts.empty):
         raise DataError(
             f"Task {task.name!r}: {counts.empty} of {counts.examples + counts.empty} examples of "
-            f"{split} have an empty target, the first {counts.first_empty}.\n"
+            f"{split} have an empty target, the first\n  {counts.first_empty}. "
             "  Fill the column in, name another, or take these rows out."
         )
     if not counts.examples:
