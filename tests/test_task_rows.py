@@ -123,7 +123,7 @@ def test_epochs_have_different_orders_and_seeds_have_too(tmp_path):
 
 
 def test_packing_fills_rows_and_never_overfills_them():
-    config = DataConfig(input_length=64, target_length=16)
+    config = DataConfig(input_length=64, target_length=24)
     rng = np.random.default_rng(0)
     lengths = np.stack([rng.integers(3, 30, 500), rng.integers(2, 8, 500)], axis=1)
     plan = plan_rows(np.arange(500), lengths, config)
@@ -134,9 +134,9 @@ def test_packing_fills_rows_and_never_overfills_them():
             for a, b in zip(plan.starts, plan.starts[1:], strict=False)
         ]
     )
-    assert (used <= (64, 16)).all()
+    assert (used <= (64, 24)).all()
     # The fuller side of the rows is nearly full: at most 10 % more rows than it needs at least.
-    assert len(used) < 1.1 * max(lengths[:, 0].sum() / 64, lengths[:, 1].sum() / 16)
+    assert len(used) < 1.1 * max(lengths[:, 0].sum() / 64, lengths[:, 1].sum() / 24)
     assert OPEN_ROWS > 1
 
 
@@ -184,10 +184,13 @@ def test_a_batch_follows_from_seed_step_rank_and_world(tmp_path):
 
 
 def drawn(mixture: TaskMixture, steps: range) -> Counter:
-    """How many examples of each task the batches of `steps` hold."""
+    """How many examples of each task, known by its first letter, the batches of `steps` hold."""
     found: Counter = Counter()
     for step in steps:
-        found.update(inputs[:3] for inputs, _ in texts(mixture.batch(step)))
+        batch = mixture.batch(step)
+        ends = (batch.targets == EOS).sum(dim=1)
+        for first, examples in zip(batch.inputs[:, 0].tolist(), ends.tolist(), strict=True):
+            found[chr(first - 3)] += examples
     return found
 
 
@@ -216,11 +219,11 @@ def test_realised_rates_are_the_configured_ones_also_after_resuming(
     config = settings(tmp_path, task_packing=packing, **more)
     first, again = (TaskMixture(config, stores, EOS, batch_size=16, seed=2) for _ in range(2))
     assert first.shares.tolist() == pytest.approx(shares)
-    found = drawn(first, range(60)) + drawn(again, range(60, 150))
+    found = drawn(first, range(25)) + drawn(again, range(25, 60))
     total = sum(found.values())
     for (name, *_), share in zip(entries, shares, strict=True):
         # Turns are dealt out evenly; what varies is how many examples a row happens to hold.
-        assert found[name] / total == pytest.approx(share, abs=0.015), (name, found)
+        assert found[name[0]] / total == pytest.approx(share, abs=0.02), (name, found)
 
 
 def test_rates_by_tokens_give_tasks_their_share_of_the_tokens(tmp_path):
@@ -234,17 +237,13 @@ def test_rates_by_tokens_give_tasks_their_share_of_the_tokens(tmp_path):
     roots = np.sqrt(sizes)
     assert mixture.shares.tolist() == pytest.approx((roots / roots.sum()).tolist())
     tokens: Counter = Counter()
-    for step in range(200):
+    for step in range(60):
         batch = mixture.batch(step)
-        for row in range(16):
-            part = Batch(inputs=batch.inputs[row : row + 1], targets=batch.targets[row : row + 1])
-            tokens[task_of(part)] += part.num_tokens
-    share = tokens["aaa"] / sum(tokens.values())
+        lengths = (batch.inputs != 0).sum(dim=1) + (batch.targets != 0).sum(dim=1)
+        for first, length in zip(batch.inputs[:, 0].tolist(), lengths.tolist(), strict=True):
+            tokens[chr(first - 3)] += length
+    share = tokens["a"] / sum(tokens.values())
     assert share == pytest.approx(mixture.shares[0], abs=0.01)
-
-
-def task_of(row: Batch) -> str:
-    return ByteTokenizer().decode(row.inputs[0].tolist())[:3]
 
 
 def test_without_cap_and_temperature_examples_and_tokens_are_the_same_mixture(tmp_path):
@@ -269,7 +268,7 @@ def test_held_out_examples_are_the_same_for_any_seed_and_weighed_as_in_training(
     assert held_out.shares == pytest.approx(corpora.rates)
     train = {
         inputs
-        for n in range(400)
+        for n in range(30)
         for inputs, _ in texts(corpora.training(batch_size=2, seed=0).batch(n))
     }
     for batches in held_out.batches.values():

@@ -119,18 +119,18 @@ def plan_rows(
     """The examples `order`, of these lengths, in rows that have room for them.
 
     Each goes to the first open row with room for its inputs and its target. When there are
-    OPEN_ROWS already, a new row closes the one with the fewest inputs left.
+    OPEN_ROWS already, a new row closes the fullest, by its fuller side.
     """
     row_of = np.empty(len(order), np.int64)
     room: dict[int, tuple[int, int]] = {}  # of the open rows, in their order
-    rows = 0
+    rows, limits = 0, (config.input_length, config.target_length)
     for place, (inputs, target) in enumerate(lengths.tolist()):
         fits = (row for row, left in room.items() if inputs <= left[0] and target <= left[1])
         row = next(fits, rows)
         if row == rows:
             if len(room) == OPEN_ROWS:
-                del room[min(room, key=lambda one: room[one][0])]
-            room[row] = config.input_length, config.target_length
+                del room[min(room, key=lambda one: min(np.divide(room[one], limits)))]
+            room[row] = limits
             rows += 1
         left = room[row]
         room[row] = left[0] - inputs, left[1] - target

@@ -139,7 +139,7 @@ def target_log_probabilities(
 
 def encode_all(
     tokenizer: Tokenizer, texts: Sequence[str], length: int | None
-) -> list[Int[Tensor, "n"]]:
+) -> list[Int[Tensor, "_"]]:
     """Each text's ids with EOS, in at most `length` positions, cut as in training."""
     encoded = tokenizer.encode_batch(texts, threads=torch.get_num_threads())
     return [
@@ -154,7 +154,7 @@ def batches_by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[
         yield order[start : start + batch_size]
 
 
-def pad(rows: Sequence[Int[Tensor, "n"]]) -> Int[Tensor, "B L"]:
+def pad(rows: Sequence[Int[Tensor, "_"]]) -> Int[Tensor, "B L"]:
     """The rows as one tensor, padded at their ends with id 0."""
     return pad_sequence(list(rows), batch_first=True)
 
