@@ -93,7 +93,7 @@ def examples_of(task: Task, split: str, places: Places, counts: Counts) -> Itera
         except DataError as error:
             raise DataError(f"{error}\n  (record {number} of {split})") from error
         for example in examples:
-            if example.target.strip() and (split != "train" or example.target != UNKNOWN):
+            if example.target.strip() and (split == "test" or example.target != UNKNOWN):
                 counts.examples += 1
                 yield example
             else:
