@@ -9,7 +9,7 @@ import pytest
 
 from switchworks.config import ConfigError, DataError
 from switchworks.data.tasks import GROUPS, TASKS, UNKNOWN, Example, find_tasks
-from switchworks.data.tasks.docstrings import split_docstring
+from switchworks.data.tasks.docstrings import split_docstring, split_of
 from switchworks.data.tasks.translation import language_name
 
 PAIR = {"sentence1": "Big news.", "sentence2": "No idea.", "idx": 10}
@@ -468,6 +468,14 @@ def test_a_docstring_is_split_after_its_first_paragraph():
     ]
     assert split_docstring("Return the sum of all the numbers in a list.") is None
     assert split_docstring("add(x)\n\nReturn the sum of all the numbers in a list.") is None
+
+
+def test_docstrings_across_the_border_of_pre_training_are_left_out():
+    held_out = {"a": True, "b": True, "c": False, "d": False}
+    assert split_of(["a", "b"], held_out) == "validation"
+    assert split_of(["c", "d"], held_out) == "train"
+    assert split_of(["a", "c"], held_out) is None
+    assert split_of(["a", "not in the corpus"], held_out) is None
 
 
 def test_a_task_that_there_is_not_is_answered_with_those_there_are():

@@ -11,7 +11,7 @@ import json
 import multiprocessing
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -50,15 +50,23 @@ def _table(places: Places) -> Path:
     aside = path.with_suffix(f".{os.getpid()}.tmp")
     with aside.open("w", encoding="utf-8") as file:
         for summary, body in _pairs():
-            splits = {held_out.get(paragraph) for paragraph in [summary, *body]}
-            if splits in ({True}, {False}):
-                split = "validation" if True in splits else "train"
+            split = split_of([summary, *body], held_out)
+            if split is not None:
                 record = {"split": split, "summary": summary, "body": "\n".join(body)}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
     return path
+
+
+def split_of(parts: Iterable[str], held_out: Mapping[str, bool]) -> str | None:
+    """Where a docstring of these paragraphs belongs: validation if all are held out from
+    pre-training, train if none is. None if they are mixed, or if one is not in the corpus."""
+    found = {held_out.get(part) for part in parts}
+    if found == {True}:
+        return "validation"
+    return "train" if found == {False} else None
 
 
 def _held_out(places: Places) -> dict[str, bool]:
