@@ -445,6 +445,9 @@ def test_a_catalog_is_translated_both_ways():
     there, back = TASKS["catalog_translation"].examples(record, "train")
     assert (there.inputs, there.target) == ("translate English to German: Save", "Speichern")
     assert (back.inputs, back.target) == ("translate German to English: Speichern", "Save")
+    english = {"language": "en", "english": "Save", "text": "Save"}
+    assert TASKS["catalog_translation"].examples(english, "train") == []
+    assert TASKS["catalog_language"].examples(english, "train")[0].target == "English"
 
 
 def test_languages_have_english_names_and_unknown_ones_their_code():

@@ -99,13 +99,6 @@ def extract(
             yield from _documents(_unseen(found, seen))
 
 
-def source_files() -> list[str]:
-    """The paths of all files that the corpus is taken from, in its order."""
-    packages = _packages()
-    files = [_package_files(packages[name])[1:] for name in sorted(packages)]
-    return [*_standard_library(), *(path for group in files for path in group)]
-
-
 def _packages() -> dict[str, importlib.metadata.Distribution]:
     """The installed distributions among ROOTS and what they require, by normalised name."""
     installed = {
@@ -129,6 +122,13 @@ def _packages() -> dict[str, importlib.metadata.Distribution]:
 
 def _normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def source_files() -> list[str]:
+    """The paths of all files that the corpus is taken from, in its order."""
+    packages = _packages()
+    files = [_package_files(packages[name])[1:] for name in sorted(packages)]
+    return [*_standard_library(), *(path for group in files for path in group)]
 
 
 # A job is a list of paths, or of texts that start with a line feed, which no path does.

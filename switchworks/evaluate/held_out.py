@@ -20,13 +20,14 @@ def evaluate_run(run_dir: Path, *, batches: int, batch_size: int = 16) -> dict[s
     are the same at every call. Of a mixture, "loss/NAME" is the loss of each corpus. Raises
     CheckpointError if `run_dir` is not a finished run.
     """
-    data = data_settings(run_dir)
-    if data is None:
+    file = run_dir / "experiment.toml"
+    if not file.exists():
         raise CheckpointError(
             f"{run_dir} is not a run directory: it has no experiment.toml.\n"
             "  Give the directory that `switchworks train` wrote."
         )
     model, tokenizer = load(run_dir)
+    data = from_dict(DataConfig, tomllib.loads(file.read_text(encoding="utf-8"))["data"])
     corpora = prepare_corpora(data, vocab_size=model.config.vocab_size)
     if tokenizer is None or tokenizer.fingerprint != corpora.tokenizer.fingerprint:
         raise CheckpointError(
@@ -43,11 +44,3 @@ def evaluate_run(run_dir: Path, *, batches: int, batch_size: int = 16) -> dict[s
         "target_tokens": sum(int((batch.targets != 0).sum()) for batch in rows),
         **{f"loss/{name}": of_it for name, of_it in by_corpus.items()},
     }
-
-
-def data_settings(run_dir: Path) -> DataConfig | None:
-    """What the run in `run_dir` read; None if that is no run directory."""
-    file = run_dir / "experiment.toml"
-    if not file.exists():
-        return None
-    return from_dict(DataConfig, tomllib.loads(file.read_text(encoding="utf-8"))["data"])

@@ -1,22 +1,24 @@
 """`switchworks evaluate PATH --tasks ...`: from a model on disk to figures."""
 
+import tomllib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from switchworks.checkpoint.model_files import load
-from switchworks.config import CheckpointError, ConfigError
+from switchworks.config import CheckpointError, ConfigError, from_dict
 from switchworks.data.config import DataConfig
 from switchworks.data.task_corpora import places_of, tasks_of
 from switchworks.evaluate.answers import Answering
-from switchworks.evaluate.held_out import data_settings
 from switchworks.evaluate.tasks import TaskResult, measure, questions_of
 
 
 def named_tasks(path: Path, tasks: Sequence[str], folder: Path | None) -> DataConfig:
     """The data settings to evaluate with: those of the run in `path` if it is one, with `tasks`
     in place of its own if any are named, and their local copies in `folder`."""
-    data = data_settings(path) or DataConfig()
+    data, file = DataConfig(), path / "experiment.toml"
+    if file.exists():
+        data = from_dict(DataConfig, tomllib.loads(file.read_text(encoding="utf-8"))["data"])
     named = tuple(name for entry in tasks for name in entry.split(",") if name)
     if named:
         data = replace(data, tasks=named, mixture=())

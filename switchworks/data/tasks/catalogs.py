@@ -17,7 +17,9 @@ SOURCE = Hub(
 
 
 def both_ways(record: Record) -> list[Example]:
-    """From English and into English."""
+    """From English and into English. English itself is not translated."""
+    if record["language"] == "en":
+        return []
     name = language_name(record["language"])
     english, text = record["english"], record["text"]
     return [
