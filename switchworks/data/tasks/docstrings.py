@@ -41,7 +41,7 @@ def known_by(places: Places) -> str:
 
 
 def _table(places: Places) -> Path:
-    """All records, one JSON object per line; made if missing, some tens of seconds of work."""
+    """All records, one JSON object per line; made if missing, a minute or two of work."""
     name = f"docstring_summary-{python_docs.fingerprint()}-{places.validation_share:g}.jsonl"
     path = places.cache / name
     if path.exists():
