@@ -5,6 +5,7 @@ paths. What needs torch is imported by the verb that uses it, so that help is in
 """
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ import tyro
 from switchworks.config import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
+    from switchworks.data.config import DataConfig
     from switchworks.training.experiment import Experiment
 
 T = TypeVar("T")
@@ -28,7 +30,8 @@ USAGE = """usage: switchworks VERB ...
   explain RECIPE      parameters, FLOPs, memory and capacity; runs nothing
                       (RECIPE may be a size: explain switch-base-128)
   generate PATH TEXT  fill the holes <extra_id_0>, <extra_id_1>, ... of a text, or continue it
-  evaluate PATH       held-out loss of a trained model
+  evaluate PATH       held-out loss of a trained model, or [--tasks glue_rte ...] its
+                      answers to tasks
   report RUN_DIR ...  one HTML page from one or several runs
   convert SRC DST     Hugging Face directory <-> switchworks directory
                       [--upcycle E: a dense model made sparse;
@@ -82,16 +85,16 @@ def _train(words: list[str]) -> int:
 
 def _prepare(words: list[str]) -> int:
     experiment, more = _experiment("prepare", words, PrepareFlags)
-    from switchworks.data.corpora import prepare_corpora, summary
+    from switchworks.data.corpora import prepare_corpora
     from switchworks.data.mixture import Mixture
 
     shard = None if more.shard is None else _parse_shard(more.shard)
     corpora = prepare_corpora(experiment.data, vocab_size=experiment.model.vocab_size, shard=shard)
     print(corpora)
-    if experiment.data.mixture and corpora.complete:
+    if (experiment.data.mixture or experiment.data.tasks) and corpora.complete:
         batches = corpora.training(batch_size=experiment.batch_size, seed=experiment.seed)
         assert isinstance(batches, Mixture)
-        print(summary(corpora, batches, experiment.steps))
+        print(corpora.summary(batches, experiment.steps))
     return 0
 
 
@@ -120,6 +123,11 @@ def _generate(words: list[str]) -> int:
 
 def _evaluate(words: list[str]) -> int:
     flags = _parse(EvaluateFlags, "evaluate", words)
+    from switchworks.evaluate.task_run import named_tasks
+
+    data = named_tasks(flags.path, flags.tasks, flags.task_folder)
+    if data.tasks:
+        return _evaluate_tasks(flags, data, shlex.join(["switchworks", "evaluate", *words]))
     from switchworks.evaluate.held_out import evaluate_run
 
     figures = evaluate_run(flags.path, batches=flags.batches)
@@ -127,6 +135,28 @@ def _evaluate(words: list[str]) -> int:
         flags.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     for name, value in figures.items():
         print(f"{name:<24} {value:.4g}" if isinstance(value, float) else f"{name:<24} {value}")
+    return 0
+
+
+def _evaluate_tasks(flags: "EvaluateFlags", data: "DataConfig", command: str) -> int:
+    from switchworks.evaluate.answers import Answering
+    from switchworks.evaluate.task_run import evaluate_tasks
+    from switchworks.evaluate.tasks import as_json, as_table, write_predictions
+
+    how = Answering(
+        decode=flags.decode,
+        input_length=flags.input_length or data.input_length,
+        max_length=flags.max_length,
+        batch_size=flags.batch_size,
+        examples=flags.examples,
+    )
+    results = evaluate_tasks(flags.path, data, how, split=flags.split)
+    print(as_table(results))
+    if flags.json is not None:
+        figures = as_json(results, how, str(flags.path), command)
+        flags.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    if flags.predictions is not None:
+        write_predictions(flags.predictions, results)
     return 0
 
 
@@ -286,14 +316,33 @@ class GenerateFlags:
 
 @dataclass(frozen=True)
 class EvaluateFlags:
-    """Measure the held-out loss of a trained model."""
+    """Measure a trained model: on tasks, or if there are none by its held-out loss."""
 
     path: tyro.conf.Positional[Path]
-    """A run directory."""
+    """A run directory; for tasks a model directory, too."""
+    tasks: tuple[str, ...] = ()
+    """What to measure: glue_rte, super_glue, NAME=PATH:INPUT:TARGET, task.py, ... Default: what
+    the run was trained on, if that is tasks."""
+    task_folder: Path | None = None
+    """Folder with local copies of the tasks' datasets, one folder per task. Default: the Hub."""
+    split: Literal["train", "validation", "test"] = "validation"
+    """Of each task."""
+    decode: Literal["greedy", "rank"] = "greedy"
+    """Write the answer, or take the likeliest of the possible ones."""
+    examples: int = 0
+    """Examples of each task measured at most, evenly spread over the split. 0: all."""
+    input_length: int = 0
+    """Tokens read of an input at most. 0: as in training, and 512 for a model directory."""
+    max_length: int = 128
+    """Tokens written at most."""
+    batch_size: int = 32
+    """Examples answered at once."""
     batches: int = 32
-    """Batches of 16 rows measured."""
+    """Batches of 16 rows measured for the held-out loss."""
     json: Path | None = None
-    """Also write the figures to this file."""
+    """Also write the figures to this file, with the exact command."""
+    predictions: Path | None = None
+    """Also write every input and answer to this file, a JSON object per line."""
 
 
 @dataclass(frozen=True)

@@ -63,11 +63,31 @@ class DataConfig:
     "documents": the documents in the window are corrupted apart and packed with segment ids, so
     that nothing is seen across their borders. "causal" takes the same windows for both; with
     "documents" no position sees another document."""
+
+    tasks: tuple[str, ...] = ()
+    """Train on tasks instead of text: glue_mnli, super_glue, ..., your own table as
+    NAME=PATH:INPUT:TARGET, or a Python file with a TASK. docs/tasks.md lists them all."""
+    task_folder: str | None = None
+    """Folder with local copies of the tasks' datasets, one folder per task. None: the Hub."""
+    task_rates: Literal["examples", "tokens", "equal"] = "examples"
+    """What a task's share of the training is in proportion to. "examples" is T5's, and shares
+    count examples; with "tokens" they count tokens."""
+    task_cap: int | None = 1 << 19
+    """A task with more examples counts as one with so many, as in T5's mixtures."""
+    task_temperature: float = 1.0
+    """Shares are in proportion to size ** (1 / temperature): 1 is by size, more is more equal."""
+    task_packing: Literal["packed", "padded"] = "packed"
+    """"packed": a row holds as many examples of one task as fit. "padded": one."""
+    task_metrics: tuple[str, ...] = ("accuracy",)
+    """How answers to tasks from tables are judged."""
+    task_labels: tuple[str, ...] = ()
+    """The only targets that tasks from tables may have. Empty: any."""
     prefetch: int = 4
     """Batches made ahead of the step that needs them. 0: none, made in the calling thread."""
 
     def __post_init__(self) -> None:
         self._check_mixture()
+        self._check_tasks()
         if self.source == "hub" and self.path is None and not self.mixture and not self.dataset:
             raise ConfigError(
                 "data.source = 'hub' needs the name of a dataset.\n"
@@ -109,6 +129,26 @@ class DataConfig:
                     f"data.mixture and data.{setting} = {value!r} both say where text comes from."
                     f"\n  Keep one of them; --data.{setting} none takes the second away."
                 )
+
+    def _check_tasks(self) -> None:
+        if not self.task_temperature >= 1:
+            raise ConfigError(
+                f"data.task_temperature = {self.task_temperature} is below 1, by size.\n"
+                "  T5 tried 1 to 8; the larger, the more equal."
+            )
+        if self.task_cap is not None and self.task_cap < 1:
+            raise ConfigError(
+                f"data.task_cap = {self.task_cap} leaves no task an example. T5 used 524288."
+            )
+        if self.tasks and self.mixture:
+            raise ConfigError(
+                "data.tasks and data.mixture both say what to train on.\n  Keep one of them."
+            )
+        if self.tasks and self.objective == "causal":
+            raise ConfigError(
+                "data.tasks need an encoder, and the causal objective is for models without one.\n"
+                "  Train them with an encoder-decoder model and --data.objective span_corruption."
+            )
 
     def _check_causal(self) -> None:
         if self.objective != "causal":

@@ -85,6 +85,18 @@ class Corpora:
                 )
         return HeldOut(found, self.rates)
 
+    def summary(self, batches: Mixture, steps: int) -> str:
+        """A table of the mixture: sizes, share of the rows, epochs in a run of `steps` steps."""
+        epochs, shares = batches.epochs(steps), self.rates
+        wide = max(len("corpus"), *map(len, self.parts))
+        lines = [f"{'corpus':<{wide}} {'tokens':>16} {'documents':>12} {'rows':>7} {'epochs':>9}"]
+        for name, part in self.parts.items():
+            lines.append(
+                f"{name:<{wide}} {part.train.num_tokens:>16,} {part.train.num_documents:>12,} "
+                f"{shares[name]:>7.2%} {epochs[name]:>9.3g}"
+            )
+        return "\n".join([*lines, f"Epochs: how often each is read in {steps:,} steps."])
+
     def __str__(self) -> str:
         """What there is of each corpus, or which of its shards are still missing."""
         return "\n".join(
@@ -104,6 +116,10 @@ def prepare_corpora(
     Arguments and errors are those of `prepare`, which see to one corpus after the other. A
     tokenizer trained here learns from all corpora, mixed by their rates.
     """
+    if config.tasks:
+        from switchworks.data.task_corpora import prepare_tasks  # which is made of this module
+
+        return prepare_tasks(config, vocab_size=vocab_size, quiet=quiet)
     if not config.mixture:
         alone = prepare(config, vocab_size=vocab_size, shard=shard, quiet=quiet)
         return Corpora(config, alone.tokenizer, {"": alone})
@@ -160,16 +176,3 @@ def draw(sources: Sequence[Documents], shares: Float[np.ndarray, " K"]) -> Itera
             continue
         heapq.heappush(turns, (given + len(text) / float(shares[index]), index))
         yield text
-
-
-def summary(corpora: Corpora, batches: Mixture, steps: int) -> str:
-    """A table of the mixture: sizes, share of the rows, epochs in a run of `steps` steps."""
-    epochs, shares = batches.epochs(steps), corpora.rates
-    wide = max(len("corpus"), *map(len, corpora.parts))
-    lines = [f"{'corpus':<{wide}} {'tokens':>16} {'documents':>12} {'rows':>7} {'epochs':>9}"]
-    for name, part in corpora.parts.items():
-        lines.append(
-            f"{name:<{wide}} {part.train.num_tokens:>16,} {part.train.num_documents:>12,} "
-            f"{shares[name]:>7.2%} {epochs[name]:>9.3g}"
-        )
-    return "\n".join([*lines, f"Epochs: how often each is read in {steps:,} steps."])

@@ -92,7 +92,7 @@ def extract(
         workers or os.cpu_count() or 1, multiprocessing.get_context("spawn")
     ) as pool:
         # All work is queued at once: the pool starts its processes while it is given work.
-        with _main_hidden():
+        with main_hidden():
             jobs = [[pool.submit(_extract_files, job) for job in _jobs(group)] for group in groups]
         for futures in jobs:
             found = (paragraph for future in futures for paragraph in future.result())
@@ -122,6 +122,13 @@ def _packages() -> dict[str, importlib.metadata.Distribution]:
 
 def _normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def source_files() -> list[str]:
+    """The paths of all files that the corpus is taken from, in its order."""
+    packages = _packages()
+    files = [_package_files(packages[name])[1:] for name in sorted(packages)]
+    return [*_standard_library(), *(path for group in files for path in group)]
 
 
 # A job is a list of paths, or of texts that start with a line feed, which no path does.
@@ -267,7 +274,7 @@ def _documents(found: Iterable[str]) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _main_hidden() -> Iterator[None]:
+def main_hidden() -> Iterator[None]:
     """Processes started inside do not run the caller's main program again.
 
     Started processes (rather than forked ones, unsafe beside torch's threads) import the main

@@ -196,7 +196,7 @@ def _cut_point(text: str) -> int:
     return DOCUMENT_CHARACTERS
 
 
-def _lines(path: Path) -> Iterator[str]:
+def lines_of(path: Path) -> Iterator[str]:
     """Lines without their ends. Blocks are joined once per line, however long it is."""
     pieces: list[str] = []
     for block in _characters(path):
@@ -211,7 +211,7 @@ def _lines(path: Path) -> Iterator[str]:
 def _from_jsonl(path: Path, column: str, report: Report) -> Iterator[str]:
     good = bad = 0
     keys: set[str] = set()
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in enumerate(lines_of(path), start=1):
         if not line.strip():
             continue
         value = _json_text(line, column, keys)

@@ -60,6 +60,10 @@ class Experiment:
     """The last step is always validated, unless this is 0."""
     validation_batches: int = 8
     """Of a mixture, shared out over its corpora; each has one at least."""
+    evaluate_every: int = 200
+    """Steps between two measurements of the metrics of data.tasks, also after the last step."""
+    evaluate_examples: int = 256
+    """Validation examples of each task that are answered then, evenly spread. 0: all."""
     sample_every: int = 0
     """Steps between two sets of held-out texts filled in or, by a decoder-only model, continued;
     also after the last step."""
@@ -144,6 +148,8 @@ _CADENCES = (
     "log_every",
     "validate_every",
     "validation_batches",
+    "evaluate_every",
+    "evaluate_examples",
     "sample_every",
     "checkpoint_every",
     "keep_checkpoints",

@@ -20,9 +20,10 @@ from switchworks.checkpoint.training_state import Checkpoints
 from switchworks.compress.config import DistilConfig
 from switchworks.compress.student import dense_teacher, initialise_from_teacher
 from switchworks.config import CheckpointError, ConfigError
-from switchworks.data.corpora import Corpora, HeldOut, prepare_corpora, summary
+from switchworks.data.corpora import Corpora, HeldOut, prepare_corpora
 from switchworks.data.mixture import Mixture
 from switchworks.data.pipeline import Pipeline
+from switchworks.data.task_corpora import TaskCorpora
 from switchworks.data.tokenizer import Tokenizer
 from switchworks.model import SwitchTransformer
 from switchworks.model.sizes import active_parameters, flops_per_token, num_parameters
@@ -40,6 +41,7 @@ from switchworks.training.loop import Hook, Interrupt, run
 from switchworks.training.recorder import Recorder
 from switchworks.training.run_directory import claim, may_resume, settings_in
 from switchworks.training.state import TrainState, build_state
+from switchworks.training.task_hook import task_hook
 from switchworks.training.teacher import Teacher, open_teacher
 
 SAMPLE_ROWS = 4
@@ -66,7 +68,7 @@ def train(
     if experiment.threads:
         torch.set_num_threads(experiment.threads)
     run_dir = Path(run_dir or Path("runs") / experiment.name)
-    experiment = with_precision(experiment, run_dir)
+    experiment = with_precision(with_tokenizer(experiment, init), run_dir)
     # Before text is read, which may take long; the vocabulary is not known yet.
     may_resume(run_dir, experiment, resume=resume, ignoring=frozenset({"model.vocab_size"}))
     teacher = open_teacher(experiment)
@@ -77,7 +79,7 @@ def train(
     pipeline = corpora.training(batch_size=experiment.batch_size, seed=experiment.seed)
     mixture = pipeline if isinstance(pipeline, Mixture) else None
     if mixture is not None:
-        print(summary(corpora, mixture, experiment.steps))
+        print(corpora.summary(mixture, experiment.steps))
     resuming = may_resume(run_dir, experiment, resume=resume)
     checkpoints = Checkpoints(run_dir / "checkpoints", experiment.keep_checkpoints)
     state = _first_state(experiment, checkpoints if resuming else None, init, teacher, pipeline)
@@ -114,6 +116,15 @@ def with_vocabulary(experiment: Experiment, vocab_size: int) -> Experiment:
         "for)"
     )
     return replace(experiment, model=replace(experiment.model, vocab_size=vocab_size))
+
+
+def with_tokenizer(experiment: Experiment, init: Path | str | None) -> Experiment:
+    """`experiment` with the tokenizer of the model it begins with, if it is to learn tasks and
+    names no other: a tokenizer made from the tasks' text would not fit that model."""
+    data = experiment.data
+    if init is None or not data.tasks or data.tokenizer != "train":
+        return experiment
+    return replace(experiment, data=replace(data, tokenizer=str(init)))
 
 
 def with_precision(experiment: Experiment, run_dir: Path) -> Experiment:
@@ -228,9 +239,12 @@ def _hooks(
         )
         if experiment.validate_every:
             hooks.append(Validate(recorder, experiment.validate_every, held_out, mixture))
-        if experiment.sample_every:
+        if experiment.sample_every and not isinstance(corpora, TaskCorpora):
             rows = _sample_rows(held_out)
             hooks.append(Samples(recorder, experiment.sample_every, rows, corpora.tokenizer))
+    if isinstance(corpora, TaskCorpora):
+        evaluate = task_hook(experiment, corpora, recorder)
+        hooks += [] if evaluate is None else [evaluate]
     return [*hooks, SaveCheckpoints(checkpoints, experiment.checkpoint_every)]
 
 
@@ -273,9 +287,9 @@ def _write_about(run_dir: Path, experiment: Experiment, corpora: Corpora) -> Non
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "vocabulary": corpora.tokenizer.vocab_size,
         "train_tokens": corpora.train_tokens,
-        "text": ", ".join(data.corpora) or data.path or data.dataset or data.source,
+        "text": ", ".join(data.tasks or data.corpora) or data.path or data.dataset or data.source,
     }
-    if data.mixture:
+    if data.mixture or data.tasks:
         about["corpora"] = {
             name: {"train_tokens": corpora.parts[name].train.num_tokens, "rate": rate}
             for name, rate in corpora.rates.items()

@@ -1,0 +1,105 @@
+"""Tasks as text in and text out, by name. docs/tasks.md has them all, and how to add one."""
+
+from collections.abc import Iterable, Mapping
+
+from switchworks.config import ConfigError
+from switchworks.data.tasks import (
+    catalogs,
+    docstrings,
+    glue,
+    question_answering,
+    reasoning,
+    summaries,
+    super_glue,
+    translation,
+    winograd,
+)
+from switchworks.data.tasks.own import table_task, task_in_file
+from switchworks.data.tasks.sources import Hub, Made, Places, Record, Source
+from switchworks.data.tasks.task import UNKNOWN, Example, Task, label_of
+
+__all__ = [
+    "GROUPS",
+    "TASKS",
+    "UNKNOWN",
+    "Example",
+    "Hub",
+    "Made",
+    "Places",
+    "Record",
+    "Source",
+    "Task",
+    "find_tasks",
+    "label_of",
+]
+
+TASKS: Mapping[str, Task] = {
+    task.name: task
+    for module in (
+        glue,
+        super_glue,
+        winograd,
+        question_answering,
+        summaries,
+        reasoning,
+        translation,
+        docstrings,
+        catalogs,
+    )
+    for task in module.TASKS
+}
+"""Every task there is by name."""
+
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    # T5 trains on WSC and DPR in place of WNLI, whose training split misleads.
+    "glue": (
+        *(f"glue_{name}" for name in ("cola", "sst2", "mrpc", "stsb", "qqp")),
+        *(f"glue_{name}" for name in ("mnli", "mnli_mismatched", "qnli", "rte", "wnli_simple")),
+    ),
+    "super_glue": (
+        *(f"super_glue_{name}" for name in ("boolq", "cb", "copa", "multirc", "record")),
+        *(f"super_glue_{name}" for name in ("rte", "wic", "wsc")),
+        "dpr",
+    ),
+    "anli": ("anli_r1", "anli_r2", "anli_r3"),
+    "arc": ("arc_easy", "arc_challenge"),
+    "closed_book": ("natural_questions", "web_questions", "trivia_qa"),
+    "wmt": ("wmt_en_de", "wmt_en_fr", "wmt_en_ro"),
+}
+"""Names that stand for several tasks."""
+
+
+def find_tasks(
+    entries: Iterable[str],
+    *,
+    metrics: tuple[str, ...] = ("accuracy",),
+    labels: tuple[str, ...] = (),
+) -> tuple[Task, ...]:
+    """The tasks that `entries` name: a task, a group, NAME=PATH:INPUT:TARGET or a Python file.
+
+    `metrics` and `labels` are those of the tasks from tables. Raises ConfigError for anything
+    else, with the names there are, and for a task that is named twice.
+    """
+    found: dict[str, Task] = {}
+    for entry in entries:
+        for task in _find(entry, metrics, labels):
+            if task.name in found:
+                raise ConfigError(f"data.tasks names {task.name!r} twice. Once is enough.")
+            found[task.name] = task
+    return tuple(found.values())
+
+
+def _find(entry: str, metrics: tuple[str, ...], labels: tuple[str, ...]) -> list[Task]:
+    if entry in TASKS:
+        return [TASKS[entry]]
+    if entry in GROUPS:
+        return [TASKS[name] for name in GROUPS[entry]]
+    if "=" in entry:
+        return [table_task(entry, metrics=metrics, labels=labels)]
+    if entry.endswith(".py"):
+        return [task_in_file(entry)]
+    raise ConfigError(
+        f"There is no task {entry!r}. Tasks: {', '.join(TASKS)}.\n"
+        f"  Several at once: {', '.join(GROUPS)}.\n"
+        "  Your own: NAME=PATH:INPUT:TARGET, a table's columns, or a Python file with a TASK."
+    )

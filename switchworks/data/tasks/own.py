@@ -1,0 +1,148 @@
+"""A user's own task: a table with two columns, or a Python file that makes a `Task`.
+
+--data.tasks reviews=reviews.csv:text:stars     columns text and stars
+--data.tasks reviews=reviews.csv                its only two columns, in their order
+--data.tasks reviews=folder:text:stars          folder/train.csv and folder/validation.csv
+--data.tasks my_task.py                         the file's TASK
+"""
+
+import importlib.util
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from switchworks.config import ConfigError, DataError
+from switchworks.data.documents import is_validation
+from switchworks.data.tasks.sources import (
+    FORMATS,
+    Places,
+    Record,
+    Source,
+    code_of,
+    digest,
+    read_tables,
+    table_format,
+    tables_named,
+)
+from switchworks.data.tasks.task import Example, Task
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Table(Source):
+    """A table file, part of which is held out by a hash of its inputs, or a folder of splits.
+
+    The records have the columns `inputs` and `targets`, whatever the table calls them.
+    """
+
+    path: Path
+    columns: tuple[str, str] | None
+    """The columns for input and target. None: the table has exactly these two."""
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        if self.path.is_file():
+            return ("train", "validation")
+        return tuple(split for split in SPLITS if tables_named(self.path, split))
+
+    def records(self, split: str, places: Places) -> Iterator[Record]:
+        held_out = {"train": False, "validation": True}
+        for record in read_tables(self._files(split)):
+            source, target = self._columns_of(record)
+            inputs = _text(record[source])
+            if self.path.is_file():
+                share = places.validation_share
+                if is_validation(inputs, share) != held_out[split]:
+                    continue
+            yield {"inputs": inputs, "targets": _text(record[target])}
+
+    def fingerprint(self, split: str, places: Places) -> str:
+        stats = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in self._files(split)]
+        return digest(stats, self.columns, split, places.validation_share)
+
+    def _files(self, split: str) -> list[Path]:
+        return [self.path] if self.path.is_file() else tables_named(self.path, split)
+
+    def _columns_of(self, record: Record) -> tuple[str, str]:
+        names = list(record)
+        if self.columns is None:
+            if len(names) != 2:
+                raise DataError(
+                    f"{self.path} has {len(names)} columns: {', '.join(names)}.\n  Say which are "
+                    f"input and target, for example {self.path}:{names[0]}:{names[-1]}."
+                )
+            return names[0], names[1]
+        for column in self.columns:
+            if column not in record:
+                raise DataError(
+                    f"{self.path} has no column {column!r}. It has: {', '.join(names)}.\n"
+                    "  Name input and target: NAME=PATH:INPUT:TARGET."
+                )
+        return self.columns
+
+
+def _text(value: object) -> str:
+    """A cell as text. A missing one is empty."""
+    return "" if value is None else str(value)
+
+
+def pair(record: Record) -> Example:
+    """A table's row as it stands."""
+    return Example(inputs=record["inputs"], target=record["targets"])
+
+
+def table_task(entry: str, *, metrics: tuple[str, ...], labels: tuple[str, ...]) -> Task:
+    """The task that NAME=PATH or NAME=PATH:INPUT:TARGET names. Raises ConfigError for others."""
+    name, _, rest = entry.partition("=")
+    path, *columns = rest.split(":")
+    if not re.fullmatch(r"[\w.-]+", name) or not path or len(columns) not in (0, 2):
+        raise ConfigError(
+            f"data.tasks has {entry!r}, which is neither a task nor NAME=PATH:INPUT:TARGET.\n"
+            "  Example: reviews=reviews.csv:text:stars. Names have letters, digits, '.', '_', '-'."
+        )
+    place = Path(path).expanduser()
+    if not (place.is_dir() or (place.is_file() and table_format(place))):
+        what = "is no table" if place.is_file() else "does not exist"
+        raise ConfigError(
+            f"data.tasks: {place} {what}.\n  A task's examples are in a file that ends in "
+            f"{', '.join(FORMATS)}, or in a folder with train.csv and the like."
+        )
+    if place.is_dir() and not tables_named(place, "train"):
+        raise ConfigError(
+            f"data.tasks: the folder {place} has no train.csv, .tsv, .jsonl or .parquet."
+        )
+    source = Table(place, (columns[0], columns[1]) if columns else None)
+    return Task(name=name, source=source, to_text=pair, metrics=metrics, labels=labels)
+
+
+def task_in_file(entry: str) -> Task:
+    """The `TASK` of a Python file. Raises ConfigError if it has none."""
+    path = Path(entry).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"data.tasks: {path} does not exist.")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's code raises
+        raise ConfigError(
+            f"data.tasks: {path} cannot be run: {type(error).__name__}: {error}."
+        ) from error
+    task = getattr(module, "TASK", None)
+    if not isinstance(task, Task):
+        raise ConfigError(
+            f"data.tasks: {path} defines no TASK, a switchworks.data.tasks.Task.\n"
+            "  docs/tasks.md has an example of 20 lines."
+        )
+    return task
+
+
+def fingerprint(task: Task, split: str, places: Places) -> str:
+    """Changes when the examples of `task` may have changed: by data, by code or by settings."""
+    functions = (task.to_text, task.training_text) if task.training_text else (task.to_text,)
+    code = [code_of(function) for function in functions]
+    return digest(task.name, split, task.source.fingerprint(split, places), code, task.labels)

@@ -1,0 +1,72 @@
+"""ANLI, ARC and Winogrande.
+
+The paper does not print how it wrote these, and T5 does not have them. ANLI and Winogrande take
+T5's general form (the task's name, then every field's name and text, in alphabetical order), ARC
+lists its choices by their letters; the target is always the answer's own text.
+"""
+
+from switchworks.data.tasks.glue import NLI
+from switchworks.data.tasks.sources import Hub, Record
+from switchworks.data.tasks.task import UNKNOWN, Example, Task, classify, fields
+
+
+def arc(record: Record) -> Example:
+    """A question of an examination. Its choices are lettered, or numbered, as in the dataset."""
+    letters, texts = record["choices"]["label"], tuple(record["choices"]["text"])
+    listed = " ".join(f"({a}) {text}" for a, text in zip(letters, texts, strict=True))
+    key = record["answerKey"]
+    return Example(
+        inputs=f"arc question: {record['question']} choices: {listed}",
+        target=dict(zip(letters, texts, strict=True))[key] if key else UNKNOWN,
+        choices=texts,
+    )
+
+
+def winogrande(record: Record) -> Example:
+    """Which of two options belongs in place of the underscore."""
+    options = record["option1"], record["option2"]
+    answer = str(record["answer"])
+    return Example(
+        inputs=fields("winogrande", record, ("option1", "option2", "sentence")),
+        target=options[int(answer) - 1] if answer in ("1", "2") else UNKNOWN,
+        choices=options,
+    )
+
+
+def _anli(number: int) -> Task:
+    return Task(
+        name=f"anli_r{number}",
+        source=Hub(
+            dataset="facebook/anli",
+            folder="anli",
+            names={
+                "train": f"train_r{number}",
+                "validation": f"dev_r{number}",
+                "test": f"test_r{number}",
+            },
+        ),
+        to_text=classify("anli", ("hypothesis", "premise"), NLI),
+        labels=NLI,
+    )
+
+
+def _arc(name: str) -> Task:
+    return Task(
+        name=f"arc_{name.lower()}",
+        source=Hub(dataset="allenai/ai2_arc", config=f"ARC-{name}", folder=f"arc_{name.lower()}"),
+        to_text=arc,
+    )
+
+
+TASKS = (
+    _anli(1),
+    _anli(2),
+    _anli(3),
+    _arc("Easy"),
+    _arc("Challenge"),
+    Task(
+        name="winogrande",
+        source=Hub(dataset="allenai/winogrande", config="winogrande_xl", folder="winogrande"),
+        to_text=winogrande,
+    ),
+)

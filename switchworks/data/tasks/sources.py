@@ -1,0 +1,263 @@
+"""Where a task's records come from: the Hugging Face Hub, or files with the same columns.
+
+Local files win: a folder named after the task (or after the source's `folder`) that holds, for
+each split, one or more files named after it, such as validation_matched.jsonl or
+train-00000-of-00001.parquet.
+"""
+
+import csv
+import hashlib
+import inspect
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from switchworks.config import DataError
+from switchworks.data.reading import lines_of
+
+Record = Mapping[str, Any]
+"""One row of a dataset: column name -> value."""
+
+FORMATS = (".parquet", ".jsonl", ".csv", ".tsv")
+"""Table files that can be read; all but Parquet also as .gz or .zst."""
+
+_SLICE = re.compile(r"([\w.-]+)(?:\[(\d*):(\d*)\])?")
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where data that is not on the Hub lies, and where what is made of it is kept."""
+
+    cache: Path
+    folder: Path | None = None
+    """One folder per task, with files of the dataset's own columns."""
+    validation_share: float = 0.02
+    """How much of a source without a validation split of its own is held out."""
+
+
+class Source(ABC):
+    """A dataset with named splits."""
+
+    @property
+    @abstractmethod
+    def splits(self) -> tuple[str, ...]:
+        """Which of train, validation and test there are."""
+
+    @abstractmethod
+    def records(self, split: str, places: Places) -> Iterator[Record]:
+        """The records of a split, in order. Raises DataError if they cannot be had."""
+
+    @abstractmethod
+    def fingerprint(self, split: str, places: Places) -> str:
+        """Changes when the records may have changed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hub(Source):
+    """A dataset on the Hub, or a local copy of it. `names` are the splits' names there.
+
+    A name may end in a slice of numbers, as in "train[:79168]".
+    """
+
+    dataset: str | None
+    """None: there is none on the Hub, the local files are all."""
+    config: str | None = None
+    folder: str
+    """The name of a local copy's folder."""
+    names: Mapping[str, str] = field(
+        default_factory=lambda: {"train": "train", "validation": "validation", "test": "test"}
+    )
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(self.names)
+
+    def records(self, split: str, places: Places) -> Iterator[Record]:
+        base, start, stop = parse_slice(self.names[split])
+        files = self._files(base, places)
+        records = read_tables(files) if files else self._download(base)
+        yield from islice(records, start, stop)
+
+    def fingerprint(self, split: str, places: Places) -> str:
+        files = self._files(parse_slice(self.names[split])[0], places)
+        stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        return digest(self.dataset, self.config, self.names[split], stats)
+
+    def _files(self, base: str, places: Places) -> list[Path]:
+        """The local files of a split. None: there is no local copy at all."""
+        folder = None if places.folder is None else places.folder / self.folder
+        if folder is None or not folder.is_dir():
+            if self.dataset is None:
+                raise DataError(
+                    f"The data of {self.folder!r} is on no hub, and there is no folder "
+                    f"{folder or self.folder} with it.\n  Name the folder that holds "
+                    f"{self.folder}/{base}.jsonl with --data.task-folder."
+                )
+            return []
+        files = tables_named(folder, base)
+        if not files:
+            raise DataError(
+                f"{folder} has no file for the split {base!r}.\n"
+                f"  Needed is {base}.parquet, .jsonl, .csv or .tsv with the dataset's own columns."
+            )
+        return files
+
+    def _download(self, base: str) -> Iterable[Record]:
+        import datasets
+
+        assert self.dataset is not None  # _files saw to it
+        try:
+            try:
+                return datasets.load_dataset(self.dataset, self.config, split=base)  # type: ignore[return-value]
+            except RuntimeError as error:
+                # Datasets that still are scripts have a copy as tables, made by the Hub.
+                if "scripts are no longer supported" not in str(error):
+                    raise
+                return datasets.load_dataset(  # type: ignore[return-value]
+                    self.dataset, self.config, split=base, revision="refs/convert/parquet"
+                )
+        # Whatever the library raises (many kinds, by cause), there are two things a user can do.
+        except Exception as error:
+            raise DataError(
+                f"{self.dataset!r} ({self.config}, {base}) cannot be had from the Hub: "
+                f"{str(error).splitlines()[0] if str(error) else type(error).__name__}\n"
+                f"  Without a network, put a copy into a folder FOLDER/{self.folder}/ as "
+                f"{base}.parquet, .jsonl, .csv or .tsv\n  and name it: --data.task-folder FOLDER "
+                "(evaluate: --task-folder)."
+            ) from error
+
+
+@dataclass(frozen=True)
+class Made(Source):
+    """Records that a function makes on this machine: `make(split, places)`."""
+
+    make: Callable[[str, Places], Iterable[Record]]
+    known_by: Callable[[Places], str]
+    """What the records depend on, as text."""
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return ("train", "validation")
+
+    def records(self, split: str, places: Places) -> Iterator[Record]:
+        yield from self.make(split, places)
+
+    def fingerprint(self, split: str, places: Places) -> str:
+        return digest(split, self.known_by(places))
+
+
+def parse_slice(name: str) -> tuple[str, int, int | None]:
+    """(split, start, stop) of a name such as train, train[:5] or train[5:]."""
+    match = _SLICE.fullmatch(name)
+    if match is None:
+        raise DataError(f"{name!r} is not a split. Examples: train, train[:500], train[500:].")
+    start, stop = match[2], match[3]
+    return match[1], int(start or 0), int(stop) if stop else None
+
+
+def tables_named(folder: Path, split: str) -> list[Path]:
+    """The table files of `folder` that hold `split`: SPLIT.csv, or SPLIT-00000-of-00002.parquet."""
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if table_format(path) and re.fullmatch(rf"{re.escape(split)}(-\d.*)?", _stem(path))
+    ]
+
+
+def table_format(path: Path) -> str | None:
+    """One of FORMATS, looking through .gz and .zst; None for other files."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in (".gz", ".zst"):
+        suffixes.pop()
+        if suffixes and suffixes[-1] == ".parquet":
+            return None
+    return suffixes[-1] if suffixes and suffixes[-1] in FORMATS else None
+
+
+def _stem(path: Path) -> str:
+    kind = table_format(path)
+    assert kind is not None
+    return path.name[: path.name.lower().rindex(kind)]
+
+
+def read_tables(paths: Iterable[Path]) -> Iterator[Record]:
+    """The rows of table files, one after the other. Raises DataError for what is not a table."""
+    for path in paths:
+        kind = table_format(path)
+        if kind == ".parquet":
+            yield from _parquet(path)
+        elif kind == ".jsonl":
+            yield from _jsonl(path)
+        elif kind is not None:
+            yield from _delimited(path, "\t" if kind == ".tsv" else ",")
+        else:
+            raise DataError(f"{path} is no table. Readable are {', '.join(FORMATS)}.")
+
+
+def _parquet(path: Path) -> Iterator[Record]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} cannot be read as Parquet: {error}") from error
+
+
+def _jsonl(path: Path) -> Iterator[Record]:
+    for number, line in enumerate(lines_of(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}:{number} is not JSON: {error}.") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path}:{number} is not a JSON object with the columns as keys.")
+        yield row
+
+
+def _delimited(path: Path, delimiter: str) -> Iterator[Record]:
+    """Every value as text, as the file has it: 3.40 stays 3.40 and NA stays NA."""
+    csv.field_size_limit(1 << 30)  # the default is shorter than some articles
+    rows = csv.reader((line + "\n" for line in lines_of(path)), delimiter=delimiter)
+    names: list[str] | None = None
+    try:
+        for row in rows:
+            if not row:
+                continue
+            if names is None:
+                names = [name.strip() for name in row]
+                continue
+            if len(row) != len(names):
+                raise DataError(
+                    f"{path}:{rows.line_num} has {len(row)} values for {len(names)} columns "
+                    f"({', '.join(names)}).\n  Quote values that hold a {delimiter!r}."
+                )
+            yield dict(zip(names, row, strict=True))
+    except csv.Error as error:
+        raise DataError(f"{path}:{rows.line_num} is not a table: {error}.") from error
+
+
+def code_of(function: Callable[..., Any]) -> str:
+    """The file that `function` is written in, as text: what it does changes only with that."""
+    while hasattr(function, "func"):  # functools.partial
+        function = function.func  # type: ignore[attr-defined]
+    try:
+        file = inspect.getsourcefile(function)
+        return Path(file).read_text(encoding="utf-8") if file else ""
+    except (TypeError, OSError):
+        return ""
+
+
+def digest(*values: Any) -> str:
+    """Hexadecimal, of anything that JSON can write."""
+    text = json.dumps(values, default=str)
+    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).hexdigest()

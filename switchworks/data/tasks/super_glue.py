@@ -1,0 +1,96 @@
+"""SuperGLUE as T5 has it: seven of its eight tasks. The eighth, WSC, is in winograd.py."""
+
+import re
+
+from switchworks.data.tasks.glue import TWO_WAY
+from switchworks.data.tasks.sources import Hub, Record
+from switchworks.data.tasks.task import UNKNOWN, Example, Task, ToText, classify, fields, label_of
+
+DATASET = "aps/super_glue"
+
+TRUTH = ("False", "True")
+
+
+def multirc(record: Record) -> Example:
+    """Whether an answer is right; the answers to one question are a group. HTML is taken off."""
+    text = fields("multirc", record, ("question", "answer", "paragraph"))
+    text = re.sub("</?b>", "", text.replace("<br>", " "))
+    return Example(
+        inputs=text,
+        target=label_of(record, TRUTH),
+        group=_group(record, "paragraph", "question"),
+    )
+
+
+def record_training(record: Record) -> list[Example]:
+    """An example for every right answer."""
+    text = _record_text(record)
+    return [Example(inputs=text, target=answer) for answer in record["answers"]]
+
+
+def record_judged(record: Record) -> Example:
+    """One example, which any of the answers answers."""
+    answers = tuple(record["answers"])
+    return Example(
+        inputs=_record_text(record),
+        target=answers[0] if answers else UNKNOWN,
+        references=answers,
+        group=_group(record, "passage", "query"),
+        choices=tuple(record["entities"]),
+    )
+
+
+def _record_text(record: Record) -> str:
+    passage = re.sub(r"([.?!\"'])\n@highlight\n", r"\1 ", record["passage"])
+    passage = passage.replace("\n@highlight\n", ". ")
+    entities = ", ".join(record["entities"])
+    return f"record query: {record['query']} entities: {entities} passage: {passage}"
+
+
+def _group(record: Record, *parts: str) -> str | None:
+    """The question an answer belongs to. Without `idx` nothing tells, and the text has to."""
+    index = record.get("idx")
+    if isinstance(index, dict):
+        return " ".join(f"{part} {index[part]}" for part in parts)
+    return " ".join(str(record[part]) for part in parts)
+
+
+def _task(
+    name: str,
+    to_text: ToText,
+    *,
+    labels: tuple[str, ...] = (),
+    metrics: tuple[str, ...] = ("accuracy",),
+    training_text: ToText | None = None,
+) -> Task:
+    full = f"super_glue_{name}"
+    return Task(
+        name=full,
+        source=Hub(dataset=DATASET, config=name, folder=full),
+        to_text=to_text,
+        metrics=metrics,
+        labels=labels,
+        training_text=training_text,
+    )
+
+
+def _classify(name: str, columns: tuple[str, ...], labels: tuple[str, ...], *metrics: str) -> Task:
+    to_text = classify(name, columns, labels)
+    return _task(name, to_text, labels=labels, metrics=metrics or ("accuracy",))
+
+
+TASKS = (
+    _classify("boolq", ("passage", "question"), TRUTH),
+    _classify(
+        "cb",
+        ("hypothesis", "premise"),
+        ("entailment", "contradiction", "neutral"),
+        "f1_macro",
+        "accuracy",
+    ),
+    _classify("copa", ("choice1", "choice2", "premise", "question"), ("choice1", "choice2")),
+    _task("multirc", multirc, labels=TRUTH, metrics=("f1_binary", "group_exact_match")),
+    _task("record", record_judged, metrics=("squad_once",), training_text=record_training),
+    _classify("rte", ("hypothesis", "premise"), TWO_WAY),
+    _classify("wic", ("sentence1", "sentence2", "word"), TRUTH),
+)

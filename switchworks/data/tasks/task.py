@@ -1,0 +1,116 @@
+"""What a task is: how a record of a dataset becomes text, and how answers to it are judged.
+
+A task never tokenises and never decodes. It turns records into `Example`s; `task_store` makes
+tokens of them for training, and `evaluate` compares a model's answers with their `answers`.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from switchworks.config import DataError
+from switchworks.data.tasks.sources import Record, Source
+
+UNKNOWN = "<unk>"
+"""The target of a record whose label is withheld, as in the test splits of GLUE."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One input and the target to write for it, with what judging an answer needs besides."""
+
+    inputs: str
+    target: str
+    references: tuple[str, ...] = ()
+    """Every right answer, where there are several."""
+    group: str | None = None
+    """Examples of one group are judged together (MultiRC) or count once (ReCoRD)."""
+    choices: tuple[str, ...] = ()
+    """The answers to choose from where they differ by example; else the task's labels are."""
+    label: bool | None = None
+    """Whether `target` is the right answer; only where it may be a wrong one (WSC, WNLI)."""
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """Every right answer."""
+        return self.references or (self.target,)
+
+
+ToText = Callable[[Record], Example | Iterable[Example]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A task by name: data, text and metrics. See docs/tasks.md for how to write one."""
+
+    name: str
+    source: Source
+    to_text: ToText
+    """A record as one example or several, or none to leave it out."""
+    metrics: tuple[str, ...] = ("accuracy",)
+    """Names in `evaluate.metrics.METRICS`. A task's score is the mean of their figures."""
+    labels: tuple[str, ...] = ()
+    """The closed set of targets, in the order of the dataset's class numbers."""
+    training_text: ToText | None = None
+    """Another `to_text` for the training split, where it differs."""
+
+    def examples(self, record: Record, split: str) -> list[Example]:
+        """The examples that `record` of `split` gives.
+
+        Raises DataError if a column is missing, or if a target is not one of the labels.
+        """
+        to_text = self.training_text if split == "train" and self.training_text else self.to_text
+        try:
+            made = to_text(record)
+            examples = [made] if isinstance(made, Example) else list(made)
+        except KeyError as error:
+            raise DataError(
+                f"Task {self.name!r} needs a column {error.args[0]!r}, which the {split} data has "
+                f"not. It has: {', '.join(record)}."
+            ) from error
+        for example in examples:
+            if self.labels and example.target not in (*self.labels, UNKNOWN):
+                raise DataError(
+                    f"Task {self.name!r}: {example.target!r} is not one of its labels, "
+                    f"{', '.join(self.labels)}.\n  Found with the input {example.inputs[:80]!r}."
+                )
+        return examples
+
+
+def label_of(record: Record, labels: tuple[str, ...], column: str = "label") -> str:
+    """The label's name, by its number or as the record spells it. `UNKNOWN` if it is withheld.
+
+    Raises DataError for anything else.
+    """
+    value = record[column]
+    if isinstance(value, bool):
+        value = int(value)
+    text = str(value).strip()
+    if text in labels:
+        return text
+    if text in ("-1", "", "None"):
+        return UNKNOWN
+    if text.isdigit() and int(text) < len(labels):
+        return labels[int(text)]
+    raise DataError(
+        f"{column} = {value!r} is not a label: neither one of {', '.join(labels)},\n"
+        f"  nor their number from 0 to {len(labels) - 1}, nor -1 for unknown."
+    )
+
+
+def fields(name: str, record: Record, columns: Iterable[str]) -> str:
+    """T5's general form: the task's name, then every column's name and its text."""
+    return " ".join([name, *(f"{column}: {record[column]}" for column in columns)])
+
+
+def classify(
+    name: str, columns: Iterable[str], labels: tuple[str, ...], column: str = "label"
+) -> ToText:
+    """T5's text for a classification: `fields` to the label's name."""
+    columns = tuple(columns)
+
+    def to_text(record: Record) -> Example:
+        return Example(
+            inputs=fields(name, record, columns), target=label_of(record, labels, column)
+        )
+
+    return to_text

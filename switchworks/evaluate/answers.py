@@ -1,0 +1,168 @@
+"""A model's answers to tasks: written token by token, or chosen among the possible ones.
+
+Inputs are answered in batches of similar length, the longest first, so that little is padding and
+a batch too large for the memory shows at once. No token is dropped in evaluation, so an answer
+does not depend on its neighbours. Letters: B sequences, T target length, V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from switchworks.config import ConfigError
+from switchworks.data.task_rows import with_eos
+from switchworks.data.tasks import Example, Task
+from switchworks.data.tokenizer import Tokenizer
+from switchworks.generate import generate
+from switchworks.model import SwitchTransformer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answering:
+    """How tasks are answered."""
+
+    decode: Literal["greedy", "rank"] = "greedy"
+    """"greedy" writes the likeliest token after the other. "rank" takes the likeliest of the
+    task's labels or the example's choices."""
+    input_length: int = 512
+    """Longer inputs lose their end."""
+    max_length: int = 128
+    """Tokens written at most."""
+    batch_size: int = 32
+    """Sequences answered at once."""
+    examples: int = 0
+    """At most so many of a split, evenly spread over it. 0: all."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("input_length", 2), ("max_length", 1), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} = {getattr(self, name)} must be at least {least}.")
+
+
+def answer(
+    model: SwitchTransformer,
+    tokenizer: Tokenizer,
+    task: Task,
+    examples: Sequence[Example],
+    how: Answering,
+) -> list[str]:
+    """The model's answer to each example, in their order. Raises ConfigError for a model or a
+    task that cannot be asked this way."""
+    if model.config.decoder_only:
+        raise ConfigError(
+            "Tasks are text in and text out: they need an encoder, and this model is decoder-only."
+        )
+    if how.decode == "rank":
+        return choose(model, tokenizer, task, examples, how)
+    return write(
+        model, tokenizer, [e.inputs for e in examples], _longest(tokenizer, task, how), how
+    )
+
+
+def write(
+    model: SwitchTransformer,
+    tokenizer: Tokenizer,
+    inputs: Sequence[str],
+    max_length: int,
+    how: Answering,
+) -> list[str]:
+    """What the model writes for each input, greedily, in at most `max_length` tokens."""
+    tokens = encode_all(tokenizer, inputs, how.input_length)
+    device = model.embedding.weight.device
+    answers = [""] * len(inputs)
+    for places in batches_by_length([len(ids) for ids in tokens], how.batch_size):
+        batch = pad([tokens[place] for place in places]).to(device)
+        written = generate(model, batch, max_length=max_length)
+        for place, ids in zip(places, written.tolist(), strict=True):
+            answers[place] = tokenizer.decode(ids)
+    return answers
+
+
+def choose(
+    model: SwitchTransformer,
+    tokenizer: Tokenizer,
+    task: Task,
+    examples: Sequence[Example],
+    how: Answering,
+) -> list[str]:
+    """The choice with the highest likelihood for each input; of equals the first."""
+    choices = [example.choices or task.labels for example in examples]
+    if not all(choices):
+        raise ConfigError(
+            f"Task {task.name!r} has no closed set of answers to rank. Use --decode greedy."
+        )
+    pairs = [(e.inputs, one) for e, of in zip(examples, choices, strict=True) for one in of]
+    found = iter(log_likelihoods(model, tokenizer, pairs, how))
+    scores = [[next(found) for _ in of] for of in choices]
+    return [of[int(np.argmax(row))] for of, row in zip(choices, scores, strict=True)]
+
+
+@torch.no_grad()
+def log_likelihoods(
+    model: SwitchTransformer,
+    tokenizer: Tokenizer,
+    pairs: Sequence[tuple[str, str]],
+    how: Answering,
+) -> list[float]:
+    """ln p(target, EOS | input) of each (input, target), in nats, not divided by the length."""
+    inputs = encode_all(tokenizer, [one for one, _ in pairs], how.input_length)
+    targets = encode_all(tokenizer, [two for _, two in pairs], None)
+    device, was_training = model.embedding.weight.device, model.training
+    lengths = [len(a) + len(b) for a, b in zip(inputs, targets, strict=True)]
+    found = [0.0] * len(pairs)
+    model.eval()
+    try:
+        for places in batches_by_length(lengths, how.batch_size):
+            target = pad([targets[place] for place in places]).to(device)
+            batch = pad([inputs[place] for place in places]).to(device)
+            nats = target_log_probabilities(model(batch, target).logits, target)
+            for place, value in zip(places, nats.tolist(), strict=True):
+                found[place] = value
+    finally:
+        model.train(was_training)
+    return found
+
+
+def target_log_probabilities(
+    logits: Float[Tensor, "B T V"], targets: Int[Tensor, "B T"]
+) -> Float[Tensor, "B"]:
+    """The sum over each row's targets, padding (id 0) not counted, in float32."""
+    logs = logits.float().log_softmax(dim=-1).gather(-1, targets[..., None]).squeeze(-1)
+    return logs.masked_fill(targets == 0, 0.0).sum(dim=-1)
+
+
+def encode_all(
+    tokenizer: Tokenizer, texts: Sequence[str], length: int | None
+) -> list[Int[Tensor, "_"]]:
+    """Each text's ids with EOS, in at most `length` positions, cut as in training."""
+    encoded = tokenizer.encode_batch(texts, threads=torch.get_num_threads())
+    return [
+        torch.from_numpy(with_eos(ids, length or len(ids) + 1, tokenizer.eos_id)) for ids in encoded
+    ]
+
+
+def batches_by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """The numbers of all sequences, the longest first, `batch_size` at a time."""
+    order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def pad(rows: Sequence[Int[Tensor, "_"]]) -> Int[Tensor, "B L"]:
+    """The rows as one tensor, padded at their ends with id 0."""
+    return pad_sequence(list(rows), batch_first=True)
+
+
+def _longest(tokenizer: Tokenizer, task: Task, how: Answering) -> int:
+    """With a closed set of labels nothing longer can be right: two tokens more than the longest
+    with its EOS are enough to see that an answer is not one of them."""
+    if not task.labels:
+        return how.max_length
+    longest = max(len(ids) for ids in tokenizer.encode_batch(list(task.labels)))
+    return min(how.max_length, longest + 3)

@@ -1,0 +1,48 @@
+"""`switchworks evaluate PATH --tasks ...`: from a model on disk to figures."""
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from switchworks.checkpoint.model_files import load
+from switchworks.config import CheckpointError, ConfigError, from_dict
+from switchworks.data.config import DataConfig
+from switchworks.data.task_corpora import places_of, tasks_of
+from switchworks.evaluate.answers import Answering
+from switchworks.evaluate.tasks import TaskResult, measure, questions_of
+
+
+def named_tasks(path: Path, tasks: Sequence[str], folder: Path | None) -> DataConfig:
+    """The data settings to evaluate with: those of the run in `path` if it is one, with `tasks`
+    in place of its own if any are named, and their local copies in `folder`."""
+    data, file = DataConfig(), path / "experiment.toml"
+    if file.exists():
+        data = from_dict(DataConfig, tomllib.loads(file.read_text(encoding="utf-8"))["data"])
+    named = tuple(name for entry in tasks for name in entry.split(",") if name)
+    if named:
+        data = replace(data, tasks=named, mixture=())
+    if folder is not None:
+        data = replace(data, task_folder=str(folder))
+    return data
+
+
+def evaluate_tasks(
+    path: Path, data: DataConfig, how: Answering, *, split: str = "validation"
+) -> list[TaskResult]:
+    """The model in `path` measured on the tasks of `data`.
+
+    Raises CheckpointError if it has no tokenizer, and before anything is answered ConfigError or
+    DataError for tasks whose names or data cannot be used.
+    """
+    places, tasks = places_of(data), tasks_of(data)
+    asked = [questions_of(task, split, places, how.examples) for task in tasks]
+    if not asked:
+        raise ConfigError("There is no task to evaluate. Name one: --tasks glue_rte.")
+    model, tokenizer = load(path)
+    if tokenizer is None:
+        raise CheckpointError(
+            f"{path} holds a model without a tokenizer, so it cannot read a task.\n"
+            "  Save it with one: switchworks.save(model, directory, tokenizer)."
+        )
+    return [measure(model, tokenizer, questions, how) for questions in asked]

@@ -1,0 +1,135 @@
+"""Tasks measured: examples, answers, figures, and all of it as a table, JSON and JSON lines."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from switchworks.config import DataError
+from switchworks.data.task_store import Counts, examples_of
+from switchworks.data.tasks import UNKNOWN, Example, Places, Task
+from switchworks.data.tokenizer import Tokenizer
+from switchworks.evaluate.answers import Answering, answer
+from switchworks.evaluate.metrics import averages, judge, score
+from switchworks.model import SwitchTransformer
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The examples of a split that a task is measured on, out of `total`."""
+
+    task: Task
+    split: str
+    examples: tuple[Example, ...]
+    total: int
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What a model made of a task."""
+
+    questions: Questions
+    predictions: tuple[str, ...]
+    figures: Mapping[str, float]
+    """Out of 100."""
+    cut: int
+    """Inputs longer than the limit, which lost their end."""
+
+    @property
+    def name(self) -> str:
+        return self.questions.task.name
+
+    @property
+    def score(self) -> float:
+        """The figures as one number; see `metrics.score`."""
+        return score(self.questions.task, self.figures)
+
+    def about(self) -> dict[str, Any]:
+        """As plain values."""
+        return {
+            "split": self.questions.split,
+            "examples": len(self.predictions),
+            "of": self.questions.total,
+            "inputs_cut": self.cut,
+            "score": self.score,
+            "metrics": dict(self.figures),
+        }
+
+
+def questions_of(task: Task, split: str, places: Places, most: int = 0) -> Questions:
+    """The examples of a split, or at most `most` of them, evenly spread over it.
+
+    Raises DataError if there is no such split, no data, or if its labels are withheld.
+    """
+    found = list(examples_of(task, split, places, Counts()))
+    if all(example.target == UNKNOWN for example in found):
+        raise DataError(
+            f"The {split} split of task {task.name!r} has no labels: they are withheld.\n"
+            "  Use --split validation."
+        )
+    total = len(found)
+    if most and total > most:
+        found = [found[place * total // most] for place in range(most)]
+    return Questions(task, split, tuple(found), total)
+
+
+def measure(
+    model: SwitchTransformer, tokenizer: Tokenizer, questions: Questions, how: Answering
+) -> TaskResult:
+    """The model's answers to `questions`, judged."""
+    predictions = answer(model, tokenizer, questions.task, questions.examples, how)
+    figures = judge(questions.task, predictions, questions.examples)
+    encoded = tokenizer.encode_batch([example.inputs for example in questions.examples])
+    cut = sum(len(ids) >= how.input_length for ids in encoded)
+    return TaskResult(questions, tuple(predictions), figures, cut)
+
+
+def as_json(results: Sequence[TaskResult], how: Answering, model: str, command: str) -> dict:
+    """Everything needed to know what was measured, and how to do it again."""
+    return {
+        "model": model,
+        "command": command,
+        "decode": how.decode,
+        "input_length": how.input_length,
+        "max_length": how.max_length,
+        "tasks": {result.name: result.about() for result in results},
+        "averages": averages({result.name: result.score for result in results}),
+    }
+
+
+def as_table(results: Sequence[TaskResult]) -> str:
+    """One line for each task, and one for each average that all tasks are there for."""
+    wide = max(len("super_glue"), *(len(result.name) for result in results))
+    lines = [f"{'task':<{wide}} {'split':<10} {'examples':>13} {'score':>7}  metrics"]
+    for result in results:
+        asked, total = len(result.predictions), result.questions.total
+        number = f"{asked:,}" if asked == total else f"{asked:,} of {total:,}"
+        figures = "  ".join(f"{name} {value:.2f}" for name, value in result.figures.items())
+        cut = f"  ({result.cut:,} inputs cut)" if result.cut else ""
+        lines.append(
+            f"{result.name:<{wide}} {result.questions.split:<10} {number:>13} "
+            f"{result.score:>7.2f}  {figures}{cut}"
+        )
+    for name, value in averages({result.name: result.score for result in results}).items():
+        lines.append(f"{name:<{wide}} {'average':<10} {'':>13} {value:>7.2f}")
+    return "\n".join(lines)
+
+
+def write_predictions(path: Path, results: Iterable[TaskResult]) -> None:
+    """One JSON object per line: the task, the input, every right answer and the model's."""
+    with path.open("w", encoding="utf-8") as file:
+        for result in results:
+            pairs = zip(result.questions.examples, result.predictions, strict=True)
+            for example, prediction in pairs:
+                line = {
+                    "task": result.name,
+                    "inputs": example.inputs,
+                    "answers": list(example.answers),
+                    "prediction": prediction,
+                }
+                if example.label is not None:
+                    line["label"] = example.label
+                if example.group is not None:
+                    line["group"] = example.group
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -1,0 +1,245 @@
+"""Records from local tables, a user's own tasks, and what is refused."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from switchworks.config import ConfigError, DataError
+from switchworks.data.task_store import Counts, examples_of
+from switchworks.data.tasks import TASKS, Hub, Places, find_tasks
+from switchworks.data.tasks.own import fingerprint
+from switchworks.data.tasks.sources import parse_slice, read_tables
+
+ROWS = [
+    {"sentence1": "Big news.", "sentence2": 'He said "no".', "label": 1, "idx": 0},
+    {"sentence1": "Größe, ohne\nEnde", "sentence2": "NA", "label": 0, "idx": 1},
+]
+CSV = 'sentence1,sentence2,label,idx\nBig news.,"He said ""no"".",1,0\n"Größe, ohne\nEnde",NA,0,1\n'
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def read(task, split: str, places: Places):
+    return list(examples_of(task, split, places, Counts()))
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "jsonl.gz", "parquet"])
+def test_a_local_copy_has_the_dataset_s_columns_in_any_format(kind, tmp_path):
+    path = tmp_path / "glue_rte" / f"train.{kind}"
+    path.parent.mkdir()
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS)
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(ROWS), path)
+    elif kind == "jsonl.gz":
+        path.write_bytes(gzip.compress(lines.encode()))
+    else:
+        text = {"csv": CSV, "tsv": CSV.replace(",", "\t").replace("e\t o", "e, o"), "jsonl": lines}
+        path.write_text(text[kind], encoding="utf-8")
+    examples = read(TASKS["glue_rte"], "train", Places(tmp_path, tmp_path))
+    assert [(e.inputs, e.target) for e in examples] == [
+        ('rte sentence1: Big news. sentence2: He said "no".', "not_entailment"),
+        ("rte sentence1: Größe, ohne\nEnde sentence2: NA", "entailment"),
+    ]
+
+
+def test_files_of_a_split_are_read_in_order_and_sliced_by_number(tmp_path):
+    rows = [json.dumps({"question": f"q{i}", "answer": [f"a{i}"]}) + "\n" for i in range(6)]
+    write(tmp_path / "nq" / "train-00001-of-00002.jsonl", "".join(rows[4:]))
+    write(tmp_path / "nq" / "train-00000-of-00002.jsonl", "".join(rows[:4]))
+    write(tmp_path / "nq" / "training_notes.csv", "a\n")
+    source = Hub(dataset=None, folder="nq", names={"train": "train[:5]", "validation": "train[5:]"})
+    places = Places(tmp_path, tmp_path)
+    assert [r["question"] for r in source.records("train", places)] == [f"q{i}" for i in range(5)]
+    assert [r["question"] for r in source.records("validation", places)] == ["q5"]
+
+
+def test_slices_are_numbers():
+    assert parse_slice("train") == ("train", 0, None)
+    assert parse_slice("train[5:]") == ("train", 5, None)
+    with pytest.raises(DataError, match="is not a split"):
+        parse_slice("train[:10%]")
+
+
+def test_a_local_copy_without_the_split_says_which_file_it_wants(tmp_path):
+    write(tmp_path / "glue_mnli" / "train.csv", "premise,hypothesis,label\n")
+    with pytest.raises(DataError, match=r"no file for the split 'validation_matched'"):
+        read(TASKS["glue_mnli"], "validation", Places(tmp_path, tmp_path))
+
+
+def test_without_a_network_the_hub_s_tasks_say_where_a_copy_goes(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match=r"(?s)glue_rte/ as\s+train.parquet.*--data.task-folder"):
+        read(TASKS["glue_rte"], "train", Places(tmp_path))
+
+
+def test_the_hub_s_library_gives_the_same_examples_as_a_local_copy(tmp_path):
+    # A folder in place of the dataset's name takes the way that a dataset on the Hub takes.
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS)
+    write(tmp_path / "hub" / "train.jsonl", lines)
+    write(tmp_path / "local" / "rte" / "train.jsonl", lines)
+    source = Hub(dataset=str(tmp_path / "hub"), folder="rte")
+    fetched = list(source.records("train", Places(tmp_path)))
+    assert fetched == list(source.records("train", Places(tmp_path, tmp_path / "local")))
+
+
+def test_catalogs_are_read_from_a_folder_only(tmp_path):
+    line = json.dumps({"language": "fr", "english": "Save", "text": "Enregistrer"}) + "\n"
+    write(tmp_path / "catalogs" / "train.jsonl", line)
+    there, back = read(TASKS["catalog_translation"], "train", Places(tmp_path, tmp_path))
+    assert there.target == back.inputs.removeprefix("translate French to English: ")
+    with pytest.raises(DataError, match=r"on no hub(?s:.*)catalogs/train.jsonl"):
+        read(TASKS["catalog_translation"], "train", Places(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "problem"),
+    [
+        ("a.csv", "x,y\n1,2\n1,2,3\n", r"a.csv:3 has 3 values for 2 columns \(x, y\)"),
+        ("a.jsonl", '{"x": 1}\n{"x": \n', "a.jsonl:2 is not JSON"),
+        ("a.jsonl", "[1]\n", "a.jsonl:1 is not a JSON object"),
+        ("a.parquet", "no", "cannot be read as Parquet"),
+    ],
+)
+def test_a_broken_table_is_refused_with_the_line(name, text, problem, tmp_path):
+    with pytest.raises(DataError, match=problem):
+        list(read_tables([write(tmp_path / name, text)]))
+
+
+def table(path: Path, rows: int = 100) -> Path:
+    return write(path, "text,stars\n" + "".join(f"review {i},{i % 5}\n" for i in range(rows)))
+
+
+def test_a_table_of_two_columns_needs_no_more_than_its_path(tmp_path):
+    (task,) = find_tasks([f"reviews={table(tmp_path / 'reviews.csv')}"])
+    places = Places(tmp_path, validation_share=0.2)
+    train, held_out = (read(task, split, places) for split in ("train", "validation"))
+    assert task.name == "reviews"
+    assert task.metrics == ("accuracy",)
+    assert len(train) + len(held_out) == 100
+    assert 5 < len(held_out) < 40
+    assert not {e.inputs for e in train} & {e.inputs for e in held_out}
+    example = min([*train, *held_out], key=lambda e: e.inputs)
+    assert (example.inputs, example.target) == ("review 0", "0")
+
+
+def test_equal_inputs_are_never_on_both_sides(tmp_path):
+    rows = "text,stars\n" + "".join(f"review {i % 10},{i}\n" for i in range(100))
+    (task,) = find_tasks([f"reviews={write(tmp_path / 'reviews.csv', rows)}"])
+    places = Places(tmp_path, validation_share=0.3)
+    train, held_out = (read(task, split, places) for split in ("train", "validation"))
+    assert len(train) + len(held_out) == 100
+    assert not {e.inputs for e in train} & {e.inputs for e in held_out}
+
+
+def test_a_folder_has_its_own_splits(tmp_path):
+    for split in ("train", "validation", "test"):
+        write(tmp_path / "r" / f"{split}.tsv", f"stars\ttext\textra\n5\t{split}\tno\n")
+    (task,) = find_tasks([f"r={tmp_path / 'r'}:text:stars"])
+    assert task.source.splits == ("train", "validation", "test")
+    (example,) = read(task, "validation", Places(tmp_path))
+    assert (example.inputs, example.target) == ("validation", "5")
+
+
+def test_columns_that_are_not_there_are_answered_with_those_that_are(tmp_path):
+    path = table(tmp_path / "reviews.csv")
+    (task,) = find_tasks([f"reviews={path}:text:rating"])
+    with pytest.raises(DataError, match=r"no column 'rating'. It has: text, stars"):
+        read(task, "train", Places(tmp_path))
+    wide = write(tmp_path / "wide.csv", "a,b,c\n1,2,3\n")
+    (task,) = find_tasks([f"wide={wide}"])
+    with pytest.raises(DataError, match=r"3 columns: a, b, c(?s:.*)wide.csv:a:c"):
+        read(task, "train", Places(tmp_path))
+
+
+def test_empty_targets_are_refused_with_their_number_and_the_first(tmp_path):
+    rows = "text,stars\n" + "".join(f"review {i},{'' if i in (3, 7) else 1}\n" for i in range(50))
+    (task,) = find_tasks([f"reviews={write(tmp_path / 'reviews.csv', rows)}"])
+    with pytest.raises(DataError, match=r"2 of 50 examples of train have an empty target"):
+        read(task, "train", Places(tmp_path, validation_share=1e-9))
+
+
+def test_a_few_empty_targets_among_thousands_are_left_out_and_counted(tmp_path):
+    rows = "text,stars\n" + "".join(f"review {i},{'' if i == 3 else 1}\n" for i in range(2000))
+    (task,) = find_tasks([f"reviews={write(tmp_path / 'reviews.csv', rows)}"])
+    counts = Counts()
+    found = list(examples_of(task, "train", Places(tmp_path, validation_share=1e-9), counts))
+    assert len(found) == counts.examples == 1999
+    assert (counts.empty, counts.first_empty) == (
+        1,
+        "record 4 of train, with the input 'review 3'",
+    )
+
+
+def test_labels_outside_the_set_are_refused_with_the_record(tmp_path):
+    path = table(tmp_path / "reviews.csv")
+    (task,) = find_tasks([f"reviews={path}"], labels=("0", "1", "2", "3"))
+    with pytest.raises(DataError, match=r"'4' is not one of its labels, 0, 1, 2, 3") as error:
+        read(task, "train", Places(tmp_path, validation_share=1e-9))
+    assert "(record 5 of train)" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("entry", "problem"),
+    [
+        ("reviews=absent.csv", "absent.csv does not exist"),
+        ("reviews=notes.txt", "notes.txt is no table"),
+        ("reviews=empty", "has no train.csv"),
+        ("reviews=reviews.csv:text", "neither a task nor NAME=PATH:INPUT:TARGET"),
+        ("a b=reviews.csv", "neither a task nor NAME=PATH:INPUT:TARGET"),
+        ("absent.py", "absent.py does not exist"),
+        ("no_task.py", "defines no TASK"),
+        ("broken.py", "cannot be run: ZeroDivisionError"),
+    ],
+)
+def test_what_is_no_task_is_refused(entry, problem, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    table(tmp_path / "reviews.csv")
+    write(tmp_path / "notes.txt", "dear")
+    (tmp_path / "empty").mkdir()
+    write(tmp_path / "no_task.py", "TASK = 1\n")
+    write(tmp_path / "broken.py", "1 / 0\n")
+    with pytest.raises(ConfigError, match=problem):
+        find_tasks([entry])
+
+
+MY_TASK = """
+from switchworks.data.tasks import Example, Hub, Task, label_of
+
+LABELS = ("dull", "fine")
+
+
+def to_text(record):
+    inputs = f"review title: {record['title']} text: {record['text']}"
+    return Example(inputs=inputs, target=label_of(record, LABELS, "stars"))
+
+
+TASK = Task(
+    name="reviews",
+    source=Hub(dataset="me/reviews", folder="reviews"),
+    to_text=to_text,
+    labels=LABELS,
+)
+"""
+
+
+def test_a_python_file_of_twenty_lines_is_a_task_and_a_change_in_it_is_noticed(tmp_path):
+    path = write(tmp_path / "my_task.py", MY_TASK)
+    assert len(MY_TASK.strip().splitlines()) <= 20
+    write(tmp_path / "reviews" / "train.csv", "title,text,stars\nA,b,1\n")
+    places = Places(tmp_path, tmp_path)
+    (task,) = find_tasks([str(path)])
+    (example,) = read(task, "train", places)
+    assert (example.inputs, example.target) == ("review title: A text: b", "fine")
+    before = fingerprint(task, "train", places)
+    write(path, MY_TASK.replace("title:", "headline:"))
+    (changed,) = find_tasks([str(path)])
+    assert fingerprint(changed, "train", places) != before
