@@ -32,6 +32,7 @@ USAGE = """usage: switchworks VERB ...
   report RUN_DIR ...  one HTML page from one or several runs
   convert SRC DST     Hugging Face directory <-> switchworks directory
                       [--upcycle E: a dense model made sparse]
+                      [--merge-lora RUN: adapters merged into their model]
   recipes             what there is to train, and the sizes of the papers
 
 `switchworks VERB --help` lists the flags of a verb, `switchworks train RECIPE --help` all
@@ -139,6 +140,8 @@ def _report(words: list[str]) -> int:
 
 def _convert(words: list[str]) -> int:
     flags = _parse(ConvertFlags, "convert", words)
+    if flags.merge_lora is not None:
+        return _merge(flags, flags.merge_lora)
     if flags.upcycle is not None:
         return _upcycle(flags, flags.upcycle)
     if flags != ConvertFlags(flags.source, flags.destination, flags.capacity):
@@ -149,6 +152,19 @@ def _convert(words: list[str]) -> int:
     from switchworks.checkpoint.convert import convert
 
     print(convert(flags.source, flags.destination, capacity=flags.capacity))
+    return 0
+
+
+def _merge(flags: "ConvertFlags", adapters: Path) -> int:
+    alone = ConvertFlags(flags.source, flags.destination, merge_lora=adapters)
+    if flags != alone:
+        raise ConfigError(
+            "--merge-lora only merges: it takes no other flag.\n"
+            "  Convert or upcycle before or after, in a command of its own."
+        )
+    from switchworks.adapt.files import merge_directory
+
+    print(merge_directory(flags.source, flags.destination, adapters))
     return 0
 
 
@@ -280,6 +296,9 @@ class ConvertFlags:
     """Noise on the experts' copies, as a share of their size. 0 keeps the dense model's loss."""
     seed: int = 0
     """Decides routers and noise."""
+    merge_lora: Path | None = None
+    """A run with adapters, or their directory: merged into the source, which must be the model they
+    were trained on. The result is in this format."""
 
 
 @dataclass(frozen=True)
@@ -298,14 +317,18 @@ def _experiment(verb: str, words: list[str], kind: type[T]) -> "tuple[Experiment
             f"switchworks {verb} needs the name of a recipe first, for example quickstart.\n"
             "  `switchworks recipes` lists them."
         )
+    from switchworks.adapt.config import LoraConfig
     from switchworks.compress.config import DistilConfig
     from switchworks.recipes import find_recipe
     from switchworks.training.experiment import Experiment
 
     recipe = find_recipe(words[0])()
-    if recipe.distil is None and any(word.startswith("--distil.") for word in words):
-        # Flags set what is there; any recipe's model may have a teacher.
-        recipe = replace(recipe, distil=DistilConfig(teacher=""))
+    # Flags set what is there, and any recipe may have these.
+    optional = {"distil": DistilConfig(teacher=""), "lora": LoraConfig()}
+    for name, settings in optional.items():
+        asked = any(word.startswith(f"--{name}.") for word in words)
+        if asked and getattr(recipe, name) is None:
+            recipe = replace(recipe, **{name: settings})
 
     @dataclass(frozen=True)
     class Arguments:

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from switchworks.adapt.config import LoraConfig
 from switchworks.compress.config import DistilConfig
 from switchworks.config import ConfigError
 from switchworks.data.config import DataConfig
@@ -53,6 +54,11 @@ class Experiment:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distil: DistilConfig | None = None
     """A teacher the model learns from beside the text. None: there is no teacher."""
+    freeze: tuple[str, ...] = ()
+    """Parameters that stay as they are: kinds (experts, routers, attention, ffn, norms, embeddings)
+    and patterns over names (decoder.*), or what alone is trained (all-but-experts)."""
+    lora: LoraConfig | None = None
+    """Adapters that are trained in the model's place. None: there are none."""
 
     log_every: int = 10
     """Steps between two lines of progress. 0 means never, here and below."""
@@ -77,6 +83,11 @@ class Experiment:
         for name in _CADENCES:
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} = {getattr(self, name)} must be 0 (never) or more.")
+        if self.lora is not None and self.freeze:
+            raise ConfigError(
+                f"freeze = {' '.join(self.freeze)} beside lora, which freezes all of the model.\n"
+                "  Leave --freeze out; --lora.also-train names what is trained beside the adapters."
+            )
         self._check_objective()
         self._check_rows()
         self._check_groups()

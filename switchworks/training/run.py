@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from switchworks.adapt.files import save_adapters
+from switchworks.adapt.lora import merged
 from switchworks.batch import Batch
 from switchworks.checkpoint.model_files import MAX_SPARE_ROWS, load, save, stored_config
 from switchworks.checkpoint.tensors import require_match
@@ -27,6 +29,7 @@ from switchworks.model.sizes import active_parameters, flops_per_token, num_para
 from switchworks.report import write_report
 from switchworks.training import machine
 from switchworks.training.experiment import Experiment
+from switchworks.training.explain import shares_of
 from switchworks.training.hooks import (
     Progress,
     Samples,
@@ -60,6 +63,7 @@ def train(
     """
     _check_mesh(experiment)
     _check_beginning(experiment, init)
+    shares_of(experiment)  # what a freeze or lora cannot mean is said before text is read
     machine.keep_freed_memory()
     if experiment.threads:
         torch.set_num_threads(experiment.threads)
@@ -79,6 +83,8 @@ def train(
     resuming = may_resume(run_dir, experiment, resume=resume)
     checkpoints = Checkpoints(run_dir / "checkpoints", experiment.keep_checkpoints)
     state = _first_state(experiment, checkpoints if resuming else None, init, teacher)
+    if state.adapted is not None:
+        print(state.adapted)
     claim(run_dir, experiment)  # only now, when nothing can be wrong with the settings any more
     _write_about(run_dir, experiment, corpora)
     interrupt = Interrupt()
@@ -88,7 +94,7 @@ def train(
             run(state, batches, hooks, interrupt)
     if interrupt.signal is not None:
         raise Interrupted(interrupt.signal.name, state.step, run_dir)
-    export(state, run_dir / "model", corpora.tokenizer)
+    export(state, run_dir, corpora.tokenizer)
     write_report([run_dir])
     return run_dir
 
@@ -147,11 +153,18 @@ def _vocabulary(corpora: Corpora, init: Path | str | None, teacher: Teacher | No
 
 
 def export(state: TrainState, directory: Path, tokenizer: Tokenizer) -> None:
-    """Write the float32 weights, config and tokenizer to `directory`."""
+    """`directory` holds an ordinary model in model/, with its float32 weights and tokenizer.
+
+    Adapters are merged in, and lie in adapters/ by themselves too.
+    """
+    weights, lora = state.updater.float_state(), state.experiment.lora
+    if lora is not None and state.adapted is not None:
+        save_adapters(directory / "adapters", weights, lora, state.adapted.also)
+        weights = merged(weights, lora)
     with torch.device("meta"):
         model = SwitchTransformer(state.experiment.model)
-    model.load_state_dict(state.updater.float_state(), assign=True)
-    save(model, directory, tokenizer=tokenizer)
+    model.load_state_dict(weights, assign=True)
+    save(model, directory / "model", tokenizer=tokenizer)
 
 
 def _first_state(
@@ -256,6 +269,7 @@ def _write_about(run_dir: Path, experiment: Experiment, corpora: Corpora) -> Non
     about: dict[str, Any] = {
         "parameters": num_parameters(config),
         "active_parameters": active_parameters(config),
+        "trainable_parameters": shares_of(experiment).trainable,
         "flops_per_token": flops_per_token(config, data.input_length, data.target_length),
         "machine": machine.describe(),
         "threads": torch.get_num_threads(),
