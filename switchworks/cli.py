@@ -320,11 +320,11 @@ def _experiment(verb: str, words: list[str], kind: type[T]) -> "tuple[Experiment
     from switchworks.adapt.config import LoraConfig
     from switchworks.compress.config import DistilConfig
     from switchworks.recipes import find_recipe
-    from switchworks.training.experiment import Experiment
+    from switchworks.training.experiment import BestConfig, Experiment
 
     recipe = find_recipe(words[0])()
     # Flags set what is there, and any recipe may have these.
-    optional = {"distil": DistilConfig(teacher=""), "lora": LoraConfig()}
+    optional = {"distil": DistilConfig(teacher=""), "lora": LoraConfig(), "best": BestConfig()}
     for name, settings in optional.items():
         asked = any(word.startswith(f"--{name}.") for word in words)
         if asked and getattr(recipe, name) is None:

@@ -3,7 +3,6 @@
 import json
 import shlex
 import sys
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -28,6 +27,7 @@ from switchworks.model import SwitchTransformer
 from switchworks.model.sizes import active_parameters, flops_per_token, num_parameters
 from switchworks.report import write_report
 from switchworks.training import machine
+from switchworks.training.best import KeepBest
 from switchworks.training.experiment import Experiment
 from switchworks.training.explain import shares_of
 from switchworks.training.hooks import (
@@ -89,12 +89,19 @@ def train(
     _write_about(run_dir, experiment, corpora)
     interrupt = Interrupt()
     with closing(Recorder(run_dir, state.step)) as recorder, interrupt.listening():
-        hooks = _hooks(state, recorder, checkpoints, corpora, mixture)
+        hooks = _hooks(state, recorder, corpora, mixture)
+        keeper = _keeper(state, recorder, checkpoints, corpora)
+        if keeper is not None:
+            hooks.append(keeper)
+        hooks.append(SaveCheckpoints(checkpoints, experiment.checkpoint_every))  # knows the best
         with closing(pipeline.batches(state.step)) as batches:
             run(state, batches, hooks, interrupt)
     if interrupt.signal is not None:
         raise Interrupted(interrupt.signal.name, state.step, run_dir)
-    export(state, run_dir, corpora.tokenizer)
+    if keeper is None:
+        export(state, run_dir, corpora.tokenizer)
+    else:
+        keeper.write_model(state, run_dir)
     write_report([run_dir])
     return run_dir
 
@@ -221,10 +228,9 @@ def _first_model(experiment: Experiment, init: Path | str | None) -> SwitchTrans
 def _hooks(
     state: TrainState,
     recorder: Recorder,
-    checkpoints: Checkpoints,
     corpora: Corpora,
     mixture: Mixture | None,
-) -> Sequence[Hook]:
+) -> list[Hook]:
     experiment = state.experiment
     hooks: list[Hook] = [Progress(recorder, experiment.log_every, state)]
     if experiment.validate_every or experiment.sample_every:
@@ -236,7 +242,21 @@ def _hooks(
         if experiment.sample_every:
             rows = _sample_rows(held_out)
             hooks.append(Samples(recorder, experiment.sample_every, rows, corpora.tokenizer))
-    return [*hooks, SaveCheckpoints(checkpoints, experiment.checkpoint_every)]
+    return hooks
+
+
+def _keeper(
+    state: TrainState, recorder: Recorder, checkpoints: Checkpoints, corpora: Corpora
+) -> KeepBest | None:
+    """What looks after the best weights, if the experiment wants them."""
+    best = state.experiment.best
+    if best is None:
+        return None
+
+    def write(state: TrainState, directory: Path) -> None:
+        export(state, directory, corpora.tokenizer)
+
+    return KeepBest(best, recorder, checkpoints, state, write)
 
 
 def _sample_rows(held_out: HeldOut) -> Batch:

@@ -1,6 +1,6 @@
 """What a training run is at a moment: enough to go on from there, bit for bit."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -12,6 +12,16 @@ from switchworks.model import SwitchTransformer
 from switchworks.model.routing import Router
 from switchworks.optim.build import Updater, build_optimizer, dimension_letters
 from switchworks.training.experiment import Experiment
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best a run has come to by its `BestConfig`."""
+
+    step: int
+    value: float
+    stale: int = 0
+    """Measurements since, in a row, that were no better."""
 
 
 @dataclass
@@ -33,6 +43,16 @@ class TrainState:
     no checkpoint."""
     adapted: Table | None = None
     """Which matrices have adapters, if `experiment.lora` asks for some."""
+    best: Best | None = None
+    """None before the first measurement."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether the run has had patience enough, before its last step."""
+        config = self.experiment.best
+        if config is None or self.best is None or not config.patience:
+            return False
+        return self.best.stale >= config.patience
 
     def state_dict(self) -> dict[str, Any]:
         """Float32 weights, frozen ones too, and optimizer state, not copied."""
@@ -40,13 +60,16 @@ class TrainState:
 
     def about(self) -> dict[str, Any]:
         """The counters, plain numbers that go into a checkpoint."""
-        return {"step": self.step, "tokens": self.tokens, "seconds": self.seconds}
+        counters = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds}
+        return counters | {"best": None if self.best is None else asdict(self.best)}
 
     def restore(self, contents: dict[str, Any], about: dict[str, Any]) -> None:
         """Be where the checkpoint with these contents was."""
         self.updater.load_state_dict(contents)
         self.step, self.tokens = about["step"], about["tokens"]
         self.seconds = about["seconds"]
+        best = about.get("best")
+        self.best = None if best is None else Best(**best)
 
 
 def build_state(
