@@ -4,10 +4,12 @@
 paths. What needs torch is imported by the verb that uses it, so that help is instant.
 """
 
+import inspect
 import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -226,6 +228,8 @@ class TrainFlags:
 class PrepareFlags:
     """How a job array shares the work."""
 
+    init: Path | None = None
+    """The model that training will begin with, for recipes that take their tokenizer from it."""
     shard: str | None = None
     """I/N, for example 3/64: tokenise only this part. Parts count from 0."""
 
@@ -234,6 +238,8 @@ class PrepareFlags:
 class ExplainFlags:
     """Where else the figures go."""
 
+    init: Path | None = None
+    """The model that training will begin with, for recipes that take their shape from it."""
     json: Path | None = None
     """Also write them to this file."""
 
@@ -322,7 +328,8 @@ def _experiment(verb: str, words: list[str], kind: type[T]) -> "tuple[Experiment
     from switchworks.recipes import find_recipe
     from switchworks.training.experiment import BestConfig, Experiment
 
-    recipe = find_recipe(words[0])()
+    find = find_recipe(words[0])
+    recipe = find(init=_beginning(verb, words)) if _begins_with_a_model(find) else find()
     # Flags set what is there, and any recipe may have these.
     optional = {"distil": DistilConfig(teacher=""), "lora": LoraConfig(), "best": BestConfig()}
     for name, settings in optional.items():
@@ -343,6 +350,23 @@ def _experiment(verb: str, words: list[str], kind: type[T]) -> "tuple[Experiment
         config=(tyro.conf.AvoidSubcommands,),
     )
     return parsed.experiment, parsed.flags
+
+
+def _begins_with_a_model(recipe: Callable[..., Any]) -> bool:
+    """Whether a recipe takes its shape from the model that --init names."""
+    return "init" in inspect.signature(recipe).parameters
+
+
+def _beginning(verb: str, words: Sequence[str]) -> Path | None:
+    """What --init names. Other flags are set on top of what the recipe makes of it."""
+    values = [word.partition("=")[2] for word in words if word.startswith("--init=")]
+    values += [word for flag, word in pairwise(words) if flag == "--init"]
+    if not values and verb == "train" and not {"--help", "-h"} & set(words):
+        raise ConfigError(
+            f"{words[0]} begins with a trained model: add --init PATH, a run or model directory.\n"
+            "  To train from first values all the same, say --init none."
+        )
+    return None if not values or values[-1] in ("none", "None") else Path(values[-1])
 
 
 def _spelled(word: str) -> str:
