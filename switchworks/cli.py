@@ -8,7 +8,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import tyro
 
 from switchworks.config import CheckpointError, ConfigError, DataError
+from switchworks.data.config import DataConfig
 
 if TYPE_CHECKING:
     from switchworks.training.experiment import Experiment
@@ -31,6 +32,8 @@ USAGE = """usage: switchworks VERB ...
                       (RECIPE may be a size: explain switch-base-128)
   generate PATH TEXT  fill the holes <extra_id_0>, <extra_id_1>, ... of a text, or continue it
   evaluate PATH       held-out loss of a trained model
+  routing PATH        which experts handle what: --data.path TEXT, or --data.mixture
+                      en=A de=B for labels; [--against PATH2: what changed]
   report RUN_DIR ...  one HTML page from one or several runs
   convert SRC DST     Hugging Face directory <-> switchworks directory
                       [--upcycle E: a dense model made sparse]
@@ -132,6 +135,30 @@ def _evaluate(words: list[str]) -> int:
     return 0
 
 
+def _routing(words: list[str]) -> int:
+    if not words or words[0].startswith("-"):
+        raise ConfigError(
+            "switchworks routing needs a model first: a run or model directory.\n"
+            "  Example: switchworks routing runs/quickstart --data.path texts"
+        )
+    from switchworks.recipes.finetune import text_of
+
+    path = Path(words[0])
+    flags = tyro.cli(
+        RoutingFlags,
+        prog=f"switchworks routing {words[0]}",
+        args=[_spelled(word) for word in words[1:]],
+        default=RoutingFlags(data=text_of(path)),
+    )
+    from switchworks.report.routing import write_routing_report
+
+    home = path if (path / "experiment.toml").is_file() else Path()
+    output = flags.output or home / "routing.html"
+    write_routing_report(path, flags.data, output, against=flags.against, batches=flags.batches)
+    print(output.resolve())
+    return 0
+
+
 def _report(words: list[str]) -> int:
     flags = _parse(ReportFlags, "report", words)
     from switchworks.report import write_report
@@ -206,6 +233,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "explain": _explain,
     "generate": _generate,
     "evaluate": _evaluate,
+    "routing": _routing,
     "report": _report,
     "convert": _convert,
     "recipes": _recipes,
@@ -272,6 +300,19 @@ class EvaluateFlags:
     """Batches of 16 rows measured."""
     json: Path | None = None
     """Also write the figures to this file."""
+
+
+@dataclass(frozen=True)
+class RoutingFlags:
+    """Which experts handle what, by label and token type: JSON, and one HTML page."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    against: Path | None = None
+    """Another state of the same model: how many tokens have another expert there."""
+    batches: int = 16
+    """Batches of 16 rows routed, over all labels together."""
+    output: Path | None = None
+    """The page; the numbers go beside it. Default: routing.html in the run directory, or here."""
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,8 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from switchworks.checkpoint.model_files import stored_config
+from switchworks.checkpoint.model_files import is_model, stored_config
 from switchworks.data.config import DataConfig
-from switchworks.model import ModelConfig
 from switchworks.optim.config import OptimConfig
 from switchworks.recipes.quickstart import quickstart
 from switchworks.training.experiment import BestConfig, Experiment
@@ -33,7 +32,7 @@ def finetune(init: Path | str | None = None) -> Experiment:
         batch_size=math.ceil(ROWS / group) * group,
         precision="auto",
         model=replace(model, dropout=0.1, routing=routing),
-        data=_rows_of(model, init),
+        data=_rows_of(init),
         optim=OptimConfig(lr=1e-3, schedule="constant", warmup_steps=100),
         best=BestConfig(patience=5),
         log_every=20,
@@ -43,23 +42,28 @@ def finetune(init: Path | str | None = None) -> Experiment:
     )
 
 
-def _rows_of(model: ModelConfig, init: Path | str | None) -> DataConfig:
-    """Rows as `init` was trained on, read with its tokenizer."""
+def text_of(path: Path) -> DataConfig:
+    """The text, and the rows, that the model in `path` was trained on; of a model that is in no run
+    the rows of its kind."""
+    run = settings_in(path)
+    if run is not None:
+        return run.data
+    if is_model(path) and stored_config(path).decoder_only:
+        return DataConfig(objective="causal", input_length=0, target_length=512)
+    return DataConfig()
+
+
+def _rows_of(init: Path | str | None) -> DataConfig:
+    """Rows as `init` was trained on, read with its tokenizer, of any text."""
     if init is None:
         return quickstart().data
-    run = settings_in(Path(init))
-    if run is None:
-        rows = DataConfig()
-        if model.decoder_only:
-            rows = DataConfig(objective="causal", input_length=0, target_length=512)
-        return replace(rows, tokenizer=str(init))
-    data = run.data
+    theirs = text_of(Path(init))
     return DataConfig(
         tokenizer=str(init),
-        objective=data.objective,
-        input_length=data.input_length,
-        target_length=data.target_length,
-        noise_density=data.noise_density,
-        mean_span=data.mean_span,
-        packing=data.packing,
+        objective=theirs.objective,
+        input_length=theirs.input_length,
+        target_length=theirs.target_length,
+        noise_density=theirs.noise_density,
+        mean_span=theirs.mean_span,
+        packing=theirs.packing,
     )
