@@ -244,7 +244,10 @@ class SentencePieceTokenizer(Tokenizer):
     def piece(self, token: int) -> str:
         if not UNK_ID < token < self._pieces or self._exact.is_control(token):
             return ""
-        return self._exact.id_to_piece(token).replace("\u2581", " ")
+        piece = self._exact.id_to_piece(token)
+        if self._exact.is_byte(token):  # <0x21>
+            return bytes([int(piece[3:5], 16)]).decode("ascii", "replace")
+        return piece.replace("\u2581", " ")
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         directory = Path(directory)

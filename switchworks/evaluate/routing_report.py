@@ -2,7 +2,7 @@
 
 A decoder's layer is told by the token it reads at a position, not by the one it predicts there.
 
-Letters: N positions, E experts, C categories (labels or token types).
+Letters: N positions, E experts, C categories (labels or token types), T token types.
 """
 
 import math
@@ -33,16 +33,16 @@ class _Layer:
     """What one switch layer did with all positions so far."""
 
     by_label: Float[Tensor, "C E"]
-    by_type: Float[Tensor, "C E"]
+    by_type: Float[Tensor, "T E"]
     tokens: int = 0
     dropped: float = 0.0
     entropy: float = 0.0
     confidence: float = 0.0
-    changed: Float[Tensor, "C"] = field(
+    changed: Float[Tensor, "T"] = field(
         default_factory=lambda: torch.zeros(len(TYPES), dtype=torch.float64)
     )
     """Positions by type whose experts the other model does not choose."""
-    positions: Float[Tensor, "C"] = field(
+    positions: Float[Tensor, "T"] = field(
         default_factory=lambda: torch.zeros(len(TYPES), dtype=torch.float64)
     )
     other_load: Float[Tensor, "E"] | None = None

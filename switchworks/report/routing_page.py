@@ -110,7 +110,7 @@ def _section(title: str, said: str, figures: Sequence[str]) -> str:
 
 
 def _map(name: str, layer: Mapping[str, Any], rows: str) -> str:
-    """A `<figure>` of one layer: categories down, experts across, and how many choices there are."""
+    """A `<figure>` of one layer: categories down, experts across, and the number of choices."""
     experts = layer["experts"]
     table = {
         "all": {"routed": sum(r["routed"] for r in layer[rows].values()), "load": layer["load"]}
