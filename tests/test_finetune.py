@@ -1,7 +1,9 @@
 """The fine-tuning recipe: what it takes from the model it begins with, and a whole run of it."""
 
 import json
+import shlex
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -84,3 +86,27 @@ def test_training_without_a_model_has_to_be_meant(tmp_path, capsys):
 def test_a_model_that_is_not_there_is_told(name, tmp_path, capsys):
     assert main(["train", "finetune", "--init", str(tmp_path / name)]) == 2
     assert "holds no model" in capsys.readouterr().err
+
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = [
+    shlex.split(line)[2:]
+    for line in (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8").splitlines()
+    if line.startswith("$ ")
+]
+FEW = "--steps 2 --batch-size 4 --threads 1 --precision float32 --validation-batches 1"
+
+
+def test_the_commands_of_the_page_run_one_after_another(
+    tiny_run, corpus, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "quickstart").symlink_to(tiny_run)
+    (tmp_path / "texts").symlink_to(corpus)
+    assert [words[0] for words in COMMANDS].count("train") == 4
+    for words in COMMANDS:
+        more = FEW.split() if words[0] == "train" else []
+        assert main([*words, *more]) == 0, capsys.readouterr().err
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+    assert (tmp_path / "runs" / "fine" / "routing.html").exists()
