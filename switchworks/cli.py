@@ -4,20 +4,22 @@
 paths. What needs torch is imported by the verb that uses it, so that help is instant.
 """
 
+import inspect
 import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
 from switchworks.config import CheckpointError, ConfigError, DataError
+from switchworks.data.config import DataConfig
 
 if TYPE_CHECKING:
-    from switchworks.data.config import DataConfig
     from switchworks.training.experiment import Experiment
 
 T = TypeVar("T")
@@ -32,10 +34,13 @@ USAGE = """usage: switchworks VERB ...
   generate PATH TEXT  fill the holes <extra_id_0>, <extra_id_1>, ... of a text, or continue it
   evaluate PATH       held-out loss of a trained model, or [--tasks glue_rte ...] its
                       answers to tasks
+  routing PATH        which experts handle what: --data.path TEXT, or --data.mixture
+                      en=A de=B for labels; [--against PATH2: what changed]
   report RUN_DIR ...  one HTML page from one or several runs
   convert SRC DST     Hugging Face directory <-> switchworks directory
                       [--upcycle E: a dense model made sparse;
-                      --prune K, --merge K: a sparse one with fewer experts]
+                      --prune K, --merge K: a sparse one with fewer experts;
+                      --merge-lora RUN: adapters merged into their model]
   recipes             what there is to train, and the sizes of the papers
 
 `switchworks VERB --help` lists the flags of a verb, `switchworks train RECIPE --help` all
@@ -160,6 +165,30 @@ def _evaluate_tasks(flags: "EvaluateFlags", data: "DataConfig", command: str) ->
     return 0
 
 
+def _routing(words: list[str]) -> int:
+    if not words or words[0].startswith("-"):
+        raise ConfigError(
+            "switchworks routing needs a model first: a run or model directory.\n"
+            "  Example: switchworks routing runs/quickstart --data.path texts"
+        )
+    from switchworks.recipes.finetune import text_of
+
+    path = Path(words[0])
+    flags = tyro.cli(
+        RoutingFlags,
+        prog=f"switchworks routing {words[0]}",
+        args=[_spelled(word) for word in words[1:]],
+        default=RoutingFlags(data=text_of(path)),
+    )
+    from switchworks.report.routing import write_routing_report
+
+    home = path if (path / "experiment.toml").is_file() else Path()
+    output = flags.output or home / "routing.html"
+    write_routing_report(path, flags.data, output, against=flags.against, batches=flags.batches)
+    print(output.resolve())
+    return 0
+
+
 def _report(words: list[str]) -> int:
     flags = _parse(ReportFlags, "report", words)
     from switchworks.report import write_report
@@ -173,6 +202,10 @@ def _convert(words: list[str]) -> int:
     how = _one_change(flags)
     if how == "upcycle":
         print(_upcycle(flags))
+    elif how == "merge_lora":
+        from switchworks.adapt.files import merge_directory
+
+        print(merge_directory(flags.source, flags.destination, flags.merge_lora or Path()))
     elif how is None:
         from switchworks.checkpoint.convert import convert
 
@@ -194,7 +227,7 @@ def _convert(words: list[str]) -> int:
     return 0
 
 
-Change = Literal["upcycle", "prune", "merge"]
+Change = Literal["upcycle", "prune", "merge", "merge_lora"]
 
 
 def _one_change(flags: "ConvertFlags") -> Change | None:
@@ -204,17 +237,18 @@ def _one_change(flags: "ConvertFlags") -> Change | None:
         "upcycle": ("every", "noise", "seed"),
         "prune": reducing,
         "merge": reducing,
+        "merge_lora": (),
     }
     asked: list[Change] = [how for how in owned if getattr(flags, how) is not None]
     if len(asked) > 1:
         raise ConfigError(
-            f"--{' and --'.join(asked)} are different changes.\n  Make one after the other."
+            f"{' and '.join(map(_flag, asked))} are different changes.\n  Make one after the other."
         )
     how = asked[0] if asked else None
     for name in sorted({name for names in owned.values() for name in names}):
         default = getattr(ConvertFlags(flags.source, flags.destination), name)
         if getattr(flags, name) != default and not (how and name in owned[how]):
-            owners = " or ".join(f"--{owner}" for owner, names in owned.items() if name in names)
+            owners = " or ".join(_flag(owner) for owner, names in owned.items() if name in names)
             raise ConfigError(
                 f"--{name} belongs to {owners} and does nothing without it.\n"
                 f"  Add {owners} with the number of experts, or leave it out."
@@ -222,9 +256,13 @@ def _one_change(flags: "ConvertFlags") -> Change | None:
     if how and flags.capacity != "paper":
         raise ConfigError(
             f"--capacity {flags.capacity} is for a change of format alone.\n"
-            f"  Convert first, then --{how} the result."
+            f"  Convert first, then {_flag(how)} the result."
         )
     return how
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _upcycle(flags: "ConvertFlags") -> str:
@@ -262,6 +300,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "explain": _explain,
     "generate": _generate,
     "evaluate": _evaluate,
+    "routing": _routing,
     "report": _report,
     "convert": _convert,
     "recipes": _recipes,
@@ -284,6 +323,8 @@ class TrainFlags:
 class PrepareFlags:
     """How a job array shares the work."""
 
+    init: Path | None = None
+    """The model that training will begin with, for recipes that take their tokenizer from it."""
     shard: str | None = None
     """I/N, for example 3/64: tokenise only this part. Parts count from 0."""
 
@@ -292,6 +333,8 @@ class PrepareFlags:
 class ExplainFlags:
     """Where else the figures go."""
 
+    init: Path | None = None
+    """The model that training will begin with, for recipes that take their shape from it."""
     json: Path | None = None
     """Also write them to this file."""
 
@@ -346,6 +389,19 @@ class EvaluateFlags:
 
 
 @dataclass(frozen=True)
+class RoutingFlags:
+    """Which experts handle what, by label and token type: JSON, and one HTML page."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    against: Path | None = None
+    """Another state of the same model: how many tokens have another expert there."""
+    batches: int = 16
+    """Batches of 16 rows routed, over all labels together."""
+    output: Path | None = None
+    """The page; the numbers go beside it. Default: routing.html in the run directory, or here."""
+
+
+@dataclass(frozen=True)
 class ReportFlags:
     """One self-contained HTML page."""
 
@@ -384,6 +440,9 @@ class ConvertFlags:
     """The text to count on: a file, folder or glob. None: what the run in `source` trained on."""
     batches: int = 32
     """Batches of 16 rows read of it."""
+    merge_lora: Path | None = None
+    """A run with adapters, or their directory: merged into the source, which must be the model they
+    were trained on. The result is in this format."""
 
 
 @dataclass(frozen=True)
@@ -402,14 +461,19 @@ def _experiment(verb: str, words: list[str], kind: type[T]) -> "tuple[Experiment
             f"switchworks {verb} needs the name of a recipe first, for example quickstart.\n"
             "  `switchworks recipes` lists them."
         )
+    from switchworks.adapt.config import LoraConfig
     from switchworks.compress.config import DistilConfig
     from switchworks.recipes import find_recipe
-    from switchworks.training.experiment import Experiment
+    from switchworks.training.experiment import BestConfig, Experiment
 
-    recipe = find_recipe(words[0])()
-    if recipe.distil is None and any(word.startswith("--distil.") for word in words):
-        # Flags set what is there; any recipe's model may have a teacher.
-        recipe = replace(recipe, distil=DistilConfig(teacher=""))
+    find = find_recipe(words[0])
+    recipe = find(init=_beginning(verb, words)) if _begins_with_a_model(find) else find()
+    # Flags set what is there, and any recipe may have these.
+    optional = {"distil": DistilConfig(teacher=""), "lora": LoraConfig(), "best": BestConfig()}
+    for name, settings in optional.items():
+        asked = any(word.startswith(f"--{name}.") for word in words)
+        if asked and getattr(recipe, name) is None:
+            recipe = replace(recipe, **{name: settings})
 
     @dataclass(frozen=True)
     class Arguments:
@@ -424,6 +488,23 @@ def _experiment(verb: str, words: list[str], kind: type[T]) -> "tuple[Experiment
         config=(tyro.conf.AvoidSubcommands,),
     )
     return parsed.experiment, parsed.flags
+
+
+def _begins_with_a_model(recipe: Callable[..., Any]) -> bool:
+    """Whether a recipe takes its shape from the model that --init names."""
+    return "init" in inspect.signature(recipe).parameters
+
+
+def _beginning(verb: str, words: Sequence[str]) -> Path | None:
+    """What --init names. Other flags are set on top of what the recipe makes of it."""
+    values = [word.partition("=")[2] for word in words if word.startswith("--init=")]
+    values += [word for flag, word in pairwise(words) if flag == "--init"]
+    if not values and verb == "train" and not {"--help", "-h"} & set(words):
+        raise ConfigError(
+            f"{words[0]} begins with a trained model: add --init PATH, a run or model directory.\n"
+            "  To train from first values all the same, say --init none."
+        )
+    return None if not values or values[-1] in ("none", "None") else Path(values[-1])
 
 
 def _spelled(word: str) -> str:

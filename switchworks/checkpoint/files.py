@@ -59,6 +59,19 @@ def whole_directory(path: Path, *, needs: int, otherwise: str) -> Iterator[Path]
         raise
 
 
+def copy_whole(source: Path, destination: Path) -> None:
+    """`destination` holds what the whole directory `source` does. Raises CheckpointError if a file
+    of it is missing or has changed, or if `destination` cannot be written."""
+    verify(source)
+    files = read_manifest(source)
+    needs = sum(entry["bytes"] for entry in files.values())
+    otherwise = f"{source} is untouched."
+    with whole_directory(destination, needs=needs, otherwise=otherwise) as partial:
+        for name in files:
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source / name, partial / name)
+
+
 def seal(directory: Path) -> None:
     """Flush every file of `directory` to the disk and list it in the manifest."""
     names = _files(directory)

@@ -69,7 +69,7 @@ def open_tensors(directory: Path) -> Tensors:
     """
     for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
         index, single = directory / f"{stem}.{ending}.index.json", directory / f"{stem}.{ending}"
-        opened = _open_safetensors if ending == "safetensors" else _open_bin
+        opened = open_safetensors if ending == "safetensors" else _open_bin
         if index.exists():
             files = sorted(set(read_json(index).get("weight_map", {}).values()))
             return opened([directory / file for file in files])
@@ -147,7 +147,8 @@ def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
     save_file(own, path, metadata={"format": "pt"})  # transformers refuses files without it
 
 
-def _open_safetensors(files: list[Path]) -> Tensors:
+def open_safetensors(files: list[Path]) -> Tensors:
+    """Those in `files` together. Raises CheckpointError for a file that is missing or torn."""
     shapes: dict[str, tuple[int, ...]] = {}
     places: dict[str, Any] = {}
     for file in files:

@@ -67,8 +67,8 @@ class Checkpoints:
 
     def latest(self) -> Path | None:
         """The newest whole checkpoint, every byte checked; a damaged one is skipped and logged."""
-        for step in sorted(self._steps(), reverse=True):
-            path = self._steps()[step]
+        for step in sorted(self.steps(), reverse=True):
+            path = self.steps()[step]
             try:
                 verify(path)
             except CheckpointError as error:
@@ -101,7 +101,7 @@ class Checkpoints:
             owner[key] = tuple(value) if isinstance(owner[key], tuple) else value
         return stored["about"]
 
-    def _steps(self) -> dict[int, Path]:
+    def steps(self) -> dict[int, Path]:
         """Step -> directory of every checkpoint, whole or not."""
         found = self.directory.glob("step_*") if self.directory.is_dir() else ()
         return {
@@ -120,15 +120,15 @@ class Checkpoints:
 
     def _prune(self, step: int) -> None:
         """Delete all but the newest `keep` up to `step`."""
-        steps = sorted(number for number in self._steps() if number <= step)
+        steps = sorted(number for number in self.steps() if number <= step)
         for number in steps[: -self.keep] if self.keep else []:
-            shutil.rmtree(self._steps()[number], ignore_errors=True)
+            shutil.rmtree(self.steps()[number], ignore_errors=True)
 
     def _otherwise(self, step: int) -> str:
-        earlier = [number for number in self._steps() if number < step]
+        earlier = [number for number in self.steps() if number < step]
         if not earlier:
             return "No earlier checkpoint exists."
-        return f"Training state is safe at step {max(earlier)}, in {self._steps()[max(earlier)]}."
+        return f"Training state is safe at step {max(earlier)}, in {self.steps()[max(earlier)]}."
 
 
 class _Leaves(NamedTuple):

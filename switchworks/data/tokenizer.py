@@ -73,6 +73,10 @@ class Tokenizer(ABC):
         """The text of `ids`: sentinels written out, padding, EOS and unused ids left out."""
 
     @abstractmethod
+    def piece(self, token: int) -> str:
+        """What `token` alone stands for, the space in front of it included; "" if it is no text."""
+
+    @abstractmethod
     def save(self, directory: str | os.PathLike[str]) -> None:
         """`directory`, made if need be, holds what `load_tokenizer` opens."""
 
@@ -141,6 +145,9 @@ class ByteTokenizer(Tokenizer):
             elif (index := self._sentinel_index(token)) is not None:
                 text += b"<extra_id_%d>" % index
         return text.decode("utf-8", "replace")
+
+    def piece(self, token: int) -> str:
+        return bytes([token - 3]).decode("ascii", "replace") if 3 <= token < 259 else ""
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         _write_settings(Path(directory), {"kind": "bytes"})
@@ -233,6 +240,14 @@ class SentencePieceTokenizer(Tokenizer):
             return text
         spaced = bool(text) and self._exact.id_to_piece(run[0]).startswith("\u2581")
         return text + (" " if spaced else "") + self._exact.decode(run)
+
+    def piece(self, token: int) -> str:
+        if not UNK_ID < token < self._pieces or self._exact.is_control(token):
+            return ""
+        piece = self._exact.id_to_piece(token)
+        if self._exact.is_byte(token):  # <0x21>
+            return bytes([int(piece[3:5], 16)]).decode("ascii", "replace")
+        return piece.replace("\u2581", " ")
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         directory = Path(directory)

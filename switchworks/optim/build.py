@@ -33,6 +33,8 @@ class Kind(NamedTuple):
     bias: bool
     """A table of relative positions."""
     vector: bool
+    adapter: bool
+    """A low-rank matrix that stands beside a frozen one."""
 
     @property
     def spared(self) -> bool:
@@ -96,11 +98,17 @@ class Updater:
     def state_dict(self) -> State:
         """{"weights": {name: tensor}, "optimizer": {name: {slot: tensor}}}, complete from step 0.
 
+        A frozen parameter is among the weights and has no slots.
+
         The tensors are those in use, not copies. The learning rate is not in it: it follows from
         the step.
         """
         state = self.optimizer.state
-        slots = {name: dict(state[master]) for name, master in self.masters.named().items()}
+        slots = {
+            name: dict(state[master])
+            for name, master in self.masters.named().items()
+            if master.requires_grad
+        }
         return {"weights": self.float_state(), "optimizer": slots}
 
     @torch.no_grad()
@@ -129,15 +137,21 @@ def build_optimizer(
 
     `letters` gives a parameter's dimensions by its name ("E D F", see `dimension_letters`): three
     or more that begin with E make a stack of experts; "_" marks a table of relative positions,
-    which like a vector is spared weight decay. A name without letters is judged by its shape.
-    `weights`: float32 values the masters begin with, see `MasterWeights`.
+    which like a vector is spared weight decay; R, a rank, marks an adapter. A name without letters
+    is judged by its shape. A parameter that requires no gradient is not the optimizer's and has no
+    state, only its weight. `weights`: float32 values the masters begin with, see `MasterWeights`.
     """
     masters = MasterWeights(named_parameters, weights)
     groups: dict[Kind, list[nn.Parameter]] = {}
     for name, master in masters.named().items():
+        if not master.requires_grad:
+            continue
         dims = letters.get(name, "").split()
         kind = Kind(
-            stacked=len(dims) > 2 and dims[0] == "E", bias="_" in dims, vector=master.dim() < 2
+            stacked=len(dims) > 2 and dims[0] == "E",
+            bias="_" in dims,
+            vector=master.dim() < 2,
+            adapter="R" in dims,
         )
         groups.setdefault(kind, []).append(master)
     return Updater(masters, _optimizer(groups, config), config)
@@ -163,7 +177,7 @@ def _optimizer(
         {
             "params": parameters,
             "stacked": kind.stacked,
-            "scale_floor": config.relative_bias_floor if kind.bias else EPS_SCALE,
+            "scale_floor": _floor(kind, config),
             "weight_decay": 0.0 if kind.spared else config.weight_decay,
         }
         for kind, parameters in groups.items()
@@ -178,6 +192,12 @@ def _optimizer(
         min_factored_dim=config.min_factored_dim,
         per_expert=config.per_expert,
     )
+
+
+def _floor(kind: Kind, config: OptimConfig) -> float:
+    if kind.adapter:
+        return config.adapter_floor
+    return config.relative_bias_floor if kind.bias else EPS_SCALE
 
 
 def _adamw(groups: Mapping[Kind, list[nn.Parameter]], config: OptimConfig) -> torch.optim.Optimizer:

@@ -38,6 +38,10 @@ class OptimConfig:
     """adafactor: least root mean square a table of relative positions is taken to have. T5 makes
     no exception of it. With 1 a bias, which is added to scores, moves by `lr` itself, and short
     runs find sooner what stands near what."""
+    adapter_floor: float = 1.0
+    """adafactor: least root mean square an adapter's matrix is taken to have (see `lora`). The B of
+    a pair begins at 0, and in proportion to its size it would never get away from there. With 1 it
+    moves by `lr` itself."""
     min_factored_dim: int = 128
     """adafactor: a tensor is factored when its second largest dimension is at least this."""
     per_expert: bool = True
@@ -52,7 +56,13 @@ class OptimConfig:
             raise ConfigError(
                 f"optim.clip_norm = {self.clip_norm} must be positive. Use none for no bound."
             )
-        for name in ("eps", "decay_exponent", "clip_update", "relative_bias_floor"):
+        for name in (
+            "eps",
+            "decay_exponent",
+            "clip_update",
+            "relative_bias_floor",
+            "adapter_floor",
+        ):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"optim.{name} = {getattr(self, name)} must be positive.")
         for name in ("warmup_steps", "weight_decay"):

@@ -9,11 +9,13 @@ from collections.abc import Callable
 from functools import partial
 
 from switchworks.config import ConfigError
-from switchworks.recipes import c4, mt5, quickstart, tiny
+from switchworks.recipes import c4, finetune, mt5, quickstart, tiny
 from switchworks.recipes.sizes import MT5, SIZES
 from switchworks.training.experiment import Experiment
 
-Recipe = Callable[[], Experiment]
+Recipe = Callable[..., Experiment]
+"""Called without arguments, or with `init=` where it has a parameter of that name: the model that
+a run begins with."""
 
 GROUPS: dict[str, tuple[Recipe, ...]] = {
     "On this machine": (
@@ -24,6 +26,7 @@ GROUPS: dict[str, tuple[Recipe, ...]] = {
         quickstart.quickstart_lm_dense,
         quickstart.distil,
         quickstart.text_folder,
+        finetune.finetune,
         quickstart.speedup,
         quickstart.speedup_dense,
     ),

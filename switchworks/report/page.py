@@ -1,7 +1,5 @@
 """The HTML page of a report: what is said about the runs, and in which order."""
 
-import base64
-import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,6 +8,7 @@ from html import escape
 import numpy as np
 
 from switchworks.report.charts import COLOURS, Curve, colour_bar, line_chart, load_chart
+from switchworks.report.document import document
 from switchworks.report.figures import (
     Figure,
     by_corpus,
@@ -20,7 +19,6 @@ from switchworks.report.figures import (
     speedups,
 )
 from switchworks.report.runs import Run, Sample, baseline, last_part
-from switchworks.report.style import SCRIPT, STYLE
 
 SAMPLE_STEPS = 8
 """Most steps whose samples are shown: the newest, the first and some between."""
@@ -29,7 +27,7 @@ _HOLE = re.compile(r"<extra_id_(\d+)>")
 
 
 def page(runs: Sequence[Run]) -> str:
-    """The whole page, in itself complete: it loads nothing, and says so to the browser."""
+    """What there is to say about the runs, in a document of its own."""
     runs = _told_apart(runs)
     sections = [_header(runs), *(_notes(run) for run in runs)]
     if len(runs) > 1:
@@ -40,18 +38,8 @@ def page(runs: Sequence[Run]) -> str:
     sections += [_loads(run, several=len(runs) > 1) for run in runs]
     sections += [_samples(run, several=len(runs) > 1) for run in runs]
     sections += [_origin(runs), _settings(runs)]
-    title = escape(", ".join(run.name for run in runs))
-    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
-    policy += f"script-src 'sha256-{digest}'"
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{title} - switchworks report</title><style>{STYLE}</style></head>\n<body><main>"
-        + "\n".join(section for section in sections if section)
-        + f'</main><div id="tip"></div><script>{SCRIPT}</script></body></html>\n'
-    )
+    names = ", ".join(run.name for run in runs)
+    return document(f"{names} - switchworks report", sections)
 
 
 def _told_apart(runs: Sequence[Run]) -> list[Run]:

@@ -1,9 +1,11 @@
 """Experiment: everything that decides how a run comes out, in one frozen object."""
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from switchworks.adapt.config import LoraConfig
 from switchworks.compress.config import DistilConfig
 from switchworks.config import ConfigError
 from switchworks.data.config import DataConfig
@@ -31,6 +33,40 @@ class MeshConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BestConfig:
+    """Which of the weights that a run passes through become its model, and when it has enough."""
+
+    metric: str = "val/loss"
+    """Any number in metrics.jsonl: val/loss, val/loss/CORPUS, task/NAME/accuracy. Averages of
+    training (train/...) begin anew when a run is resumed; the others do not know of it."""
+    mode: Literal["auto", "min", "max"] = "auto"
+    """Whether the least or the greatest is the best. auto: the least of a loss or perplexity; of
+    anything else it has to be said."""
+    patience: int = 0
+    """The run ends when the metric was measured this many times in a row and was no better. 0: it
+    goes on to its last step."""
+    min_delta: float = 0.0
+    """Better means by more than this."""
+
+    def __post_init__(self) -> None:
+        if self.patience < 0 or not self.min_delta >= 0:
+            raise ConfigError(
+                f"best.patience = {self.patience} and best.min_delta = {self.min_delta} must be 0 "
+                "or more."
+            )
+        if self.mode == "auto" and not re.search("loss|perplexity", self.metric):
+            raise ConfigError(
+                f"best.metric = {self.metric}: is more of it better, or less?\n"
+                "  Say --best.mode max or --best.mode min."
+            )
+
+    @property
+    def direction(self) -> Literal["min", "max"]:
+        """Which way is better."""
+        return "min" if self.mode == "auto" else self.mode
+
+
+@dataclass(frozen=True, kw_only=True)
 class Experiment:
     """A complete training run. Recipes return one; `train` runs it; `experiment.toml` keeps it."""
 
@@ -53,6 +89,13 @@ class Experiment:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distil: DistilConfig | None = None
     """A teacher the model learns from beside the text. None: there is no teacher."""
+    freeze: tuple[str, ...] = ()
+    """Parameters that stay as they are: kinds (experts, routers, attention, ffn, norms, embeddings)
+    and patterns over names (decoder.*), or what alone is trained (all-but-experts)."""
+    lora: LoraConfig | None = None
+    """Adapters that are trained in the model's place. None: there are none."""
+    best: BestConfig | None = None
+    """Keep the best weights and make them the model. None: the model is that of the last step."""
 
     log_every: int = 10
     """Steps between two lines of progress. 0 means never, here and below."""
@@ -81,6 +124,20 @@ class Experiment:
         for name in _CADENCES:
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} = {getattr(self, name)} must be 0 (never) or more.")
+        if self.lora is not None and self.freeze:
+            raise ConfigError(
+                f"freeze = {' '.join(self.freeze)} beside lora, which freezes all of the model.\n"
+                "  Leave --freeze out; --lora.also-train names what is trained beside the adapters."
+            )
+        if (
+            self.best is not None
+            and self.best.metric.startswith("val/")
+            and not self.validate_every
+        ):
+            raise ConfigError(
+                f"best.metric = {self.best.metric} is never measured: validate_every is 0.\n"
+                "  Set --validate-every to a number of steps."
+            )
         self._check_objective()
         self._check_rows()
         self._check_groups()

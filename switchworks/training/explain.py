@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from switchworks.adapt.freeze import Shares, shares
 from switchworks.model.sizes import (
     active_parameters,
     flops_per_sequence,
@@ -23,12 +24,15 @@ def explain(experiment: Experiment) -> dict[str, Any]:
     """
     model, data = experiment.model, experiment.data
     parameters = num_parameters(model)
+    counts = shares_of(experiment)
     per_token = flops_per_token(model, data.input_length, data.target_length)
     tokens = experiment.batch_size * (data.input_length + data.target_length)
     figures: dict[str, Any] = {
         "recipe": experiment.name,
         "parameters": parameters,
         "active_parameters": active_parameters(model),
+        "trainable_parameters": counts.trainable,
+        "adapter_parameters": counts.adapters,
         "flops_per_token": per_token,
         "flops_per_sequence": flops_per_sequence(model, data.input_length, data.target_length),
         "tokens_per_step": tokens,
@@ -40,23 +44,32 @@ def explain(experiment: Experiment) -> dict[str, Any]:
             "expert": experiment.mesh.expert,
             "model": experiment.mesh.model,
         },
-        "bytes_per_rank": memory(experiment, parameters),
+        "bytes_per_rank": memory(experiment, counts),
         "routing": capacities(experiment),
     }
     figures["parameter_bytes_per_rank"] = figures["bytes_per_rank"]["weights"]
     return figures
 
 
-def memory(experiment: Experiment, parameters: int) -> dict[str, int]:
-    """Bytes that stay allocated through a step, activations not counted."""
+def shares_of(experiment: Experiment) -> Shares:
+    """How much of the model, and of its adapters, the experiment trains."""
+    return shares(experiment.model, experiment.freeze, experiment.lora)
+
+
+def memory(experiment: Experiment, counts: Shares) -> dict[str, int]:
+    """Bytes that stay allocated through a step, activations not counted.
+
+    What is frozen has no gradients and no optimizer state. Its float32 weights stay beside
+    bfloat16 ones, so that they come out of the run as they went in.
+    """
     precision = experiment.precision
     compute = _COMPUTE[machine.fastest_precision() if precision == "auto" else precision]
     moments = 2 if experiment.optim.name == "adamw" else int(experiment.optim.betas[0] > 0)
     bytes_of = {
-        "weights": parameters * compute,
-        "masters": 0 if compute == _MASTER else parameters * _MASTER,
-        "gradients": parameters * _MASTER,
-        "optimizer": parameters * _MASTER * moments,
+        "weights": counts.parameters * compute,
+        "masters": 0 if compute == _MASTER else counts.parameters * _MASTER,
+        "gradients": counts.trainable * _MASTER,
+        "optimizer": counts.trainable * _MASTER * moments,
     }
     return bytes_of | {"total": sum(bytes_of.values())}
 
@@ -88,6 +101,7 @@ def as_text(figures: dict[str, Any]) -> str:
         f"{figures['recipe']}",
         f"  parameters         {count(figures['parameters'])}"
         f" ({count(figures['active_parameters'])} used by each token)",
+        f"  trained            {count(figures['trainable_parameters'])}" + _of_adapters(figures),
         f"  forward FLOPs      {count(figures['flops_per_token'])} per token, "
         f"{count(figures['flops_per_sequence'])} per sequence",
         f"  step               {figures['tokens_per_step']:,} tokens, "
@@ -110,6 +124,11 @@ def as_text(figures: dict[str, Any]) -> str:
                 + ("no limit of slots" if slots is None else f"{slots} slots per expert")
             )
     return "\n".join(lines)
+
+
+def _of_adapters(figures: dict[str, Any]) -> str:
+    adapters = figures["adapter_parameters"]
+    return f", adapters {count(adapters)} on top of the model" if adapters else ""
 
 
 def count(number: int | float) -> str:

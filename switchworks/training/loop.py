@@ -55,14 +55,16 @@ class Interrupt:
 def run(
     state: TrainState, batches: Iterator[Batch], hooks: Sequence[Hook], interrupt: Interrupt
 ) -> None:
-    """Train `state` until its experiment's last step, or until `interrupt` is set."""
+    """Train `state` until its experiment's last step, or until it has ended before or `interrupt`
+    is set."""
     started = time.perf_counter()
-    for batch in islice(batches, max(0, state.experiment.steps - state.step)):
+    steps = 0 if state.ended else max(0, state.experiment.steps - state.step)
+    for batch in islice(batches, steps):
         result = train_step(state, batch)
         state.seconds += time.perf_counter() - started
         for hook in hooks:
             hook.after_step(state, result)
-        if interrupt.signal is not None:
+        if interrupt.signal is not None or state.ended:
             break
         started = time.perf_counter()  # what hooks took is not training time
     for hook in hooks:

@@ -17,6 +17,9 @@ class Recorder:
 
         self.metrics = run_dir / "metrics.jsonl"
         self.samples = run_dir / "samples.jsonl"
+        self.names: set[str] = set()
+        """Of all metrics written in this sitting."""
+        self._now: tuple[int, dict[str, Any]] = (-1, {})
         for path in (self.metrics, self.samples):
             _drop_after(path, first_step)
         logging.getLogger("tensorboard").setLevel(logging.ERROR)
@@ -26,9 +29,15 @@ class Recorder:
         """One line of metrics, led by step, tokens and seconds; numbers also to TensorBoard."""
         line = {"step": state.step, "tokens": state.tokens, "seconds": round(state.seconds, 3)}
         _append(self.metrics, line | dict(values))
+        self.names |= values.keys()
+        self._now = (state.step, self.at(state.step) | dict(values))
         for name, value in values.items():
             if isinstance(value, (int, float)):
                 self.board.add_scalar(name, value, state.step)
+
+    def at(self, step: int) -> dict[str, Any]:
+        """What was written at `step`, if that was the last one anything was written at."""
+        return dict(self._now[1]) if self._now[0] == step else {}
 
     def write_sample(self, sample: Mapping[str, Any]) -> None:
         """One fill-in."""

@@ -3,7 +3,6 @@
 import json
 import shlex
 import sys
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -13,6 +12,8 @@ from typing import Any
 
 import torch
 
+from switchworks.adapt.files import save_adapters
+from switchworks.adapt.lora import merged
 from switchworks.batch import Batch
 from switchworks.checkpoint.model_files import MAX_SPARE_ROWS, load, save, stored_config
 from switchworks.checkpoint.tensors import require_match
@@ -29,7 +30,9 @@ from switchworks.model import SwitchTransformer
 from switchworks.model.sizes import active_parameters, flops_per_token, num_parameters
 from switchworks.report import write_report
 from switchworks.training import machine
+from switchworks.training.best import KeepBest
 from switchworks.training.experiment import Experiment
+from switchworks.training.explain import shares_of
 from switchworks.training.hooks import (
     Progress,
     Samples,
@@ -64,6 +67,7 @@ def train(
     """
     _check_mesh(experiment)
     _check_beginning(experiment, init)
+    shares_of(experiment)  # what a freeze or lora cannot mean is said before text is read
     machine.keep_freed_memory()
     if experiment.threads:
         torch.set_num_threads(experiment.threads)
@@ -83,16 +87,25 @@ def train(
     resuming = may_resume(run_dir, experiment, resume=resume)
     checkpoints = Checkpoints(run_dir / "checkpoints", experiment.keep_checkpoints)
     state = _first_state(experiment, checkpoints if resuming else None, init, teacher, pipeline)
+    if state.adapted is not None:
+        print(state.adapted)
     claim(run_dir, experiment)  # only now, when nothing can be wrong with the settings any more
     _write_about(run_dir, experiment, corpora)
     interrupt = Interrupt()
     with closing(Recorder(run_dir, state.step)) as recorder, interrupt.listening():
-        hooks = _hooks(state, recorder, checkpoints, corpora, mixture)
+        hooks = _hooks(state, recorder, corpora, mixture)
+        keeper = _keeper(state, recorder, checkpoints, corpora)
+        if keeper is not None:
+            hooks.append(keeper)
+        hooks.append(SaveCheckpoints(checkpoints, experiment.checkpoint_every))  # knows the best
         with closing(pipeline.batches(state.step)) as batches:
             run(state, batches, hooks, interrupt)
     if interrupt.signal is not None:
         raise Interrupted(interrupt.signal.name, state.step, run_dir)
-    export(state, run_dir / "model", corpora.tokenizer)
+    if keeper is None:
+        export(state, run_dir, corpora.tokenizer)
+    else:
+        keeper.write_model(state, run_dir)
     write_report([run_dir])
     return run_dir
 
@@ -160,11 +173,18 @@ def _vocabulary(corpora: Corpora, init: Path | str | None, teacher: Teacher | No
 
 
 def export(state: TrainState, directory: Path, tokenizer: Tokenizer) -> None:
-    """Write the float32 weights, config and tokenizer to `directory`."""
+    """`directory` holds an ordinary model in model/, with its float32 weights and tokenizer.
+
+    Adapters are merged in, and lie in adapters/ by themselves too.
+    """
+    weights, lora = state.updater.float_state(), state.experiment.lora
+    if lora is not None and state.adapted is not None:
+        save_adapters(directory / "adapters", weights, lora, state.adapted.also)
+        weights = merged(weights, lora)
     with torch.device("meta"):
         model = SwitchTransformer(state.experiment.model)
-    model.load_state_dict(state.updater.float_state(), assign=True)
-    save(model, directory, tokenizer=tokenizer)
+    model.load_state_dict(weights, assign=True)
+    save(model, directory / "model", tokenizer=tokenizer)
 
 
 def _first_state(
@@ -227,10 +247,9 @@ def _first_model(experiment: Experiment, init: Path | str | None) -> SwitchTrans
 def _hooks(
     state: TrainState,
     recorder: Recorder,
-    checkpoints: Checkpoints,
     corpora: Corpora,
     mixture: Mixture | None,
-) -> Sequence[Hook]:
+) -> list[Hook]:
     experiment = state.experiment
     hooks: list[Hook] = [Progress(recorder, experiment.log_every, state)]
     if experiment.validate_every or experiment.sample_every:
@@ -245,7 +264,21 @@ def _hooks(
     if isinstance(corpora, TaskCorpora):
         evaluate = task_hook(experiment, corpora, recorder)
         hooks += [] if evaluate is None else [evaluate]
-    return [*hooks, SaveCheckpoints(checkpoints, experiment.checkpoint_every)]
+    return hooks
+
+
+def _keeper(
+    state: TrainState, recorder: Recorder, checkpoints: Checkpoints, corpora: Corpora
+) -> KeepBest | None:
+    """What looks after the best weights, if the experiment wants them."""
+    best = state.experiment.best
+    if best is None:
+        return None
+
+    def write(state: TrainState, directory: Path) -> None:
+        export(state, directory, corpora.tokenizer)
+
+    return KeepBest(best, recorder, checkpoints, state, write)
 
 
 def _sample_rows(held_out: HeldOut) -> Batch:
@@ -278,6 +311,7 @@ def _write_about(run_dir: Path, experiment: Experiment, corpora: Corpora) -> Non
     about: dict[str, Any] = {
         "parameters": num_parameters(config),
         "active_parameters": active_parameters(config),
+        "trainable_parameters": shares_of(experiment).trainable,
         "flops_per_token": flops_per_token(config, data.input_length, data.target_length),
         "machine": machine.describe(),
         "threads": torch.get_num_threads(),

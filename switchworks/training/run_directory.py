@@ -6,6 +6,8 @@ metrics.jsonl       a line per report        samples.jsonl   a line per fill-in
 tensorboard/        the same numbers
 checkpoints/        step_XXXXXXXX/: everything needed to go on
 model/              what `switchworks.load` opens
+adapters/           with lora: what was trained, by itself
+best/               with best: the best weights so far, ready to use; best.json says whose
 report.html
 """
 

@@ -1,15 +1,27 @@
 """What a training run is at a moment: enough to go on from there, bit for bit."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from switchworks.adapt.freeze import freeze
+from switchworks.adapt.lora import Table, adapt
 from switchworks.model import SwitchTransformer
 from switchworks.model.routing import Router
 from switchworks.optim.build import Updater, build_optimizer, dimension_letters
 from switchworks.training.experiment import Experiment
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best a run has come to by its `BestConfig`."""
+
+    step: int
+    value: float
+    stale: int = 0
+    """Measurements since, in a row, that were no better."""
 
 
 @dataclass
@@ -29,20 +41,35 @@ class TrainState:
     teacher: SwitchTransformer | None = None
     """Whom the model learns from if `experiment.distil` says so. No step changes it, so it is in
     no checkpoint."""
+    adapted: Table | None = None
+    """Which matrices have adapters, if `experiment.lora` asks for some."""
+    best: Best | None = None
+    """None before the first measurement."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether the run has had patience enough, before its last step."""
+        config = self.experiment.best
+        if config is None or self.best is None or not config.patience:
+            return False
+        return self.best.stale >= config.patience
 
     def state_dict(self) -> dict[str, Any]:
-        """Every tensor that a step changes: float32 weights and optimizer state, not copied."""
+        """Float32 weights, frozen ones too, and optimizer state, not copied."""
         return self.updater.state_dict()
 
     def about(self) -> dict[str, Any]:
         """The counters, plain numbers that go into a checkpoint."""
-        return {"step": self.step, "tokens": self.tokens, "seconds": self.seconds}
+        counters = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds}
+        return counters | {"best": None if self.best is None else asdict(self.best)}
 
     def restore(self, contents: dict[str, Any], about: dict[str, Any]) -> None:
         """Be where the checkpoint with these contents was."""
         self.updater.load_state_dict(contents)
         self.step, self.tokens = about["step"], about["tokens"]
         self.seconds = about["seconds"]
+        best = about.get("best")
+        self.best = None if best is None else Best(**best)
 
 
 def build_state(
@@ -52,13 +79,16 @@ def build_state(
 ) -> TrainState:
     """Step 0 of `experiment`, with the float32 weights of `model` or else those of its seed.
 
-    The model is taken over: with bfloat16 its weights are cast and the float32 ones become the
-    optimizer's masters. The `teacher` is taken over too: cast as the model is, in evaluation mode
-    and without gradients, so that it drops no token and draws no noise.
+    The model is taken over: adapted and frozen as the experiment says; with bfloat16 its weights
+    are cast and the float32 ones become the optimizer's masters. The `teacher` is taken over too:
+    cast as the model is, in evaluation mode and without gradients, so that it drops no token and
+    draws no noise.
     """
     assert (teacher is None) == (experiment.distil is None)
     assert experiment.precision != "auto", "train() settles it first"
     model = model or SwitchTransformer(experiment.model, seed=experiment.seed)
+    table = None if experiment.lora is None else adapt(model, experiment.lora, experiment.seed)
+    freeze(model, experiment.freeze)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     dtype = getattr(torch, experiment.precision)
     cast_for_compute(model, dtype)
@@ -68,13 +98,15 @@ def build_state(
     if teacher is not None:
         cast_for_compute(teacher, dtype)
         teacher.to(model.embedding.weight.device).eval().requires_grad_(False)
-    return TrainState(experiment, model, updater, teacher=teacher)
+    return TrainState(experiment, model, updater, teacher=teacher, adapted=table)
 
 
 def cast_for_compute(model: nn.Module, dtype: torch.dtype) -> None:
     """Every parameter of `model` in `dtype`, but those of routers in float32 (section 2.4)."""
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    wide = {part for router in routers for part in router.modules()}
     for module in model.modules():
-        if isinstance(module, Router):
+        if module in wide:
             continue
         for parameter in module.parameters(recurse=False):
             parameter.data = parameter.data.to(dtype)

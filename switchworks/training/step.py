@@ -81,7 +81,8 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
         raise DivergenceError(explain_divergence(state, batch, f"gradient norm {update.grad_norm}"))
     layers = _layer_reports(model, reports)
     for name, layer in model.switch_layers.items():
-        layer.router.nudge(torch.tensor(layers[name].load))
+        if layer.router.weight.requires_grad:  # else it is frozen, its selection bias too
+            layer.router.nudge(torch.tensor(layers[name].load))
     tokens = batch.num_tokens
     state.step += 1
     state.tokens += tokens

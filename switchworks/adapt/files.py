@@ -1,0 +1,100 @@
+"""Adapters as files: what was trained, in safetensors, and how to put it on its model again."""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from switchworks.adapt.config import LoraConfig
+from switchworks.adapt.lora import MARK, adapt, merged
+from switchworks.adapt.selection import select
+from switchworks.checkpoint.convert import open_model
+from switchworks.checkpoint.files import read_json, verify, whole_directory, write_json
+from switchworks.checkpoint.model_files import save
+from switchworks.checkpoint.tensors import fill, num_bytes, open_safetensors, require_match
+from switchworks.config import CheckpointError, from_toml, to_toml
+from switchworks.model import SwitchTransformer
+
+TENSORS, SETTINGS, BASE = "adapters.safetensors", "lora.toml", "base.json"
+
+
+def save_adapters(
+    directory: Path, tensors: Mapping[str, Tensor], config: LoraConfig, also: Iterable[str]
+) -> None:
+    """`directory` holds the adapters among `tensors`, those of an adapted model, and nothing of
+    its weights but those named in `also`; and of which model they are."""
+    full = set(also)
+    ours = {name: t for name, t in tensors.items() if MARK in name or name in full}
+    rest = {name: t for name, t in tensors.items() if name not in ours}
+    otherwise = "The model itself is untouched."
+    with whole_directory(directory, needs=num_bytes(ours), otherwise=otherwise) as partial:
+        plain = {name: t.detach().cpu().clone().contiguous() for name, t in ours.items()}
+        save_file(plain, partial / TENSORS, metadata={"format": "pt"})
+        (partial / SETTINGS).write_text(to_toml(config), encoding="utf-8")
+        write_json(partial / BASE, {"sha256": fingerprint(rest)})
+
+
+def merge_adapters(model: SwitchTransformer, directory: Path) -> SwitchTransformer:
+    """`model` in float32 with the adapters of `directory`, a run or what it keeps, merged in.
+
+    Raises CheckpointError if the directory holds none, or those of another model.
+    """
+    directory = _place(directory)
+    verify(directory, allow_foreign=True)
+    config = from_toml(LoraConfig, directory / SETTINGS)
+    stored = open_safetensors([directory / TENSORS])
+    with torch.device("meta"):
+        bare, adapted = SwitchTransformer(model.config), SwitchTransformer(model.config)
+    also = select(adapted, config.also_train, "lora.also_train")
+    adapt(adapted, config)
+    require_match(
+        f"The adapters in {directory} do not fit this model.",
+        wanted={
+            name: tuple(p.shape)
+            for name, p in adapted.named_parameters()
+            if MARK in name or name in also
+        },
+        found=stored.shapes,
+        fix="Merge them into the model they were trained on.",
+    )
+    base = {name: p.detach().float() for name, p in model.named_parameters()}
+    rest = {name: tensor for name, tensor in base.items() if name not in also}
+    if fingerprint(rest) != read_json(directory / BASE).get("sha256"):
+        raise CheckpointError(
+            f"The adapters in {directory} were trained on other weights than this model's.\n"
+            "  Merge them into the very model that --init named."
+        )
+    whole = merged(base | {name: stored.read(name) for name in stored.shapes}, config)
+    fill(bare, lambda name, _: whole[name])
+    return bare.eval()
+
+
+def merge_directory(source: Path, destination: Path, adapters: Path) -> str:
+    """`destination` holds the model in `source`, of either format, with `adapters` merged; says
+    so."""
+    model, tokenizer = open_model(source)
+    save(merge_adapters(model, adapters), destination, tokenizer)
+    return f"{destination} holds {source} with the adapters of {adapters} merged in."
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """The same for the same float32 values under the same names, in whichever order."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _place(path: Path) -> Path:
+    inside = path / "adapters"
+    directory = inside if inside.is_dir() else path
+    if not (directory / SETTINGS).is_file():
+        raise CheckpointError(
+            f"{path} holds no adapters: there is no {SETTINGS} in it or in {inside}.\n"
+            "  A run with --lora.rank writes adapters/ when it ends."
+        )
+    return directory

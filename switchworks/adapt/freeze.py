@@ -1,0 +1,51 @@
+"""Parameters that training leaves as they are."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from switchworks.adapt.config import LoraConfig
+from switchworks.adapt.lora import adapt
+from switchworks.adapt.selection import select
+from switchworks.config import ConfigError
+from switchworks.model import ModelConfig, SwitchTransformer
+
+
+def freeze(model: SwitchTransformer, entries: Sequence[str]) -> None:
+    """The parameters that `entries` mean (see `select`) require no gradient any more.
+
+    Raises ConfigError for an entry that means nothing, or if nothing is left to train.
+    """
+    frozen = select(model, entries, "freeze")
+    for name, parameter in model.named_parameters():
+        if name in frozen:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(
+            f"freeze = {' '.join(entries)} leaves nothing to train.\n"
+            "  Name less, or what is to be trained, as in --freeze all-but-experts."
+        )
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How many numbers a run holds, and how many of them it trains."""
+
+    parameters: int
+    """Of the model and its adapters together."""
+    adapters: int
+    trainable: int
+
+
+def shares(config: ModelConfig, entries: Sequence[str], lora: LoraConfig | None) -> Shares:
+    """Counted on a model without values, so of any size. Raises what freezing and adapting do."""
+    with torch.device("meta"):
+        model = SwitchTransformer(config)
+    table = adapt(model, lora) if lora is not None else None
+    freeze(model, entries)
+    return Shares(
+        parameters=sum(p.numel() for p in model.parameters()),
+        adapters=0 if table is None else sum(row.parameters for row in table.rows),
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+    )

@@ -1,0 +1,322 @@
+"""Low-rank adapters on attention, dense FFNs, stacked experts and routers (LoRA).
+
+`adapt` puts leaves in place of the model's own that hold the very same weight under the very same
+name, and beside it a pair (A, B): x W + scale (x A) B. Nothing of the size of W is made or gets a
+gradient. `merged` adds the products to the weights and gives back an ordinary model's.
+
+Letters: E experts, N tokens, C tokens of one expert, D width in, F width out, R rank.
+"""
+
+import math
+import zlib
+from collections.abc import Mapping
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from switchworks.adapt.config import LoraConfig
+from switchworks.adapt.selection import kinds_of, select
+from switchworks.config import ConfigError
+from switchworks.model import SwitchTransformer
+from switchworks.model.experts import Experts, Inbox
+from switchworks.model.layers import activate
+from switchworks.model.routing import Router
+from switchworks.optim.build import dimension_letters
+
+MARK = ".lora."
+"""Stands in the name of every adapter: PATH.lora.MATRIX.a and .b adapt PATH.MATRIX."""
+
+
+class LowRank(nn.Module):
+    """scale (x A) B. One pair, or one for each expert of a stack."""
+
+    def __init__(self, weight: Tensor, letters: str, config: LoraConfig) -> None:
+        """For `weight` with the dimension letters `letters`: "out in", or "E in out"."""
+        super().__init__()
+        dims, sizes = letters.split(), tuple(weight.shape)
+        if len(sizes) == 2:
+            dims, sizes = dims[::-1], sizes[::-1]
+        stack, (d, f) = sizes[:-2], sizes[-2:]
+        self.scale = config.scale
+        self.a = nn.Parameter(weight.new_empty(*stack, d, config.rank))
+        self.b = nn.Parameter(weight.new_zeros(*stack, config.rank, f))
+        before = " ".join(dims[:-1])
+        self.letters = {
+            "a": f"{before} R",
+            "b": " ".join([*dims[:-2], "R", dims[-1]]),
+        }
+
+    def forward(self, x: Float[Tensor, "*b D"]) -> Float[Tensor, "*b F"]:
+        """What the pair, or the stack of them, adds to the product of `x` with the weight."""
+        return _through(x, self.a, self.b, self.scale)
+
+    @property
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """A and B."""
+        return self.a, self.b
+
+
+class AdaptedLinear(nn.Module):
+    """A matrix without bias, and a pair beside it."""
+
+    def __init__(self, base: nn.Linear, pair: LowRank) -> None:
+        super().__init__()
+        assert base.bias is None
+        self.weight = base.weight
+        self.lora = nn.ModuleDict({"weight": pair})
+
+    def forward(self, x: Float[Tensor, "*b D"]) -> Float[Tensor, "*b F"]:
+        """x W^T + scale (x A) B."""
+        return F.linear(x, self.weight) + self.lora["weight"](x)
+
+
+class AdaptedRouter(Router):
+    """A router and a pair beside its matrix, which scores the same noisy copy in float32."""
+
+    def __init__(self, base: Router, pair: LowRank) -> None:
+        nn.Module.__init__(self)  # the parameters are those of `base`
+        self.config = base.config
+        self.weight = base.weight
+        self.selection_bias = base.selection_bias
+        self.lora = nn.ModuleDict({"weight": pair})
+
+    def forward(self, x: Float[Tensor, "G S D"]) -> Float[Tensor, "G S E"]:
+        """Logits in float32, as the router's own."""
+        wide = x.float()
+        if self.training:
+            wide = self._explore(wide)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(wide, self.weight.float()) + self.lora["weight"](wide)
+
+
+class _Part(NamedTuple):
+    """A weight and its pair: of all experts, or of one."""
+
+    weight: Tensor
+    a: Tensor
+    b: Tensor
+
+    def unbind(self) -> "list[_Part]":
+        """One for each expert. `unbind` and not w[i], see `Experts._run_uneven`."""
+        rows = zip(self.weight.unbind(), self.a.unbind(), self.b.unbind(), strict=True)
+        return [_Part(*row) for row in rows]
+
+
+class AdaptedExperts(Experts):
+    """Experts, and for each of them a pair beside each of its matrices."""
+
+    def __init__(self, base: Experts, pairs: Mapping[str, LowRank]) -> None:
+        nn.Module.__init__(self)  # the parameters are those of `base`
+        self.activation, self.dropout = base.activation, base.dropout
+        self.w_in, self.w_gate, self.w_out = base.w_in, base.w_gate, base.w_out
+        self.lora = nn.ModuleDict(pairs)
+        self.scale = pairs["w_in"].scale
+
+    def forward(self, inbox: Inbox) -> Float[Tensor, "N F"]:
+        """Each expert's answer to its tokens, in the same order."""
+        if inbox.counts is None:
+            slots = inbox.tokens.unflatten(0, (self.w_in.shape[0], -1))  # E C D
+            return self._adapted(slots, self._parts()).flatten(0, 1)
+        alone = {name: part.unbind() for name, part in self._parts().items()}
+        answers = [
+            self._adapted(x, {name: parts[expert] for name, parts in alone.items()})
+            for expert, x in enumerate(inbox.tokens.split(list(inbox.counts)))
+        ]
+        return torch.cat(answers)
+
+    def one(self, expert: int, x: Float[Tensor, "C D"]) -> Float[Tensor, "C F"]:
+        """What expert number `expert` makes of `x`. The reference: its matrices merged."""
+        whole = [
+            None
+            if part is None
+            else part.weight[expert] + self.scale * part.a[expert] @ part.b[expert]
+            for part in map(self._parts().get, ("w_in", "w_gate", "w_out"))
+        ]
+        w_in, w_gate, w_out = whole
+        assert w_in is not None
+        assert w_out is not None
+        return self._expert(x, w_in, w_gate, w_out)
+
+    def _parts(self) -> dict[str, _Part]:
+        weights = {"w_in": self.w_in, "w_gate": self.w_gate, "w_out": self.w_out}
+        return {
+            name: _Part(weight, *cast("LowRank", self.lora[name]).matrices)
+            for name, weight in weights.items()
+            if weight is not None
+        }
+
+    def _adapted(self, x: Tensor, parts: Mapping[str, _Part]) -> Tensor:
+        gate = self._product(x, parts["w_gate"]) if "w_gate" in parts else None
+        hidden = activate(self._product(x, parts["w_in"]), gate, self.activation)
+        if self.training and self.dropout > 0:
+            hidden = F.dropout(hidden, self.dropout)
+        return self._product(hidden, parts["w_out"])
+
+    def _product(self, x: Tensor, part: _Part) -> Tensor:
+        return x @ part.weight + _through(x, part.a, part.b, self.scale)
+
+
+def _through(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    return (x @ a) @ b * scale
+
+
+class Row(NamedTuple):
+    """One adapted matrix or stack."""
+
+    name: str
+    kind: str
+    letters: str
+    shape: tuple[int, ...]
+    parameters: int
+    """Of the pair."""
+
+
+class Table(NamedTuple):
+    """What `adapt` did, and what it left alone."""
+
+    config: LoraConfig
+    rows: list[Row]
+    also: list[str]
+    """Names of the parameters trained in full."""
+    left: dict[str, int]
+    """Kinds that could have been adapted and were not: how many matrices of each."""
+    absent: list[str]
+    """Targets that this model has nothing of."""
+
+    def __str__(self) -> str:
+        """For people: one line per matrix that occurs, however often."""
+        groups: dict[tuple[str, str, tuple[int, ...], int], int] = {}
+        for row in self.rows:
+            leaf = ".".join(row.name.split(".")[3:])
+            key = (leaf, row.letters, row.shape, row.parameters)
+            groups[key] = groups.get(key, 0) + 1
+        wide = max(len(leaf) for leaf, *_ in groups)
+        letters_wide = max(len(letters) for _, letters, *_ in groups)
+        lines = [f"LoRA of rank {self.config.rank}, scaled by {self.config.scale:g}:"]
+        for (leaf, letters, shape, parameters), times in groups.items():
+            size = " x ".join(map(str, shape))
+            lines.append(
+                f"  {times:>3} x {leaf:<{wide}}  {letters:<{letters_wide}}  {size:<18} "
+                f"{parameters * times:>12,} parameters"
+            )
+        total = sum(row.parameters for row in self.rows)
+        lines.append(f"  {len(self.rows)} adapters, {total:,} parameters")
+        if self.also:
+            lines.append(
+                f"  trained in full: {len(self.also)} tensors ({', '.join(self.also[:4])}"
+                f"{', ...' if len(self.also) > 4 else ''})"
+            )
+        for kind, count in self.left.items():
+            lines.append(f"  not adapted: {kind}, {count} matrices or stacks (not in lora.targets)")
+        for kind in self.absent:
+            lines.append(f"  lora.targets has {kind}, and this model has none")
+        return "\n".join(lines)
+
+
+def adapt(model: SwitchTransformer, config: LoraConfig, seed: int = 0) -> Table:
+    """`model` computes what it did, and trains nothing but the adapters and `config.also_train`.
+
+    A is drawn from `seed` and its name, uniform within 1 / sqrt(D), B is 0. Raises ConfigError if
+    there is nothing to adapt, or where `config.rank` is not below both dimensions of a matrix.
+    """
+    also = select(model, config.also_train, "lora.also_train")
+    kinds, letters = kinds_of(model), dimension_letters(model)
+    matrices = {name: p for name, p in model.named_parameters() if _adaptable(name, kinds[name])}
+    chosen = {name: p for name, p in matrices.items() if kinds[name] in config.targets}
+    if not chosen:
+        raise ConfigError(
+            f"lora.targets = {' '.join(config.targets)}, and this model has nothing of these.\n"
+            f"  It has {', '.join(sorted({kinds[name] for name in matrices}))}."
+        )
+    pairs = {name: _pair(name, p, letters[name], config) for name, p in chosen.items()}
+    for name, pair in pairs.items():
+        _first_values(pair, seed + zlib.crc32(name.encode()))
+    for path, own in _by_module(pairs).items():
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, _adapted(model.get_submodule(path), own))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_((MARK in name or name in also) and _learns(name))
+    rows = [
+        Row(name, kinds[name], letters[name], tuple(p.shape), _numbers(pairs[name]))
+        for name, p in chosen.items()
+    ]
+    left = {
+        kind: sum(kinds[name] == kind for name in matrices)
+        for kind in dict.fromkeys(kinds[name] for name in matrices)
+        if kind not in config.targets
+    }
+    absent = [kind for kind in config.targets if kind not in {row.kind for row in rows}]
+    return Table(config, rows, [name for name in kinds if name in also], left, absent)
+
+
+def merged(tensors: Mapping[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
+    """The parameters of an ordinary model that computes what the adapted one does.
+
+    `tensors` are those of the adapted model by their names; no adapter is among the result. Equal
+    to rounding: the sum is taken in the weight's dtype.
+    """
+    whole = {name: tensor for name, tensor in tensors.items() if MARK not in name}
+    for name, a in tensors.items():
+        if MARK not in name or not name.endswith(".a"):
+            continue
+        path, _, leaf = name.removesuffix(".a").partition(MARK)
+        delta = config.scale * (a @ tensors[f"{name[:-2]}.b"])
+        base = whole[f"{path}.{leaf}"]
+        whole[f"{path}.{leaf}"] = base + (delta if base.dim() == 3 else delta.mT).to(base.dtype)
+    return whole
+
+
+def _adaptable(name: str, kind: str) -> bool:
+    tables = name.endswith(("relative_bias.weight", "selection_bias"))
+    return kind in ("attention", "ffn", "experts", "routers") and not tables
+
+
+def _learns(name: str) -> bool:
+    """Whether gradients move it: a selection bias is nudged instead."""
+    return not name.endswith("selection_bias")
+
+
+def _pair(name: str, weight: Tensor, letters: str, config: LoraConfig) -> LowRank:
+    if config.rank >= min(weight.shape[-2:]):
+        shape = " x ".join(map(str, weight.shape))
+        raise ConfigError(
+            f"lora.rank = {config.rank} is not low for {name}, which is {shape}.\n"
+            f"  Use at most {min(weight.shape[-2:]) - 1}, or leave its kind out of lora.targets."
+        )
+    return LowRank(weight.detach(), letters, config)
+
+
+def _first_values(pair: LowRank, seed: int) -> None:
+    if pair.a.is_meta:
+        return
+    generator = torch.Generator(pair.a.device)
+    generator.manual_seed(seed)
+    bound = 1 / math.sqrt(pair.a.shape[-2])
+    with torch.no_grad():
+        pair.a.uniform_(-bound, bound, generator=generator)
+
+
+def _by_module(pairs: Mapping[str, LowRank]) -> dict[str, dict[str, LowRank]]:
+    """Path of the module -> its adapted matrices by their own names."""
+    owners: dict[str, dict[str, LowRank]] = {}
+    for name, pair in pairs.items():
+        path, _, leaf = name.rpartition(".")
+        owners.setdefault(path, {})[leaf] = pair
+    return owners
+
+
+def _adapted(module: nn.Module, pairs: Mapping[str, LowRank]) -> nn.Module:
+    """What stands in `module`'s place."""
+    if isinstance(module, Experts):
+        return AdaptedExperts(module, pairs).train(module.training)
+    if isinstance(module, Router):
+        return AdaptedRouter(module, pairs["weight"]).train(module.training)
+    assert isinstance(module, nn.Linear)
+    return AdaptedLinear(module, pairs["weight"]).train(module.training)
+
+
+def _numbers(pair: LowRank) -> int:
+    return pair.a.numel() + pair.b.numel()
