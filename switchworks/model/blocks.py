@@ -12,7 +12,7 @@ from typing import cast
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from switchworks.model.attention import Attention, KeyValues, RelativeBias
+from switchworks.model.attention import Attention, BiasParts, KeyValues, RelativeBias
 from switchworks.model.cache import LayerCache
 from switchworks.model.config import ModelConfig
 from switchworks.model.layers import FFN, RMSNorm, SharedDropout
@@ -47,7 +47,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B L D"],
-        bias: Float[Tensor, "#B H L M"],
+        bias: Float[Tensor, "#B H L M"] | BiasParts,
         *,
         segments: Int[Tensor, "B L"] | None,
         past: LayerCache | None = None,
