@@ -32,6 +32,8 @@ USAGE = """usage: switchworks VERB ...
   report RUN_DIR ...  one HTML page from one or several runs
   convert SRC DST     Hugging Face directory <-> switchworks directory
                       [--upcycle E: a dense model made sparse]
+  bench               our speed against transformers, our dense twin and the machine's limit
+                      [--quick: two minutes; --sweep-experts: step time against E]
   recipes             what there is to train, and the sizes of the papers
 
 `switchworks VERB --help` lists the flags of a verb, `switchworks train RECIPE --help` all
@@ -163,6 +165,31 @@ def _upcycle(flags: "ConvertFlags", experts: int) -> int:
     return 0
 
 
+def _bench(words: list[str]) -> int:
+    from switchworks.bench import QUICK, BenchConfig, bench
+
+    @dataclass(frozen=True)
+    class Arguments:
+        bench: Annotated[BenchConfig, tyro.conf.arg(name="")]
+        flags: Annotated[BenchFlags, tyro.conf.arg(name="")]
+
+    default = QUICK if "--quick" in words else BenchConfig()
+    parsed = tyro.cli(
+        Arguments,
+        prog="switchworks bench",
+        args=words,
+        default=Arguments(bench=default, flags=BenchFlags()),
+    )
+    flags = parsed.flags
+    bench(
+        parsed.bench,
+        sweep_experts=flags.sweep_experts,
+        json_file=flags.json,
+        picture=flags.picture,
+    )
+    return 0
+
+
 def _recipes(words: list[str]) -> int:
     _parse(NoFlags, "recipes", words)
     from switchworks.model.sizes import num_parameters
@@ -191,6 +218,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "evaluate": _evaluate,
     "report": _report,
     "convert": _convert,
+    "bench": _bench,
     "recipes": _recipes,
 }
 
@@ -283,6 +311,19 @@ class ConvertFlags:
     """Noise on the experts' copies, as a share of their size. 0 keeps the dense model's loss."""
     seed: int = 0
     """Decides routers and noise."""
+
+
+@dataclass(frozen=True)
+class BenchFlags:
+    """How much is measured, and where the figures go."""
+
+    quick: bool = False
+    """A small shape with 8 experts: under two minutes on two cores."""
+    sweep_experts: bool = False
+    """Only step time against the number of experts, 1 to 256, at the same number of tokens."""
+    json: Path = Path("bench.json")
+    """Every row, with the seconds of every round and the conditions."""
+    picture: Path = Path("bench.png")
 
 
 @dataclass(frozen=True)

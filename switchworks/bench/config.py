@@ -84,8 +84,8 @@ class Side:
     """decode: how many tokens are written."""
     kernels: bool = True
     """ours: with the fast paths of `switchworks.kernels`; else the reference."""
-    int8: bool = False
-    """ours, decode: with 8-bit weights."""
+    int8: Literal["dynamic", "packed", "unpacked"] | None = None
+    """ours, decode: with 8-bit weights and that product of `kernels.int8`."""
 
     @property
     def tokens(self) -> int:
@@ -109,7 +109,8 @@ class BenchConfig:
     )
     """train: a step against transformers. adafactor: the same with that optimizer. kernels: fast
     paths against the reference. tax: sparse against dense. layer: one switch layer against one
-    dense FFN. decode, int8: greedy decoding. memory: peaks, each side in a process of its own."""
+    dense FFN. decode: greedy, against transformers; int8: against our own full precision. memory:
+    peaks, each side in a process of its own."""
     experts: tuple[int, ...] = (0, 8, 64, 128)
     """Models compared; 0 is the dense one."""
     dropout: tuple[float, ...] = (0.0, 0.1)

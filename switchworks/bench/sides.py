@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from switchworks import kernels
 from switchworks.batch import Batch
 from switchworks.bench.config import Shape, Side
-from switchworks.bench.peers import build_peer
+from switchworks.bench.peers import LR, build_peer
 from switchworks.bench.timing import Work
 from switchworks.data.config import DataConfig
 from switchworks.generate import generate
@@ -21,8 +21,6 @@ from switchworks.optim.config import OptimConfig
 from switchworks.training.experiment import Experiment
 from switchworks.training.state import build_state, cast_for_compute
 from switchworks.training.step import train_step
-
-LR = 1e-4
 
 
 def build(side: Side) -> Work:
@@ -75,10 +73,7 @@ def random_batch(shape: Shape) -> Batch:
 
 def _training_step(side: Side) -> Work:
     """The step that `switchworks train` takes, with bound, statistics and all."""
-    shape, rows = side.shape, side.shape.batch_size // side.micro_batches
-    model = shape.model(side.experts, side.dropout)
-    if model.routing is not None and rows % model.routing.group_sequences:
-        raise AssertionError(f"{rows} rows, groups of {model.routing.group_sequences}")
+    shape = side.shape
     experiment = Experiment(
         name="bench",
         steps=10**6,
@@ -86,9 +81,15 @@ def _training_step(side: Side) -> Work:
         micro_batches=side.micro_batches,
         precision=side.precision,
         kernels="fast" if side.kernels else "reference",
-        model=model,
+        model=shape.model(side.experts, side.dropout),
         data=DataConfig(input_length=shape.input_length, target_length=shape.target_length),
-        optim=OptimConfig(name=side.optimizer, lr=LR, schedule="constant", warmup_steps=0),
+        optim=OptimConfig(
+            name=side.optimizer,
+            lr=LR,
+            schedule="constant",
+            warmup_steps=0,
+            betas=(0.9 if side.optimizer == "adamw" else 0.0, 0.999),
+        ),
     )
     state, batch = build_state(experiment, new_model(side)), random_batch(shape)
     return lambda: train_step(state, batch).total
@@ -97,8 +98,8 @@ def _training_step(side: Side) -> Work:
 def _decoding(side: Side) -> Work:
     model = new_model(side).eval()
     cast_for_compute(model, getattr(torch, side.precision))
-    if side.int8:
-        model = quantise(model)
+    if side.int8 is not None:
+        model = quantise(model, side.int8)
     inputs = random_batch(side.shape).inputs
     return lambda: generate(model, inputs, max_length=side.new_tokens)
 
