@@ -320,7 +320,7 @@ def test_small_tensors_updated_together_move_as_each_does_alone(shapes, group, b
 
 def test_a_tensor_that_sat_out_a_step_keeps_its_own_count():
     """Its mean of squares is younger than that of the others of its shape."""
-    (weight, grads), parameters = draw(5), [nn.Parameter(torch.ones(5).double()) for _ in range(2)]
+    (_, grads), parameters = draw(5), [nn.Parameter(torch.ones(5).double()) for _ in range(2)]
     optimizer = Adafactor(parameters, lr=0.01)
     for turn, grad in enumerate(grads):
         parameters[0].grad = grad.clone()

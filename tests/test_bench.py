@@ -15,8 +15,8 @@ from switchworks.bench import peers as peers_module
 from switchworks.bench.comparisons import comparisons
 from switchworks.bench.measure import Row, matrix_limit, measure, share_of_limit
 from switchworks.bench.memory import peak_megabytes
-from switchworks.bench.run import cells
 from switchworks.bench.peers import peer_model
+from switchworks.bench.run import cells
 from switchworks.bench.sides import build, bytes_needed, new_model, random_batch
 from switchworks.bench.sweep import traffic
 from switchworks.bench.timing import alternate, spread, take_turns
@@ -57,15 +57,20 @@ def test_both_sides_have_the_same_weights(experts):
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
-@pytest.mark.parametrize("kernels", [True, False])
-@pytest.mark.parametrize("parts", [1, 2])
-def test_both_sides_take_the_same_steps(optimizer, kernels, parts):
+@pytest.mark.parametrize(
+    ("optimizer", "kernels", "parts", "apart"),
+    [
+        ("adamw", True, 1, 1e-6),
+        ("adamw", False, 2, 1e-6),
+        ("adafactor", True, 2, 1e-3),  # theirs also factors what is smaller than 128
+    ],
+)
+def test_both_sides_take_the_same_steps(optimizer, kernels, parts, apart):
     """Losses of a dense model before each of four steps, so of three updates."""
     ours = SIDE.but(optimizer=optimizer, kernels=kernels, micro_batches=parts)
     losses = [[work() for _ in range(4)] for work in (build(ours), build(ours.but(who="peer")))]
-    assert losses[0] == pytest.approx(losses[1], rel=2e-5)
-    assert losses[0][3] < losses[0][0]
+    assert losses[0] == pytest.approx(losses[1], rel=apart)
+    assert losses[0][3] < losses[0][0] * (1 - 5e-4)
 
 
 @pytest.mark.parametrize("experts", [0, 4])
@@ -128,10 +133,8 @@ def test_the_spread_is_the_quartiles_or_the_ends_of_a_few():
 
 def test_more_tokens_are_better_and_more_seconds_are_not():
     rows = comparisons(CONFIG, "float32", peers=True)
-    by_unit = {row.unit: measure(row, CONFIG) for row in rows if row.unit != "MB"}
-    speed, time = by_unit["tokens/s"], by_unit["ms"]
-    assert speed.details is not None
-    assert time.details is not None
+    one_each = {row.unit: row for row in rows if "layer" in row.name or "decode" in row.name}
+    speed, time = measure(one_each["tokens/s"], CONFIG), measure(one_each["ms"], CONFIG)
     for row, factor in ((speed, -1), (time, 1)):
         assert row.details is not None
         taken = row.details["seconds"]
@@ -144,7 +147,8 @@ def test_more_tokens_are_better_and_more_seconds_are_not():
 
 
 def test_the_share_of_the_limit_counts_the_model_s_operations():
-    """DESIGN's figure: a step of the default shape is about 0.76 TFLOP, forward and backward."""
+    """0.67 TFLOP in a step of the default shape; the paper's count, which leaves out one of
+    attention's two products."""
     row = next(
         row
         for row in comparisons(BenchConfig(experts=(0,)), "float32", peers=False)
@@ -153,7 +157,7 @@ def test_the_share_of_the_limit_counts_the_model_s_operations():
     measured = Row(name=row.name, unit=row.unit, ours=Shape().tokens / 0.5)  # half a second
     share = share_of_limit(row, measured, limit=2e12)
     assert share is not None
-    assert share.ours == pytest.approx(100 * 0.76e12 / 0.5 / 2e12, rel=0.1)
+    assert share.ours == pytest.approx(100 * 0.6737e12 / 0.5 / 2e12, rel=1e-3)
 
 
 def test_floors_are_for_the_shape_they_were_set_for():
@@ -205,23 +209,20 @@ def test_the_matrix_limit_is_a_rate():
 
 
 def test_a_whole_run_prints_a_table_and_writes_json_and_a_picture(tmp_path, capsys):
-    parts = ("train", "adafactor", "kernels", "tax", "layer", "decode", "int8")
-    config = replace(CONFIG, parts=parts, rounds=1)
+    config = replace(CONFIG, parts=("train", "tax", "layer", "decode"), experts=(4,), rounds=1)
     bench(config, json_file=tmp_path / "b.json", picture=tmp_path / "b.png")
     rows = json.loads((tmp_path / "b.json").read_text())
     assert all({"name", "unit", "ours", "peer", "ratio", "spread", "floor"} <= set(r) for r in rows)
     conditions = rows[0]["details"]
-    assert conditions["versions"]["torch"] == torch.__version__.split("+")[0] or torch.__version__
+    assert conditions["versions"]["torch"] == torch.__version__
     assert conditions["command"]
     assert conditions["cpu_flags"]
     names = [row["name"] for row in rows]
     for name in (
         "train E=4, dropout 0",
-        "train dense, adafactor",
         "sparse tax E=4, 4 micro-batches",
         "switch layer E=4 over FFN",
-        "decode dense, batch 2",
-        "decode E=4 int8 dynamic, batch 2",
+        "decode E=4, batch 2",
         "matrix limit, float32",
         "share of the limit, train E=4",
     ):

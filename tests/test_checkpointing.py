@@ -41,7 +41,14 @@ def gradients(model: SwitchTransformer) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-ENCODERS = ["switch", "switch_max", "switch_random", "top2", "no_token_left_behind", "expert_choice"]
+ENCODERS = [
+    "switch",
+    "switch_max",
+    "switch_random",
+    "top2",
+    "no_token_left_behind",
+    "expert_choice",
+]
 
 
 @pytest.mark.parametrize("fast", [False, True])

@@ -45,7 +45,7 @@ def test_integers_are_multiplied_exactly():
 
 @each_product
 def test_a_product_is_within_the_bound_of_its_rounding(product):
-    """|sum (x + dx)(w + dw) - x w| with |dw| <= s / 2 and, where inputs are rounded, |dx| <= r / 2."""
+    """|dw| <= s / 2 for every weight, and |dx| <= r / 2 for inputs where they are rounded too."""
     torch.manual_seed(0)
     x, weight = torch.randn(7, 33), torch.randn(9, 33) * torch.logspace(-2, 2, 9)[:, None]
     y = Int8Linear(weight, product)(x)

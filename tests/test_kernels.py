@@ -206,7 +206,11 @@ def test_the_norm_keeps_its_input_and_a_number_per_row(dtype):
     x = torch.randn(64, 32).to(dtype).requires_grad_()
     norm = RMSNorm(32, 1e-6).to(dtype)
     kept = kept_bytes(lambda: rms_norm(x * 2, norm.weight, 1e-6))
-    assert kept == {(64, 32): 64 * 32 * x.element_size(), (64, 1): 256, (32,): 32 * x.element_size()}
+    assert kept == {
+        (64, 32): 64 * 32 * x.element_size(),
+        (64, 1): 256,
+        (32,): 32 * x.element_size(),
+    }
 
 
 def rows(padding: bool) -> dict[str, Tensor]:
@@ -266,4 +270,6 @@ def test_a_model_with_fast_paths_learns_what_it_learns_without(layers, decoder_o
 def test_decoding_is_untouched_by_the_fast_paths():
     model = SwitchTransformer(CONFIG, seed=1)
     expected = model.generate(rows(padding=True)["inputs"], max_length=8)
-    assert torch.equal(kernels.apply(model).generate(rows(padding=True)["inputs"], max_length=8), expected)
+    assert torch.equal(
+        kernels.apply(model).generate(rows(padding=True)["inputs"], max_length=8), expected
+    )

@@ -59,8 +59,11 @@ class Shape:
         """Groups of as few rows as make every expert reachable."""
         shortest = min(self.input_length, self.target_length)
         rows = next(
-            (n for n in range(1, self.batch_size + 1)
-             if self.batch_size % n == 0 and n * shortest >= experts),
+            (
+                n
+                for n in range(1, self.batch_size + 1)
+                if self.batch_size % n == 0 and n * shortest >= experts
+            ),
             self.batch_size,
         )
         return RoutingConfig(experts=experts, group_sequences=rows)

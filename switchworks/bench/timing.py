@@ -48,9 +48,7 @@ def take_turns(ours: Work, peer: Work, rounds: int) -> Times:
     return times
 
 
-def alternate(
-    build_ours: Callable[[], Work], build_peer: Callable[[], Work], rounds: int
-) -> Times:
+def alternate(build_ours: Callable[[], Work], build_peer: Callable[[], Work], rounds: int) -> Times:
     """As `take_turns`, for sides too large to be in memory together.
 
     Each turn builds a side, runs it once without looking and twice for the clock, and lets it go.

@@ -71,7 +71,9 @@ class _Attention(torch.autograd.Function):
         for rows, queries in blocks(q, k):
             bias = _bias_of(distances, hidden, rows, queries, q, k)
             part = q[rows, :, queries]
-            answer[rows, :, queries], log_z[rows, :, queries] = _forward(part, k[rows], v[rows], bias)
+            answer[rows, :, queries], log_z[rows, :, queries] = _forward(
+                part, k[rows], v[rows], bias
+            )
         ctx.save_for_backward(q, k, v, distances, hidden, answer, log_z)
         return answer
 

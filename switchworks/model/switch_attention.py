@@ -10,7 +10,14 @@ Letters: B sequences, H heads, L length, K head width, D model width.
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from switchworks.model.attention import Attend, BiasParts, KeyValues, attend, join_heads, split_heads
+from switchworks.model.attention import (
+    Attend,
+    BiasParts,
+    KeyValues,
+    attend,
+    join_heads,
+    split_heads,
+)
 from switchworks.model.config import ModelConfig
 from switchworks.model.layers import SharedDropout
 from switchworks.model.switch_ffn import Routing, SwitchFFN
