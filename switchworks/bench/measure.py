@@ -9,7 +9,7 @@ import torch
 
 from switchworks.bench.comparisons import SHARE, Comparison, label
 from switchworks.bench.config import BenchConfig, Precision, Shape, Side
-from switchworks.bench.memory import available_bytes, peak_megabytes
+from switchworks.bench.memory import available_bytes, peaks
 from switchworks.bench.sides import build, bytes_needed
 from switchworks.bench.timing import Times, alternate, seconds, spread, take_turns
 from switchworks.model.sizes import training_flops_per_token
@@ -140,16 +140,17 @@ def _alone(row: Comparison, rounds: int) -> Row:
 
 def _memory(row: Comparison) -> Row:
     threads = torch.get_num_threads()
-    ours = peak_megabytes(row.ours, threads)
-    peer = None if row.peer is None else peak_megabytes(row.peer, threads)
+    ours = peaks(row.ours, threads)
+    peer = None if row.peer is None else peaks(row.peer, threads)
+    phases = {"ours": ours._asdict(), "peer": None if peer is None else peer._asdict()}
     return Row(
         name=row.name,
         unit="MB",
-        ours=ours,
-        peer=peer,
-        ratio=None if peer is None else ours / peer,
+        ours=max(ours),
+        peer=None if peer is None else max(peer),
+        ratio=None if peer is None else max(ours) / max(peer),
         floor=row.floor,
-        details={"ours": asdict(row.ours), "peer": None if row.peer is None else asdict(row.peer)},
+        details={"phases": phases, "side": asdict(row.ours)},
     )
 
 

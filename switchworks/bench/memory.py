@@ -1,10 +1,12 @@
 """Peak memory of one side, in a process of its own: `python -m switchworks.bench.memory SIDE`."""
 
+import contextlib
 import json
 import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from switchworks.bench.config import Side
 from switchworks.config import from_dict, to_dict
@@ -12,8 +14,17 @@ from switchworks.config import from_dict, to_dict
 STEPS = 3
 
 
-def peak_megabytes(side: Side, threads: int) -> float:
-    """The largest resident memory of a fresh process that takes a few steps, in MB (10^6 bytes).
+class Peaks(NamedTuple):
+    """Largest resident memory of a process, in MB (10^6 bytes), in its two phases."""
+
+    building: float
+    """Until the model is there."""
+    working: float
+    """In the steps that follow."""
+
+
+def peaks(side: Side, threads: int) -> Peaks:
+    """What a fresh process needs that builds `side` and takes a few steps.
 
     Everything counts: Python, torch and, for a peer, transformers. Raises RuntimeError with the
     process's own words if it fails.
@@ -22,7 +33,7 @@ def peak_megabytes(side: Side, threads: int) -> float:
     done = subprocess.run([*words, str(threads)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"measuring memory failed ({done.returncode}):\n{done.stderr[-2000:]}")
-    return float(done.stdout.split()[-1])
+    return Peaks(*json.loads(done.stdout.splitlines()[-1]))
 
 
 def available_bytes() -> int | None:
@@ -39,14 +50,26 @@ def _main() -> None:
     keep_freed_memory()
     torch.set_num_threads(int(sys.argv[2]))
     work = build(from_dict(Side, json.loads(sys.argv[1])))
+    built = _peak()
+    _forget_peak()
     for _ in range(STEPS):
         work()
-    # ru_maxrss would do, but on Linux a child inherits its parent's.
+    print(json.dumps([built / 1e6, _peak() / 1e6]))
+
+
+def _peak() -> int:
+    """Bytes. Not ru_maxrss on Linux, where a child inherits its parent's."""
     peak = _kilobytes(Path("/proc/self/status"), "VmHWM:")
-    if peak is None:
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    print(peak / 1e6)
+    if peak is not None:
+        return peak
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _forget_peak() -> None:
+    """From here on the peak is that of what follows, on Linux and where it may be asked for."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def _kilobytes(file: Path, key: str) -> int | None:
