@@ -121,7 +121,7 @@ def dynamic(
 ) -> Float[Tensor, "N O"]:
     """Both sides in 8 bits; each row of `x` by its own largest magnitude."""
     rounded, of_row = to_int8(x)
-    product = torch._int_mm(rounded, weight.T)
+    product = torch._int_mm(rounded, weight.T)  # pyright: ignore[reportPrivateImportUsage]
     return (product * of_row[:, None] * scale).to(x.dtype)
 
 
@@ -129,7 +129,8 @@ def packed(
     x: Float[Tensor, "N I"], weight: Int8[Tensor, "O I"], scale: Float[Tensor, "O"]
 ) -> Float[Tensor, "N O"]:
     """Real inputs and 8-bit weights in one operation of torch's."""
-    return torch._weight_int8pack_mm(x, weight, scale.to(x.dtype))
+    multiply = torch._weight_int8pack_mm  # pyright: ignore[reportPrivateImportUsage]
+    return multiply(x, weight, scale.to(x.dtype))
 
 
 def unpacked(

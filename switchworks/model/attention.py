@@ -10,7 +10,7 @@ Letters: B sequences, H heads, L query length, M key length, K head width, D mod
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -148,8 +148,8 @@ def attend(
     return dropout(weights) @ v
 
 
-Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | BiasParts | None", SharedDropout], Tensor]
-"""`attend` or a faster form of it."""
+Attend = Callable[[Tensor, Tensor, Tensor, Any, SharedDropout], Tensor]
+"""`attend`, or a faster form of it that takes a bias in parts too."""
 
 
 class KeyValues(NamedTuple):
