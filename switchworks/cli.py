@@ -41,6 +41,8 @@ USAGE = """usage: switchworks VERB ...
                       [--upcycle E: a dense model made sparse;
                       --prune K, --merge K: a sparse one with fewer experts;
                       --merge-lora RUN: adapters merged into their model]
+  bench               our speed against transformers, our dense twin and the machine's limit
+                      [--quick: two minutes; --sweep-experts: step time against E]
   recipes             what there is to train, and the sizes of the papers
 
 `switchworks VERB --help` lists the flags of a verb, `switchworks train RECIPE --help` all
@@ -122,7 +124,8 @@ def _generate(words: list[str]) -> int:
     sampling = Sampling(
         temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p, seed=flags.seed
     )
-    print(answer(flags.path, flags.text, max_length=flags.max_length, sampling=sampling))
+    length, int8 = flags.max_length, flags.int8
+    print(answer(flags.path, flags.text, max_length=length, sampling=sampling, int8=int8))
     return 0
 
 
@@ -274,6 +277,31 @@ def _upcycle(flags: "ConvertFlags") -> str:
     return upcycle_directory(source, destination, routing, noise=flags.noise, seed=flags.seed)
 
 
+def _bench(words: list[str]) -> int:
+    from switchworks.bench import QUICK, BenchConfig, bench
+
+    @dataclass(frozen=True)
+    class Arguments:
+        bench: Annotated[BenchConfig, tyro.conf.arg(name="")]
+        flags: Annotated[BenchFlags, tyro.conf.arg(name="")]
+
+    default = QUICK if "--quick" in words else BenchConfig()
+    parsed = tyro.cli(
+        Arguments,
+        prog="switchworks bench",
+        args=words,
+        default=Arguments(bench=default, flags=BenchFlags()),
+    )
+    flags = parsed.flags
+    bench(
+        parsed.bench,
+        sweep_experts=flags.sweep_experts,
+        json_file=flags.json,
+        picture=flags.picture,
+    )
+    return 0
+
+
 def _recipes(words: list[str]) -> int:
     _parse(NoFlags, "recipes", words)
     from switchworks.model.sizes import num_parameters
@@ -303,6 +331,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "routing": _routing,
     "report": _report,
     "convert": _convert,
+    "bench": _bench,
     "recipes": _recipes,
 }
 
@@ -355,6 +384,8 @@ class GenerateFlags:
     top_k: int | None = None
     top_p: float | None = None
     seed: int = 0
+    int8: bool = False
+    """Round the weights to 8 bits first: a quarter of the memory, nearly the same answers."""
 
 
 @dataclass(frozen=True)
@@ -443,6 +474,19 @@ class ConvertFlags:
     merge_lora: Path | None = None
     """A run with adapters, or their directory: merged into the source, which must be the model they
     were trained on. The result is in this format."""
+
+
+@dataclass(frozen=True)
+class BenchFlags:
+    """How much is measured, and where the figures go."""
+
+    quick: bool = False
+    """A small shape with 8 experts: under two minutes on two cores."""
+    sweep_experts: bool = False
+    """Only step time against the number of experts, 1 to 256, at the same number of tokens."""
+    json: Path = Path("bench.json")
+    """Every row, with the seconds of every round and the conditions."""
+    picture: Path = Path("bench.png")
 
 
 @dataclass(frozen=True)

@@ -276,3 +276,68 @@ def test_the_gradient_is_read_and_not_changed():
     optimizer = Adafactor([parameter], min_factored_dim=5)
     take(optimizer, parameter, [grad])
     assert torch.equal(parameter.grad, grad)
+
+
+def step_all(weights: list[Tensor], grads: list[list[Tensor]], **group) -> list[Tensor]:
+    """The weights of one group after one step per list of gradients, and each slot of its state."""
+    parameters = [nn.Parameter(weight.clone()) for weight in weights]
+    optimizer = Adafactor([{"params": parameters} | group], lr=0.01)
+    for turn in grads:
+        for parameter, grad in zip(parameters, turn, strict=True):
+            parameter.grad = grad.clone()
+        optimizer.step()
+    slots = [slot for parameter in parameters for slot in optimizer.state[parameter].values()]
+    return [parameter.detach() for parameter in parameters] + slots
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+@pytest.mark.parametrize(
+    ("shapes", "group"),
+    [
+        ([(7,), (7,), (9,), (7,)], {}),
+        ([(6, 5), (6, 5), (5, 6), (5, 6)], {"min_factored_dim": 5}),
+        ([(6, 3), (6, 3)], {"min_factored_dim": 5}),
+        ([(4, 5, 6), (4, 5, 6), (4, 6, 5)], {"stacked": True, "min_factored_dim": 5}),
+        ([(4, 5, 6), (4, 5, 6)], {"stacked": True, "min_factored_dim": 128}),
+        (
+            [(4, 5, 6), (4, 5, 6)],
+            {"stacked": True, "min_factored_dim": 5, "per_expert": False},
+        ),
+        ([(4, 5, 6), (4, 5, 6)], {"stacked": True, "per_expert": False}),
+        ([(7,), (7,)], {"weight_decay": 0.1, "parameter_scale": False}),
+    ],
+)
+def test_small_tensors_updated_together_move_as_each_does_alone(shapes, group, beta1, monkeypatch):
+    drawn = [draw(*shape, seed=number) for number, shape in enumerate(shapes)]
+    weights = [weight * 10.0**-number for number, (weight, _) in enumerate(drawn)]
+    grads = [list(turn) for turn in zip(*(grads for _, grads in drawn), strict=True)]
+    together = step_all(weights, grads, beta1=beta1, **group)
+    monkeypatch.setattr(adafactor, "_SMALL", 0)
+    alone = step_all(weights, grads, beta1=beta1, **group)
+    for ours, theirs in zip(together, alone, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+def test_a_tensor_that_sat_out_a_step_keeps_its_own_count():
+    """Its mean of squares is younger than that of the others of its shape."""
+    (_, grads), parameters = draw(5), [nn.Parameter(torch.ones(5).double()) for _ in range(2)]
+    optimizer = Adafactor(parameters, lr=0.01)
+    for turn, grad in enumerate(grads):
+        parameters[0].grad = grad.clone()
+        parameters[1].grad = None if turn == 0 else grad.clone()
+        optimizer.step()
+    close(parameters[0].detach(), reference(torch.ones(5), grads))
+    close(parameters[1].detach(), reference(torch.ones(5), grads[1:]))
+
+
+def test_the_tensors_of_the_state_stay_those_they_were():
+    """A checkpoint that is read fills them in place."""
+    parameters = [nn.Parameter(torch.ones(5)) for _ in range(3)]
+    optimizer = Adafactor(parameters, lr=0.01, beta1=0.9)
+    before = [slot for parameter in parameters for slot in optimizer.state[parameter].values()]
+    for parameter in parameters:
+        parameter.grad = torch.ones(5)
+    optimizer.step()
+    after = [slot for parameter in parameters for slot in optimizer.state[parameter].values()]
+    assert all(old is new for old, new in zip(before, after, strict=True))
+    assert all(bool(slot.count_nonzero()) for slot in after)

@@ -11,15 +11,19 @@ from switchworks.generate.continuation import continuation
 from switchworks.generate.decode import EOS, generate
 from switchworks.generate.fill_in import HOLE, fill, parse_fills
 from switchworks.generate.sampling import Sampling
+from switchworks.kernels.int8 import quantise
 from switchworks.model import SwitchTransformer
 
 
-def answer(path: Path, text: str, *, max_length: int, sampling: Sampling) -> str:
+def answer(
+    path: Path, text: str, *, max_length: int, sampling: Sampling, int8: bool = False
+) -> str:
     """`text` with its holes filled by the model in `path`, fills in square brackets.
 
     A text without a hole gets one at its end, so it is continued. A decoder-only model only
-    continues, and what it wrote follows the text without brackets. Raises CheckpointError if the
-    model has no tokenizer, ConfigError if there is no text.
+    continues, and what it wrote follows the text without brackets. With `int8` the weights are
+    rounded to 8 bits first. Raises CheckpointError if the model has no tokenizer, ConfigError if
+    there is no text.
     """
     model, tokenizer = load(path)
     if tokenizer is None:
@@ -27,6 +31,8 @@ def answer(path: Path, text: str, *, max_length: int, sampling: Sampling) -> str
             f"{path} holds a model without a tokenizer, so there is no way to read text.\n"
             "  Save it with one: switchworks.save(model, directory, tokenizer)."
         )
+    if int8:
+        model = quantise(model)
     write = continue_text if model.config.decoder_only else fill_text
     return write(model, tokenizer, text, max_length=max_length, sampling=sampling)
 

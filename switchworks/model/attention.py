@@ -9,7 +9,8 @@ Letters: B sequences, H heads, L query length, M key length, K head width, D mod
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,10 +49,35 @@ def relative_bucket(
     return bucket + torch.where(away < exact, away, far)
 
 
+class BiasParts(NamedTuple):
+    """The bias of self-attention not yet put together, for kernels that do so block by block.
+
+    Stands for the tensor [#B, H, L, M] of `distances[:, m - l + L - 1] + hidden`, of which nothing
+    is as large. Adding a mask gives the parts with that mask.
+    """
+
+    distances: Float[Tensor, "H L_plus_M_minus_1"]
+    """The bias of each distance m - l between query and key, from 1 - L to M - 1."""
+    hidden: Float[Tensor, "#B 1 #L M"] | None = None
+    """What `hide` says; without a gradient."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The learned numbers' own."""
+        return self.distances.dtype
+
+    def __add__(self, hidden: Tensor) -> "BiasParts":  # type: ignore[override]
+        """These parts with `hidden` added to what is hidden already."""
+        return self._replace(hidden=hidden if self.hidden is None else self.hidden + hidden)
+
+
 class RelativeBias(nn.Module):
     """A learned number per head and distance bucket, added to self-attention's scores."""
 
     letters = {"weight": "_ H"}  # noqa: RUF012
+    in_parts = False
+    """Set from outside where attention has a kernel for `BiasParts`; without gradients there is
+    the tensor all the same."""
 
     def __init__(self, config: ModelConfig, *, bidirectional: bool) -> None:
         super().__init__()
@@ -59,18 +85,26 @@ class RelativeBias(nn.Module):
         self.max_distance = config.relative_max_distance
         self.weight = nn.Parameter(torch.empty(config.relative_buckets, config.num_heads))
 
-    def forward(self, num_queries: int, num_keys: int, first: int = 0) -> Float[Tensor, "1 H L M"]:
+    def forward(
+        self, num_queries: int, num_keys: int, first: int = 0
+    ) -> Float[Tensor, "1 H L M"] | BiasParts:
         """The bias for queries at positions first, first + 1, ... and keys from position 0."""
         device = self.weight.device
+        if self.in_parts and torch.is_grad_enabled():
+            distances = torch.arange(1 - num_queries - first, num_keys - first, device=device)
+            return BiasParts(self._of(distances[None])[:, 0])
         queries = torch.arange(first, first + num_queries, device=device)
         keys = torch.arange(num_keys, device=device)
+        return self._of(keys[None] - queries[:, None])[None]
+
+    def _of(self, distances: Int[Tensor, "L M"]) -> Float[Tensor, "H L M"]:
         bucket = relative_bucket(
-            keys[None] - queries[:, None],
+            distances,
             bidirectional=self.bidirectional,
             buckets=self.weight.shape[0],
             max_distance=self.max_distance,
         )
-        return look_up(self.weight, bucket).permute(2, 0, 1)[None]
+        return look_up(self.weight, bucket).permute(2, 0, 1)
 
 
 def visible(
@@ -114,6 +148,10 @@ def attend(
     return dropout(weights) @ v
 
 
+Attend = Callable[[Tensor, Tensor, Tensor, Any, SharedDropout], Tensor]
+"""`attend`, or a faster form of it that takes a bias in parts too."""
+
+
 class KeyValues(NamedTuple):
     """Keys and values of one attention layer."""
 
@@ -140,6 +178,7 @@ class Attention(nn.Module):
         self.v = nn.Linear(config.d_model, inner, bias=False)
         self.o = nn.Linear(inner, config.d_model, bias=False)
         self.dropout = SharedDropout(config.dropout)
+        self.attend: Attend = attend
 
     def project(self, memory: Float[Tensor, "B M D"]) -> KeyValues:
         """The keys and values of `memory`."""
@@ -156,16 +195,16 @@ class Attention(nn.Module):
         self,
         query: Float[Tensor, "B H L K"],
         memory: KeyValues,
-        bias: Float[Tensor, "#B #H #L M"] | None,
+        bias: Float[Tensor, "#B #H #L M"] | BiasParts | None,
     ) -> Float[Tensor, "B L D"]:
         """What each query reads from `memory`."""
-        return self.o(join_heads(attend(query, memory.k, memory.v, bias, self.dropout)))
+        return self.o(join_heads(self.attend(query, memory.k, memory.v, bias, self.dropout)))
 
     def forward(
         self,
         x: Float[Tensor, "B L D"],
         memory: KeyValues,
-        bias: Float[Tensor, "#B #H #L M"] | None,
+        bias: Float[Tensor, "#B #H #L M"] | BiasParts | None,
     ) -> Float[Tensor, "B L D"]:
         """What each position of `x` reads from `memory`."""
         return self.read(split_heads(self.q(x), self.num_heads), memory, bias)

@@ -12,7 +12,7 @@ from typing import cast
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from switchworks.model.attention import Attention, KeyValues, RelativeBias
+from switchworks.model.attention import Attention, BiasParts, KeyValues, RelativeBias
 from switchworks.model.cache import LayerCache
 from switchworks.model.config import ModelConfig
 from switchworks.model.layers import FFN, RMSNorm, SharedDropout
@@ -47,20 +47,25 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B L D"],
-        bias: Float[Tensor, "#B H L M"],
+        bias: Float[Tensor, "#B H L M"] | BiasParts,
         *,
         segments: Int[Tensor, "B L"] | None,
         past: LayerCache | None = None,
-        memory: KeyValues | None = None,
+        memory: KeyValues | Float[Tensor, "B M2 D"] | None = None,
         memory_bias: Float[Tensor, "B 1 #L M2"] | None = None,
     ) -> tuple[Float[Tensor, "B L D"], list[Routing]]:
-        """The block's output and the reports of its switch layers."""
+        """The block's output and the reports of its switch layers.
+
+        `memory` is what cross-attention reads: the encoder's states, or what `project` made of
+        them.
+        """
         real = None if segments is None else segments != 0
         query, keys, asked = self.self_attention.ask(self.self_norm(x), real)
         keys = keys if past is None else past.extend(keys)
         x = x + self.dropout(self.self_attention.read(query, keys, bias))
         if self.cross_attention is not None and self.cross_norm is not None:
             assert memory is not None
+            memory = self.project(memory) if isinstance(memory, Tensor) else memory
             read = self.cross_attention(self.cross_norm(x), memory, memory_bias)
             x = x + self.dropout(read)
         x, fed = self._feed_forward(x, real)

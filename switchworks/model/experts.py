@@ -81,8 +81,14 @@ class Experts(nn.Module):
         """One product per expert, without padding.
 
         `unbind` and not `w[i]`: the gradient of an index allocates the whole stack each time,
-        which makes the backward pass quadratic in the number of experts.
+        which makes the backward pass quadratic in the number of experts. Without gradients only
+        the experts that have tokens are looked at, few of them when decoding.
         """
+        if not torch.is_grad_enabled():
+            used = [expert for expert, count in enumerate(counts) if count]
+            split = tokens.split([counts[expert] for expert in used])
+            answers = [self.one(expert, x) for expert, x in zip(used, split, strict=True)]
+            return torch.cat([tokens.new_zeros(0, self.w_out.shape[2]), *answers])
         gates = [None] * len(counts) if self.w_gate is None else self.w_gate.unbind()
         parts = zip(
             tokens.split(list(counts)), self.w_in.unbind(), gates, self.w_out.unbind(), strict=True

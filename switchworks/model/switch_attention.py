@@ -10,7 +10,14 @@ Letters: B sequences, H heads, L length, K head width, D model width.
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from switchworks.model.attention import KeyValues, attend, join_heads, split_heads
+from switchworks.model.attention import (
+    Attend,
+    BiasParts,
+    KeyValues,
+    attend,
+    join_heads,
+    split_heads,
+)
 from switchworks.model.config import ModelConfig
 from switchworks.model.layers import SharedDropout
 from switchworks.model.switch_ffn import Routing, SwitchFFN
@@ -43,6 +50,7 @@ class SwitchAttention(nn.Module):
         )
         self.o = nn.Linear(inner, config.d_model, bias=False)
         self.dropout = SharedDropout(config.dropout)
+        self.attend: Attend = attend
 
     def ask(
         self, x: Float[Tensor, "B L D"], real: Bool[Tensor, "B L"] | None
@@ -57,7 +65,7 @@ class SwitchAttention(nn.Module):
         self,
         query: Float[Tensor, "B H L K"],
         memory: KeyValues,
-        bias: Float[Tensor, "#B #H #L M"] | None,
+        bias: Float[Tensor, "#B #H #L M"] | BiasParts | None,
     ) -> Float[Tensor, "B L D"]:
         """What each query reads from `memory`."""
-        return self.o(join_heads(attend(query, memory.k, memory.v, bias, self.dropout)))
+        return self.o(join_heads(self.attend(query, memory.k, memory.v, bias, self.dropout)))

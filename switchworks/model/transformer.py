@@ -274,7 +274,7 @@ class SwitchTransformer(nn.Module):
                 x,
                 bias,
                 segments=segments,
-                memory=None if memory is None else block.project(memory.states),
+                memory=None if memory is None else memory.states,
                 memory_bias=memory_bias,
             )
             reports += report

@@ -5,17 +5,18 @@ every tensor over its last two dimensions, and scales and clips a stack of exper
 
 Memory traffic is the cost here, not arithmetic. So tensors are gone through in blocks that fit
 the processor's cache, temporaries are of a block's size and reused, and factors that are constant
-along a row are applied to row sums instead of elements.
+along a row are applied to row sums instead of elements. Small tensors, where calling an operation
+costs more than its arithmetic, are updated together with others of their shape.
 
 Letters: a matrix is D F; *E are the dimensions before the matrix, experts first if it is a stack.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 EPS_SQUARE = 1e-30
 """Added to every squared gradient (epsilon1)."""
@@ -23,6 +24,9 @@ EPS_SCALE = 1e-3
 """Least root mean square a parameter is taken to have (epsilon2), unless its group says else."""
 _BLOCK = 2**20
 """Numbers per block on the CPU: 4 MB of each of parameter, gradient and temporary."""
+
+_SMALL = 2**15
+"""Numbers up to which tensors of one shape are updated together."""
 
 
 class Adafactor(torch.optim.Optimizer):
@@ -90,13 +94,18 @@ class Adafactor(torch.optim.Optimizer):
                 loss = closure()
         scratch = _Scratch()
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    state = self.state[parameter]
-                    state["step"] += 1
-                    rule = _rule(group, int(state["step"]))
-                    dims = _dims_of(parameter, group)
-                    _update(parameter, parameter.grad, state, dims, rule, scratch)
+            moving = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for alike in _alike(moving, self.state):
+                states = [self.state[parameter] for parameter in alike]
+                step = int(states[0]["step"]) + 1
+                torch._foreach_add_([state["step"] for state in states], 1)  # pyright: ignore[reportPrivateImportUsage]
+                rule, dims = _rule(group, step), _dims_of(alike[0], group)
+                if len(alike) == 1:
+                    grad = alike[0].grad
+                    assert grad is not None
+                    _update(alike[0], grad, states[0], dims, rule, scratch)
+                else:
+                    _update_together(alike, states, dims, rule, scratch)
         return loss
 
 
@@ -189,6 +198,51 @@ def _rule(group: dict[str, Any], step: int) -> _Rule:
         keep=1.0 - group["lr"] * group["weight_decay"],
         apart=group["stacked"] and group["per_expert"],
     )
+
+
+def _alike(
+    parameters: list[Tensor], states: Mapping[Any, dict[str, Tensor]]
+) -> Iterable[list[Tensor]]:
+    """`parameters` in lists, each to be updated together: small ones of one shape, dtype, device
+    and step. Any other stands alone, and so does one that is spread over devices."""
+    lists: dict[tuple[Any, ...], list[Tensor]] = {}
+    for number, parameter in enumerate(parameters):
+        small = parameter.numel() <= _SMALL and type(parameter) in (Tensor, nn.Parameter)
+        step = int(states[parameter]["step"])
+        key = (parameter.shape, parameter.dtype, parameter.device, step)
+        lists.setdefault(key if small else (number,), []).append(parameter)
+    return lists.values()
+
+
+def _update_together(
+    parameters: list[Tensor],
+    states: list[dict[str, Tensor]],
+    dims: tuple[int, int] | None,
+    rule: "_Rule",
+    scratch: "_Scratch",
+) -> None:
+    """One step of several tensors of one shape, as of one whose first dimension counts them.
+
+    A small tensor costs what its twenty operations cost to call, about as much as a hundred
+    thousand numbers: so they are called once for all. Where experts are scaled by themselves the
+    experts of all stacks follow one another.
+    """
+    join = torch.cat if rule.apart else torch.stack
+    names = [name for name in states[0] if name != "step"]
+    joined = {name: join([state[name] for state in states]) for name in names}
+    weights = join([parameter.detach() for parameter in parameters])
+    grads = join([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if dims is not None and not rule.apart:
+        dims = (dims[0] + 1, dims[1] + 1)
+    _update(weights, grads, joined, dims, rule._replace(apart=True), scratch)
+
+    def parts(x: Tensor) -> list[Tensor]:
+        return list(x.chunk(len(parameters)) if rule.apart else x.unbind())
+
+    copy = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
+    copy([parameter.detach() for parameter in parameters], parts(weights))
+    for name in names:
+        copy([state[name] for state in states], parts(joined[name]))
 
 
 def _update(

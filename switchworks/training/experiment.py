@@ -82,6 +82,12 @@ class Experiment:
     precision: Literal["float32", "bfloat16", "auto"] = "float32"
     """bfloat16 computes with bfloat16 weights and keeps float32 masters; routers stay float32.
     auto takes whichever this machine multiplies faster, once, when the run begins."""
+    kernels: Literal["reference", "fast"] = "reference"
+    """fast: attention and norms by `switchworks.kernels`, which compute the same within rounding
+    and keep less memory. docs/speed.md says what has been measured."""
+    activation_checkpointing: bool = False
+    """Keep only each block's input and its routing, and compute the rest again in the backward
+    pass: less memory for about a third more time. The result is the same."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from switchworks import kernels
 from switchworks.adapt.freeze import freeze
 from switchworks.adapt.lora import Table, adapt
+from switchworks.kernels.checkpointing import checkpoint_blocks
 from switchworks.model import SwitchTransformer
 from switchworks.model.routing import Router
 from switchworks.optim.build import Updater, build_optimizer, dimension_letters
@@ -92,6 +94,10 @@ def build_state(
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     dtype = getattr(torch, experiment.precision)
     cast_for_compute(model, dtype)
+    if experiment.kernels == "fast":
+        kernels.apply(model)
+    if experiment.activation_checkpointing:
+        checkpoint_blocks(model)
     updater = build_optimizer(
         model.named_parameters(), dimension_letters(model), experiment.optim, weights
     )

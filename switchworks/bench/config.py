@@ -1,0 +1,162 @@
+"""What `switchworks bench` measures: the shape, the sides and the parts.
+
+Letters: E experts, L encoder length, T decoder length.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from switchworks.config import ConfigError
+from switchworks.model.config import ModelConfig, RoutingConfig
+
+Part = Literal["train", "adafactor", "kernels", "tax", "layer", "decode", "int8", "memory"]
+Precision = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A T5-like model and its batch; the defaults are those of the figures this project quotes."""
+
+    d_model: int = 512
+    d_ff: int = 2048
+    d_kv: int = 64
+    num_heads: int = 8
+    layers: int = 6
+    """Blocks of the encoder, and of the decoder."""
+    vocab_size: int = 8192
+    batch_size: int = 8
+    input_length: int = 512
+    target_length: int = 114
+    many_d_ff: int | None = 1024
+    """The FFN width from 128 experts on, where transformers would need over 24 GB. None: d_ff."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "input_length", "target_length"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"bench {name} = {getattr(self, name)} must be at least 1.")
+
+    @property
+    def tokens(self) -> int:
+        """Input and target tokens in a batch."""
+        return self.batch_size * (self.input_length + self.target_length)
+
+    def model(self, experts: int, dropout: float = 0.0) -> ModelConfig:
+        """The model with so many experts in every other FFN; 0: its dense twin."""
+        many = experts >= 128 and self.many_d_ff is not None
+        return ModelConfig(
+            vocab_size=self.vocab_size,
+            d_model=self.d_model,
+            d_ff=self.many_d_ff if many and self.many_d_ff else self.d_ff,
+            d_kv=self.d_kv,
+            num_heads=self.num_heads,
+            num_layers=self.layers,
+            dropout=dropout,
+            z_loss=0.0,  # transformers has none
+            routing=self._routing(experts) if experts else None,
+        )
+
+    def _routing(self, experts: int) -> RoutingConfig:
+        """Groups of as few rows as make every expert reachable."""
+        shortest = min(self.input_length, self.target_length)
+        rows = next(
+            (
+                n
+                for n in range(1, self.batch_size + 1)
+                if self.batch_size % n == 0 and n * shortest >= experts
+            ),
+            self.batch_size,
+        )
+        return RoutingConfig(experts=experts, group_sequences=rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """One of the two things a comparison measures: complete, and plain enough for JSON."""
+
+    who: Literal["ours", "peer", "compiled peer"] = "ours"
+    """peer: transformers, with the same weights."""
+    does: Literal["train", "decode", "layer"] = "train"
+    """layer: one feed-forward layer alone, forward and backward."""
+    experts: int = 0
+    shape: Shape = field(default_factory=Shape)
+    precision: Precision = "float32"
+    dropout: float = 0.0
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    micro_batches: int = 1
+    new_tokens: int = 64
+    """decode: how many tokens are written."""
+    kernels: bool = True
+    """ours: with the fast paths of `switchworks.kernels`; else the reference."""
+    int8: Literal["dynamic", "packed", "unpacked"] | None = None
+    """ours, decode: with 8-bit weights and that product of `kernels.int8`."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that one call processes: read in training, written in decoding."""
+        if self.does == "decode":
+            return self.shape.batch_size * self.new_tokens
+        return self.shape.tokens
+
+    def but(self, **changes: object) -> "Side":
+        """The same side with some settings changed."""
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """The flags of `switchworks bench`."""
+
+    parts: tuple[Part, ...] = (
+        *("train", "adafactor", "kernels", "tax", "layer"),
+        *("decode", "int8", "memory"),
+    )
+    """train: a step against transformers. adafactor: the same with that optimizer. kernels: fast
+    paths against the reference. tax: sparse against dense. layer: one switch layer against one
+    dense FFN. decode: greedy, against transformers; int8: against our own full precision. memory:
+    peaks, each side in a process of its own."""
+    experts: tuple[int, ...] = (0, 8, 64, 128)
+    """Models compared; 0 is the dense one."""
+    dropout: tuple[float, ...] = (0.0, 0.1)
+    """Rates at which training is compared."""
+    decode_batches: tuple[int, ...] = (1, 32)
+    new_tokens: int = 64
+    """Tokens written per sequence, for inputs of 128."""
+    shape: Shape = field(default_factory=Shape)
+    precision: Literal["float32", "bfloat16", "auto"] = "auto"
+    """auto: whichever this machine multiplies faster."""
+    rounds: int = 5
+    """How often each pair of sides takes turns."""
+    threads: int = 0
+    """CPU threads, the same for both sides. 0: as many as torch finds fit."""
+    compile_peers: bool = False
+    """Also compare with transformers under torch.compile."""
+    limit_size: int = 2048
+    """Rows and columns of the matrices whose product is the machine's limit."""
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise ConfigError(f"bench rounds = {self.rounds} must be at least 1.")
+        if any(experts < 0 for experts in self.experts):
+            raise ConfigError(f"bench experts = {self.experts} must be 0 (dense) or more.")
+        if any(not 0 <= rate < 1 for rate in self.dropout):
+            raise ConfigError(f"bench dropout = {self.dropout} must lie in [0, 1).")
+
+
+QUICK = BenchConfig(
+    experts=(0, 8),
+    decode_batches=(1, 4),
+    new_tokens=16,
+    shape=Shape(
+        d_model=256,
+        d_ff=1024,
+        num_heads=4,
+        layers=2,
+        vocab_size=4096,
+        batch_size=4,
+        input_length=128,
+        target_length=32,
+    ),
+    rounds=3,
+    limit_size=1024,
+)
+"""Under two minutes on two cores; shares of the limit mean little at this size."""

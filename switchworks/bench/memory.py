@@ -1,0 +1,85 @@
+"""Peak memory of one side, in a process of its own: `python -m switchworks.bench.memory SIDE`."""
+
+import contextlib
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from switchworks.bench.config import Side
+from switchworks.config import from_dict, to_dict
+
+STEPS = 3
+
+
+class Peaks(NamedTuple):
+    """Largest resident memory of a process, in MB (10^6 bytes), in its two phases."""
+
+    building: float
+    """Until the model is there."""
+    working: float
+    """In the steps that follow."""
+
+
+def peaks(side: Side, threads: int) -> Peaks:
+    """What a fresh process needs that builds `side` and takes a few steps.
+
+    Everything counts: Python, torch and, for a peer, transformers. Raises RuntimeError with the
+    process's own words if it fails.
+    """
+    words = [sys.executable, "-m", "switchworks.bench.memory", json.dumps(to_dict(side))]
+    done = subprocess.run([*words, str(threads)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"measuring memory failed ({done.returncode}):\n{done.stderr[-2000:]}")
+    return Peaks(*json.loads(done.stdout.splitlines()[-1]))
+
+
+def available_bytes() -> int | None:
+    """Memory that a process could have now, on Linux."""
+    return _kilobytes(Path("/proc/meminfo"), "MemAvailable:")
+
+
+def _main() -> None:
+    import torch
+
+    from switchworks.bench.sides import build
+    from switchworks.training.machine import keep_freed_memory
+
+    keep_freed_memory()
+    torch.set_num_threads(int(sys.argv[2]))
+    work = build(from_dict(Side, json.loads(sys.argv[1])))
+    built = _peak()
+    _forget_peak()
+    for _ in range(STEPS):
+        work()
+    print(json.dumps([built / 1e6, _peak() / 1e6]))
+
+
+def _peak() -> int:
+    """Bytes. Not ru_maxrss on Linux, where a child inherits its parent's."""
+    peak = _kilobytes(Path("/proc/self/status"), "VmHWM:")
+    if peak is not None:
+        return peak
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _forget_peak() -> None:
+    """From here on the peak is that of what follows, on Linux and where it may be asked for."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
+def _kilobytes(file: Path, key: str) -> int | None:
+    """The number of kB that stands behind `key`, in bytes; None if there is no such file."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key)), None)
+
+
+if __name__ == "__main__":
+    _main()

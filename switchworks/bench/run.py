@@ -1,0 +1,147 @@
+"""The whole run: limit, comparisons or sweep, limit again; table, JSON and picture."""
+
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from switchworks.bench.comparisons import comparisons
+from switchworks.bench.config import BenchConfig, Precision
+from switchworks.bench.measure import Row, matrix_limit, measure, share_of_limit
+from switchworks.bench.peers import available
+from switchworks.bench.picture import draw_bars, draw_sweep
+from switchworks.bench.sweep import sweep
+from switchworks.training import machine
+
+
+def bench(
+    config: BenchConfig,
+    *,
+    sweep_experts: bool = False,
+    json_file: Path | None = None,
+    picture: Path | None = None,
+) -> list[Row]:
+    """Measure, print a line as each row is there and a table at the end, and write the files.
+
+    With `sweep_experts` only the sweep over E. The first row holds the conditions: command,
+    versions, processor. JSON and picture are written after every row, so that a run that is ended
+    early leaves what it has.
+    """
+    machine.keep_freed_memory()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    precision: Precision = (
+        machine.fastest_precision() if config.precision == "auto" else config.precision
+    )
+    rows = [Row(name="conditions", unit="", ours=None, details=_conditions(config, precision))]
+    print(f"{machine.describe()}, {torch.get_num_threads()} threads, {precision}", flush=True)
+    for row in _rows(config, precision, sweep_experts):
+        rows.append(row)
+        if json_file is not None:
+            write_json(rows, json_file)
+    if picture is not None:
+        (draw_sweep if sweep_experts else draw_bars)(rows[1:], picture)
+    Console().print(table(rows[1:]))
+    for file in (json_file, picture):
+        if file is not None:
+            print(f"wrote {file.resolve()}")
+    return rows
+
+
+def write_json(rows: list[Row], file: Path) -> None:
+    """The rows as a list of objects: name, unit, ours, peer, ratio, spread, floor and more."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")
+
+
+def table(rows: list[Row]) -> Table:
+    """The rows for a terminal. A floor that is missed is marked."""
+    drawn = Table(caption="ratio: ours over the peer's; [ ] its quartiles over the rounds")
+    for heading in ("", "ours", "peer", "ratio", "spread", "floor"):
+        drawn.add_column(heading, justify="left" if not heading else "right", overflow="fold")
+    for row in rows:
+        drawn.add_row(*cells(row))
+    return drawn
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """A row as text: name, ours, peer, ratio, spread, floor."""
+    spread = "" if row.spread is None else "-".join(_figure(value) for value in row.spread)
+    floor = ""
+    if row.floor is not None:
+        floor = f"{'<=' if row.less_is_better else '>='} {row.floor:g}"
+        floor += {True: "", False: " missed", None: " ?"}[row.meets_floor]
+    name = f"{row.name} ({row.note})" if row.note else row.name
+    values = [("" if v is None else f"{_figure(v)} {row.unit}") for v in (row.ours, row.peer)]
+    ratio = "" if row.ratio is None else _figure(row.ratio)
+    return name, *values, ratio, spread, floor
+
+
+def _rows(config: BenchConfig, precision: Precision, sweep_experts: bool) -> Iterator[Row]:
+    if sweep_experts:
+        yield from map(_say, sweep(config, precision))
+        return
+    peers = available()
+    if not peers:
+        print("transformers is not installed: rows against it have our side only")
+    limit = matrix_limit(config.limit_size, precision)
+    done = []
+    for comparison in comparisons(config, precision, peers=peers):
+        row = _say(measure(comparison, config))
+        done.append((comparison, row))
+        yield row
+    limit = max(limit, matrix_limit(config.limit_size, precision))
+    yield _say(Row(name=f"matrix limit, {precision}", unit="TFLOP/s", ours=limit / 1e12))
+    for comparison, row in done:
+        share = share_of_limit(comparison, row, limit)
+        if share is not None:
+            yield _say(share)
+
+
+def _say(row: Row) -> Row:
+    name, ours, peer, ratio, *_ = cells(row)
+    print(f"  {name:<44} {ours:>18} {peer:>18} {ratio:>8}", flush=True)
+    return row
+
+
+def _figure(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _conditions(config: BenchConfig, precision: Precision) -> dict[str, Any]:
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "settings": asdict(replace(config, precision=precision)),
+        "machine": machine.describe(),
+        "cpu_flags": _cpu_flags(),
+        "threads": torch.get_num_threads(),
+        "allocator": "glibc, told to keep freed memory, unless LD_PRELOAD says another",
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in ("switchworks", "torch", "transformers")},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_flags() -> list[str]:
+    """What the processor says it can, on Linux; those that matter for matrix products anywhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        found = next(line for line in lines if line.startswith(("flags", "Features")))
+        return found.split(":", 1)[1].split()
+    except (OSError, StopIteration):
+        return [torch.backends.cpu.get_cpu_capability()]

@@ -1,0 +1,86 @@
+"""Step time against the number of experts at fixed tokens, beside what memory traffic allows.
+
+Letters: E experts.
+"""
+
+import gc
+import statistics
+from dataclasses import replace
+
+import torch
+
+from switchworks.bench.config import BenchConfig, Precision, Shape, Side
+from switchworks.bench.measure import Row
+from switchworks.bench.memory import available_bytes
+from switchworks.bench.sides import build, bytes_needed
+from switchworks.bench.timing import seconds, spread
+from switchworks.model.sizes import num_parameters
+
+EXPERTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+SWEEP = Shape(d_model=256, d_ff=512, num_heads=4, layers=2, vocab_size=4096, many_d_ff=None)
+"""256 experts of this size and their AdamW state fit in 4 GB."""
+
+
+def sweep(bench: BenchConfig, precision: Precision) -> list[Row]:
+    """One row per E: ours is measured, "peer" is the line that it should follow.
+
+    The line is the time at E = 1 plus the bytes that more experts add, at the bandwidth of a copy
+    in this run. Every E that fits takes a step in each round before any takes its next, so that a
+    slow spell meets all alike.
+    """
+    shape = SWEEP if bench.shape == Shape() else replace(bench.shape, many_d_ff=None)
+    sides = [Side(shape=shape, precision=precision, experts=experts) for experts in EXPERTS]
+    sides = _that_fit(sides)
+    taken: dict[int, list[float]] = {side.experts: [] for side in sides}
+    for _ in range(bench.rounds):
+        for side in sides:
+            work = build(side)
+            work()
+            taken[side.experts].append(seconds(work))
+            del work
+            gc.collect()
+    bandwidth = copy_bandwidth()
+    first, least = statistics.median(taken[sides[0].experts]), traffic(sides[0])
+    return [
+        _row(side, taken[side.experts], first + (traffic(side) - least) / bandwidth, bandwidth)
+        for side in sides
+    ]
+
+
+def traffic(side: Side) -> float:
+    """Bytes of weights, gradients and AdamW state that a training step moves.
+
+    Per weight and in bytes, in float32: read forward and backward 8, gradient written and its norm
+    taken 8, optimizer reading weight, gradient and two moments 16 and writing three of them 12. In
+    bfloat16 the first is 4 and the gradient is also widened, 8 + 4; the new weight is also rounded,
+    4 + 2.
+    """
+    each = 44 if side.precision == "float32" else 4 + 2 + (2 + 4) + 4 + 28 + 6
+    return float(each * num_parameters(side.shape.model(side.experts)))
+
+
+def copy_bandwidth(megabytes: int = 256) -> float:
+    """Bytes read and written per second by a copy far larger than any cache."""
+    source = torch.ones(megabytes * 2**18)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    return 2 * source.nbytes / min(seconds(lambda: target.copy_(source)) for _ in range(5))
+
+
+def _that_fit(sides: list[Side]) -> list[Side]:
+    free = available_bytes()
+    return [side for side in sides if free is None or bytes_needed(side) < 0.7 * free]
+
+
+def _row(side: Side, taken: list[float], line: float, bandwidth: float) -> Row:
+    middle = statistics.median(taken)
+    return Row(
+        name=f"step time E={side.experts}",
+        unit="ms",
+        ours=1000 * middle,
+        peer=1000 * line,
+        ratio=middle / line,
+        spread=spread([each / line for each in taken]),
+        note=f"line at {bandwidth / 1e9:.1f} GB/s",
+        details={"experts": side.experts, "seconds": taken, "traffic_bytes": traffic(side)},
+    )

@@ -1,0 +1,60 @@
+"""Activation checkpointing per block, with the routing saved and everything else computed again.
+
+Noise (dropout, jitter) is drawn again from the same state of the generator, so it is the same.
+That alone would not keep the routing: where two experts are equally likely up to rounding, a
+second pass could choose the other one and the gradient would belong to another function. So what
+decides (the largest score, the order of service, a coin against a gate) is kept: some integers per
+token. Gates and router probabilities are computed again, for they carry gradients.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from switchworks.model import SwitchTransformer
+from switchworks.model.blocks import Block
+from switchworks.model.switch_attention import SwitchAttention
+from switchworks.model.switch_ffn import SwitchFFN
+
+_DECIDE = frozenset(
+    {
+        torch.ops.aten.argmax.default,
+        torch.ops.aten.sort.default,
+        torch.ops.aten.sort.stable,
+        torch.ops.aten.lt.Tensor,
+        torch.ops.aten.lt.Scalar,
+        torch.ops.aten.ge.Scalar,
+    }
+)
+"""The operations by which a routing strategy makes a discrete choice out of real numbers."""
+
+
+def checkpoint_blocks(model: SwitchTransformer) -> SwitchTransformer:
+    """`model` itself, whose blocks keep their inputs and routes for the backward pass, no more.
+
+    Loss, gradients, weights and their names stay. Nothing changes where no gradient is asked for.
+    """
+    for stack in (model.encoder, model.decoder):
+        for block in stack or ():
+            block.forward = partial(_forward, block)
+    return model
+
+
+def _forward(block: Block, *inputs: Any, **more: Any) -> Any:
+    if not torch.is_grad_enabled() or more.get("past") is not None:
+        return Block.forward(block, *inputs, **more)
+    settings: dict[str, Any] = {"use_reentrant": False}
+    if isinstance(block.ffn, SwitchFFN) or isinstance(block.self_attention, SwitchAttention):
+        settings["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_routing)
+    return checkpoint(partial(Block.forward, block), *inputs, **settings, **more)
+
+
+def _keep_routing(_context: Any, operation: Any, *_inputs: Any, **_more: Any) -> CheckpointPolicy:
+    decides = operation in _DECIDE
+    return CheckpointPolicy.MUST_SAVE if decides else CheckpointPolicy.PREFER_RECOMPUTE
