@@ -86,8 +86,16 @@ def _prepare(words: list[str]) -> int:
 
     shard = None if more.shard is None else _parse_shard(more.shard)
     corpora = prepare_corpora(experiment.data, vocab_size=experiment.model.vocab_size, shard=shard)
-    print(corpora)
-    if experiment.data.mixture and corpora.complete:
+    by_language = experiment.data.is_mixture and not experiment.data.mixture
+    if not (by_language and corpora.complete):  # a table says it in a line each
+        print(corpora)
+    if by_language and corpora.complete:
+        from switchworks.data.languages import mc4_table
+        from switchworks.data.serving import table
+
+        print(table(corpora.served()))
+        print(mc4_table(corpora.parts))
+    if experiment.data.is_mixture and corpora.complete:
         batches = corpora.training(batch_size=experiment.batch_size, seed=experiment.seed)
         assert isinstance(batches, Mixture)
         print(summary(corpora, batches, experiment.steps))

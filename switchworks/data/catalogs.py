@@ -95,7 +95,12 @@ class Split:
 
 def fingerprint() -> str:
     """Hexadecimal; names the corpus that `catalogs` gives with what is installed now."""
-    text = json.dumps([RULES, versions(installed(ROOTS)), importlib.metadata.version("babel")])
+    return _fingerprint(ROOTS)
+
+
+@lru_cache(maxsize=8)  # asked for every language, and looking at all packages takes a while
+def _fingerprint(roots: tuple[str, ...]) -> str:
+    text = json.dumps([RULES, versions(installed(roots)), importlib.metadata.version("babel")])
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 

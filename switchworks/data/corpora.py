@@ -5,19 +5,23 @@ are those of a plain `Pipeline`.
 """
 
 import heapq
+import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
 
 from switchworks.batch import Batch
+from switchworks.config import DataError
+from switchworks.data.by_language import languages_of
 from switchworks.data.config import DataConfig
 from switchworks.data.documents import Documents, open_documents
 from switchworks.data.mixture import Mixture, naming, rates
 from switchworks.data.pipeline import Pipeline, validation_batches
 from switchworks.data.prepare import Prepared, cache_folder, prepare, spread, trained_tokenizer
+from switchworks.data.serving import Served, serve
 from switchworks.data.tokenizer import Tokenizer
 
 
@@ -36,6 +40,8 @@ class Corpora:
     config: DataConfig
     tokenizer: Tokenizer
     parts: Mapping[str, Prepared]
+    sources: Mapping[str, Documents] = field(default_factory=dict)
+    """Where the text of a mixture's corpora comes from."""
 
     @property
     def complete(self) -> bool:
@@ -61,7 +67,7 @@ class Corpora:
         """The batches to train on. Raises what `Pipeline` and `Mixture` raise."""
         stores = {name: part.train for name, part in self.parts.items()}
         where = {"batch_size": batch_size, "seed": seed, "rank": rank, "world": world}
-        if not self.config.mixture:
+        if not self.config.is_mixture:
             return Pipeline(self.config, stores[""], self.tokenizer, **where)
         weights = np.array(list(self.rates.values()))
         return Mixture(self.config, stores, self.tokenizer, weights, **where)
@@ -85,6 +91,12 @@ class Corpora:
                 )
         return HeldOut(found, self.rates)
 
+    def served(self) -> dict[str, Served]:
+        """How the tokenizer serves each corpus of a mixture by languages."""
+        return {
+            name: serve(name, self.sources[name].documents(), self.tokenizer) for name in self.parts
+        }
+
     def __str__(self) -> str:
         """What there is of each corpus, or which of its shards are still missing."""
         return "\n".join(
@@ -104,10 +116,11 @@ def prepare_corpora(
     Arguments and errors are those of `prepare`, which see to one corpus after the other. A
     tokenizer trained here learns from all corpora, mixed by their rates.
     """
-    if not config.mixture:
+    if not config.is_mixture:
         alone = prepare(config, vocab_size=vocab_size, shard=shard, quiet=quiet)
         return Corpora(config, alone.tokenizer, {"": alone})
     own = {name: replace(config, mixture=(), path=path) for name, path in config.corpora.items()}
+    own = own or languages_of(config, cache_folder(config))
     sources: dict[str, Documents] = {}
     for name, settings in own.items():  # all are looked at before any work is done on one
         with naming(name):
@@ -122,7 +135,36 @@ def prepare_corpora(
             parts[name] = prepare(
                 settings, vocab_size=vocab_size, shard=shard, quiet=quiet, name=name
             )
-    return Corpora(config, next(iter(parts.values())).tokenizer, parts)
+    if not config.mixture:
+        parts = _long_enough(config, parts)
+    return Corpora(config, next(iter(parts.values())).tokenizer, parts, sources)
+
+
+def _long_enough(config: DataConfig, parts: Mapping[str, Prepared]) -> Mapping[str, Prepared]:
+    """The languages whose text fills a row on both sides; the others are named in the log.
+
+    All of them while shards are missing. Raises DataError if none is left.
+    """
+    if any(part.missing for part in parts.values()):
+        return parts
+    kept: dict[str, Prepared] = {}
+    for name, part in parts.items():
+        for store in (part.train, part.validation):
+            try:
+                Pipeline(config, store, part.tokenizer, batch_size=1, seed=0)
+            except DataError as error:
+                said = str(error).partition("\n")[0]
+                log = logging.getLogger(__name__)
+                log.warning("%s is left out, %s text: %s", name, store.split, said)
+                break
+        else:
+            kept[name] = part
+    if not kept:
+        raise DataError(
+            "No language has enough text for one row to train on and one held out.\n"
+            "  Use a shorter --data.input-length, or more text."
+        )
+    return kept
 
 
 def _trained(
@@ -136,7 +178,12 @@ def _trained(
     shares = rates([source.num_characters or 1 for source in sources], config.mixture_exponent)
     named = [source.fingerprint() for source in sources], config.mixture_exponent
     return trained_tokenizer(
-        cache_folder(config), repr(named), draw(sources, shares), vocab_size, quiet
+        cache_folder(config),
+        repr(named),
+        draw(sources, shares),
+        vocab_size,
+        quiet,
+        coverage=config.character_coverage,
     )
 
 

@@ -17,12 +17,15 @@ from babel.core import get_global
 from switchworks.config import DataError
 
 MC4 = tuple(
-    """
+    re.findall(
+        r"[\w-]+",
+        """
     af am ar az be bg bg-Latn bn ca ceb co cs cy da de el el-Latn en eo es et eu fa fi fil fr fy ga
     gd gl gu ha haw hi hi-Latn hmn ht hu hy id ig is it iw ja ja-Latn jv ka kk km kn ko ku ky la lb
     lo lt lv mg mi mk ml mn mr ms mt my ne nl no ny pa pl ps pt ro ru ru-Latn sd si sk sl sm sn so
     sq sr st su sv sw ta te tg th tr uk ur uz vi xh yi yo zh zh-Latn zu
-    """.split()
+    """,
+    )
 )
 """The 107 codes of mC4, 101 languages and six of them in Latin script besides."""
 
@@ -190,9 +193,7 @@ def _near(code: str, most: int = 3) -> list[str]:
     found = []
     if likely := get_global("likely_subtags").get(f"und_{first.upper()}"):
         found.append(normalise(str(likely)))
-    names = {
-        name.lower(): known for known in _known() if (name := _english().languages.get(known))
-    }
+    names = {name.lower(): known for known in _known() if (name := _english().languages.get(known))}
     found += [names[name] for name in difflib.get_close_matches(first, names, cutoff=0.7)]
     if len(first) <= 3:
         ours = [known.partition("-")[0] for known in MC4]

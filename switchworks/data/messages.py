@@ -20,7 +20,7 @@ _PLACEHOLDER = re.compile(
     r"%(?:\((?P<name>[\w.]+)\))?[-#0+]*\d*(?:\.\d+)?(?P<kind>[diouxXeEfFgGcrsa%])"
     r"|\{(?P<field>\w*)(?:[.!\[][^{}]*)?(?::(?P<format>[^{}]*))?\}"
 )
-_COUNTS = frozenset("count counter number num n total items".split())
+_COUNTS = frozenset(["count", "counter", "number", "num", "n", "total", "items"])
 _ROLE = re.compile(r"(?::[\w:+-]+:)?`+([^`<>]*?)\s*(?:<[^<>`]*>)?`+_*")
 _BREAK = re.compile(r"<(?:br|/p|/li|/div)\b[^<>]*>", re.IGNORECASE)
 _TAG = re.compile(r"</?[A-Za-z][^<>]*>")
@@ -114,4 +114,3 @@ def _filled(message: str, number: int | None) -> str:
         return GAP
 
     return _PLACEHOLDER.sub(value, message)
-

@@ -154,7 +154,7 @@ class Validate:
             | {f"epoch/{name}": times for name, times in epochs.items()},
         )
         line = f"step {state.step}  held-out loss {loss:.3f}  perplexity {math.exp(loss):.1f}"
-        print(line + in_few_words(by_corpus), flush=True)
+        print(line + in_few_words(by_corpus) + read_in_few_words(epochs), flush=True)
 
 
 def in_few_words(losses: Mapping[str, float], most: int = 6) -> str:
@@ -168,6 +168,14 @@ def in_few_words(losses: Mapping[str, float], most: int = 6) -> str:
     return (
         f"  lowest {best} {losses[best]:.3f}  highest {worst} {losses[worst]:.3f} of {len(ranked)}"
     )
+
+
+def read_in_few_words(epochs: Mapping[str, float]) -> str:
+    """How often corpora have been read, for the end of a line: the extremes."""
+    if not epochs:
+        return ""
+    least, most = (choose(epochs, key=epochs.__getitem__) for choose in (min, max))
+    return f"  read {epochs[least]:.2g} ({least}) to {epochs[most]:.2g} times ({most})"
 
 
 class Samples:
