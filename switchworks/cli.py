@@ -141,6 +141,12 @@ def _report(words: list[str]) -> int:
     flags = _parse(ReportFlags, "report", words)
     from switchworks.report import write_report
 
+    if flags.languages is not None:
+        from switchworks.report.languages import write_languages
+
+        print(write_languages(flags.run_dirs, flags.languages))
+        print(f"pictures and tables  {flags.languages.resolve()}")
+        return 0
     print(write_report(flags.run_dirs, flags.output).resolve())
     return 0
 
@@ -268,6 +274,9 @@ class ReportFlags:
     """One run, or several to compare."""
     output: Path | None = None
     """Default: report.html in the first run directory."""
+    languages: Path | None = None
+    """Instead of the page: pictures and tables by language, into this folder. Takes runs of a
+    switch model and of its dense twin on the same languages, of several seeds if there are."""
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,13 @@ are those of a plain `Pipeline`.
 
 import heapq
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from switchworks.batch import Batch
 from switchworks.config import DataError
@@ -21,7 +22,7 @@ from switchworks.data.documents import Documents, open_documents
 from switchworks.data.mixture import Mixture, naming, rates
 from switchworks.data.pipeline import Pipeline, validation_batches
 from switchworks.data.prepare import Prepared, cache_folder, prepare, spread, trained_tokenizer
-from switchworks.data.serving import Served, serve
+from switchworks.data.serving import Served, byte_lengths, serve
 from switchworks.data.tokenizer import Tokenizer
 
 
@@ -31,6 +32,12 @@ class HeldOut:
 
     batches: Mapping[str, list[Batch]]
     shares: Mapping[str, float]
+    tokens_per_byte: Mapping[str, float]
+    """Target tokens, sentinels and EOS among them, per UTF-8 byte of the text they hide."""
+
+    def bits_per_byte(self, name: str, nats: float) -> float:
+        """What `nats` per target token of a corpus come to: comparable between tokenizers."""
+        return nats * self.tokens_per_byte[name] / math.log(2)
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,10 @@ class Corpora:
                     batch_size=batch_size,
                     batches=each,
                 )
-        return HeldOut(found, self.rates)
+        lengths = byte_lengths(self.tokenizer)
+        return HeldOut(
+            found, self.rates, {n: _tokens_per_byte(own, lengths) for n, own in found.items()}
+        )
 
     def served(self) -> dict[str, Served]:
         """How the tokenizer serves each corpus of a mixture by languages."""
@@ -102,6 +112,11 @@ class Corpora:
         return "\n".join(
             f"{name}: {part}" if name else f"{part}" for name, part in self.parts.items()
         )
+
+
+def _tokens_per_byte(batches: Sequence[Batch], lengths: Int[np.ndarray, " V"]) -> float:
+    ids = np.concatenate([batch.targets.numpy().ravel() for batch in batches])
+    return float((ids != 0).sum() / max(1, lengths[ids].sum()))
 
 
 def prepare_corpora(
