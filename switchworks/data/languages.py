@@ -34,6 +34,7 @@ _ALIASES = {"no": "nb"}
 _MC4_OF = {"he": "iw", "nb": "no", "nn": "no"}
 _MODIFIERS = {"latin": "Latn", "cyrillic": "Cyrl", "arabic": "Arab", "devanagari": "Deva"}
 _SEVERAL_SCRIPTS = "zh"
+_HAN = {"Hans": "Simplified Han", "Hant": "Traditional Han"}
 _AT_HOME = {"pt": "PT"}
 """Where CLDR holds another country for the likeliest than catalogs do."""
 
@@ -99,7 +100,7 @@ def script_of(code: str) -> str:
 
 def script_name(script: str) -> str:
     """What English calls a script in ISO 15924."""
-    return _english().scripts.get(script, script)
+    return _HAN.get(script) or _english().scripts.get(script, script)
 
 
 @cache

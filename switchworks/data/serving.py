@@ -103,11 +103,11 @@ def byte_lengths(tokenizer: Tokenizer) -> Int[np.ndarray, " V"]:
 
 def table(served: Mapping[str, Served]) -> str:
     """What each language costs, and a warning that names those served badly."""
-    head = f"{'code':<12} {'language':<28} {'script':<12} {'texts':>7} {'characters':>11}"
+    head = f"{'code':<12} {'language':<28} {'script':<16} {'texts':>7} {'characters':>11}"
     lines = [f"{head} {'covered':>8} {'tokens/char':>12} {'exact':>7}"]
     for name, one in served.items():
         lines.append(
-            f"{name:<12} {english_name(name)[:28]:<28} {script_name(script_of(name))[:12]:<12} "
+            f"{name:<12} {english_name(name)[:28]:<28} {script_name(script_of(name))[:16]:<16} "
             f"{one.texts:>7,} {one.characters:>11,} {one.coverage:>8.2%} "
             f"{one.tokens_per_character:>12.3f} {one.exact / max(1, one.texts):>7.1%}"
         )

@@ -93,6 +93,7 @@ def draw_heat(
     middles = [(index + 0.5) * experts - 0.5 for index in range(len(layers))]
     axes.set_xticks(middles, layers, fontsize=9)
     axes.xaxis.tick_top()
+    axes.xaxis.set_label_position("top")
     axes.set_xlabel(f"switch layers, {experts} experts each")
     _script_labels(axes, rows, scripts)
     bar = figure.colorbar(image, ax=axes, location="bottom", shrink=0.6, aspect=40, pad=0.01)
@@ -112,14 +113,18 @@ def draw_similarity(
     side = _ROW * len(rows)
     figure = Figure((side + 6.0, side + _MARGIN), dpi=_DPI, layout="constrained")
     branches, axes = figure.subplots(1, 2, width_ratios=[1.6, max(4.0, side)])
+    figure.get_layout_engine().set(wspace=0, w_pad=0.02)  # type: ignore[union-attr]
     dendrogram(
         tree, orientation="left", no_labels=True, ax=branches, color_threshold=0,
         above_threshold_color="#5c6066",
     )  # fmt: skip
     branches.invert_yaxis()
     branches.set_axis_off()
-    least = float(np.quantile(similar, 0.02))
-    image = axes.imshow(similar, cmap="viridis", vmin=least, vmax=1, interpolation="nearest")
+    apart = similar[~np.eye(len(rows), dtype=bool)]
+    least, most = np.quantile(apart, [0.02, 0.995])
+    image = axes.imshow(
+        similar, cmap="viridis", vmin=least, vmax=most, aspect="auto", interpolation="nearest"
+    )
     axes.set_xticks([])
     axes.yaxis.tick_right()
     _script_labels(axes, rows, scripts)
@@ -131,8 +136,11 @@ def draw_similarity(
 def _script_labels(axes: Axes, rows: Sequence[str], scripts: Sequence[str]) -> None:
     """Names of the rows in the colours of their scripts, with a legend of the scripts."""
     by_size = sorted(set(scripts), key=lambda one: (-scripts.count(one), one))
-    colours = {one: colormaps["tab20"](index % 20) for index, one in enumerate(by_size)}
-    colours = {one: tuple(0.75 * part for part in colour[:3]) for one, colour in colours.items()}
+    palette = [*colormaps["tab10"].colors, *colormaps["Dark2"].colors, *colormaps["Set1"].colors]  # type: ignore[attr-defined]
+    colours = {
+        one: tuple(0.72 * part for part in palette[index % len(palette)])
+        for index, one in enumerate(by_size)
+    }
     axes.set_yticks(range(len(rows)), rows, fontsize=8)
     for label, script in zip(axes.get_yticklabels(), scripts, strict=True):
         label.set_color(colours[script])
