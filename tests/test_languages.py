@@ -96,7 +96,8 @@ def test_the_table_names_what_is_missing_on_either_side():
         "sr-Latn      sr       Serbian (Latin)",
         "mC4's 107 codes: 2 are here.",
     ]
-    assert lines[5].startswith("missing: af am ar") and " iw " not in lines[5]
+    assert lines[5].startswith("missing: af am ar")
+    assert " iw " not in lines[5]
     assert lines[6] == "not in mC4: hr"
 
 

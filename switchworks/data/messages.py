@@ -51,10 +51,10 @@ def fault(text: str, language: str) -> str | None:
     kinds = Counter[str]()
     for character, count in Counter(text).items():
         kinds[unicodedata.category(character)[0]] += count
-    if kinds["L"] < 2 or 2 * (kinds["L"] + kinds["M"]) < len(text) - kinds["Z"] - kinds["N"]:
-        return "no words"
     if kinds["L"] < 4 * text.count(GAP):
         return "mostly placeholders"
+    if kinds["L"] < 2 or 2 * (kinds["L"] + kinds["M"]) < len(text) - kinds["Z"] - kinds["N"]:
+        return "no words"
     if not is_written_in(text, script_of(language)):
         return "another script"
     return None
