@@ -31,7 +31,7 @@ class LanguageRouting:
         The Jensen-Shannon divergence of their shares, in bits, as a mean over the layers, and of
         that the square root, which is a metric.
         """
-        p, q = self.shares[:, None], self.shares[None, :]
+        p, q = np.broadcast_arrays(self.shares[:, None], self.shares[None, :])  # K K N E
         bits = (_bits(p, (p + q) / 2) + _bits(q, (p + q) / 2)) / 2  # K K N
         return np.sqrt(np.clip(bits.mean(axis=-1), 0.0, 1.0))
 
@@ -81,8 +81,8 @@ def _loads(model: SwitchTransformer, batch: Batch) -> Float[np.ndarray, "N E"]:
 
 
 def _bits(
-    p: Float[np.ndarray, "*K N E"], of: Float[np.ndarray, "*K N E"]
-) -> Float[np.ndarray, "*K N"]:
+    p: Float[np.ndarray, "K K N E"], of: Float[np.ndarray, "K K N E"]
+) -> Float[np.ndarray, "K K N"]:
     """The divergence of `p` from `of`, which is positive wherever `p` is."""
-    ratio = np.divide(p, of, out=np.ones(np.broadcast(p, of).shape), where=p > 0)
+    ratio = np.divide(p, of, out=np.ones(p.shape), where=p > 0)
     return (p * np.log2(ratio)).sum(axis=-1)
