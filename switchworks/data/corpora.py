@@ -150,9 +150,8 @@ def prepare_corpora(
             parts[name] = prepare(
                 settings, vocab_size=vocab_size, shard=shard, quiet=quiet, name=name
             )
-    if not config.mixture:
-        parts = _long_enough(config, parts)
-    return Corpora(config, next(iter(parts.values())).tokenizer, parts, sources)
+    kept = parts if config.mixture else _long_enough(config, parts)
+    return Corpora(config, next(iter(kept.values())).tokenizer, kept, sources)
 
 
 def _long_enough(config: DataConfig, parts: Mapping[str, Prepared]) -> Mapping[str, Prepared]:

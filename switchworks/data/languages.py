@@ -175,7 +175,9 @@ def _english() -> Locale:
 @cache
 def _known() -> frozenset[str]:
     """Codes of languages that CLDR has a name or a script for, and of mC4's."""
-    spelled = (code for code in get_global("likely_subtags") if re.fullmatch("[a-z]{2,3}", code))
+    spelled = (
+        str(code) for code in get_global("likely_subtags") if re.fullmatch("[a-z]{2,3}", str(code))
+    )
     named = (code for code in _english().languages if re.fullmatch("[a-z]{2,3}", code))
     return frozenset({*spelled, *named} - {"und", "mul", "zxx", "mis"})
 
