@@ -178,7 +178,7 @@ def _known() -> frozenset[str]:
     spelled = (
         str(code) for code in get_global("likely_subtags") if re.fullmatch("[a-z]{2,3}", str(code))
     )
-    named = (code for code in _english().languages if re.fullmatch("[a-z]{2,3}", code))
+    named = (str(code) for code in _english().languages if re.fullmatch("[a-z]{2,3}", str(code)))
     return frozenset({*spelled, *named} - {"und", "mul", "zxx", "mis"})
 
 

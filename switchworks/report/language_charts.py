@@ -27,7 +27,7 @@ def draw_quality(
     path: Path, names: Sequence[str], dense: Sequence[float], switch: Sequence[float]
 ) -> None:
     """The paper's figure 7: both models' quality on every language, ordered by the dense twin's."""
-    order = np.argsort(dense).tolist()
+    order: list[int] = np.argsort(dense).tolist()
     places = np.arange(len(order))
     low, high = np.asarray(dense)[order], np.asarray(switch)[order]
     figure = Figure((max(7.0, _ROW * len(order) + 1.6), 5.2), dpi=_DPI, layout="constrained")
