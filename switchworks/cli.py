@@ -97,8 +97,16 @@ def _prepare(words: list[str]) -> int:
 
     shard = None if more.shard is None else _parse_shard(more.shard)
     corpora = prepare_corpora(experiment.data, vocab_size=experiment.model.vocab_size, shard=shard)
-    print(corpora)
-    if (experiment.data.mixture or experiment.data.tasks) and corpora.complete:
+    by_language = experiment.data.is_mixture and not experiment.data.mixture
+    if not (by_language and corpora.complete):  # a table says it in a line each
+        print(corpora)
+    if by_language and corpora.complete:
+        from switchworks.data.languages import mc4_table
+        from switchworks.data.serving import table
+
+        print(table(corpora.served()))
+        print(mc4_table(corpora.parts))
+    if (experiment.data.is_mixture or experiment.data.tasks) and corpora.complete:
         batches = corpora.training(batch_size=experiment.batch_size, seed=experiment.seed)
         assert isinstance(batches, Mixture)
         print(corpora.summary(batches, experiment.steps))
@@ -196,6 +204,12 @@ def _report(words: list[str]) -> int:
     flags = _parse(ReportFlags, "report", words)
     from switchworks.report import write_report
 
+    if flags.languages is not None:
+        from switchworks.report.languages import write_languages
+
+        print(write_languages(flags.run_dirs, flags.languages))
+        print(f"pictures and tables  {flags.languages.resolve()}")
+        return 0
     print(write_report(flags.run_dirs, flags.output).resolve())
     return 0
 
@@ -440,6 +454,9 @@ class ReportFlags:
     """One run, or several to compare."""
     output: Path | None = None
     """Default: report.html in the first run directory."""
+    languages: Path | None = None
+    """Instead of the page: pictures and tables by language, into this folder. Takes runs of a
+    switch model and of its dense twin on the same languages, of several seeds if there are."""
 
 
 @dataclass(frozen=True)

@@ -91,13 +91,19 @@ def test_the_hub_s_library_gives_the_same_examples_as_a_local_copy(tmp_path):
     assert fetched == list(source.records("train", Places(tmp_path, tmp_path / "local")))
 
 
-def test_catalogs_are_read_from_a_folder_only(tmp_path):
+def test_catalogs_come_from_a_folder_if_there_is_one(tmp_path):
     line = json.dumps({"language": "fr", "english": "Save", "text": "Enregistrer"}) + "\n"
     write(tmp_path / "catalogs" / "train.jsonl", line)
     there, back = read(TASKS["catalog_translation"], "train", Places(tmp_path, tmp_path))
     assert there.target == back.inputs.removeprefix("translate French to English: ")
-    with pytest.raises(DataError, match=r"on no hub(?s:.*)catalogs/train.jsonl"):
-        read(TASKS["catalog_translation"], "train", Places(tmp_path))
+
+
+def test_catalogs_come_from_the_installed_packages_else(tmp_path):
+    """No held-out sentence is trained on."""
+    task = TASKS["catalog_language"]
+    train, held_out = (read(task, split, Places(tmp_path)) for split in ("train", "validation"))
+    assert len({example.target for example in train}) > 80
+    assert not {e.inputs for e in train} & {e.inputs for e in held_out}
 
 
 @pytest.mark.parametrize(

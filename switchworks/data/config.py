@@ -24,8 +24,15 @@ class DataConfig:
     """What the size of a corpus is. mT5 counted documents."""
     mixture_cap: int | None = None
     """A larger corpus counts as one of this size, as in T5's mixtures of tasks."""
-    source: Literal["python_docs", "hub"] = "python_docs"
-    """The embedded corpus, or a Hugging Face dataset named by the next four settings."""
+    languages: tuple[str, ...] = ()
+    """One corpus for each of these languages, mixed as above: codes such as de pt-BR zh-Hans, or
+    all. Of `path`, a folder with LANG/... or LANG.txt; of a dataset whose configs are mC4's codes;
+    or of `catalogs`, where none named means all."""
+    min_sentences: int = 20
+    """A language with fewer sentences is left out of all, and refused where it was named."""
+    source: Literal["python_docs", "catalogs", "hub"] = "python_docs"
+    """The embedded corpus, English or in a hundred languages, or a Hugging Face dataset named by
+    the next four settings."""
     dataset: str | None = None
     """Name on the Hub, or a local folder that `datasets.load_dataset` opens."""
     dataset_config: str | None = None
@@ -41,6 +48,9 @@ class DataConfig:
     tokenizer: str = "train"
     """"train" makes a SentencePiece model from the text, "bytes" needs none (ByT5's ids), and
     anything else is the path of a `spiece.model`, of a folder that holds one or of a run."""
+    character_coverage: float = 0.9999
+    """Share of the text's characters that a tokenizer trained here has pieces for. The others are
+    spelt in bytes."""
     cache: str | None = None
     """Folder for tokenizers and token stores. None: $SWITCHWORKS_CACHE, else
     ~/.cache/switchworks."""
@@ -88,6 +98,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         self._check_mixture()
         self._check_tasks()
+        self._check_languages()
         if self.source == "hub" and self.path is None and not self.mixture and not self.dataset:
             raise ConfigError(
                 "data.source = 'hub' needs the name of a dataset.\n"
@@ -112,6 +123,31 @@ class DataConfig:
     def corpora(self) -> dict[str, str]:
         """The path of each corpus of the mixture by its name, in the order given."""
         return dict(_named(entry) for entry in self.mixture)
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether there are several corpora: named ones, or one for each language."""
+        embedded = self.path is None and self.source == "catalogs"
+        return bool(self.mixture or self.languages or embedded)
+
+    def _check_languages(self) -> None:
+        if not 0.9 <= self.character_coverage <= 1:
+            raise ConfigError(
+                f"data.character_coverage = {self.character_coverage} is not a share between 0.9 "
+                "and 1.\n  SentencePiece advises 0.9995 where characters are many."
+            )
+        if not self.languages:
+            return
+        if self.mixture:
+            raise ConfigError(
+                "data.mixture and data.languages both say which corpora there are.\n"
+                "  Keep one of them; --data.languages, with nothing after it, names none."
+            )
+        if self.path is None and self.source == "python_docs":
+            raise ConfigError(
+                f"data.languages = {' '.join(self.languages)}, but python_docs is English.\n"
+                "  Set --data.source catalogs, or --data.path to a folder with LANG/ or LANG.txt."
+            )
 
     def _check_mixture(self) -> None:
         check_rates(self.mixture_exponent, self.mixture_cap)

@@ -5,19 +5,24 @@ are those of a plain `Pipeline`.
 """
 
 import heapq
+import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
 
 from switchworks.batch import Batch
+from switchworks.config import DataError
+from switchworks.data.by_language import languages_of
 from switchworks.data.config import DataConfig
 from switchworks.data.documents import Documents, open_documents
 from switchworks.data.mixture import Mixture, naming, rates
 from switchworks.data.pipeline import Pipeline, validation_batches
 from switchworks.data.prepare import Prepared, cache_folder, prepare, spread, trained_tokenizer
+from switchworks.data.serving import Served, byte_lengths, serve, tokens_per_byte
 from switchworks.data.tokenizer import Tokenizer
 
 
@@ -27,6 +32,12 @@ class HeldOut:
 
     batches: Mapping[str, list[Batch]]
     shares: Mapping[str, float]
+    tokens_per_byte: Mapping[str, float]
+    """Target tokens, sentinels and EOS among them, per UTF-8 byte of the text they hide."""
+
+    def bits_per_byte(self, name: str, nats: float) -> float:
+        """What `nats` per target token of a corpus come to: comparable between tokenizers."""
+        return nats * self.tokens_per_byte[name] / math.log(2)
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,8 @@ class Corpora:
     config: DataConfig
     tokenizer: Tokenizer
     parts: Mapping[str, Prepared]
+    sources: Mapping[str, Documents] = field(default_factory=dict)
+    """Where the text of a mixture's corpora comes from."""
 
     @property
     def complete(self) -> bool:
@@ -61,7 +74,7 @@ class Corpora:
         """The batches to train on. Raises what `Pipeline` and `Mixture` raise."""
         stores = {name: part.train for name, part in self.parts.items()}
         where = {"batch_size": batch_size, "seed": seed, "rank": rank, "world": world}
-        if not self.config.mixture:
+        if not self.config.is_mixture:
             return Pipeline(self.config, stores[""], self.tokenizer, **where)
         weights = np.array(list(self.rates.values()))
         return Mixture(self.config, stores, self.tokenizer, weights, **where)
@@ -83,7 +96,16 @@ class Corpora:
                     batch_size=batch_size,
                     batches=each,
                 )
-        return HeldOut(found, self.rates)
+        lengths = byte_lengths(self.tokenizer)
+        return HeldOut(
+            found, self.rates, {n: tokens_per_byte(own, lengths) for n, own in found.items()}
+        )
+
+    def served(self) -> dict[str, Served]:
+        """How the tokenizer serves each corpus of a mixture by languages."""
+        return {
+            name: serve(name, self.sources[name].documents(), self.tokenizer) for name in self.parts
+        }
 
     def summary(self, batches: Mixture, steps: int) -> str:
         """A table of the mixture: sizes, share of the rows, epochs in a run of `steps` steps."""
@@ -120,10 +142,11 @@ def prepare_corpora(
         from switchworks.data.task_corpora import prepare_tasks  # which is made of this module
 
         return prepare_tasks(config, vocab_size=vocab_size, quiet=quiet)
-    if not config.mixture:
+    if not config.is_mixture:
         alone = prepare(config, vocab_size=vocab_size, shard=shard, quiet=quiet)
         return Corpora(config, alone.tokenizer, {"": alone})
     own = {name: replace(config, mixture=(), path=path) for name, path in config.corpora.items()}
+    own = own or languages_of(config, cache_folder(config))
     sources: dict[str, Documents] = {}
     for name, settings in own.items():  # all are looked at before any work is done on one
         with naming(name):
@@ -138,7 +161,35 @@ def prepare_corpora(
             parts[name] = prepare(
                 settings, vocab_size=vocab_size, shard=shard, quiet=quiet, name=name
             )
-    return Corpora(config, next(iter(parts.values())).tokenizer, parts)
+    kept = parts if config.mixture else _long_enough(config, parts)
+    return Corpora(config, next(iter(kept.values())).tokenizer, kept, sources)
+
+
+def _long_enough(config: DataConfig, parts: Mapping[str, Prepared]) -> Mapping[str, Prepared]:
+    """The languages whose text fills a row on both sides; the others are named in the log.
+
+    All of them while shards are missing. Raises DataError if none is left.
+    """
+    if any(part.missing for part in parts.values()):
+        return parts
+    kept: dict[str, Prepared] = {}
+    for name, part in parts.items():
+        for store in (part.train, part.validation):
+            try:
+                Pipeline(config, store, part.tokenizer, batch_size=1, seed=0)
+            except DataError as error:
+                said = str(error).partition("\n")[0]
+                log = logging.getLogger(__name__)
+                log.warning("%s is left out, %s text: %s", name, store.split, said)
+                break
+        else:
+            kept[name] = part
+    if not kept:
+        raise DataError(
+            "No language has enough text for one row to train on and one held out.\n"
+            "  Use a shorter --data.input-length, or more text."
+        )
+    return kept
 
 
 def _trained(
@@ -152,7 +203,12 @@ def _trained(
     shares = rates([source.num_characters or 1 for source in sources], config.mixture_exponent)
     named = [source.fingerprint() for source in sources], config.mixture_exponent
     return trained_tokenizer(
-        cache_folder(config), repr(named), draw(sources, shares), vocab_size, quiet
+        cache_folder(config),
+        repr(named),
+        draw(sources, shares),
+        vocab_size,
+        quiet,
+        coverage=config.character_coverage,
     )
 
 

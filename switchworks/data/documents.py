@@ -9,12 +9,13 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from switchworks.config import DataError
+from switchworks.data.catalogs import catalogs, split_sentences
 from switchworks.data.config import DataConfig
 from switchworks.data.python_docs import fingerprint as python_docs_fingerprint
 from switchworks.data.python_docs import python_docs
@@ -127,6 +128,40 @@ class PythonDocs(Documents):
 
 
 @dataclass(frozen=True)
+class CatalogText(Documents):
+    """The sentences of one language in the embedded corpus at `corpus`, each a document."""
+
+    corpus: Path
+    language: str
+    validation_share: float
+    side: Literal["train", "held_out"] = "train"
+
+    @property
+    def num_characters(self) -> int:
+        return sum(map(len, self._texts()))
+
+    def documents(
+        self, shard: int = 0, num_shards: int = 1, *, report: Report | None = None
+    ) -> Iterator[str]:
+        for text in islice(self._texts(), shard, None, num_shards):
+            if report is not None:
+                report.documents += 1
+                report.characters += len(text)
+            yield text
+
+    def fingerprint(self) -> str:
+        return _hash(self.corpus.name, self.language, self.validation_share, self.side)
+
+    def held_out(self) -> Documents | None:
+        return replace(self, side="held_out") if self.side == "train" else None
+
+    def _texts(self) -> dict[str, None]:
+        """Without repetition: two English messages may say the same in another language."""
+        split = split_sentences(self.corpus, self.validation_share)[self.language]
+        return dict.fromkeys(sentence.text for sentence in getattr(split, self.side))
+
+
+@dataclass(frozen=True)
 class HubDataset(Documents):
     """A dataset that `datasets.load_dataset` opens: by its name on the Hub, or a local folder."""
 
@@ -208,6 +243,9 @@ def open_documents(config: DataConfig, cache: Path) -> Documents:
             config.column,
             config.streaming,
         )
+    if config.source == "catalogs":
+        (language,) = config.languages  # one of those that `languages_of` tells apart
+        return CatalogText(catalogs(cache), language, config.validation_share)
     return PythonDocs(cache, config.workers)
 
 

@@ -105,7 +105,14 @@ def prepare(
     tokenizer = load_tokenizer(
         config.tokenizer
         if config.tokenizer != "train"
-        else trained_tokenizer(cache, source.fingerprint(), spread(source), vocab_size, quiet)
+        else trained_tokenizer(
+            cache,
+            source.fingerprint(),
+            spread(source),
+            vocab_size,
+            quiet,
+            coverage=config.character_coverage,
+        )
     )
     folder = cache / f"store-{_store_key(config, source, tokenizer)}"
     report = Report()
@@ -127,19 +134,25 @@ def cache_folder(config: DataConfig) -> Path:
 
 
 def trained_tokenizer(
-    cache: Path, fingerprint: str, documents: Iterable[str], vocab_size: int, quiet: bool
+    cache: Path,
+    fingerprint: str,
+    documents: Iterable[str],
+    vocab_size: int,
+    quiet: bool,
+    *,
+    coverage: float,
 ) -> Path:
     """The folder of a tokenizer of `vocab_size` ids, trained if the cache has none.
 
     `fingerprint` names the text that `documents`, read only for training, gives.
     """
-    folder = cache / f"tokenizer-{_key(fingerprint, vocab_size)}"
+    folder = cache / f"tokenizer-{_key(fingerprint, vocab_size, coverage)}"
     if not folder.is_dir():
         with _lock(folder):
             if not folder.is_dir():
                 if not quiet:
                     print(f"training a tokenizer of {vocab_size} ids", flush=True)
-                made = train_sentencepiece(documents, vocab_size)
+                made = train_sentencepiece(documents, vocab_size, coverage=coverage)
                 aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
                 made.save(aside)
                 aside.replace(folder)

@@ -26,8 +26,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from packaging.requirements import Requirement
-
+from switchworks.data.installed import Packages, installed, versions
 from switchworks.data.prose import paragraphs
 
 ROOTS = (
@@ -57,8 +56,7 @@ _LEFT_OUT_PARAGRAPH = re.compile(
 
 def fingerprint() -> str:
     """Hexadecimal; names the text that `python_docs` gives with what is installed now."""
-    versions = sorted((name, package.version) for name, package in _packages().items())
-    text = json.dumps([RULES, DOCUMENT_CHARACTERS, sys.version_info[:3], versions])
+    text = json.dumps([RULES, DOCUMENT_CHARACTERS, sys.version_info[:3], versions(_packages())])
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
@@ -81,9 +79,7 @@ def python_docs(cache: Path, *, workers: int = 0) -> Path:
     return path
 
 
-def extract(
-    packages: dict[str, importlib.metadata.Distribution], *, workers: int = 0
-) -> Iterator[str]:
+def extract(packages: Packages, *, workers: int = 0) -> Iterator[str]:
     """Documents from the standard library, then from `packages` in order of their names."""
     groups = [_help_topics(), _standard_library()]
     groups += [_package_files(packages[name]) for name in sorted(packages)]
@@ -99,29 +95,9 @@ def extract(
             yield from _documents(_unseen(found, seen))
 
 
-def _packages() -> dict[str, importlib.metadata.Distribution]:
+def _packages() -> Packages:
     """The installed distributions among ROOTS and what they require, by normalised name."""
-    installed = {
-        _normal(name): distribution
-        for distribution in importlib.metadata.distributions()
-        if (name := distribution.metadata["Name"])
-    }
-    found: dict[str, importlib.metadata.Distribution] = {}
-    wanted = [_normal(root) for root in ROOTS]
-    while wanted:
-        name = wanted.pop()
-        if name in found or name not in installed:
-            continue
-        found[name] = installed[name]
-        for requirement in installed[name].requires or []:
-            needed = Requirement(requirement)
-            if needed.marker is None or needed.marker.evaluate({"extra": ""}):
-                wanted.append(_normal(needed.name))
-    return found
-
-
-def _normal(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
+    return installed(ROOTS)
 
 
 def source_files() -> list[str]:

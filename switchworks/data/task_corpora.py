@@ -10,6 +10,7 @@ from switchworks.data.config import DataConfig
 from switchworks.data.corpora import Corpora, HeldOut
 from switchworks.data.pipeline import VALIDATION_SEED
 from switchworks.data.prepare import cache_folder, trained_tokenizer
+from switchworks.data.serving import byte_lengths, tokens_per_byte
 from switchworks.data.task_rows import TaskMixture
 from switchworks.data.task_store import Counts, TaskStore, examples_of, open_task
 from switchworks.data.tasks import Places, Task, find_tasks
@@ -91,9 +92,12 @@ class TaskCorpora(Corpora):
             )
         total = sum(shares[name] for name in found)
         each = -(-batches // len(found))
+        rows = {n: self._batches(n, store, batch_size, each) for n, store in found.items()}
+        lengths = byte_lengths(self.tokenizer)
         return HeldOut(
-            {name: self._batches(name, store, batch_size, each) for name, store in found.items()},
+            rows,
             {name: shares[name] / total for name in found},
+            {name: tokens_per_byte(own, lengths) for name, own in rows.items()},
         )
 
     def _batches(self, name: str, store: TaskStore, batch_size: int, most: int) -> list:
@@ -178,4 +182,13 @@ def _tokenizer(
             for example in examples_of(task, "train", places, Counts()):
                 yield f"{example.inputs}\n{example.target}"
 
-    return load_tokenizer(trained_tokenizer(places.cache, repr(named), texts(), vocab_size, quiet))
+    return load_tokenizer(
+        trained_tokenizer(
+            places.cache,
+            repr(named),
+            texts(),
+            vocab_size,
+            quiet,
+            coverage=config.character_coverage,
+        )
+    )

@@ -281,13 +281,18 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
 
 def train_sentencepiece(
-    documents: Iterable[str], vocab_size: int, *, sample_bytes: int = 12_000_000
+    documents: Iterable[str],
+    vocab_size: int,
+    *,
+    sample_bytes: int = 12_000_000,
+    coverage: float = 0.9999,
 ) -> SentencePieceTokenizer:
     """A unigram model of `vocab_size` ids, sentinels included, trained on `documents`.
 
     T5's layout. Unlike T5's own model it keeps every character: unknown ones are spelt in bytes
     and white space is not changed, so that decoding gives back the text. It learns from the
     first `sample_bytes` of the text, and is the same for the same text on any number of cores.
+    `coverage` is the share of the text's characters that get pieces, the most frequent ones.
     A text too small for so many pieces gives fewer. Raises DataError if there is no text.
     """
     pieces = vocab_size - Tokenizer.num_sentinels
@@ -301,16 +306,17 @@ def train_sentencepiece(
         raise DataError("There is no text to train a tokenizer on: every document is empty.")
     model = io.BytesIO()
     try:
-        _train(lines, model, pieces)
+        _train(lines, model, pieces, coverage)
     except RuntimeError as error:
         raise DataError(
             f"SentencePiece cannot train {pieces} pieces on {len(lines)} lines of text: {error}\n"
-            "  Give more text, or use --data.tokenizer bytes."
+            "  Give more text, a larger vocabulary or, where characters are many, a lower "
+            "--data.character-coverage; or use --data.tokenizer bytes."
         ) from error
     return SentencePieceTokenizer(model.getvalue())
 
 
-def _train(lines: list[str], model: io.BytesIO, pieces: int) -> None:
+def _train(lines: list[str], model: io.BytesIO, pieces: int, coverage: float) -> None:
     sentencepiece.set_random_generator_seed(0)
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
@@ -326,7 +332,7 @@ def _train(lines: list[str], model: io.BytesIO, pieces: int) -> None:
         byte_fallback=True,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
-        character_coverage=0.9999,
+        character_coverage=coverage,
         max_sentence_length=8192,
         # Sums are taken per thread: a fixed number gives the same model on every machine.
         num_threads=16,

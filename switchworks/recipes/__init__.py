@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 
 from switchworks.config import ConfigError
-from switchworks.recipes import c4, finetune, mt5, quickstart, tiny
+from switchworks.recipes import c4, finetune, mt5, multilingual, quickstart, tiny
 from switchworks.recipes.sizes import MT5, SIZES
 from switchworks.training.experiment import Experiment
 
@@ -29,6 +29,8 @@ GROUPS: dict[str, tuple[Recipe, ...]] = {
         finetune.finetune,
         quickstart.speedup,
         quickstart.speedup_dense,
+        multilingual.multilingual,
+        multilingual.multilingual_dense,
     ),
     "The paper's models on C4": (
         c4.c4_t5_base,

@@ -139,16 +139,16 @@ class Reached:
     seconds: float | None
 
 
-def when_reached(run: Run, loss: float) -> Reached | None:
-    """When `run`'s validation loss first was `loss` or less; None if it never was.
+def when_reached(run: Run, loss: float, key: str = "val/loss") -> Reached | None:
+    """When `run`'s validation loss, `key`, first was `loss` or less; None if it never was.
 
     Between the two validations on either side of `loss`, time runs in a straight line.
     """
-    steps, losses = run.series("val/loss")
-    step = _crossing(steps, losses, loss)
+    steps, losses = run.series(key)
+    step = crossing(steps, losses, loss)
     if step is None:
         return None
-    return Reached(step=step, seconds=_crossing(*run.series("val/loss", "seconds"), loss))
+    return Reached(step=step, seconds=crossing(*run.series(key, "seconds"), loss))
 
 
 def baseline(runs: Sequence[Run]) -> Run:
@@ -163,7 +163,8 @@ def _table(lines: Sequence[tuple[int, list[float]]]) -> tuple[np.ndarray, np.nda
     return np.array([step for step, _ in lines], dtype=float), np.nan_to_num(shares) * experts
 
 
-def _crossing(x: np.ndarray, losses: np.ndarray, target: float) -> float | None:
+def crossing(x: np.ndarray, losses: np.ndarray, target: float) -> float | None:
+    """Where `losses` first is `target` or less, along straight lines; None if it never is."""
     below = np.flatnonzero(losses <= target)
     if not len(below):
         return None

@@ -151,10 +151,21 @@ class Validate:
             state,
             {"val/loss": loss}
             | {f"val/loss/{name}": of_it for name, of_it in by_corpus.items()}
+            | {bits_key(name): of_it for name, of_it in self._bits(loss, by_corpus).items()}
             | {f"epoch/{name}": times for name, times in epochs.items()},
         )
         line = f"step {state.step}  held-out loss {loss:.3f}  perplexity {math.exp(loss):.1f}"
-        print(line + in_few_words(by_corpus), flush=True)
+        print(line + in_few_words(by_corpus) + read_in_few_words(epochs), flush=True)
+
+    def _bits(self, loss: float, by_corpus: Mapping[str, float]) -> dict[str, float]:
+        """Bits per byte of each corpus."""
+        losses = by_corpus or {"": loss}
+        return {name: self.held_out.bits_per_byte(name, nats) for name, nats in losses.items()}
+
+
+def bits_key(name: str) -> str:
+    """What the metrics call a corpus's bits per byte; of one alone, whose name is empty, too."""
+    return f"val/bits_per_byte/{name}".rstrip("/")
 
 
 def in_few_words(losses: Mapping[str, float], most: int = 6) -> str:
@@ -168,6 +179,14 @@ def in_few_words(losses: Mapping[str, float], most: int = 6) -> str:
     return (
         f"  lowest {best} {losses[best]:.3f}  highest {worst} {losses[worst]:.3f} of {len(ranked)}"
     )
+
+
+def read_in_few_words(epochs: Mapping[str, float]) -> str:
+    """How often corpora have been read, for the end of a line: the extremes."""
+    if not epochs:
+        return ""
+    least, most = (choose(epochs, key=epochs.__getitem__) for choose in (min, max))
+    return f"  read {epochs[least]:.2g} ({least}) to {epochs[most]:.2g} times ({most})"
 
 
 class Samples:

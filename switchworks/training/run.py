@@ -323,7 +323,7 @@ def _write_about(run_dir: Path, experiment: Experiment, corpora: Corpora) -> Non
         "train_tokens": corpora.train_tokens,
         "text": ", ".join(data.tasks or data.corpora) or data.path or data.dataset or data.source,
     }
-    if data.mixture or data.tasks:
+    if data.is_mixture or data.tasks:
         about["corpora"] = {
             name: {"train_tokens": corpora.parts[name].train.num_tokens, "rate": rate}
             for name, rate in corpora.rates.items()

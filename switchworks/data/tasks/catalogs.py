@@ -1,19 +1,44 @@
 """Interface sentences in many languages: translate them, or name their language.
 
-Both read files catalogs/train.jsonl and catalogs/validation.jsonl (or .csv, .parquet) in the
-folder of local tasks: records with a `language` (a code such as de or pt_BR), the `english`
-sentence, and the `text` in that language.
+The sentences are those of the embedded corpus `catalogs`, whose held-out sentences, and their
+English, are in no training sentence. A folder `catalogs` among the local tasks takes their place:
+files train and validation (.jsonl, .csv, .parquet) with records of a `language` (a code such as de
+or pt-BR), the `english` sentence, and the `text` in that language.
 """
 
-from switchworks.data.tasks.sources import Hub, Record
+from collections.abc import Iterator
+
+from switchworks.data import catalogs
+from switchworks.data.tasks.sources import Hub, Made, Places, Record
 from switchworks.data.tasks.task import Example, Task
 from switchworks.data.tasks.translation import language_name
 
-SOURCE = Hub(
-    dataset=None,
-    folder="catalogs",
-    names={"train": "train", "validation": "validation"},
-)
+FOLDER = Hub(dataset=None, folder="catalogs", names={"train": "train", "validation": "validation"})
+
+
+def sentences(split: str, places: Places) -> Iterator[Record]:
+    """The records of a split: `language`, `english` and `text`."""
+    if _has_folder(places):
+        yield from FOLDER.records(split, places)
+        return
+    found = catalogs.split_sentences(catalogs.catalogs(places.cache), places.validation_share)
+    for sides in found.values():
+        for one in sides.train if split == "train" else sides.held_out:
+            yield {"language": one.language, "english": one.english, "text": one.text}
+
+
+def known_by(places: Places) -> str:
+    """The user's files, or the embedded corpus and how much of it is held out."""
+    if _has_folder(places):
+        return " ".join(FOLDER.fingerprint(split, places) for split in FOLDER.splits)
+    return f"{catalogs.fingerprint()} {places.validation_share}"
+
+
+def _has_folder(places: Places) -> bool:
+    return places.folder is not None and (places.folder / "catalogs").is_dir()
+
+
+SOURCE = Made(sentences, known_by)
 
 
 def both_ways(record: Record) -> list[Example]:

@@ -1,0 +1,224 @@
+"""A switch model and its dense twin language by language: figures 7 and 8, and who is routed where.
+
+One pair of runs, or several with other seeds, whose losses are then averaged step by step.
+`write_languages` puts pictures and tables into a folder; the numbers come from the runs' metrics,
+the routing from the first switch model itself.
+"""
+
+import csv
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass, fields
+from functools import reduce
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+from jaxtyping import Float
+
+from switchworks.config import DataError
+from switchworks.data.languages import english_name, script_name, script_of
+from switchworks.evaluate.held_out import open_run
+from switchworks.evaluate.language_routing import LanguageRouting, routing_by_language
+from switchworks.report.language_charts import (
+    draw_heat,
+    draw_quality,
+    draw_similarity,
+    draw_speedups,
+)
+from switchworks.report.runs import Run, crossing, read_run
+
+LOSS, BITS = "val/loss/", "val/bits_per_byte/"
+THRESHOLDS = (1.0, 2.0, 4.0)
+"""Of the step speed-up; the paper has 91 % of its languages at 4 or more."""
+
+Curve = tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]
+"""Steps, and a loss at each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfLanguage:
+    """How the switch model and its dense twin did on one language; of a quality more is better."""
+
+    code: str
+    language: str
+    script: str
+    rate: float
+    """Share of the rows to train on."""
+    epochs: float
+    """How often its text was read."""
+    dense_quality: float
+    """Negative log perplexity: minus the last validation loss, in nats per target token."""
+    switch_quality: float
+    improvement: float
+    dense_bits_per_byte: float
+    switch_bits_per_byte: float
+    dense_steps: float
+    """Steps in which the dense twin first came to its final quality."""
+    switch_steps: float
+    """Steps in which the switch model came to that quality; not a number if it never did."""
+    step_speedup: float
+    """The first over the second; not a number if it never did."""
+
+
+def compare(runs: Sequence[Run]) -> list[OfLanguage]:
+    """Every language that all of `runs`, switch models and dense twins, were validated on.
+
+    Raises DataError if a side is missing or there is no such language.
+    """
+    sparse = [run for run in runs if run.sparse]
+    dense = [run for run in runs if not run.sparse]
+    if not sparse or not dense:
+        raise DataError(
+            f"Of {len(runs)} runs {len(sparse)} have switch layers; figures by language need runs "
+            "with and without.\n  Name a switch model's run and its dense twin's."
+        )
+    found = [_of(code, sparse, dense) for code in _languages(runs)]
+    if not found:
+        raise DataError(
+            "The runs were not validated on any language in common.\n"
+            "  Train both on the same mixture, with validate_every above 0."
+        )
+    return found
+
+
+def summary(found: Sequence[OfLanguage]) -> str:
+    """Shares and means in a few lines."""
+    speedups = [one.step_speedup for one in found if math.isfinite(one.step_speedup)]
+    better = sum(one.improvement > 0 for one in found)
+    lines = [
+        f"{len(found)} languages",
+        f"improved          {better} ({better / len(found):.0%}), by "
+        f"{fmean(one.improvement for one in found):.4f} nats per target token on average",
+    ]
+    if speedups:
+        lines.append(
+            f"step speed-up     mean {fmean(speedups):.2f}, median {np.median(speedups):.2f}, over "
+            f"the {len(speedups)} that came to the dense twin's final quality"
+        )
+    lines += [
+        f"at or above {bound:.0f}x   {share_at(found, bound):.0%} of all" for bound in THRESHOLDS
+    ]
+    return "\n".join(lines)
+
+
+def share_at(found: Sequence[OfLanguage], bound: float) -> float:
+    """The share of the languages with a step speed-up of `bound` or more."""
+    return sum(one.step_speedup >= bound for one in found) / len(found)
+
+
+def write_languages(run_dirs: Sequence[Path], out: Path) -> str:
+    """Pictures and tables about the runs in `run_dirs` are in the folder `out`; the summary.
+
+    Raises DataError as `compare` does, CheckpointError if the first switch model cannot be opened.
+    """
+    runs = [read_run(Path(path)) for path in run_dirs]
+    found = compare(runs)
+    out.mkdir(parents=True, exist_ok=True)
+    write_table(out / "languages.csv", found)
+    names = [one.code for one in found]
+    dense, switch = (
+        [getattr(one, f"{side}_quality") for one in found] for side in ("dense", "switch")
+    )
+    draw_quality(out / "quality.png", names, dense, switch)
+    draw_speedups(out / "speedups.png", [one.step_speedup for one in found])
+    model, corpora = open_run(next(run for run in runs if run.sparse).path)
+    held_out = corpora.held_out(batch_size=16, batches=1)
+    write_routing(out, routing_by_language(model, held_out.batches))
+    return summary(found)
+
+
+def write_table(path: Path, found: Iterable[OfLanguage]) -> None:
+    """`path` is a CSV with a language a line."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([field.name for field in fields(OfLanguage)])
+        for one in found:
+            writer.writerow([f"{v:.6g}" if isinstance(v, float) else v for v in astuple(one)])
+
+
+def write_routing(out: Path, routing: LanguageRouting) -> None:
+    """Experts by language and by script as heat maps, languages alike as a map, and one table."""
+    with (out / "routing.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["code", "script", "layer", "expert", "share"])
+        for code, of_layers in zip(routing.languages, routing.shares, strict=True):
+            for layer, shares in zip(routing.layers, of_layers, strict=True):
+                for expert, share in enumerate(shares):
+                    writer.writerow([code, script_of(code), layer, expert, f"{share:.6f}"])
+    order = routing.order()
+    rows = [_label(routing.languages[index]) for index in order]
+    scripts = [script_of(routing.languages[index]) for index in order]
+    draw_heat(out / "routing.png", rows, scripts, routing.layers, routing.shares[order])
+    own = sorted(set(scripts))
+    means = [
+        np.mean(
+            [
+                s
+                for c, s in zip(routing.languages, routing.shares, strict=True)
+                if script_of(c) == one
+            ],
+            axis=0,
+        )
+        for one in own
+    ]
+    draw_heat(
+        out / "scripts.png", [script_name(s) for s in own], own, routing.layers, np.stack(means)
+    )
+    if len(rows) > 1:
+        similar = 1 - routing.distances()[np.ix_(order, order)]
+        draw_similarity(out / "similarity.png", rows, scripts, similar, routing.tree())
+
+
+def _label(code: str) -> str:
+    return f"{english_name(code)}  {code}"
+
+
+def _languages(runs: Sequence[Run]) -> list[str]:
+    """In the order of the first run's metrics."""
+    noted = [
+        dict.fromkeys(k.removeprefix(LOSS) for row in run.rows for k in row if k.startswith(LOSS))
+        for run in runs
+    ]
+    return [name for name in noted[0] if all(name in others for others in noted)]
+
+
+def _of(code: str, sparse: Sequence[Run], dense: Sequence[Run]) -> OfLanguage:
+    ours, theirs = (
+        _mean_curve([run.series(LOSS + code) for run in side]) for side in (sparse, dense)
+    )
+    target = float(theirs[1][-1])
+    steps = [crossing(*curve, target) for curve in (theirs, ours)]
+    dense_steps, switch_steps = (math.nan if step is None else step for step in steps)
+    bits = [_mean_last([run.last(BITS + code) for run in side]) for side in (dense, sparse)]
+    about = sparse[0].about.get("corpora")
+    return OfLanguage(
+        code=code,
+        language=english_name(code),
+        script=script_of(code),
+        rate=float(about.get(code, {}).get("rate", math.nan))
+        if isinstance(about, dict)
+        else math.nan,
+        epochs=_mean_last([run.last(f"epoch/{code}") for run in sparse]),
+        dense_quality=-target,
+        switch_quality=-float(ours[1][-1]),
+        improvement=target - float(ours[1][-1]),
+        dense_bits_per_byte=bits[0],
+        switch_bits_per_byte=bits[1],
+        dense_steps=dense_steps,
+        switch_steps=switch_steps,
+        step_speedup=dense_steps / switch_steps,
+    )
+
+
+def _mean_curve(curves: Sequence[Curve]) -> Curve:
+    """The mean of the losses at the steps that all curves have."""
+    steps = reduce(np.intersect1d, [steps for steps, _ in curves])
+    if not len(steps):
+        raise DataError("The runs have no validation at the same step. Use one validate_every.")
+    return steps, np.mean([y[np.isin(x, steps)] for x, y in curves], axis=0)
+
+
+def _mean_last(values: Sequence[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else math.nan
