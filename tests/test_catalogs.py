@@ -298,15 +298,14 @@ def test_plain_sentences_of_the_corpus_are_what_django_says(real):
     from django.conf import locale
 
     folder = Path(locale.__file__).parent
-    said = gettext.GNUTranslations((folder / "fr/LC_MESSAGES/django.mo").open("rb"))
-    known = {
-        one.english: one.text
-        for one in split_sentences(real, 0.1)["fr"].train
-        if said.gettext(one.english) != one.english
-    }
-    same = [said.gettext(english) == text for english, text in known.items()]
-    assert len(same) > 200
-    assert sum(same) > 0.97 * len(same)
+    with (folder / "fr/LC_MESSAGES/django.mo").open("rb") as file:
+        said = gettext.GNUTranslations(file)
+    ours: dict[str, set[str]] = {}  # Sphinx may say the same otherwise
+    for one in split_sentences(real, 0.1)["fr"].train:
+        if said.gettext(one.english) != one.english:
+            ours.setdefault(one.english, set()).add(one.text)
+    assert len(ours) > 150
+    assert all(said.gettext(english) in texts for english, texts in ours.items())
 
 
 def test_the_corpus_is_read_once_and_then_from_the_cache(real, monkeypatch):
