@@ -12,6 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from switchworks.model.layers import widen
+
 _BLOCK = 2**18
 """Logits widened at once."""
 
@@ -81,7 +83,7 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Float[Tensor, "N V"], targets: Int[Tensor, "N"]
     ) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:
-        normaliser = torch.cat([_widen(block).logsumexp(dim=-1) for block in _blocks(logits)])
+        normaliser = torch.cat([widen(block).logsumexp(dim=-1) for block in _blocks(logits)])
         picked = logits.gather(-1, targets[:, None]).squeeze(-1).to(normaliser.dtype)
         ctx.save_for_backward(logits, targets, normaliser)
         return normaliser - picked, normaliser
@@ -97,7 +99,7 @@ class _CrossEntropy(torch.autograd.Function):
         parts = zip(*(_blocks(column, of=logits) for column in columns), strict=True)
         grads = []
         for block, target, log_z, share, minus in parts:
-            probs = _widen(block).sub(log_z).exp_()
+            probs = widen(block).sub(log_z).exp_()
             grads.append(probs.mul_(share).scatter_add_(-1, target, minus).to(logits.dtype))
         return torch.cat(grads), None
 
@@ -135,8 +137,8 @@ class _SoftCrossEntropy(torch.autograd.Function):
         ctx.temperature = temperature
         nats = []
         for ours, theirs in zip(_blocks(student), _blocks(teacher, of=student), strict=True):
-            log_probs = _widen(ours).div(temperature).log_softmax(dim=-1)
-            probs = _widen(theirs).div(temperature).softmax(dim=-1)
+            log_probs = widen(ours).div(temperature).log_softmax(dim=-1)
+            probs = widen(theirs).div(temperature).softmax(dim=-1)
             nats.append(-log_probs.mul_(probs).sum(dim=-1))
         return torch.cat(nats)
 
@@ -147,8 +149,8 @@ class _SoftCrossEntropy(torch.autograd.Function):
         columns = (student, teacher, of_nats[:, None] / ctx.temperature)
         grads = []
         for ours, theirs, share in zip(*(_blocks(c, of=student) for c in columns), strict=True):
-            probs = _widen(ours).div(ctx.temperature).softmax(dim=-1)
-            probs.sub_(_widen(theirs).div(ctx.temperature).softmax(dim=-1)).mul_(share)
+            probs = widen(ours).div(ctx.temperature).softmax(dim=-1)
+            probs.sub_(widen(theirs).div(ctx.temperature).softmax(dim=-1)).mul_(share)
             grads.append(probs.to(student.dtype))
         return torch.cat(grads), None, None
 
@@ -158,10 +160,6 @@ def _blocks(rows: Tensor, of: Tensor | None = None) -> tuple[Tensor, ...]:
     logits = rows if of is None else of
     length = max(-(-len(logits) // 64), _BLOCK // logits.shape[-1], 1)
     return rows.split(length)
-
-
-def _widen(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def expert_load(
