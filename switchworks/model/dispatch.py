@@ -8,7 +8,7 @@ Letters: G groups, S tokens per group, A assignments per group, E experts, C slo
 group, D width, O width of the answers (D but in switch attention), N assignments kept.
 """
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from switchworks.model.experts import Inbox, Pool
 from switchworks.model.routing import Routes
 
 
+@runtime_checkable
 class Dispatcher(Protocol):
     """Sends tokens to experts and brings the answers back."""
 

@@ -80,6 +80,10 @@ class Updater:
             return float(global_norm(grads))
         return float(clip_by_global_norm(grads, self.config.clip_norm))
 
+    def gradients(self) -> dict[str, Tensor]:
+        """Name -> gradient gathered so far. The tensors are those in use."""
+        return self.masters.gradients()
+
     def zero(self) -> None:
         """Forget the gradients."""
         self.masters.zero()

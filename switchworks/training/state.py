@@ -9,6 +9,9 @@ from torch import nn
 from switchworks.model import SwitchTransformer
 from switchworks.model.routing import Router
 from switchworks.optim.build import Updater, build_optimizer, dimension_letters
+from switchworks.parallel import ALONE, Ranks, parallelize
+from switchworks.parallel.apply import like
+from switchworks.parallel.gradients import GradientSum
 from switchworks.training.experiment import Experiment
 
 
@@ -20,6 +23,10 @@ class TrainState:
     experiment: Experiment
     model: SwitchTransformer
     updater: Updater
+    gradients: GradientSum
+    """Makes the gradients of this rank's rows those of the whole batch."""
+    ranks: Ranks = ALONE
+    """Those that train together."""
     step: int = 0
     """Steps done."""
     tokens: int = 0
@@ -49,11 +56,12 @@ def build_state(
     experiment: Experiment,
     model: SwitchTransformer | None = None,
     teacher: SwitchTransformer | None = None,
+    ranks: Ranks = ALONE,
 ) -> TrainState:
     """Step 0 of `experiment`, with the float32 weights of `model` or else those of its seed.
 
     The model is taken over: with bfloat16 its weights are cast and the float32 ones become the
-    optimizer's masters. The `teacher` is taken over too: cast as the model is, in evaluation mode
+    optimizer's masters. On a mesh each of the `ranks` keeps its part of all of them. The `teacher` is taken over too: cast as the model is, in evaluation mode
     and without gradients, so that it drops no token and draws no noise.
     """
     assert (teacher is None) == (experiment.distil is None)
@@ -62,19 +70,21 @@ def build_state(
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     dtype = getattr(torch, experiment.precision)
     cast_for_compute(model, dtype)
-    updater = build_optimizer(
-        model.named_parameters(), dimension_letters(model), experiment.optim, weights
-    )
+    letters = dimension_letters(model)
+    gradients = parallelize(model, ranks.mesh, letters, shard=experiment.mesh.shard)
+    for name, parameter in model.named_parameters():
+        weights[name] = like(weights[name], parameter)  # one after the other, so that wholes go
+    updater = build_optimizer(model.named_parameters(), letters, experiment.optim, weights)
     if teacher is not None:
         cast_for_compute(teacher, dtype)
         teacher.to(model.embedding.weight.device).eval().requires_grad_(False)
-    return TrainState(experiment, model, updater, teacher=teacher)
+    return TrainState(experiment, model, updater, gradients, ranks, teacher=teacher)
 
 
 def cast_for_compute(model: nn.Module, dtype: torch.dtype) -> None:
-    """Every parameter of `model` in `dtype`, but those of routers in float32 (section 2.4)."""
+    """Every parameter of `model` in `dtype`, but those of routers in at least float32 (section 2.4)."""
     for module in model.modules():
-        if isinstance(module, Router):
+        if isinstance(module, Router) and dtype != torch.float64:
             continue
         for parameter in module.parameters(recurse=False):
             parameter.data = parameter.data.to(dtype)
