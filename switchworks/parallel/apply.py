@@ -5,6 +5,7 @@ each weight over the ranks that see different rows (FSDP2). The model's code doe
 weights become `DTensor`s with the names and shapes they had.
 """
 
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -18,8 +19,12 @@ from switchworks.model.blocks import Block
 from switchworks.parallel.config import MeshConfig
 from switchworks.parallel.expert import AllToAllDispatcher
 from switchworks.parallel.gradients import GradientSum
+from switchworks.parallel.mesh import batch_axis
 from switchworks.parallel.layout import Place, check_fit, places
 from switchworks.parallel.tensor import compute_with_own_part, split_width
+
+# It warns of in-place changes to what a block returns. There are none.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
 
 
 def parallelize(
@@ -52,7 +57,8 @@ def parallelize(
         _shard_fully(model, where, mesh)
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
     axes = {name: "data" if where[name].stacked else "batch" for name in by_hand & trained}
-    groups = {name: mesh.get_group(axis) for name, axis in axes.items() if mesh[axis].size() > 1}
+    meshes = {"data": mesh["data"], "batch": batch_axis(mesh)}
+    groups = {n: meshes[axis].get_group() for n, axis in axes.items() if meshes[axis].size() > 1}
     return GradientSum(model, dict(sorted(groups.items())))
 
 
@@ -114,7 +120,7 @@ def _shard_fully(model: SwitchTransformer, where: Mapping[str, Place], mesh: Dev
         else MixedPrecisionPolicy(),
         "ignored_params": {weight for weight, dim in dims.items() if dim is None},
     }
-    batch = mesh["batch"]
+    batch = batch_axis(mesh)
     for layer in model.switch_layers.values():
         if not options["ignored_params"] & set(layer.experts.parameters()):
             fully_shard(layer.experts, mesh=mesh["data"], **options)

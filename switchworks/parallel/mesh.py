@@ -20,12 +20,17 @@ AXES = ("data", "expert", "model")
 
 
 def build_mesh(config: MeshConfig, device_type: str = "cpu") -> DeviceMesh:
-    """The mesh of `config` over all ranks there are, with its "batch" axis made ready."""
+    """The mesh of `config` over all ranks there are, with its batch axis made ready."""
     mesh = init_device_mesh(
         device_type, (config.data, config.expert, config.model), mesh_dim_names=AXES
     )
-    mesh["data", "expert"]._flatten("batch")
+    batch_axis(mesh)
     return mesh
+
+
+def batch_axis(mesh: DeviceMesh) -> DeviceMesh:
+    """The data and the expert axis of `mesh` as one, made when it is first asked for."""
+    return mesh["data", "expert"]._flatten("batch")
 
 
 class Ranks:
@@ -36,18 +41,19 @@ class Ranks:
 
     def __init__(self, mesh: DeviceMesh | None = None) -> None:
         self.mesh = mesh
-        self.batch_rank = 0 if mesh is None else mesh["batch"].get_local_rank()
+        self.batch = None if mesh is None else batch_axis(mesh)
+        self.batch_rank = 0 if self.batch is None else self.batch.get_local_rank()
         """Which part of a batch is its own."""
-        self.batch_world = 1 if mesh is None else mesh["batch"].size()
+        self.batch_world = 1 if self.batch is None else self.batch.size()
         self.first = mesh is None or mesh.get_rank() == 0
         """Whether it is the one that talks and writes."""
 
     def total(self, values: Sequence[float]) -> list[float]:
         """The sum of each value over the parts of a batch."""
-        if self.mesh is None:
+        if self.batch is None:
             return list(values)
-        sums = torch.tensor(values, dtype=torch.float64, device=self.mesh.device_type)
-        dist.all_reduce(sums, group=self.mesh.get_group("batch"))
+        sums = torch.tensor(values, dtype=torch.float64, device=self.batch.device_type)
+        dist.all_reduce(sums, group=self.batch.get_group())
         return sums.tolist()
 
     def highest(self, value: int) -> int:
