@@ -133,5 +133,10 @@ _CADENCES = (
     "threads",
 )
 
-MAY_CHANGE = frozenset(_CADENCES) | {"data.cache", "data.workers", "data.prefetch"}
-"""Settings that a resumed run may change, because they do not change what it computes."""
+MAY_CHANGE = (
+    frozenset(_CADENCES)
+    | {"data.cache", "data.workers", "data.prefetch"}
+    | {"mesh.data", "mesh.expert", "mesh.model", "mesh.shard", "micro_batches"}
+)
+"""Settings that a resumed run may change, because they do not change what it computes (but for the
+noise, of which each rank draws its own)."""

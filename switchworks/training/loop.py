@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Protocol, runtime_checkable
 
 from switchworks.batch import Batch
+from switchworks.parallel import Ranks
 from switchworks.training.state import TrainState
 from switchworks.training.step import StepResult, train_step
 
@@ -31,6 +32,11 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+
+    def agree(self, ranks: Ranks) -> None:
+        """A signal that reached any of the `ranks` during a step has reached all of them."""
+        number = ranks.highest(0 if self.signal is None else self.signal.value)
+        self.signal = signal.Signals(number) if number else None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -62,6 +68,7 @@ def run(
         state.seconds += time.perf_counter() - started
         for hook in hooks:
             hook.after_step(state, result)
+        interrupt.agree(state.ranks)
         if interrupt.signal is not None:
             break
         started = time.perf_counter()  # what hooks took is not training time
