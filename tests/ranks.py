@@ -4,7 +4,7 @@ import os
 import pickle
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,12 @@ import torch.multiprocessing
 from torch.distributed.tensor import DTensor
 
 from switchworks.batch import Batch
+from switchworks.data.config import DataConfig
 from switchworks.model import ModelConfig, RoutingConfig
 from switchworks.model.init import initialise
 from switchworks.model.transformer import SwitchTransformer
 from switchworks.optim.config import OptimConfig
 from switchworks.parallel import ALONE, MeshConfig, Ranks, build_mesh
-from switchworks.data.config import DataConfig
 from switchworks.training import Experiment
 from switchworks.training.state import TrainState, build_state
 from switchworks.training.step import train_step
@@ -59,7 +59,7 @@ ROWS, INPUTS, TARGETS, WORDS = 8, 16, 8, 64
 class Case:
     """A small run: a mesh and what is special about it."""
 
-    mesh: MeshConfig = MeshConfig()
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     capacity_factor: float | None = 1.0
     precision: str = "float64"
     optimizer: str = "adafactor"

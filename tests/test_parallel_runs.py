@@ -21,7 +21,6 @@ from switchworks.training.run import export
 from switchworks.training.step import train_step
 
 
-
 def sitting(rank: int, case: Case, folder: Path, until: int) -> list[float]:
     """Go on from the newest checkpoint in `folder` to step `until`, save, and tell the losses."""
     state, checkpoints, losses = state_of(case), Checkpoints(folder, keep=0), []
@@ -85,12 +84,14 @@ def test_a_model_exported_from_parts_is_the_model(tmp_path):
 
 
 def test_a_mesh_of_another_size_than_the_processes_is_refused_with_the_fix():
-    with pytest.raises(ConfigError, match="torchrun --nproc-per-node 2"), ranks_of(
-        MeshConfig(expert=2), world=1
+    with (
+        pytest.raises(ConfigError, match="torchrun --nproc-per-node 2"),
+        ranks_of(MeshConfig(expert=2), world=1),
     ):
         pass
-    with pytest.raises(ConfigError, match=r"Set --mesh\.data 2"), ranks_of(
-        MeshConfig(expert=2), world=4
+    with (
+        pytest.raises(ConfigError, match=r"Set --mesh\.data 2"),
+        ranks_of(MeshConfig(expert=2), world=4),
     ):
         pass
 

@@ -35,8 +35,9 @@ def save(
 ) -> None:
     """Write `model`, and its `tokenizer` if given, into `directory`; `load` reads it.
 
-    Weights keep their dtype. Of a model spread over ranks each writes its part. Raises CheckpointError if the two do not fit together, if the disk
-    is full or if `directory` holds other files; then nothing has changed.
+    Weights keep their dtype. Of a model spread over ranks each writes its part. Raises
+    CheckpointError if the two do not fit together, if the disk is full or if `directory` holds
+    other files; then nothing has changed.
     """
     if tokenizer is not None:
         _require_fit(model.config, tokenizer, "The tokenizer")

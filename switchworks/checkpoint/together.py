@@ -61,7 +61,7 @@ def shared_directory(path: Path, *, needs: int, otherwise: str) -> Iterator[Path
 
 
 def _leave(stack: ExitStack, failure: Exception | None) -> None:
-    """End the block, which seals the directory, or deletes it and may have a better word for why."""
+    """End the block: it seals the directory, or deletes it and may know a better word for why."""
     if failure is None:
         stack.close()
     else:

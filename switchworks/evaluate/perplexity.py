@@ -11,9 +11,7 @@ from switchworks.parallel import ALONE, Ranks
 
 
 @torch.no_grad()
-def mean_nats(
-    model: SwitchTransformer, batches: Iterable[Batch], ranks: Ranks = ALONE
-) -> float:
+def mean_nats(model: SwitchTransformer, batches: Iterable[Batch], ranks: Ranks = ALONE) -> float:
     """Mean nats per target token over all `batches` together, padding not counted.
 
     Of several `ranks` each has its part of every batch.

@@ -30,7 +30,7 @@ class Inbox(NamedTuple):
 
 @runtime_checkable
 class Pool(Protocol):
-    """Whoever answers for all E experts: an `Experts` or, with expert parallelism, several ranks'."""
+    """Whoever answers for all E experts: an `Experts`, or those of several ranks together."""
 
     num_experts: int
 

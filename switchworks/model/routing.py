@@ -80,7 +80,7 @@ class Router(nn.Module):
         )
 
     def forward(self, x: Float[Tensor, "G S D"]) -> Float[Tensor, "G S E"]:
-        """Logits in float32, or wider if `x` is. In training a noisy copy of `x` is scored; `x` is not touched."""
+        """Logits in float32, or wider if `x` is. In training a noisy copy of `x` is scored."""
         wide = widen(x)
         if self.training:
             wide = self._explore(wide)

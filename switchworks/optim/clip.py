@@ -34,7 +34,7 @@ def global_norm(grads: Sequence[Tensor]) -> Float[Tensor, ""]:
 
 
 def _norm_over_ranks(grads: Sequence[Tensor]) -> Float[Tensor, ""]:
-    """Every rank adds its part's squares, divided by the number of ranks that have the same part."""
+    """Every rank adds its part's squares, divided by the number of ranks that have that part."""
     world = dist.get_world_size()
     holders: dict[int, list[Tensor]] = {}
     for grad in grads:

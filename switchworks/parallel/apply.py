@@ -19,8 +19,8 @@ from switchworks.model.blocks import Block
 from switchworks.parallel.config import MeshConfig
 from switchworks.parallel.expert import AllToAllDispatcher
 from switchworks.parallel.gradients import GradientSum
-from switchworks.parallel.mesh import batch_axis
 from switchworks.parallel.layout import Place, check_fit, places
+from switchworks.parallel.mesh import batch_axis
 from switchworks.parallel.tensor import compute_with_own_part, split_width
 
 # It warns of in-place changes to what a block returns. There are none.

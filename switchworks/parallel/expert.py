@@ -5,7 +5,8 @@ travel to their experts and the answers travel back, by one all-to-all each way,
 dtype. With a capacity all ranks send the same number of slots; without one they first tell each
 other how many tokens come.
 
-Letters: P ranks, E experts, e experts of one rank, N slots or tokens of all experts, n of one, D width.
+Letters: P ranks, E experts, e experts of one rank, N tokens or slots sent, M that come, n slots of
+one expert from one rank, D width, O width of the answers.
 """
 
 import torch
@@ -51,7 +52,9 @@ class RemoteExperts:
     def _ask_even(self, tokens: Float[Tensor, "N D"]) -> Float[Tensor, "N O"]:
         """Every rank sends each expert the same number of slots."""
         own = self.num_experts // self.ranks
-        arrived = exchange(tokens, self.group).view(self.ranks, own, -1, tokens.shape[-1])  # P e n D
+        arrived = exchange(tokens, self.group).view(
+            self.ranks, own, -1, tokens.shape[-1]
+        )  # P e n D
         answers = self.experts(Inbox(arrived.transpose(0, 1).flatten(0, 2), None))
         answers = answers.view(own, self.ranks, -1, answers.shape[-1]).transpose(0, 1)
         return exchange(answers.flatten(0, 2), self.group)

@@ -141,9 +141,7 @@ class DropoutOfAPart(SharedDropout):
         shape = list(x[..., :1, :].shape)
         shape[self.dim] *= dist.get_world_size(self.group)
         mask = F.dropout(x.new_ones(shape), self.rate)
-        return x * mask.chunk(dist.get_world_size(self.group), self.dim)[
-            dist.get_rank(self.group)
-        ]
+        return x * mask.chunk(dist.get_world_size(self.group), self.dim)[dist.get_rank(self.group)]
 
 
 def _look_up_by_parts(embedding: Embedding, group: ProcessGroup) -> None:
@@ -189,7 +187,7 @@ def cross_entropy_by_parts(
 
 
 def _own_ids(ids: Tensor, words: int, group: ProcessGroup) -> tuple[Tensor, Tensor]:
-    """The ids counted from this rank's first word, 0 for those of other ranks; and which are its."""
+    """The ids counted from this rank's first word, 0 for other ranks' words; and which are its."""
     own = ids - dist.get_rank(group) * words
     has = (own >= 0) & (own < words)
     return torch.where(has, own, 0), has

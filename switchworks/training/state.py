@@ -61,8 +61,9 @@ def build_state(
     """Step 0 of `experiment`, with the float32 weights of `model` or else those of its seed.
 
     The model is taken over: with bfloat16 its weights are cast and the float32 ones become the
-    optimizer's masters. On a mesh each of the `ranks` keeps its part of all of them. The `teacher` is taken over too: cast as the model is, in evaluation mode
-    and without gradients, so that it drops no token and draws no noise.
+    optimizer's masters, and on a mesh each of the `ranks` keeps its part of all of them. The
+    `teacher` is taken over too: cast as the model is, in evaluation mode and without gradients, so
+    that it drops no token and draws no noise.
     """
     assert (teacher is None) == (experiment.distil is None)
     assert experiment.precision != "auto", "train() settles it first"
@@ -82,7 +83,7 @@ def build_state(
 
 
 def cast_for_compute(model: nn.Module, dtype: torch.dtype) -> None:
-    """Every parameter of `model` in `dtype`, but those of routers in at least float32 (section 2.4)."""
+    """Every parameter of `model` in `dtype`, but routers' in at least float32 (section 2.4)."""
     for module in model.modules():
         if isinstance(module, Router) and dtype != torch.float64:
             continue
