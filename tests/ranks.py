@@ -1,5 +1,6 @@
 """Run a function in real gloo processes, and the small runs that are compared across meshes."""
 
+import multiprocessing
 import os
 import pickle
 import socket
@@ -34,7 +35,10 @@ def spawn(world: int, work: Callable[..., Any], folder: Path, *arguments: Any) -
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     begin = (world, port, str(folder), work, arguments)
-    torch.multiprocessing.spawn(_one_rank, args=begin, nprocs=world)
+    multiprocessing.set_forkserver_preload([__name__])  # torch is imported once, not by every rank
+    torch.multiprocessing.start_processes(
+        _one_rank, args=begin, nprocs=world, start_method="forkserver"
+    )
     return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(world)]
 
 

@@ -15,7 +15,6 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from switchworks.model import SwitchTransformer
-from switchworks.model.blocks import Block
 from switchworks.parallel.config import MeshConfig
 from switchworks.parallel.expert import AllToAllDispatcher
 from switchworks.parallel.gradients import GradientSum
@@ -122,12 +121,14 @@ def _shard_fully(model: SwitchTransformer, where: Mapping[str, Place], mesh: Dev
     }
     batch = batch_axis(mesh)
     for layer in model.switch_layers.values():
-        if not options["ignored_params"] & set(layer.experts.parameters()):
-            fully_shard(layer.experts, mesh=mesh["data"], **options)
-        fully_shard(layer.router, mesh=batch, **options)
+        _shard([layer.experts], mesh["data"], options)
+        _shard([layer.router], batch, options)
     for stack in (model.encoder, model.decoder):
         for block in stack or ():
-            _shard_block(block, batch, options)
+            cross = block.cross_attention
+            if cross is not None:
+                _shard([cross.k, cross.v], batch, options)
+            _shard([block], batch, options)
     fully_shard(model, mesh=batch, **options)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -136,8 +137,8 @@ def _shard_fully(model: SwitchTransformer, where: Mapping[str, Place], mesh: Dev
             module.set_force_sum_reduction_for_comms(True)
 
 
-def _shard_block(block: Block, batch: DeviceMesh, options: dict) -> None:
-    cross = block.cross_attention
-    if cross is not None:
-        fully_shard([cross.k, cross.v], mesh=batch, **options)
-    fully_shard(block, mesh=batch, **options)
+def _shard(modules: list[nn.Module], mesh: DeviceMesh, options: dict) -> None:
+    """One group of weights, unless all of them are kept whole."""
+    weights = {weight for module in modules for weight in module.parameters()}
+    if weights - options["ignored_params"]:
+        fully_shard(modules, mesh=mesh, **options)

@@ -83,5 +83,15 @@ def check_fit(model: ModelConfig, mesh: MeshConfig) -> None:
 def places(
     letters: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], mesh: MeshConfig
 ) -> dict[str, Place]:
-    """Name -> place of every weight."""
-    return {name: place(letters.get(name, ""), shape, mesh) for name, shape in shapes.items()}
+    """Name -> place of every weight. A layer's experts are split over data all alike or not at all:
+    what is left whole of them must not be taken for a part of the block around them."""
+    found = {name: place(letters.get(name, ""), shape, mesh) for name, shape in shapes.items()}
+    uneven = {_owner(name) for name, at in found.items() if at.stacked and at.data is None}
+    return {
+        name: at._replace(data=None) if at.stacked and _owner(name) in uneven else at
+        for name, at in found.items()
+    }
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0]

@@ -32,11 +32,15 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        """What this process got."""
+        self.agreed: signal.Signals | None = None
+        """What all ranks know that one of them got: only on this may they act."""
 
     def agree(self, ranks: Ranks) -> None:
-        """A signal that reached any of the `ranks` during a step has reached all of them."""
+        """Afterwards all `ranks` know of a signal that one of them got. They call it together."""
         number = ranks.highest(0 if self.signal is None else self.signal.value)
-        self.signal = signal.Signals(number) if number else None
+        if number:
+            self.agreed = signal.Signals(number)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -69,8 +73,9 @@ def run(
         for hook in hooks:
             hook.after_step(state, result)
         interrupt.agree(state.ranks)
-        if interrupt.signal is not None:
+        if interrupt.agreed is not None:
             break
         started = time.perf_counter()  # what hooks took is not training time
     for hook in hooks:
-        hook.finish(state, interrupted=interrupt.signal is not None)
+        hook.finish(state, interrupted=interrupt.agreed is not None)
+    interrupt.agree(state.ranks)  # on what came in the meantime

@@ -110,8 +110,8 @@ def _train(
         hooks = _hooks(state, recorder, checkpoints, corpora, mixture)
         with closing(pipeline.batches(state.step)) as batches:
             run(state, batches, hooks, interrupt)
-    if interrupt.signal is not None:
-        return Interrupted(interrupt.signal.name, state.step, run_dir)
+    if interrupt.agreed is not None:
+        return Interrupted(interrupt.agreed.name, state.step, run_dir)
     export(state, run_dir / "model", corpora.tokenizer)
     if ranks.first:
         write_report([run_dir])
