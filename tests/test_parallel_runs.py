@@ -134,7 +134,8 @@ def test_a_run_under_torchrun_stops_at_sigterm_and_goes_on_to_the_end(corpus, tm
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("step 60/60") == 1
     assert f"resumed from step {int(saved[-1].name[5:])}" in done.stdout
-    steps = [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").open()]
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
     assert steps == sorted(steps)
     model, tokenizer = switchworks.load(run_dir)
     assert model.config.vocab_size == tokenizer.vocab_size

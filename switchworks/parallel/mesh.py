@@ -5,6 +5,7 @@ width are neighbours. Data and expert together are the batch axis: each of its r
 its own.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -97,7 +98,7 @@ def ranks_of(config: MeshConfig, world: int) -> Iterator[Ranks]:
     begun = not dist.is_initialized()
     if begun:
         if device == "cuda":
-            torch.cuda.set_device(int(dist.get_node_local_rank(0)))
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
     yield Ranks(build_mesh(config, device))
     if begun:

@@ -194,7 +194,10 @@ def _own_ids(ids: Tensor, words: int, group: ProcessGroup) -> tuple[Tensor, Tens
 
 
 def _after(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
-    module.register_forward_hook(lambda _module, _inputs, output: change(output))
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        return change(output)
+
+    module.register_forward_hook(hook)
 
 
 def _local(weight: Any) -> Any:
