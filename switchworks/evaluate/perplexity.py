@@ -22,7 +22,7 @@ def mean_nats(model: SwitchTransformer, batches: Iterable[Batch], ranks: Ranks =
     was_training = model.training
     model.eval()
     device = model.embedding.weight.device
-    nats, tokens = 0.0, 0
+    nats, tokens = 0.0, 0.0
     try:
         for batch in batches:
             batch = batch.to(device)
@@ -39,7 +39,7 @@ def mean_nats(model: SwitchTransformer, batches: Iterable[Batch], ranks: Ranks =
     finally:
         model.train(was_training)
     nats, tokens = ranks.total([nats, tokens])
-    return nats / max(1, tokens)
+    return nats / max(1.0, tokens)
 
 
 def held_out_losses(
