@@ -20,6 +20,7 @@ FOUR = [
 KEPT_WHOLE = MeshConfig(data=2, shard=False)
 OF_ALL_KINDS = (
     ("micro_batches", 2),
+    ("routing.group_sequences", 1),  # a row is what four ranks compute at once
     ("model.gated", True),
     ("routing.strategy", "top2"),
     ("routing.second_threshold", 0.0),  # else a second expert is asked by chance
