@@ -136,7 +136,7 @@ def test_a_run_that_cannot_begin_leaves_no_directory(tiny_experiment, tmp_path):
 def test_a_mesh_larger_than_this_machine_is_refused(tiny_experiment, tmp_path):
     from switchworks.training import MeshConfig
 
-    with pytest.raises(ConfigError, match="needs 2 devices"):
+    with pytest.raises(ConfigError, match="needs 2 processes"):
         train(replace(tiny_experiment, mesh=MeshConfig(data=2)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from switchworks.checkpoint.files import read_manifest, verify, whole_directory
+from switchworks.checkpoint.files import read_manifest, verify
 from switchworks.checkpoint.tensors import (
     SHARD_BYTES,
     convert,
@@ -15,6 +15,7 @@ from switchworks.checkpoint.tensors import (
     require_match,
     write_tensors,
 )
+from switchworks.checkpoint.together import by_first, shared_directory
 from switchworks.config import CheckpointError, from_toml, to_toml
 from switchworks.data.tokenizer import MODEL_FILE, SETTINGS_FILE, Tokenizer, load_tokenizer
 from switchworks.model.config import ModelConfig
@@ -34,18 +35,23 @@ def save(
 ) -> None:
     """Write `model`, and its `tokenizer` if given, into `directory`; `load` reads it.
 
-    Weights keep their dtype. Raises CheckpointError if the two do not fit together, if the disk
-    is full or if `directory` holds other files; then nothing has changed.
+    Weights keep their dtype. Of a model spread over ranks each writes its part. Raises
+    CheckpointError if the two do not fit together, if the disk is full or if `directory` holds
+    other files; then nothing has changed.
     """
     if tokenizer is not None:
         _require_fit(model.config, tokenizer, "The tokenizer")
     state = dict(model.named_parameters())
     otherwise = "Nothing was written; the model itself is untouched."
-    with whole_directory(Path(directory), needs=num_bytes(state), otherwise=otherwise) as partial:
-        (partial / CONFIG).write_text(to_toml(model.config), encoding="utf-8")
+    with shared_directory(Path(directory), needs=num_bytes(state), otherwise=otherwise) as partial:
         write_tensors(state, partial, shard_bytes=shard_bytes)
-        if tokenizer is not None:
-            tokenizer.save(partial)
+        by_first(lambda: _describe(partial, model.config, tokenizer))
+
+
+def _describe(directory: Path, config: ModelConfig, tokenizer: Tokenizer | None) -> None:
+    (directory / CONFIG).write_text(to_toml(config), encoding="utf-8")
+    if tokenizer is not None:
+        tokenizer.save(directory)
 
 
 def load(

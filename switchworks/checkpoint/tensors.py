@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from switchworks.checkpoint.files import read_json, write_json
+from switchworks.checkpoint.together import alone, write_parts
 from switchworks.config import CheckpointError
 
 SHARD_BYTES = 5_000_000_000
@@ -41,9 +42,12 @@ def write_tensors(
     """Write `tensors` to one safetensors file, or to several of at most `shard_bytes` each.
 
     A tensor larger than that gets a file of its own. At most one file's tensors are copied at a
-    time, and only those that are views or not on the CPU.
+    time, and only those that are views or not on the CPU. On several ranks each writes its parts.
     """
     shards = list(_shards(tensors, shard_bytes))
+    if not alone():
+        write_parts(tensors, shards, directory)
+        return
     if len(shards) == 1:
         _write(tensors, directory / "model.safetensors")
         return

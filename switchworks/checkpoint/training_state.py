@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -25,10 +24,10 @@ from switchworks.checkpoint.files import (
     PARTIAL,
     read_json,
     verify,
-    whole_directory,
     write_json,
 )
 from switchworks.checkpoint.tensors import num_bytes, require_match
+from switchworks.checkpoint.together import alone, by_first, shared_directory
 from switchworks.config import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -55,18 +54,21 @@ class Checkpoints:
         """
         leaves = _leaves(state)
         path = self.directory / f"step_{step:08d}"
-        self._clear(path)
-        with whole_directory(
+        plain = {"step": step, "about": dict(about), "values": leaves.values}
+        by_first(lambda: self._clear(path))
+        with shared_directory(
             path, needs=num_bytes(leaves.tensors), otherwise=self._otherwise(step)
         ) as partial:
-            plain = {"step": step, "about": dict(about), "values": leaves.values}
-            write_json(partial / VALUES, _jsonable(plain, path))
+            by_first(lambda: write_json(partial / VALUES, _jsonable(plain, path)))
             _write_tensors(leaves.tensors, partial)
-        self._prune(step)
+        by_first(lambda: self._prune(step))
         return path
 
     def latest(self) -> Path | None:
         """The newest whole checkpoint, every byte checked; a damaged one is skipped and logged."""
+        return by_first(self._latest)
+
+    def _latest(self) -> Path | None:
         for step in sorted(self.steps(), reverse=True):
             path = self.steps()[step]
             try:
@@ -84,7 +86,7 @@ class Checkpoints:
         of them must be there. Raises CheckpointError naming what is missing, unknown or of
         another shape or dtype, before anything in `state` changes.
         """
-        verify(path)
+        by_first(lambda: verify(path))
         leaves = _leaves(state)
         stored = read_json(path / VALUES)
         reader = FileSystemReader(path)
@@ -95,7 +97,7 @@ class Checkpoints:
             fix="Resume with the settings the run was started with.",
         )
         with _quiet():
-            load_tensors(dict(leaves.tensors), storage_reader=reader, no_dist=_alone())
+            load_tensors(dict(leaves.tensors), storage_reader=reader, no_dist=alone())
         for name, (owner, key) in leaves.places.items():
             value = stored["values"][name]
             owner[key] = tuple(value) if isinstance(owner[key], tuple) else value
@@ -197,7 +199,7 @@ def _write_tensors(tensors: dict[str, Tensor], directory: Path) -> None:
     # One thread: torch loses an error, such as a full disk, that a second one meets.
     writer = FileSystemWriter(directory, thread_count=1)
     with _quiet():
-        save_tensors(dict(tensors), storage_writer=writer, no_dist=_alone())
+        save_tensors(dict(tensors), storage_writer=writer, no_dist=alone())
 
 
 def _stored_layout(
@@ -216,11 +218,6 @@ def _stored_layout(
         for name, kind in layout.items()
         if any(name == section or name.startswith(f"{section}.") for section in sections)
     }
-
-
-def _alone() -> bool:
-    """Whether this process is the only one of its run."""
-    return not (dist.is_available() and dist.is_initialized())
 
 
 @contextmanager

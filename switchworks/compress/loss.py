@@ -10,7 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from switchworks.model.losses import row_blocks, widen
+from switchworks.model.layers import widen
+from switchworks.model.losses import row_blocks
 
 
 def distillation_loss(

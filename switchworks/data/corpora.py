@@ -79,7 +79,7 @@ class Corpora:
         weights = np.array(list(self.rates.values()))
         return Mixture(self.config, stores, self.tokenizer, weights, **where)
 
-    def held_out(self, *, batch_size: int, batches: int) -> HeldOut:
+    def held_out(self, *, batch_size: int, batches: int, rank: int = 0, world: int = 1) -> HeldOut:
         """At most `batches` batches, shared out equally over the corpora, one at least for each.
 
         In the mean of the corpora's losses each weighs as much as it gives rows to train on, so
@@ -95,6 +95,8 @@ class Corpora:
                     self.tokenizer,
                     batch_size=batch_size,
                     batches=each,
+                    rank=rank,
+                    world=world,
                 )
         lengths = byte_lengths(self.tokenizer)
         return HeldOut(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from switchworks.batch import Batch
 from switchworks.config import DataError
 from switchworks.data.config import DataConfig
 from switchworks.data.corpora import Corpora, HeldOut
@@ -76,7 +77,7 @@ class TaskCorpora(Corpora):
             world=world,
         )
 
-    def held_out(self, *, batch_size: int, batches: int) -> HeldOut:
+    def held_out(self, *, batch_size: int, batches: int, rank: int = 0, world: int = 1) -> HeldOut:
         """Validation examples of each task as batches, for the loss; metrics are for `evaluate`.
 
         In the mean every task weighs as much as it does in training; of those without a training
@@ -92,7 +93,8 @@ class TaskCorpora(Corpora):
             )
         total = sum(shares[name] for name in found)
         each = -(-batches // len(found))
-        rows = {n: self._batches(n, store, batch_size, each) for n, store in found.items()}
+        part = {"rank": rank, "world": world}
+        rows = {n: self._batches(n, store, batch_size, each, **part) for n, store in found.items()}
         lengths = byte_lengths(self.tokenizer)
         return HeldOut(
             rows,
@@ -100,7 +102,9 @@ class TaskCorpora(Corpora):
             {name: tokens_per_byte(own, lengths) for name, own in rows.items()},
         )
 
-    def _batches(self, name: str, store: TaskStore, batch_size: int, most: int) -> list:
+    def _batches(
+        self, name: str, store: TaskStore, batch_size: int, most: int, *, rank: int, world: int
+    ) -> list[Batch]:
         """At most `most` batches; one, which repeats examples, if there are fewer."""
         only = TaskMixture(
             self.config,
@@ -108,6 +112,8 @@ class TaskCorpora(Corpora):
             self.tokenizer.eos_id,
             batch_size=batch_size,
             seed=VALIDATION_SEED,
+            rank=rank,
+            world=world,
         )
         full = max(1, only.tasks[name].windows // batch_size)
         return [only.batch(step) for step in range(min(most, full))]

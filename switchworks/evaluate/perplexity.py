@@ -7,11 +7,14 @@ import torch
 from switchworks.batch import Batch
 from switchworks.data.corpora import HeldOut
 from switchworks.model import SwitchTransformer
+from switchworks.parallel import ALONE, Ranks
 
 
 @torch.no_grad()
-def mean_nats(model: SwitchTransformer, batches: Iterable[Batch]) -> float:
+def mean_nats(model: SwitchTransformer, batches: Iterable[Batch], ranks: Ranks = ALONE) -> float:
     """Mean nats per target token over all `batches` together, padding not counted.
+
+    Of several `ranks` each has its part of every batch.
 
     No dropout, no jitter, no dropped token, no z-loss and no balance loss enter it. The model's
     training mode is restored afterwards.
@@ -19,7 +22,7 @@ def mean_nats(model: SwitchTransformer, batches: Iterable[Batch]) -> float:
     was_training = model.training
     model.eval()
     device = model.embedding.weight.device
-    nats, tokens = 0.0, 0
+    nats, tokens = 0.0, 0.0
     try:
         for batch in batches:
             batch = batch.to(device)
@@ -35,14 +38,17 @@ def mean_nats(model: SwitchTransformer, batches: Iterable[Batch]) -> float:
             tokens += count
     finally:
         model.train(was_training)
-    return nats / max(1, tokens)
+    nats, tokens = ranks.total([nats, tokens])
+    return nats / max(1.0, tokens)
 
 
-def held_out_losses(model: SwitchTransformer, held_out: HeldOut) -> tuple[float, dict[str, float]]:
+def held_out_losses(
+    model: SwitchTransformer, held_out: HeldOut, ranks: Ranks = ALONE
+) -> tuple[float, dict[str, float]]:
     """(mean by the corpora's shares, loss of each corpus by its name), in nats per target token.
 
     Nothing is in the second for a corpus without a name, which is alone.
     """
-    losses = {name: mean_nats(model, batches) for name, batches in held_out.batches.items()}
+    losses = {name: mean_nats(model, batches, ranks) for name, batches in held_out.batches.items()}
     overall = sum(held_out.shares[name] * loss for name, loss in losses.items())
     return overall, {name: loss for name, loss in losses.items() if name}

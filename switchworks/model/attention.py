@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from switchworks.model.config import ModelConfig
-from switchworks.model.layers import SharedDropout, look_up
+from switchworks.model.layers import SharedDropout, look_up, widen
 
 HIDDEN = -1e9
 """Added to the score of a key that must not be seen. Finite, so that a query which sees no key
@@ -133,7 +133,7 @@ def attend(
     bias: Float[Tensor, "#B #H #L M"] | None,
     dropout: SharedDropout,
 ) -> Float[Tensor, "B H L K"]:
-    """softmax(q k^T + bias) v, unscaled, with the softmax in float32.
+    """softmax(q k^T + bias) v, unscaled, with the softmax in float32 or wider.
 
     The plain form, and the reference for every faster one. Without gradients torch's fused
     kernel computes the same.
@@ -144,7 +144,7 @@ def attend(
     scores = q @ k.mT
     if bias is not None:
         scores = scores + bias
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+    weights = widen(scores).softmax(dim=-1).to(q.dtype)
     return dropout(weights) @ v
 
 

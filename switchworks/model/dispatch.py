@@ -8,17 +8,18 @@ Letters: G groups, S tokens per group, A assignments per group, E experts, C slo
 group, D width, O width of the answers (D but in switch attention), N assignments kept.
 """
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from switchworks.model.experts import Experts, Inbox
+from switchworks.model.experts import Inbox, Pool
 from switchworks.model.routing import Routes
 
 
+@runtime_checkable
 class Dispatcher(Protocol):
     """Sends tokens to experts and brings the answers back."""
 
@@ -26,7 +27,7 @@ class Dispatcher(Protocol):
         self,
         x: Float[Tensor, "G S D"],
         routes: Routes,
-        experts: Experts,
+        experts: Pool,
         capacity: int | None,
     ) -> Float[Tensor, "G S O"]:
         """The sum of gate * expert(x) over a token's kept assignments, in `x`'s dtype; 0 for a
@@ -38,9 +39,9 @@ class EinsumDispatcher:
     """One-hot masks and einsums, slow and obvious. Slots not filled hold zeros."""
 
     def __call__(
-        self, x: Float[Tensor, "G S D"], routes: Routes, experts: Experts, capacity: int | None
+        self, x: Float[Tensor, "G S D"], routes: Routes, experts: Pool, capacity: int | None
     ) -> Float[Tensor, "G S O"]:
-        num_experts, size = experts.w_in.shape[0], x.shape[1]
+        num_experts, size = experts.num_experts, x.shape[1]
         capacity = size if capacity is None else capacity
         slot = F.one_hot(routes.slot.clamp(max=capacity - 1), capacity)
         expert = F.one_hot(routes.expert, num_experts)
@@ -62,10 +63,10 @@ class PaddedDispatcher:
     """
 
     def __call__(
-        self, x: Float[Tensor, "G S D"], routes: Routes, experts: Experts, capacity: int | None
+        self, x: Float[Tensor, "G S D"], routes: Routes, experts: Pool, capacity: int | None
     ) -> Float[Tensor, "G S O"]:
         groups, size, width = x.shape
-        num_experts = experts.w_in.shape[0]
+        num_experts = experts.num_experts
         capacity = size if capacity is None else capacity
         group = torch.arange(groups, device=x.device)[:, None]
         place = (routes.expert * groups + group) * capacity + routes.slot
@@ -92,10 +93,10 @@ class SortedDispatcher:
     """
 
     def __call__(
-        self, x: Float[Tensor, "G S D"], routes: Routes, experts: Experts, capacity: int | None
+        self, x: Float[Tensor, "G S D"], routes: Routes, experts: Pool, capacity: int | None
     ) -> Float[Tensor, "G S O"]:
         groups, size, _ = x.shape
-        order = sort_by_expert(routes, experts.w_in.shape[0])
+        order = sort_by_expert(routes, experts.num_experts)
         tokens = rows_of(routes, size)
         tokens = order.assignment if tokens is None else tokens[order.assignment]
         answers = experts(Inbox(x.flatten(0, 1)[tokens], order.counts))
@@ -138,7 +139,7 @@ class ChosenDispatcher:
     """
 
     def __call__(
-        self, x: Float[Tensor, "G S D"], routes: Routes, experts: Experts, capacity: int | None
+        self, x: Float[Tensor, "G S D"], routes: Routes, experts: Pool, capacity: int | None
     ) -> Float[Tensor, "G S O"]:
         chosen = DISPATCHERS["sorted" if capacity is None else "padded"]
         return chosen(x, routes, experts, capacity)

@@ -9,7 +9,7 @@ O width of the answers (D but in switch attention).
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,17 @@ class Inbox(NamedTuple):
     tokens: Float[Tensor, "N D"]
     counts: Sequence[int] | None
     """Tokens per expert; None: N / E each."""
+
+
+@runtime_checkable
+class Pool(Protocol):
+    """Whoever answers for all E experts: an `Experts`, or those of several ranks together."""
+
+    num_experts: int
+
+    def __call__(self, inbox: Inbox) -> Float[Tensor, "N O"]:
+        """Each expert's answer to its tokens, in the same order."""
+        ...
 
 
 class Experts(nn.Module):
@@ -48,6 +59,7 @@ class Experts(nn.Module):
         check_activation(activation)
         self.activation = activation
         self.dropout = dropout
+        self.num_experts = experts
         self.w_in = nn.Parameter(torch.empty(experts, d_model, d_ff))
         self.w_gate = nn.Parameter(torch.empty(experts, d_model, d_ff)) if gated else None
         self.w_out = nn.Parameter(torch.empty(experts, d_ff, d_out or d_model))

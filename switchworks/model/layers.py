@@ -22,10 +22,15 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Float[Tensor, "*b D"]) -> Float[Tensor, "*b D"]:
-        """`x` with mean square 1 along D, scaled; the statistics are taken in float32."""
-        wide = x.float()
+        """`x` with mean square 1 along D, scaled; the statistics are taken in float32 or wider."""
+        wide = widen(x)
         unit = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.epsilon)
         return unit.to(self.weight.dtype) * self.weight
+
+
+def widen(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """`x` in float32, unless its dtype is wider: what must not be computed in 16 bits."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class SharedDropout(nn.Module):
@@ -55,6 +60,14 @@ def look_up(table: Float[Tensor, "V D"], ids: Int[Tensor, "..."]) -> Float[Tenso
     if table.dtype in (torch.bfloat16, torch.float16) and torch.is_grad_enabled():
         return F.embedding(ids, table.float()).to(table.dtype)
     return F.embedding(ids, table)
+
+
+class Embedding(nn.Embedding):
+    """A table of vectors. A module, so that its rows may be spread over ranks from outside."""
+
+    def forward(self, ids: Int[Tensor, "..."]) -> Float[Tensor, "... D"]:
+        """The vectors of `ids`, see `look_up`."""
+        return look_up(self.weight, ids)
 
 
 def activate(hidden: Tensor, gate: Tensor | None, activation: str) -> Tensor:

@@ -12,6 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from switchworks.model.layers import widen
+
 BLOCK = 2**18
 """Logits widened at once."""
 
@@ -107,11 +109,6 @@ def row_blocks(rows: Tensor, of: Tensor | None = None) -> tuple[Tensor, ...]:
     logits = rows if of is None else of
     length = max(-(-len(logits) // 64), BLOCK // logits.shape[-1], 1)
     return rows.split(length)
-
-
-def widen(x: Tensor) -> Tensor:
-    """`x` in float32, or in its own dtype where that holds more."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def expert_load(

@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from switchworks.model.config import RoutingConfig
+from switchworks.model.layers import widen
 
 NTLB_ROUNDS = 4
 """No-Token-Left-Behind offers a token its this many likeliest experts (Mesh-TF `ntlb_top_k`)."""
@@ -79,13 +80,13 @@ class Router(nn.Module):
         )
 
     def forward(self, x: Float[Tensor, "G S D"]) -> Float[Tensor, "G S E"]:
-        """Logits in float32. In training a noisy copy of `x` is scored; `x` is not touched."""
-        wide = x.float()
+        """Logits in float32, or wider if `x` is. In training a noisy copy of `x` is scored."""
+        wide = widen(x)
         if self.training:
             wide = self._explore(wide)
         # Autocast would turn this product into bfloat16 again.
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(wide, self.weight.float())
+            return F.linear(wide, self.weight.to(wide.dtype))
 
     def choose(
         self, logits: Float[Tensor, "G S E"], probs: Float[Tensor, "G S E"]

@@ -35,6 +35,8 @@ class Routing(NamedTuple):
     """Share of the real tokens that no expert had room for (or, with expert choice, picked)."""
     confidence: Float[Tensor, ""]
     """Mean probability of the expert each real token wants most."""
+    tokens: Float[Tensor, ""]
+    """Number of real tokens, over which the three above are means."""
     routes: Routes
 
 
@@ -131,7 +133,8 @@ class SwitchFFN(nn.Module):
         self, logits: Tensor, probs: Tensor, choice: Tensor, real: Tensor, routes: Routes
     ) -> Routing:
         served = routes.served(real.shape[1]) & real
-        count = real.sum().clamp(min=1)
+        tokens = real.sum()
+        count = tokens.clamp(min=1)
         wanted = probs.detach().gather(-1, choice[..., None]).squeeze(-1)
         router_z = router_z_loss(logits, real)
         if self.config.balance_over == "batch":
@@ -142,7 +145,8 @@ class SwitchFFN(nn.Module):
             balance=balance,
             router_z=router_z,
             load=expert_load(choice, real, self.config.experts),
-            dropped=(real.sum() - served.sum()) / count,
+            dropped=(tokens - served.sum()) / count,
             confidence=(wanted * real.view_as(wanted)).sum() / count,
+            tokens=tokens.to(wanted.dtype),
             routes=routes,
         )

@@ -23,7 +23,7 @@ from switchworks.model.blocks import Stack
 from switchworks.model.cache import DecoderCache, LayerCache
 from switchworks.model.config import ModelConfig
 from switchworks.model.init import initialise
-from switchworks.model.layers import SharedDropout, look_up
+from switchworks.model.layers import Embedding, SharedDropout
 from switchworks.model.losses import Losses, cross_entropy
 from switchworks.model.switch_attention import SwitchAttention
 from switchworks.model.switch_ffn import Routing, SwitchFFN
@@ -61,7 +61,7 @@ class SwitchTransformer(nn.Module):
         self.config = config
         device = torch.get_default_device()
         with torch.device("meta"):  # so that nothing is drawn twice
-            self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+            self.embedding = Embedding(config.vocab_size, config.d_model)
             self.dropout = SharedDropout(config.dropout)
             self.encoder = (
                 None
@@ -74,6 +74,7 @@ class SwitchTransformer(nn.Module):
                 if config.tied_head
                 else nn.Linear(config.d_model, config.vocab_size, bias=False)
             )
+        self.cross_entropy = cross_entropy  # an attribute, for models whose logits are in parts
         if device.type != "meta":
             self.to_empty(device=device)
             initialise(self, seed)
@@ -134,7 +135,7 @@ class SwitchTransformer(nn.Module):
             )
         if segments is None and padding:
             segments = (inputs != 0).to(inputs.dtype)
-        x = self.dropout(look_up(self.embedding.weight, inputs))
+        x = self.dropout(self.embedding(inputs))
         bias = self.encoder.relative_bias(inputs.shape[1], inputs.shape[1])
         if segments is not None:
             seen = visible(segments, segments)
@@ -172,7 +173,7 @@ class SwitchTransformer(nn.Module):
         """
         tokens = F.pad(align_right(prompts), (0, 1), value=1)  # stands for the token to come
         segments = (tokens != 0).to(tokens.dtype)
-        x = look_up(self.embedding.weight, shift_right(tokens, segments))
+        x = self.embedding(shift_right(tokens, segments))
         length = tokens.shape[1]
         prompt_bias = hide((segments != 0)[:, None, None], x.dtype)
         layers = [LayerCache(self._no_keys(x, length + max_length - 1), None) for _ in self.decoder]
@@ -183,7 +184,7 @@ class SwitchTransformer(nn.Module):
         self, tokens: Int[Tensor, "B T"], cache: DecoderCache
     ) -> Float[Tensor, "B T V"]:
         """Logits for the positions after `tokens`, which follow what `cache` has already seen."""
-        return self._decode_next(look_up(self.embedding.weight, tokens), cache, None)
+        return self._decode_next(self.embedding(tokens), cache, None)
 
     def _decode_next(self, x: Tensor, cache: DecoderCache, segments: Tensor | None) -> Tensor:
         first, count = cache.layers[0].length, x.shape[1]
@@ -257,7 +258,7 @@ class SwitchTransformer(nn.Module):
     ) -> tuple[Tensor, list[Routing]]:
         """Teacher forcing: the decoder's states for every position, and its layers' reports."""
         length = tokens.shape[1]
-        x = self.dropout(look_up(self.embedding.weight, tokens))
+        x = self.dropout(self.embedding(tokens))
         seen = causal(length, length, tokens.device)
         memory_bias = None
         if segments is not None:
@@ -281,7 +282,7 @@ class SwitchTransformer(nn.Module):
         return self.decoder.dropout(self.decoder.final_norm(x)), reports
 
     def _losses(self, logits: Tensor, targets: Tensor, routing: tuple[Routing, ...]) -> Losses:
-        nats, squared_log_z = cross_entropy(logits, targets)
+        nats, squared_log_z = self.cross_entropy(logits, targets)
         output_z = self.config.z_loss * squared_log_z
         balance, router_z = nats.new_zeros(()), nats.new_zeros(())
         weights = self.config.routing

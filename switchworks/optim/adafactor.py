@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from switchworks.optim.spread import Spread, local, spread_of, zeros_without
+
 EPS_SQUARE = 1e-30
 """Added to every squared gradient (epsilon1)."""
 EPS_SCALE = 1e-3
@@ -42,7 +44,8 @@ class Adafactor(torch.optim.Optimizer):
     without (Mesh TensorFlow) the whole stack as one.
 
     Parameters are float32 or float64 and the state has their dtype: in bfloat16 most updates would
-    round to nothing, see `MasterWeights`. The state exists from the start.
+    round to nothing, see `MasterWeights`. The state exists from the start. A DTensor is updated as
+    the whole tensor would be: each rank moves its part, and statistics are summed over ranks.
     """
 
     def __init__(
@@ -103,7 +106,9 @@ class Adafactor(torch.optim.Optimizer):
                 if len(alike) == 1:
                     grad = alike[0].grad
                     assert grad is not None
-                    _update(alike[0], grad, states[0], dims, rule, scratch)
+                    rule = rule._replace(spread=spread_of(alike[0]).moved(dims))
+                    parts = {name: local(tensor) for name, tensor in states[0].items()}
+                    _update(local(alike[0]), local(grad), parts, dims, rule, scratch)
                 else:
                     _update_together(alike, states, dims, rule, scratch)
         return loss
@@ -123,11 +128,12 @@ class _Rule(NamedTuple):
     """What weight decay leaves of a parameter: 1 - lr * weight_decay."""
     apart: bool
     """Whether each index of the first dimension is scaled and clipped by itself."""
+    spread: Spread = Spread((), ())
+    """Which ranks have the rest of the parameter."""
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean over what is scaled and clipped together, in a shape that multiplies `x`."""
-        dims = tuple(range(1 if self.apart else 0, x.dim()))
-        return x.mean(dim=dims, keepdim=True) if dims else x
+        return self.spread.mean(x, 1 if self.apart else 0)
 
     def factor(self, update_square: Tensor, parameter_square: Tensor | None) -> Tensor:
         """What to multiply an update by, from its mean square and that of the parameter."""
@@ -178,9 +184,9 @@ def _first_state(parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
     if dims is None:
         state["square"] = torch.zeros_like(parameter, requires_grad=False)
     else:
-        matrices = parameter.detach().movedim(dims, (-2, -1))
-        state["row"] = matrices.new_zeros(matrices.shape[:-1])
-        state["column"] = matrices.new_zeros(matrices.shape[:-2] + matrices.shape[-1:])
+        order = [dim for dim in range(parameter.dim()) if dim not in dims] + list(dims)
+        state["row"] = zeros_without(parameter, dims[1], order)
+        state["column"] = zeros_without(parameter, dims[0], order)
     if group["beta1"] > 0:
         state["momentum"] = torch.zeros_like(parameter, requires_grad=False)
     return state
@@ -297,16 +303,16 @@ def _update_factored(
     """
     blocks = _blocks(p)
     _mix_squares(g, row, column, blocks, rule, scratch)
-    r = (row / row.mean(dim=-1, keepdim=True)).rsqrt_()
+    r = (row / rule.spread.mean_over(row.sum(dim=-1, keepdim=True), -2)).rsqrt_()
     c = column.rsqrt().unsqueeze(-2)
     u_square = torch.empty_like(row)
     p_square = torch.empty_like(row) if rule.parameter_scale else None
     update = g
     for block in blocks:
         update = scratch.product(g[block], _at(c, block))
-        u_square[block] = _row_mean_square(update)
+        u_square[block] = _row_mean_square(update, rule)
         if p_square is not None:
-            p_square[block] = _row_mean_square(p[block])
+            p_square[block] = _row_mean_square(p[block], rule)
     p_square = None if p_square is None else rule.mean(p_square)
     factor = r * rule.factor(rule.mean(u_square * r.square()), p_square)
     for block in blocks:
@@ -328,11 +334,11 @@ def _mix_squares(
     new_row, new_column = torch.empty_like(row), torch.zeros_like(column)
     for block in blocks:
         squares = scratch.product(g[block], g[block])
-        new_row[block] = squares.mean(dim=-1)
+        new_row[block] = squares.sum(dim=-1)
         into = new_column if g.dim() == 2 else new_column[block]
         into += squares.sum(dim=-2)
-    row.lerp_(new_row.add_(EPS_SQUARE), rule.mixing)
-    column.lerp_(new_column.div_(g.shape[-2]).add_(EPS_SQUARE), rule.mixing)
+    row.lerp_(rule.spread.mean_over(new_row, -1).add_(EPS_SQUARE), rule.mixing)
+    column.lerp_(rule.spread.mean_over(new_column, -2).add_(EPS_SQUARE), rule.mixing)
 
 
 def _move(p: Tensor, m: Tensor | None, update: Tensor, factor: Tensor, rule: _Rule) -> None:
@@ -358,5 +364,6 @@ def _at(c: Float[Tensor, "*E 1 F"], block: slice) -> Float[Tensor, "*e 1 F"]:
     return c if c.dim() == 2 else c[block]
 
 
-def _row_mean_square(x: Float[Tensor, "*E D F"]) -> Float[Tensor, "*E D"]:
-    return torch.linalg.vector_norm(x, dim=-1).square_() / x.shape[-1]
+def _row_mean_square(x: Float[Tensor, "*E D F"], rule: _Rule) -> Float[Tensor, "*E D"]:
+    """This rank's share of each row's mean square."""
+    return torch.linalg.vector_norm(x, dim=-1).square_() / rule.spread.shape[-1]

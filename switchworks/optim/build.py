@@ -82,6 +82,10 @@ class Updater:
             return float(global_norm(grads))
         return float(clip_by_global_norm(grads, self.config.clip_norm))
 
+    def gradients(self) -> dict[str, Tensor]:
+        """Name -> gradient gathered so far. The tensors are those in use."""
+        return self.masters.gradients()
+
     def zero(self) -> None:
         """Forget the gradients."""
         self.masters.zero()
@@ -204,7 +208,8 @@ def _adamw(groups: Mapping[Kind, list[nn.Parameter]], config: OptimConfig) -> to
     """torch's fused AdamW, its state made now, so that `state_dict` is complete before a step."""
     param_groups = [
         {"params": parameters, "weight_decay": 0.0 if kind.spared else config.weight_decay}
-        for kind, parameters in groups.items()
+        for kind, mixed in groups.items()
+        for parameters in _by_mesh(mixed)
     ]
     beta1, beta2 = config.betas
     optimizer = torch.optim.AdamW(
@@ -218,6 +223,14 @@ def _adamw(groups: Mapping[Kind, list[nn.Parameter]], config: OptimConfig) -> to
                 "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
             }
     return optimizer
+
+
+def _by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """A fused update takes plain tensors, or DTensors of one mesh."""
+    alike: dict[Any, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        alike.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    return list(alike.values())
 
 
 def _flat(state: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:

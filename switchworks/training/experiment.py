@@ -11,25 +11,7 @@ from switchworks.config import ConfigError
 from switchworks.data.config import DataConfig
 from switchworks.model.config import ModelConfig
 from switchworks.optim.config import OptimConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class MeshConfig:
-    """How many ranks share the data, the experts and the width of the model."""
-
-    data: int = 1
-    expert: int = 1
-    model: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("data", "expert", "model"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"mesh.{name} = {getattr(self, name)} must be at least 1.")
-
-    @property
-    def size(self) -> int:
-        """Ranks in all."""
-        return self.data * self.expert * self.model
+from switchworks.parallel.config import MeshConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +61,9 @@ class Experiment:
     """Decides first values, data order, masks, jitter and dropout."""
     micro_batches: int = 1
     """Parts a batch is cut into, whose gradients are added before one optimizer step."""
-    precision: Literal["float32", "bfloat16", "auto"] = "float32"
+    precision: Literal["float32", "bfloat16", "float64", "auto"] = "float32"
     """bfloat16 computes with bfloat16 weights and keeps float32 masters; routers stay float32.
+    float64 is for checking that two ways to compute the same agree.
     auto takes whichever this machine multiplies faster, once, when the run begins."""
     kernels: Literal["reference", "fast"] = "reference"
     """fast: attention and norms by `switchworks.kernels`, which compute the same within rounding
@@ -151,7 +134,7 @@ class Experiment:
     @property
     def micro_batch_size(self) -> int:
         """Rows a rank computes at once."""
-        return self.batch_size // (self.micro_batches * self.mesh.data * self.mesh.expert)
+        return self.batch_size // (self.micro_batches * self.mesh.batch)
 
     @property
     def group_tokens(self) -> dict[str, int]:
@@ -178,7 +161,7 @@ class Experiment:
             )
 
     def _check_rows(self) -> None:
-        parts = self.micro_batches * self.mesh.data * self.mesh.expert
+        parts = self.micro_batches * self.mesh.batch
         if self.batch_size % parts:
             raise ConfigError(
                 f"batch_size = {self.batch_size} rows cannot be cut into {parts} equal parts\n"
@@ -219,5 +202,10 @@ _CADENCES = (
     "threads",
 )
 
-MAY_CHANGE = frozenset(_CADENCES) | {"data.cache", "data.workers", "data.prefetch"}
-"""Settings that a resumed run may change, because they do not change what it computes."""
+MAY_CHANGE = (
+    frozenset(_CADENCES)
+    | {"data.cache", "data.workers", "data.prefetch"}
+    | {"mesh.data", "mesh.expert", "mesh.model", "mesh.shard", "micro_batches"}
+)
+"""Settings that a resumed run may change, because they do not change what it computes (but for the
+noise, of which each rank draws its own)."""

@@ -12,7 +12,7 @@ from switchworks.model.sizes import (
 from switchworks.training import machine
 from switchworks.training.experiment import Experiment
 
-_MASTER, _COMPUTE = 4, {"float32": 4, "bfloat16": 2}
+_MASTER, _COMPUTE = 4, {"float64": 8, "float32": 4, "bfloat16": 2}
 """Bytes per number."""
 
 

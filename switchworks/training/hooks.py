@@ -144,7 +144,7 @@ class Validate:
             self._validate(state)
 
     def _validate(self, state: TrainState) -> None:
-        loss, by_corpus = held_out_losses(state.model, self.held_out)
+        loss, by_corpus = held_out_losses(state.model, self.held_out, state.ranks)
         epochs = {} if self.mixture is None else self.mixture.epochs(state.step)
         self._done = state.step
         self.recorder.write(

@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Protocol, runtime_checkable
 
 from switchworks.batch import Batch
+from switchworks.parallel import Ranks
 from switchworks.training.state import TrainState
 from switchworks.training.step import StepResult, train_step
 
@@ -31,6 +32,15 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        """What this process got."""
+        self.agreed: signal.Signals | None = None
+        """What all ranks know that one of them got: only on this may they act."""
+
+    def agree(self, ranks: Ranks) -> None:
+        """Afterwards all `ranks` know of a signal that one of them got. They call it together."""
+        number = ranks.highest(0 if self.signal is None else self.signal.value)
+        if number:
+            self.agreed = signal.Signals(number)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -64,8 +74,10 @@ def run(
         state.seconds += time.perf_counter() - started
         for hook in hooks:
             hook.after_step(state, result)
-        if interrupt.signal is not None or state.ended:
+        interrupt.agree(state.ranks)
+        if interrupt.agreed is not None or state.ended:
             break
         started = time.perf_counter()  # what hooks took is not training time
     for hook in hooks:
-        hook.finish(state, interrupted=interrupt.signal is not None)
+        hook.finish(state, interrupted=interrupt.agreed is not None)
+    interrupt.agree(state.ranks)  # on what came in the meantime

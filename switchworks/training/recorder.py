@@ -10,9 +10,15 @@ from switchworks.training.state import TrainState
 
 
 class Recorder:
-    """Appends to the files of a run directory; every line is whole once written."""
+    """Appends to the files of a run directory; every line is whole once written.
 
-    def __init__(self, run_dir: Path, first_step: int) -> None:
+    Without a directory, as on all ranks but the first, it keeps nothing.
+    """
+
+    def __init__(self, run_dir: Path | None, first_step: int) -> None:
+        self.board = None
+        if run_dir is None:
+            return
         from torch.utils.tensorboard import SummaryWriter
 
         self.metrics = run_dir / "metrics.jsonl"
@@ -27,6 +33,8 @@ class Recorder:
 
     def write(self, state: TrainState, values: Mapping[str, Any]) -> None:
         """One line of metrics, led by step, tokens and seconds; numbers also to TensorBoard."""
+        if self.board is None:
+            return
         line = {"step": state.step, "tokens": state.tokens, "seconds": round(state.seconds, 3)}
         _append(self.metrics, line | dict(values))
         self.names |= values.keys()
@@ -41,11 +49,13 @@ class Recorder:
 
     def write_sample(self, sample: Mapping[str, Any]) -> None:
         """One fill-in."""
-        _append(self.samples, sample)
+        if self.board is not None:
+            _append(self.samples, sample)
 
     def close(self) -> None:
         """Flush everything."""
-        self.board.close()
+        if self.board is not None:
+            self.board.close()
 
 
 def _append(path: Path, line: Mapping[str, Any]) -> None:

@@ -1,14 +1,16 @@
 """From an Experiment to a trained model in a run directory."""
 
 import json
+import os
 import shlex
 import sys
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, redirect_stdout
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -28,6 +30,7 @@ from switchworks.data.task_corpora import TaskCorpora
 from switchworks.data.tokenizer import Tokenizer
 from switchworks.model import SwitchTransformer
 from switchworks.model.sizes import active_parameters, flops_per_token, num_parameters
+from switchworks.parallel import Ranks, ranks_of
 from switchworks.report import write_report
 from switchworks.training import machine
 from switchworks.training.best import KeepBest
@@ -47,6 +50,8 @@ from switchworks.training.state import TrainState, build_state
 from switchworks.training.task_hook import task_hook
 from switchworks.training.teacher import Teacher, open_teacher
 
+T = TypeVar("T")
+
 SAMPLE_ROWS = 4
 """Pieces of held-out text whose holes are filled at each sampling."""
 
@@ -63,36 +68,59 @@ def train(
     Afterwards it holds the exported model, checkpoints, metrics and the report. With `resume` an
     interrupted run goes on from its newest complete checkpoint; `init` starts from the weights of
     another model; a teacher is what `experiment.distil` names. After SIGINT or SIGTERM the state
-    is saved and `Interrupted` is raised.
+    is saved and `Interrupted` is raised. On a mesh every process that torchrun started calls this
+    with the same arguments, and only the first one talks and writes metrics.
     """
-    _check_mesh(experiment)
     _check_beginning(experiment, init)
     shares_of(experiment)  # what a freeze or lora cannot mean is said before text is read
     machine.keep_freed_memory()
     if experiment.threads:
         torch.set_num_threads(experiment.threads)
     run_dir = Path(run_dir or Path("runs") / experiment.name)
-    experiment = with_precision(with_tokenizer(experiment, init), run_dir)
+    experiment = with_tokenizer(experiment, init)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    with ranks_of(experiment.mesh, world) as ranks, _silent_unless(ranks.first):
+        _check_mesh(experiment)
+        stopped = _train(experiment, run_dir, resume, init, ranks)
+    if stopped is not None:
+        raise stopped
+    return run_dir
+
+
+def _train(
+    experiment: Experiment, run_dir: Path, resume: bool, init: Path | str | None, ranks: Ranks
+) -> "Interrupted | None":
+    """Run it; what a signal made of it, if one came. Raised later, when all ranks have parted."""
+    experiment = with_precision(experiment, run_dir)
+    experiment = replace(experiment, precision=ranks.all(experiment.precision)[0])
     # Before text is read, which may take long; the vocabulary is not known yet.
     may_resume(run_dir, experiment, resume=resume, ignoring=frozenset({"model.vocab_size"}))
     teacher = open_teacher(experiment)
-    corpora = prepare_corpora(experiment.data, vocab_size=experiment.model.vocab_size)
+    corpora = _in_turn(
+        ranks, lambda: prepare_corpora(experiment.data, vocab_size=experiment.model.vocab_size)
+    )
     experiment = with_vocabulary(experiment, _vocabulary(corpora, init, teacher))
     if teacher is not None:
         teacher.require_same_ids(corpora.tokenizer, experiment.model.vocab_size)
-    pipeline = corpora.training(batch_size=experiment.batch_size, seed=experiment.seed)
+    part = {"rank": ranks.batch_rank, "world": ranks.batch_world}
+    pipeline = corpora.training(batch_size=experiment.batch_size, seed=experiment.seed, **part)
     mixture = pipeline if isinstance(pipeline, Mixture) else None
     if mixture is not None:
         print(corpora.summary(mixture, experiment.steps))
     resuming = may_resume(run_dir, experiment, resume=resume)
     checkpoints = Checkpoints(run_dir / "checkpoints", experiment.keep_checkpoints)
-    state = _first_state(experiment, checkpoints if resuming else None, init, teacher, pipeline)
+    state = _first_state(
+        experiment, checkpoints if resuming else None, init, teacher, pipeline, ranks
+    )
     if state.adapted is not None:
         print(state.adapted)
-    claim(run_dir, experiment)  # only now, when nothing can be wrong with the settings any more
-    _write_about(run_dir, experiment, corpora)
+    ranks.wait()  # until all have looked at the directory as it was
+    if ranks.first:
+        claim(run_dir, experiment)  # only now, when nothing can be wrong with the settings any more
+        _write_about(run_dir, experiment, corpora)
     interrupt = Interrupt()
-    with closing(Recorder(run_dir, state.step)) as recorder, interrupt.listening():
+    recorder = Recorder(run_dir if ranks.first else None, state.step)
+    with closing(recorder), interrupt.listening():
         hooks = _hooks(state, recorder, corpora, mixture)
         keeper = _keeper(state, recorder, checkpoints, corpora)
         if keeper is not None:
@@ -100,14 +128,30 @@ def train(
         hooks.append(SaveCheckpoints(checkpoints, experiment.checkpoint_every))  # knows the best
         with closing(pipeline.batches(state.step)) as batches:
             run(state, batches, hooks, interrupt)
-    if interrupt.signal is not None:
-        raise Interrupted(interrupt.signal.name, state.step, run_dir)
+    if interrupt.agreed is not None:
+        return Interrupted(interrupt.agreed.name, state.step, run_dir)
     if keeper is None:
         export(state, run_dir, corpora.tokenizer)
     else:
         keeper.write_model(state, run_dir)
-    write_report([run_dir])
-    return run_dir
+    if ranks.first:
+        write_report([run_dir])
+    return None
+
+
+@contextmanager
+def _silent_unless(first: bool) -> Iterator[None]:
+    """Inside, only the first rank prints."""
+    with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if first else nowhere):
+        yield
+
+
+def _in_turn(ranks: Ranks, make: Callable[[], T]) -> T:
+    """What `make` returns: one rank of each machine makes it, and then the others find it made."""
+    leads = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    made = make() if leads else None
+    ranks.wait()
+    return make() if made is None else made
 
 
 class Interrupted(Exception):  # noqa: N818  it is not an error
@@ -193,6 +237,7 @@ def _first_state(
     init: Path | str | None,
     teacher: Teacher | None,
     pipeline: Pipeline | Mixture,
+    ranks: Ranks,
 ) -> TrainState:
     """Where the run starts, in order of precedence: checkpoint, `init`, the teacher's weights as
     far as they fit, first values."""
@@ -201,7 +246,7 @@ def _first_state(
     if newest is None and experiment.distil is not None and experiment.distil.initialise:
         assert teacher is not None
         _inherit(model, teacher, experiment.distil, pipeline)
-    state = build_state(experiment, model, None if teacher is None else teacher.model)
+    state = build_state(experiment, model, None if teacher is None else teacher.model, ranks)
     if checkpoints is not None and newest is not None:
         contents = state.state_dict()
         about = checkpoints.load(newest, contents)
@@ -254,11 +299,15 @@ def _hooks(
     hooks: list[Hook] = [Progress(recorder, experiment.log_every, state)]
     if experiment.validate_every or experiment.sample_every:
         held_out = corpora.held_out(
-            batch_size=experiment.batch_size, batches=max(1, experiment.validation_batches)
+            batch_size=experiment.batch_size,
+            batches=max(1, experiment.validation_batches),
+            rank=state.ranks.batch_rank,
+            world=state.ranks.batch_world,
         )
         if experiment.validate_every:
             hooks.append(Validate(recorder, experiment.validate_every, held_out, mixture))
-        if experiment.sample_every and not isinstance(corpora, TaskCorpora):
+        alone = experiment.mesh.size == 1
+        if experiment.sample_every and alone and not isinstance(corpora, TaskCorpora):
             rows = _sample_rows(held_out)
             hooks.append(Samples(recorder, experiment.sample_every, rows, corpora.tokenizer))
     if isinstance(corpora, TaskCorpora):
@@ -298,12 +347,27 @@ def _check_beginning(experiment: Experiment, init: Path | str | None) -> None:
 
 def _check_mesh(experiment: Experiment) -> None:
     mesh = experiment.mesh
-    if mesh.size > 1:
+    if mesh.model > 1 and experiment.distil is not None:
         raise ConfigError(
-            f"mesh = data {mesh.data} x expert {mesh.expert} x model {mesh.model} needs "
-            f"{mesh.size} devices; this version trains on one.\n"
-            "  Set --mesh.data 1 --mesh.expert 1 --mesh.model 1."
+            f"mesh.model = {mesh.model} spreads the student's words over ranks, which the teacher's"
+            " are not.\n  Set --mesh.model 1 and a larger --mesh.data."
         )
+    alone = {
+        "lora": experiment.lora is not None,
+        "freeze": bool(experiment.freeze),
+        "best": experiment.best is not None,
+        "data.tasks": bool(experiment.data.tasks),
+        "kernels": experiment.kernels != "reference",
+        "activation_checkpointing": experiment.activation_checkpointing,
+    }
+    asked = [name for name, wanted in alone.items() if wanted]
+    if mesh.size > 1 and asked:
+        raise ConfigError(
+            f"{', '.join(asked)}: not on a mesh of {mesh.size} ranks yet.\n"
+            "  Leave it out, or train on one rank."
+        )
+    if mesh.size > 1 and experiment.sample_every:
+        print("samples: none on a mesh; `switchworks generate` makes them from model/ afterwards.")
 
 
 def _write_about(run_dir: Path, experiment: Experiment, corpora: Corpora) -> None:

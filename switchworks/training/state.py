@@ -13,6 +13,9 @@ from switchworks.kernels.checkpointing import checkpoint_blocks
 from switchworks.model import SwitchTransformer
 from switchworks.model.routing import Router
 from switchworks.optim.build import Updater, build_optimizer, dimension_letters
+from switchworks.parallel import ALONE, Ranks, parallelize
+from switchworks.parallel.apply import like
+from switchworks.parallel.gradients import GradientSum
 from switchworks.training.experiment import Experiment
 
 
@@ -34,6 +37,10 @@ class TrainState:
     experiment: Experiment
     model: SwitchTransformer
     updater: Updater
+    gradients: GradientSum
+    """Makes the gradients of this rank's rows those of the whole batch."""
+    ranks: Ranks = ALONE
+    """Those that train together."""
     step: int = 0
     """Steps done."""
     tokens: int = 0
@@ -78,13 +85,14 @@ def build_state(
     experiment: Experiment,
     model: SwitchTransformer | None = None,
     teacher: SwitchTransformer | None = None,
+    ranks: Ranks = ALONE,
 ) -> TrainState:
     """Step 0 of `experiment`, with the float32 weights of `model` or else those of its seed.
 
     The model is taken over: adapted and frozen as the experiment says; with bfloat16 its weights
-    are cast and the float32 ones become the optimizer's masters. The `teacher` is taken over too:
-    cast as the model is, in evaluation mode and without gradients, so that it drops no token and
-    draws no noise.
+    are cast and the float32 ones become the optimizer's masters, and on a mesh each of the `ranks`
+    keeps its part of all of them. The `teacher` is taken over too: cast as the model is, in
+    evaluation mode and without gradients, so that it drops no token and draws no noise.
     """
     assert (teacher is None) == (experiment.distil is None)
     assert experiment.precision != "auto", "train() settles it first"
@@ -98,21 +106,23 @@ def build_state(
         kernels.apply(model)
     if experiment.activation_checkpointing:
         checkpoint_blocks(model)
-    updater = build_optimizer(
-        model.named_parameters(), dimension_letters(model), experiment.optim, weights
-    )
+    letters = dimension_letters(model)
+    gradients = parallelize(model, ranks.mesh, letters, shard=experiment.mesh.shard)
+    for name, parameter in model.named_parameters():
+        weights[name] = like(weights[name], parameter)  # one after the other, so that wholes go
+    updater = build_optimizer(model.named_parameters(), letters, experiment.optim, weights)
     if teacher is not None:
         cast_for_compute(teacher, dtype)
         teacher.to(model.embedding.weight.device).eval().requires_grad_(False)
-    return TrainState(experiment, model, updater, teacher=teacher, adapted=table)
+    return TrainState(experiment, model, updater, gradients, ranks, teacher=teacher, adapted=table)
 
 
 def cast_for_compute(model: nn.Module, dtype: torch.dtype) -> None:
-    """Every parameter of `model` in `dtype`, but those of routers in float32 (section 2.4)."""
+    """Every parameter of `model` in `dtype`, but routers' in at least float32 (section 2.4)."""
     routers = [module for module in model.modules() if isinstance(module, Router)]
     wide = {part for router in routers for part in router.modules()}
     for module in model.modules():
-        if module in wide:
+        if module in wide and dtype != torch.float64:
             continue
         for parameter in module.parameters(recurse=False):
             parameter.data = parameter.data.to(dtype)

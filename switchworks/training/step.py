@@ -12,7 +12,10 @@ from torch import Tensor
 from switchworks.batch import Batch
 from switchworks.compress.loss import distillation_loss
 from switchworks.model import Output, SwitchTransformer
+from switchworks.model.switch_ffn import Routing
 from switchworks.optim.build import UpdateStats
+from switchworks.optim.clip import first_nonfinite
+from switchworks.parallel import Ranks
 from switchworks.training.state import TrainState
 
 
@@ -21,7 +24,7 @@ class DivergenceError(RuntimeError):
 
 
 class LayerReport(NamedTuple):
-    """What one switch layer did in a step, averaged over the micro-batches."""
+    """What one switch layer did in a step, averaged over micro-batches and ranks."""
 
     balance: float
     router_z: float
@@ -51,43 +54,57 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
     it. With a teacher part of the cross-entropy is with its probabilities for the same rows, see
     `DistilConfig`. Raises DivergenceError before the weights are touched if loss or gradient is
     not finite.
+
+    On a mesh `batch` is this rank's part of the batch, and what a step does is the same: each
+    rank's loss is its share of the whole batch's, and all numbers returned are the whole batch's.
+    Only noise is each rank's own.
     """
-    experiment, model = state.experiment, state.model
+    experiment, model, ranks = state.experiment, state.model, state.ranks
     model.train()
-    torch.manual_seed((experiment.seed << 32) + state.step)
+    _seed_noise(state)
     batch = batch.to(model.embedding.weight.device)
-    targets = max(1, int((batch.targets != 0).sum()))
+    counted = ranks.total([float((batch.targets != 0).sum()), float(batch.num_tokens)])
+    targets, tokens = max(1, int(counted[0])), int(counted[1])
+    parts = experiment.micro_batches * ranks.batch_world
     totals: list[Tensor] = []
     nats: list[Tensor] = []
     softs: list[Tensor] = []
     reports: list[Output] = []
-    for part in batch.split(experiment.micro_batches):
+    for number, part in enumerate(batch.split(experiment.micro_batches), start=1):
+        state.gradients.expect(last=number == experiment.micro_batches)
         share = int((part.targets != 0).sum()) / targets
         output, learnt, soft = _learn(state, part)
         losses = output.losses
         loss = share * (learnt + losses.output_z)
-        loss = loss + (losses.balance + losses.router_z) / experiment.micro_batches
+        loss = loss + (losses.balance + losses.router_z) / parts
         loss.backward()
         state.updater.accumulate()
         totals.append(loss.detach())
         nats.append(losses.cross_entropy.detach() * share)
         softs.append(soft.detach() * share)
         reports.append(output._replace(logits=output.logits.new_zeros(0, 0, 0)))
-    total = float(sum(totals))
+    sums = [float(sum(addends)) for addends in (totals, nats, softs)]
+    total, cross_entropy, soft = ranks.total(sums)
     if total - total != 0:  # not finite
         raise DivergenceError(explain_divergence(state, batch, f"loss {total}"))
+    state.gradients.finish(state.updater.gradients())
     update = state.updater.step(state.step, experiment.steps)
     if update.grad_norm - update.grad_norm != 0:
         raise DivergenceError(explain_divergence(state, batch, f"gradient norm {update.grad_norm}"))
-    layers = _layer_reports(model, reports)
+    layers = layer_reports(model, reports, ranks)
     for name, layer in model.switch_layers.items():
         if layer.router.weight.requires_grad:  # else it is frozen, its selection bias too
             layer.router.nudge(torch.tensor(layers[name].load))
-    tokens = batch.num_tokens
     state.step += 1
     state.tokens += tokens
-    soft = None if state.teacher is None else float(sum(softs))
-    return StepResult(total, float(sum(nats)), update, layers, tokens, soft)
+    soft = None if state.teacher is None else soft
+    return StepResult(total, cross_entropy, update, layers, tokens, soft)
+
+
+def _seed_noise(state: TrainState) -> None:
+    """Noise follows from seed and step and, since each rank has rows of its own, from the part of
+    the batch. Ranks that share a layer's width draw the same."""
+    torch.manual_seed((state.experiment.seed << 32) + (state.ranks.batch_rank << 48) + state.step)
 
 
 def _learn(state: TrainState, batch: Batch) -> tuple[Output, Tensor, Tensor]:
@@ -118,9 +135,10 @@ def explain_divergence(state: TrainState, batch: Batch, what: str) -> str:
 
 def _first_nonfinite(state: TrainState, batch: Batch) -> str:
     """Looks at weights, then activations in the order they are computed, then gradients."""
-    for name, parameter in state.model.named_parameters():
-        if not parameter.isfinite().all():
-            return f"the weight {name}"
+    weights = ((name, weight.detach()) for name, weight in state.model.named_parameters())
+    weight = _first_found(state, first_nonfinite(weights))
+    if weight is not None:
+        return f"the weight {weight}"
     found: list[str] = []
 
     def watch(name: str) -> object:
@@ -137,7 +155,7 @@ def _first_nonfinite(state: TrainState, batch: Batch) -> str:
         if name
     ]
     try:
-        torch.manual_seed((state.experiment.seed << 32) + state.step)
+        _seed_noise(state)
         with torch.no_grad():
             for part in batch.split(state.experiment.micro_batches):
                 _forward(state.model, part)
@@ -147,10 +165,16 @@ def _first_nonfinite(state: TrainState, batch: Batch) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    if found:
-        return f"the output of {found[0]}"
-    name = state.updater.first_nonfinite_gradient()
+    output = _first_found(state, found[0] if found else None)
+    if output is not None:
+        return f"the output of {output}"
+    name = _first_found(state, state.updater.first_nonfinite_gradient())
     return "the loss itself" if name is None else f"the gradient of {name}"
+
+
+def _first_found(state: TrainState, name: str | None) -> str | None:
+    """What the first rank that found something found."""
+    return next((found for found in state.ranks.all(name) if found is not None), None)
 
 
 def _forward(model: SwitchTransformer, batch: Batch) -> Output:
@@ -171,20 +195,44 @@ def _teacher_logits(state: TrainState, batch: Batch) -> Float[Tensor, "B T V"] |
         return _forward(state.teacher, batch).logits
 
 
-def _layer_reports(model: SwitchTransformer, outputs: list[Output]) -> dict[str, LayerReport]:
-    """Each switch layer's statistics, averaged over the micro-batches."""
-    reports: dict[str, LayerReport] = {}
-    for number, name in enumerate(model.switch_layers):
-        parts = [output.routing[number] for output in outputs]
+def layer_reports(
+    model: SwitchTransformer, outputs: list[Output], ranks: Ranks
+) -> dict[str, LayerReport]:
+    """Each switch layer's statistics over all micro-batches and ranks: the losses are means over
+    groups, of which each part has equally many, and the rest over real tokens."""
+    names = list(model.switch_layers)
+    sums = [_summed([output.routing[i] for output in outputs]) for i in range(len(names))]
+    width = len(sums[0]) if sums else 0
+    flat = ranks.total([value for layer in sums for value in layer])
+    parts = len(outputs) * ranks.batch_world
+    return {
+        name: _report_of(flat[number * width : (number + 1) * width], parts)
+        for number, name in enumerate(names)
+    }
 
-        def mean(field: str, parts: list = parts) -> Float[Tensor, "*E"]:
-            return torch.stack([getattr(part, field).detach() for part in parts]).mean(dim=0)
 
-        reports[name] = LayerReport(
-            balance=float(mean("balance")),
-            router_z=float(mean("router_z")),
-            dropped=float(mean("dropped")),
-            confidence=float(mean("confidence")),
-            load=mean("load").tolist(),
+def _summed(reports: list[Routing]) -> list[float]:
+    """Balance, router z, tokens, and the tokens dropped, confidence and load stand for."""
+    rows = [
+        torch.cat(
+            [
+                torch.stack([report.balance, report.router_z, report.tokens]).detach(),
+                torch.stack([report.dropped, report.confidence]) * report.tokens,
+                report.load * report.tokens,
+            ]
         )
-    return reports
+        for report in reports
+    ]
+    return torch.stack(rows).double().sum(dim=0).tolist()
+
+
+def _report_of(sums: list[float], parts: int) -> LayerReport:
+    balance, router_z, tokens, dropped, confidence, *load = sums
+    tokens = max(1.0, tokens)
+    return LayerReport(
+        balance=balance / parts,
+        router_z=router_z / parts,
+        dropped=dropped / tokens,
+        confidence=confidence / tokens,
+        load=[share / tokens for share in load],
+    )

@@ -1,0 +1,97 @@
+"""Which dimension of a weight is split over which axis of the mesh, read off its letters.
+
+| letters            | over expert | over model      | over data (full shard)              |
+| ------------------ | ----------- | --------------- | ----------------------------------- |
+| E with two others  | E           | F               | a third dimension, over data        |
+| H, F or V          | -           | that one        | another, over data and expert       |
+| anything else      | -           | -               | the first, over data and expert     |
+
+The dimension over data is the first that is free and that the ranks divide evenly; a weight that
+has none is kept whole. Nothing is split twice, so a shard is always one contiguous range.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from switchworks.config import ConfigError
+from switchworks.model.config import ModelConfig
+from switchworks.parallel.config import MeshConfig
+
+WIDTHS = ("H", "F", "V")
+"""The letters that the model axis splits. H stands for a head's columns too."""
+
+
+class Place(NamedTuple):
+    """The dimension of a weight that each axis splits; None: the axis leaves it whole."""
+
+    expert: int | None
+    model: int | None
+    data: int | None
+    stacked: bool
+    """A stack of experts: split and summed over the data axis alone, not over the batch axis."""
+
+
+def place(letters: str, shape: tuple[int, ...], mesh: MeshConfig) -> Place:
+    """Where a weight with these dimensions goes."""
+    dims = letters.split()
+    stacked = len(dims) > 2 and dims[0] == "E"
+    expert = 0 if stacked and mesh.expert > 1 else None
+    model = None
+    if mesh.model > 1:
+        model = next((i for i, letter in enumerate(dims) if letter in WIDTHS), None)
+        if model is not None and shape[model] % mesh.model:
+            model = None  # only V comes here, see `check_fit`: then every rank scores all words
+    ranks = mesh.data if stacked else mesh.batch
+    data = None
+    if mesh.shard and ranks > 1 and dims != ["E"]:  # a selection bias changes outside of steps
+        free = (i for i in range(len(shape)) if i not in (expert, model))
+        data = next((i for i in free if shape[i] % ranks == 0), None)
+    return Place(expert, model, data, stacked)
+
+
+def check_fit(model: ModelConfig, mesh: MeshConfig) -> None:
+    """Raises ConfigError, naming the numbers, if `model` cannot be spread over `mesh`."""
+    routing = model.routing
+    if mesh.expert > 1 and routing is None:
+        raise ConfigError(
+            f"mesh.expert = {mesh.expert}, but the model is dense.\n  Set --mesh.expert 1 and a "
+            "larger --mesh.data."
+        )
+    if routing is not None and routing.experts % mesh.expert:
+        raise ConfigError(
+            f"routing.experts = {routing.experts} cannot be shared out evenly over mesh.expert = "
+            f"{mesh.expert} ranks.\n  Use a divisor of {routing.experts}."
+        )
+    if routing is not None and routing.balance_over == "batch" and mesh.batch > 1:
+        raise ConfigError(
+            "routing.balance_over = batch balances what one rank computes at once, so the number of"
+            " ranks\n  would change the loss. Set --routing.balance-over group."
+        )
+    for name in ("num_heads", "d_ff"):
+        if getattr(model, name) % mesh.model:
+            raise ConfigError(
+                f"model.{name} = {getattr(model, name)} cannot be split over mesh.model = "
+                f"{mesh.model} ranks.\n  Use a divisor of {getattr(model, name)}."
+            )
+    if mesh.model > 1 and routing is not None and routing.sparse_attention:
+        raise ConfigError(
+            f"routing.layers = {routing.layers} has experts in attention, whose heads mesh.model = "
+            f"{mesh.model} cannot split.\n  Set --mesh.model 1 and a larger --mesh.expert."
+        )
+
+
+def places(
+    letters: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], mesh: MeshConfig
+) -> dict[str, Place]:
+    """Name -> place of every weight. A layer's experts are split over data all alike or not at all:
+    what is left whole of them must not be taken for a part of the block around them."""
+    found = {name: place(letters.get(name, ""), shape, mesh) for name, shape in shapes.items()}
+    uneven = {_owner(name) for name, at in found.items() if at.stacked and at.data is None}
+    return {
+        name: at._replace(data=None) if at.stacked and _owner(name) in uneven else at
+        for name, at in found.items()
+    }
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0]

@@ -1,0 +1,113 @@
+"""Real ranks against one process: losses, gradients, weights and all optimizer state."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from ranks import Case, run_case, run_cases, spawn
+
+from switchworks.parallel import MeshConfig
+
+TWO = [MeshConfig(data=2), MeshConfig(expert=2), MeshConfig(model=2)]
+FOUR = [
+    MeshConfig(data=2, expert=2),
+    MeshConfig(expert=2, model=2),
+    MeshConfig(data=2, model=2),
+    MeshConfig(data=4),
+    MeshConfig(expert=4),
+    MeshConfig(model=4),
+]
+KEPT_WHOLE = MeshConfig(data=2, shard=False)
+OF_ALL_KINDS = (
+    ("micro_batches", 2),
+    ("routing.group_sequences", 1),  # a row is what four ranks compute at once
+    ("model.gated", True),
+    ("routing.strategy", "top2"),
+    ("routing.second_threshold", 0.0),  # else a second expert is asked by chance
+)
+OTHER_WORDS = (("model.vocab_size", 65), ("model.tied_head", False))
+"""A vocabulary that ranks of the model axis cannot split, and a head of its own."""
+
+ON_TWO = [
+    *(Case(mesh) for mesh in TWO),
+    *(Case(mesh, capacity_factor=None) for mesh in TWO[1:]),
+    Case(TWO[1], precision="float32"),
+    Case(KEPT_WHOLE, optimizer="adamw", more=OF_ALL_KINDS),
+    Case(TWO[2], optimizer="adamw", more=OTHER_WORDS),
+]
+ON_FOUR = [
+    *(Case(mesh, capacity, precision) for mesh in FOUR for capacity in (1.0, None)
+      for precision in ("float64", "float32")),
+    *(Case(replace(mesh, shard=False), more=OF_ALL_KINDS) for mesh in FOUR[:3]),
+    *(Case(mesh, optimizer="adamw", more=OF_ALL_KINDS) for mesh in FOUR[:3]),
+    Case(FOUR[0], more=(("routing.bias_rate", 1e-2), ("optim.per_expert", False))),
+]  # fmt: skip
+TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def on_two(tmp_path_factory) -> dict:
+    """Case -> what two ranks made of it. One group runs them all: starting one takes seconds."""
+    return spawn(2, run_cases, tmp_path_factory.mktemp("two"), ON_TWO)[0]
+
+
+@pytest.fixture(scope="module")
+def on_four(tmp_path_factory) -> dict:
+    return spawn(4, run_cases, tmp_path_factory.mktemp("four"), ON_FOUR)[0]
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict:
+    """The same on one process, filled as needed."""
+    return {}
+
+
+def on_one(alone: dict, case: Case) -> dict:
+    single = replace(case, mesh=MeshConfig())
+    if single not in alone:
+        alone[single] = run_case(single)
+    return alone[single]
+
+
+def agree(found: dict, wanted: dict, tolerance: float) -> None:
+    """Numbers of one tensor to `tolerance` of the largest of them."""
+    assert found["loss"] == pytest.approx(wanted["loss"], rel=tolerance)
+    assert found["norm"] == pytest.approx(wanted["norm"], rel=tolerance)
+    for kind in ("load", "dropped"):
+        ours, theirs = torch.tensor(found[kind]), torch.tensor(wanted[kind])
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    for kind in ("gradients", "weights", "optimizer"):
+        assert found[kind].keys() == wanted[kind].keys()
+        for name, tensor in wanted[kind].items():
+            bound = tolerance * float(tensor.abs().max())
+            torch.testing.assert_close(
+                found[kind][name], tensor, rtol=0, atol=bound, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+def name(case: Case) -> str:
+    mesh, capacity = case.mesh, "dropless" if case.capacity_factor is None else "capacity"
+    more = "-".join(str(value) for _, value in case.more)
+    parts = f"{mesh.data}x{mesh.expert}x{mesh.model}", capacity, case.precision, case.optimizer
+    return "-".join([*parts, *([] if mesh.shard else ["whole"]), *([more] if more else [])])
+
+
+@pytest.mark.parametrize("case", ON_TWO, ids=name)
+def test_ten_steps_on_two_ranks_are_those_of_one_process(case, on_two, alone):
+    agree(on_two[case], on_one(alone, case), TOLERANCE[case.precision])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ON_FOUR, ids=name)
+def test_ten_steps_on_four_ranks_are_those_of_one_process(case, on_four, alone):
+    agree(on_four[case], on_one(alone, case), TOLERANCE[case.precision])
+
+
+def test_in_these_runs_tokens_are_dropped_and_routing_is_uneven(alone):
+    """Otherwise the tests above would not show who is dropped where."""
+    limited, dropless = on_one(alone, Case()), on_one(alone, Case(capacity_factor=None))
+    assert min(min(step) for step in limited["dropped"]) > 0.1
+    assert max(max(load) for step in limited["load"] for load in step) > 0.6
+    assert max(max(step) for step in dropless["dropped"]) == 0
+    assert max(max(load) for step in dropless["load"] for load in step) > 0.6
+    assert limited["norm"][0] > 2 * Case().experiment().optim.clip_norm
