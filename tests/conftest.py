@@ -7,7 +7,19 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
+from jaxtyping import install_import_hook
 
+PACKAGE = Path(__file__).parent.parent / "switchworks"
+
+
+def shaped_modules() -> list[str]:
+    """The modules that write shapes. To check the others too would make text slow to read."""
+    files = [path for path in PACKAGE.rglob("*.py") if "jaxtyping" in path.read_text("utf-8")]
+    names = [path.relative_to(PACKAGE.parent).with_suffix("").parts for path in files]
+    return [".".join(name).removesuffix(".__init__") for name in names]
+
+
+install_import_hook(shaped_modules(), "beartype.beartype")
 torch.set_num_threads(1)  # tiny shapes gain nothing from more
 
 

@@ -240,7 +240,8 @@ def _update_together(
     grads = join([parameter.grad for parameter in parameters if parameter.grad is not None])
     if dims is not None and not rule.apart:
         dims = (dims[0] + 1, dims[1] + 1)
-    _update(weights, grads, joined, dims, rule._replace(apart=True), scratch)
+    whole = spread_of(weights).moved(dims)
+    _update(weights, grads, joined, dims, rule._replace(apart=True, spread=whole), scratch)
 
     def parts(x: Tensor) -> list[Tensor]:
         return list(x.chunk(len(parameters)) if rule.apart else x.unbind())
