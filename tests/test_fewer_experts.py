@@ -183,7 +183,7 @@ def test_a_text_of_padding_alone_is_refused():
 
 
 @pytest.mark.parametrize("how", ["prune", "merge"])
-def test_the_command_writes_a_model_that_trains_on(how, tiny_run, tmp_path, capsys):
+def test_the_command_writes_a_model_that_trains_on(how, tiny_run, corpus, tmp_path, capsys):
     smaller = tmp_path / "smaller"
     assert main(["convert", str(tiny_run), str(smaller), f"--{how}", "2", "--batches", "2"]) == 0
     printed = capsys.readouterr().out
@@ -193,6 +193,7 @@ def test_the_command_writes_a_model_that_trains_on(how, tiny_run, tmp_path, caps
     assert model.config.routing.experts == 2
     assert tokenizer is not None
     more = ["--model.routing.experts", "2", "--steps", "2", "--run-dir", str(tmp_path / "run")]
+    more += ["--data.path", str(corpus), "--data.tokenizer", str(tiny_run)]
     assert main(["train", "tiny", "--init", str(smaller), *more]) == 0
 
 

@@ -1,6 +1,7 @@
 """From a user's table to a fine-tuned model and its figures; a run over tasks resumes exactly."""
 
 import json
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -116,17 +117,16 @@ def test_an_interrupted_run_goes_on_with_the_same_examples(
 
 
 class _StopAfter(Interrupt):
-    """Asks to leave when it has been looked at `steps` times."""
+    """A signal comes in this step."""
 
-    def __init__(self, steps: int) -> None:
-        self._left = steps
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self._left = step
 
-    @property
-    def signal(self):
-        import signal
-
+    def agree(self, ranks):
         self._left -= 1
-        return signal.SIGTERM if self._left <= 0 else None
+        self.signal = signal.SIGTERM if self._left <= 0 else None
+        super().agree(ranks)
 
 
 def test_a_model_is_fine_tuned_with_its_own_tokenizer(tiny_run, experiment, tmp_path):

@@ -110,6 +110,7 @@ class AdaptedExperts(Experts):
 
     def __init__(self, base: Experts, pairs: Mapping[str, LowRank]) -> None:
         nn.Module.__init__(self)  # the parameters are those of `base`
+        self.num_experts = base.num_experts
         self.activation, self.dropout = base.activation, base.dropout
         self.w_in, self.w_gate, self.w_out = base.w_in, base.w_gate, base.w_out
         self.lora = nn.ModuleDict(pairs)

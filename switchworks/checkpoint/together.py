@@ -49,10 +49,10 @@ def shared_directory(path: Path, *, needs: int, otherwise: str) -> Iterator[Path
     stack = ExitStack()
     directory = whole_directory(path, needs=needs, otherwise=otherwise)
     partial = by_first(lambda: stack.enter_context(directory))
-    failure: Exception | None = None
+    failure: BaseException | None = None
     try:
         yield partial
-    except Exception as error:
+    except BaseException as error:  # what torch raises for a failed save is no Exception
         failure = error
     failure = _first_failure(failure)
     by_first(lambda: _leave(stack, failure))
@@ -60,7 +60,7 @@ def shared_directory(path: Path, *, needs: int, otherwise: str) -> Iterator[Path
         raise failure
 
 
-def _leave(stack: ExitStack, failure: Exception | None) -> None:
+def _leave(stack: ExitStack, failure: BaseException | None) -> None:
     """End the block: it seals the directory, or deletes it and may know a better word for why."""
     if failure is None:
         stack.close()
@@ -68,10 +68,10 @@ def _leave(stack: ExitStack, failure: Exception | None) -> None:
         stack.__exit__(type(failure), failure, failure.__traceback__)
 
 
-def _first_failure(failure: Exception | None) -> Exception | None:
+def _first_failure(failure: BaseException | None) -> BaseException | None:
     if alone():
         return failure
-    failures: list[Exception | None] = [None] * dist.get_world_size()
+    failures: list[BaseException | None] = [None] * dist.get_world_size()
     dist.all_gather_object(failures, failure)
     return next((found for found in failures if found is not None), None)
 
