@@ -4,25 +4,35 @@
 paths. What needs torch is imported by the verb that uses it, so that help is instant.
 """
 
-import inspect
 import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import Annotated
 
 import tyro
 
 from switchworks.config import CheckpointError, ConfigError, DataError
 from switchworks.data.config import DataConfig
-
-if TYPE_CHECKING:
-    from switchworks.training.experiment import Experiment
-
-T = TypeVar("T")
+from switchworks.flags import (
+    BenchFlags,
+    ConvertFlags,
+    EvaluateFlags,
+    ExplainFlags,
+    GenerateFlags,
+    NoFlags,
+    PrepareFlags,
+    ReportFlags,
+    RoutingFlags,
+    TrainFlags,
+    one_change,
+    parse_experiment,
+    parse_flags,
+    parse_shard,
+    spelled,
+)
 
 USAGE = """usage: switchworks VERB ...
 
@@ -74,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(words: list[str]) -> int:
-    experiment, more = _experiment("train", words, TrainFlags)
+    experiment, more = parse_experiment("train", words, TrainFlags)
     from switchworks.training import DivergenceError, Interrupted, train
 
     try:
@@ -91,11 +101,11 @@ def _train(words: list[str]) -> int:
 
 
 def _prepare(words: list[str]) -> int:
-    experiment, more = _experiment("prepare", words, PrepareFlags)
+    experiment, more = parse_experiment("prepare", words, PrepareFlags)
     from switchworks.data.corpora import prepare_corpora
     from switchworks.data.mixture import Mixture
 
-    shard = None if more.shard is None else _parse_shard(more.shard)
+    shard = None if more.shard is None else parse_shard(more.shard)
     corpora = prepare_corpora(experiment.data, vocab_size=experiment.model.vocab_size, shard=shard)
     by_language = experiment.data.is_mixture and not experiment.data.mixture
     if not (by_language and corpora.complete):  # a table says it in a line each
@@ -114,7 +124,7 @@ def _prepare(words: list[str]) -> int:
 
 
 def _explain(words: list[str]) -> int:
-    experiment, more = _experiment("explain", words, ExplainFlags)
+    experiment, more = parse_experiment("explain", words, ExplainFlags)
     from switchworks.training.explain import as_text, explain
 
     figures = explain(experiment)
@@ -125,7 +135,7 @@ def _explain(words: list[str]) -> int:
 
 
 def _generate(words: list[str]) -> int:
-    flags = _parse(GenerateFlags, "generate", words)
+    flags = parse_flags(GenerateFlags, "generate", words)
     from switchworks.generate import Sampling
     from switchworks.generate.text import answer
 
@@ -138,7 +148,7 @@ def _generate(words: list[str]) -> int:
 
 
 def _evaluate(words: list[str]) -> int:
-    flags = _parse(EvaluateFlags, "evaluate", words)
+    flags = parse_flags(EvaluateFlags, "evaluate", words)
     from switchworks.evaluate.task_run import named_tasks
 
     data = named_tasks(flags.path, flags.tasks, flags.task_folder)
@@ -154,7 +164,7 @@ def _evaluate(words: list[str]) -> int:
     return 0
 
 
-def _evaluate_tasks(flags: "EvaluateFlags", data: "DataConfig", command: str) -> int:
+def _evaluate_tasks(flags: EvaluateFlags, data: "DataConfig", command: str) -> int:
     from switchworks.evaluate.answers import Answering
     from switchworks.evaluate.task_run import evaluate_tasks
     from switchworks.evaluate.tasks import as_json, as_table, write_predictions
@@ -188,7 +198,7 @@ def _routing(words: list[str]) -> int:
     flags = tyro.cli(
         RoutingFlags,
         prog=f"switchworks routing {words[0]}",
-        args=[_spelled(word) for word in words[1:]],
+        args=[spelled(word) for word in words[1:]],
         default=RoutingFlags(data=text_of(path)),
     )
     from switchworks.report.routing import write_routing_report
@@ -201,7 +211,7 @@ def _routing(words: list[str]) -> int:
 
 
 def _report(words: list[str]) -> int:
-    flags = _parse(ReportFlags, "report", words)
+    flags = parse_flags(ReportFlags, "report", words)
     from switchworks.report import write_report
 
     if flags.languages is not None:
@@ -215,8 +225,8 @@ def _report(words: list[str]) -> int:
 
 
 def _convert(words: list[str]) -> int:
-    flags = _parse(ConvertFlags, "convert", words)
-    how = _one_change(flags)
+    flags = parse_flags(ConvertFlags, "convert", words)
+    how = one_change(flags)
     if how == "upcycle":
         print(_upcycle(flags))
     elif how == "merge_lora":
@@ -244,45 +254,7 @@ def _convert(words: list[str]) -> int:
     return 0
 
 
-Change = Literal["upcycle", "prune", "merge", "merge_lora"]
-
-
-def _one_change(flags: "ConvertFlags") -> Change | None:
-    """What is to be changed beside the format. Raises ConfigError for flags of something else."""
-    reducing = ("by", "text", "batches")
-    owned: dict[Change, tuple[str, ...]] = {
-        "upcycle": ("every", "noise", "seed"),
-        "prune": reducing,
-        "merge": reducing,
-        "merge_lora": (),
-    }
-    asked: list[Change] = [how for how in owned if getattr(flags, how) is not None]
-    if len(asked) > 1:
-        raise ConfigError(
-            f"{' and '.join(map(_flag, asked))} are different changes.\n  Make one after the other."
-        )
-    how = asked[0] if asked else None
-    for name in sorted({name for names in owned.values() for name in names}):
-        default = getattr(ConvertFlags(flags.source, flags.destination), name)
-        if getattr(flags, name) != default and not (how and name in owned[how]):
-            owners = " or ".join(_flag(owner) for owner, names in owned.items() if name in names)
-            raise ConfigError(
-                f"--{name} belongs to {owners} and does nothing without it.\n"
-                f"  Add {owners} with the number of experts, or leave it out."
-            )
-    if how and flags.capacity != "paper":
-        raise ConfigError(
-            f"--capacity {flags.capacity} is for a change of format alone.\n"
-            f"  Convert first, then {_flag(how)} the result."
-        )
-    return how
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def _upcycle(flags: "ConvertFlags") -> str:
+def _upcycle(flags: ConvertFlags) -> str:
     from switchworks.compress.upcycle import upcycle_directory
     from switchworks.model import RoutingConfig
 
@@ -317,7 +289,7 @@ def _bench(words: list[str]) -> int:
 
 
 def _recipes(words: list[str]) -> int:
-    _parse(NoFlags, "recipes", words)
+    parse_flags(NoFlags, "recipes", words)
     from switchworks.model.sizes import num_parameters
     from switchworks.recipes import GROUPS
     from switchworks.recipes.sizes import FAMILIES
@@ -348,240 +320,6 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "bench": _bench,
     "recipes": _recipes,
 }
-
-
-@dataclass(frozen=True)
-class TrainFlags:
-    """Where a run lives and where it begins."""
-
-    run_dir: Path | None = None
-    """Where everything goes; default runs/NAME."""
-    resume: bool = False
-    """Go on with the run that is in the run directory."""
-    init: Path | None = None
-    """Begin with the weights of this run or model directory."""
-
-
-@dataclass(frozen=True)
-class PrepareFlags:
-    """How a job array shares the work."""
-
-    init: Path | None = None
-    """The model that training will begin with, for recipes that take their tokenizer from it."""
-    shard: str | None = None
-    """I/N, for example 3/64: tokenise only this part. Parts count from 0."""
-
-
-@dataclass(frozen=True)
-class ExplainFlags:
-    """Where else the figures go."""
-
-    init: Path | None = None
-    """The model that training will begin with, for recipes that take their shape from it."""
-    json: Path | None = None
-    """Also write them to this file."""
-
-
-@dataclass(frozen=True)
-class GenerateFlags:
-    """Fill the holes of a text, or continue it."""
-
-    path: tyro.conf.Positional[Path]
-    """A run directory or a model directory."""
-    text: tyro.conf.Positional[str]
-    """Text with holes <extra_id_0>, <extra_id_1>, ... Without a hole one is added at the end. A
-    decoder-only model continues the text and fills no holes."""
-    max_length: int = 128
-    """Tokens written at most."""
-    temperature: float = 0.0
-    """0 always takes the likeliest token; 1 samples the model's own distribution."""
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int = 0
-    int8: bool = False
-    """Round the weights to 8 bits first: a quarter of the memory, nearly the same answers."""
-
-
-@dataclass(frozen=True)
-class EvaluateFlags:
-    """Measure a trained model: on tasks, or if there are none by its held-out loss."""
-
-    path: tyro.conf.Positional[Path]
-    """A run directory; for tasks a model directory, too."""
-    tasks: tuple[str, ...] = ()
-    """What to measure: glue_rte, super_glue, NAME=PATH:INPUT:TARGET, task.py, ... Default: what
-    the run was trained on, if that is tasks."""
-    task_folder: Path | None = None
-    """Folder with local copies of the tasks' datasets, one folder per task. Default: the Hub."""
-    split: Literal["train", "validation", "test"] = "validation"
-    """Of each task."""
-    decode: Literal["greedy", "rank"] = "greedy"
-    """Write the answer, or take the likeliest of the possible ones."""
-    examples: int = 0
-    """Examples of each task measured at most, evenly spread over the split. 0: all."""
-    input_length: int = 0
-    """Tokens read of an input at most. 0: as in training, and 512 for a model directory."""
-    max_length: int = 128
-    """Tokens written at most."""
-    batch_size: int = 32
-    """Examples answered at once."""
-    batches: int = 32
-    """Batches of 16 rows measured for the held-out loss."""
-    json: Path | None = None
-    """Also write the figures to this file, with the exact command."""
-    predictions: Path | None = None
-    """Also write every input and answer to this file, a JSON object per line."""
-
-
-@dataclass(frozen=True)
-class RoutingFlags:
-    """Which experts handle what, by label and token type: JSON, and one HTML page."""
-
-    data: DataConfig = field(default_factory=DataConfig)
-    against: Path | None = None
-    """Another state of the same model: how many tokens have another expert there."""
-    batches: int = 16
-    """Batches of 16 rows routed, over all labels together."""
-    output: Path | None = None
-    """The page; the numbers go beside it. Default: routing.html in the run directory, or here."""
-
-
-@dataclass(frozen=True)
-class ReportFlags:
-    """One self-contained HTML page."""
-
-    run_dirs: tyro.conf.Positional[tuple[Path, ...]]
-    """One run, or several to compare."""
-    output: Path | None = None
-    """Default: report.html in the first run directory."""
-    languages: Path | None = None
-    """Instead of the page: pictures and tables by language, into this folder. Takes runs of a
-    switch model and of its dense twin on the same languages, of several seeds if there are."""
-
-
-@dataclass(frozen=True)
-class ConvertFlags:
-    """Translate between Hugging Face's format and this one; the source decides the direction.
-    With --upcycle, make a dense model of either format sparse; with --prune or --merge, leave a
-    sparse one fewer experts."""
-
-    source: tyro.conf.Positional[Path]
-    destination: tyro.conf.Positional[Path]
-    capacity: Literal["paper", "hf"] = "paper"
-    """Which tokens are dropped in a Switch model read from Hugging Face: by the paper's factor and
-    in training only, or as transformers does, by the checkpoint's expert_capacity."""
-    upcycle: int | None = None
-    """Experts each FFN of a sparse block is copied into. The result is in this format."""
-    every: int = 2
-    """Every this many blocks one becomes sparse."""
-    noise: float = 0.0
-    """Noise on the experts' copies, as a share of their size. 0 keeps the dense model's loss."""
-    seed: int = 0
-    """Decides routers and noise."""
-    prune: int | None = None
-    """Experts to keep in each layer, the most used ones. The result is in this format."""
-    merge: int | None = None
-    """Experts to make of each layer's by averaging similar ones, hidden units aligned."""
-    by: Literal["usage", "gates"] = "usage"
-    """What an expert counts by: the tokens that want it, or the sum of their gates."""
-    text: str | None = None
-    """The text to count on: a file, folder or glob. None: what the run in `source` trained on."""
-    batches: int = 32
-    """Batches of 16 rows read of it."""
-    merge_lora: Path | None = None
-    """A run with adapters, or their directory: merged into the source, which must be the model they
-    were trained on. The result is in this format."""
-
-
-@dataclass(frozen=True)
-class BenchFlags:
-    """How much is measured, and where the figures go."""
-
-    quick: bool = False
-    """A small shape with 8 experts: under two minutes on two cores."""
-    sweep_experts: bool = False
-    """Only step time against the number of experts, 1 to 256, at the same number of tokens."""
-    json: Path = Path("bench.json")
-    """Every row, with the seconds of every round and the conditions."""
-    picture: Path = Path("bench.png")
-
-
-@dataclass(frozen=True)
-class NoFlags:
-    """Nothing to set."""
-
-
-def _parse(kind: type[T], verb: str, words: list[str]) -> T:
-    return tyro.cli(kind, prog=f"switchworks {verb}", args=words)
-
-
-def _experiment(verb: str, words: list[str], kind: type[T]) -> "tuple[Experiment, T]":
-    """The recipe named by the first word with every flag applied, and the verb's own flags."""
-    if not words or words[0].startswith("-"):
-        raise ConfigError(
-            f"switchworks {verb} needs the name of a recipe first, for example quickstart.\n"
-            "  `switchworks recipes` lists them."
-        )
-    from switchworks.adapt.config import LoraConfig
-    from switchworks.compress.config import DistilConfig
-    from switchworks.recipes import find_recipe
-    from switchworks.training.experiment import BestConfig, Experiment
-
-    find = find_recipe(words[0])
-    recipe = find(init=_beginning(verb, words)) if _begins_with_a_model(find) else find()
-    # Flags set what is there, and any recipe may have these.
-    optional = {"distil": DistilConfig(teacher=""), "lora": LoraConfig(), "best": BestConfig()}
-    for name, settings in optional.items():
-        asked = any(word.startswith(f"--{name}.") for word in words)
-        if asked and getattr(recipe, name) is None:
-            recipe = replace(recipe, **{name: settings})
-
-    @dataclass(frozen=True)
-    class Arguments:
-        experiment: Annotated[Experiment, tyro.conf.arg(name="")]
-        flags: Annotated[Any, tyro.conf.arg(name="", constructor=kind)]
-
-    parsed = tyro.cli(
-        Arguments,
-        prog=f"switchworks {verb} {words[0]}",
-        args=[_spelled(word) for word in words[1:]],
-        default=Arguments(experiment=recipe, flags=kind()),
-        config=(tyro.conf.AvoidSubcommands,),
-    )
-    return parsed.experiment, parsed.flags
-
-
-def _begins_with_a_model(recipe: Callable[..., Any]) -> bool:
-    """Whether a recipe takes its shape from the model that --init names."""
-    return "init" in inspect.signature(recipe).parameters
-
-
-def _beginning(verb: str, words: Sequence[str]) -> Path | None:
-    """What --init names. Other flags are set on top of what the recipe makes of it."""
-    values = [word.partition("=")[2] for word in words if word.startswith("--init=")]
-    values += [word for flag, word in pairwise(words) if flag == "--init"]
-    if not values and verb == "train" and not {"--help", "-h"} & set(words):
-        raise ConfigError(
-            f"{words[0]} begins with a trained model: add --init PATH, a run or model directory.\n"
-            "  To train from first values all the same, say --init none."
-        )
-    return None if not values or values[-1] in ("none", "None") else Path(values[-1])
-
-
-def _spelled(word: str) -> str:
-    """--routing.X is short for --model.routing.X, and none is how nothing is said."""
-    if word.startswith("--routing."):
-        return word.replace("--routing.", "--model.routing.", 1)
-    return "None" if word == "none" else word
-
-
-def _parse_shard(text: str) -> tuple[int, int]:
-    number, _, count = text.partition("/")
-    if not (number.isdigit() and count.isdigit() and int(number) < int(count)):
-        raise ConfigError(
-            f"--shard {text} is not I/N with 0 <= I < N. Example: --shard 3/64, counted from 0."
-        )
-    return int(number), int(count)
 
 
 if __name__ == "__main__":

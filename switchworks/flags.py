@@ -1,0 +1,294 @@
+"""The flags of every verb, and how words become settings.
+
+Each dataclass is a verb's own flags; its docstrings are their help. `parse_experiment` adds every
+setting of a recipe.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+import tyro
+
+from switchworks.config import ConfigError
+from switchworks.data.config import DataConfig
+
+if TYPE_CHECKING:
+    from switchworks.training.experiment import Experiment
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TrainFlags:
+    """Where a run lives and where it begins."""
+
+    run_dir: Path | None = None
+    """Where everything goes; default runs/NAME."""
+    resume: bool = False
+    """Go on with the run that is in the run directory."""
+    init: Path | None = None
+    """Begin with the weights of this run or model directory."""
+
+
+@dataclass(frozen=True)
+class PrepareFlags:
+    """How a job array shares the work."""
+
+    init: Path | None = None
+    """The model that training will begin with, for recipes that take their tokenizer from it."""
+    shard: str | None = None
+    """I/N, for example 3/64: tokenise only this part. Parts count from 0."""
+
+
+@dataclass(frozen=True)
+class ExplainFlags:
+    """Where else the figures go."""
+
+    init: Path | None = None
+    """The model that training will begin with, for recipes that take their shape from it."""
+    json: Path | None = None
+    """Also write them to this file."""
+
+
+@dataclass(frozen=True)
+class GenerateFlags:
+    """Fill the holes of a text, or continue it."""
+
+    path: tyro.conf.Positional[Path]
+    """A run directory or a model directory."""
+    text: tyro.conf.Positional[str]
+    """Text with holes <extra_id_0>, <extra_id_1>, ... Without a hole one is added at the end. A
+    decoder-only model continues the text and fills no holes."""
+    max_length: int = 128
+    """Tokens written at most."""
+    temperature: float = 0.0
+    """0 always takes the likeliest token; 1 samples the model's own distribution."""
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+    int8: bool = False
+    """Round the weights to 8 bits first: a quarter of the memory, nearly the same answers."""
+
+
+@dataclass(frozen=True)
+class EvaluateFlags:
+    """Measure a trained model: on tasks, or if there are none by its held-out loss."""
+
+    path: tyro.conf.Positional[Path]
+    """A run directory; for tasks a model directory, too."""
+    tasks: tuple[str, ...] = ()
+    """What to measure: glue_rte, super_glue, NAME=PATH:INPUT:TARGET, task.py, ... Default: what
+    the run was trained on, if that is tasks."""
+    task_folder: Path | None = None
+    """Folder with local copies of the tasks' datasets, one folder per task. Default: the Hub."""
+    split: Literal["train", "validation", "test"] = "validation"
+    """Of each task."""
+    decode: Literal["greedy", "rank"] = "greedy"
+    """Write the answer, or take the likeliest of the possible ones."""
+    examples: int = 0
+    """Examples of each task measured at most, evenly spread over the split. 0: all."""
+    input_length: int = 0
+    """Tokens read of an input at most. 0: as in training, and 512 for a model directory."""
+    max_length: int = 128
+    """Tokens written at most."""
+    batch_size: int = 32
+    """Examples answered at once."""
+    batches: int = 32
+    """Batches of 16 rows measured for the held-out loss."""
+    json: Path | None = None
+    """Also write the figures to this file, with the exact command."""
+    predictions: Path | None = None
+    """Also write every input and answer to this file, a JSON object per line."""
+
+
+@dataclass(frozen=True)
+class RoutingFlags:
+    """Which experts handle what, by label and token type: JSON, and one HTML page."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    against: Path | None = None
+    """Another state of the same model: how many tokens have another expert there."""
+    batches: int = 16
+    """Batches of 16 rows routed, over all labels together."""
+    output: Path | None = None
+    """The page; the numbers go beside it. Default: routing.html in the run directory, or here."""
+
+
+@dataclass(frozen=True)
+class ReportFlags:
+    """One self-contained HTML page."""
+
+    run_dirs: tyro.conf.Positional[tuple[Path, ...]]
+    """One run, or several to compare."""
+    output: Path | None = None
+    """Default: report.html in the first run directory."""
+    languages: Path | None = None
+    """Instead of the page: pictures and tables by language, into this folder. Takes runs of a
+    switch model and of its dense twin on the same languages, of several seeds if there are."""
+
+
+@dataclass(frozen=True)
+class ConvertFlags:
+    """Translate between Hugging Face's format and this one; the source decides the direction.
+    With --upcycle, make a dense model of either format sparse; with --prune or --merge, leave a
+    sparse one fewer experts."""
+
+    source: tyro.conf.Positional[Path]
+    destination: tyro.conf.Positional[Path]
+    capacity: Literal["paper", "hf"] = "paper"
+    """Which tokens are dropped in a Switch model read from Hugging Face: by the paper's factor and
+    in training only, or as transformers does, by the checkpoint's expert_capacity."""
+    upcycle: int | None = None
+    """Experts each FFN of a sparse block is copied into. The result is in this format."""
+    every: int = 2
+    """Every this many blocks one becomes sparse."""
+    noise: float = 0.0
+    """Noise on the experts' copies, as a share of their size. 0 keeps the dense model's loss."""
+    seed: int = 0
+    """Decides routers and noise."""
+    prune: int | None = None
+    """Experts to keep in each layer, the most used ones. The result is in this format."""
+    merge: int | None = None
+    """Experts to make of each layer's by averaging similar ones, hidden units aligned."""
+    by: Literal["usage", "gates"] = "usage"
+    """What an expert counts by: the tokens that want it, or the sum of their gates."""
+    text: str | None = None
+    """The text to count on: a file, folder or glob. None: what the run in `source` trained on."""
+    batches: int = 32
+    """Batches of 16 rows read of it."""
+    merge_lora: Path | None = None
+    """A run with adapters, or their directory: merged into the source, which must be the model they
+    were trained on. The result is in this format."""
+
+
+@dataclass(frozen=True)
+class BenchFlags:
+    """How much is measured, and where the figures go."""
+
+    quick: bool = False
+    """A small shape with 8 experts: under two minutes on two cores."""
+    sweep_experts: bool = False
+    """Only step time against the number of experts, 1 to 256, at the same number of tokens."""
+    json: Path = Path("bench.json")
+    """Every row, with the seconds of every round and the conditions."""
+    picture: Path = Path("bench.png")
+
+
+@dataclass(frozen=True)
+class NoFlags:
+    """Nothing to set."""
+
+
+def parse_flags(kind: type[T], verb: str, words: list[str]) -> T:
+    return tyro.cli(kind, prog=f"switchworks {verb}", args=words)
+
+
+def parse_experiment(verb: str, words: list[str], kind: type[T]) -> "tuple[Experiment, T]":
+    """The recipe named by the first word with every flag applied, and the verb's own flags."""
+    if not words or words[0].startswith("-"):
+        raise ConfigError(
+            f"switchworks {verb} needs the name of a recipe first, for example quickstart.\n"
+            "  `switchworks recipes` lists them."
+        )
+    from switchworks.adapt.config import LoraConfig
+    from switchworks.compress.config import DistilConfig
+    from switchworks.recipes import find_recipe
+    from switchworks.training.experiment import BestConfig, Experiment
+
+    find = find_recipe(words[0])
+    recipe = find(init=_beginning(verb, words)) if _begins_with_a_model(find) else find()
+    # Flags set what is there, and any recipe may have these.
+    optional = {"distil": DistilConfig(teacher=""), "lora": LoraConfig(), "best": BestConfig()}
+    for name, settings in optional.items():
+        asked = any(word.startswith(f"--{name}.") for word in words)
+        if asked and getattr(recipe, name) is None:
+            recipe = replace(recipe, **{name: settings})
+
+    @dataclass(frozen=True)
+    class Arguments:
+        experiment: Annotated[Experiment, tyro.conf.arg(name="")]
+        flags: Annotated[Any, tyro.conf.arg(name="", constructor=kind)]
+
+    parsed = tyro.cli(
+        Arguments,
+        prog=f"switchworks {verb} {words[0]}",
+        args=[spelled(word) for word in words[1:]],
+        default=Arguments(experiment=recipe, flags=kind()),
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    return parsed.experiment, parsed.flags
+
+
+def _begins_with_a_model(recipe: Callable[..., Any]) -> bool:
+    """Whether a recipe takes its shape from the model that --init names."""
+    return "init" in inspect.signature(recipe).parameters
+
+
+def _beginning(verb: str, words: Sequence[str]) -> Path | None:
+    """What --init names. Other flags are set on top of what the recipe makes of it."""
+    values = [word.partition("=")[2] for word in words if word.startswith("--init=")]
+    values += [word for flag, word in pairwise(words) if flag == "--init"]
+    if not values and verb == "train" and not {"--help", "-h"} & set(words):
+        raise ConfigError(
+            f"{words[0]} begins with a trained model: add --init PATH, a run or model directory.\n"
+            "  To train from first values all the same, say --init none."
+        )
+    return None if not values or values[-1] in ("none", "None") else Path(values[-1])
+
+
+def spelled(word: str) -> str:
+    """--routing.X is short for --model.routing.X, and none is how nothing is said."""
+    if word.startswith("--routing."):
+        return word.replace("--routing.", "--model.routing.", 1)
+    return "None" if word == "none" else word
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not (number.isdigit() and count.isdigit() and int(number) < int(count)):
+        raise ConfigError(
+            f"--shard {text} is not I/N with 0 <= I < N. Example: --shard 3/64, counted from 0."
+        )
+    return int(number), int(count)
+
+
+Change = Literal["upcycle", "prune", "merge", "merge_lora"]
+
+
+def one_change(flags: ConvertFlags) -> Change | None:
+    """What is to be changed beside the format. Raises ConfigError for flags of something else."""
+    reducing = ("by", "text", "batches")
+    owned: dict[Change, tuple[str, ...]] = {
+        "upcycle": ("every", "noise", "seed"),
+        "prune": reducing,
+        "merge": reducing,
+        "merge_lora": (),
+    }
+    asked: list[Change] = [how for how in owned if getattr(flags, how) is not None]
+    if len(asked) > 1:
+        raise ConfigError(
+            f"{' and '.join(map(_flag, asked))} are different changes.\n  Make one after the other."
+        )
+    how = asked[0] if asked else None
+    for name in sorted({name for names in owned.values() for name in names}):
+        default = getattr(ConvertFlags(flags.source, flags.destination), name)
+        if getattr(flags, name) != default and not (how and name in owned[how]):
+            owners = " or ".join(_flag(owner) for owner, names in owned.items() if name in names)
+            raise ConfigError(
+                f"--{name} belongs to {owners} and does nothing without it.\n"
+                f"  Add {owners} with the number of experts, or leave it out."
+            )
+    if how and flags.capacity != "paper":
+        raise ConfigError(
+            f"--capacity {flags.capacity} is for a change of format alone.\n"
+            f"  Convert first, then {_flag(how)} the result."
+        )
+    return how
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
