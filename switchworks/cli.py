@@ -5,6 +5,7 @@ paths. What needs torch is imported by the verb that uses it, so that help is in
 """
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -72,7 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in rest
     rest = [word for word in rest if word != "--debug"]
     try:
-        return VERBS[verb](rest)
+        status = VERBS[verb](rest)
+        sys.stdout.flush()
+        return status
     except (ConfigError, DataError, CheckpointError) as error:
         if debug:
             raise
@@ -81,6 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read along, `head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def _train(words: list[str]) -> int:

@@ -1,6 +1,7 @@
 """The command line: verbs, flags, errors in plain words, and the README's own commands."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -126,4 +127,15 @@ def test_the_module_runs_as_a_program():
     )
     assert done.returncode == 0
     assert "parameters" in done.stdout
+    assert done.stderr == ""
+
+
+def test_a_reader_who_leaves_early_gets_no_traceback():
+    """As in `switchworks explain tiny | head -1`; here nobody reads at all."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    words = [sys.executable, "-m", "switchworks", "explain", "tiny"]
+    with os.fdopen(writing, "w") as nobody:
+        done = subprocess.run(words, stdout=nobody, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
     assert done.stderr == ""

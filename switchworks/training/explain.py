@@ -102,10 +102,10 @@ def as_text(figures: dict[str, Any]) -> str:
         f"  parameters         {count(figures['parameters'])}"
         f" ({count(figures['active_parameters'])} used by each token)",
         f"  trained            {count(figures['trainable_parameters'])}" + _of_adapters(figures),
-        f"  forward FLOPs      {count(figures['flops_per_token'])} per token, "
-        f"{count(figures['flops_per_sequence'])} per sequence",
+        f"  forward FLOPs      {flops(figures['flops_per_token'])} per token, "
+        f"{flops(figures['flops_per_sequence'])} per sequence",
         f"  step               {figures['tokens_per_step']:,} tokens, "
-        f"{count(figures['training_flops_per_step'])} FLOPs forward and backward",
+        f"{flops(figures['training_flops_per_step'])} FLOPs forward and backward",
         f"  run                {figures['steps']:,} steps, "
         f"{count(figures['training_tokens'])} tokens",
     ]
@@ -132,8 +132,17 @@ def _of_adapters(figures: dict[str, Any]) -> str:
 
 
 def count(number: int | float) -> str:
-    """`number` for people: 222.9M."""
-    for limit, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= limit:
-            return f"{number / limit:,.1f}{unit}"
+    """How many there are of parameters or tokens, for people: 222.9M, 7.4B, 1.6T."""
+    return _short(number, "TBMk")
+
+
+def flops(number: int | float) -> str:
+    """Floating-point operations, for people: 1.4G, 765.3T, 5.5P."""
+    return _short(number, "PTGMk")
+
+
+def _short(number: int | float, units: str) -> str:
+    for power, unit in zip(range(3 * len(units), 0, -3), units, strict=True):
+        if number >= 10**power:
+            return f"{number / 10**power:,.1f}{unit}"
     return f"{number:,.0f}"
