@@ -44,7 +44,7 @@ def quickstart() -> Experiment:
         data=DataConfig(input_length=64, target_length=14),
         optim=OptimConfig(
             name="adafactor",
-            lr=0.02,
+            lr=0.035,
             betas=(0.9, 0.999),
             relative_bias_floor=5.0,
             schedule="cosine",
