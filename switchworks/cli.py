@@ -101,8 +101,9 @@ def _train(words: list[str]) -> int:
     except DivergenceError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"model   {run_dir / 'model'}")
-    print(f"report  {(run_dir / 'report.html').resolve()}")
+    if os.environ.get("RANK", "0") == "0":  # of those that torchrun started one is enough
+        print(f"model   {run_dir / 'model'}")
+        print(f"report  {(run_dir / 'report.html').resolve()}")
     return 0
 
 

@@ -1,7 +1,10 @@
 """Every command and every snippet in the README runs."""
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,3 +79,26 @@ def test_the_snippets_run(tiny_run, tmp_path, monkeypatch):
     names = {"inputs": torch.randint(3, 300, (2, 9)), "targets": torch.randint(3, 300, (2, 5))}
     exec(whole, names)
     assert (tmp_path / "somewhere" / "config.json").exists()
+
+
+TORCHRUN = re.search(r"`torchrun (--nproc-per-node \d+) -m switchworks ([^`]*)`", README)
+
+
+def test_the_command_for_several_devices_fits_its_recipe(capsys):
+    """Sizes and routing groups: what `explain` refuses, `train` would refuse under torchrun."""
+    assert TORCHRUN is not None
+    words = TORCHRUN[2].split()
+    assert main(["explain", *words[1:]]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_command_for_several_devices_trains_and_one_of_them_talks(corpus, tmp_path):
+    assert TORCHRUN is not None
+    command = [sys.executable, "-m", "torch.distributed.run", *TORCHRUN[1].split()]
+    command += ["-m", "switchworks", *TORCHRUN[2].split(), "--run-dir", str(tmp_path / "run")]
+    command += ["--steps", "2", "--precision", "float32", "--data.path", str(corpus)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("report  ") == 1
+    assert (tmp_path / "run" / "report.html").exists()
