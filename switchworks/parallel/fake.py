@@ -14,12 +14,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
 
 from switchworks.parallel.config import MeshConfig
 from switchworks.parallel.mesh import ALONE, Ranks, build_mesh
+from switchworks.parallel.trace import tensors_in
 
 
 @contextmanager
@@ -39,7 +40,8 @@ def fake_ranks(config: MeshConfig) -> Iterator[Ranks]:
 @contextmanager
 def no_numbers() -> Iterator[None]:
     """Inside, tensors that are made have no values and take no memory."""
-    with _hidden_propagation(), FakeTensorMode(allow_non_fake_inputs=True), _Answers():
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with _hidden_propagation(), fake, _Answers(), _Lists():
         yield
 
 
@@ -51,13 +53,24 @@ class _Answers(TorchDispatchMode):
         self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        tensors = list(tensors_in((args, kwargs)))
         if tensors and all(_is_real(tensor) for tensor in tensors):
             with _disable_current_modes():
                 return function(*args, **kwargs)
         if function is torch.ops.aten._local_scalar_dense.default:
             return 1.0 if tensors[0].dtype.is_floating_point else 1
         return function(*args, **kwargs)
+
+
+class _Lists(TorchFunctionMode):
+    """The same answer for all numbers of a tensor at once."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if function is Tensor.tolist and isinstance(args[0], FakeTensor) and args[0].dim() == 1:
+            return [1.0 if args[0].dtype.is_floating_point else 1] * len(args[0])
+        return function(*args, **(kwargs or {}))
 
 
 def _is_real(tensor: Tensor) -> bool:

@@ -18,7 +18,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from switchworks.parallel.mesh import AXES, batch_axis
@@ -96,7 +95,7 @@ class Trace(TorchDispatchMode):
             return NotImplemented  # it comes again, with this rank's part
         kwargs = kwargs or {}
         made = function(*args, **kwargs)
-        new = [self._notice(tensor) for tensor in _tensors(made)]
+        new = [self._notice(tensor) for tensor in tensors_in(made)]
         if function.namespace in ("c10d", "_c10d_functional"):
             self._count_traffic(function, args, made)
         elif any(new) or function._schema.is_mutable:
@@ -210,15 +209,20 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _tensors(values: Any) -> list[Tensor]:
+def tensors_in(values: Any) -> Iterator[Tensor]:
+    """Every tensor in nested tuples, lists and dictionaries: the arguments of an operation."""
     if isinstance(values, Tensor):
-        return [values]
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+        yield values
+    elif isinstance(values, tuple | list):
+        for value in values:
+            yield from tensors_in(value)
+    elif isinstance(values, dict):
+        yield from tensors_in(list(values.values()))
 
 
 def _bytes(values: Any) -> int:
     """Of the tensors in `values`; what is repeated by `expand` is counted once."""
     return sum(
         min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
-        for tensor in _tensors(values)
+        for tensor in tensors_in(values)
     )

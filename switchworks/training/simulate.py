@@ -5,8 +5,11 @@ training uses, and the step is training's own. So what is counted is what a run 
 """
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
+from switchworks.optim import adafactor
 from switchworks.parallel.fake import fake_ranks, no_numbers
 from switchworks.parallel.layout import check_fit
 from switchworks.parallel.mesh import Ranks
@@ -39,9 +42,19 @@ def simulate_on(ranks: Ranks, experiment: Experiment) -> Footprint:
 
 
 def _trace(ranks: Ranks, experiment: Experiment) -> Footprint:
-    with no_numbers():
+    with no_numbers(), _in_one_piece():
         state = build_state(experiment, ranks=ranks, empty=True)
         return measure_step(state, batch_like(experiment))
+
+
+@contextmanager
+def _in_one_piece() -> Iterator[None]:
+    """The optimizer goes through a tensor as on an accelerator, which has no cache to fit."""
+    block, adafactor._BLOCK = adafactor._BLOCK, 2**62
+    try:
+        yield
+    finally:
+        adafactor._BLOCK = block
 
 
 def _with_parts(experiment: Experiment, count: int) -> Experiment:
@@ -57,7 +70,7 @@ def _with_even_load(experiment: Experiment) -> Experiment:
     return replace(experiment, model=replace(experiment.model, routing=even))
 
 
-def along(first: Footprint, second: Footprint, steps: int) -> Footprint:
+def along(first: Footprint, second: Footprint, steps: float) -> Footprint:
     """`steps` from `first` in the direction of `second`, which is one step away: every count is
     taken to grow evenly."""
 
