@@ -78,15 +78,14 @@ class Plan:
             "peak": "all of it at once, where that is most",
         }
         for name, words in about.items():
-            size = getattr(footprint, name)
-            lines.append(f"  {name:<12} {size / GIB:10.3f} GiB  {words}".rstrip())
+            lines.append(f"  {name:<12} {in_bytes(getattr(footprint, name)):>11}  {words}".rstrip())
         return lines
 
     def _traffic(self) -> list[str]:
-        lines = ["  collective      axis      ranks    calls        GiB   GiB sent   seconds"]
+        lines = ["  collective      axis      ranks    calls     payload        sent   seconds"]
         lines += [
             f"  {item.collective:<15} {item.axis:<8} {item.ranks:>6} {item.calls:>8} "
-            f"{item.bytes / GIB:>10.4f} {item.sent / GIB:>10.4f} {time:>9.4f}"
+            f"{in_bytes(item.bytes):>11} {in_bytes(item.sent):>11} {time:>9.4f}"
             for item, time in zip(self.footprint.traffic, self.estimate.by_traffic, strict=True)
         ]
         return lines if self.footprint.traffic else ["  nothing travels"]
@@ -94,8 +93,8 @@ class Plan:
     def _time(self) -> list[str]:
         m, f, cost = self.machine, self.footprint, self.estimate
         return [
-            f"  work         {f.flops:.3e} FLOPs of matrix products, {f.moved / GIB:,.1f} GiB read "
-            "and written",
+            f"  work         {f.flops:.3e} FLOPs of matrix products, {in_bytes(f.moved)} read and "
+            "written",
             f"  on {m.name}: {m.flops / 1e12:g} TFLOP/s at {m.efficiency:.0%}, memory "
             f"{m.memory_bandwidth / 1e9:g} GB/s, links {m.near / 1e9:g} GB/s in a node of {m.node} "
             f"and {m.far / 1e9:g} out of it, {m.latency * 1e6:g} us a call",
@@ -120,6 +119,14 @@ class Plan:
             f"  {found.experiment.mesh.size} ranks do: {found.flags}",
             f"  ({found.footprint.peak / GIB:.2f} GiB, {found.estimate.step:.4f} s a step)",
         ]
+
+
+def in_bytes(size: float) -> str:
+    """Bytes for people: 1.43 GiB, 12.5 MiB."""
+    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if size >= 2**power:
+            return f"{size / 2**power:,.3f} {unit}"
+    return f"{size:,.0f} B"
 
 
 def make_plan(

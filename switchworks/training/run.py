@@ -241,12 +241,19 @@ def _first_state(
 ) -> TrainState:
     """Where the run starts, in order of precedence: checkpoint, `init`, the teacher's weights as
     far as they fit, first values."""
-    model = _first_model(experiment, init)
     newest = None if checkpoints is None else checkpoints.latest()
-    if newest is None and experiment.distil is not None and experiment.distil.initialise:
+    inherits = newest is None and experiment.distil is not None and experiment.distil.initialise
+    # On a mesh each rank begins with its part, and none has to hold a whole model.
+    in_parts = ranks.mesh is not None and init is None and not inherits
+    model = None if in_parts else _first_model(experiment, init)
+    if inherits:
+        assert model is not None
         assert teacher is not None
+        assert experiment.distil is not None
         _inherit(model, teacher, experiment.distil, pipeline)
-    state = build_state(experiment, model, None if teacher is None else teacher.model, ranks)
+    taught_by = None if teacher is None else teacher.model
+    empty = in_parts and newest is not None
+    state = build_state(experiment, model, taught_by, ranks, empty=empty)
     if checkpoints is not None and newest is not None:
         contents = state.state_dict()
         about = checkpoints.load(newest, contents)

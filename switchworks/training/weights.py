@@ -2,14 +2,16 @@
 
 import math
 import re
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
 from switchworks.model import SwitchTransformer
+from switchworks.model.sizes import num_parameters
 from switchworks.optim.build import dimension_letters
 from switchworks.parallel.config import MeshConfig
-from switchworks.parallel.layout import Place, places
+from switchworks.parallel.layout import Place, check_fit, places
 from switchworks.training.experiment import Experiment
 from switchworks.training.state import cast_for_compute
 
@@ -30,9 +32,10 @@ class Weight(NamedTuple):
 
 def weights_of(experiment: Experiment) -> list[Weight]:
     """Every weight of the model, those of its blocks together, in the model's order."""
+    precision = "bfloat16" if experiment.precision == "auto" else experiment.precision
     with torch.device("meta"):
         model = SwitchTransformer(experiment.model)
-    cast_for_compute(model, getattr(torch, experiment.precision))
+    cast_for_compute(model, getattr(torch, precision))
     parameters, letters = dict(model.named_parameters()), dimension_letters(model)
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     where = places(letters, shapes, experiment.mesh)
@@ -61,6 +64,15 @@ def parts(place: Place, mesh: MeshConfig) -> int:
         "data": mesh.data if place.stacked else mesh.batch,
     }
     return math.prod(count for axis, count in ranks.items() if getattr(place, axis) is not None)
+
+
+def numbers_of_a_rank(experiment: Experiment) -> int:
+    """Parameters that one rank keeps. Raises ConfigError if the model does not fit the mesh."""
+    if experiment.mesh.size == 1:
+        return num_parameters(experiment.model)
+    check_fit(experiment.model, experiment.mesh)
+    precise = replace(experiment, precision="float32")  # "auto" is as good
+    return sum(weight.numbers for weight in weights_of(precise))
 
 
 def least_bytes(experiment: Experiment) -> int:
