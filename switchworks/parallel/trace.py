@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, distributed_c10d
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -185,9 +184,12 @@ def _names(mesh: DeviceMesh | None) -> Mapping[str, str]:
     """Name of a group -> the axis whose ranks it has."""
     if mesh is None:
         return {}
-    groups = {axis: mesh.get_group(axis) for axis in AXES}
-    groups["batch"] = batch_axis(mesh).get_group()
-    return {group.group_name: axis for axis, group in groups.items()}
+    whole = batch_axis(mesh)
+    names = {whole.get_group().group_name: "batch"}
+    for axis in AXES:  # one that makes up the batch axis alone may share its group, and names it
+        if mesh[axis].size() > 1:
+            names[mesh.get_group(axis).group_name] = axis
+    return names
 
 
 def _group(argument: Any) -> ProcessGroup | None:
@@ -199,7 +201,7 @@ def _group(argument: Any) -> ProcessGroup | None:
             return None
     if isinstance(argument, str):
         try:
-            return _resolve_process_group(argument)
+            return distributed_c10d._resolve_process_group(argument)  # type: ignore[attr-defined]
         except (RuntimeError, ValueError, LookupError):  # "sum"
             return None
     return None

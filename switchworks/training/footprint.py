@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from switchworks.batch import Batch
+from switchworks.optim.build import UpdateStats
 from switchworks.optim.spread import local
 from switchworks.parallel.trace import Trace, Traffic, Work
 from switchworks.training.experiment import Experiment
@@ -55,23 +56,23 @@ def measure_step(state: TrainState, batch: Batch) -> Footprint:
     trace, updater = Trace(state.ranks.mesh), state.updater
     held = _held(state)
     gradients: list[int] = []
-    accumulate, step = updater.accumulate, updater.step
+    accumulate, update = updater.accumulate, updater.step
 
     def marked() -> None:
         trace.mark(p.grad for p in state.model.parameters() if p.grad is not None)
         accumulate()
         trace.mark(updater.gradients().values())
 
-    def counted(*arguments: int) -> Any:
+    def counted(step: int, total_steps: int) -> UpdateStats:
         gradients.append(_bytes_of(updater.gradients().values()))
-        return step(*arguments)
+        return update(step, total_steps)
 
     updater.accumulate, updater.step = marked, counted
     try:
         with trace:
             train_step(state, batch)
     finally:
-        updater.accumulate, updater.step = accumulate, step
+        updater.accumulate, updater.step = accumulate, update
     most, activations = trace.peaks()
     return Footprint(
         **held,

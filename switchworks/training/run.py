@@ -364,8 +364,6 @@ def _check_mesh(experiment: Experiment) -> None:
         "freeze": bool(experiment.freeze),
         "best": experiment.best is not None,
         "data.tasks": bool(experiment.data.tasks),
-        "kernels": experiment.kernels != "reference",
-        "activation_checkpointing": experiment.activation_checkpointing,
     }
     asked = [name for name, wanted in alone.items() if wanted]
     if mesh.size > 1 and asked:
