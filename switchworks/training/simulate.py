@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+from switchworks.kernels import attention
 from switchworks.optim import adafactor
 from switchworks.parallel.fake import fake_ranks, no_numbers
 from switchworks.parallel.layout import check_fit
@@ -42,19 +43,21 @@ def simulate_on(ranks: Ranks, experiment: Experiment) -> Footprint:
 
 
 def _trace(ranks: Ranks, experiment: Experiment) -> Footprint:
-    with no_numbers(), _in_one_piece():
+    with no_numbers(), _large_blocks():
         state = build_state(experiment, ranks=ranks, empty=True)
         return measure_step(state, batch_like(experiment))
 
 
 @contextmanager
-def _in_one_piece() -> Iterator[None]:
-    """The optimizer goes through a tensor as on an accelerator, which has no cache to fit."""
-    block, adafactor._BLOCK = adafactor._BLOCK, 2**62
+def _large_blocks() -> Iterator[None]:
+    """The optimizer goes through a tensor in one piece, and attention through sixteen million
+    scores at a time: an accelerator has no cache to fit, and every piece takes time to trace."""
+    plain = adafactor._BLOCK, attention.BLOCK
+    adafactor._BLOCK, attention.BLOCK = 2**62, 2**24
     try:
         yield
     finally:
-        adafactor._BLOCK = block
+        adafactor._BLOCK, attention.BLOCK = plain
 
 
 def _with_parts(experiment: Experiment, count: int) -> Experiment:
