@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from switchworks.config import ConfigError
+from switchworks.config import ConfigError, check_at_least
 from switchworks.data.task_rows import with_eos
 from switchworks.data.tasks import Example, Task
 from switchworks.data.tokenizer import Tokenizer
@@ -40,9 +40,8 @@ class Answering:
     """At most so many of a split, evenly spread over it. 0: all."""
 
     def __post_init__(self) -> None:
-        for name, least in (("input_length", 2), ("max_length", 1), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} = {getattr(self, name)} must be at least {least}.")
+        check_at_least(self, "", 2, "input_length")
+        check_at_least(self, "", 1, "max_length", "batch_size")
 
 
 def answer(

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from switchworks.config import ConfigError
+from switchworks.config import check_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +21,7 @@ class MeshConfig:
     gathers a block's weights when it computes it (full shard); without, each keeps them whole."""
 
     def __post_init__(self) -> None:
-        for name in ("data", "expert", "model"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"mesh.{name} = {getattr(self, name)} must be at least 1.")
+        check_at_least(self, "mesh.", 1, "data", "expert", "model")
 
     @property
     def size(self) -> int:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from switchworks.adapt.config import LoraConfig
 from switchworks.compress.config import DistilConfig
-from switchworks.config import ConfigError
+from switchworks.config import ConfigError, check_at_least
 from switchworks.data.config import DataConfig
 from switchworks.model.config import ModelConfig
 from switchworks.optim.config import OptimConfig
@@ -107,9 +107,7 @@ class Experiment:
     """CPU threads. 0: as many as torch finds fit."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "micro_batches"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} = {getattr(self, name)} must be at least 1.")
+        check_at_least(self, "", 1, "steps", "batch_size", "micro_batches")
         for name in _CADENCES:
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} = {getattr(self, name)} must be 0 (never) or more.")
