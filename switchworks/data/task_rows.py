@@ -178,9 +178,7 @@ class TaskMixture(Mixture):
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        check_shares(batch_size, rank, world)
-        if seed < 0:
-            raise ConfigError(f"seed = {seed} is negative. Use 0 or more.")
+        check_shares(batch_size, seed, rank, world)
         if not stores:
             raise DataError("None of the tasks has a training split.")
         self.config = config
