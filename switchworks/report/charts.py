@@ -107,7 +107,7 @@ def line_chart(
     parts = [
         _axes(frame, x_label),
         _reference(frame, reference) if reference else "",
-        _mark(frame, mark) if mark else "",
+        _mark(frame, mark, curves) if mark else "",
         f'<svg x="{frame.left}" y="{frame.top}" width="{frame.right - frame.left}" '
         f'height="{frame.bottom - frame.top}" '
         f'viewBox="{frame.left} {frame.top} {frame.right - frame.left} {frame.bottom - frame.top}">'
@@ -341,15 +341,18 @@ def _reference(frame: Frame, reference: tuple[float, str]) -> str:
     )
 
 
-def _mark(frame: Frame, mark: tuple[float, str]) -> str:
+def _mark(frame: Frame, mark: tuple[float, str], curves: Sequence[Curve]) -> str:
+    """A dashed line across, named where the curves leave room: at the bottom or at the top."""
     place, name = mark
     if not frame.x[0] <= place <= frame.x[1]:
         return ""
-    x = frame.across(place)
+    x, middle = frame.across(place), (frame.top + frame.bottom) / 2
     late = x > (frame.left + frame.right) / 2  # then its name stands before it
+    heights = [frame.down(float(np.interp(place, one.x, one.shown))) for one in curves]
+    y = frame.bottom - 6 if np.mean(heights) < middle else frame.top + 12
     return (
         f'<path class="reference" d="M{x:.1f} {frame.top}V{frame.bottom}"/>'
-        f'<text class="small" x="{x + (-4 if late else 4):.1f}" y="{frame.bottom - 6}" '
+        f'<text class="small" x="{x + (-4 if late else 4):.1f}" y="{y}" '
         f'text-anchor="{"end" if late else "start"}">{escape(name)}</text>'
     )
 

@@ -23,7 +23,14 @@ def task_names(runs: Sequence[Run]) -> list[str]:
 def task_charts(runs: Sequence[Run]) -> list[str]:
     """A chart for each task: of one run all its metrics, of several their scores."""
     charts = [
-        line_chart(name, "out of 100", "step", _curves(runs, name), mark=best_mark(runs))
+        line_chart(
+            name,
+            "out of 100",
+            "step",
+            _curves(runs, name),
+            from_zero=True,  # scores rise, and where they come from is worth seeing
+            mark=best_mark(runs),
+        )
         for name in task_names(runs)
     ]
     if len(charts) > 1:
@@ -85,7 +92,9 @@ def _mean(runs: Sequence[Run]) -> str:
         for colour, run in enumerate(runs)
         for x, y in [run.series("task/mean")]
     ]
-    return line_chart("All tasks", "mean score", "step", curves, mark=best_mark(runs))
+    return line_chart(
+        "All tasks", "mean score", "step", curves, from_zero=True, mark=best_mark(runs)
+    )
 
 
 def _figures(runs: Sequence[Run], name: str) -> list[str]:
