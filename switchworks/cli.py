@@ -143,14 +143,25 @@ def _explain(words: list[str]) -> int:
 
 def _generate(words: list[str]) -> int:
     flags = parse_flags(GenerateFlags, "generate", words)
-    from switchworks.generate import Sampling
+    from switchworks.generate import BeamSearch, Sampling
     from switchworks.generate.text import answer
 
     sampling = Sampling(
         temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p, seed=flags.seed
     )
-    length, int8 = flags.max_length, flags.int8
-    print(answer(flags.path, flags.text, max_length=length, sampling=sampling, int8=int8))
+    beams = BeamSearch(
+        beams=flags.beams, length_penalty=flags.length_penalty, penalty=flags.penalty
+    )
+    print(
+        answer(
+            flags.path,
+            flags.text,
+            max_length=flags.max_length,
+            sampling=sampling,
+            beams=beams,
+            int8=flags.int8,
+        )
+    )
     return 0
 
 
@@ -171,15 +182,20 @@ def _evaluate(words: list[str]) -> int:
     return 0
 
 
-def _evaluate_tasks(flags: EvaluateFlags, data: "DataConfig", command: str) -> int:
+def _evaluate_tasks(flags: EvaluateFlags, data: DataConfig, command: str) -> int:
     from switchworks.evaluate.answers import Answering
     from switchworks.evaluate.task_run import evaluate_tasks
     from switchworks.evaluate.tasks import as_json, as_table, write_predictions
+    from switchworks.generate import BeamSearch
 
+    beams = BeamSearch(
+        beams=flags.beams, length_penalty=flags.length_penalty, penalty=flags.penalty
+    )
     how = Answering(
         decode=flags.decode,
         input_length=flags.input_length or data.input_length,
         max_length=flags.max_length,
+        beams=beams,
         batch_size=flags.batch_size,
         examples=flags.examples,
     )

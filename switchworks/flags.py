@@ -70,6 +70,13 @@ class GenerateFlags:
     top_k: int | None = None
     top_p: float | None = None
     seed: int = 0
+    beams: int = 1
+    """Texts followed at once in beam search, of which the likeliest is written. 1: none."""
+    length_penalty: float = 1.0
+    """With beams, log-probabilities are divided by length ** this: 0 favours short texts."""
+    penalty: Literal["length", "t5"] = "length"
+    """What the length is: tokens (transformers), or (5 + tokens) / 6 (T5, with --length-penalty
+    0.6)."""
     int8: bool = False
     """Round the weights to 8 bits first: a quarter of the memory, nearly the same answers."""
 
@@ -95,6 +102,13 @@ class EvaluateFlags:
     """Tokens read of an input at most. 0: as in training, and 512 for a model directory."""
     max_length: int = 128
     """Tokens written at most."""
+    beams: int = 1
+    """Texts followed at once in beam search, of which the likeliest is written. 1: none."""
+    length_penalty: float = 1.0
+    """With beams, log-probabilities are divided by length ** this: 0 favours short texts."""
+    penalty: Literal["length", "t5"] = "length"
+    """What the length is: tokens (transformers), or (5 + tokens) / 6 (T5, with --length-penalty
+    0.6)."""
     batch_size: int = 32
     """Examples answered at once."""
     batches: int = 32

@@ -87,9 +87,9 @@ def quickstart_lm_dense() -> Experiment:
 def speedup() -> Experiment:
     """A language model with 8 experts in every block, to measure how many steps sparsity saves.
 
-    Smaller than `quickstart_lm`, so that within minutes a thread reads enough text for parameters to
-    be what is short: 0.62M of 1.1M are used by each token. A causal model, because all 78 tokens of
-    a row are predicted, and not the 14 that span corruption leaves out: the encoder-decoder pair is
+    Smaller than `quickstart_lm`, so that within minutes a thread reads enough text for parameters
+    to be what is short: each token uses 0.62M of 1.1M. A causal model, because all 78 tokens of a
+    row are predicted, and not the 14 that span corruption asks for: the encoder-decoder pair is
     still level at this length. experiments/ has the figures.
     """
     pair = quickstart_lm()
