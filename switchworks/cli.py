@@ -32,6 +32,7 @@ from switchworks.flags import (
     parse_experiment,
     parse_flags,
     parse_shard,
+    prepares_logits,
     spelled,
 )
 
@@ -40,6 +41,7 @@ USAGE = """usage: switchworks VERB ...
   train RECIPE [--steps N --model.num-layers 6 --run-dir D --resume ...]
                       data, tokenizer, training, model and report
   prepare RECIPE      tokenizer and token store ahead of time
+                      [--distil.store D: a teacher's probabilities, too]
   explain RECIPE      parameters, FLOPs, memory and capacity; runs nothing
                       (RECIPE may be a size: explain switch-base-128)
   generate PATH TEXT  fill the holes <extra_id_0>, <extra_id_1>, ... of a text, or continue it
@@ -113,6 +115,8 @@ def _prepare(words: list[str]) -> int:
     from switchworks.data.mixture import Mixture
 
     shard = None if more.shard is None else parse_shard(more.shard)
+    with_logits = experiment.distil is not None and experiment.distil.store is not None
+    prepares_logits(more, with_logits)
     corpora = prepare_corpora(experiment.data, vocab_size=experiment.model.vocab_size, shard=shard)
     by_language = experiment.data.is_mixture and not experiment.data.mixture
     if not (by_language and corpora.complete):  # a table says it in a line each
@@ -127,6 +131,10 @@ def _prepare(words: list[str]) -> int:
         batches = corpora.training(batch_size=experiment.batch_size, seed=experiment.seed)
         assert isinstance(batches, Mixture)
         print(corpora.summary(batches, experiment.steps))
+    if with_logits:
+        from switchworks.training.teach import teach
+
+        print(teach(experiment, top_k=more.top_k, dtype=more.logits))
     return 0
 
 

@@ -36,12 +36,17 @@ class TrainFlags:
 
 @dataclass(frozen=True)
 class PrepareFlags:
-    """How a job array shares the work."""
+    """How a job array shares the work, and what is kept of a teacher's probabilities."""
 
     init: Path | None = None
     """The model that training will begin with, for recipes that take their tokenizer from it."""
     shard: str | None = None
     """I/N, for example 3/64: tokenise only this part. Parts count from 0."""
+    top_k: int = 32
+    """With --distil.store: of each target, the ids kept, likeliest first; of the others the mass
+    of all together."""
+    logits: Literal["float16", "float32"] = "float16"
+    """With --distil.store: what logarithms of probabilities are kept in."""
 
 
 @dataclass(frozen=True)
@@ -254,6 +259,21 @@ def parse_shard(text: str) -> tuple[int, int]:
             f"--shard {text} is not I/N with 0 <= I < N. Example: --shard 3/64, counted from 0."
         )
     return int(number), int(count)
+
+
+def prepares_logits(flags: PrepareFlags, asked: bool) -> None:
+    """Raises ConfigError for flags that do not fit a store of a teacher's probabilities, which is
+    `asked` for or not."""
+    if asked and flags.shard is not None:
+        raise ConfigError(
+            f"--shard {flags.shard} is for the text. The teacher reads whole batches of it.\n"
+            "  Prepare the text first, then the store of --distil.store without --shard."
+        )
+    if not asked and (flags.top_k, flags.logits) != (PrepareFlags.top_k, PrepareFlags.logits):
+        raise ConfigError(
+            "--top-k and --logits say what is kept of a teacher's probabilities.\n"
+            "  Add --distil.store, the folder where that goes, or leave them out."
+        )
 
 
 Change = Literal["upcycle", "prune", "merge", "merge_lora"]

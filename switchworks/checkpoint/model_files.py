@@ -1,11 +1,12 @@
 """A model as files: weights in safetensors, `config.toml`, and the tokenizer beside them."""
 
+import hashlib
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from switchworks.checkpoint.files import read_manifest, verify
+from switchworks.checkpoint.files import MANIFEST, read_manifest, sha256, verify
 from switchworks.checkpoint.tensors import (
     SHARD_BYTES,
     convert,
@@ -94,6 +95,15 @@ def stored_config(path: Path | str) -> ModelConfig:
 def is_model(path: Path) -> bool:
     """Whether `path` is a model directory of ours, or a run directory with one."""
     return (_place(path) / CONFIG).is_file()
+
+
+def weights_hash(path: Path) -> str:
+    """A hash of the weights of the model in `path`, a run or model directory of either format."""
+    directory = _place(path)
+    listed = read_manifest(directory) if (directory / MANIFEST).is_file() else {}
+    files = [f for f in sorted(directory.iterdir()) if f.suffix in (".safetensors", ".bin")]
+    hashes = [listed[f.name]["sha256"] if f.name in listed else sha256(f) for f in files]
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()[:32]
 
 
 def _place(path: Path) -> Path:
