@@ -53,6 +53,7 @@ USAGE = """usage: switchworks VERB ...
   convert SRC DST     Hugging Face directory <-> switchworks directory
                       [--upcycle E: a dense model made sparse;
                       --prune K, --merge K: a sparse one with fewer experts;
+                      --quantise int8|int8-dynamic|int4: in 8 or 4 bits;
                       --merge-lora RUN: adapters merged into their model]
   bench               our speed against transformers, our dense twin and the machine's limit
                       [--quick: two minutes; --sweep-experts: step time against E]
@@ -248,6 +249,11 @@ def _convert(words: list[str]) -> int:
         from switchworks.adapt.files import merge_directory
 
         print(merge_directory(flags.source, flags.destination, flags.merge_lora or Path()))
+    elif how == "quantise":
+        from switchworks.compress.quantise import quantise_directory
+
+        scheme = flags.quantise or "int8"
+        print(quantise_directory(flags.source, flags.destination, scheme, group=flags.group))
     elif how is None:
         from switchworks.checkpoint.convert import convert
 

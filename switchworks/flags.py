@@ -140,7 +140,7 @@ class ReportFlags:
 class ConvertFlags:
     """Translate between Hugging Face's format and this one; the source decides the direction.
     With --upcycle, make a dense model of either format sparse; with --prune or --merge, leave a
-    sparse one fewer experts."""
+    sparse one fewer experts; with --quantise, round weights to 8 or 4 bits."""
 
     source: tyro.conf.Positional[Path]
     destination: tyro.conf.Positional[Path]
@@ -165,6 +165,11 @@ class ConvertFlags:
     """The text to count on: a file, folder or glob. None: what the run in `source` trained on."""
     batches: int = 32
     """Batches of 16 rows read of it."""
+    quantise: Literal["int8", "int8-dynamic", "int4"] | None = None
+    """Round matrices, experts and embeddings. int8-dynamic rounds the inputs of every product too,
+    while decoding. The result is in this format."""
+    group: int = 32
+    """Of int4: weights along the inputs of a channel that share a scale."""
     merge_lora: Path | None = None
     """A run with adapters, or their directory: merged into the source, which must be the model they
     were trained on. The result is in this format."""
@@ -276,7 +281,7 @@ def prepares_logits(flags: PrepareFlags, asked: bool) -> None:
         )
 
 
-Change = Literal["upcycle", "prune", "merge", "merge_lora"]
+Change = Literal["upcycle", "prune", "merge", "merge_lora", "quantise"]
 
 
 def one_change(flags: ConvertFlags) -> Change | None:
@@ -287,6 +292,7 @@ def one_change(flags: ConvertFlags) -> Change | None:
         "prune": reducing,
         "merge": reducing,
         "merge_lora": (),
+        "quantise": ("group",),
     }
     asked: list[Change] = [how for how in owned if getattr(flags, how) is not None]
     if len(asked) > 1:
@@ -300,7 +306,7 @@ def one_change(flags: ConvertFlags) -> Change | None:
             owners = " or ".join(_flag(owner) for owner, names in owned.items() if name in names)
             raise ConfigError(
                 f"--{name} belongs to {owners} and does nothing without it.\n"
-                f"  Add {owners} with the number of experts, or leave it out."
+                f"  Add {owners}, or leave it out."
             )
     if how and flags.capacity != "paper":
         raise ConfigError(

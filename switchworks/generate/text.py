@@ -11,7 +11,7 @@ from switchworks.generate.continuation import continuation
 from switchworks.generate.decode import EOS, generate
 from switchworks.generate.fill_in import HOLE, fill, parse_fills
 from switchworks.generate.sampling import Sampling
-from switchworks.kernels.int8 import quantise
+from switchworks.kernels.quantise import quantise
 from switchworks.model import SwitchTransformer
 
 

@@ -281,7 +281,7 @@ def _inherit(
 def _first_model(experiment: Experiment, init: Path | str | None) -> SwitchTransformer:
     if init is None:
         return SwitchTransformer(experiment.model, seed=experiment.seed)
-    model, _ = load(Path(init))
+    model, _ = load(Path(init), widen=True)
     if model.config.vocab_size != experiment.model.vocab_size:
         raise CheckpointError(
             f"{init} has a vocabulary of {model.config.vocab_size}, the tokenizer one of "
