@@ -50,6 +50,7 @@ USAGE = """usage: switchworks VERB ...
   routing PATH        which experts handle what: --data.path TEXT, or --data.mixture
                       en=A de=B for labels; [--against PATH2: what changed]
   report RUN_DIR ...  one HTML page from one or several runs
+                      [--compression TEACHER STUDENT ... DENSE: what smaller models kept]
   convert SRC DST     Hugging Face directory <-> switchworks directory
                       [--upcycle E: a dense model made sparse;
                       --prune K, --merge K: a sparse one with fewer experts;
@@ -230,6 +231,8 @@ def _report(words: list[str]) -> int:
     flags = parse_flags(ReportFlags, "report", words)
     from switchworks.report import write_report
 
+    if flags.compression:
+        return _compression(flags)
     if flags.languages is not None:
         from switchworks.report.languages import write_languages
 
@@ -237,6 +240,21 @@ def _report(words: list[str]) -> int:
         print(f"pictures and tables  {flags.languages.resolve()}")
         return 0
     print(write_report(flags.run_dirs, flags.output).resolve())
+    return 0
+
+
+def _compression(flags: ReportFlags) -> int:
+    from switchworks.report.compression import write_compression
+
+    found = write_compression(flags.run_dirs, flags.output, batches=flags.batches)
+    print(f"{'':<9} {found['metric']:>24} {'gain kept':>10} {'parameters':>14} {'bytes':>14}")
+    for model in found["models"]:
+        kept = "-" if model["gain_kept"] is None else f"{model['gain_kept']:.1%}"
+        print(
+            f"{model['role']:<9} {model['quality']:>24.4f} {kept:>10} "
+            f"{model['parameters']:>14,} {model['bytes_on_disk']:>14,}  {model['path']}"
+        )
+    print(Path(found["page"]).resolve())
     return 0
 
 

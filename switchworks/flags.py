@@ -134,6 +134,13 @@ class ReportFlags:
     languages: Path | None = None
     """Instead of the page: pictures and tables by language, into this folder. Takes runs of a
     switch model and of its dense twin on the same languages, of several seeds if there are."""
+    compression: bool = False
+    """Instead of the page: what smaller models kept. Takes the teacher first, then its students
+    (distilled, pruned, merged, rounded), and last the dense baseline, as directories of runs or
+    models. By default compression.html in the first student's run directory, or here, with the
+    numbers beside it as JSON."""
+    batches: int = 16
+    """With --compression: batches of 16 held-out rows that all are measured on."""
 
 
 @dataclass(frozen=True)
