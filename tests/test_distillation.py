@@ -27,7 +27,7 @@ from switchworks.training.state import build_state
 from switchworks.training.step import DivergenceError, train_step
 from switchworks.training.teach import teach
 
-SCRIPT = Path(__file__).parent.parent / "experiments" / "distil.py"
+SCRIPT = Path(__file__).parent.parent / "experiments" / "distillation.py"
 DENSE = """
 from dataclasses import replace
 from switchworks.recipes.tiny import tiny
