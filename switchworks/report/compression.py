@@ -69,14 +69,11 @@ def write_compression(
     opened = _same_tokens([_open(path) for path in paths])
     corpora = prepare_corpora(data, vocab_size=opened[0].model.config.vocab_size)
     held_out = corpora.held_out(batch_size=ROWS, batches=batches)
-    names = ["teacher", *(["student"] * (len(paths) - 2)), "baseline"]
-    models = [
-        {"role": role} | _about(one, held_out, data)
-        for role, one in zip(names, opened, strict=True)
-    ]
+    models = [_about(one, held_out, data) for one in opened]
+    roles = ["teacher", *(["student"] * (len(paths) - 2)), "baseline"]
     quality = [about["score"] if data.tasks else -about["loss"] for about in models]
-    for about, value in zip(models, quality, strict=True):
-        about["quality"] = value
+    for role, about, value in zip(roles, models, quality, strict=True):
+        about["role"], about["quality"] = role, value
         kept = fraction_of_gain(baseline=quality[-1], teacher=quality[0], student=value)
         about["gain_kept"] = None if math.isnan(kept) else kept  # JSON has no nan
         about["compression"] = 1 - about["parameters"] / models[0]["parameters"]
