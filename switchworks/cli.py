@@ -32,6 +32,7 @@ from switchworks.flags import (
     parse_experiment,
     parse_flags,
     parse_shard,
+    prepares_logits,
     spelled,
 )
 
@@ -40,6 +41,7 @@ USAGE = """usage: switchworks VERB ...
   train RECIPE [--steps N --model.num-layers 6 --run-dir D --resume ...]
                       data, tokenizer, training, model and report
   prepare RECIPE      tokenizer and token store ahead of time
+                      [--distil.store D: a teacher's probabilities, too]
   explain RECIPE      parameters, FLOPs, memory and capacity; runs nothing
                       (RECIPE may be a size: explain switch-base-128)
   generate PATH TEXT  fill the holes <extra_id_0>, <extra_id_1>, ... of a text, or continue it
@@ -48,9 +50,11 @@ USAGE = """usage: switchworks VERB ...
   routing PATH        which experts handle what: --data.path TEXT, or --data.mixture
                       en=A de=B for labels; [--against PATH2: what changed]
   report RUN_DIR ...  one HTML page from one or several runs
+                      [--compression TEACHER STUDENT ... DENSE: what smaller models kept]
   convert SRC DST     Hugging Face directory <-> switchworks directory
                       [--upcycle E: a dense model made sparse;
                       --prune K, --merge K: a sparse one with fewer experts;
+                      --quantise int8|int8-dynamic|int4: in 8 or 4 bits;
                       --merge-lora RUN: adapters merged into their model]
   bench               our speed against transformers, our dense twin and the machine's limit
                       [--quick: two minutes; --sweep-experts: step time against E]
@@ -113,6 +117,8 @@ def _prepare(words: list[str]) -> int:
     from switchworks.data.mixture import Mixture
 
     shard = None if more.shard is None else parse_shard(more.shard)
+    with_logits = experiment.distil is not None and experiment.distil.store is not None
+    prepares_logits(more, with_logits)
     corpora = prepare_corpora(experiment.data, vocab_size=experiment.model.vocab_size, shard=shard)
     by_language = experiment.data.is_mixture and not experiment.data.mixture
     if not (by_language and corpora.complete):  # a table says it in a line each
@@ -127,6 +133,10 @@ def _prepare(words: list[str]) -> int:
         batches = corpora.training(batch_size=experiment.batch_size, seed=experiment.seed)
         assert isinstance(batches, Mixture)
         print(corpora.summary(batches, experiment.steps))
+    if with_logits:
+        from switchworks.training.teach import teach
+
+        print(teach(experiment, top_k=more.top_k, dtype=more.logits))
     return 0
 
 
@@ -237,6 +247,8 @@ def _report(words: list[str]) -> int:
     flags = parse_flags(ReportFlags, "report", words)
     from switchworks.report import write_report
 
+    if flags.compression:
+        return _compression(flags)
     if flags.languages is not None:
         from switchworks.report.languages import write_languages
 
@@ -244,6 +256,21 @@ def _report(words: list[str]) -> int:
         print(f"pictures and tables  {flags.languages.resolve()}")
         return 0
     print(write_report(flags.run_dirs, flags.output).resolve())
+    return 0
+
+
+def _compression(flags: ReportFlags) -> int:
+    from switchworks.report.compression import write_compression
+
+    found = write_compression(flags.run_dirs, flags.output, batches=flags.batches)
+    print(f"{'':<9} {found['metric']:>24} {'gain kept':>10} {'parameters':>14} {'bytes':>14}")
+    for model in found["models"]:
+        kept = "-" if model["gain_kept"] is None else f"{model['gain_kept']:.1%}"
+        print(
+            f"{model['role']:<9} {model['quality']:>24.4f} {kept:>10} "
+            f"{model['parameters']:>14,} {model['bytes_on_disk']:>14,}  {model['path']}"
+        )
+    print(Path(found["page"]).resolve())
     return 0
 
 
@@ -256,6 +283,11 @@ def _convert(words: list[str]) -> int:
         from switchworks.adapt.files import merge_directory
 
         print(merge_directory(flags.source, flags.destination, flags.merge_lora or Path()))
+    elif how == "quantise":
+        from switchworks.compress.quantise import quantise_directory
+
+        scheme = flags.quantise or "int8"
+        print(quantise_directory(flags.source, flags.destination, scheme, group=flags.group))
     elif how is None:
         from switchworks.checkpoint.convert import convert
 

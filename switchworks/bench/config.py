@@ -86,7 +86,7 @@ class Side:
     kernels: bool = True
     """ours: with the fast paths of `switchworks.kernels`; else the reference."""
     int8: Literal["dynamic", "packed", "unpacked"] | None = None
-    """ours, decode: with 8-bit weights and that product of `kernels.int8`."""
+    """ours, decode: with 8-bit weights and that product of `kernels.products`."""
 
     @property
     def tokens(self) -> int:

@@ -78,7 +78,7 @@ def seal(directory: Path) -> None:
     for name in names:
         _flush(directory / name)
     with ThreadPoolExecutor() as pool:
-        hashes = pool.map(lambda name: _sha256(directory / name), names)
+        hashes = pool.map(lambda name: sha256(directory / name), names)
         listing = {
             name: {"bytes": (directory / name).stat().st_size, "sha256": digest}
             for name, digest in zip(names, hashes, strict=True)
@@ -110,7 +110,7 @@ def verify(directory: Path, *, allow_foreign: bool = False) -> None:
             "  Move it elsewhere."
         )
     with ThreadPoolExecutor() as pool:
-        hashes = pool.map(lambda name: _sha256(directory / name), listing)
+        hashes = pool.map(lambda name: sha256(directory / name), listing)
         for (name, entry), digest in zip(listing.items(), hashes, strict=True):
             if digest != entry["sha256"]:
                 raise CheckpointError(
@@ -189,7 +189,8 @@ def _files(directory: Path) -> list[str]:
     return sorted({path.relative_to(directory).as_posix() for path in paths} - {MANIFEST})
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of the file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

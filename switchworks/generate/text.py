@@ -13,7 +13,7 @@ from switchworks.generate.decode import generate
 from switchworks.generate.fill_in import HOLE, fill, parse_fills
 from switchworks.generate.sampling import Sampling
 from switchworks.generate.start import EOS
-from switchworks.kernels.int8 import quantise
+from switchworks.kernels.quantise import quantise
 from switchworks.model import SwitchTransformer
 
 

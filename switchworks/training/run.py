@@ -21,11 +21,12 @@ from switchworks.checkpoint.model_files import MAX_SPARE_ROWS, load, save, store
 from switchworks.checkpoint.tensors import require_match
 from switchworks.checkpoint.training_state import Checkpoints
 from switchworks.compress.config import DistilConfig
+from switchworks.compress.logit_store import LogitStore
 from switchworks.compress.student import dense_teacher, initialise_from_teacher
 from switchworks.config import CheckpointError, ConfigError
 from switchworks.data.corpora import Corpora, HeldOut, prepare_corpora
 from switchworks.data.mixture import Mixture
-from switchworks.data.pipeline import Pipeline
+from switchworks.data.pipeline import Pipeline, rows_of_step
 from switchworks.data.task_corpora import TaskCorpora
 from switchworks.data.tokenizer import Tokenizer
 from switchworks.model import SwitchTransformer
@@ -48,7 +49,7 @@ from switchworks.training.recorder import Recorder
 from switchworks.training.run_directory import claim, may_resume, settings_in
 from switchworks.training.state import TrainState, build_state
 from switchworks.training.task_hook import task_hook
-from switchworks.training.teacher import Teacher, open_teacher
+from switchworks.training.teacher import Teacher, open_logits, open_teacher, require_same_rows
 
 T = TypeVar("T")
 
@@ -95,22 +96,28 @@ def _train(
     experiment = replace(experiment, precision=ranks.all(experiment.precision)[0])
     # Before text is read, which may take long; the vocabulary is not known yet.
     may_resume(run_dir, experiment, resume=resume, ignoring=frozenset({"model.vocab_size"}))
-    teacher = open_teacher(experiment)
+    logits = open_logits(experiment)
+    teacher = open_teacher(experiment) if logits is None else None
     corpora = _in_turn(
         ranks, lambda: prepare_corpora(experiment.data, vocab_size=experiment.model.vocab_size)
     )
-    experiment = with_vocabulary(experiment, _vocabulary(corpora, init, teacher))
+    rows = None if logits is None else logits.info.vocab_size
+    rows = rows if teacher is None else teacher.model.config.vocab_size
+    experiment = with_vocabulary(experiment, _vocabulary(corpora, init, rows))
     if teacher is not None:
         teacher.require_same_ids(corpora.tokenizer, experiment.model.vocab_size)
     part = {"rank": ranks.batch_rank, "world": ranks.batch_world}
     pipeline = corpora.training(batch_size=experiment.batch_size, seed=experiment.seed, **part)
+    if logits is not None:
+        first = rows_of_step(0, experiment.batch_size, **part)
+        require_same_rows(logits, experiment, corpora.tokenizer, pipeline.batch(0), first)
     mixture = pipeline if isinstance(pipeline, Mixture) else None
     if mixture is not None:
         print(corpora.summary(mixture, experiment.steps))
     resuming = may_resume(run_dir, experiment, resume=resume)
     checkpoints = Checkpoints(run_dir / "checkpoints", experiment.keep_checkpoints)
     state = _first_state(
-        experiment, checkpoints if resuming else None, init, teacher, pipeline, ranks
+        experiment, checkpoints if resuming else None, init, teacher or logits, pipeline, ranks
     )
     if state.adapted is not None:
         print(state.adapted)
@@ -205,14 +212,14 @@ def with_precision(experiment: Experiment, run_dir: Path) -> Experiment:
     return replace(experiment, precision=precision)
 
 
-def _vocabulary(corpora: Corpora, init: Path | str | None, teacher: Teacher | None) -> int:
-    """Rows of the embedding: the tokenizer's ids, and what `init` or else the teacher has to
-    spare beyond them."""
+def _vocabulary(corpora: Corpora, init: Path | str | None, taught: int | None) -> int:
+    """Rows of the embedding: the tokenizer's ids, and what `init` or else the teacher, of which
+    `taught` are known, has to spare beyond them."""
     rows = ids = corpora.tokenizer.vocab_size
     if init is not None:
         rows = stored_config(init).vocab_size
-    elif teacher is not None:
-        rows = teacher.model.config.vocab_size
+    elif taught is not None:
+        rows = taught
     return rows if 0 <= rows - ids < MAX_SPARE_ROWS else ids
 
 
@@ -235,7 +242,7 @@ def _first_state(
     experiment: Experiment,
     checkpoints: Checkpoints | None,
     init: Path | str | None,
-    teacher: Teacher | None,
+    taught_by: Teacher | LogitStore | None,
     pipeline: Pipeline | Mixture,
     ranks: Ranks,
 ) -> TrainState:
@@ -243,10 +250,13 @@ def _first_state(
     far as they fit, first values."""
     model = _first_model(experiment, init)
     newest = None if checkpoints is None else checkpoints.latest()
+    teacher = taught_by if isinstance(taught_by, Teacher) else None
+    logits = taught_by if isinstance(taught_by, LogitStore) else None
     if newest is None and experiment.distil is not None and experiment.distil.initialise:
-        assert teacher is not None
-        _inherit(model, teacher, experiment.distil, pipeline)
-    state = build_state(experiment, model, None if teacher is None else teacher.model, ranks)
+        source = teacher or open_teacher(experiment)
+        assert source is not None
+        _inherit(model, source, experiment.distil, pipeline)
+    state = build_state(experiment, model, teacher and teacher.model, ranks, logits)
     if checkpoints is not None and newest is not None:
         contents = state.state_dict()
         about = checkpoints.load(newest, contents)
@@ -271,7 +281,7 @@ def _inherit(
 def _first_model(experiment: Experiment, init: Path | str | None) -> SwitchTransformer:
     if init is None:
         return SwitchTransformer(experiment.model, seed=experiment.seed)
-    model, _ = load(Path(init))
+    model, _ = load(Path(init), widen=True)
     if model.config.vocab_size != experiment.model.vocab_size:
         raise CheckpointError(
             f"{init} has a vocabulary of {model.config.vocab_size}, the tokenizer one of "

@@ -9,6 +9,7 @@ from torch import nn
 from switchworks import kernels
 from switchworks.adapt.freeze import freeze
 from switchworks.adapt.lora import Table, adapt
+from switchworks.compress.logit_store import LogitStore
 from switchworks.kernels.checkpointing import checkpoint_blocks
 from switchworks.model import SwitchTransformer
 from switchworks.model.routing import Router
@@ -50,6 +51,8 @@ class TrainState:
     teacher: SwitchTransformer | None = None
     """Whom the model learns from if `experiment.distil` says so. No step changes it, so it is in
     no checkpoint."""
+    logits: LogitStore | None = None
+    """What the teacher said of the same rows, if `experiment.distil` says that it is stored."""
     adapted: Table | None = None
     """Which matrices have adapters, if `experiment.lora` asks for some."""
     best: Best | None = None
@@ -86,15 +89,17 @@ def build_state(
     model: SwitchTransformer | None = None,
     teacher: SwitchTransformer | None = None,
     ranks: Ranks = ALONE,
+    logits: LogitStore | None = None,
 ) -> TrainState:
     """Step 0 of `experiment`, with the float32 weights of `model` or else those of its seed.
 
     The model is taken over: adapted and frozen as the experiment says; with bfloat16 its weights
     are cast and the float32 ones become the optimizer's masters, and on a mesh each of the `ranks`
     keeps its part of all of them. The `teacher` is taken over too: cast as the model is, in
-    evaluation mode and without gradients, so that it drops no token and draws no noise.
+    evaluation mode and without gradients, so that it drops no token and draws no noise. `logits`
+    stand in its place.
     """
-    assert (teacher is None) == (experiment.distil is None)
+    assert (experiment.distil is not None) == ((teacher is None) != (logits is None))
     assert experiment.precision != "auto", "train() settles it first"
     model = model or SwitchTransformer(experiment.model, seed=experiment.seed)
     table = None if experiment.lora is None else adapt(model, experiment.lora, experiment.seed)
@@ -114,7 +119,9 @@ def build_state(
     if teacher is not None:
         cast_for_compute(teacher, dtype)
         teacher.to(model.embedding.weight.device).eval().requires_grad_(False)
-    return TrainState(experiment, model, updater, gradients, ranks, teacher=teacher, adapted=table)
+    state = TrainState(experiment, model, updater, gradients, ranks, adapted=table)
+    state.teacher, state.logits = teacher, logits
+    return state
 
 
 def cast_for_compute(model: nn.Module, dtype: torch.dtype) -> None:
