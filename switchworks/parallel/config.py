@@ -19,11 +19,17 @@ class MeshConfig:
     shard: bool = True
     """Each rank that sees rows of its own keeps a part of every weight, gradient and moment and
     gathers a block's weights when it computes it (full shard); without, each keeps them whole."""
+    timeout: float = 1800.0
+    """Seconds after which ranks give up a step that does not end, and say which of them hangs and
+    where. What happens between steps, validation for one, counts as part of one. 0: never."""
 
     def __post_init__(self) -> None:
         for name in ("data", "expert", "model"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"mesh.{name} = {getattr(self, name)} must be at least 1.")
+
+        if not self.timeout >= 0:
+            raise ConfigError(f"mesh.timeout = {self.timeout} seconds must be 0 (never) or more.")
 
     @property
     def size(self) -> int:
