@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -156,3 +157,15 @@ def test_a_run_under_torchrun_stops_at_sigterm_and_goes_on_to_the_end(corpus, tm
     model, tokenizer = switchworks.load(run_dir)
     assert model.config.vocab_size == tokenizer.vocab_size
     assert (run_dir / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_weak_scaling_is_measured_on_one_process_and_on_two():
+    script = Path(__file__).parent.parent / "experiments" / "weak_scaling.py"
+    command = [sys.executable, str(script), "tiny", "--rows", "2", "--steps", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
+    heading, *rows = (line.split() for line in done.stdout.splitlines())
+    assert heading == ["processes", "s/step", "efficiency", "communicating"]
+    assert [row[0] for row in rows] == ["1", "2"]
+    assert rows[0][2:] == ["100.0%", "0.0%"]
+    assert 0 < float(rows[1][3].rstrip("%")) <= 100

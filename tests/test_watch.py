@@ -51,9 +51,9 @@ LIVELY = Sight(3, 17, "distributed_c10d.py:2810 (all_reduce), called from step.p
 def test_a_rank_that_tells_nothing_any_more_is_the_one_to_blame():
     stopped = Sight(1, 16, "layers.py:9 (forward)", False)
     message = verdict([LIVELY, stopped], [LIVELY._replace(beat=5), stopped], 60)
-    assert "step 17 has not ended for 60 seconds" in message
+    assert "step 18 has not ended for 60 seconds" in message
     assert "rank 1 does not answer" in message
-    assert "layers.py:9 (forward), in step 17" in message
+    assert "last heard of in step 17, at layers.py:9 (forward)" in message
     assert "waiting for others: rank 0, in step 18, at distributed_c10d.py:2810" in message
 
 
@@ -64,7 +64,7 @@ def test_a_rank_that_never_told_anything_is_named_too():
 def test_of_many_waiting_ranks_eight_are_named():
     others = [LIVELY._replace(beat=5)] * 20
     busy = Sight(5, 17, "recorder.py:57 (write)", False)
-    message = verdict([None] * 21, [*others, busy], 60)
+    message = verdict([LIVELY] * 21, [*others, busy], 60)
     assert "rank 20 hangs in step 18, at recorder.py:57 (write)" in message
     assert "rank 0, 1, 2, 3, 4, 5, 6, 7, ..., in step 18" in message
 

@@ -57,7 +57,7 @@ class Watch:
         self.store, self.rank, self.world, self.timeout = store, rank, world, timeout
         self.step = step
         self.leave = leave
-        self.pause = min(10.0, timeout / 8)
+        self.pause = min(10.0, timeout / 20)
         self._since = time.monotonic()
         self._beat = 0
         self._watched = threading.get_ident()
@@ -76,6 +76,7 @@ class Watch:
 
     def _run(self) -> None:
         try:
+            self._tell()
             while not self._closed.wait(self.pause):
                 self._tell()
                 if time.monotonic() - self._since > self.timeout:
@@ -109,23 +110,24 @@ class Watch:
 
 def verdict(before: list[Sight | None], after: list[Sight | None], timeout: float) -> str:
     """Who hangs at which step, from what ranks told at two times. At most eight are named."""
-    step = min((sight.step for sight in after if sight is not None), default=0) + 1
-    lines = [f"step {step} has not ended for {timeout:g} seconds."]
     silent = [rank for rank, pair in enumerate(zip(before, after, strict=True)) if _same(*pair)]
+    awake = {rank: sight for rank, sight in enumerate(after) if sight and rank not in silent}
+    busy = {} if silent else {rank: sight for rank, sight in awake.items() if not sight.waits}
+    waiting = {rank: sight for rank, sight in awake.items() if sight.waits}
+    steps = [sight.step for sight in (busy or waiting or awake).values()]
+    step = (min(steps) if busy else max(steps, default=0)) + 1
+    lines = [f"step {step} has not ended for {timeout:g} seconds."]
     for rank in silent[:8]:
         sight = after[rank]
-        last = f"; it was at {sight.where}, in step {sight.step + 1}" if sight else ""
+        last = f"; last heard of in step {sight.step + 1}, at {sight.where}" if sight else ""
         lines.append(f"rank {rank} does not answer: stopped, or its machine is gone{last}")
-    awake = {rank: sight for rank, sight in enumerate(after) if sight and rank not in silent}
-    busy = [rank for rank, sight in awake.items() if not sight.waits]
-    for rank in busy[:8] if not silent else []:
-        lines.append(f"rank {rank} hangs in step {awake[rank].step + 1}, at {awake[rank].where}")
-    waiting = [rank for rank in awake if awake[rank].waits]
+    for rank, sight in list(busy.items())[:8]:
+        lines.append(f"rank {rank} hangs in step {sight.step + 1}, at {sight.where}")
     if waiting:
-        first = awake[waiting[0]]
-        others = ", ".join(map(str, waiting[:8])) + (", ..." if len(waiting) > 8 else "")
+        names = ", ".join(map(str, list(waiting)[:8])) + (", ..." if len(waiting) > 8 else "")
+        first = next(iter(waiting.values()))
         lines.append(
-            f"waiting for others: rank {others}, in step {first.step + 1}, at {first.where}"
+            f"waiting for others: rank {names}, in step {first.step + 1}, at {first.where}"
         )
     return "\n  ".join(lines)
 

@@ -207,7 +207,8 @@ _CADENCES = (
 MAY_CHANGE = (
     frozenset(_CADENCES)
     | {"data.cache", "data.workers", "data.prefetch", "async_checkpoints"}
-    | {"mesh.data", "mesh.expert", "mesh.model", "mesh.shard", "mesh.timeout", "micro_batches"}
+    | {"mesh.data", "mesh.expert", "mesh.model", "mesh.shard", "mesh.overlap", "mesh.timeout"}
+    | {"micro_batches"}
 )
 """Settings that a resumed run may change, because they do not change what it computes (but for the
 noise, of which each rank draws its own)."""
