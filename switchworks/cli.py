@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, DataError, CheckpointError) as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -93,19 +93,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
+def _say(error: str) -> None:
+    """Print it, unless another of the processes that torchrun started has."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        from switchworks.parallel.launch import first_to_say
+
+        if not first_to_say(error):
+            return
+    print(error, file=sys.stderr, flush=True)
+
+
 def _train(words: list[str]) -> int:
     experiment, more = parse_experiment("train", words, TrainFlags)
-    from switchworks.training import DivergenceError, Interrupted, train
+    from switchworks.training import DivergenceError, Interrupted, LostContactError, train
+
+    first = os.environ.get("RANK", "0") == "0"  # of those that torchrun started one talks
 
     try:
         run_dir = train(experiment, more.run_dir, resume=more.resume, init=more.init)
     except Interrupted as stop:
-        print(stop)
+        if first:
+            print(stop)
         return 130 if stop.signal == "SIGINT" else 0
-    except DivergenceError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (DivergenceError, LostContactError) as error:
+        _say(f"error: {error}")
         return 1
-    if os.environ.get("RANK", "0") == "0":  # of those that torchrun started one is enough
+    if first:
         print(f"model   {run_dir / 'model'}")
         print(f"report  {(run_dir / 'report.html').resolve()}")
     return 0

@@ -106,6 +106,8 @@ class Experiment:
     """The last step always has a checkpoint, and so has one that a signal ended."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept. 0 keeps all."""
+    async_checkpoints: bool = False
+    """Train on while a checkpoint is written, from a copy of the state in the host's memory."""
     threads: int = 0
     """CPU threads. 0: as many as torch finds fit."""
 
@@ -211,8 +213,9 @@ _CADENCES = (
 
 MAY_CHANGE = (
     frozenset(_CADENCES)
-    | {"data.cache", "data.workers", "data.prefetch"}
-    | {"mesh.data", "mesh.expert", "mesh.model", "mesh.shard", "micro_batches"}
+    | {"data.cache", "data.workers", "data.prefetch", "async_checkpoints"}
+    | {"mesh.data", "mesh.expert", "mesh.model", "mesh.shard", "mesh.overlap", "mesh.timeout"}
+    | {"micro_batches"}
 )
 """Settings that a resumed run may change, because they do not change what it computes (but for the
 noise, of which each rank draws its own)."""

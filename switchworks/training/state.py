@@ -112,7 +112,8 @@ def build_state(
     if experiment.activation_checkpointing:
         checkpoint_blocks(model)
     letters = dimension_letters(model)
-    gradients = parallelize(model, ranks.mesh, letters, shard=experiment.mesh.shard)
+    mesh = experiment.mesh
+    gradients = parallelize(model, ranks.mesh, letters, shard=mesh.shard, overlap=mesh.overlap)
     for name, parameter in model.named_parameters():
         weights[name] = like(weights[name], parameter)  # one after the other, so that wholes go
     updater = build_optimizer(model.named_parameters(), letters, experiment.optim, weights)
