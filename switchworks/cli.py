@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -36,6 +36,9 @@ from switchworks.flags import (
     spelled,
 )
 
+if TYPE_CHECKING:
+    from switchworks.training import Experiment
+
 USAGE = """usage: switchworks VERB ...
 
   train RECIPE [--steps N --model.num-layers 6 --run-dir D --resume ...]
@@ -44,6 +47,8 @@ USAGE = """usage: switchworks VERB ...
                       [--distil.store D: a teacher's probabilities, too]
   explain RECIPE      parameters, FLOPs, memory and capacity; runs nothing
                       (RECIPE may be a size: explain switch-base-128)
+                      [--simulate: trace a step on any mesh; --search --devices N:
+                      the best meshes; --layout, --picture F: who holds what]
   generate PATH TEXT  fill the holes <extra_id_0>, <extra_id_1>, ... of a text, or continue it
   evaluate PATH       held-out loss of a trained model, or [--tasks glue_rte ...] its
                       answers to tasks
@@ -158,10 +163,38 @@ def _explain(words: list[str]) -> int:
     from switchworks.training.explain import as_text, explain
 
     figures = explain(experiment)
+    print(as_text(figures))
+    if more.simulate or more.search:
+        figures |= _planned(experiment, more)
+    if more.layout:
+        from switchworks.training.weights import layout_table
+
+        print(layout_table(experiment))
+    if more.picture is not None:
+        from switchworks.report.mesh_picture import draw_mesh
+
+        print(draw_mesh(experiment.mesh, more.picture))
     if more.json is not None:
         more.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    print(as_text(figures))
     return 0
+
+
+def _planned(experiment: "Experiment", more: ExplainFlags) -> dict[str, Any]:
+    """What --simulate and --search find, printed and as plain numbers."""
+    from switchworks.parallel.machines import find_machine
+    from switchworks.training.plan import find_meshes, make_plan, search_figures, search_text
+
+    machine, found = find_machine(more.machine), {}
+    if more.simulate:
+        plan = make_plan(experiment, machine, more.memory, more.ranks)
+        print(plan.text())
+        found |= plan.figures()
+    if more.search:
+        devices = more.devices or experiment.mesh.size
+        candidates = find_meshes(experiment, devices, more.memory, machine)
+        print(search_text(candidates, machine, more.memory or machine.memory_gib))
+        found["meshes"] = search_figures(candidates)
+    return found
 
 
 def _generate(words: list[str]) -> int:

@@ -57,6 +57,24 @@ class ExplainFlags:
     """The model that training will begin with, for recipes that take their shape from it."""
     json: Path | None = None
     """Also write them to this file."""
+    simulate: bool = False
+    """Trace one training step of one rank of the mesh, without numbers: memory, traffic, time by
+    formula. docs/scale.md."""
+    search: bool = False
+    """List the meshes of --devices ranks that fit, fastest first by formula."""
+    devices: int | None = None
+    """For --search. Default: the size of the mesh."""
+    ranks: int | None = None
+    """For --simulate, in place of a mesh: the fastest mesh of so many ranks."""
+    memory: float | None = None
+    """GiB that a device has. Default: what the machine has. With --simulate, given, and too little:
+    a mesh is proposed that fits."""
+    machine: str = "a100"
+    """tpuv3, a100, h100, or a .toml file (docs/scale.md)."""
+    layout: bool = False
+    """Print where every weight goes: letters, placement, bytes per rank."""
+    picture: Path | None = None
+    """Draw who holds what, as in the paper's Figure 9, into this .svg or .png."""
 
 
 @dataclass(frozen=True)

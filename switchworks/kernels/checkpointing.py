@@ -11,11 +11,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
 
 from switchworks.model import SwitchTransformer
 from switchworks.model.blocks import Block
@@ -51,10 +50,49 @@ def _forward(block: Block, *inputs: Any, **more: Any) -> Any:
         return Block.forward(block, *inputs, **more)
     settings: dict[str, Any] = {"use_reentrant": False}
     if isinstance(block.ffn, SwitchFFN) or isinstance(block.self_attention, SwitchAttention):
-        settings["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_routing)
+        settings["context_fn"] = _keeping_routing
     return checkpoint(partial(Block.forward, block), *inputs, **settings, **more)
 
 
-def _keep_routing(_context: Any, operation: Any, *_inputs: Any, **_more: Any) -> CheckpointPolicy:
-    decides = operation in _DECIDE
-    return CheckpointPolicy.MUST_SAVE if decides else CheckpointPolicy.PREFER_RECOMPUTE
+class _Keep(TorchDispatchMode):
+    """Notes what was decided, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decided: list[Any] = []
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        made = operation(*args, **(kwargs or {}))
+        if operation in _DECIDE:
+            self.decided.append(tree_map_only(Tensor, Tensor.detach, made))
+        return made
+
+
+class _Repeat(TorchDispatchMode):
+    """Decides as before. All other operations run, whatever they are: on a mesh the second time
+    weights may have to be gathered that were there the first time."""
+
+    def __init__(self, kept: _Keep) -> None:
+        super().__init__()
+        self.kept = kept
+        self.next = 0
+
+    def __enter__(self) -> "_Repeat":
+        self.next = 0
+        return super().__enter__()
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if operation not in _DECIDE:
+            return operation(*args, **(kwargs or {}))
+        self.next += 1
+        return tree_map_only(Tensor, Tensor.detach, self.kept.decided[self.next - 1])
+
+
+def _keeping_routing() -> tuple[_Keep, _Repeat]:
+    """For the first time a block is computed and for the second."""
+    kept = _Keep()
+    return kept, _Repeat(kept)

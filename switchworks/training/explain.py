@@ -11,6 +11,7 @@ from switchworks.model.sizes import (
 )
 from switchworks.training import machine
 from switchworks.training.experiment import Experiment
+from switchworks.training.weights import numbers_of_a_rank
 
 _MASTER, _COMPUTE = 4, {"float64": 8, "float32": 4, "bfloat16": 2}
 """Bytes per number."""
@@ -57,7 +58,7 @@ def shares_of(experiment: Experiment) -> Shares:
 
 
 def memory(experiment: Experiment, counts: Shares) -> dict[str, int]:
-    """Bytes that stay allocated through a step, activations not counted.
+    """Bytes of one rank that stay allocated through a step, activations not counted.
 
     What is frozen has no gradients and no optimizer state. Its float32 weights stay beside
     bfloat16 ones, so that they come out of the run as they went in.
@@ -65,11 +66,13 @@ def memory(experiment: Experiment, counts: Shares) -> dict[str, int]:
     precision = experiment.precision
     compute = _COMPUTE[machine.fastest_precision() if precision == "auto" else precision]
     moments = 2 if experiment.optim.name == "adamw" else int(experiment.optim.betas[0] > 0)
+    share = numbers_of_a_rank(experiment) / num_parameters(experiment.model)
+    parameters, trainable = round(counts.parameters * share), round(counts.trainable * share)
     bytes_of = {
-        "weights": counts.parameters * compute,
-        "masters": 0 if compute == _MASTER else counts.parameters * _MASTER,
-        "gradients": counts.trainable * _MASTER,
-        "optimizer": counts.trainable * _MASTER * moments,
+        "weights": parameters * compute,
+        "masters": 0 if compute == _MASTER else parameters * _MASTER,
+        "gradients": trainable * _MASTER,
+        "optimizer": trainable * _MASTER * moments,
     }
     return bytes_of | {"total": sum(bytes_of.values())}
 

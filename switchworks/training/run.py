@@ -265,15 +265,21 @@ def _first_state(
 ) -> TrainState:
     """Where the run starts, in order of precedence: checkpoint, `init`, the teacher's weights as
     far as they fit, first values."""
-    model = _first_model(experiment, init)
     newest = None if checkpoints is None else checkpoints.latest()
     teacher = taught_by if isinstance(taught_by, Teacher) else None
     logits = taught_by if isinstance(taught_by, LogitStore) else None
-    if newest is None and experiment.distil is not None and experiment.distil.initialise:
+    inherits = newest is None and experiment.distil is not None and experiment.distil.initialise
+    # On a mesh each rank begins with its part, and none has to hold a whole model.
+    in_parts = ranks.mesh is not None and init is None and not inherits
+    model = None if in_parts else _first_model(experiment, init)
+    if inherits:
         source = teacher or open_teacher(experiment)
+        assert model is not None
         assert source is not None
+        assert experiment.distil is not None
         _inherit(model, source, experiment.distil, pipeline)
-    state = build_state(experiment, model, teacher and teacher.model, ranks, logits)
+    empty = in_parts and newest is not None
+    state = build_state(experiment, model, teacher and teacher.model, ranks, logits, empty=empty)
     if checkpoints is not None and newest is not None:
         contents = state.state_dict()
         about = checkpoints.load(newest, contents)
@@ -384,8 +390,6 @@ def _check_mesh(experiment: Experiment) -> None:
         "freeze": bool(experiment.freeze),
         "best": experiment.best is not None,
         "data.tasks": bool(experiment.data.tasks),
-        "kernels": experiment.kernels != "reference",
-        "activation_checkpointing": experiment.activation_checkpointing,
     }
     asked = [name for name, wanted in alone.items() if wanted]
     if mesh.size > 1 and asked:

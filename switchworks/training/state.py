@@ -16,6 +16,7 @@ from switchworks.model.routing import Router
 from switchworks.optim.build import Updater, build_optimizer, dimension_letters
 from switchworks.parallel import ALONE, Ranks, parallelize
 from switchworks.parallel.apply import like
+from switchworks.parallel.first_values import allocate, fill
 from switchworks.parallel.gradients import GradientSum
 from switchworks.training.experiment import Experiment
 
@@ -90,8 +91,13 @@ def build_state(
     teacher: SwitchTransformer | None = None,
     ranks: Ranks = ALONE,
     logits: LogitStore | None = None,
+    *,
+    empty: bool = False,
 ) -> TrainState:
     """Step 0 of `experiment`, with the float32 weights of `model` or else those of its seed.
+
+    On a mesh without `model` no rank ever holds more than its part. `empty`: the weights get memory
+    and no values, for a checkpoint to fill.
 
     The model is taken over: adapted and frozen as the experiment says; with bfloat16 its weights
     are cast and the float32 ones become the optimizer's masters, and on a mesh each of the `ranks`
@@ -101,7 +107,9 @@ def build_state(
     """
     assert (experiment.distil is not None) == ((teacher is None) != (logits is None))
     assert experiment.precision != "auto", "train() settles it first"
-    model = model or SwitchTransformer(experiment.model, seed=experiment.seed)
+    if model is None:
+        model = _fresh_model(experiment, whole=ranks.mesh is None and not empty)
+    on_meta = model.embedding.weight.is_meta
     table = None if experiment.lora is None else adapt(model, experiment.lora, experiment.seed)
     freeze(model, experiment.freeze)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -114,8 +122,12 @@ def build_state(
     letters = dimension_letters(model)
     mesh = experiment.mesh
     gradients = parallelize(model, ranks.mesh, letters, shard=mesh.shard, overlap=mesh.overlap)
-    for name, parameter in model.named_parameters():
-        weights[name] = like(weights[name], parameter)  # one after the other, so that wholes go
+    if on_meta:
+        allocate(model, "cpu" if ranks.mesh is None else ranks.mesh.device_type)
+        weights = {} if empty else fill(model, experiment.seed)
+    else:
+        for name, parameter in model.named_parameters():
+            weights[name] = like(weights[name], parameter)  # one after the other: wholes go
     updater = build_optimizer(model.named_parameters(), letters, experiment.optim, weights)
     if teacher is not None:
         cast_for_compute(teacher, dtype)
@@ -123,6 +135,14 @@ def build_state(
     state = TrainState(experiment, model, updater, gradients, ranks, adapted=table)
     state.teacher, state.logits = teacher, logits
     return state
+
+
+def _fresh_model(experiment: Experiment, *, whole: bool) -> SwitchTransformer:
+    """With first values, or on the meta device where each rank is to draw its part."""
+    if whole or experiment.lora is not None:
+        return SwitchTransformer(experiment.model, seed=experiment.seed)
+    with torch.device("meta"):
+        return SwitchTransformer(experiment.model)
 
 
 def cast_for_compute(model: nn.Module, dtype: torch.dtype) -> None:

@@ -1,0 +1,118 @@
+"""What a training step takes of one rank, counted while it runs: for real, or with no numbers."""
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from switchworks.batch import Batch
+from switchworks.optim.build import UpdateStats
+from switchworks.optim.spread import local
+from switchworks.parallel.trace import Trace, Traffic, Work
+from switchworks.training.experiment import Experiment
+from switchworks.training.state import TrainState
+from switchworks.training.step import train_step
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes, operations and traffic of one rank in one step."""
+
+    weights: int
+    """Bytes of the weights it computes with."""
+    masters: int
+    """Bytes of float32 weights beside those of 16 bits."""
+    gradients: int
+    """Bytes of the gradients that the optimizer reads."""
+    optimizer: int
+    """Bytes of the optimizer's state."""
+    activations: int
+    """The most bytes of anything else that are alive at once."""
+    peak: int
+    """The most bytes that are alive at once, all of the above."""
+    work: Counter[Work] = field(repr=False)
+    traffic: tuple[Traffic, ...]
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of matrix products, forward, backward and again."""
+        return sum(work.flops * times for work, times in self.work.items())
+
+    @property
+    def moved(self) -> int:
+        """Bytes that operations read and write, each by itself as torch runs them eagerly."""
+        return sum(work.moved * times for work, times in self.work.items())
+
+    @property
+    def held(self) -> int:
+        """Bytes that stay between steps."""
+        return self.weights + self.masters + self.optimizer
+
+
+def measure_step(state: TrainState, batch: Batch) -> Footprint:
+    """Take one step with `batch`, and what it took."""
+    trace, updater = Trace(state.ranks.mesh), state.updater
+    held = _held(state)
+    gradients: list[int] = []
+    accumulate, update = updater.accumulate, updater.step
+
+    def marked() -> None:
+        trace.mark(p.grad for p in state.model.parameters() if p.grad is not None)
+        accumulate()
+        trace.mark(updater.gradients().values())
+
+    def counted(step: int, total_steps: int) -> UpdateStats:
+        gradients.append(_bytes_of(updater.gradients().values()))
+        return update(step, total_steps)
+
+    updater.accumulate, updater.step = marked, counted
+    try:
+        with trace:
+            train_step(state, batch)
+    finally:
+        updater.accumulate, updater.step = accumulate, update
+    most, activations = trace.peaks()
+    return Footprint(
+        **held,
+        gradients=gradients[0],
+        activations=activations,
+        peak=sum(held.values()) + most,
+        work=trace.work,
+        traffic=tuple(trace.traffic),
+    )
+
+
+def _held(state: TrainState) -> dict[str, int]:
+    weights = dict(state.model.named_parameters())
+    saved = state.state_dict()
+    masters = [saved["weights"][name] for name in weights]
+    apart = [m for m, w in zip(masters, weights.values(), strict=True) if m.dtype != w.dtype]
+    slots = [slot for slots in saved["optimizer"].values() for slot in slots.values()]
+    return {
+        "weights": _bytes_of(weights.values()),
+        "masters": _bytes_of(apart),
+        "optimizer": _bytes_of(slots),
+    }
+
+
+def _bytes_of(tensors: Any) -> int:
+    parts = [local(tensor) for tensor in tensors if isinstance(tensor, Tensor)]
+    return sum(part.numel() * part.element_size() for part in parts)
+
+
+def batch_like(experiment: Experiment) -> Batch:
+    """A rank's rows of a batch of `experiment`, as the pipeline shapes them, all of ones."""
+    data = experiment.data
+    rows = experiment.batch_size // experiment.mesh.batch
+    inputs = torch.ones(rows, data.input_length, dtype=torch.int64)
+    targets = torch.ones(rows, data.target_length, dtype=torch.int64)
+    if not data.packing:
+        return Batch(inputs=inputs, targets=targets)
+    segments = {"input_segments": torch.ones_like(inputs)} if inputs.shape[1] else {}
+    return replace(
+        Batch(inputs=inputs, targets=targets),
+        **segments,
+        target_segments=torch.ones_like(targets),
+    )

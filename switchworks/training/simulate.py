@@ -1,0 +1,96 @@
+"""One training step of one rank, traced without numbers: `explain --simulate`.
+
+The model is built on the meta device and spread over ranks that are not there by the code that
+training uses, and the step is training's own. So what is counted is what a run does.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from switchworks.optim import adafactor
+from switchworks.parallel.fake import fake_ranks, no_numbers
+from switchworks.parallel.layout import check_fit
+from switchworks.parallel.mesh import Ranks
+from switchworks.parallel.trace import Traffic, Work
+from switchworks.training.experiment import Experiment
+from switchworks.training.footprint import Footprint, batch_like, measure_step
+from switchworks.training.state import build_state
+
+
+def simulate(experiment: Experiment) -> Footprint:
+    """What a step of `experiment` takes of one rank of its mesh.
+
+    More than three micro-batches are alike: two and three are traced and the others added. A run
+    without a capacity is traced as if its load were even. Raises ConfigError if the model does not
+    fit the mesh.
+    """
+    check_fit(experiment.model, experiment.mesh)
+    experiment = _with_even_load(experiment)
+    with fake_ranks(experiment.mesh) as ranks:
+        return simulate_on(ranks, experiment)
+
+
+def simulate_on(ranks: Ranks, experiment: Experiment) -> Footprint:
+    """`simulate` on fake `ranks` that are there already."""
+    parts = experiment.micro_batches
+    if parts <= 3:
+        return _trace(ranks, experiment)
+    two, three = (_trace(ranks, _with_parts(experiment, count)) for count in (2, 3))
+    return along(two, three, parts - 2)
+
+
+def _trace(ranks: Ranks, experiment: Experiment) -> Footprint:
+    with no_numbers(), _in_one_piece():
+        state = build_state(experiment, ranks=ranks, empty=True)
+        return measure_step(state, batch_like(experiment))
+
+
+@contextmanager
+def _in_one_piece() -> Iterator[None]:
+    """The optimizer goes through a tensor as on an accelerator, which has no cache to fit."""
+    block, adafactor._BLOCK = adafactor._BLOCK, 2**62
+    try:
+        yield
+    finally:
+        adafactor._BLOCK = block
+
+
+def _with_parts(experiment: Experiment, count: int) -> Experiment:
+    rows = experiment.batch_size // experiment.micro_batches * count
+    return replace(experiment, micro_batches=count, batch_size=rows)
+
+
+def _with_even_load(experiment: Experiment) -> Experiment:
+    routing = experiment.model.routing
+    if routing is None or routing.capacity_factor is not None or routing.expert_capacity:
+        return experiment
+    even = replace(routing, capacity_factor=1.0, min_capacity=1)
+    return replace(experiment, model=replace(experiment.model, routing=even))
+
+
+def along(first: Footprint, second: Footprint, steps: float) -> Footprint:
+    """`steps` from `first` in the direction of `second`, which is one step away: every count is
+    taken to grow evenly."""
+
+    def at(one: float, other: float) -> int:
+        return round(one + steps * (other - one))
+
+    work = Counter[Work]()
+    for kind in first.work.keys() | second.work.keys():
+        work[kind] = at(first.work[kind], second.work[kind])
+    ours = {item[:4]: item for item in first.traffic}
+    theirs = {item[:4]: item for item in second.traffic}
+    nothing = (0, 0)
+    traffic = []
+    for key in sorted(ours.keys() | theirs.keys()):
+        one = ours[key][4:] if key in ours else nothing
+        other = theirs[key][4:] if key in theirs else nothing
+        traffic.append(Traffic(*key, *map(at, one, other)))
+    sizes = ("weights", "masters", "gradients", "optimizer", "activations", "peak")
+    return Footprint(
+        **{name: at(getattr(first, name), getattr(second, name)) for name in sizes},
+        work=work,
+        traffic=tuple(traffic),
+    )
