@@ -149,8 +149,9 @@ def show(rows: list[dict], out: Path) -> None:
         if len(same) > 1:
             losses, kept = ([row[key] for row in same] for key in ("loss", "gain kept"))
             print(
-                f"{name}: loss {np.mean(losses):.4f}, standard deviation {np.std(losses, ddof=1):.4f}; of the "
-                f"gain {np.mean(kept):.1%}, standard deviation {np.std(kept, ddof=1):.1%}"
+                f"{name}: loss {np.mean(losses):.4f}, standard deviation "
+                f"{np.std(losses, ddof=1):.4f}; of the gain {np.mean(kept):.1%}, standard "
+                f"deviation {np.std(kept, ddof=1):.1%}"
             )
     for row in rows:
         if row["run"].startswith("teacher") and row["gain"] <= 0:
