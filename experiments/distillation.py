@@ -23,7 +23,8 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+
+import numpy as np
 
 from switchworks.compress import fraction_of_gain
 from switchworks.report.runs import Run, read_run
@@ -89,6 +90,7 @@ def seven(known: argparse.Namespace, seed: int, flags: list[str]) -> list[dict]:
     of_students, of_all = apart(flags)
     baseline = run(dense, out / "baseline", seed, of_all)
     rows = table(seed, baseline, baseline, {"baseline": baseline})
+    rows[0]["gain kept"] = 0.0  # whatever the teacher
     for experts in known.experts:
         place = out / f"teacher_{experts}"
         sparse = [*of_all, "--model.routing.experts", str(experts)]
@@ -147,8 +149,9 @@ def show(rows: list[dict], out: Path) -> None:
         if len(same) > 1:
             losses, kept = ([row[key] for row in same] for key in ("loss", "gain kept"))
             print(
-                f"{name}: loss {fmean(losses):.4f}, standard deviation {stdev(losses):.4f}; of the "
-                f"gain {fmean(kept):.1%}, standard deviation {stdev(kept):.1%}"
+                f"{name}: loss {np.mean(losses):.4f}, standard deviation "
+                f"{np.std(losses, ddof=1):.4f}; of the gain {np.mean(kept):.1%}, standard "
+                f"deviation {np.std(kept, ddof=1):.1%}"
             )
     for row in rows:
         if row["run"].startswith("teacher") and row["gain"] <= 0:
