@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from switchworks.config import check_at_least
+from switchworks.config import ConfigError, check_at_least
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -185,7 +185,7 @@ def _names(mesh: DeviceMesh | None) -> Mapping[str, str]:
     if mesh is None:
         return {}
     whole = batch_axis(mesh)
-    names = {whole.get_group().group_name: "batch"}
+    names: dict[str, str] = {whole.get_group().group_name: "batch"}
     for axis in AXES:  # one that makes up the batch axis alone may share its group, and names it
         if mesh[axis].size() > 1:
             names[mesh.get_group(axis).group_name] = axis
