@@ -250,7 +250,7 @@ def test_what_all_ranks_find_wrong_is_printed_once(corpus, launched, tmp_path):
     errors = [line for line in launch.lines if line.startswith("error: ")]
     assert len(errors) == 1
     assert "1 rows computed at once are not a whole number of routing groups" in errors[0]
-    assert "Traceback" not in launch.said.partition("torch.distributed.elastic")[0]
+    assert launch.said.count("Traceback") <= 1  # torchrun's own
     assert not (tmp_path / "run").exists()
 
 
