@@ -112,7 +112,9 @@ def test_many_micro_batches_are_two_and_three_continued():
         simulate(replace(experiment, batch_size=4 * count, micro_batches=count)) for count in (2, 3)
     )
     assert eight.flops == three.flops + (three.flops - two.flops)
-    assert eight.peak == three.peak == two.peak
+    each = three.peak - two.peak  # what a micro-batch leaves for the end of the step: its figures
+    assert eight.peak == three.peak + each
+    assert 0 <= each < 0.01 * two.peak
 
 
 def test_a_run_on_one_rank_is_simulated_too_and_nothing_travels():
@@ -220,4 +222,7 @@ def test_the_paper_s_largest_model_is_laid_out_without_memory():
     weights = weights_of(experiment)
     experts = [weight for weight in weights if weight.place.stacked]
     assert sum(w.numbers for w in experts) == 30 * 2 * 2080 * 6144
-    assert sum(w.bytes for w in weights) < 1.6e9
+    # 2048 ranks cannot share 32128 rows, so each has the whole embedding and head; of the rest, little.
+    vocabulary = 2 * 32128 * 2080
+    rest = sum(w.bytes for w in weights) - 2 * (30 * 2 * 2080 * 6144 + vocabulary)
+    assert 0 < rest < 2e6
