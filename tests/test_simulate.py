@@ -222,7 +222,7 @@ def test_the_paper_s_largest_model_is_laid_out_without_memory():
     weights = weights_of(experiment)
     experts = [weight for weight in weights if weight.place.stacked]
     assert sum(w.numbers for w in experts) == 30 * 2 * 2080 * 6144
-    # 2048 ranks cannot share 32128 rows, so each has the whole embedding and head; of the rest, little.
+    # 2048 ranks cannot share 32128 rows: each has the whole embedding and head.
     vocabulary = 2 * 32128 * 2080
     rest = sum(w.bytes for w in weights) - 2 * (30 * 2 * 2080 * 6144 + vocabulary)
     assert 0 < rest < 2e6
