@@ -32,6 +32,7 @@ from switchworks.flags import (
     parse_experiment,
     parse_flags,
     parse_shard,
+    prepares_logits,
     spelled,
 )
 
@@ -43,6 +44,7 @@ USAGE = """usage: switchworks VERB ...
   train RECIPE [--steps N --model.num-layers 6 --run-dir D --resume ...]
                       data, tokenizer, training, model and report
   prepare RECIPE      tokenizer and token store ahead of time
+                      [--distil.store D: a teacher's probabilities, too]
   explain RECIPE      parameters, FLOPs, memory and capacity; runs nothing
                       (RECIPE may be a size: explain switch-base-128)
                       [--simulate: trace a step on any mesh; --search --devices N:
@@ -53,9 +55,11 @@ USAGE = """usage: switchworks VERB ...
   routing PATH        which experts handle what: --data.path TEXT, or --data.mixture
                       en=A de=B for labels; [--against PATH2: what changed]
   report RUN_DIR ...  one HTML page from one or several runs
+                      [--compression TEACHER STUDENT ... DENSE: what smaller models kept]
   convert SRC DST     Hugging Face directory <-> switchworks directory
                       [--upcycle E: a dense model made sparse;
                       --prune K, --merge K: a sparse one with fewer experts;
+                      --quantise int8|int8-dynamic|int4: in 8 or 4 bits;
                       --merge-lora RUN: adapters merged into their model]
   bench               our speed against transformers, our dense twin and the machine's limit
                       [--quick: two minutes; --sweep-experts: step time against E]
@@ -84,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, DataError, CheckpointError) as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -94,19 +98,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
+def _say(error: str) -> None:
+    """Print it, unless another of the processes that torchrun started has."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        from switchworks.parallel.launch import first_to_say
+
+        if not first_to_say(error):
+            return
+    print(error, file=sys.stderr, flush=True)
+
+
 def _train(words: list[str]) -> int:
     experiment, more = parse_experiment("train", words, TrainFlags)
-    from switchworks.training import DivergenceError, Interrupted, train
+    from switchworks.training import DivergenceError, Interrupted, LostContactError, train
+
+    first = os.environ.get("RANK", "0") == "0"  # of those that torchrun started one talks
 
     try:
         run_dir = train(experiment, more.run_dir, resume=more.resume, init=more.init)
     except Interrupted as stop:
-        print(stop)
+        if first:
+            print(stop)
         return 130 if stop.signal == "SIGINT" else 0
-    except DivergenceError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (DivergenceError, LostContactError) as error:
+        _say(f"error: {error}")
         return 1
-    if os.environ.get("RANK", "0") == "0":  # of those that torchrun started one is enough
+    if first:
         print(f"model   {run_dir / 'model'}")
         print(f"report  {(run_dir / 'report.html').resolve()}")
     return 0
@@ -118,6 +135,8 @@ def _prepare(words: list[str]) -> int:
     from switchworks.data.mixture import Mixture
 
     shard = None if more.shard is None else parse_shard(more.shard)
+    with_logits = experiment.distil is not None and experiment.distil.store is not None
+    prepares_logits(more, with_logits)
     corpora = prepare_corpora(experiment.data, vocab_size=experiment.model.vocab_size, shard=shard)
     by_language = experiment.data.is_mixture and not experiment.data.mixture
     if not (by_language and corpora.complete):  # a table says it in a line each
@@ -132,6 +151,10 @@ def _prepare(words: list[str]) -> int:
         batches = corpora.training(batch_size=experiment.batch_size, seed=experiment.seed)
         assert isinstance(batches, Mixture)
         print(corpora.summary(batches, experiment.steps))
+    if with_logits:
+        from switchworks.training.teach import teach
+
+        print(teach(experiment, top_k=more.top_k, dtype=more.logits))
     return 0
 
 
@@ -176,14 +199,25 @@ def _planned(experiment: "Experiment", more: ExplainFlags) -> dict[str, Any]:
 
 def _generate(words: list[str]) -> int:
     flags = parse_flags(GenerateFlags, "generate", words)
-    from switchworks.generate import Sampling
+    from switchworks.generate import BeamSearch, Sampling
     from switchworks.generate.text import answer
 
     sampling = Sampling(
         temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p, seed=flags.seed
     )
-    length, int8 = flags.max_length, flags.int8
-    print(answer(flags.path, flags.text, max_length=length, sampling=sampling, int8=int8))
+    beams = BeamSearch(
+        beams=flags.beams, length_penalty=flags.length_penalty, penalty=flags.penalty
+    )
+    print(
+        answer(
+            flags.path,
+            flags.text,
+            max_length=flags.max_length,
+            sampling=sampling,
+            beams=beams,
+            int8=flags.int8,
+        )
+    )
     return 0
 
 
@@ -204,15 +238,20 @@ def _evaluate(words: list[str]) -> int:
     return 0
 
 
-def _evaluate_tasks(flags: EvaluateFlags, data: "DataConfig", command: str) -> int:
+def _evaluate_tasks(flags: EvaluateFlags, data: DataConfig, command: str) -> int:
     from switchworks.evaluate.answers import Answering
     from switchworks.evaluate.task_run import evaluate_tasks
     from switchworks.evaluate.tasks import as_json, as_table, write_predictions
+    from switchworks.generate import BeamSearch
 
+    beams = BeamSearch(
+        beams=flags.beams, length_penalty=flags.length_penalty, penalty=flags.penalty
+    )
     how = Answering(
         decode=flags.decode,
         input_length=flags.input_length or data.input_length,
         max_length=flags.max_length,
+        beams=beams,
         batch_size=flags.batch_size,
         examples=flags.examples,
     )
@@ -254,6 +293,8 @@ def _report(words: list[str]) -> int:
     flags = parse_flags(ReportFlags, "report", words)
     from switchworks.report import write_report
 
+    if flags.compression:
+        return _compression(flags)
     if flags.languages is not None:
         from switchworks.report.languages import write_languages
 
@@ -261,6 +302,21 @@ def _report(words: list[str]) -> int:
         print(f"pictures and tables  {flags.languages.resolve()}")
         return 0
     print(write_report(flags.run_dirs, flags.output).resolve())
+    return 0
+
+
+def _compression(flags: ReportFlags) -> int:
+    from switchworks.report.compression import write_compression
+
+    found = write_compression(flags.run_dirs, flags.output, batches=flags.batches)
+    print(f"{'':<9} {found['metric']:>24} {'gain kept':>10} {'parameters':>14} {'bytes':>14}")
+    for model in found["models"]:
+        kept = "-" if model["gain_kept"] is None else f"{model['gain_kept']:.1%}"
+        print(
+            f"{model['role']:<9} {model['quality']:>24.4f} {kept:>10} "
+            f"{model['parameters']:>14,} {model['bytes_on_disk']:>14,}  {model['path']}"
+        )
+    print(Path(found["page"]).resolve())
     return 0
 
 
@@ -273,6 +329,11 @@ def _convert(words: list[str]) -> int:
         from switchworks.adapt.files import merge_directory
 
         print(merge_directory(flags.source, flags.destination, flags.merge_lora or Path()))
+    elif how == "quantise":
+        from switchworks.compress.quantise import quantise_directory
+
+        scheme = flags.quantise or "int8"
+        print(quantise_directory(flags.source, flags.destination, scheme, group=flags.group))
     elif how is None:
         from switchworks.checkpoint.convert import convert
 

@@ -84,6 +84,30 @@ def differences(left: Any, right: Any) -> dict[str, tuple[Any, Any]]:
     }
 
 
+def check_at_least(config: Any, section: str, least: int, *names: str) -> None:
+    """Raises ConfigError for the first setting of `names` below `least`. None passes."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise ConfigError(f"{section}{name} = {value} must be at least {least}.")
+
+
+def check_positive(config: Any, section: str, *names: str) -> None:
+    """Raises ConfigError for the first setting of `names` that is 0 or less. None passes."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise ConfigError(f"{section}{name} = {value} must be positive.")
+
+
+def check_rate(config: Any, section: str, *names: str) -> None:
+    """Raises ConfigError for the first setting of `names` outside [0, 1). None passes."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not 0 <= value < 1:
+            raise ConfigError(f"{section}{name} = {value} must lie in [0, 1).")
+
+
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in values.items():

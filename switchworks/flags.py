@@ -36,12 +36,17 @@ class TrainFlags:
 
 @dataclass(frozen=True)
 class PrepareFlags:
-    """How a job array shares the work."""
+    """How a job array shares the work, and what is kept of a teacher's probabilities."""
 
     init: Path | None = None
     """The model that training will begin with, for recipes that take their tokenizer from it."""
     shard: str | None = None
     """I/N, for example 3/64: tokenise only this part. Parts count from 0."""
+    top_k: int = 32
+    """With --distil.store: of each target, the ids kept, likeliest first; of the others the mass
+    of all together."""
+    logits: Literal["float16", "float32"] = "float16"
+    """With --distil.store: what logarithms of probabilities are kept in."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,13 @@ class GenerateFlags:
     top_k: int | None = None
     top_p: float | None = None
     seed: int = 0
+    beams: int = 1
+    """Texts followed at once in beam search, of which the likeliest is written. 1: none."""
+    length_penalty: float = 1.0
+    """With beams, log-probabilities are divided by length ** this: 0 favours short texts."""
+    penalty: Literal["length", "t5"] = "length"
+    """What the length is: tokens (transformers), or (5 + tokens) / 6 (T5, with --length-penalty
+    0.6)."""
     int8: bool = False
     """Round the weights to 8 bits first: a quarter of the memory, nearly the same answers."""
 
@@ -113,6 +125,13 @@ class EvaluateFlags:
     """Tokens read of an input at most. 0: as in training, and 512 for a model directory."""
     max_length: int = 128
     """Tokens written at most."""
+    beams: int = 1
+    """Texts followed at once in beam search, of which the likeliest is written. 1: none."""
+    length_penalty: float = 1.0
+    """With beams, log-probabilities are divided by length ** this: 0 favours short texts."""
+    penalty: Literal["length", "t5"] = "length"
+    """What the length is: tokens (transformers), or (5 + tokens) / 6 (T5, with --length-penalty
+    0.6)."""
     batch_size: int = 32
     """Examples answered at once."""
     batches: int = 32
@@ -147,13 +166,20 @@ class ReportFlags:
     languages: Path | None = None
     """Instead of the page: pictures and tables by language, into this folder. Takes runs of a
     switch model and of its dense twin on the same languages, of several seeds if there are."""
+    compression: bool = False
+    """Instead of the page: what smaller models kept. Takes the teacher first, then its students
+    (distilled, pruned, merged, rounded), and last the dense baseline, as directories of runs or
+    models. By default compression.html in the first student's run directory, or here, with the
+    numbers beside it as JSON."""
+    batches: int = 16
+    """With --compression: batches of 16 held-out rows that all are measured on."""
 
 
 @dataclass(frozen=True)
 class ConvertFlags:
     """Translate between Hugging Face's format and this one; the source decides the direction.
     With --upcycle, make a dense model of either format sparse; with --prune or --merge, leave a
-    sparse one fewer experts."""
+    sparse one fewer experts; with --quantise, round weights to 8 or 4 bits."""
 
     source: tyro.conf.Positional[Path]
     destination: tyro.conf.Positional[Path]
@@ -178,6 +204,11 @@ class ConvertFlags:
     """The text to count on: a file, folder or glob. None: what the run in `source` trained on."""
     batches: int = 32
     """Batches of 16 rows read of it."""
+    quantise: Literal["int8", "int8-dynamic", "int4"] | None = None
+    """Round matrices, experts and embeddings. int8-dynamic rounds the inputs of every product too,
+    while decoding. The result is in this format."""
+    group: int = 32
+    """Of int4: weights along the inputs of a channel that share a scale."""
     merge_lora: Path | None = None
     """A run with adapters, or their directory: merged into the source, which must be the model they
     were trained on. The result is in this format."""
@@ -274,7 +305,22 @@ def parse_shard(text: str) -> tuple[int, int]:
     return int(number), int(count)
 
 
-Change = Literal["upcycle", "prune", "merge", "merge_lora"]
+def prepares_logits(flags: PrepareFlags, asked: bool) -> None:
+    """Raises ConfigError for flags that do not fit a store of a teacher's probabilities, which is
+    `asked` for or not."""
+    if asked and flags.shard is not None:
+        raise ConfigError(
+            f"--shard {flags.shard} is for the text. The teacher reads whole batches of it.\n"
+            "  Prepare the text first, then the store of --distil.store without --shard."
+        )
+    if not asked and (flags.top_k, flags.logits) != (PrepareFlags.top_k, PrepareFlags.logits):
+        raise ConfigError(
+            "--top-k and --logits say what is kept of a teacher's probabilities.\n"
+            "  Add --distil.store, the folder where that goes, or leave them out."
+        )
+
+
+Change = Literal["upcycle", "prune", "merge", "merge_lora", "quantise"]
 
 
 def one_change(flags: ConvertFlags) -> Change | None:
@@ -285,6 +331,7 @@ def one_change(flags: ConvertFlags) -> Change | None:
         "prune": reducing,
         "merge": reducing,
         "merge_lora": (),
+        "quantise": ("group",),
     }
     asked: list[Change] = [how for how in owned if getattr(flags, how) is not None]
     if len(asked) > 1:
@@ -298,7 +345,7 @@ def one_change(flags: ConvertFlags) -> Change | None:
             owners = " or ".join(_flag(owner) for owner, names in owned.items() if name in names)
             raise ConfigError(
                 f"--{name} belongs to {owners} and does nothing without it.\n"
-                f"  Add {owners} with the number of experts, or leave it out."
+                f"  Add {owners}, or leave it out."
             )
     if how and flags.capacity != "paper":
         raise ConfigError(

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import pickle
 import socket
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -53,6 +54,14 @@ def _one_rank(
     Path(folder, f"{rank}.pickle").write_bytes(pickle.dumps(result))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def torchrun(run_dir: Path, corpus: Path, *more: str, launch: tuple[str, ...] = ()) -> list[str]:
+    """The command for the tiny recipe with an expert axis of two; `launch` is for torchrun."""
+    begin = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *launch]
+    begin += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    flags = ["--data.path", str(corpus), "--run-dir", str(run_dir), "--threads", "1"]
+    return [*begin, "-m", "switchworks", "train", "tiny", *flags, "--mesh.expert", "2", *more]
 
 
 STEPS = 10

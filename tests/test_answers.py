@@ -91,14 +91,6 @@ def test_labels_bound_how_much_is_written(model):
     assert len(free[0]) >= len(written[0])
 
 
-def test_a_decoder_only_model_is_refused():
-    config = ModelConfig(
-        vocab_size=384, d_model=16, d_ff=32, d_kv=8, num_heads=2, num_layers=1, decoder_only=True
-    )
-    with pytest.raises(ConfigError, match="this model is decoder-only"):
-        answer(SwitchTransformer(config), ByteTokenizer(), FREE, asked("a"), HOW)
-
-
 @pytest.mark.parametrize("name", ["input_length", "max_length", "batch_size"])
 def test_lengths_that_hold_nothing_are_refused(name):
     with pytest.raises(ConfigError, match=f"{name} = 0 must be at least"):

@@ -178,7 +178,7 @@ def keeping(short, tmp_path):
 
         def measure(step, value):
             state.step = step
-            recorder.write(state, {"task/x/accuracy": value})
+            recorder.write(state, {"x/accuracy": value})
             hook.after_step(state, StepResult(0.0, 0.0, UpdateStats(0.0, 0.0), {}, 1))
             recorder.close()
 
@@ -188,7 +188,7 @@ def keeping(short, tmp_path):
 
 
 def test_any_metric_will_do_and_nan_is_never_the_best(keeping):
-    _, state, measure, written = keeping(metric="task/x/accuracy", mode="max", patience=3)
+    _, state, measure, written = keeping(metric="x/accuracy", mode="max", patience=3)
     for step, value in enumerate([float("nan"), 0.5, 0.5, 0.75, float("nan"), 0.7], start=1):
         measure(step, value)
     assert written == [2, 4]
@@ -199,14 +199,14 @@ def test_any_metric_will_do_and_nan_is_never_the_best(keeping):
 
 
 def test_better_means_by_more_than_min_delta(keeping):
-    _, _state, measure, written = keeping(metric="task/x/accuracy", mode="max", min_delta=0.125)
+    _, _state, measure, written = keeping(metric="x/accuracy", mode="max", min_delta=0.125)
     for step, value in enumerate([0.5, 0.625, 0.75], start=1):
         measure(step, value)
     assert written == [1, 3]
 
 
 def test_weights_stay_as_long_as_a_checkpoint_knows_no_better(keeping, tmp_path):
-    hook, state, measure, _ = keeping(metric="task/x/accuracy", mode="max")
+    hook, state, measure, _ = keeping(metric="x/accuracy", mode="max")
 
     def kept():
         return sorted(int(path.name[5:]) for path in (tmp_path / "best").iterdir())
@@ -234,14 +234,21 @@ def test_a_metric_that_is_never_measured_is_told_and_the_last_step_is_the_model(
 
 
 def test_what_is_not_one_number_is_no_metric(keeping):
-    _, _state, measure, _ = keeping(metric="task/x/accuracy", mode="max")
+    _, _state, measure, _ = keeping(metric="x/accuracy", mode="max")
     with pytest.raises(ConfigError, match=r"is not one number: \[1, 2\]"):
         measure(1, [1, 2])
 
 
 def test_a_metric_whose_better_way_nobody_knows_is_refused():
     with pytest.raises(ConfigError, match=r"Say --best\.mode max or --best\.mode min"):
-        BestConfig(metric="task/x/accuracy")
+        BestConfig(metric="train/confidence")
+
+
+def test_of_the_metrics_of_tasks_the_greatest_is_the_best(short):
+    assert BestConfig(metric="task/x/accuracy").direction == "max"
+    assert BestConfig(metric="val/loss/x").direction == "min"
+    with pytest.raises(ConfigError, match=r"task/mean is never measured: there are no data\.tasks"):
+        replace(short, best=BestConfig(metric="task/mean"))
 
 
 def test_a_validation_loss_that_is_never_taken_is_refused(short):

@@ -156,7 +156,7 @@ for write in (
 def test_a_file_that_stops_growing_halfway_leaves_the_previous_checkpoint(tmp_path):
     """The system refuses to let any file grow beyond 20 kB, so writing really breaks off."""
     command = [sys.executable, "-W", "error", "-c", LIMITED, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
     first, second = done.stdout.split("No room for ")[1:]
     assert "step_00000006: it needs 0.4 MB" in first
     assert "Training state is safe at step 5" in first
@@ -194,7 +194,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
         pytest.skip("this system does not let its users mount a small disk")
     shell = f'{mount} && exec "$0" -W error -c "$1" {tmp_path}'
     command = ["unshare", "-rm", "sh", "-c", shell, sys.executable, FULL]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
     assert done.stdout.count("step_00000006: it needs ") == 2
     assert done.stdout.count("Training state is safe at step 5") == 2
     assert done.stdout.endswith("['step_00000005']\n")

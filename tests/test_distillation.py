@@ -25,8 +25,9 @@ from switchworks.recipes.tiny import tiny
 from switchworks.training import Experiment, train
 from switchworks.training.state import build_state
 from switchworks.training.step import DivergenceError, train_step
+from switchworks.training.teach import teach
 
-SCRIPT = Path(__file__).parent.parent / "experiments" / "distil.py"
+SCRIPT = Path(__file__).parent.parent / "experiments" / "distillation.py"
 DENSE = """
 from dataclasses import replace
 from switchworks.recipes.tiny import tiny
@@ -345,6 +346,34 @@ def test_a_run_can_begin_with_the_average_of_the_teacher_s_experts(student, tmp_
     first = capsys.readouterr().out
     total = len(list(switchworks.load(tmp_path / "run")[0].parameters()))
     assert f"student: {total} of {total} tensors from" in first
+
+
+def test_a_dense_language_model_learns_from_a_sparse_one_live_and_from_a_store(
+    tiny_experiment, tmp_path
+):
+    """Decoders alone: the same first weights, and the same losses from either source."""
+    data = replace(tiny_experiment.data, objective="causal", input_length=0, target_length=32)
+    short = {"steps": 2, "sample_every": 0, "log_every": 1, "validate_every": 2}
+    model = replace(tiny_experiment.model, decoder_only=True)
+    sparse = replace(tiny_experiment, name="lm", model=model, data=data, **short)
+    teacher = train(sparse, tmp_path / "teacher")
+    distil = DistilConfig(teacher=str(teacher), soft_weight=0.5)
+    live = dense(sparse, distil=distil)
+    beside = train(live, tmp_path / "live")
+    copied, fresh = initialise_from_teacher(
+        SwitchTransformer(live.model, seed=0), switchworks.load(teacher)[0]
+    )
+    assert fresh == [f"decoder.blocks.1.ffn.{matrix}.weight" for matrix in ("w_in", "w_out")]
+    assert not any("encoder" in name for name in copied)
+    stored = replace(live, distil=replace(distil, store=str(tmp_path / "store")))
+    teach(stored, top_k=384, dtype="float32")
+    learnt = train(stored, tmp_path / "stored")
+    losses = [
+        [line["train/soft"] for line in lines_of(run_dir) if "train/soft" in line]
+        for run_dir in (beside, learnt)
+    ]
+    assert len(losses[0]) == 2
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
 def test_experts_without_the_teacher_s_weights_are_a_contradiction():

@@ -9,6 +9,7 @@ import switchworks
 from switchworks.batch import Batch
 from switchworks.cli import main
 from switchworks.compress.fewer_experts import dense_equivalent, merge_experts, prune_experts
+from switchworks.compress.reduce import as_text
 from switchworks.compress.usage import measure_usage
 from switchworks.config import ConfigError, DataError
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
@@ -225,3 +226,20 @@ def test_a_model_alone_needs_a_text(tiny_run, tmp_path, capsys):
     words = ["convert", str(tiny_run / "model"), str(tmp_path / "out"), "--prune", "2"]
     assert main(words) == 2
     assert "--text FILE" in capsys.readouterr().err
+
+
+def test_kept_experts_that_the_text_never_wants_are_named():
+    model, batch = SwitchTransformer(CONFIG, seed=1), batch_of(rows=1)
+    with torch.no_grad():
+        for layer in model.switch_layers.values():
+            layer.router.weight[1:] = layer.router.weight[:1]  # all tie, and the first one wins
+    said = as_text(prune_experts(model, [batch], 3), [batch])
+    assert said.count("no token wants 2 of these (1 2): keep fewer") == len(model.switch_layers)
+
+
+def test_an_empty_text_is_explained(tiny_run, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("")
+    words = ["convert", str(tiny_run), str(tmp_path / "out"), "--prune", "2"]
+    assert main([*words, "--text", str(tmp_path / "empty.txt")]) == 2
+    assert "error:" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

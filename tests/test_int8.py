@@ -4,14 +4,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from switchworks.kernels.int8 import (
-    PRODUCTS,
-    Int8Experts,
-    Int8Linear,
-    best_product,
-    dynamic,
+from switchworks.kernels.products import PRODUCTS, best_product, dynamic, to_int8
+from switchworks.kernels.quantise import (
+    QuantiseConfig,
+    QuantisedExperts,
+    QuantisedLinear,
     quantise,
-    to_int8,
 )
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
 from switchworks.model.experts import Experts, Inbox
@@ -48,7 +46,7 @@ def test_a_product_is_within_the_bound_of_its_rounding(product):
     """|dw| <= s / 2 for every weight, and |dx| <= r / 2 for inputs where they are rounded too."""
     torch.manual_seed(0)
     x, weight = torch.randn(7, 33), torch.randn(9, 33) * torch.logspace(-2, 2, 9)[:, None]
-    y = Int8Linear(weight, product)(x)
+    y = QuantisedLinear(weight, QuantiseConfig(product=product))(x)
     s = weight.abs().amax(dim=1) / 254
     r = x.abs().amax(dim=1, keepdim=True) / 254 if product == "dynamic" else torch.zeros(7, 1)
     bound = x.abs().sum(dim=1, keepdim=True) * s + r * weight.abs().sum(dim=1) + 33 * r * s
@@ -61,7 +59,10 @@ def test_a_product_is_within_the_bound_of_its_rounding(product):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_s_answer_does_not_depend_on_its_neighbours(product, dtype):
     torch.manual_seed(0)
-    layer, x = Int8Linear(torch.randn(8, 16), product), torch.randn(5, 16).to(dtype)
+    layer, x = (
+        QuantisedLinear(torch.randn(8, 16), QuantiseConfig(product=product)),
+        torch.randn(5, 16).to(dtype),
+    )
     loud = torch.cat([x[:1], 100 * x[1:]])
     assert layer(x).dtype == dtype
     assert torch.equal(layer(loud)[0], layer(x)[0])
@@ -82,7 +83,7 @@ def test_experts_in_8_bits_answer_nearly_as_before(product, gated, counts):
     experts, x = new_experts(gated), torch.randn(6 if counts else 8, 16)
     with torch.no_grad():
         expected = experts(Inbox(x, counts))
-        y = Int8Experts(experts, product)(Inbox(x, counts))
+        y = QuantisedExperts(experts, QuantiseConfig(product=product))(Inbox(x, counts))
     assert y.shape == expected.shape
     assert (y - expected).norm() < 0.02 * expected.norm()
 
@@ -90,11 +91,13 @@ def test_experts_in_8_bits_answer_nearly_as_before(product, gated, counts):
 def test_experts_without_tokens_are_not_called(monkeypatch):
     called: list[int] = []
     monkeypatch.setattr(
-        Int8Experts, "_one", lambda self, expert, x: called.append(expert) or x[:, :8]
+        QuantisedExperts, "_one", lambda self, expert, x: called.append(expert) or x[:, :8]
     )
-    Int8Experts(new_experts(False), "unpacked")(Inbox(torch.randn(3, 16), [0, 2, 0, 1]))
+    QuantisedExperts(new_experts(False), QuantiseConfig())(Inbox(torch.randn(3, 16), [0, 2, 0, 1]))
     assert called == [1, 3]
-    nothing = Int8Experts(new_experts(False), "unpacked")(Inbox(torch.randn(0, 16), [0] * 4))
+    nothing = QuantisedExperts(new_experts(False), QuantiseConfig())(
+        Inbox(torch.randn(0, 16), [0] * 4)
+    )
     assert nothing.shape == (0, 8)
 
 
@@ -118,24 +121,24 @@ def test_a_model_in_8_bits_scores_nearly_as_before(product, routing, tied):
     config = replace(CONFIG, routing=routing, tied_head=tied)
     model = SwitchTransformer(config, seed=1)
     expected = logits(model)
-    assert (logits(quantise(model, product)) - expected).norm() < 0.03 * expected.norm()
+    assert (
+        logits(quantise(model, QuantiseConfig(product=product))) - expected
+    ).norm() < 0.03 * expected.norm()
 
 
-def test_routers_norms_and_the_embedding_keep_their_precision():
+def test_routers_norms_and_relative_biases_keep_their_precision():
     model = quantise(SwitchTransformer(CONFIG, seed=1))
     wide = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
     fresh = dict(SwitchTransformer(CONFIG, seed=1).named_parameters())
     assert wide == {
-        name
-        for name in fresh
-        if any(part in name for part in ("router", "norm", "relative_bias", "embedding"))
+        name for name in fresh if any(part in name for part in ("router", "norm", "relative_bias"))
     }
     assert all(torch.equal(p, fresh[name]) for name, p in model.named_parameters())
 
 
 def test_the_matrices_of_a_model_take_a_quarter_of_their_bytes():
     def size(model: SwitchTransformer) -> int:
-        small = ("norm", "relative_bias", "router", "scale", "embedding", "head")
+        small = ("norm", "relative_bias", "router", "scale")
         tensors = model.state_dict().items()
         return sum(x.nbytes for name, x in tensors if not any(part in name for part in small))
 
@@ -146,7 +149,7 @@ def test_the_matrices_of_a_model_take_a_quarter_of_their_bytes():
 
 @each_product
 def test_decoding_in_8_bits_goes_token_by_token_as_all_at_once(product):
-    model = quantise(SwitchTransformer(CONFIG, seed=1), product)
+    model = quantise(SwitchTransformer(CONFIG, seed=1), QuantiseConfig(product=product))
     written = model.generate(inputs(), max_length=6)
     with torch.no_grad():
         whole = model(inputs(), written).logits.argmax(dim=-1)

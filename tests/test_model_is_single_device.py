@@ -88,11 +88,11 @@ def lines_of_code(source: str) -> int:
 
 
 def test_the_model_can_be_read_in_one_sitting():
-    """Under 1,200 lines of code, settings and closed-form sizes not counted, in short files."""
+    """Under 1,150 lines of code, settings and closed-form sizes not counted, in short files."""
     sources = {path.stem: path.read_text(encoding="utf-8") for path in FILES}
     assert max(len(source.splitlines()) for source in sources.values()) < 350
     counts = {name: lines_of_code(source) for name, source in sources.items()}
-    assert sum(counts.values()) - counts["config"] - counts["sizes"] < 1200
+    assert sum(counts.values()) - counts["config"] - counts["sizes"] < 1150
 
 
 def test_lines_of_code_are_neither_blank_nor_comment_nor_docstring():

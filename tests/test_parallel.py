@@ -28,12 +28,14 @@ OF_ALL_KINDS = (
 OTHER_WORDS = (("model.vocab_size", 65), ("model.tied_head", False))
 """A vocabulary that ranks of the model axis cannot split, and a head of its own."""
 
+IN_PARTS = MeshConfig(expert=2, overlap=3)
 LEAN = (("activation_checkpointing", True), ("kernels", "fast"), ("micro_batches", 2))
 """Less memory: blocks computed twice, with the routing of the first time."""
 
 ON_TWO = [
     *(Case(mesh) for mesh in TWO),
     *(Case(mesh, capacity_factor=None) for mesh in TWO[1:]),
+    *(Case(IN_PARTS, capacity_factor=capacity) for capacity in (1.0, None)),
     Case(TWO[1], precision="float32"),
     Case(KEPT_WHOLE, optimizer="adamw", more=OF_ALL_KINDS),
     Case(TWO[2], optimizer="adamw", more=OTHER_WORDS),
@@ -44,6 +46,7 @@ ON_FOUR = [
       for precision in ("float64", "float32")),
     *(Case(replace(mesh, shard=False), more=OF_ALL_KINDS) for mesh in FOUR[:3]),
     *(Case(mesh, optimizer="adamw", more=OF_ALL_KINDS) for mesh in FOUR[:3]),
+    *(Case(replace(mesh, overlap=2), capacity) for mesh in FOUR[:2] for capacity in (1.0, None)),
     Case(FOUR[0], more=(("routing.bias_rate", 1e-2), ("optim.per_expert", False))),
 ]  # fmt: skip
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
@@ -93,7 +96,9 @@ def name(case: Case) -> str:
     mesh, capacity = case.mesh, "dropless" if case.capacity_factor is None else "capacity"
     more = "-".join(str(value) for _, value in case.more)
     parts = f"{mesh.data}x{mesh.expert}x{mesh.model}", capacity, case.precision, case.optimizer
-    return "-".join([*parts, *([] if mesh.shard else ["whole"]), *([more] if more else [])])
+    parts = [*parts, *([] if mesh.shard else ["whole"])]
+    parts += [f"in {mesh.overlap} parts"] if mesh.overlap > 1 else []
+    return "-".join([*parts, *([more] if more else [])])
 
 
 @pytest.mark.parametrize("case", ON_TWO, ids=name)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import STEPS, Case, batch_of, run_case, spawn, state_of, whole
+from ranks import STEPS, Case, batch_of, run_case, spawn, state_of, torchrun, whole
 
 import switchworks
 from switchworks.checkpoint.training_state import Checkpoints
@@ -21,16 +21,25 @@ from switchworks.training.run import export
 from switchworks.training.step import train_step
 
 
-def sitting(rank: int, case: Case, folder: Path, until: int) -> list[float]:
-    """Go on from the newest checkpoint in `folder` to step `until`, save, and tell the losses."""
-    state, checkpoints, losses = state_of(case), Checkpoints(folder, keep=0), []
+def sitting(
+    rank: int, case: Case, folder: Path, until: int, background: bool = False
+) -> list[float]:
+    """Go on from the newest checkpoint in `folder` to step `until`, save, and tell the losses.
+
+    In the background it saves after every step, and trains on meanwhile.
+    """
+    state, losses = state_of(case), []
+    checkpoints = Checkpoints(folder, keep=0, background=background)
     newest = checkpoints.latest()
     if newest is not None:
         contents = state.state_dict()
         state.restore(contents, checkpoints.load(newest, contents))
     while state.step < until:
         losses.append(train_step(state, batch_of(state.step, state.ranks)).total)
+        if background and state.step < until:
+            checkpoints.save(state.step, state.state_dict(), state.about())
     checkpoints.save(state.step, state.state_dict(), state.about())
+    checkpoints.wait()
     return losses
 
 
@@ -55,15 +64,29 @@ def test_a_run_saved_on_four_ranks_goes_on_on_two_on_one_and_on_four(tmp_path):
 
 
 def two_sittings(rank: int, folder: Path) -> list[float]:
-    first = sitting(rank, Case(MeshConfig(expert=2)), folder, 2)
+    first = sitting(rank, Case(MeshConfig(expert=2)), folder, 2, background=True)
     return first + sitting(rank, Case(MeshConfig(model=2)), folder, 4)
 
 
 def test_a_checkpoint_of_one_mesh_is_read_on_another_and_on_one_process(tmp_path):
     folder = tmp_path / "checkpoints"
     losses = spawn(2, two_sittings, tmp_path, folder)[0]
+    assert digests_of(again(folder, 4, tmp_path / "again")) == digests_of(folder / "step_00000004")
     losses += sitting(0, Case(), folder, 6)
     assert losses == pytest.approx(run_case(Case(), 6)["loss"], rel=1e-10)
+
+
+def digests_of(checkpoint: Path) -> dict[str, list[str]]:
+    """Of every tensor and expert; loading compares them too."""
+    return json.loads((checkpoint / "manifest.json").read_text())["tensors"]
+
+
+def again(folder: Path, step: int, elsewhere: Path) -> Path:
+    """What one process writes of what it read there."""
+    state = state_of(Case())
+    contents = state.state_dict()
+    state.restore(contents, Checkpoints(folder, keep=0).load(folder / f"step_{step:08d}", contents))
+    return Checkpoints(elsewhere, keep=0).save(step, state.state_dict(), state.about())
 
 
 def export_parts(rank: int, case: Case, folder: Path) -> dict[str, torch.Tensor]:
@@ -96,13 +119,6 @@ def test_a_mesh_of_another_size_than_the_processes_is_refused_with_the_fix():
         pass
 
 
-def torchrun(run_dir: Path, corpus: Path, *more: str) -> list[str]:
-    begin = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    begin += ["--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    flags = ["--data.path", str(corpus), "--run-dir", str(run_dir), "--threads", "1"]
-    return [*begin, "-m", "switchworks", "train", "tiny", *flags, "--mesh.expert", "2", *more]
-
-
 @pytest.mark.slow
 def test_a_run_under_torchrun_stops_at_sigterm_and_goes_on_to_the_end(corpus, tmp_path):
     run_dir = tmp_path / "run"
@@ -123,6 +139,7 @@ def test_a_run_under_torchrun_stops_at_sigterm_and_goes_on_to_the_end(corpus, tm
         output, _ = process.communicate(timeout=240)
     saved = sorted((run_dir / "checkpoints").glob("step_*"))
     assert saved, output
+    assert output.count("--resume goes on") == 1
     assert not (run_dir / "model").exists()
     done = subprocess.run(
         [*torchrun(run_dir, corpus, *longer), "--resume"],
@@ -140,3 +157,15 @@ def test_a_run_under_torchrun_stops_at_sigterm_and_goes_on_to_the_end(corpus, tm
     model, tokenizer = switchworks.load(run_dir)
     assert model.config.vocab_size == tokenizer.vocab_size
     assert (run_dir / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_weak_scaling_is_measured_on_one_process_and_on_two():
+    script = Path(__file__).parent.parent / "experiments" / "weak_scaling.py"
+    command = [sys.executable, str(script), "tiny", "--rows", "2", "--steps", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
+    heading, *rows = (line.split() for line in done.stdout.splitlines())
+    assert heading == ["processes", "s/step", "efficiency", "communicating"]
+    assert [row[0] for row in rows] == ["1", "2"]
+    assert rows[0][2:] == ["100.0%", "0.0%"]
+    assert 0 < float(rows[1][3].rstrip("%")) <= 100

@@ -81,6 +81,23 @@ def test_the_snippets_run(tiny_run, tmp_path, monkeypatch):
     assert (tmp_path / "somewhere" / "config.json").exists()
 
 
+IN_THE_TEXT = [
+    " ".join(command.split())
+    for command in re.findall(r"`switchworks (train\s[^`]*)`", README)
+    if "RECIPE" not in command and "--help" not in command
+]
+
+
+def test_the_trainings_named_in_the_text_are_recipes_with_flags_that_fit(capsys):
+    """`explain` refuses what `train` would refuse before it reads a file."""
+    assert len(IN_THE_TEXT) >= 4
+    for command in IN_THE_TEXT:
+        recipe, *flags = shlex.split(command)[1:]
+        if "--init" in flags:
+            del flags[flags.index("--init") :][:2]
+        assert main(["explain", recipe, *flags]) == 0, (command, capsys.readouterr().err)
+
+
 TORCHRUN = re.search(r"`torchrun (--nproc-per-node \d+) -m switchworks ([^`]*)`", README)
 
 

@@ -412,3 +412,46 @@ def test_a_long_run_stays_below_three_megabytes(tmp_path):
         for s in range(1, 1501)
     ]
     assert len(html_of(a_run(tmp_path / "r", lines))) < 1_000_000
+
+
+def tasked(step: int, **scores: float) -> dict[str, Any]:
+    """Two metrics of each task, their mean as its score, and the mean of all."""
+    line: dict[str, Any] = training(step)
+    for name, score in scores.items():
+        own = {"score": score, "f1": score - 1, "exact_match": score + 1}
+        line |= {f"task/{name}/{figure}": value for figure, value in own.items()}
+    return line | {"task/mean": sum(scores.values()) / len(scores)}
+
+
+def test_every_task_has_its_curves_and_the_best_step_is_marked(tmp_path):
+    lines = [
+        tasked(100, squad=20, rte=50),
+        tasked(200, squad=40, rte=60),
+        tasked(300, squad=30, rte=55),
+    ]
+    run = a_run(tmp_path / "run", lines)
+    best = {"step": 200, "metric": "task/mean", "value": 50.0, "ended_early": True}
+    (run / "best.json").write_text(json.dumps(best))
+    page = write_report([run]).read_text()
+    tasks = page[page.index("The tasks") :]
+    assert re.findall(r'aria-label="(All tasks|squad|rte)"', tasks) == ["All tasks", "squad", "rte"]
+    assert tasks.count("best: step 200") == 3
+    assert "The model is that of step 200, the best by task/mean (50)." in tasks
+    assert "and the run ended" in tasks
+    # The table has the metrics of the best step, and says what the last one had.
+    assert re.search(r"squad, f1</th><td>39\.00<br><small>step 200, the best; 29\.00 after", tasks)
+
+
+def test_runs_are_compared_task_by_task(tmp_path):
+    runs = [
+        a_run(tmp_path / name, [tasked(100, squad=score), tasked(200, squad=score + 5)])
+        for name, score in (("one", 20), ("two", 30))
+    ]
+    page = write_report(runs, tmp_path / "both.html").read_text()
+    tasks = page[page.index("The tasks") :]
+    assert re.search(r"squad, exact_match.*26\.00.*36\.00", tasks)
+    assert "best: step" not in page
+
+
+def test_a_run_without_tasks_says_nothing_of_them(tmp_path):
+    assert "The tasks" not in write_report([a_run(tmp_path / "run", [training(1)])]).read_text()

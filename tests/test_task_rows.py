@@ -294,7 +294,7 @@ def test_a_tokenizer_trained_here_learns_from_the_tasks(tmp_path):
         ({"task_cap": 0}, "leaves no task an example"),
         (
             {"tasks": ("glue_rte",), "objective": "causal", "input_length": 0},
-            "data.tasks need an encoder",
+            "leaves no room for the inputs of data.tasks",
         ),
     ],
 )

@@ -1,7 +1,12 @@
 """From a user's table to a fine-tuned model and its figures; a run over tasks resumes exactly."""
 
 import json
+import os
+import re
+import shlex
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +18,7 @@ from switchworks.cli import main
 from switchworks.config import ConfigError, DataError, from_toml
 from switchworks.evaluate.answers import Answering
 from switchworks.evaluate.task_run import evaluate_tasks, named_tasks
+from switchworks.flags import EvaluateFlags, TrainFlags, parse_experiment, parse_flags
 from switchworks.training import Experiment, train
 from switchworks.training.loop import Interrupt
 
@@ -139,6 +145,82 @@ def test_a_model_is_fine_tuned_with_its_own_tokenizer(tiny_run, experiment, tmp_
     assert 0 < moved < 1
 
 
+STARS = "the food was poor,1\na fine evening,5\nit was all right,3\n"
+
+
+def reviews(path: Path, rows: str) -> Path:
+    path.write_text("text,stars\n" + rows)
+    return path
+
+
+def test_one_command_makes_a_fine_tuned_evaluated_model_of_a_table(
+    tiny_run, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    rows = [f"visit {i}: {line}" for i in range(40) for line in STARS.splitlines()]
+    reviews(tmp_path / "reviews.csv", "\n".join(rows) + "\n")
+    words = ["train", "tiny", "--init", str(tiny_run), "--run-dir", "tuned", "--threads", "1"]
+    words += ["--steps", "4", "--evaluate-every", "2", "--data.validation-share", "0.2"]
+    words += ["--data.target-length", "8", "--best.metric", "task/reviews/accuracy"]
+    assert main([*words, "--data.tasks", "reviews=reviews.csv:text:stars"]) == 0
+    said = capsys.readouterr().out
+    assert "reviews" in said
+    assert "inputs/targets cut" in said
+    about = json.loads((tmp_path / "tuned" / "best.json").read_text())
+    assert (about["metric"], about["mode"]) == ("task/reviews/accuracy", "max")
+    page = (tmp_path / "tuned" / "report.html").read_text()
+    assert "The tasks" in page
+    assert f"best: step {about['step']}" in page
+    assert main(["evaluate", "tuned", "--predictions", "answers.jsonl"]) == 0
+    assert {line["task"] for line in lines_of(tmp_path / "answers.jsonl")} == {"reviews"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "flags", "problem"),
+    [
+        (STARS + "no stars,\n", [], "1 of .* examples of train have an empty target"),
+        (STARS, ["--data.task-labels", "1", "5"], "'3' is not one of its labels, 1, 5"),
+    ],
+)
+def test_a_table_that_cannot_be_learnt_is_refused_before_training(
+    rows, flags, problem, tiny_run, tmp_path, capsys
+):
+    file = reviews(tmp_path / "reviews.csv", rows)
+    words = ["train", "tiny", "--init", str(tiny_run), "--run-dir", str(tmp_path / "run")]
+    words += ["--data.validation-share", "1e-9", "--data.tasks", f"reviews={file}:text:stars"]
+    assert main([*words, *flags]) == 2
+    assert re.search(problem, capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_targets_longer_than_the_limit_are_counted_and_said(tiny_run, tmp_path, capsys):
+    rows = "".join(f"visit {i},{'very ' * (i % 4)}good\n" for i in range(60))
+    file = reviews(tmp_path / "reviews.csv", rows)
+    words = ["train", "tiny", "--init", str(tiny_run), "--run-dir", str(tmp_path / "run")]
+    words += ["--steps", "1", "--validate-every", "0", "--evaluate-every", "0", "--threads", "1"]
+    words += ["--data.tasks", f"reviews={file}:text:stars", "--data.validation-share", "0.2"]
+    assert main([*words, "--data.target-length", "14"]) == 0
+    said = capsys.readouterr().out
+    # "very very good" and its EOS are 15 bytes: half of the targets are too long for 14.
+    table = re.search(r"reviews +(\d+) .* 0/(\d+)\n", said)
+    assert table is not None
+    assert 0.3 < int(table[2]) / int(table[1]) < 0.7
+    assert "Targets longer than data.target_length = 14 lose their end" in said
+
+
+def test_the_routing_report_says_which_experts_handle_which_task(run_dir, tmp_path):
+    from switchworks.report.routing import write_routing_report
+
+    other = tmp_path / "numbers.csv"
+    other.write_text("q,a\n" + "".join(f"{i} and {i + 1},{2 * i + 1}\n" for i in range(200)))
+    data = named_tasks(run_dir, (), None)
+    data = replace(data, tasks=(*data.tasks, f"numbers={other}:q:a"), task_labels=())
+    report = write_routing_report(run_dir, data, tmp_path / "r.html", batches=2, batch_size=2)
+    assert report["labels"] == ["colours", "numbers"]
+    assert "numbers" in (tmp_path / "r.html").read_text()
+    assert report["text"].startswith("colours=")
+
+
 def test_bad_tables_end_the_command_with_status_2(table, tmp_path, capsys):
     words = ["train", "tiny", "--run-dir", str(tmp_path / "run")]
     assert main([*words, "--data.tasks", f"colours={table}:text:label"]) == 2
@@ -162,3 +244,77 @@ def test_a_split_whose_labels_are_withheld_is_refused(tiny_run, tmp_path):
     data = named_tasks(tiny_run, ("glue_rte",), tmp_path)
     with pytest.raises(DataError, match="has no labels: they are withheld"):
         evaluate_tasks(tiny_run, data, Answering(), split="test")
+
+
+DOCS = Path(__file__).parent.parent / "docs" / "tasks.md"
+
+
+def commands_of(page: Path) -> list[list[str]]:
+    """The commands of a page's console blocks, as words."""
+    blocks = re.findall(r"```console\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(line.removeprefix("$ "), comments=True)[1:] for line in lines]
+
+
+def test_the_commands_of_the_page_about_tasks_are_understood():
+    found = commands_of(DOCS)
+    assert [words[0] for words in found] == ["train", "evaluate", "evaluate", "train", "train"]
+    for verb, *words in found:
+        if verb == "train":
+            experiment, _ = parse_experiment(verb, words, TrainFlags)
+            assert experiment.data.tasks
+        else:
+            assert parse_flags(EvaluateFlags, verb, words).path
+
+
+SCRIPT = Path(__file__).parent.parent / "experiments" / "finetune.py"
+PAIR = """
+from dataclasses import replace
+from switchworks.recipes.tiny import tiny
+def pair():
+    small = replace(tiny(), steps=2, sample_every=0, threads=1)
+    data = replace(small.data, input_length=48, target_length=16)
+    return replace(small, data=data, evaluate_every=2, evaluate_examples=4, validate_every=2)
+def pair_dense():
+    return replace(pair(), model=replace(pair().model, routing=None))
+"""
+
+
+@pytest.mark.slow
+def test_the_experiment_compares_starts_models_and_dropout_and_goes_on(corpus, table, tmp_path):
+    (tmp_path / "pairs.py").write_text(PAIR)
+    task = f"colours={table}:text:answer"
+    command = [sys.executable, str(SCRIPT), "pairs:pair", "--seeds", "0", "--tasks", task]
+    command += ["--out", "runs", "--expert-dropout", "--pretrain.data.path", str(corpus)]
+    command += ["--tune.optim.lr", "0.01", "--optim.warmup-steps", "2"]
+    paths = os.pathsep.join([str(tmp_path), str(SCRIPT.parent.parent)])
+    environment = os.environ | {"PYTHONPATH": paths}
+
+    def call() -> str:
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        ).stdout
+
+    first = call()
+    rows = json.loads((tmp_path / "runs" / "table.json").read_text())
+    ways = [(row["model"], row["start"], row["dropout"], row["expert_dropout"]) for row in rows]
+    assert ways == [
+        ("switch", "pre-trained", 0.1, 0.4),
+        ("switch", "scratch", 0.1, 0.4),
+        ("switch", "pre-trained", 0.1, 0.1),
+        ("switch", "pre-trained", 0.2, 0.2),
+        ("switch", "pre-trained", 0.3, 0.3),
+        ("dense", "pre-trained", 0.1, None),
+        ("dense", "scratch", 0.1, None),
+    ]
+    assert all(row["best_step"] == 2 for row in rows)
+    runs = tmp_path / "runs" / "seed_0" / "switch"
+    tuned = from_toml(Experiment, runs / "colours_tune" / "experiment.toml")
+    assert (tuned.optim.lr, tuned.optim.warmup_steps) == (0.01, 2)
+    assert tuned.model.routing.expert_dropout == 0.4
+    scratch = from_toml(Experiment, runs / "colours_scratch" / "experiment.toml")
+    assert scratch.optim.lr == 0.3
+    assert "colours: switch - dense, both pre-trained" in first
+    again = call()
+    assert "step" not in again.splitlines()[0]
+    assert again.splitlines() == first.splitlines()[-len(again.splitlines()) :]

@@ -1,12 +1,16 @@
 """Saving and restoring training state."""
 
+import json
 import logging
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from switchworks.checkpoint import training_state
 from switchworks.checkpoint.training_state import Checkpoints
 from switchworks.config import CheckpointError
 
@@ -150,6 +154,104 @@ def test_a_torn_newest_checkpoint_is_skipped_with_a_warning(tmp_path, caplog):
         assert checkpoints.latest() == tmp_path / "step_00000001"
     assert "step_00000002 is skipped" in caplog.text
     assert "is torn" in caplog.text
+
+
+def test_if_no_checkpoint_is_whole_a_run_does_not_begin_again_in_silence(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    tear(checkpoints.save(1, {"w": torch.ones(5)}, {}))
+    with pytest.raises(CheckpointError, match=r"None of the 1 checkpoints in .*(\n.*)*is torn"):
+        checkpoints.latest()
+
+
+def with_experts(third: float) -> dict:
+    w = torch.arange(24.0).view(4, 3, 2)
+    w[2, 0, 0] = third
+    return {"weights": {"block.ffn.experts.w": w, "norm": torch.ones(3)}}
+
+
+def test_the_manifest_has_a_digest_of_every_tensor_and_every_expert(tmp_path):
+    path = Checkpoints(tmp_path, keep=1).save(1, with_experts(0.0), {})
+    tensors = json.loads((path / "manifest.json").read_text())["tensors"]
+    assert {name: len(digests) for name, digests in tensors.items()} == {
+        "weights.block.ffn.experts.w": 4,
+        "weights.norm": 1,
+    }
+
+
+def test_an_expert_that_comes_back_other_than_it_was_saved_is_named(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=0)
+    one, other = (checkpoints.save(step, with_experts(step), {}) for step in (1, 2))
+    manifests = [json.loads((path / "manifest.json").read_text()) for path in (one, other)]
+    manifests[1]["tensors"] = manifests[0]["tensors"]
+    (other / "manifest.json").write_text(json.dumps(manifests[1]))
+    with pytest.raises(
+        CheckpointError, match=r"step_00000002: experts 2 of .*experts\.w came back"
+    ):
+        checkpoints.load(other, with_experts(0.0))
+
+
+def test_the_shard_of_another_checkpoint_is_named_and_refused(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=0)
+    one, other = (checkpoints.save(step, with_experts(step), {}) for step in (1, 2))
+    shard = next(one.glob("*.distcp"))
+    (other / shard.name).write_bytes(shard.read_bytes())
+    with pytest.raises(CheckpointError, match=rf"step_00000002/{shard.name} has changed"):
+        checkpoints.load(other, with_experts(0.0))
+    assert checkpoints.latest() == one
+
+
+def test_a_missing_shard_is_named_and_refused(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=0)
+    path = checkpoints.save(1, with_experts(1), {})
+    shard = next(path.glob("*.distcp"))
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=rf"{shard.name} is missing"):
+        checkpoints.load(path, with_experts(0.0))
+
+
+def held_up(monkeypatch) -> Event:
+    """Writing waits until this is set."""
+    gate, write = Event(), training_state._write_tensors
+
+    def later(*arguments: Any) -> None:
+        assert gate.wait(60)
+        write(*arguments)
+
+    monkeypatch.setattr(training_state, "_write_tensors", later)
+    return gate
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_in_the_background(tmp_path, monkeypatch):
+    gate = held_up(monkeypatch)
+    checkpoints, state = Checkpoints(tmp_path, keep=2, background=True), some_state()
+    path = checkpoints.save(1, state, {"tokens": 5})
+    state["model"]["encoder.w"].detach().zero_()
+    state["flags"].append("late")
+    assert not path.exists()
+    assert Checkpoints(tmp_path, keep=2).latest() is None
+    gate.set()
+    checkpoints.wait()
+    restored = some_state(1)
+    assert checkpoints.load(path, restored) == {"tokens": 5}
+    assert_equal(restored, some_state())
+
+
+def test_the_next_save_waits_for_the_one_in_the_background(tmp_path, monkeypatch):
+    gate = held_up(monkeypatch)
+    checkpoints = Checkpoints(tmp_path, keep=0, background=True)
+    for step in (1, 2):
+        gate.set()
+        checkpoints.save(step, some_state(), {})
+    assert (tmp_path / "step_00000001").exists()
+    assert checkpoints.latest() == tmp_path / "step_00000002"
+
+
+def test_what_went_wrong_in_the_background_is_raised_by_the_next_save(tmp_path):
+    (tmp_path / "file").write_text("")
+    checkpoints = Checkpoints(tmp_path / "file" / "checkpoints", keep=0, background=True)
+    checkpoints.save(1, {"w": torch.ones(1)}, {})
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        checkpoints.save(2, {"w": torch.ones(1)}, {})
 
 
 def test_a_torn_checkpoint_is_not_loaded_but_can_be_written_again(tmp_path):

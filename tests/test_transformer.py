@@ -396,7 +396,7 @@ def test_a_row_of_padding_gives_finite_logits_and_no_loss_of_its_own():
 def test_inputs_and_targets_of_different_batch_sizes_are_refused():
     """The message counts both; the annotations alone would not name them to a user."""
     with pytest.raises(ConfigError, match="3 rows of inputs but 2 rows of targets"):
-        _check(tokens(3, 6), tokens(2, 5), None, None)
+        _check(tokens(3, 6), tokens(2, 5), None, None, alone=False)
 
 
 def test_segment_ids_on_one_side_only_are_refused():

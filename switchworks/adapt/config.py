@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from switchworks.config import ConfigError
+from switchworks.config import ConfigError, check_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +29,7 @@ class LoraConfig:
     stored with the adapters."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ConfigError(f"lora.rank = {self.rank} must be at least 1.")
+        check_at_least(self, "lora.", 1, "rank")
         if not (self.alpha > 0 and math.isfinite(self.alpha)):
             raise ConfigError(f"lora.alpha = {self.alpha} must be positive.")
         if not self.targets:

@@ -6,7 +6,7 @@ Letters: E experts, L encoder length, T decoder length.
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from switchworks.config import ConfigError
+from switchworks.config import ConfigError, check_at_least
 from switchworks.model.config import ModelConfig, RoutingConfig
 
 Part = Literal["train", "adafactor", "kernels", "tax", "layer", "decode", "int8", "memory"]
@@ -31,9 +31,7 @@ class Shape:
     """The FFN width from 128 experts on, where transformers would need over 24 GB. None: d_ff."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "input_length", "target_length"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"bench {name} = {getattr(self, name)} must be at least 1.")
+        check_at_least(self, "bench ", 1, "batch_size", "input_length", "target_length")
 
     @property
     def tokens(self) -> int:
@@ -88,7 +86,7 @@ class Side:
     kernels: bool = True
     """ours: with the fast paths of `switchworks.kernels`; else the reference."""
     int8: Literal["dynamic", "packed", "unpacked"] | None = None
-    """ours, decode: with 8-bit weights and that product of `kernels.int8`."""
+    """ours, decode: with 8-bit weights and that product of `kernels.products`."""
 
     @property
     def tokens(self) -> int:
@@ -134,8 +132,7 @@ class BenchConfig:
     """Rows and columns of the matrices whose product is the machine's limit."""
 
     def __post_init__(self) -> None:
-        if self.rounds < 1:
-            raise ConfigError(f"bench rounds = {self.rounds} must be at least 1.")
+        check_at_least(self, "bench ", 1, "rounds")
         if any(experts < 0 for experts in self.experts):
             raise ConfigError(f"bench experts = {self.experts} must be 0 (dense) or more.")
         if any(not 0 <= rate < 1 for rate in self.dropout):

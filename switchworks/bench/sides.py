@@ -13,7 +13,7 @@ from switchworks.bench.peers import LR, build_peer
 from switchworks.bench.timing import Work
 from switchworks.data.config import DataConfig
 from switchworks.generate import generate
-from switchworks.kernels.int8 import quantise
+from switchworks.kernels.quantise import QuantiseConfig, quantise
 from switchworks.model import SwitchFFN, SwitchTransformer
 from switchworks.model.layers import FFN
 from switchworks.model.sizes import num_parameters
@@ -99,7 +99,7 @@ def _decoding(side: Side) -> Work:
     model = new_model(side).eval()
     cast_for_compute(model, getattr(torch, side.precision))
     if side.int8 is not None:
-        model = quantise(model, side.int8)
+        model = quantise(model, QuantiseConfig(product=side.int8))
     inputs = random_batch(side.shape).inputs
     return lambda: generate(model, inputs, max_length=side.new_tokens)
 

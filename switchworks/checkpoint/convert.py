@@ -24,7 +24,7 @@ def convert(source: Path | str, destination: Path | str, *, capacity: Capacity =
                 f"--capacity {capacity} is for reading Hugging Face's format, but {source} holds "
                 "a model of ours.\n  Its routing.expert_capacity, if set, is written as it is."
             )
-        model, tokenizer = load(source)
+        model, tokenizer = load(source, widen=True)
         save_hf(model, destination, tokenizer)
         return f"{destination} holds the model for transformers: from_pretrained opens it."
     model, tokenizer = open_model(source, capacity)
@@ -36,8 +36,11 @@ def convert(source: Path | str, destination: Path | str, *, capacity: Capacity =
 def open_model(
     source: Path, capacity: Capacity = "paper"
 ) -> tuple[SwitchTransformer, Tokenizer | None]:
-    """The model in `source`, in whichever format it is, and the tokenizer beside it if any."""
+    """The model in `source`, in whichever format it is, and the tokenizer beside it if any.
+
+    Of a rounded one the ordinary model that computes the same.
+    """
     if is_model(source):
-        return load(source)
+        return load(source, widen=True)
     model, pieces = load_hf(source, capacity=capacity), source / MODEL_FILE
     return model, load_tokenizer(pieces) if pieces.is_file() else None

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,13 +31,16 @@ _NO_ROOM_WORDS = ("No space left", "quota exceeded", "File too large", "unexpect
 
 
 @contextmanager
-def whole_directory(path: Path, *, needs: int, otherwise: str) -> Iterator[Path]:
+def whole_directory(
+    path: Path, *, needs: int, otherwise: str, more: Mapping[str, Any] | None = None
+) -> Iterator[Path]:
     """Yields an empty directory to write into, which is `path` once the block has ended.
 
     A `path` that exists and is a whole directory of this kind is replaced. If the block or the
     writing fails nothing has changed and nothing is left over. `needs` is about how many bytes
-    will be written; `otherwise` says, for the error, what the user still has then. Raises
-    CheckpointError for a full disk, any other failure to write, or a `path` with foreign files.
+    will be written; `otherwise` says, for the error, what the user still has then; `more`, as it is
+    when the block ends, stands in the manifest besides. Raises CheckpointError for a full disk, any
+    other failure to write, or a `path` with foreign files.
     """
     partial = path.with_name(f".{path.name}{PARTIAL}")
     try:
@@ -48,7 +51,7 @@ def whole_directory(path: Path, *, needs: int, otherwise: str) -> Iterator[Path]
             raise OSError(errno.ENOSPC, f"{free} bytes are free")
         partial.mkdir()
         yield partial
-        seal(partial)
+        seal(partial, more or {})
         _put(partial, path)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -72,27 +75,42 @@ def copy_whole(source: Path, destination: Path) -> None:
             shutil.copy2(source / name, partial / name)
 
 
-def seal(directory: Path) -> None:
-    """Flush every file of `directory` to the disk and list it in the manifest."""
-    names = _files(directory)
-    for name in names:
-        _flush(directory / name)
-    with ThreadPoolExecutor() as pool:
-        hashes = pool.map(lambda name: _sha256(directory / name), names)
-        listing = {
-            name: {"bytes": (directory / name).stat().st_size, "sha256": digest}
-            for name, digest in zip(names, hashes, strict=True)
-        }
-    write_json(directory / MANIFEST, {"files": listing})
+def seal(directory: Path, more: Mapping[str, Any]) -> None:
+    """Flush `directory` to the disk and list its files in the manifest, beside what `more` says.
+
+    Files that `more` lists under "files" are taken to be flushed and hashed already.
+    """
+    known = more.get("files", {})
+    rest = entries(directory, [name for name in file_names(directory) if name not in known])
+    write_json(
+        directory / MANIFEST,
+        {"files": dict(sorted({**known, **rest}.items()))}
+        | {name: value for name, value in more.items() if name != "files"},
+    )
     for folder in [*(path for path in directory.rglob("*") if path.is_dir()), directory]:
         _flush(folder)
 
 
-def verify(directory: Path, *, allow_foreign: bool = False) -> None:
+def entries(directory: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What the manifest says of each of these files, once they are flushed to the disk."""
+    for name in names:
+        _flush(directory / name)
+    with ThreadPoolExecutor() as pool:
+        hashes = pool.map(lambda name: sha256(directory / name), names)
+        return {
+            name: {"bytes": (directory / name).stat().st_size, "sha256": digest}
+            for name, digest in zip(names, hashes, strict=True)
+        }
+
+
+def verify(
+    directory: Path, *, allow_foreign: bool = False, share: tuple[int, int] = (0, 1)
+) -> None:
     """Returns if every file that the manifest of `directory` lists is there, unchanged.
 
     Raises CheckpointError naming the first that is missing, torn (of another size) or changed
-    (of another hash), or, unless `allow_foreign`, that the manifest does not list.
+    (of another hash), or, unless `allow_foreign`, that the manifest does not list. With a `share`
+    (i, n) only every nth file is read, from the ith on.
     """
     listing = read_manifest(directory)
     for name, entry in listing.items():
@@ -103,16 +121,17 @@ def verify(directory: Path, *, allow_foreign: bool = False) -> None:
             raise CheckpointError(
                 f"{file} is torn: it has {size} bytes and should have {entry['bytes']}.{_FIX}"
             )
-    foreign = [] if allow_foreign else sorted(set(_files(directory)) - listing.keys())
+    foreign = [] if allow_foreign else sorted(set(file_names(directory)) - listing.keys())
     if foreign:
         raise CheckpointError(
             f"{directory / foreign[0]} is not part of the checkpoint it lies in.\n"
             "  Move it elsewhere."
         )
     with ThreadPoolExecutor() as pool:
-        hashes = pool.map(lambda name: _sha256(directory / name), listing)
-        for (name, entry), digest in zip(listing.items(), hashes, strict=True):
-            if digest != entry["sha256"]:
+        own = list(listing)[share[0] :: share[1]]
+        hashes = pool.map(lambda name: sha256(directory / name), own)
+        for name, digest in zip(own, hashes, strict=True):
+            if digest != listing[name]["sha256"]:
                 raise CheckpointError(
                     f"{directory / name} has changed since it was written: its sha256 is not "
                     f"the one in {MANIFEST}.{_FIX}"
@@ -164,7 +183,7 @@ def _prepare(path: Path, partial: Path) -> None:
     if not path.is_dir():
         raise CheckpointError(f"{path} is a file, not a directory.\n  Choose another place.")
     listed = read_manifest(path) if (path / MANIFEST).exists() else {}
-    foreign = sorted(set(_files(path)) - listed.keys())
+    foreign = sorted(set(file_names(path)) - listed.keys())
     if foreign:
         raise CheckpointError(
             f"{path} already holds {foreign[0]}, which would be lost.\n"
@@ -183,13 +202,14 @@ def _put(partial: Path, path: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _files(directory: Path) -> list[str]:
+def file_names(directory: Path) -> list[str]:
     """Names, relative and with forward slashes, of all files but the manifest."""
     paths = (path for path in directory.rglob("*") if not path.is_dir())
     return sorted({path.relative_to(directory).as_posix() for path in paths} - {MANIFEST})
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of the file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

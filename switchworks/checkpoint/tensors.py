@@ -100,26 +100,29 @@ def require_match(
     """
     complaints: list[str] = []
     if missing := [name for name in wanted if name not in found]:
-        complaints.append(f"missing: {_some(_merged(missing))}")
+        complaints.append(f"missing: {_some(merged_names(missing))}")
     if unknown := [name for name in found if name not in wanted]:
-        complaints.append(f"unknown: {_some(_merged(unknown))}")
+        complaints.append(f"unknown: {_some(merged_names(unknown))}")
     wrong: dict[str, list[str]] = {}
     for name, shape in wanted.items():
         if name in found and found[name] != shape:
             says = f" is {_shown(found[name])} and should be {_shown(shape)}"
             wrong.setdefault(says, []).append(name)
     if wrong:
-        entries = [name + says for says, names in wrong.items() for name in _merged(names)]
+        entries = [name + says for says, names in wrong.items() for name in merged_names(names)]
         complaints.append(f"of another shape: {_some(entries)}")
     if complaints:
         raise CheckpointError("\n  ".join([what, *complaints, fix]))
 
 
 def fill(model: nn.Module, read: Callable[[str, Tensor], Tensor]) -> None:
-    """Give every parameter of a `model` on the meta device the value `read(name, meta)`."""
+    """Every parameter and buffer of `model`, on the meta device, becomes `read(name, meta)`."""
     for name, meta in list(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(read(name, meta)))
+    for name, meta in list(model.named_buffers()):
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, read(name, meta))
 
 
 def convert(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -199,7 +202,7 @@ def _some(items: list[str], limit: int = 10) -> str:
     return ", ".join(items[:limit]) + more
 
 
-def _merged(names: list[str]) -> list[str]:
+def merged_names(names: list[str]) -> list[str]:
     """`names`, those that differ in numbers only as one: encoder.block.{1,3}.x (2 tensors)."""
     alike: dict[str, list[str]] = {}
     for name in names:

@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from switchworks.checkpoint.files import whole_directory
+from switchworks.checkpoint.files import entries, file_names, verify, whole_directory
 
 T = TypeVar("T")
 
@@ -24,7 +25,16 @@ def alone() -> bool:
     return not (dist.is_available() and dist.is_initialized())
 
 
-def by_first(action: Callable[[], T]) -> T:
+def own_group() -> ProcessGroup | None:
+    """All ranks once more, to talk beside what they talk of otherwise."""
+    if alone():
+        return None
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, ProcessGroup)
+    return group
+
+
+def by_first(action: Callable[[], T], group: ProcessGroup | None = None) -> T:
     """What `action` returns to the first rank, on all of them; and so if it raises."""
     if alone():
         return action()
@@ -34,30 +44,72 @@ def by_first(action: Callable[[], T]) -> T:
             told[0] = action()
         except Exception as error:
             told[1] = error
-    dist.broadcast_object_list(told)
+    dist.broadcast_object_list(told, group=group)
     if told[1] is not None:
         raise told[1]
     return told[0]
 
 
+def gathered(value: T, group: ProcessGroup | None = None) -> list[T]:
+    """What each rank has, on all of them."""
+    if alone():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
 @contextmanager
-def shared_directory(path: Path, *, needs: int, otherwise: str) -> Iterator[Path]:
+def shared_directory(
+    path: Path,
+    *,
+    needs: int,
+    otherwise: str,
+    more: dict[str, Any] | None = None,
+    group: ProcessGroup | None = None,
+) -> Iterator[Path]:
     """`whole_directory` for all ranks at once: whole when each has written its part, else gone.
 
-    Raises on all ranks what it raises on one, and the first error that any of them meets inside.
+    Each hashes its share of the files. Raises on all ranks what it raises on one, and the first
+    error that any of them meets inside.
     """
     stack = ExitStack()
-    directory = whole_directory(path, needs=needs, otherwise=otherwise)
-    partial = by_first(lambda: stack.enter_context(directory))
+    more = {} if more is None else more
+    directory = whole_directory(path, needs=needs, otherwise=otherwise, more=more)
+    partial = by_first(lambda: stack.enter_context(directory), group)
     failure: BaseException | None = None
     try:
         yield partial
     except BaseException as error:  # what torch raises for a failed save is no Exception
         failure = error
-    failure = _first_failure(failure)
-    by_first(lambda: _leave(stack, failure))
+    failure = _first_failure(failure, group)
+    if failure is None and not alone():
+        own = by_first(lambda: file_names(partial), group)[dist.get_rank() :: dist.get_world_size()]
+        more["files"] = {}
+        for share in gathered(_caught(lambda: entries(partial, own)), group):
+            if isinstance(share, Exception):
+                failure = failure or share
+            else:
+                more["files"] |= share
+    by_first(lambda: _leave(stack, failure), group)
     if failure is not None:
         raise failure
+
+
+def verify_together(directory: Path, group: ProcessGroup | None = None) -> None:
+    """`verify`, of which each rank does its share. Raises on all what it raises on one."""
+    share = (0, 1) if alone() else (dist.get_rank(), dist.get_world_size())
+    found = gathered(_caught(lambda: verify(directory, share=share)), group)
+    for failure in found:
+        if failure is not None:
+            raise failure
+
+
+def _caught(action: Callable[[], T]) -> T | Exception:
+    try:
+        return action()
+    except Exception as error:
+        return error
 
 
 def _leave(stack: ExitStack, failure: BaseException | None) -> None:
@@ -68,12 +120,10 @@ def _leave(stack: ExitStack, failure: BaseException | None) -> None:
         stack.__exit__(type(failure), failure, failure.__traceback__)
 
 
-def _first_failure(failure: BaseException | None) -> BaseException | None:
-    if alone():
-        return failure
-    failures: list[BaseException | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, failure)
-    return next((found for found in failures if found is not None), None)
+def _first_failure(
+    failure: BaseException | None, group: ProcessGroup | None
+) -> BaseException | None:
+    return next((found for found in gathered(failure, group) if found is not None), None)
 
 
 def write_parts(tensors: Mapping[str, Tensor], files: list[list[str]], directory: Path) -> None:

@@ -1,33 +1,41 @@
 """Training state on disk: what a run needs to go on exactly where it stopped.
 
 Tensors are written by `torch.distributed.checkpoint`, whose files any number of ranks on any
-mesh can read; plain values and the description of the run are JSON beside them. Of the files
-only torch's own `.metadata` is a pickle, so resume your own runs and exchange `model/` instead.
+mesh can read; plain values and the description of the run are JSON beside them. The manifest has
+a hash of every file, and a digest of every tensor and every expert (`digests`) that is compared
+after loading. Of the files only torch's own `.metadata` is a pickle, so resume your own runs and
+exchange `model/` instead.
 """
 
+import copy
 import logging
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Mapping, MutableMapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
-from switchworks.checkpoint.files import (
-    PARTIAL,
-    read_json,
-    verify,
-    write_json,
-)
+from switchworks.checkpoint.digests import merged, parts_of, require_same
+from switchworks.checkpoint.files import MANIFEST, PARTIAL, read_json, verify, write_json
 from switchworks.checkpoint.tensors import num_bytes, require_match
-from switchworks.checkpoint.together import alone, by_first, shared_directory
+from switchworks.checkpoint.together import (
+    alone,
+    by_first,
+    gathered,
+    own_group,
+    shared_directory,
+    verify_together,
+)
 from switchworks.config import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -39,44 +47,88 @@ class Checkpoints:
     """The checkpoints of one run: `directory/step_00000120` and so on.
 
     A state is nested dictionaries whose leaves are tensors or plain values (numbers, text, None,
-    lists and tuples of them). `keep` is how many are kept, the newest; 0 keeps all.
+    lists and tuples of them). `keep` is how many are kept, the newest; 0 keeps all. In the
+    `background`, files are written while training goes on, from a copy of the state in the host's
+    memory. All ranks make this object, and call its methods, together.
     """
 
-    def __init__(self, directory: Path, keep: int) -> None:
+    def __init__(self, directory: Path, keep: int, *, background: bool = False) -> None:
         self.directory = directory
         self.keep = keep
+        self._pool = ThreadPoolExecutor(1, "checkpoint") if background else None
+        self._stager = DefaultStager(StagingOptions(False, False, False, False))
+        # What is agreed on beside training must not mix with what training exchanges.
+        self._group = own_group() if background else None
+        self._writing: Future[None] | None = None
+        self._verified: Path | None = None
 
     def save(self, step: int, state: Mapping[str, Any], about: Mapping[str, Any]) -> Path:
         """Write `state`, and `about` for people and checks, and return where.
 
         Older checkpoints beyond `keep` are deleted once the new one is whole. Raises
-        CheckpointError if there is no room; then everything is as it was before.
+        CheckpointError if there is no room; then everything is as it was before. In the background
+        it returns when the state is copied, and raises what went wrong with the one before it.
         """
+        self.wait()
         leaves = _leaves(state)
         path = self.directory / f"step_{step:08d}"
-        plain = {"step": step, "about": dict(about), "values": leaves.values}
-        by_first(lambda: self._clear(path))
-        with shared_directory(
-            path, needs=num_bytes(leaves.tensors), otherwise=self._otherwise(step)
-        ) as partial:
-            by_first(lambda: write_json(partial / VALUES, _jsonable(plain, path)))
-            _write_tensors(leaves.tensors, partial)
-        by_first(lambda: self._prune(step))
+        plain = _jsonable({"step": step, "about": dict(about), "values": leaves.values}, path)
+        _no_warning_of_being_alone()
+        if self._pool is None:
+            self._write(step, leaves.tensors, plain, path)
+        else:
+            tensors = self._stager.stage(leaves.tensors)
+            assert isinstance(tensors, dict)
+            plain = copy.deepcopy(plain)
+            self._writing = self._pool.submit(self._write, step, tensors, plain, path)
         return path
 
-    def latest(self) -> Path | None:
-        """The newest whole checkpoint, every byte checked; a damaged one is skipped and logged."""
-        return by_first(self._latest)
+    def wait(self) -> None:
+        """Returns when the last checkpoint is whole. Raises what kept it from becoming so."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
-    def _latest(self) -> Path | None:
-        for step in sorted(self.steps(), reverse=True):
-            path = self.steps()[step]
+    def _write(
+        self, step: int, tensors: dict[str, Tensor], plain: dict[str, Any], path: Path
+    ) -> None:
+        group, more = self._group, {}
+        by_first(lambda: self._clear(path), group)
+        with shared_directory(
+            path,
+            needs=num_bytes(tensors),
+            otherwise=self._otherwise(step),
+            more=more,
+            group=group,
+        ) as partial:
+            by_first(lambda: write_json(partial / VALUES, plain), group)
+            _write_tensors(tensors, partial, group)
+            more["tensors"] = merged(gathered(parts_of(tensors), group))
+        by_first(lambda: self._prune(step), group)
+
+    def latest(self) -> Path | None:
+        """The newest whole checkpoint, every byte checked; a damaged one is skipped and logged.
+
+        None if there is none at all. Raises CheckpointError if all that there are are damaged.
+        """
+        self.wait()
+        found = by_first(self.steps)
+        damage: list[str] = []
+        for step in sorted(found, reverse=True):
             try:
-                verify(path)
+                verify_together(found[step])
             except CheckpointError as error:
-                log.warning("%s is skipped because it is damaged: %s", path, error)
+                damage.append(str(error))
+                if alone() or dist.get_rank() == 0:
+                    log.warning("%s is skipped because it is damaged: %s", found[step], error)
             else:
-                return path
+                self._verified = found[step]
+                return found[step]
+        if damage:
+            raise CheckpointError(
+                f"None of the {len(damage)} checkpoints in {self.directory} is whole. The newest:\n"
+                f"  {damage[0]}\n  To begin again from step 0, delete {self.directory}."
+            )
         return None
 
     def load(self, path: Path, state: MutableMapping[str, Any]) -> dict[str, Any]:
@@ -84,9 +136,12 @@ class Checkpoints:
 
         Only the top-level entries that `state` has are restored; all that the checkpoint holds
         of them must be there. Raises CheckpointError naming what is missing, unknown or of
-        another shape or dtype, before anything in `state` changes.
+        another shape or dtype, before anything in `state` changes; and afterwards, naming tensor
+        and experts, if what was read is not what was saved.
         """
-        by_first(lambda: verify(path))
+        if path != self._verified:
+            verify_together(path)
+        self._verified = None
         leaves = _leaves(state)
         stored = read_json(path / VALUES)
         reader = FileSystemReader(path)
@@ -96,8 +151,11 @@ class Checkpoints:
             found=_stored_layout(reader, stored["values"], list(state)),
             fix="Resume with the settings the run was started with.",
         )
-        with _quiet():
-            load_tensors(dict(leaves.tensors), storage_reader=reader, no_dist=alone())
+        _no_warning_of_being_alone()
+        load_tensors(dict(leaves.tensors), storage_reader=reader, no_dist=alone())
+        digests = read_json(path / MANIFEST).get("tensors")
+        if digests is not None:  # earlier versions wrote none
+            require_same(str(path), digests, merged(gathered(parts_of(leaves.tensors))))
         for name, (owner, key) in leaves.places.items():
             value = stored["values"][name]
             owner[key] = tuple(value) if isinstance(owner[key], tuple) else value
@@ -195,11 +253,12 @@ def _is_plain(value: Any) -> bool:
     return value is None or type(value) in (bool, int, float, str)
 
 
-def _write_tensors(tensors: dict[str, Tensor], directory: Path) -> None:
+def _write_tensors(
+    tensors: dict[str, Tensor], directory: Path, group: dist.ProcessGroup | None
+) -> None:
     # One thread: torch loses an error, such as a full disk, that a second one meets.
     writer = FileSystemWriter(directory, thread_count=1)
-    with _quiet():
-        save_tensors(dict(tensors), storage_writer=writer, no_dist=alone())
+    save_tensors(dict(tensors), storage_writer=writer, process_group=group, no_dist=alone())
 
 
 def _stored_layout(
@@ -220,9 +279,9 @@ def _stored_layout(
     }
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torch's warning that it saves from a single process, which is what is meant."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+def _no_warning_of_being_alone() -> None:
+    """torch warns that it saves from a single process, which is what is meant.
+
+    Said for good and not for a block: filters belong to all threads together.
+    """
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")

@@ -17,6 +17,9 @@ class DistilConfig:
 
     teacher: str
     """A run or model directory, or one of Hugging Face's. It is read and never written."""
+    store: str | None = None
+    """A folder with the teacher's probabilities for the rows of this run, which `switchworks
+    prepare` makes; the teacher itself then does not run. None: it runs beside the student."""
     soft_weight: float = 0.25
     """Share of the teacher's probabilities in the loss; the rest is the text's. 0 learns from the
     text alone, 1 from the teacher alone."""

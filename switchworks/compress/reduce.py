@@ -97,4 +97,9 @@ def as_text(fewer: Fewer, seen: list[Batch]) -> str:
             f"  {name:<20} {share:4.0%} of the tokens, output x {float(scales.min()):.2f} to "
             f"{float(scales.max()):.2f}, experts {experts}"
         )
+        if unused := [group.members[0] for group in groups if not group.share]:
+            lines.append(
+                f"  {'':<20} no token wants {len(unused)} of these ({' '.join(map(str, unused))}): "
+                "keep fewer, or give more --text or --batches"
+            )
     return "\n".join(lines)

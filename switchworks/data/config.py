@@ -61,7 +61,8 @@ class DataConfig:
     """"span_corruption" hides spans of the text, which the model writes (T5). "causal" has the
     model predict every token from those before it, for decoder-only models."""
     input_length: int = 512
-    """L: encoder positions per row, the closing EOS included. "causal" has none: 0."""
+    """L: encoder positions per row, the closing EOS included. "causal" has none: 0. For tasks and a
+    decoder-only model, those of the prompt."""
     target_length: int = 114
     """T: decoder positions per row, the closing EOS included; for "causal" the whole row."""
     noise_density: float = 0.15
@@ -86,8 +87,9 @@ class DataConfig:
     """A task with more examples counts as one with so many, as in T5's mixtures."""
     task_temperature: float = 1.0
     """Shares are in proportion to size ** (1 / temperature): 1 is by size, more is more equal."""
-    task_packing: Literal["packed", "padded"] = "packed"
-    """"packed": a row holds as many examples of one task as fit. "padded": one."""
+    task_packing: Literal["auto", "packed", "padded"] = "auto"
+    """"packed": a row holds as many examples of one task as fit. "padded": one, as decoder-only
+    models need it. "auto" packs for models with an encoder."""
     task_metrics: tuple[str, ...] = ("accuracy",)
     """How answers to tasks from tables are judged."""
     task_labels: tuple[str, ...] = ()
@@ -129,6 +131,13 @@ class DataConfig:
         """Whether there are several corpora: named ones, or one for each language."""
         embedded = self.path is None and self.source == "catalogs"
         return bool(self.mixture or self.languages or embedded)
+
+    @property
+    def packs_tasks(self) -> bool:
+        """Whether a row may hold several examples of a task."""
+        if self.task_packing == "auto":
+            return self.objective != "causal"
+        return self.task_packing == "packed"
 
     def _check_languages(self) -> None:
         if not 0.9 <= self.character_coverage <= 1:
@@ -180,15 +189,29 @@ class DataConfig:
             raise ConfigError(
                 "data.tasks and data.mixture both say what to train on.\n  Keep one of them."
             )
-        if self.tasks and self.objective == "causal":
+
+    def _check_causal_tasks(self) -> None:
+        """A decoder-only model reads a prompt of `input_length` and learns from the target only."""
+        if self.task_packing == "packed":
             raise ConfigError(
-                "data.tasks need an encoder, and the causal objective is for models without one.\n"
-                "  Train them with an encoder-decoder model and --data.objective span_corruption."
+                "data.task_packing = 'packed', but a decoder-only model reads a prompt and its "
+                "target as one text,\n  of which only the target is learnt. "
+                "Set --data.task-packing padded."
+            )
+        if self.input_length < 2:
+            prompt = max(2, round(0.8 * self.target_length))
+            raise ConfigError(
+                f"data.input_length = {self.input_length} leaves no room for the inputs of "
+                "data.tasks, which a decoder-only model reads as prompts.\n"
+                f"  Share the row out, for example --data.input-length {prompt} "
+                f"--data.target-length {max(2, self.target_length - prompt)}."
             )
 
     def _check_causal(self) -> None:
         if self.objective != "causal":
             return
+        if self.tasks:
+            return self._check_causal_tasks()
         if self.input_length:
             raise ConfigError(
                 f"data.input_length = {self.input_length}, but the causal objective has no inputs: "

@@ -129,9 +129,7 @@ class Mixture:
         world: int = 1,
     ) -> None:
         """`rates` are in the order of `stores`. Raises what `Pipeline` does, naming the corpus."""
-        check_shares(batch_size, rank, world)
-        if seed < 0:
-            raise ConfigError(f"seed = {seed} is negative. Use 0 or more.")
+        check_shares(batch_size, seed, rank, world)
         self.config = config
         self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
         self.parts = {

@@ -106,9 +106,7 @@ class Pipeline:
         Raises ConfigError for lengths, ranks or a seed that cannot work, DataError for a corpus
         that does not fill one row.
         """
-        check_shares(batch_size, rank, world)
-        if seed < 0:
-            raise ConfigError(f"seed = {seed} is negative. Use 0 or more.")
+        check_shares(batch_size, seed, rank, world)
         self.config, self.store, self.tokenizer = config, store, tokenizer
         self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
         self.corruption = SpanCorruption(
@@ -269,8 +267,11 @@ def validation_batches(
     return [pipeline.batch(step) for step in range(min(batches, full))]
 
 
-def check_shares(batch_size: int, rank: int, world: int) -> None:
-    """Raises ConfigError unless `rank` is one of `world` ranks that can share a batch evenly."""
+def check_shares(batch_size: int, seed: int, rank: int, world: int) -> None:
+    """Raises ConfigError unless `rank` is one of `world` ranks that can share a batch evenly, or
+    for a seed that is negative."""
+    if seed < 0:
+        raise ConfigError(f"seed = {seed} is negative. Use 0 or more.")
     if not 0 <= rank < world:
         raise ConfigError(f"rank = {rank} is not one of the {world} ranks from 0 to {world - 1}.")
     if batch_size < 1 or batch_size % world:

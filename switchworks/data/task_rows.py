@@ -57,7 +57,7 @@ class TaskRows:
         self.cut = tuple(int(number) for number in (lengths > row).sum(axis=0))
         self.lengths = np.minimum(lengths, row)
         shuffled = np.random.default_rng([seed, _PLAN]).permutation(len(store))
-        if config.task_packing == "packed":
+        if config.packs_tasks:
             self.plan = plan_rows(shuffled, self.lengths[shuffled], config)
         else:
             self.plan = Plan(shuffled, np.arange(len(store) + 1))
@@ -89,7 +89,7 @@ class TaskRows:
         assert all(len(part.inputs) == 1 for part in packed)
         parts = (torch.from_numpy(np.concatenate(part)) for part in zip(*packed, strict=True))
         inputs, targets, input_segments, target_segments = parts
-        if self.config.task_packing == "padded":
+        if not self.config.packs_tasks:
             return Batch(inputs=inputs, targets=targets)
         return Batch(
             inputs=inputs,
@@ -178,9 +178,7 @@ class TaskMixture(Mixture):
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        check_shares(batch_size, rank, world)
-        if seed < 0:
-            raise ConfigError(f"seed = {seed} is negative. Use 0 or more.")
+        check_shares(batch_size, seed, rank, world)
         if not stores:
             raise DataError("None of the tasks has a training split.")
         self.config = config

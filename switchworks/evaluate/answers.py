@@ -2,7 +2,10 @@
 
 Inputs are answered in batches of similar length, the longest first, so that little is padding and
 a batch too large for the memory shows at once. No token is dropped in evaluation, so an answer
-does not depend on its neighbours. Letters: B sequences, T target length, V vocabulary.
+does not depend on its neighbours. A decoder-only model reads the input and its EOS as a prompt, and
+what it writes then is the answer, as in training.
+
+Letters: B sequences, T target length, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,11 +18,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from switchworks.config import ConfigError
+from switchworks.config import ConfigError, check_at_least
 from switchworks.data.task_rows import with_eos
 from switchworks.data.tasks import Example, Task
 from switchworks.data.tokenizer import Tokenizer
-from switchworks.generate import generate
+from switchworks.generate import BeamSearch, generate
 from switchworks.model import SwitchTransformer
 
 
@@ -34,15 +37,21 @@ class Answering:
     """Longer inputs lose their end."""
     max_length: int = 128
     """Tokens written at most."""
+    beams: BeamSearch = BeamSearch(beams=1)  # noqa: RUF009  it is frozen
+    """How likely texts are looked for; with one beam greedily."""
     batch_size: int = 32
     """Sequences answered at once."""
     examples: int = 0
     """At most so many of a split, evenly spread over it. 0: all."""
 
     def __post_init__(self) -> None:
-        for name, least in (("input_length", 2), ("max_length", 1), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} = {getattr(self, name)} must be at least {least}.")
+        check_at_least(self, "", 2, "input_length")
+        check_at_least(self, "", 1, "max_length", "batch_size")
+        if self.decode == "rank" and self.beams.beams > 1:
+            raise ConfigError(
+                f"beams = {self.beams.beams} are for writing answers, and decode = rank chooses "
+                "among those there are.\n  Use one of them."
+            )
 
 
 def answer(
@@ -52,12 +61,8 @@ def answer(
     examples: Sequence[Example],
     how: Answering,
 ) -> list[str]:
-    """The model's answer to each example, in their order. Raises ConfigError for a model or a
-    task that cannot be asked this way."""
-    if model.config.decoder_only:
-        raise ConfigError(
-            "Tasks are text in and text out: they need an encoder, and this model is decoder-only."
-        )
+    """The model's answer to each example, in their order. Raises ConfigError for a task that
+    cannot be asked this way."""
     if how.decode == "rank":
         return choose(model, tokenizer, task, examples, how)
     return write(
@@ -72,13 +77,13 @@ def write(
     max_length: int,
     how: Answering,
 ) -> list[str]:
-    """What the model writes for each input, greedily, in at most `max_length` tokens."""
+    """What the model writes for each input, in at most `max_length` tokens."""
     tokens = encode_all(tokenizer, inputs, how.input_length)
     device = model.embedding.weight.device
     answers = [""] * len(inputs)
     for places in batches_by_length([len(ids) for ids in tokens], how.batch_size):
         batch = pad([tokens[place] for place in places]).to(device)
-        written = generate(model, batch, max_length=max_length)
+        written = generate(model, batch, max_length=max_length, beams=how.beams)
         for place, ids in zip(places, written.tolist(), strict=True):
             answers[place] = tokenizer.decode(ids)
     return answers

@@ -21,7 +21,8 @@ def named_tasks(path: Path, tasks: Sequence[str], folder: Path | None) -> DataCo
         data = from_dict(DataConfig, tomllib.loads(file.read_text(encoding="utf-8"))["data"])
     named = tuple(name for entry in tasks for name in entry.split(",") if name)
     if named:
-        data = replace(data, tasks=named, mixture=())
+        room = data.input_length or DataConfig().input_length  # causal text has none for inputs
+        data = replace(data, tasks=named, mixture=(), input_length=room, task_packing="auto")
     if folder is not None:
         data = replace(data, task_folder=str(folder))
     return data

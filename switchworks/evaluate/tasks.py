@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,7 @@ def as_json(results: Sequence[TaskResult], how: Answering, model: str, command: 
         "model": model,
         "command": command,
         "decode": how.decode,
+        **(asdict(how.beams) if how.beams.beams > 1 else {}),
         "input_length": how.input_length,
         "max_length": how.max_length,
         "tasks": {result.name: result.about() for result in results},

@@ -12,10 +12,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from switchworks.config import ConfigError
+from switchworks.generate.beam import BeamSearch, search
 from switchworks.generate.sampling import Sampling, choose
+from switchworks.generate.start import EOS, PAD, start
 from switchworks.model import SwitchTransformer
-
-PAD, EOS = 0, 1
 
 
 @torch.no_grad()
@@ -25,8 +25,11 @@ def generate(
     *,
     max_length: int = 128,
     sampling: Sampling | None = None,
+    beams: BeamSearch | None = None,
 ) -> Int[Tensor, "B T"]:
     """The tokens `model` writes for `inputs`, each row ended by EOS and then padded with 0.
+
+    Greedily, or as `sampling` or `beams` say.
 
     For a decoder-only model the inputs are prompts without EOS, padded on either side, and the
     tokens are what follows them.
@@ -37,10 +40,19 @@ def generate(
     if max_length < 1:
         raise ConfigError(f"max_length = {max_length} must be at least 1 token.")
     sampling = sampling or Sampling()
+    if beams is not None and beams.beams == 1:
+        beams = None
+    if beams is not None and sampling.temperature:
+        raise ConfigError(
+            f"temperature = {sampling.temperature} samples, and beams = {beams.beams} look for "
+            "the likeliest text.\n  Choose one of them."
+        )
     generator = torch.Generator(inputs.device).manual_seed(sampling.seed)
     was_training = model.training
     model.eval()
     try:
+        if beams is not None:
+            return search(model, inputs, max_length, beams)
         return _decode(model, inputs, max_length, sampling, generator)
     finally:
         model.train(was_training)
@@ -53,12 +65,7 @@ def _decode(
     sampling: Sampling,
     generator: torch.Generator,
 ) -> Tensor:
-    if model.config.decoder_only:
-        logits, cache = model.read_prompts(inputs, max_length)
-    else:
-        cache = model.start_decoding(model.encode(inputs), max_length)
-        start = torch.zeros_like(inputs[:, :1])  # decoding starts from id 0, as in T5
-        logits = model.decode_next(start, cache)
+    logits, cache = start(model, inputs, max_length)
     token = choose(logits[:, -1], sampling, generator)
     written = [token]
     ended = token == EOS

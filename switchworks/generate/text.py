@@ -7,16 +7,24 @@ import torch
 from switchworks.checkpoint.model_files import load
 from switchworks.config import CheckpointError, ConfigError
 from switchworks.data.tokenizer import Tokenizer
+from switchworks.generate.beam import BeamSearch
 from switchworks.generate.continuation import continuation
-from switchworks.generate.decode import EOS, generate
+from switchworks.generate.decode import generate
 from switchworks.generate.fill_in import HOLE, fill, parse_fills
 from switchworks.generate.sampling import Sampling
-from switchworks.kernels.int8 import quantise
+from switchworks.generate.start import EOS
+from switchworks.kernels.quantise import quantise
 from switchworks.model import SwitchTransformer
 
 
 def answer(
-    path: Path, text: str, *, max_length: int, sampling: Sampling, int8: bool = False
+    path: Path,
+    text: str,
+    *,
+    max_length: int,
+    sampling: Sampling,
+    beams: BeamSearch | None = None,
+    int8: bool = False,
 ) -> str:
     """`text` with its holes filled by the model in `path`, fills in square brackets.
 
@@ -34,7 +42,7 @@ def answer(
     if int8:
         model = quantise(model)
     write = continue_text if model.config.decoder_only else fill_text
-    return write(model, tokenizer, text, max_length=max_length, sampling=sampling)
+    return write(model, tokenizer, text, max_length=max_length, sampling=sampling, beams=beams)
 
 
 def fill_text(
@@ -44,6 +52,7 @@ def fill_text(
     *,
     max_length: int = 128,
     sampling: Sampling | None = None,
+    beams: BeamSearch | None = None,
 ) -> str:
     """`text` with every hole <extra_id_N> filled in square brackets; see `answer`."""
     if not text.strip():
@@ -51,7 +60,7 @@ def fill_text(
     if HOLE.search(text) is None:
         text = f"{text.rstrip()} <extra_id_0>"
     inputs = torch.tensor([[*tokenizer.encode(text), EOS]])
-    written = generate(model, inputs, max_length=max_length, sampling=sampling)
+    written = generate(model, inputs, max_length=max_length, sampling=sampling, beams=beams)
     return fill(text, parse_fills(tokenizer.decode(written[0].tolist())))
 
 
@@ -62,6 +71,7 @@ def continue_text(
     *,
     max_length: int = 128,
     sampling: Sampling | None = None,
+    beams: BeamSearch | None = None,
 ) -> str:
     """`text` and what a decoder-only model writes after it. An empty text begins a new one."""
     if HOLE.search(text) is not None:
@@ -70,7 +80,6 @@ def continue_text(
             "  Give the text up to the first <extra_id_N>."
         )
     prompt = tokenizer.encode(text.rstrip())
-    written = generate(
-        model, torch.tensor([prompt], dtype=torch.long), max_length=max_length, sampling=sampling
-    )
+    inputs = torch.tensor([prompt], dtype=torch.long)
+    written = generate(model, inputs, max_length=max_length, sampling=sampling, beams=beams)
     return text.rstrip() + continuation(tokenizer, prompt, written[0].tolist())

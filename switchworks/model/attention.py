@@ -159,7 +159,27 @@ class KeyValues(NamedTuple):
     v: Float[Tensor, "B H M K"]
 
 
-class Attention(nn.Module):
+class AttentionOutput(nn.Module):
+    """What every attention ends with: heads that read, and one matrix that mixes them."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.o = nn.Linear(config.num_heads * config.d_kv, config.d_model, bias=False)
+        self.dropout = SharedDropout(config.dropout)
+        self.attend: Attend = attend
+
+    def read(
+        self,
+        query: Float[Tensor, "B H L K"],
+        memory: KeyValues,
+        bias: Float[Tensor, "#B #H #L M"] | BiasParts | None,
+    ) -> Float[Tensor, "B L D"]:
+        """What each query reads from `memory`."""
+        return self.o(join_heads(self.attend(query, memory.k, memory.v, bias, self.dropout)))
+
+
+class Attention(AttentionOutput):
     """Multi-head attention from `x` to `memory`. H in the letters stands for H * K rows."""
 
     letters = {  # noqa: RUF012
@@ -170,15 +190,11 @@ class Attention(nn.Module):
     }
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.num_heads = config.num_heads
+        super().__init__(config)
         inner = config.num_heads * config.d_kv
         self.q = nn.Linear(config.d_model, inner, bias=False)
         self.k = nn.Linear(config.d_model, inner, bias=False)
         self.v = nn.Linear(config.d_model, inner, bias=False)
-        self.o = nn.Linear(inner, config.d_model, bias=False)
-        self.dropout = SharedDropout(config.dropout)
-        self.attend: Attend = attend
 
     def project(self, memory: Float[Tensor, "B M D"]) -> KeyValues:
         """The keys and values of `memory`."""
@@ -190,15 +206,6 @@ class Attention(nn.Module):
     ) -> tuple[Float[Tensor, "B H L K"], KeyValues, None]:
         """Queries, keys and values of `x`, for self-attention. `real` makes no difference here."""
         return split_heads(self.q(x), self.num_heads), self.project(x), None
-
-    def read(
-        self,
-        query: Float[Tensor, "B H L K"],
-        memory: KeyValues,
-        bias: Float[Tensor, "#B #H #L M"] | BiasParts | None,
-    ) -> Float[Tensor, "B L D"]:
-        """What each query reads from `memory`."""
-        return self.o(join_heads(self.attend(query, memory.k, memory.v, bias, self.dropout)))
 
     def forward(
         self,

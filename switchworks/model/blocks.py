@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from switchworks.model.attention import Attention, BiasParts, KeyValues, RelativeBias
-from switchworks.model.cache import LayerCache
+from switchworks.model.cache import DecoderCache, LayerCache
 from switchworks.model.config import ModelConfig
 from switchworks.model.layers import FFN, RMSNorm, SharedDropout
 from switchworks.model.switch_attention import SwitchAttention
@@ -96,6 +96,31 @@ class Stack(nn.Module):
         )
         self.final_norm = RMSNorm(config.d_model, config.norm_epsilon)
         self.dropout = SharedDropout(config.dropout)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B L D"],
+        bias: Float[Tensor, "#B H L M"] | BiasParts,
+        *,
+        segments: Int[Tensor, "B L"] | None,
+        memory: Float[Tensor, "B M2 D"] | None = None,
+        memory_bias: Float[Tensor, "B 1 #L M2"] | None = None,
+        cache: DecoderCache | None = None,
+    ) -> tuple[Float[Tensor, "B L D"], tuple[Routing, ...]]:
+        """`x` after all blocks and the final norm, and the reports of the switch layers.
+
+        With a `cache` the positions follow those it has seen, and cross-attention reads the
+        memory it holds.
+        """
+        reports: list[Routing] = []
+        for number, block in enumerate(self):
+            past = None if cache is None else cache.layers[number]
+            source = memory if past is None else past.memory
+            x, report = block(
+                x, bias, segments=segments, past=past, memory=source, memory_bias=memory_bias
+            )
+            reports += report
+        return self.dropout(self.final_norm(x)), tuple(reports)
 
     def __iter__(self) -> Iterator[Block]:
         """Its blocks, first to last."""

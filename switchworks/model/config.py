@@ -6,7 +6,7 @@ One object describes a model completely; `SwitchTransformer(config)` needs nothi
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from switchworks.config import ConfigError
+from switchworks.config import ConfigError, check_at_least, check_positive, check_rate
 
 StrategyName = Literal[
     "switch", "switch_max", "switch_random", "top2", "no_token_left_behind", "expert_choice"
@@ -79,43 +79,18 @@ class RoutingConfig:
     and 0.1 elsewhere. None: the model's own rate."""
 
     def __post_init__(self) -> None:
-        if self.experts < 1:
-            raise ConfigError(f"routing.experts = {self.experts} must be at least 1.")
-        if self.every < 1:
-            raise ConfigError(
-                f"routing.every = {self.every} must be at least 1, which makes every FFN sparse."
-            )
-        if self.group_sequences < 1:
-            raise ConfigError(
-                f"routing.group_sequences = {self.group_sequences} must be at least 1 row."
-            )
-        if self.min_capacity < 1:
-            raise ConfigError(
-                f"routing.min_capacity = {self.min_capacity} would leave experts without a slot.\n"
-                "  Use at least 1; Mesh-TensorFlow uses 4."
-            )
-        for name in ("capacity_factor", "eval_capacity_factor"):
-            factor = getattr(self, name)
-            if factor is not None and factor <= 0:
+        check_at_least(self, "routing.", 1, "experts", "every", "group_sequences", "min_capacity")
+        check_at_least(self, "routing.", 0, "balance_weight", "z_weight", "bias_rate")
+        check_at_least(self, "routing.", 0, "second_threshold")
+        check_rate(self, "routing.", "jitter", "input_dropout", "expert_dropout")
+        for name in ("capacity_factor", "eval_capacity_factor", "expert_capacity"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
                 raise ConfigError(
-                    f"routing.{name} = {factor} would drop every token.\n"
-                    "  Use 1.0 or more (1.25 in the paper), or none to drop no token at all."
+                    f"routing.{name} = {value} would drop every token.\n"
+                    "  Use 1 or more (a factor of 1.25 in the paper), or none: no such limit."
                 )
-        if self.expert_capacity is not None and self.expert_capacity < 1:
-            raise ConfigError(
-                f"routing.expert_capacity = {self.expert_capacity} would drop every token.\n"
-                "  Use at least 1, or none to let capacity_factor decide."
-            )
-        if not 0 <= self.jitter < 1:
-            raise ConfigError(f"routing.jitter = {self.jitter} must lie in [0, 1). T5 uses 0.01.")
-        if not 0 <= self.input_dropout < 1:
-            raise ConfigError(f"routing.input_dropout = {self.input_dropout} must lie in [0, 1).")
         self._check_expert_choice()
-        for name in ("balance_weight", "z_weight", "bias_rate", "second_threshold"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"routing.{name} = {getattr(self, name)} must not be negative.")
-        if self.expert_dropout is not None and not 0 <= self.expert_dropout < 1:
-            raise ConfigError(f"routing.expert_dropout = {self.expert_dropout} must lie in [0, 1).")
 
     def _check_expert_choice(self) -> None:
         if "expert_choice" not in (self.strategy, self.decoder_strategy):
@@ -221,13 +196,10 @@ class ModelConfig:
     """None: every FFN is dense and the model is T5."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "d_model", "d_ff", "d_kv", "num_heads", "num_layers"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model.{name} = {getattr(self, name)} must be at least 1.")
-        if self.num_decoder_layers is not None and self.num_decoder_layers < 1:
-            raise ConfigError(
-                f"model.num_decoder_layers = {self.num_decoder_layers} must be at least 1."
-            )
+        check_at_least(self, "model.", 1, "vocab_size", "d_model", "d_ff", "d_kv", "num_heads")
+        check_at_least(self, "model.", 1, "num_layers", "num_decoder_layers")
+        check_rate(self, "model.", "dropout")
+        check_positive(self, "model.", "init_scale")
         if self.decoder_only and self.num_decoder_layers is not None:
             raise ConfigError(
                 f"model.num_decoder_layers = {self.num_decoder_layers} is the depth beside an "
@@ -235,8 +207,6 @@ class ModelConfig:
                 "  Set model.num_layers and leave model.num_decoder_layers at none."
             )
         check_activation(self.activation)
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"model.dropout = {self.dropout} must lie in [0, 1).")
         if self.relative_buckets < 4 or self.relative_buckets % 4:
             raise ConfigError(
                 f"model.relative_buckets = {self.relative_buckets} must be a positive multiple of "
@@ -248,8 +218,6 @@ class ModelConfig:
                 f"model.relative_buckets = {self.relative_buckets}.\n  The first half are exact "
                 "distances; the rest reach from there to the maximum. T5: 32 and 128."
             )
-        if self.init_scale <= 0:
-            raise ConfigError(f"model.init_scale = {self.init_scale} must be positive.")
         if self.routing is not None:
             self.routing.for_decoder()
         layers = max(self.num_layers, self.decoder_layers)

@@ -8,22 +8,14 @@ Letters: B sequences, H heads, L length, K head width, D model width.
 """
 
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from switchworks.model.attention import (
-    Attend,
-    BiasParts,
-    KeyValues,
-    attend,
-    join_heads,
-    split_heads,
-)
+from switchworks.model.attention import AttentionOutput, KeyValues, split_heads
 from switchworks.model.config import ModelConfig
-from switchworks.model.layers import SharedDropout
 from switchworks.model.switch_ffn import Routing, SwitchFFN
 
 
-class SwitchAttention(nn.Module):
+class SwitchAttention(AttentionOutput):
     """Self-attention whose queries and keys come from the experts of a switch layer.
 
     The hidden layer of an expert is `d_ff` wide with a ReLU; its second matrix gives the query and
@@ -34,11 +26,9 @@ class SwitchAttention(nn.Module):
     letters = {"o.weight": "D H"}  # noqa: RUF012
 
     def __init__(self, config: ModelConfig, *, causal: bool) -> None:
-        super().__init__()
+        super().__init__(config)
         assert config.routing is not None
-        self.num_heads = config.num_heads
         self.scale = config.d_kv**-0.5
-        inner = config.num_heads * config.d_kv
         self.switch = SwitchFFN(
             config.d_model,
             config.d_ff,
@@ -46,11 +36,8 @@ class SwitchAttention(nn.Module):
             dropout=config.dropout,
             init_scale=config.init_scale,
             causal=causal,
-            d_out=2 * inner,
+            d_out=2 * config.num_heads * config.d_kv,
         )
-        self.o = nn.Linear(inner, config.d_model, bias=False)
-        self.dropout = SharedDropout(config.dropout)
-        self.attend: Attend = attend
 
     def ask(
         self, x: Float[Tensor, "B L D"], real: Bool[Tensor, "B L"] | None
@@ -60,12 +47,3 @@ class SwitchAttention(nn.Module):
         query, key = answers.chunk(2, dim=-1)
         key = split_heads(key, self.num_heads)
         return split_heads(query * self.scale, self.num_heads), KeyValues(key, key), routing
-
-    def read(
-        self,
-        query: Float[Tensor, "B H L K"],
-        memory: KeyValues,
-        bias: Float[Tensor, "#B #H #L M"] | BiasParts | None,
-    ) -> Float[Tensor, "B L D"]:
-        """What each query reads from `memory`."""
-        return self.o(join_heads(self.attend(query, memory.k, memory.v, bias, self.dropout)))

@@ -109,15 +109,18 @@ class SwitchTransformer(nn.Module):
         A decoder-only model reads inputs and targets as one text, of which only the targets
         count in the loss: inputs are prompts, padded on either side, or have width 0.
         """
-        _check(inputs, targets, input_segments, target_segments)
+        _check(inputs, targets, input_segments, target_segments, alone=self.encoder is None)
+        memory, tokens, segments = None, targets, target_segments
         if self.encoder is None:
-            return self._continue(inputs, targets, target_segments, padding)
-        memory = self.encode(inputs, segments=input_segments, padding=padding)
-        if target_segments is None and padding:
-            target_segments = (targets != 0).to(targets.dtype)
-        x, routing = self._decode(shift_right(targets, target_segments), target_segments, memory)
-        logits = self.logits(x)
-        routing = (*memory.routing, *routing)
+            tokens = torch.cat([align_right(inputs) if padding else inputs, targets], dim=1)
+        else:
+            memory = self.encode(inputs, segments=input_segments, padding=padding)
+        if segments is None and padding:
+            segments = (tokens != 0).to(tokens.dtype)
+        x, routing = self._decode(shift_right(tokens, segments), segments, memory)
+        logits = self.logits(x[:, tokens.shape[1] - targets.shape[1] :])
+        if memory is not None:
+            routing = (*memory.routing, *routing)
         return Output(logits, self._losses(logits, targets, routing), routing)
 
     def encode(
@@ -144,12 +147,8 @@ class SwitchTransformer(nn.Module):
                 seen = seen | (segments == 0)[:, None, :, None]
                 seen = seen & (segments != 0)[:, None, None]
             bias = bias + hide(seen, bias.dtype)
-        reports = []
-        for block in self.encoder:
-            x, report = block(x, bias, segments=segments)
-            reports += report
-        x = self.encoder.dropout(self.encoder.final_norm(x))
-        return Memory(x, segments, tuple(reports))
+        x, routing = self.encoder(x, bias, segments=segments)
+        return Memory(x, segments, routing)
 
     def start_decoding(self, memory: Memory, max_length: int) -> DecoderCache:
         """An empty cache for up to `max_length` tokens: cross-attention is projected once."""
@@ -194,16 +193,8 @@ class SwitchTransformer(nn.Module):
         if cache.prompt_bias is not None:
             written = first + count - cache.prompt_bias.shape[-1]
             bias = bias + F.pad(cache.prompt_bias, (0, written))
-        for block, past in zip(self.decoder, cache.layers, strict=True):
-            x, _ = block(
-                x,
-                bias,
-                segments=segments,
-                past=past,
-                memory=past.memory,
-                memory_bias=cache.memory_bias,
-            )
-        return self.logits(self.decoder.final_norm(x))
+        x, _ = self.decoder(x, bias, segments=segments, cache=cache, memory_bias=cache.memory_bias)
+        return self.logits(x)
 
     def _no_keys(self, like: Tensor, length: int) -> Float[Tensor, "B H T K"]:
         return like.new_zeros(like.shape[0], self.config.num_heads, length, self.config.d_kv)
@@ -236,26 +227,9 @@ class SwitchTransformer(nn.Module):
             return self.head(x)
         return F.linear(x * self.config.d_model**-0.5, self.embedding.weight)
 
-    def _continue(
-        self, prompts: Tensor, targets: Tensor, segments: Tensor | None, padding: bool
-    ) -> Output:
-        """Decoder-only: `forward`."""
-        if segments is not None and prompts.shape[1]:
-            raise ConfigError(
-                f"{prompts.shape[1]} positions of inputs beside packed targets: a decoder-only "
-                "model reads a row as one text.\n"
-                "  Put each prompt before its own targets and give inputs of width 0."
-            )
-        tokens = torch.cat([align_right(prompts) if padding else prompts, targets], dim=1)
-        if segments is None and padding:
-            segments = (tokens != 0).to(tokens.dtype)
-        x, routing = self._decode(shift_right(tokens, segments), segments, None)
-        logits = self.logits(x[:, prompts.shape[1] :])
-        return Output(logits, self._losses(logits, targets, tuple(routing)), tuple(routing))
-
     def _decode(
         self, tokens: Tensor, segments: Tensor | None, memory: Memory | None
-    ) -> tuple[Tensor, list[Routing]]:
+    ) -> tuple[Tensor, tuple[Routing, ...]]:
         """Teacher forcing: the decoder's states for every position, and its layers' reports."""
         length = tokens.shape[1]
         x = self.dropout(self.embedding(tokens))
@@ -269,17 +243,8 @@ class SwitchTransformer(nn.Module):
                 keys = torch.ones(memory.states.shape[:2], dtype=segments.dtype).to(x.device)
             memory_bias = hide(visible(segments, keys), x.dtype)
         bias = self.decoder.relative_bias(length, length) + hide(seen, x.dtype)
-        reports: list[Routing] = []
-        for block in self.decoder:
-            x, report = block(
-                x,
-                bias,
-                segments=segments,
-                memory=None if memory is None else memory.states,
-                memory_bias=memory_bias,
-            )
-            reports += report
-        return self.decoder.dropout(self.decoder.final_norm(x)), reports
+        states = None if memory is None else memory.states
+        return self.decoder(x, bias, segments=segments, memory=states, memory_bias=memory_bias)
 
     def _losses(self, logits: Tensor, targets: Tensor, routing: tuple[Routing, ...]) -> Losses:
         nats, squared_log_z = self.cross_entropy(logits, targets)
@@ -296,7 +261,12 @@ class SwitchTransformer(nn.Module):
 
 
 def _check(
-    inputs: Tensor, targets: Tensor, input_segments: Tensor | None, target_segments: Tensor | None
+    inputs: Tensor,
+    targets: Tensor,
+    input_segments: Tensor | None,
+    target_segments: Tensor | None,
+    *,
+    alone: bool,
 ) -> None:
     if inputs.shape[0] != targets.shape[0]:
         raise ConfigError(
@@ -308,6 +278,12 @@ def _check(
         raise ConfigError(
             f"Only {given} is given, so packed targets would read the wrong inputs.\n"
             "  Give segment ids for both, or for neither."
+        )
+    if alone and target_segments is not None and inputs.shape[1]:
+        raise ConfigError(
+            f"{inputs.shape[1]} positions of inputs beside packed targets: a decoder-only model "
+            "reads a row as one text.\n"
+            "  Put each prompt before its own targets and give inputs of width 0."
         )
 
 

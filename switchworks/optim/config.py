@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from switchworks.config import ConfigError
+from switchworks.config import ConfigError, check_at_least, check_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,26 +48,11 @@ class OptimConfig:
     """adafactor: scale and clip each expert by itself (T5X), not the whole stack (Mesh-TF)."""
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise ConfigError(f"optim.lr = {self.lr} must be positive.")
+        check_positive(self, "optim.", "lr", "eps", "decay_exponent", "clip_update")
+        check_positive(self, "optim.", "relative_bias_floor", "adapter_floor", "clip_norm")
+        check_at_least(self, "optim.", 0, "warmup_steps", "weight_decay")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"optim.betas = {self.betas} must be two numbers in [0, 1).")
-        if self.clip_norm is not None and self.clip_norm <= 0:
-            raise ConfigError(
-                f"optim.clip_norm = {self.clip_norm} must be positive. Use none for no bound."
-            )
-        for name in (
-            "eps",
-            "decay_exponent",
-            "clip_update",
-            "relative_bias_floor",
-            "adapter_floor",
-        ):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"optim.{name} = {getattr(self, name)} must be positive.")
-        for name in ("warmup_steps", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"optim.{name} = {getattr(self, name)} must be at least 0.")
         if not 0 <= self.final_lr_share <= 1:
             raise ConfigError(
                 f"optim.final_lr_share = {self.final_lr_share} must be between 0 and 1."

@@ -32,6 +32,7 @@ def parallelize(
     letters: Mapping[str, str],
     *,
     shard: bool = True,
+    overlap: int = 1,
 ) -> GradientSum:
     """Spread `model`, which every rank holds whole, over `mesh`; None leaves it alone.
 
@@ -42,7 +43,7 @@ def parallelize(
     if mesh is None:
         return GradientSum(model, {})
     sizes = dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True))
-    config = MeshConfig(**sizes, shard=shard)
+    config = MeshConfig(**sizes, shard=shard, overlap=overlap)
     check_fit(model.config, config)
     shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
     where = places(letters, shapes, config)
@@ -102,7 +103,8 @@ def _share_experts(model: SwitchTransformer, mesh: DeviceMesh, config: MeshConfi
         if config.expert > 1 or config.model > 1:
             compute_with_own_part(layer.experts)
         if config.expert > 1:
-            layer.dispatcher = AllToAllDispatcher(layer.dispatcher, mesh.get_group("expert"))
+            group = mesh.get_group("expert")
+            layer.dispatcher = AllToAllDispatcher(layer.dispatcher, group, config.overlap)
 
 
 def _shard_fully(model: SwitchTransformer, where: Mapping[str, Place], mesh: DeviceMesh) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from jaxtyping import Float
 from torch import Tensor
@@ -60,6 +61,82 @@ def exchange(
     return functional.wait_tensor(
         functional.all_to_all_single_autograd(rows.contiguous(), *splits, group)
     )
+
+
+class Flight:
+    """Rows that are on their way to other ranks, and later their gradients on the way back."""
+
+    def __init__(
+        self, group: ProcessGroup, send: Sequence[int] | None, receive: Sequence[int] | None
+    ) -> None:
+        self.group = group
+        self.send = None if send is None else list(send)
+        self.receive = None if receive is None else list(receive)
+        self.rows: Tensor
+        """What comes; not to be read before `arrive`."""
+        self._under_way: tuple[Any, Tensor, Tensor]
+
+    def take_off(self, rows: Tensor, *, back: bool) -> Tensor:
+        """Where `rows` will be on the other side."""
+        going, coming = (self.receive, self.send) if back else (self.send, self.receive)
+        rows = rows.contiguous()
+        space = rows.new_empty(len(rows) if coming is None else sum(coming), *rows.shape[1:])
+        work = dist.all_to_all_single(space, rows, coming, going, group=self.group, async_op=True)
+        self._under_way = work, rows, space  # both are kept until they have landed
+        return space
+
+    def land(self) -> Tensor:
+        """The rows, once they are there."""
+        work, _, space = self._under_way
+        work.wait()
+        del self._under_way
+        return space
+
+
+class _Depart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, flight: Flight) -> Tensor:
+        ctx.flight = flight
+        return flight.take_off(rows, back=False)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
+        return ctx.flight.land(), None
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, flight: Flight) -> Tensor:
+        ctx.flight = flight
+        flight.land()
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, of_rows: Tensor) -> tuple[Tensor, None]:
+        ctx.flight.take_off(of_rows, back=True)
+        return of_rows, None  # only has the shape; what `_Depart` returns is what travelled
+
+
+def depart(
+    rows: Float[Tensor, "N D"],
+    group: ProcessGroup,
+    *,
+    send: Sequence[int] | None = None,
+    receive: Sequence[int] | None = None,
+) -> Flight:
+    """Begin to `exchange` rows; `arrive` ends it. What is computed between the two hides it.
+
+    The gradient of what is computed after `arrive` begins its way back as soon as it is there, and
+    is waited for where the rows came from.
+    """
+    flight = Flight(group, send, receive)
+    flight.rows = _Depart.apply(rows, flight)
+    return flight
+
+
+def arrive(flight: Flight) -> Float[Tensor, "M D"]:
+    """The rows that have come."""
+    return _Arrive.apply(flight.rows, flight)
 
 
 def _summed(x: Tensor, group: ProcessGroup) -> Tensor:

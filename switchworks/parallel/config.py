@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from switchworks.config import ConfigError
+from switchworks.config import ConfigError, check_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,11 +19,21 @@ class MeshConfig:
     shard: bool = True
     """Each rank that sees rows of its own keeps a part of every weight, gradient and moment and
     gathers a block's weights when it computes it (full shard); without, each keeps them whole."""
+    overlap: int = 1
+    """Parts in which a rank's tokens go to the experts of other ranks: while the experts have one,
+    the next is on its way, and so are gradients. 1: all at once. The sums of weights' gradients are
+    taken in another order, and an expert's weights may be gathered once for each part."""
+    timeout: float = 1800.0
+    """Seconds after which ranks give up a step that does not end, and say which of them hangs and
+    where. What happens between steps, validation for one, counts as part of one. 0: never."""
 
     def __post_init__(self) -> None:
-        for name in ("data", "expert", "model"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"mesh.{name} = {getattr(self, name)} must be at least 1.")
+        check_at_least(self, "mesh.", 1, "data", "expert", "model")
+
+        if self.overlap < 1:
+            raise ConfigError(f"mesh.overlap = {self.overlap} parts must be at least 1.")
+        if not self.timeout >= 0:
+            raise ConfigError(f"mesh.timeout = {self.timeout} seconds must be 0 (never) or more.")
 
     @property
     def size(self) -> int:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from switchworks.config import ConfigError
+from switchworks.parallel import launch
 from switchworks.parallel.config import MeshConfig
 
 AXES = ("data", "expert", "model")
@@ -99,7 +100,7 @@ def ranks_of(config: MeshConfig, world: int) -> Iterator[Ranks]:
     if begun:
         if device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        launch.begin("nccl" if device == "cuda" else "gloo", config.timeout)
     yield Ranks(build_mesh(config, device))
     if begun:
         dist.barrier()  # without it gloo may abort whoever is still listening

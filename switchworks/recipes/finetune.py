@@ -58,11 +58,14 @@ def _rows_of(init: Path | str | None) -> DataConfig:
     if init is None:
         return quickstart().data
     theirs = text_of(Path(init))
+    lengths = theirs.input_length, theirs.target_length
+    if theirs.objective == "causal":  # of tasks it may have inputs, of text it has none
+        lengths = 0, sum(lengths)
     return DataConfig(
         tokenizer=str(init),
         objective=theirs.objective,
-        input_length=theirs.input_length,
-        target_length=theirs.target_length,
+        input_length=lengths[0],
+        target_length=lengths[1],
         noise_density=theirs.noise_density,
         mean_span=theirs.mean_span,
         packing=theirs.packing,

@@ -85,16 +85,29 @@ def quickstart_lm_dense() -> Experiment:
 
 
 def speedup() -> Experiment:
-    """`quickstart` with 3000 steps on any machine, to measure how many steps sparsity saves.
+    """A language model with 8 experts in every block, to measure how many steps sparsity saves.
 
-    Not yet run end to end. Within 600 steps the two sides are level: experiments/ has what is
-    known.
+    Smaller than `quickstart_lm`, so that within minutes a thread reads enough text for parameters
+    to be what is short: each token uses 0.62M of 1.1M. A causal model, because all 78 tokens of a
+    row are predicted, and not the 14 that span corruption asks for: the encoder-decoder pair is
+    still level at this length. experiments/ has the figures.
     """
-    return replace(quickstart(), name="speedup", steps=3000, validate_every=200)
+    pair = quickstart_lm()
+    shape = replace(pair.model, d_model=64, d_ff=256, d_kv=16, num_layers=2)
+    routing = RoutingConfig(experts=8, every=1, group_sequences=64)
+    return replace(
+        pair,
+        name="speedup",
+        steps=1500,
+        model=replace(shape, routing=routing),
+        optim=replace(pair.optim, lr=0.1),
+        validation_batches=32,
+        checkpoint_every=1500,
+    )
 
 
 def speedup_dense() -> Experiment:
-    """The dense twin of `speedup`."""
+    """The dense twin of `speedup`. Tried by itself, the same rate is best for it."""
     return dense_twin(speedup())
 
 

@@ -90,12 +90,13 @@ def line_chart(
     *,
     from_zero: bool = False,
     reference: tuple[float, str] | None = None,
+    mark: tuple[float, str] | None = None,
 ) -> str:
     """A `<figure>` with `curves`; "" if none of them has a point.
 
     The y axis fits what comes after the first tenth of the run: the fall at the beginning
     would flatten all the rest. What lies outside is cut off, and said. `reference` is a value
-    worth a dashed line, and its name.
+    worth a dashed line, and its name; `mark` is a place along x worth one.
     """
     several = len(curves) > 1  # then a single one with points must be named, too
     curves = [curve for curve in curves if len(curve.x)]
@@ -106,6 +107,7 @@ def line_chart(
     parts = [
         _axes(frame, x_label),
         _reference(frame, reference) if reference else "",
+        _mark(frame, mark, curves) if mark else "",
         f'<svg x="{frame.left}" y="{frame.top}" width="{frame.right - frame.left}" '
         f'height="{frame.bottom - frame.top}" '
         f'viewBox="{frame.left} {frame.top} {frame.right - frame.left} {frame.bottom - frame.top}">'
@@ -336,6 +338,22 @@ def _reference(frame: Frame, reference: tuple[float, str]) -> str:
     return (
         f'<path class="reference" d="M{frame.left} {y:.1f}H{frame.right}"/>'
         f'<text class="small" x="{frame.left + 4}" y="{y - 5:.1f}">{escape(name)}</text>'
+    )
+
+
+def _mark(frame: Frame, mark: tuple[float, str], curves: Sequence[Curve]) -> str:
+    """A dashed line across, named where the curves leave room: at the bottom or at the top."""
+    place, name = mark
+    if not frame.x[0] <= place <= frame.x[1]:
+        return ""
+    x, middle = frame.across(place), (frame.top + frame.bottom) / 2
+    late = x > (frame.left + frame.right) / 2  # then its name stands before it
+    heights = [frame.down(float(np.interp(place, one.x, one.shown))) for one in curves]
+    y = frame.bottom - 6 if np.mean(heights) < middle else frame.top + 12
+    return (
+        f'<path class="reference" d="M{x:.1f} {frame.top}V{frame.bottom}"/>'
+        f'<text class="small" x="{x + (-4 if late else 4):.1f}" y="{y}" '
+        f'text-anchor="{"end" if late else "start"}">{escape(name)}</text>'
     )
 
 

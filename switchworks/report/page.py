@@ -19,6 +19,7 @@ from switchworks.report.figures import (
     speedups,
 )
 from switchworks.report.runs import Run, Sample, baseline, last_part
+from switchworks.report.tasks import best_mark, said_of_best, task_charts, task_rows
 
 SAMPLE_STEPS = 8
 """Most steps whose samples are shown: the newest, the first and some between."""
@@ -34,7 +35,7 @@ def page(runs: Sequence[Run]) -> str:
         sections.append(_comparison(runs))
     elif runs[0].rows:
         sections.append(_tiles(figures(runs[0])))
-    sections += [_learning(runs), _corpora(runs), _speed(runs), _routing(runs)]
+    sections += [_learning(runs), _tasks(runs), _corpora(runs), _speed(runs), _routing(runs)]
     sections += [_loads(run, several=len(runs) > 1) for run in runs]
     sections += [_samples(run, several=len(runs) > 1) for run in runs]
     sections += [_origin(runs), _settings(runs)]
@@ -197,7 +198,7 @@ def _learning(runs: Sequence[Run]) -> str:
     unit, rate = "nats per target token", _curves(runs, "train/lr", plain=True)
     by_time, by_tokens = _losses(runs, "seconds", seconds), _losses(runs, "tokens", tokens)
     charts = [
-        line_chart("Loss by step", unit, "step", _losses(runs, "step", 1)),
+        line_chart("Loss by step", unit, "step", _losses(runs, "step", 1), mark=best_mark(runs)),
         line_chart("Loss by time", unit, f"training time, {clock}", by_time),
         line_chart("Loss by tokens", unit, f"tokens seen, {many}", by_tokens),
         line_chart("Learning rate", "", "step", rate, from_zero=True),
@@ -205,6 +206,26 @@ def _learning(runs: Sequence[Run]) -> str:
     said = "Lower is better. Training loss is smoothed"
     said += ", with its raw values behind." if len(runs) == 1 else "."
     return _section("How it learned", said, charts)
+
+
+def _tasks(runs: Sequence[Run]) -> str:
+    """Every task's metrics as measured while training, and which step was the best."""
+    charts = task_charts(runs)
+    said = [
+        (f"{run.name}: " if len(runs) > 1 else "") + text
+        for run in runs
+        if (text := said_of_best(run))
+    ]
+    if not charts:
+        return f'<section><p class="soft">{escape(" ".join(said))}</p></section>' if said else ""
+    said.insert(0, "Answers to the same validation examples, out of 100; higher is better.")
+    rows = [[_cell(*cell) for cell in row] for row in task_rows(runs)]
+    return (
+        f'<section><h2>The tasks</h2><p class="soft">{escape(" ".join(said))}</p>'
+        f'<div class="grid">{"".join(charts)}</div><div class="card scroll">'
+        + _table(["", *(run.name for run in runs)], rows)
+        + "</div></section>"
+    )
 
 
 def _corpora(runs: Sequence[Run]) -> str:

@@ -27,8 +27,8 @@ def write_routing_report(
 ) -> dict[str, Any]:
     """`output` holds the report on the model in `path` as a page, and beside it as JSON.
 
-    Held-out rows of `data` are routed, those of a mixture labelled by its corpora. Raises
-    CheckpointError if there is no tokenizer, or if `against` is no state of the same model.
+    Held-out rows of `data` are routed, labelled by their corpus in a mixture or by their task.
+    Raises CheckpointError if there is no tokenizer, or if `against` is no state of the same model.
     """
     model, tokenizer = _open(path)
     other = None
@@ -42,7 +42,7 @@ def write_routing_report(
     data = replace(data, tokenizer=str(path))
     corpora = prepare_corpora(data, vocab_size=model.config.vocab_size)
     held_out = corpora.held_out(batch_size=batch_size, batches=batches)
-    text = ", ".join(data.corpora) or data.path or data.dataset or data.source
+    text = ", ".join(data.tasks or data.corpora) or data.path or data.dataset or data.source
     named = {name or "text": rows for name, rows in held_out.batches.items()}
     report = {"model": str(path), "against": against and str(against), "text": str(text)}
     report |= routing_report(model, tokenizer, named, against=other)

@@ -42,6 +42,8 @@ class Run:
     settings: dict[str, Any] = field(default_factory=dict)
     """experiment.toml, flattened: dotted name -> value."""
     about: dict[str, Any] = field(default_factory=dict)
+    best: dict[str, Any] = field(default_factory=dict)
+    """best.json: which step's weights became the model, and by what. Empty: the last one's."""
     rows: tuple[dict[str, Any], ...] = ()
     samples: tuple[Sample, ...] = ()
     """Newest first."""
@@ -116,6 +118,7 @@ def read_run(path: Path) -> Run:
         name=str(settings.get("name") or path.resolve().name),
         settings=settings,
         about=_mapping(path / "about.json", json.loads, notes),
+        best=_mapping(path / "best.json", json.loads, notes),
         rows=_rows(path / "metrics.jsonl", notes),
         samples=_samples(path / "samples.jsonl", notes),
         notes=tuple(notes),

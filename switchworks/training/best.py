@@ -153,6 +153,7 @@ class KeepBest:
 
     def _prune(self, current: int) -> None:
         """Delete what neither `current` nor any kept checkpoint would be the best of."""
+        self.checkpoints.wait()  # the one that is being written will be kept too
         found = re.compile(r"step_(\d{8,})")
         steps = {
             int(match[1]): path

@@ -7,7 +7,7 @@ from typing import Literal
 
 from switchworks.adapt.config import LoraConfig
 from switchworks.compress.config import DistilConfig
-from switchworks.config import ConfigError
+from switchworks.config import ConfigError, check_at_least
 from switchworks.data.config import DataConfig
 from switchworks.model.config import ModelConfig
 from switchworks.optim.config import OptimConfig
@@ -22,8 +22,8 @@ class BestConfig:
     """Any number in metrics.jsonl: val/loss, val/loss/CORPUS, task/NAME/accuracy. Averages of
     training (train/...) begin anew when a run is resumed; the others do not know of it."""
     mode: Literal["auto", "min", "max"] = "auto"
-    """Whether the least or the greatest is the best. auto: the least of a loss or perplexity; of
-    anything else it has to be said."""
+    """Whether the least or the greatest is the best. auto: the least of a loss or perplexity, the
+    greatest of the metrics of tasks (task/...); of anything else it has to be said."""
     patience: int = 0
     """The run ends when the metric was measured this many times in a row and was no better. 0: it
     goes on to its last step."""
@@ -36,7 +36,8 @@ class BestConfig:
                 f"best.patience = {self.patience} and best.min_delta = {self.min_delta} must be 0 "
                 "or more."
             )
-        if self.mode == "auto" and not re.search("loss|perplexity", self.metric):
+        known = re.search("loss|perplexity", self.metric) or self.metric.startswith("task/")
+        if self.mode == "auto" and not known:
             raise ConfigError(
                 f"best.metric = {self.metric}: is more of it better, or less?\n"
                 "  Say --best.mode max or --best.mode min."
@@ -45,7 +46,9 @@ class BestConfig:
     @property
     def direction(self) -> Literal["min", "max"]:
         """Which way is better."""
-        return "min" if self.mode == "auto" else self.mode
+        if self.mode != "auto":
+            return self.mode
+        return "max" if self.metric.startswith("task/") else "min"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,13 +106,13 @@ class Experiment:
     """The last step always has a checkpoint, and so has one that a signal ended."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept. 0 keeps all."""
+    async_checkpoints: bool = False
+    """Train on while a checkpoint is written, from a copy of the state in the host's memory."""
     threads: int = 0
     """CPU threads. 0: as many as torch finds fit."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "micro_batches"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} = {getattr(self, name)} must be at least 1.")
+        check_at_least(self, "", 1, "steps", "batch_size", "micro_batches")
         for name in _CADENCES:
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} = {getattr(self, name)} must be 0 (never) or more.")
@@ -118,15 +121,7 @@ class Experiment:
                 f"freeze = {' '.join(self.freeze)} beside lora, which freezes all of the model.\n"
                 "  Leave --freeze out; --lora.also-train names what is trained beside the adapters."
             )
-        if (
-            self.best is not None
-            and self.best.metric.startswith("val/")
-            and not self.validate_every
-        ):
-            raise ConfigError(
-                f"best.metric = {self.best.metric} is never measured: validate_every is 0.\n"
-                "  Set --validate-every to a number of steps."
-            )
+        self._check_best()
         self._check_objective()
         self._check_rows()
         self._check_groups()
@@ -140,19 +135,33 @@ class Experiment:
     def group_tokens(self) -> dict[str, int]:
         """Tokens that compete for the same slots, in the layers of each stack there is."""
         rows = 1 if self.model.routing is None else self.model.routing.group_sequences
-        decoder = {"decoder": rows * self.data.target_length}
-        if self.model.decoder_only:
-            return decoder
-        return {"encoder": rows * self.data.input_length} | decoder
+        inputs, targets = rows * self.data.input_length, rows * self.data.target_length
+        if self.model.decoder_only:  # one text: the prompt, if there is one, and the target
+            return {"decoder": inputs + targets}
+        return {"encoder": inputs, "decoder": targets}
+
+    def _check_best(self) -> None:
+        metric = "" if self.best is None else self.best.metric
+        if metric.startswith("val/") and not self.validate_every:
+            raise ConfigError(
+                f"best.metric = {metric} is never measured: validate_every is 0.\n"
+                "  Set --validate-every to a number of steps."
+            )
+        if metric.startswith("task/") and not (self.data.tasks and self.evaluate_every):
+            why = "evaluate_every is 0" if self.data.tasks else "there are no data.tasks"
+            raise ConfigError(
+                f"best.metric = {metric} is never measured: {why}.\n"
+                "  Set --data.tasks, and --evaluate-every to a number of steps."
+            )
 
     def _check_objective(self) -> None:
         causal = self.data.objective == "causal"
         if self.model.decoder_only and not causal:
             length = self.data.input_length + self.data.target_length
+            fix = "" if self.data.tasks else f" --data.input-length 0 --data.target-length {length}"
             raise ConfigError(
                 "data.objective = 'span_corruption' needs an encoder, and model.decoder_only has "
-                f"none.\n  Set --data.objective causal --data.input-length 0 --data.target-length "
-                f"{length}."
+                f"none.\n  Set --data.objective causal{fix}."
             )
         if causal and not self.model.decoder_only:
             raise ConfigError(
@@ -204,8 +213,9 @@ _CADENCES = (
 
 MAY_CHANGE = (
     frozenset(_CADENCES)
-    | {"data.cache", "data.workers", "data.prefetch"}
-    | {"mesh.data", "mesh.expert", "mesh.model", "mesh.shard", "micro_batches"}
+    | {"data.cache", "data.workers", "data.prefetch", "async_checkpoints"}
+    | {"mesh.data", "mesh.expert", "mesh.model", "mesh.shard", "mesh.overlap", "mesh.timeout"}
+    | {"micro_batches"}
 )
 """Settings that a resumed run may change, because they do not change what it computes (but for the
 noise, of which each rank draws its own)."""

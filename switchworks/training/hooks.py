@@ -1,7 +1,7 @@
 """What happens beside training: progress, validation, samples of text, checkpoints."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -288,13 +288,29 @@ class SaveCheckpoints:
             self._save(state)
 
     def finish(self, state: TrainState, *, interrupted: bool) -> None:
-        """Save the last step."""
+        """Save the last step, and leave when all of it is on the disk."""
         if self._done != state.step:
             self._save(state)
+        self.checkpoints.wait()
 
     def _save(self, state: TrainState) -> None:
         self._done = state.step
         self.checkpoints.save(state.step, state.state_dict(), state.about())
+
+
+class Tell:
+    """`reached` hears of every step that is done, with all that comes after it."""
+
+    def __init__(self, reached: Callable[[int], None]) -> None:
+        self.reached = reached
+
+    def after_step(self, state: TrainState, result: StepResult) -> None:
+        """Tell it."""
+        self.reached(state.step)
+
+    def finish(self, state: TrainState, *, interrupted: bool) -> None:
+        """Tell it of the end."""
+        self.reached(state.step)
 
 
 def first_rows(batch: Batch, rows: int) -> Batch:

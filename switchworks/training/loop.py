@@ -9,7 +9,7 @@ from types import FrameType
 from typing import Protocol, runtime_checkable
 
 from switchworks.batch import Batch
-from switchworks.parallel import Ranks
+from switchworks.parallel import Ranks, launch
 from switchworks.training.state import TrainState
 from switchworks.training.step import StepResult, train_step
 
@@ -25,6 +25,10 @@ class Hook(Protocol):
     def finish(self, state: TrainState, *, interrupted: bool) -> None:
         """Called once, after the last step or when a signal asked to leave."""
         ...
+
+
+class LostContactError(RuntimeError):
+    """Another rank is gone. Names the step."""
 
 
 class Interrupt:
@@ -44,14 +48,15 @@ class Interrupt:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """While inside, the first signal asks to leave and a second acts as it always does."""
+        """While inside, the first signal asks to leave. A second SIGINT then acts as it always
+        does; a second SIGTERM does nothing, as torchrun passes on what its workers got already."""
         previous = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
 
         def ask(number: int, _frame: FrameType | None) -> None:
             self.signal = signal.Signals(number)
             print(f"\n{self.signal.name}: saving after this step ...", flush=True)
-            for name, handler in previous.items():
-                signal.signal(name, handler)
+            signal.signal(signal.SIGINT, previous[signal.SIGINT])
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
         for name in previous:
             signal.signal(name, ask)
@@ -66,7 +71,21 @@ def run(
     state: TrainState, batches: Iterator[Batch], hooks: Sequence[Hook], interrupt: Interrupt
 ) -> None:
     """Train `state` until its experiment's last step, or until it has ended before or `interrupt`
-    is set."""
+    is set. Raises LostContactError if a rank of the mesh is lost."""
+    try:
+        _run(state, batches, hooks, interrupt)
+    except RuntimeError as error:
+        if state.ranks.mesh is None or not launch.is_lost_contact(error):
+            raise
+        raise LostContactError(
+            f"A rank was lost in step {state.step + 1}: killed, or failed with an error of its own."
+            "\n  With torchrun --max-restarts N all go on from the last checkpoint."
+        ) from error
+
+
+def _run(
+    state: TrainState, batches: Iterator[Batch], hooks: Sequence[Hook], interrupt: Interrupt
+) -> None:
     started = time.perf_counter()
     steps = 0 if state.ended else max(0, state.experiment.steps - state.step)
     for batch in islice(batches, steps):

@@ -1,6 +1,5 @@
 """From an Experiment to a trained model in a run directory."""
 
-import json
 import os
 import shlex
 import sys
@@ -21,16 +20,18 @@ from switchworks.checkpoint.model_files import MAX_SPARE_ROWS, load, save, store
 from switchworks.checkpoint.tensors import require_match
 from switchworks.checkpoint.training_state import Checkpoints
 from switchworks.compress.config import DistilConfig
+from switchworks.compress.logit_store import LogitStore
 from switchworks.compress.student import dense_teacher, initialise_from_teacher
-from switchworks.config import CheckpointError, ConfigError
+from switchworks.config import CheckpointError, ConfigError, DataError
 from switchworks.data.corpora import Corpora, HeldOut, prepare_corpora
 from switchworks.data.mixture import Mixture
-from switchworks.data.pipeline import Pipeline
+from switchworks.data.pipeline import Pipeline, rows_of_step
 from switchworks.data.task_corpora import TaskCorpora
 from switchworks.data.tokenizer import Tokenizer
 from switchworks.model import SwitchTransformer
 from switchworks.model.sizes import active_parameters, flops_per_token, num_parameters
-from switchworks.parallel import Ranks, ranks_of
+from switchworks.parallel import Ranks, launch, ranks_of
+from switchworks.parallel.watch import watching
 from switchworks.report import write_report
 from switchworks.training import machine
 from switchworks.training.best import KeepBest
@@ -40,15 +41,16 @@ from switchworks.training.hooks import (
     Progress,
     Samples,
     SaveCheckpoints,
+    Tell,
     Validate,
     first_rows,
 )
 from switchworks.training.loop import Hook, Interrupt, run
 from switchworks.training.recorder import Recorder
-from switchworks.training.run_directory import claim, may_resume, settings_in
+from switchworks.training.run_directory import claim, launched_by, may_resume, settings_in
 from switchworks.training.state import TrainState, build_state
 from switchworks.training.task_hook import task_hook
-from switchworks.training.teacher import Teacher, open_teacher
+from switchworks.training.teacher import Teacher, open_logits, open_teacher, require_same_rows
 
 T = TypeVar("T")
 
@@ -66,7 +68,8 @@ def train(
     """Run `experiment` in `run_dir` (default runs/NAME) and return that directory.
 
     Afterwards it holds the exported model, checkpoints, metrics and the report. With `resume` an
-    interrupted run goes on from its newest complete checkpoint; `init` starts from the weights of
+    interrupted run goes on from its newest complete checkpoint, and so it does without when
+    torchrun has restarted the processes that began it; `init` starts from the weights of
     another model; a teacher is what `experiment.distil` names. After SIGINT or SIGTERM the state
     is saved and `Interrupted` is raised. On a mesh every process that torchrun started calls this
     with the same arguments, and only the first one talks and writes metrics.
@@ -77,9 +80,9 @@ def train(
     if experiment.threads:
         torch.set_num_threads(experiment.threads)
     run_dir = Path(run_dir or Path("runs") / experiment.name)
+    resume = resume or (launch.attempt() > 0 and launched_by(run_dir) == launch.name())
     experiment = with_tokenizer(experiment, init)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    with ranks_of(experiment.mesh, world) as ranks, _silent_unless(ranks.first):
+    with ranks_of(experiment.mesh, launch.world()) as ranks, _silent_unless(ranks.first):
         _check_mesh(experiment)
         stopped = _train(experiment, run_dir, resume, init, ranks)
     if stopped is not None:
@@ -95,37 +98,49 @@ def _train(
     experiment = replace(experiment, precision=ranks.all(experiment.precision)[0])
     # Before text is read, which may take long; the vocabulary is not known yet.
     may_resume(run_dir, experiment, resume=resume, ignoring=frozenset({"model.vocab_size"}))
-    teacher = open_teacher(experiment)
+    logits = open_logits(experiment)
+    teacher = open_teacher(experiment) if logits is None else None
     corpora = _in_turn(
         ranks, lambda: prepare_corpora(experiment.data, vocab_size=experiment.model.vocab_size)
     )
-    experiment = with_vocabulary(experiment, _vocabulary(corpora, init, teacher))
+    rows = None if logits is None else logits.info.vocab_size
+    rows = rows if teacher is None else teacher.model.config.vocab_size
+    experiment = with_vocabulary(experiment, _vocabulary(corpora, init, rows))
     if teacher is not None:
         teacher.require_same_ids(corpora.tokenizer, experiment.model.vocab_size)
     part = {"rank": ranks.batch_rank, "world": ranks.batch_world}
     pipeline = corpora.training(batch_size=experiment.batch_size, seed=experiment.seed, **part)
+    if logits is not None:
+        first = rows_of_step(0, experiment.batch_size, **part)
+        require_same_rows(logits, experiment, corpora.tokenizer, pipeline.batch(0), first)
     mixture = pipeline if isinstance(pipeline, Mixture) else None
     if mixture is not None:
         print(corpora.summary(mixture, experiment.steps))
     resuming = may_resume(run_dir, experiment, resume=resume)
-    checkpoints = Checkpoints(run_dir / "checkpoints", experiment.keep_checkpoints)
+    checkpoints = Checkpoints(
+        run_dir / "checkpoints",
+        experiment.keep_checkpoints,
+        background=experiment.async_checkpoints,
+    )
     state = _first_state(
-        experiment, checkpoints if resuming else None, init, teacher, pipeline, ranks
+        experiment, checkpoints if resuming else None, init, teacher or logits, pipeline, ranks
     )
     if state.adapted is not None:
         print(state.adapted)
     ranks.wait()  # until all have looked at the directory as it was
     if ranks.first:
-        claim(run_dir, experiment)  # only now, when nothing can be wrong with the settings any more
-        _write_about(run_dir, experiment, corpora)
+        # Only now, when nothing can be wrong with the settings any more.
+        claim(run_dir, experiment, _about(experiment, corpora))
     interrupt = Interrupt()
     recorder = Recorder(run_dir if ranks.first else None, state.step)
-    with closing(recorder), interrupt.listening():
+    watch = watching(state.step, experiment.mesh.timeout)
+    with closing(recorder), interrupt.listening(), watch as reached:
         hooks = _hooks(state, recorder, corpora, mixture)
         keeper = _keeper(state, recorder, checkpoints, corpora)
         if keeper is not None:
             hooks.append(keeper)
         hooks.append(SaveCheckpoints(checkpoints, experiment.checkpoint_every))  # knows the best
+        hooks.append(Tell(reached))
         with closing(pipeline.batches(state.step)) as batches:
             run(state, batches, hooks, interrupt)
     if interrupt.agreed is not None:
@@ -147,10 +162,19 @@ def _silent_unless(first: bool) -> Iterator[None]:
 
 
 def _in_turn(ranks: Ranks, make: Callable[[], T]) -> T:
-    """What `make` returns: one rank of each machine makes it, and then the others find it made."""
-    leads = int(os.environ.get("LOCAL_RANK", "0")) == 0
-    made = make() if leads else None
-    ranks.wait()
+    """What `make` returns: one rank of each machine makes it, and then the others find it made.
+
+    Raises on all ranks what it raises on one.
+    """
+    made, failure = None, None
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        try:
+            made = make()
+        except (ConfigError, DataError, CheckpointError) as error:
+            failure = error
+    for found in ranks.all(failure):
+        if found is not None:
+            raise found
     return make() if made is None else made
 
 
@@ -191,7 +215,7 @@ def with_precision(experiment: Experiment, run_dir: Path) -> Experiment:
     """
     gain = 1.0 if experiment.precision == "float32" else machine.bfloat16_gain()
     if experiment.precision != "auto":
-        if gain < 0.5:
+        if gain < 0.5 and launch.rank() == 0:
             print(
                 f"warning: this machine multiplies bfloat16 {1 / gain:.0f} times slower than "
                 "float32. --precision float32 is faster here, and auto would choose it.",
@@ -205,14 +229,14 @@ def with_precision(experiment: Experiment, run_dir: Path) -> Experiment:
     return replace(experiment, precision=precision)
 
 
-def _vocabulary(corpora: Corpora, init: Path | str | None, teacher: Teacher | None) -> int:
-    """Rows of the embedding: the tokenizer's ids, and what `init` or else the teacher has to
-    spare beyond them."""
+def _vocabulary(corpora: Corpora, init: Path | str | None, taught: int | None) -> int:
+    """Rows of the embedding: the tokenizer's ids, and what `init` or else the teacher, of which
+    `taught` are known, has to spare beyond them."""
     rows = ids = corpora.tokenizer.vocab_size
     if init is not None:
         rows = stored_config(init).vocab_size
-    elif teacher is not None:
-        rows = teacher.model.config.vocab_size
+    elif taught is not None:
+        rows = taught
     return rows if 0 <= rows - ids < MAX_SPARE_ROWS else ids
 
 
@@ -235,25 +259,27 @@ def _first_state(
     experiment: Experiment,
     checkpoints: Checkpoints | None,
     init: Path | str | None,
-    teacher: Teacher | None,
+    taught_by: Teacher | LogitStore | None,
     pipeline: Pipeline | Mixture,
     ranks: Ranks,
 ) -> TrainState:
     """Where the run starts, in order of precedence: checkpoint, `init`, the teacher's weights as
     far as they fit, first values."""
     newest = None if checkpoints is None else checkpoints.latest()
+    teacher = taught_by if isinstance(taught_by, Teacher) else None
+    logits = taught_by if isinstance(taught_by, LogitStore) else None
     inherits = newest is None and experiment.distil is not None and experiment.distil.initialise
     # On a mesh each rank begins with its part, and none has to hold a whole model.
     in_parts = ranks.mesh is not None and init is None and not inherits
     model = None if in_parts else _first_model(experiment, init)
     if inherits:
+        source = teacher or open_teacher(experiment)
         assert model is not None
-        assert teacher is not None
+        assert source is not None
         assert experiment.distil is not None
-        _inherit(model, teacher, experiment.distil, pipeline)
-    taught_by = None if teacher is None else teacher.model
+        _inherit(model, source, experiment.distil, pipeline)
     empty = in_parts and newest is not None
-    state = build_state(experiment, model, taught_by, ranks, empty=empty)
+    state = build_state(experiment, model, teacher and teacher.model, ranks, logits, empty=empty)
     if checkpoints is not None and newest is not None:
         contents = state.state_dict()
         about = checkpoints.load(newest, contents)
@@ -278,7 +304,7 @@ def _inherit(
 def _first_model(experiment: Experiment, init: Path | str | None) -> SwitchTransformer:
     if init is None:
         return SwitchTransformer(experiment.model, seed=experiment.seed)
-    model, _ = load(Path(init))
+    model, _ = load(Path(init), widen=True)
     if model.config.vocab_size != experiment.model.vocab_size:
         raise CheckpointError(
             f"{init} has a vocabulary of {model.config.vocab_size}, the tokenizer one of "
@@ -375,7 +401,7 @@ def _check_mesh(experiment: Experiment) -> None:
         print("samples: none on a mesh; `switchworks generate` makes them from model/ afterwards.")
 
 
-def _write_about(run_dir: Path, experiment: Experiment, corpora: Corpora) -> None:
+def _about(experiment: Experiment, corpora: Corpora) -> dict[str, Any]:
     data, config = experiment.data, experiment.model
     about: dict[str, Any] = {
         "parameters": num_parameters(config),
@@ -387,6 +413,7 @@ def _write_about(run_dir: Path, experiment: Experiment, corpora: Corpora) -> Non
         "torch": torch.__version__,
         "version": version("switchworks"),
         "command": shlex.join([_program(), *sys.argv[1:]]),
+        "launch": launch.name(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "vocabulary": corpora.tokenizer.vocab_size,
         "train_tokens": corpora.train_tokens,
@@ -397,7 +424,7 @@ def _write_about(run_dir: Path, experiment: Experiment, corpora: Corpora) -> Non
             name: {"train_tokens": corpora.parts[name].train.num_tokens, "rate": rate}
             for name, rate in corpora.rates.items()
         }
-    (run_dir / "about.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    return about
 
 
 def _program() -> str:

@@ -11,7 +11,10 @@ best/               with best: the best weights so far, ready to use; best.json 
 report.html
 """
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from switchworks.config import ConfigError, differences, from_toml, to_toml
 from switchworks.training.experiment import MAY_CHANGE, Experiment
@@ -59,16 +62,34 @@ def settings_in(path: Path) -> Experiment | None:
     return from_toml(Experiment, file) if file.exists() else None
 
 
-def claim(path: Path, experiment: Experiment) -> None:
-    """Make `path` the directory of `experiment`: its experiment.toml says so."""
+def claim(path: Path, experiment: Experiment, about: Mapping[str, Any] | None = None) -> None:
+    """Make `path` the directory of `experiment`: its experiment.toml says so, beside `about`."""
     path.mkdir(parents=True, exist_ok=True)
-    aside = path / "experiment.tmp"
-    aside.write_text(to_toml(experiment), encoding="utf-8")
-    aside.replace(path / "experiment.toml")
+    if about is not None:
+        _put(path / "about.json", json.dumps(about, indent=2) + "\n")
+    _put(path / "experiment.toml", to_toml(experiment))
+
+
+def launched_by(path: Path) -> str | None:
+    """The name of torchrun's launch that last trained in `path`; None if there was none."""
+    file = path / "about.json"
+    return json.loads(file.read_text(encoding="utf-8")).get("launch") if file.exists() else None
+
+
+def _put(path: Path, text: str) -> None:
+    aside = path.with_suffix(".tmp")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
+
+
+_BEGINNINGS = {"about.json", "about.tmp", "experiment.tmp"}
+"""What a run has written that was killed before it was one."""
 
 
 def _refuse_foreign_files(path: Path) -> None:
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and (
+        not path.is_dir() or any(file.name not in _BEGINNINGS for file in path.iterdir())
+    ):
         raise ConfigError(
             f"{path} exists and is not the directory of a run (it has no experiment.toml).\n"
             "  Choose another --run-dir, or an empty one."

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from switchworks import kernels
 from switchworks.adapt.freeze import freeze
 from switchworks.adapt.lora import Table, adapt
+from switchworks.compress.logit_store import LogitStore
 from switchworks.kernels.checkpointing import checkpoint_blocks
 from switchworks.model import SwitchTransformer
 from switchworks.model.routing import Router
@@ -51,6 +52,8 @@ class TrainState:
     teacher: SwitchTransformer | None = None
     """Whom the model learns from if `experiment.distil` says so. No step changes it, so it is in
     no checkpoint."""
+    logits: LogitStore | None = None
+    """What the teacher said of the same rows, if `experiment.distil` says that it is stored."""
     adapted: Table | None = None
     """Which matrices have adapters, if `experiment.lora` asks for some."""
     best: Best | None = None
@@ -87,6 +90,7 @@ def build_state(
     model: SwitchTransformer | None = None,
     teacher: SwitchTransformer | None = None,
     ranks: Ranks = ALONE,
+    logits: LogitStore | None = None,
     *,
     empty: bool = False,
 ) -> TrainState:
@@ -98,15 +102,16 @@ def build_state(
     The model is taken over: adapted and frozen as the experiment says; with bfloat16 its weights
     are cast and the float32 ones become the optimizer's masters, and on a mesh each of the `ranks`
     keeps its part of all of them. The `teacher` is taken over too: cast as the model is, in
-    evaluation mode and without gradients, so that it drops no token and draws no noise.
+    evaluation mode and without gradients, so that it drops no token and draws no noise. `logits`
+    stand in its place.
     """
-    assert (teacher is None) == (experiment.distil is None)
+    assert (experiment.distil is not None) == ((teacher is None) != (logits is None))
     spread = spread_model(experiment, model, ranks, empty=empty)
     state = state_of(experiment, spread, ranks, empty=empty)
     if teacher is not None:
         cast_for_compute(teacher, getattr(torch, experiment.precision))
         teacher.to(state.model.embedding.weight.device).eval().requires_grad_(False)
-        state.teacher = teacher
+    state.teacher, state.logits = teacher, logits
     return state
 
 
@@ -137,7 +142,8 @@ def spread_model(
     if experiment.activation_checkpointing:
         checkpoint_blocks(model)
     letters = dimension_letters(model)
-    gradients = parallelize(model, ranks.mesh, letters, shard=experiment.mesh.shard)
+    mesh = experiment.mesh
+    gradients = parallelize(model, ranks.mesh, letters, shard=mesh.shard, overlap=mesh.overlap)
     if model.embedding.weight.is_meta:
         return Spread(model, letters, gradients, {}, table)
     for name, parameter in model.named_parameters():

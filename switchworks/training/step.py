@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from switchworks.batch import Batch
-from switchworks.compress.loss import distillation_loss
+from switchworks.compress.loss import distillation_loss, stored_distillation_loss
+from switchworks.data.pipeline import rows_of_step
 from switchworks.model import Output, SwitchTransformer
 from switchworks.model.switch_ffn import Routing
 from switchworks.optim.build import UpdateStats
@@ -73,7 +74,7 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
     for number, part in enumerate(batch.split(experiment.micro_batches), start=1):
         state.gradients.expect(last=number == experiment.micro_batches)
         share = int((part.targets != 0).sum()) / targets
-        output, learnt, soft = _learn(state, part)
+        output, learnt, soft = _learn(state, part, number)
         losses = output.losses
         loss = share * (learnt + losses.output_z)
         loss = loss + (losses.balance + losses.router_z) / parts
@@ -97,7 +98,7 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
             layer.router.nudge(torch.tensor(layers[name].load))
     state.step += 1
     state.tokens += tokens
-    soft = None if state.teacher is None else soft
+    soft = None if experiment.distil is None else soft
     return StepResult(total, cross_entropy, update, layers, tokens, soft)
 
 
@@ -107,20 +108,34 @@ def _seed_noise(state: TrainState) -> None:
     torch.manual_seed((state.experiment.seed << 32) + (state.ranks.batch_rank << 48) + state.step)
 
 
-def _learn(state: TrainState, batch: Batch) -> tuple[Output, Tensor, Tensor]:
+def _learn(state: TrainState, batch: Batch, number: int) -> tuple[Output, Tensor, Tensor]:
     """The model's answer, the mean nats it is to learn from, and those with the teacher alone.
 
     The first are the text's and the teacher's in the mixture of `DistilConfig`; without a teacher
-    they are the text's, and the others 0.
+    they are the text's, and the others 0. `batch` is the `number`-th part of the rank's.
     """
+    distil = state.experiment.distil
     # The teacher first: of its work only the logits remain while the model's activations pile up.
     taught = _teacher_logits(state, batch)
-    output = _forward(state.model, batch)
-    hard, distil = output.losses.cross_entropy, state.experiment.distil
-    if taught is None or distil is None:
+    output = forward(state.model, batch)
+    hard = output.losses.cross_entropy
+    if distil is None:
         return output, hard, hard.new_zeros(())
-    soft = distillation_loss(output.logits, taught, batch.targets, distil.temperature)
+    if state.logits is not None:
+        stored = state.logits.taught(_rows_of(state, number), batch)
+        soft = stored_distillation_loss(output.logits, stored, batch.targets, distil.temperature)
+    else:
+        assert taught is not None
+        soft = distillation_loss(output.logits, taught, batch.targets, distil.temperature)
     return output, (1 - distil.soft_weight) * hard + distil.soft_weight * soft, soft
+
+
+def _rows_of(state: TrainState, number: int) -> range:
+    """The run's numbers of the rows in the `number`-th part (from 1) of this rank's batch."""
+    experiment, ranks = state.experiment, state.ranks
+    rows = rows_of_step(state.step, experiment.batch_size, ranks.batch_rank, ranks.batch_world)
+    size = experiment.micro_batch_size
+    return rows[(number - 1) * size : number * size]
 
 
 def explain_divergence(state: TrainState, batch: Batch, what: str) -> str:
@@ -158,7 +173,7 @@ def _first_nonfinite(state: TrainState, batch: Batch) -> str:
         _seed_noise(state)
         with torch.no_grad():
             for part in batch.split(state.experiment.micro_batches):
-                _forward(state.model, part)
+                forward(state.model, part)
                 taught = _teacher_logits(state, part)
                 if taught is not None and not taught.isfinite().all():
                     found.append("the teacher")
@@ -177,7 +192,8 @@ def _first_found(state: TrainState, name: str | None) -> str | None:
     return next((found for found in state.ranks.all(name) if found is not None), None)
 
 
-def _forward(model: SwitchTransformer, batch: Batch) -> Output:
+def forward(model: SwitchTransformer, batch: Batch) -> Output:
+    """What `model` makes of `batch`."""
     return model(
         batch.inputs,
         batch.targets,
@@ -192,7 +208,7 @@ def _teacher_logits(state: TrainState, batch: Batch) -> Float[Tensor, "B T V"] |
     if state.teacher is None:
         return None
     with torch.no_grad():
-        return _forward(state.teacher, batch).logits
+        return forward(state.teacher, batch).logits
 
 
 def layer_reports(

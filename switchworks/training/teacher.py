@@ -1,11 +1,16 @@
-"""The teacher of a distilled run: found, opened, and held to the student's text and shape."""
+"""The teacher of a distilled run: found, opened, and held to the student's text and shape.
+
+Or what it left on the disk (`compress/logit_store.py`), held to the same.
+"""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from switchworks.batch import Batch
 from switchworks.checkpoint.convert import open_model
-from switchworks.checkpoint.model_files import is_model
-from switchworks.config import CheckpointError, ConfigError
+from switchworks.checkpoint.model_files import is_model, weights_hash
+from switchworks.compress.logit_store import LogitStore, StoreInfo, info_differences
+from switchworks.config import CheckpointError, ConfigError, DataError, to_dict
 from switchworks.data.tokenizer import Tokenizer
 from switchworks.model import SwitchTransformer
 from switchworks.training.experiment import Experiment
@@ -63,6 +68,90 @@ def open_teacher(experiment: Experiment) -> Teacher | None:
             "\n  Choose a student of the teacher's kind, see model.decoder_only."
         )
     return Teacher(distil.teacher, model, tokenizer)
+
+
+NOT_CONTENT = ("cache", "workers", "prefetch", "tokenizer")
+"""Settings of data that change no row; of the tokenizer the fingerprint is compared."""
+
+
+def about_store(
+    experiment: Experiment, tokenizer: Tokenizer, top_k: int, dtype: Any, weights: str
+) -> StoreInfo:
+    """What a store of the teacher's probabilities for the rows of `experiment` has to say."""
+    assert experiment.distil is not None
+    data = to_dict(experiment.data)
+    return StoreInfo(
+        teacher=experiment.distil.teacher,
+        weights=weights,
+        tokenizer=tokenizer.fingerprint,
+        vocab_size=experiment.model.vocab_size,
+        top_k=top_k,
+        temperature=experiment.distil.temperature,
+        dtype=dtype,
+        precision=experiment.precision,
+        seed=experiment.seed,
+        data={name: value for name, value in data.items() if name not in NOT_CONTENT},
+    )
+
+
+def open_logits(experiment: Experiment) -> LogitStore | None:
+    """The store that `experiment` names; None if it names none.
+
+    Raises DataError if there is none there, or if it is of another temperature or teacher.
+    """
+    distil = experiment.distil
+    if distil is None or distil.store is None:
+        return None
+    store = LogitStore(Path(distil.store))
+    if store.info.temperature != distil.temperature:
+        raise DataError(
+            f"The probabilities in {store.folder} are at temperature {store.info.temperature}, and "
+            f"distil.temperature is {distil.temperature}.\n"
+            f"  Set --distil.temperature {store.info.temperature}, or make another store."
+        )
+    teacher = Path(distil.teacher)
+    there = bool(distil.teacher) and (is_model(teacher) or (teacher / "config.json").is_file())
+    if there and weights_hash(teacher) != store.info.weights:
+        raise DataError(
+            f"The probabilities in {store.folder} are of another teacher than {teacher}: of "
+            f"{store.info.teacher}, or of weights that it had before.\n"
+            "  Make them anew in another --distil.store."
+        )
+    return store
+
+
+def require_same_rows(
+    store: LogitStore, experiment: Experiment, tokenizer: Tokenizer, first: Batch, rows: range
+) -> None:
+    """Raises DataError unless `store` is of the rows that `experiment` trains on.
+
+    `first` is this rank's part of the first batch, whose rows have the numbers `rows`.
+    """
+    info, needed = store.info, experiment.steps * experiment.batch_size
+    here = about_store(experiment, tokenizer, info.top_k, info.dtype, info.weights)
+    if (info.tokenizer, info.vocab_size) != (here.tokenizer, here.vocab_size):
+        raise DataError(
+            f"The probabilities in {store.folder} are of another vocabulary ({info.vocab_size} "
+            f"rows) than the student's ({here.vocab_size}).\n"
+            f"  Use the teacher's: --data.tokenizer {info.teacher}."
+        )
+    if store.num_rows < needed:
+        raise DataError(
+            f"{store.folder} holds the teacher's probabilities for {store.num_rows:,} rows; "
+            f"{experiment.steps:,} steps of {experiment.batch_size} rows need {needed:,}.\n"
+            f"  The command that made it goes on with --steps {experiment.steps}."
+        )
+    try:
+        store.taught(rows, first)
+    except DataError as error:
+        text = ("data.", "seed:")
+        changed = [line for line in info_differences(info, here) if line.startswith(text)]
+        why = "".join(f"    {line}\n" for line in changed) or "    the text itself\n"
+        raise DataError(
+            f"The teacher's probabilities in {store.folder} are for other rows than this run's. "
+            f"What differs:\n{why}"
+            "  Train with the settings the store was made with, or make another store."
+        ) from error
 
 
 def _why(teacher: str) -> str:

@@ -1,0 +1,162 @@
+"""Dense students of sparse teachers: tables 6 and 7, and one set of them for any recipe.
+
+    python experiments/distillation.py quickstart --seeds 0 1 2 --out runs/distil [FLAGS of train]
+    python experiments/distillation.py quickstart --table 6 --seeds 0 1 2
+    python experiments/distillation.py quickstart --table 7 --seeds 0 1 2 --experts 4 8 16 32 64
+
+Per seed it trains RECIPE (the teacher), RECIPE_dense (the baseline) and RECIPE_dense taught by the
+teacher, one after the other and each in a process of its own, and goes on with what an earlier
+call left. All get the same flags, tokens and order. Then it prints held-out losses, the share of
+the teacher's gain that a student kept, (student - baseline) / (teacher - baseline), and by how much
+smaller than the teacher it is, and means and standard deviations over the seeds. `--dense RECIPE`
+names another baseline, `--distil.X` flags go to students alone.
+
+`--table 6` adds the other rows of that table: the teacher's probabilities alone (plain), the same
+from the teacher's weights (weights), and the weights without the probabilities (weights_only).
+`--table 7` has a teacher for each of `--experts` and one baseline. `--stored K` adds a student
+that reads the teacher's K likeliest ids from the disk (`switchworks prepare --distil.store`).
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from switchworks.compress import fraction_of_gain
+from switchworks.report.runs import Run, read_run
+
+ABLATION = {
+    "plain": ["--distil.soft-weight", "1.0", "--distil.no-initialise"],
+    "weights": ["--distil.soft-weight", "1.0"],
+    "weights_only": ["--distil.soft-weight", "0.0"],
+}
+
+
+def call(*words: str) -> None:
+    if subprocess.run([sys.executable, "-m", "switchworks", *words], check=False).returncode:
+        sys.exit(f"switchworks {' '.join(words)}\ndid not end well; the same command goes on")
+
+
+def run(recipe: str, directory: Path, seed: int, flags: Sequence[str]) -> Run:
+    """The run of `recipe` in `directory`, finished."""
+    if not (directory / "report.html").exists():
+        words = ["--seed", str(seed), "--run-dir", str(directory), "--resume"]
+        call("train", recipe, *words, *flags)
+    return read_run(directory)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(usage=__doc__)
+    parser.add_argument("recipe")
+    parser.add_argument("--dense")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/distil"))
+    parser.add_argument("--table", type=int, choices=[6, 7])
+    parser.add_argument("--experts", type=int, nargs="+", default=[4, 8, 16, 32, 64])
+    parser.add_argument("--stored", type=int)
+    known, flags = parser.parse_known_args()
+    rows = []
+    for seed in known.seeds:
+        rows += seven(known, seed, flags) if known.table == 7 else six(known, seed, flags)
+        show(rows, known.out)  # after each seed: a long experiment tells what it has
+
+
+def six(known: argparse.Namespace, seed: int, flags: list[str]) -> list[dict]:
+    """One teacher, the baseline, and its students."""
+    out, dense = known.out / f"seed_{seed}", known.dense or f"{known.recipe}_dense"
+    of_students, of_all = apart(flags)
+    runs = {
+        "teacher": run(known.recipe, out / "teacher", seed, of_all),
+        "baseline": run(dense, out / "baseline", seed, of_all),
+    }
+    taught = [*of_all, "--distil.teacher", str(out / "teacher"), *of_students]
+    students = {"student": []} | (ABLATION if known.table == 6 else {})
+    for name, own in students.items():
+        runs[name] = run(dense, out / name, seed, [*taught, *own])
+    if known.stored:
+        stored = [*taught, "--distil.store", str(out / "store")]
+        call("prepare", dense, "--seed", str(seed), *stored, "--top-k", str(known.stored))
+        runs[f"stored {known.stored}"] = run(dense, out / f"stored_{known.stored}", seed, stored)
+    return table(seed, runs["baseline"], runs["teacher"], runs)
+
+
+def seven(known: argparse.Namespace, seed: int, flags: list[str]) -> list[dict]:
+    """A teacher for each number of experts, its student, and the one baseline."""
+    out, dense = known.out / f"seed_{seed}", known.dense or f"{known.recipe}_dense"
+    of_students, of_all = apart(flags)
+    baseline = run(dense, out / "baseline", seed, of_all)
+    rows = table(seed, baseline, baseline, {"baseline": baseline})
+    rows[0]["gain kept"] = 0.0  # whatever the teacher
+    for experts in known.experts:
+        place = out / f"teacher_{experts}"
+        sparse = [*of_all, "--model.routing.experts", str(experts)]
+        teacher = run(known.recipe, place, seed, sparse)
+        taught = [*of_all, "--distil.teacher", str(place), *of_students]
+        student = run(dense, out / f"student_{experts}", seed, taught)
+        pair = {f"teacher, {experts} experts": teacher, f"student of {experts}": student}
+        rows += table(seed, baseline, teacher, pair)
+    return rows
+
+
+def apart(flags: list[str]) -> tuple[list[str], list[str]]:
+    """The flags of students alone, each with its values, and all others."""
+    of_students: list[str] = []
+    of_all: list[str] = []
+    part = of_all
+    for word in flags:
+        if word.startswith("--"):
+            part = of_students if word.startswith("--distil.") else of_all
+        part.append(word)
+    return of_students, of_all
+
+
+def table(seed: int, baseline: Run, teacher: Run, runs: Mapping[str, Run]) -> list[dict]:
+    """A row per run: loss, share of the teacher's gain kept, parameters and compression."""
+    none, all_of_it = baseline.last("val/loss"), teacher.last("val/loss")
+    largest = teacher.about["parameters"]
+    return [
+        {
+            "seed": seed,
+            "run": name,
+            "loss": one.last("val/loss"),
+            "gain": none - all_of_it,
+            "gain kept": fraction_of_gain(
+                baseline=none, teacher=all_of_it, student=one.last("val/loss")
+            ),
+            "parameters": one.about["parameters"],
+            "compression": 1 - one.about["parameters"] / largest,
+        }
+        for name, one in runs.items()
+    ]
+
+
+def show(rows: list[dict], out: Path) -> None:
+    """Print the rows as a table in Markdown, with means, and keep them in table.json."""
+    (out / "table.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    print("| seed | run | held-out loss | of the teacher's gain | parameters | compression |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for row in rows:
+        print(
+            f"| {row['seed']} | {row['run']} | {row['loss']:.4f} | {row['gain kept']:.1%} | "
+            f"{row['parameters']:,} | {row['compression']:.1%} |"
+        )
+    for name in dict.fromkeys(row["run"] for row in rows):
+        same = [row for row in rows if row["run"] == name]
+        if len(same) > 1:
+            losses, kept = ([row[key] for row in same] for key in ("loss", "gain kept"))
+            print(
+                f"{name}: loss {np.mean(losses):.4f}, standard deviation "
+                f"{np.std(losses, ddof=1):.4f}; of the gain {np.mean(kept):.1%}, standard "
+                f"deviation {np.std(kept, ddof=1):.1%}"
+            )
+    for row in rows:
+        if row["run"].startswith("teacher") and row["gain"] <= 0:
+            print(f"seed {row['seed']}, {row['run']}: no better than the baseline: no gain to keep")
+
+
+if __name__ == "__main__":
+    main()

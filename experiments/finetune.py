@@ -1,0 +1,179 @@
+"""Pre-trained against from scratch on tasks, a switch model against its dense twin; Table 4 small.
+
+    python experiments/finetune.py quickstart --seeds 0 1 2 --out runs/finetune [FLAGS of train ...]
+
+Per seed it pre-trains RECIPE and RECIPE_dense, and then trains each on every task twice, from its
+pre-trained weights and from first values, with the same tokenizer, examples, order and steps. Every
+run is a process of its own, and the same command goes on with what an earlier call left. Then it
+prints the best score of every run on the same validation examples, and the margins. The scores are
+in OUT/table.json.
+
+FLAGS go to all runs; --pretrain.X, --tune.X and --scratch.X are --X for pre-training, for training
+that begins with its weights, and for training from first values: each may have its own rate.
+
+    ... --pretrain.steps 2000 --tune.optim.lr 0.003 --tune.steps 500 --scratch.steps 500
+
+`--expert-dropout` adds Table 4: the pre-trained switch model on every task with dropout 0.1, 0.2
+and 0.3 everywhere, and with 0.1 and 0.4 inside experts, which is what all other runs have.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import fmean, stdev
+
+from switchworks.report.runs import read_run
+
+TASKS = ("docstring_summary", "catalog_translation", "catalog_language")
+"""Those whose data every machine has."""
+PAPER = (0.1, 0.4)
+TABLE_4 = ((0.1, 0.1), (0.2, 0.2), (0.3, 0.3), PAPER)
+"""(dropout, dropout inside experts)."""
+PARTS = ("pretrain", "tune", "scratch")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(usage=__doc__)
+    parser.add_argument("recipe")
+    parser.add_argument("--dense")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("runs/finetune"))
+    parser.add_argument("--expert-dropout", action="store_true")
+    known, words = parser.parse_known_args()
+    sides = {"switch": known.recipe, "dense": known.dense or f"{known.recipe}_dense"}
+    flags = apart(words)
+    rows = []
+    for seed in known.seeds:
+        for side, recipe in sides.items():
+            out = known.out / f"seed_{seed}" / side
+            seeded = ["--seed", str(seed)]
+            first = train(recipe, out / "pretrained", [*seeded, *flags["all"], *flags["pretrain"]])
+            for task in known.tasks:
+                for start, dropout in variants(side, table_4=known.expert_dropout):
+                    name, own = start, [*seeded, *dropouts(side, *dropout), *flags["all"]]
+                    if dropout != PAPER:
+                        name = f"{start}_{dropout[0]}"
+                    begin = ["--data.tokenizer", str(first)]
+                    begin += ["--init", str(first)] if start == "tune" else []
+                    own += [*asked(task), *begin, *flags[start]]
+                    run_dir = train(recipe, out / f"{name_of(task)}_{name}", own)
+                    rows.append(row(run_dir, seed, side, start, task, dropout))
+    show(rows, known.out)
+
+
+def apart(words: Iterable[str]) -> dict[str, list[str]]:
+    """The flags by the runs they are for, each with its values."""
+    found: dict[str, list[str]] = {part: [] for part in ("all", *PARTS)}
+    part = "all"
+    for word in words:
+        if word.startswith("--"):
+            owner = word[2:].partition(".")[0]
+            part = owner if owner in PARTS else "all"
+            word = word if part == "all" else f"--{word[3 + len(part) :]}"
+        found[part].append(word)
+    return found
+
+
+def variants(side: str, *, table_4: bool) -> list[tuple[str, tuple[float, float]]]:
+    """How a side is trained on a task: where it starts, and its rates of dropout."""
+    more = [("tune", rates) for rates in TABLE_4 if rates != PAPER]
+    return [("tune", PAPER), ("scratch", PAPER), *(more if table_4 and side == "switch" else [])]
+
+
+def dropouts(side: str, everywhere: float, inside: float) -> list[str]:
+    experts = ["--routing.expert-dropout", str(inside)] if side == "switch" else []
+    return ["--model.dropout", str(everywhere), *experts]
+
+
+def asked(task: str) -> list[str]:
+    """A run on one task, whose best step counts."""
+    return ["--data.tasks", task, "--best.metric", f"task/{name_of(task)}/score"]
+
+
+def name_of(task: str) -> str:
+    return task.partition("=")[0]
+
+
+def train(recipe: str, directory: Path, flags: list[str]) -> Path:
+    """The directory of a finished run of `recipe`."""
+    if not (directory / "report.html").exists():
+        words = ["train", recipe, "--run-dir", str(directory), "--resume", *flags]
+        if subprocess.run([sys.executable, "-m", "switchworks", *words], check=False).returncode:
+            sys.exit(f"{directory} did not end well; the same command goes on")
+    return directory
+
+
+def row(
+    run_dir: Path, seed: int, side: str, start: str, task: str, dropout: tuple[float, float]
+) -> dict:
+    """What is kept of a run."""
+    run, name = read_run(run_dir), name_of(task)
+    return {
+        "task": name,
+        "seed": seed,
+        "model": side,
+        "start": "pre-trained" if start == "tune" else "scratch",
+        "dropout": dropout[0],
+        "expert_dropout": dropout[1] if side == "switch" else None,
+        "score": run.best.get("value"),
+        "best_step": run.best.get("step"),
+        "last_score": run.last(f"task/{name}/score"),
+        "loss": run.last("val/loss"),
+    }
+
+
+def show(rows: list[dict], out: Path) -> None:
+    """Print tables in Markdown: every way to train, the margins, and Table 4 if it was run."""
+    (out / "table.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    paper = [one for one in rows if one["expert_dropout"] in (None, PAPER[1])]
+    print("| task | model | start | best score per seed | mean | sd |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for task, model, start in dict.fromkeys((r["task"], r["model"], r["start"]) for r in paper):
+        print(f"| {task} | {model} | {start} | {spread(paper, task, model=model, start=start)}")
+    for task in dict.fromkeys(one["task"] for one in rows):
+        for model in ("switch", "dense"):
+            gain = margin(paper, task, {"model": model}, "start", "pre-trained", "scratch")
+            print(f"{task}, {model}: pre-trained - scratch {gain}")
+        gain = margin(paper, task, {"start": "pre-trained"}, "model", "switch", "dense")
+        print(f"{task}: switch - dense, both pre-trained {gain}")
+    if len(paper) < len(rows):
+        print("\n| task | dropout | in experts | best score per seed | mean | sd |")
+        print("| --- | --- | --- | --- | --- | --- |")
+        for task in dict.fromkeys(one["task"] for one in rows):
+            for rates in TABLE_4:
+                own = {"model": "switch", "start": "pre-trained"}
+                own |= dict(zip(("dropout", "expert_dropout"), rates, strict=True))
+                print(f"| {task} | {rates[0]} | {rates[1]} | {spread(rows, task, **own)}")
+
+
+def scores(rows: list[dict], task: str, **wanted: object) -> dict[int, float]:
+    """Best score by seed of the runs on `task` that are as `wanted`."""
+    return {
+        one["seed"]: one["score"]
+        for one in rows
+        if one["task"] == task and all(one[name] == value for name, value in wanted.items())
+    }
+
+
+def spread(rows: list[dict], task: str, **wanted: object) -> str:
+    """The scores by seed, their mean and standard deviation, as the end of a table's row."""
+    found = list(scores(rows, task, **wanted).values())
+    deviation = f"{stdev(found):.2f}" if len(found) > 1 else "-"
+    return f"{' '.join(f'{one:.2f}' for one in found)} | {fmean(found):.2f} | {deviation} |"
+
+
+def margin(
+    rows: list[dict], task: str, shared: dict[str, object], by: str, one: str, other: str
+) -> str:
+    """By how much `one` beats `other`: the mean over seeds, and the least."""
+    left, right = (scores(rows, task, **shared, **{by: name}) for name in (one, other))
+    gains = [left[seed] - right[seed] for seed in left]
+    return f"{fmean(gains):+.2f} on average, {min(gains):+.2f} at least"
+
+
+if __name__ == "__main__":
+    main()

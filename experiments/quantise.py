@@ -1,0 +1,53 @@
+"""What rounding costs a finished run: held-out loss and bytes in int8, int8-dynamic and int4.
+
+    python experiments/quantise.py runs/quickstart [--groups 16 32 64] [--held-out 16]
+
+Every rounded model is written to OUT by `convert --quantise`, opened as `load` opens it, and
+measured on the run's held-out text. The loss is given as it is and relative to the run's own.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from switchworks.checkpoint.model_files import is_model, load, weight_files
+from switchworks.compress.quantise import quantise_directory
+from switchworks.evaluate.held_out import open_run
+from switchworks.evaluate.perplexity import held_out_losses
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(usage=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--groups", type=int, nargs="+", default=[16, 32, 64])
+    parser.add_argument("--held-out", type=int, default=16)
+    parser.add_argument("--out", type=Path, default=Path("runs/quantise"))
+    known = parser.parse_args()
+    model, corpora = open_run(known.run)
+    held_out = corpora.held_out(batch_size=16, batches=known.held_out)
+    before = held_out_losses(model, held_out)[0]
+    rows = [{"weights": "as trained", "loss": before, "bytes": _bytes(known.run), "more": 0.0}]
+    for scheme, group in [("int8", 32), ("int8-dynamic", 32), *(("int4", g) for g in known.groups)]:
+        name = f"{scheme}, groups of {group}" if scheme == "int4" else scheme
+        place = known.out / (f"int4_{group}" if scheme == "int4" else scheme)
+        if not is_model(place):
+            quantise_directory(known.run, place, scheme, group=group)
+        loss = held_out_losses(load(place)[0], held_out)[0]
+        row = {"weights": name, "loss": loss, "bytes": _bytes(place), "more": loss / before - 1}
+        rows.append(row)
+        print(row, flush=True)
+    (known.out / "table.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    print("| weights | held-out loss | relative | MB on disk |\n| --- | --- | --- | --- |")
+    for row in rows:
+        print(
+            f"| {row['weights']} | {row['loss']:.4f} | {row['more']:+.2%} | "
+            f"{row['bytes'] / 1e6:.2f} |"
+        )
+
+
+def _bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in weight_files(path))
+
+
+if __name__ == "__main__":
+    main()

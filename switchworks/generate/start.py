@@ -1,0 +1,24 @@
+"""The first step of decoding: what the model says before it has written anything.
+
+Letters: B sequences, L input or prompt length, V vocabulary.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from switchworks.model import SwitchTransformer
+from switchworks.model.cache import DecoderCache
+
+PAD, EOS = 0, 1
+
+
+def start(
+    model: SwitchTransformer, inputs: Int[Tensor, "B L"], max_length: int
+) -> tuple[Float[Tensor, "B 1 V"], DecoderCache]:
+    """The logits of the first token for each of `inputs`, and a cache for `max_length` tokens."""
+    if model.config.decoder_only:
+        return model.read_prompts(inputs, max_length)
+    cache = model.start_decoding(model.encode(inputs), max_length)
+    first = torch.zeros_like(inputs[:, :1])  # decoding starts from id 0, as in T5
+    return model.decode_next(first, cache), cache

@@ -1,0 +1,96 @@
+"""Weights in 8 or 4 bits for decoding, and ways to multiply by them.
+
+Decoding one token reads every weight it uses once, so its time is the bytes of the weights.
+
+**8 bits.** A weight w of output channel o is kept as the integer nearest to w / s_o, with s_o the
+channel's largest magnitude over 127: it is off by at most s_o / 2. In the product
+
+- "dynamic" rounds each row of the input to 8 bits in the same way, by its own largest magnitude,
+  and multiplies integers. Rows, not the whole input: no sequence's answer depends on its
+  neighbours. Fast with VNNI or AMX; elsewhere torch falls back to a plain loop.
+- "packed" is torch's product of real inputs with 8-bit weights.
+- "unpacked" widens the weights first: as slow as before or slower, at a quarter of the memory.
+
+**4 bits.** Along the inputs of a channel every `group` weights share a scale s, the largest of
+their magnitudes over 7, kept in bfloat16: 4 + 16 / group bits a weight, each off by at most s / 2.
+Two weights to a byte, the first in the low half. The product widens the weights first.
+
+Letters: N rows, I inputs, O outputs (output channels), E experts, P bytes of I inputs, G groups.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int8, UInt8
+from torch import Tensor
+
+Product = Literal["dynamic", "packed", "unpacked"]
+
+
+def best_product() -> Product:
+    """The one that this processor has instructions for."""
+    return "dynamic" if torch.cpu._is_vnni_supported() else "unpacked"
+
+
+def to_int8(
+    weight: Float[Tensor, "*E O I"],
+) -> tuple[Int8[Tensor, "*E O I"], Float[Tensor, "*E O"]]:
+    """(q, s) with weight = q * s to within s / 2; a channel of zeros has s = 1."""
+    weight = weight.float()
+    largest = weight.abs().amax(dim=-1)
+    scale = torch.where(largest > 0, largest / 127, 1.0)
+    return (weight / scale[..., None]).round_().to(torch.int8).contiguous(), scale
+
+
+def dynamic(
+    x: Float[Tensor, "N I"], weight: Int8[Tensor, "O I"], scale: Float[Tensor, "O"]
+) -> Float[Tensor, "N O"]:
+    """Both sides in 8 bits; each row of `x` by its own largest magnitude."""
+    rounded, of_row = to_int8(x)
+    product = torch._int_mm(rounded, weight.T)  # pyright: ignore[reportPrivateImportUsage]
+    return (product * of_row[:, None] * scale).to(x.dtype)
+
+
+def packed(
+    x: Float[Tensor, "N I"], weight: Int8[Tensor, "O I"], scale: Float[Tensor, "O"]
+) -> Float[Tensor, "N O"]:
+    """Real inputs and 8-bit weights in one operation of torch's."""
+    multiply = torch._weight_int8pack_mm  # pyright: ignore[reportPrivateImportUsage]
+    return multiply(x, weight, scale.to(x.dtype))
+
+
+def unpacked(
+    x: Float[Tensor, "N I"], weight: Int8[Tensor, "O I"], scale: Float[Tensor, "O"]
+) -> Float[Tensor, "N O"]:
+    """Real inputs and widened weights."""
+    return (x @ weight.to(x.dtype).T) * scale.to(x.dtype)
+
+
+PRODUCTS: dict[str, Callable[[Any, Any, Any], Any]] = {
+    "dynamic": dynamic,
+    "packed": packed,
+    "unpacked": unpacked,
+}
+
+
+def to_int4(
+    weight: Float[Tensor, "*E O I"], group: int
+) -> tuple[UInt8[Tensor, "*E O P"], Float[Tensor, "*E O G"]]:
+    """(packed, s) with `from_int4` giving weight to within s / 2; a group of zeros has s = 1."""
+    inputs = weight.shape[-1]
+    groups = F.pad(weight.float(), (0, -inputs % group)).unflatten(-1, (-1, group))
+    scale = (groups.abs().amax(dim=-1) / 7).bfloat16()
+    scale = torch.where(scale > 0, scale, 1.0)
+    whole = (groups / scale.float()[..., None]).round_().clamp_(-7, 7).add_(8).to(torch.uint8)
+    whole = whole.flatten(-2)[..., : inputs + inputs % 2]
+    return (whole[..., ::2] | whole[..., 1::2] << 4).contiguous(), scale
+
+
+def from_int4(
+    packed: UInt8[Tensor, "*E O P"], scale: Float[Tensor, "*E O G"], group: int, inputs: int
+) -> Float[Tensor, "*E O I"]:
+    """The weights of `to_int4`, rounded, in float32."""
+    halves = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)[..., :inputs]
+    return (halves.float() - 8) * scale.float().repeat_interleave(group, dim=-1)[..., :inputs]

@@ -1,0 +1,85 @@
+"""The scripts that make the tables of docs/smaller.md, on a tiny run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DENSE = """
+from dataclasses import replace
+from switchworks.recipes.tiny import tiny
+def dense():
+    return replace(tiny(), model=replace(tiny().model, routing=None))
+"""
+"""A recipe of one's own: the dense twin of `tiny`."""
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Calls a script of experiments/ with words, in a folder of its own; what it printed."""
+    (tmp_path / "twins.py").write_text(DENSE)
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+
+    def call(name: str, *words: str) -> str:
+        return subprocess.run(
+            [sys.executable, str(ROOT / "experiments" / name), *words],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": paths},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+
+    return call
+
+
+def test_the_cost_of_rounding_is_measured(script, tiny_run, tmp_path):
+    said = script("quantise.py", str(tiny_run), "--groups", "16", "--held-out", "1", "--out", "q")
+    rows = json.loads((tmp_path / "q" / "table.json").read_text())
+    assert [row["weights"] for row in rows][1:] == ["int8", "int8-dynamic", "int4, groups of 16"]
+    assert rows[3]["bytes"] < rows[1]["bytes"] < rows[0]["bytes"] / 2
+    assert all(abs(row["more"]) < 0.05 for row in rows)
+    assert "| int8 |" in said
+
+
+@pytest.mark.slow
+def test_fewer_experts_are_measured_with_and_without_recovery(script, tiny_run, corpus, tmp_path):
+    words = [str(tiny_run), "--batches", "1", "--held-out", "1", "--out", "f", "--threads", "1"]
+    words += ["--recover", "1", "--recipe", "tiny", "--dense", "twins:dense"]
+    said = script("fewer_experts.py", *words, "--data.path", str(corpus))
+    table = json.loads((tmp_path / "f" / "table.json").read_text())
+    assert list(table) == ["4", "2", "1"]
+    assert set(table["1"]) == {"prune", "prune, recovered", "merge", "merge, recovered"}
+    assert "| merge, recovered | " in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("which", "runs"),
+    [
+        (
+            ["--table", "6", "--stored", "8"],
+            ["teacher", "baseline", "student", "plain", "weights", "weights_only", "stored 8"],
+        ),
+        (
+            ["--table", "7", "--experts", "2", "4"],
+            [
+                "baseline",
+                "teacher, 2 experts",
+                "student of 2",
+                "teacher, 4 experts",
+                "student of 4",
+            ],
+        ),
+    ],
+)
+def test_the_tables_of_the_paper_are_trained(which, runs, script, corpus, tmp_path):
+    words = ["tiny", "--dense", "twins:dense", "--out", "d", "--steps", "2", "--threads", "1"]
+    words += ["--sample-every", "0", "--data.path", str(corpus), *which]
+    script("distillation.py", *words)
+    rows = json.loads((tmp_path / "d" / "table.json").read_text())
+    assert [row["run"] for row in rows] == runs
