@@ -111,6 +111,7 @@ def test_all_to_all_moves_each_slot_there_and_back_forward_and_backward():
     assert found[0].bytes == 4 * (slots * groups * experts * width * 4)
 
 
+@pytest.mark.slow
 def test_many_micro_batches_are_two_and_three_continued():
     experiment = replace(small(expert=2), batch_size=20, micro_batches=5)
     continued = simulate(experiment)
@@ -140,6 +141,7 @@ def test_the_flops_of_a_step_are_three_times_the_forward_pass_of_the_closed_form
     assert simulate(experiment).flops == pytest.approx(closed, rel=0.15)
 
 
+@pytest.mark.slow
 def test_a_deep_model_is_outlined_from_a_shallow_one():
     experiment = small(expert=2)
     deep = replace(experiment, model=replace(experiment.model, num_layers=8))
