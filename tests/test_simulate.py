@@ -3,15 +3,20 @@ them to real ranks."""
 
 import json
 import math
+import re
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from switchworks.cli import main
 from switchworks.config import ConfigError
+from switchworks.flags import ExplainFlags, parse_experiment
 from switchworks.model.sizes import num_parameters
 from switchworks.parallel import MeshConfig
+from switchworks.parallel.fake import fake_ranks
+from switchworks.parallel.layout import check_fit
 from switchworks.parallel.machines import MACHINES, Machine, estimate, find_machine
 from switchworks.parallel.trace import Traffic, Work
 from switchworks.recipes import find_recipe
@@ -19,6 +24,7 @@ from switchworks.recipes.tiny import tiny
 from switchworks.report.mesh_picture import cells, draw_mesh, grid_shape
 from switchworks.training.plan import make_plan
 from switchworks.training.search import outline, workable
+from switchworks.training.simulate import _trace as traced
 from switchworks.training.simulate import simulate
 from switchworks.training.weights import layout_table, weights_of
 
@@ -106,15 +112,13 @@ def test_all_to_all_moves_each_slot_there_and_back_forward_and_backward():
 
 
 def test_many_micro_batches_are_two_and_three_continued():
-    experiment = replace(small(expert=2), batch_size=16)
-    eight = simulate(replace(experiment, micro_batches=4))
-    two, three = (
-        simulate(replace(experiment, batch_size=4 * count, micro_batches=count)) for count in (2, 3)
-    )
-    assert eight.flops == three.flops + (three.flops - two.flops)
-    each = three.peak - two.peak  # what a micro-batch leaves for the end of the step: its figures
-    assert eight.peak == three.peak + each
-    assert 0 <= each < 0.01 * two.peak
+    experiment = replace(small(expert=2), batch_size=20, micro_batches=5)
+    continued = simulate(experiment)
+    with fake_ranks(experiment.mesh) as ranks:
+        whole = traced(ranks, experiment)
+    assert (continued.flops, continued.moved) == (whole.flops, whole.moved)
+    assert (continued.activations, continued.peak) == (whole.activations, whole.peak)
+    assert continued.traffic == whole.traffic
 
 
 def test_a_run_on_one_rank_is_simulated_too_and_nothing_travels():
@@ -226,3 +230,17 @@ def test_the_paper_s_largest_model_is_laid_out_without_memory():
     vocabulary = 2 * 32128 * 2080
     rest = sum(w.bytes for w in weights) - 2 * (30 * 2 * 2080 * 6144 + vocabulary)
     assert 0 < rest < 2e6
+
+
+PAGE = (Path(__file__).parent.parent / "docs" / "scale.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "command", re.findall(r"^\$ switchworks explain (.*)$", PAGE.replace("\\\n", " "), re.MULTILINE)
+)
+def test_a_command_of_the_page_names_a_mesh_that_can_work(command):
+    experiment, flags = parse_experiment("explain", command.split(), ExplainFlags)
+    ranks = flags.devices or flags.ranks or experiment.mesh.size
+    assert workable(experiment, ranks)
+    check_fit(experiment.model, experiment.mesh)
+    find_machine(flags.machine)

@@ -17,7 +17,12 @@ from switchworks.training.step import train_step
 
 pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # as parallel/apply.py does
 
-WIDE = (("model.d_model", 64), ("model.d_ff", 128), ("model.d_kv", 16))
+WIDE = (
+    ("model.d_model", 64),
+    ("model.d_ff", 128),
+    ("model.d_kv", 16),
+    ("routing.group_sequences", 1),
+)
 MESHES = [
     MeshConfig(data=2, expert=2),
     MeshConfig(expert=2, model=2),

@@ -46,8 +46,8 @@ def no_numbers() -> Iterator[None]:
 
 
 class _Answers(TorchDispatchMode):
-    """Any number that is asked of a fake tensor is 1. Real integers, which say who is where on a
-    mesh, stay what they are."""
+    """Any number that is asked of a fake tensor is 1, and a condition is false. Real integers,
+    which say who is where on a mesh, stay what they are."""
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -58,6 +58,8 @@ class _Answers(TorchDispatchMode):
             with _disable_current_modes():
                 return function(*args, **kwargs)
         if function is torch.ops.aten._local_scalar_dense.default:
+            if tensors[0].dtype == torch.bool:
+                return False
             return 1.0 if tensors[0].dtype.is_floating_point else 1
         return function(*args, **kwargs)
 

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from switchworks.config import ConfigError
-from switchworks.parallel.config import MeshConfig
 from switchworks.parallel.fake import fake_ranks
 from switchworks.parallel.layout import check_fit
 from switchworks.parallel.machines import Estimate, Machine, estimate
@@ -75,8 +74,8 @@ def workable(experiment: Experiment, devices: int) -> list[Experiment]:
     """`experiment` on every mesh of `devices` that its shape and its batch allow, each with as few
     micro-batches as there can be. Raises ConfigError with the last reason if there is none."""
     found, reason = [], ""
-    for mesh in _factorisations(devices):
-        mesh = replace(mesh, shard=experiment.mesh.shard)
+    for data, expert, width in _factorisations(devices):
+        mesh = replace(experiment.mesh, data=data, expert=expert, model=width)
         try:
             check_fit(experiment.model, mesh)
             found.append(replace(experiment, mesh=mesh, micro_batches=1))
@@ -135,10 +134,11 @@ def _groups_of_a_rank(experiment: Experiment) -> int:
     return rows if routing is None else rows // routing.group_sequences
 
 
-def _factorisations(devices: int) -> Iterator[MeshConfig]:
+def _factorisations(devices: int) -> Iterator[tuple[int, int, int]]:
+    """All (data, expert, model) of so many ranks."""
     for model in _divisors(devices):
         for expert in _divisors(devices // model):
-            yield MeshConfig(data=devices // model // expert, expert=expert, model=model)
+            yield devices // model // expert, expert, model
 
 
 def _divisors(number: int) -> list[int]:

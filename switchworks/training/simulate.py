@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+from switchworks.kernels import attention, norm
 from switchworks.optim import adafactor
 from switchworks.parallel.fake import fake_ranks, no_numbers
 from switchworks.parallel.layout import check_fit
@@ -16,7 +17,7 @@ from switchworks.parallel.mesh import Ranks
 from switchworks.parallel.trace import Traffic, Work
 from switchworks.training.experiment import Experiment
 from switchworks.training.footprint import Footprint, batch_like, measure_step
-from switchworks.training.state import build_state
+from switchworks.training.state import spread_model, state_of
 
 
 def simulate(experiment: Experiment) -> Footprint:
@@ -42,19 +43,23 @@ def simulate_on(ranks: Ranks, experiment: Experiment) -> Footprint:
 
 
 def _trace(ranks: Ranks, experiment: Experiment) -> Footprint:
-    with no_numbers(), _in_one_piece():
-        state = build_state(experiment, ranks=ranks, empty=True)
+    # On the meta device, where to cut a tensor into thousands of parts takes no time.
+    spread = spread_model(experiment, None, ranks, empty=True)
+    with no_numbers(), _large_blocks():
+        state = state_of(experiment, spread, ranks, empty=True)
         return measure_step(state, batch_like(experiment))
 
 
 @contextmanager
-def _in_one_piece() -> Iterator[None]:
-    """The optimizer goes through a tensor as on an accelerator, which has no cache to fit."""
-    block, adafactor._BLOCK = adafactor._BLOCK, 2**62
+def _large_blocks() -> Iterator[None]:
+    """Optimizer and norms go through a tensor in one piece, and attention through sixteen million
+    scores at a time: an accelerator has no cache to fit, and every piece takes time to trace."""
+    plain = adafactor._BLOCK, norm._BLOCK, attention.BLOCK
+    adafactor._BLOCK, norm._BLOCK, attention.BLOCK = 2**62, 2**62, 2**24
     try:
         yield
     finally:
-        adafactor._BLOCK = block
+        adafactor._BLOCK, norm._BLOCK, attention.BLOCK = plain
 
 
 def _with_parts(experiment: Experiment, count: int) -> Experiment:

@@ -1,10 +1,10 @@
 """What a training run is at a moment: enough to go on from there, bit for bit."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from switchworks import kernels
 from switchworks.adapt.freeze import freeze
@@ -106,15 +106,37 @@ def build_state(
     stand in its place.
     """
     assert (experiment.distil is not None) == ((teacher is None) != (logits is None))
+    spread = spread_model(experiment, model, ranks, empty=empty)
+    state = state_of(experiment, spread, ranks, empty=empty)
+    if teacher is not None:
+        cast_for_compute(teacher, getattr(torch, experiment.precision))
+        teacher.to(state.model.embedding.weight.device).eval().requires_grad_(False)
+    state.teacher, state.logits = teacher, logits
+    return state
+
+
+class Spread(NamedTuple):
+    """A model that is cast, frozen and spread over ranks, and may still be without memory."""
+
+    model: SwitchTransformer
+    letters: dict[str, str]
+    gradients: GradientSum
+    weights: dict[str, Tensor]
+    """This rank's part of the float32 weights it was made of; none if there is no memory yet."""
+    adapted: Table | None
+
+
+def spread_model(
+    experiment: Experiment, model: SwitchTransformer | None, ranks: Ranks, *, empty: bool = False
+) -> Spread:
+    """The first half of `build_state`: after it, a model on the meta device is there still."""
     assert experiment.precision != "auto", "train() settles it first"
     if model is None:
         model = _fresh_model(experiment, whole=ranks.mesh is None and not empty)
-    on_meta = model.embedding.weight.is_meta
     table = None if experiment.lora is None else adapt(model, experiment.lora, experiment.seed)
     freeze(model, experiment.freeze)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    dtype = getattr(torch, experiment.precision)
-    cast_for_compute(model, dtype)
+    cast_for_compute(model, getattr(torch, experiment.precision))
     if experiment.kernels == "fast":
         kernels.apply(model)
     if experiment.activation_checkpointing:
@@ -122,19 +144,23 @@ def build_state(
     letters = dimension_letters(model)
     mesh = experiment.mesh
     gradients = parallelize(model, ranks.mesh, letters, shard=mesh.shard, overlap=mesh.overlap)
-    if on_meta:
+    if model.embedding.weight.is_meta:
+        return Spread(model, letters, gradients, {}, table)
+    for name, parameter in model.named_parameters():
+        weights[name] = like(weights[name], parameter)  # one after the other, so that wholes go
+    return Spread(model, letters, gradients, weights, table)
+
+
+def state_of(
+    experiment: Experiment, spread: Spread, ranks: Ranks, *, empty: bool = False
+) -> TrainState:
+    """The second half: memory and first values where there are none yet, and the optimizer."""
+    model, letters, gradients, weights, table = spread
+    if model.embedding.weight.is_meta:
         allocate(model, "cpu" if ranks.mesh is None else ranks.mesh.device_type)
         weights = {} if empty else fill(model, experiment.seed)
-    else:
-        for name, parameter in model.named_parameters():
-            weights[name] = like(weights[name], parameter)  # one after the other: wholes go
     updater = build_optimizer(model.named_parameters(), letters, experiment.optim, weights)
-    if teacher is not None:
-        cast_for_compute(teacher, dtype)
-        teacher.to(model.embedding.weight.device).eval().requires_grad_(False)
-    state = TrainState(experiment, model, updater, gradients, ranks, adapted=table)
-    state.teacher, state.logits = teacher, logits
-    return state
+    return TrainState(experiment, model, updater, gradients, ranks, adapted=table)
 
 
 def _fresh_model(experiment: Experiment, *, whole: bool) -> SwitchTransformer:
