@@ -140,6 +140,7 @@ def test_the_flops_of_a_step_are_three_times_the_forward_pass_of_the_closed_form
     assert simulate(experiment).flops == pytest.approx(closed, rel=0.15)
 
 
+@pytest.mark.slow
 def test_a_deep_model_is_outlined_from_a_shallow_one():
     experiment = small(expert=2)
     deep = replace(experiment, model=replace(experiment.model, num_layers=8))
