@@ -28,7 +28,7 @@ quickstart: .venv/installed
 	$(BIN)/switchworks train quickstart --run-dir runs/quickstart $(if $(wildcard runs/quickstart/experiment.toml),--resume)
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -m "not gpu and not slow" --numprocesses auto --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -m "not gpu and not slow" --numprocesses auto --dist worksteal $(ARGS)
 
 check: .venv/installed-dev
 	$(BIN)/ruff format --check .

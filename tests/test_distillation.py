@@ -455,6 +455,7 @@ def test_a_share_beyond_one_and_a_temperature_of_zero_are_refused():
 # The experiment
 
 
+@pytest.mark.slow
 def test_the_experiment_trains_all_three_and_goes_on_with_what_is_there(corpus, tmp_path):
     """Share of the gain and compression are taken from the runs' own files."""
     (tmp_path / "twins.py").write_text(DENSE)
