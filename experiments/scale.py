@@ -106,7 +106,7 @@ def main(what: str) -> None:
             print(row, flush=True)
             rows.append(row)
     with (DOCS / "scale.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     draw(rows, DOCS / "scale.png")

@@ -111,6 +111,7 @@ def test_all_to_all_moves_each_slot_there_and_back_forward_and_backward():
     assert found[0].bytes == 4 * (slots * groups * experts * width * 4)
 
 
+@pytest.mark.slow
 def test_many_micro_batches_are_two_and_three_continued():
     experiment = replace(small(expert=2), batch_size=20, micro_batches=5)
     continued = simulate(experiment)

@@ -35,6 +35,7 @@ CASES = [
     *(Case(mesh, precision="bfloat16", more=WIDE) for mesh in MESHES),
     Case(MESHES[0], precision="float32", optimizer="adamw", more=(*WIDE, ("micro_batches", 2))),
     Case(replace(MESHES[2], shard=False), precision="float32", more=WIDE),
+    Case(MESHES[0], precision="bfloat16", more=(*WIDE, ("activation_checkpointing", True))),
 ]
 
 

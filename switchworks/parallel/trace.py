@@ -31,6 +31,8 @@ _COLLECTIVES = {
     "alltoall_base_": "all_to_all",
     "all_to_all_single": "all_to_all",
 }
+_HELD = 0
+"""The number of all storages that were there before."""
 _FREE = frozenset({"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"})
 """Operations that touch no memory although they allocate some."""
 
@@ -74,8 +76,10 @@ class Trace(TorchDispatchMode):
         self._live: dict[int, tuple[int, int]] = {}
         """Address of a storage -> its number and its bytes."""
         self._numbers = 0
-        self._events: list[tuple[int, int]] = []
-        """(number of a storage, bytes more or less), in order."""
+        self._events: list[tuple[int, int, int]] = []
+        """(number of a storage, bytes more or less, phase), in order."""
+        self.phase = 0
+        """Peaks are found for each; whoever traces counts it up."""
         self._marked: set[int] = set()
         self._undo = contextlib.ExitStack()
 
@@ -106,6 +110,15 @@ class Trace(TorchDispatchMode):
         """What has travelled so far."""
         return [Traffic(*key, *counts) for key, counts in sorted(self._traffic.items())]
 
+    def hold(self, tensors: Iterable[Tensor]) -> None:
+        """Their memory was there before: a view of it is nothing new."""
+        for tensor in tensors:
+            storage = _local(tensor).untyped_storage()
+            if storage._cdata in self._live:
+                continue
+            self._live[storage._cdata] = (_HELD, storage.nbytes())
+            weakref.finalize(storage, self._forget, storage._cdata).atexit = False
+
     def mark(self, tensors: Iterable[Tensor]) -> None:
         """Their storages are gradients: `peaks` takes them out."""
         for tensor in tensors:
@@ -113,15 +126,19 @@ class Trace(TorchDispatchMode):
             if found is not None:
                 self._marked.add(found[0])
 
-    def peaks(self) -> tuple[int, int]:
-        """The most bytes allocated since the beginning that were alive at once: all of them, and
-        all but what was ever marked."""
-        total = rest = most = most_of_rest = 0
-        for number, change in self._events:
+    def peaks(self, phases: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The most bytes allocated since the beginning that were alive at once in each phase: all
+        of them, and all but what was ever marked."""
+        total = rest = 0
+        most, most_of_rest = [0] * phases, [0] * phases
+        for number, change, phase in self._events:
+            if number == _HELD:
+                continue
             total += change
             rest += 0 if number in self._marked else change
-            most, most_of_rest = max(most, total), max(most_of_rest, rest)
-        return most, most_of_rest
+            most[phase] = max(most[phase], total)
+            most_of_rest[phase] = max(most_of_rest[phase], rest)
+        return tuple(most), tuple(most_of_rest)
 
     def _notice(self, tensor: Tensor) -> bool:
         """True if the tensor's memory is new."""
@@ -131,13 +148,13 @@ class Trace(TorchDispatchMode):
             return False
         self._numbers += 1
         self._live[address] = (self._numbers, storage.nbytes())
-        self._events.append((self._numbers, storage.nbytes()))
+        self._events.append((self._numbers, storage.nbytes(), self.phase))
         weakref.finalize(storage, self._forget, address).atexit = False
         return True
 
     def _forget(self, address: int) -> None:
         number, size = self._live.pop(address)
-        self._events.append((number, -size))
+        self._events.append((number, -size, self.phase))
 
     @contextlib.contextmanager
     def _watching_resizes(self) -> Iterator[None]:
@@ -150,7 +167,7 @@ class Trace(TorchDispatchMode):
             if found is not None:
                 number, before = found
                 self._live[storage._cdata] = (number, size)
-                self._events.append((number, size - before))
+                self._events.append((number, size - before, self.phase))
             return done
 
         torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
@@ -165,7 +182,7 @@ class Trace(TorchDispatchMode):
             return
         group = next(group for arg in args if (group := _group(arg)) is not None)
         members = torch.distributed.get_process_group_ranks(group)
-        axis = self.axes.get(group.group_name, "world")
+        axis = self.axes.get(tuple(members), "world")
         key = name, axis, len(members), max(members) - min(members)
         counts = self._traffic.setdefault(key, [0, 0])
         counts[0] += 1
@@ -183,16 +200,17 @@ class Trace(TorchDispatchMode):
         self.work[Work(int(flops), _bytes((args, kwargs)) + _bytes(made))] += 1
 
 
-def _names(mesh: DeviceMesh | None) -> Mapping[str, str]:
-    """Name of a group -> the axis whose ranks it has."""
+def _names(mesh: DeviceMesh | None) -> Mapping[tuple[int, ...], str]:
+    """The ranks of a group, this rank's own, -> their axis. Where expert ranks or data ranks alone
+    make up the batch axis, it goes by their name."""
     if mesh is None:
         return {}
-    whole = batch_axis(mesh)
-    names: dict[str, str] = {whole.get_group().group_name: "batch"}
-    for axis in AXES:  # one that makes up the batch axis alone may share its group, and names it
-        if mesh[axis].size() > 1:
-            names[mesh.get_group(axis).group_name] = axis
-    return names
+    axes = {"batch": batch_axis(mesh)} | {axis: mesh[axis] for axis in AXES}
+    return {
+        tuple(torch.distributed.get_process_group_ranks(axis.get_group())): name
+        for name, axis in axes.items()
+        if axis.size() > 1
+    }
 
 
 def _group(argument: Any) -> ProcessGroup | None:

@@ -1,6 +1,7 @@
 """What a training step takes of one rank, counted while it runs: for real, or with no numbers."""
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,10 +11,13 @@ from torch import Tensor
 from switchworks.batch import Batch
 from switchworks.optim.build import UpdateStats
 from switchworks.optim.spread import local
-from switchworks.parallel.trace import Trace, Traffic, Work
+from switchworks.parallel.trace import Trace, Traffic, Work, tensors_in
 from switchworks.training.experiment import Experiment
 from switchworks.training.state import TrainState
 from switchworks.training.step import train_step
+
+PHASES = ("forward and backward", "gathering gradients", "updating")
+"""In each of them the peak grows evenly with the depth of a model; which is the highest changes."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +32,22 @@ class Footprint:
     """Bytes of the gradients that the optimizer reads."""
     optimizer: int
     """Bytes of the optimizer's state."""
-    activations: int
-    """The most bytes of anything else that are alive at once."""
-    peak: int
-    """The most bytes that are alive at once, all of the above."""
+    others: tuple[int, ...]
+    """The most bytes of anything else that are alive at once, in each of the `PHASES`."""
+    passing: tuple[int, ...]
+    """The same with gradients."""
     work: Counter[Work] = field(repr=False)
     traffic: tuple[Traffic, ...]
+
+    @property
+    def activations(self) -> int:
+        """The most bytes of anything else that are alive at once."""
+        return max(self.others)
+
+    @property
+    def peak(self) -> int:
+        """The most bytes that are alive at once, of everything."""
+        return self.held + max(self.passing)
 
     @property
     def flops(self) -> int:
@@ -55,16 +69,21 @@ def measure_step(state: TrainState, batch: Batch) -> Footprint:
     """Take one step with `batch`, and what it took."""
     trace, updater = Trace(state.ranks.mesh), state.updater
     held = _held(state)
+    trace.hold(_lasting(state))
+    trace.hold(tensors_in(vars(batch)))
     gradients: list[int] = []
     accumulate, update = updater.accumulate, updater.step
 
     def marked() -> None:
         trace.mark(p.grad for p in state.model.parameters() if p.grad is not None)
+        before, trace.phase = trace.phase, max(1, trace.phase)
         accumulate()
+        trace.phase = before
         trace.mark(updater.gradients().values())
 
     def counted(step: int, total_steps: int) -> UpdateStats:
         gradients.append(_bytes_of(updater.gradients().values()))
+        trace.phase = 2
         return update(step, total_steps)
 
     updater.accumulate, updater.step = marked, counted
@@ -73,15 +92,24 @@ def measure_step(state: TrainState, batch: Batch) -> Footprint:
             train_step(state, batch)
     finally:
         updater.accumulate, updater.step = accumulate, update
-    most, activations = trace.peaks()
+    passing, others = trace.peaks(len(PHASES))
     return Footprint(
         **held,
         gradients=gradients[0],
-        activations=activations,
-        peak=sum(held.values()) + most,
+        others=others,
+        passing=passing,
         work=trace.work,
         traffic=tuple(trace.traffic),
     )
+
+
+def _lasting(state: TrainState) -> Iterator[Tensor]:
+    """All that stays between steps."""
+    saved = state.state_dict()
+    yield from state.model.parameters()
+    yield from saved["weights"].values()
+    for slots in saved["optimizer"].values():
+        yield from slots.values()
 
 
 def _held(state: TrainState) -> dict[str, int]:

@@ -93,9 +93,11 @@ def along(first: Footprint, second: Footprint, steps: float) -> Footprint:
         one = ours[key][4:] if key in ours else nothing
         other = theirs[key][4:] if key in theirs else nothing
         traffic.append(Traffic(*key, *map(at, one, other)))
-    sizes = ("weights", "masters", "gradients", "optimizer", "activations", "peak")
+    sizes = ("weights", "masters", "gradients", "optimizer")
     return Footprint(
         **{name: at(getattr(first, name), getattr(second, name)) for name in sizes},
+        others=tuple(map(at, first.others, second.others)),
+        passing=tuple(map(at, first.passing, second.passing)),
         work=work,
         traffic=tuple(traffic),
     )
