@@ -56,3 +56,31 @@ def tiny_run(tiny_experiment, tmp_path_factory) -> Path:
     run_dir = train(tiny_experiment, tmp_path_factory.mktemp("runs") / "tiny")
     torch.set_num_threads(threads)
     return run_dir
+
+
+@pytest.fixture(scope="session")
+def byte_model():
+    """A tiny encoder-decoder over bytes, with random weights. Tests only read it."""
+    return _over_bytes(decoder_only=False)
+
+
+@pytest.fixture(scope="session")
+def byte_decoder():
+    """The same as a causal model."""
+    return _over_bytes(decoder_only=True)
+
+
+def _over_bytes(*, decoder_only: bool):
+    from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
+
+    config = ModelConfig(
+        vocab_size=384,
+        d_model=16,
+        d_ff=32,
+        d_kv=8,
+        num_heads=2,
+        num_layers=2,
+        routing=RoutingConfig(experts=2, group_sequences=1),
+        decoder_only=decoder_only,
+    )
+    return SwitchTransformer(config, seed=3).eval()

@@ -15,28 +15,13 @@ from switchworks.data.tokenizer import ByteTokenizer
 from switchworks.evaluate.answers import Answering, answer, log_likelihoods, write
 from switchworks.evaluate.task_run import named_tasks
 from switchworks.generate import BeamSearch, generate
-from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
+from switchworks.model import SwitchTransformer
 from switchworks.recipes.tiny import tiny
 
 TOKENIZER = ByteTokenizer()
 TEXTS = ["a", "a much longer text than that", "ab", "x" * 60]
 HOW = Answering(input_length=48, max_length=6, batch_size=2)
 FLAGS = ["--model.decoder-only", "--data.objective", "causal", "--threads", "1"]
-
-
-@pytest.fixture(scope="module")
-def model() -> SwitchTransformer:
-    config = ModelConfig(
-        vocab_size=384,
-        d_model=16,
-        d_ff=32,
-        d_kv=8,
-        num_heads=2,
-        num_layers=2,
-        routing=RoutingConfig(experts=2, group_sequences=1),
-        decoder_only=True,
-    )
-    return SwitchTransformer(config, seed=3).eval()
 
 
 @pytest.fixture(scope="module")
@@ -53,20 +38,20 @@ def prompt_of(text: str) -> list[int]:
     return [*TOKENIZER.encode(text)[:47], 1]
 
 
-def test_an_answer_is_what_follows_the_input_and_its_end(model):
+def test_an_answer_is_what_follows_the_input_and_its_end(byte_decoder):
     for how in (HOW, replace(HOW, beams=BeamSearch(beams=2))):
-        answers = write(model, TOKENIZER, TEXTS, 6, how)
+        answers = write(byte_decoder, TOKENIZER, TEXTS, 6, how)
         for text, together in zip(TEXTS, answers, strict=True):
             prompt = torch.tensor([prompt_of(text)])
-            alone = generate(model, prompt, max_length=6, beams=how.beams)
+            alone = generate(byte_decoder, prompt, max_length=6, beams=how.beams)
             assert together == TOKENIZER.decode(alone[0].tolist())
 
 
-def test_likelihoods_are_those_of_the_target_after_the_prompt_in_one_text(model):
+def test_likelihoods_are_those_of_the_target_after_the_prompt_in_one_text(byte_decoder):
     pairs = [(TEXTS[1], "yes"), (TEXTS[0], "perhaps"), (TEXTS[3], "")]
-    found = log_likelihoods(model, TOKENIZER, pairs, HOW)
-    exact = SwitchTransformer(model.config).double().eval()
-    exact.load_state_dict(model.state_dict())
+    found = log_likelihoods(byte_decoder, TOKENIZER, pairs, HOW)
+    exact = SwitchTransformer(byte_decoder.config).double().eval()
+    exact.load_state_dict(byte_decoder.state_dict())
     nothing = torch.zeros(1, 0, dtype=torch.long)
     for (text, target), nats in zip(pairs, found, strict=True):
         prompt, after = prompt_of(text), [*TOKENIZER.encode(target), 1]
@@ -76,7 +61,7 @@ def test_likelihoods_are_those_of_the_target_after_the_prompt_in_one_text(model)
         assert nats == pytest.approx(by_hand, rel=1e-4)
 
 
-def test_answers_are_ranked_too(model):
+def test_answers_are_ranked_too(byte_decoder):
     task = Task(
         name="t",
         source=Hub(dataset=None, folder="t"),
@@ -84,12 +69,12 @@ def test_answers_are_ranked_too(model):
         labels=("yes", "no"),
     )
     how = Answering(decode="rank", input_length=48)
-    (chosen,) = answer(model, TOKENIZER, task, [Example(inputs="a", target="yes")], how)
-    nats = log_likelihoods(model, TOKENIZER, [("a", "yes"), ("a", "no")], how)
+    (chosen,) = answer(byte_decoder, TOKENIZER, task, [Example(inputs="a", target="yes")], how)
+    nats = log_likelihoods(byte_decoder, TOKENIZER, [("a", "yes"), ("a", "no")], how)
     assert chosen == ("yes" if nats[0] >= nats[1] else "no")
 
 
-def test_rows_are_a_prompt_and_its_target_and_only_targets_count(table, model, tmp_path):
+def test_rows_are_a_prompt_and_its_target_and_only_targets_count(table, byte_decoder, tmp_path):
     data = DataConfig(
         objective="causal",
         tasks=(f"colours={table}:text:answer",),
@@ -103,7 +88,7 @@ def test_rows_are_a_prompt_and_its_target_and_only_targets_count(table, model, t
     assert batch.input_segments is None
     texts = [TOKENIZER.decode(row) for row in batch.targets.tolist()]
     assert set(texts) <= {"warm", "cold"}
-    output = model(batch.inputs, batch.targets)
+    output = byte_decoder(batch.inputs, batch.targets)
     logs = output.logits.detach().log_softmax(-1).gather(-1, batch.targets[..., None]).squeeze(-1)
     real = batch.targets != 0
     expected = -float(logs[real].mean())

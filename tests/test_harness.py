@@ -13,30 +13,16 @@ from switchworks.data.tokenizer import ByteTokenizer
 from switchworks.evaluate.harness import Pair, Scorer, harness_model, until
 from switchworks.generate import BeamSearch, generate
 from switchworks.generate.continuation import continuation
-from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
+from switchworks.model import SwitchTransformer
 
 TOKENIZER = ByteTokenizer()
 there = importlib.util.find_spec("lm_eval") is not None
 needs_lm_eval = pytest.mark.skipif(not there, reason="lm-eval is not installed")
 
 
-def a_model(*, decoder_only: bool) -> SwitchTransformer:
-    config = ModelConfig(
-        vocab_size=384,
-        d_model=16,
-        d_ff=32,
-        d_kv=8,
-        num_heads=2,
-        num_layers=2,
-        routing=RoutingConfig(experts=2, group_sequences=1),
-        decoder_only=decoder_only,
-    )
-    return SwitchTransformer(config, seed=3).eval()
-
-
-@pytest.fixture(scope="module", params=[False, True], ids=["encoder_decoder", "decoder_only"])
+@pytest.fixture(params=["byte_model", "byte_decoder"])
 def model(request) -> SwitchTransformer:
-    return a_model(decoder_only=request.param)
+    return request.getfixturevalue(request.param)
 
 
 def by_hand(model: SwitchTransformer, context: str, text: str) -> tuple[float, bool]:
@@ -116,8 +102,8 @@ def test_settings_of_generation_are_understood_or_refused(model):
         scorer.write([("abc", {"min_p": 0.1})])
 
 
-def test_a_prompt_needs_room():
-    scorer = Scorer(a_model(decoder_only=True), TOKENIZER, max_length=16)
+def test_a_prompt_needs_room(byte_decoder):
+    scorer = Scorer(byte_decoder, TOKENIZER, max_length=16)
     with pytest.raises(ConfigError, match="max_gen_toks = 128 leave no room for a prompt"):
         scorer.write([("abc", {})])
 
@@ -150,10 +136,9 @@ def test_the_adapter_is_a_model_of_the_harness(model, tmp_path):
 
 
 @needs_lm_eval
-def test_a_long_text_is_scored_in_windows_that_predict_each_token_once():
+def test_a_long_text_is_scored_in_windows_that_predict_each_token_once(byte_decoder):
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-    model = a_model(decoder_only=True)
     seen: list[int] = []
 
     def windows(ids, prefix, size):
@@ -161,12 +146,12 @@ def test_a_long_text_is_scored_in_windows_that_predict_each_token_once():
         seen.extend(token for _, predicted in pairs for token in predicted)
         return pairs
 
-    scorer = Scorer(model, TOKENIZER, max_length=9)
+    scorer = Scorer(byte_decoder, TOKENIZER, max_length=9)
     nats = scorer.rolling("0123456789abcdefghij", windows)
     assert seen == TOKENIZER.encode("0123456789abcdefghij")
     # Windows of 8: the first from nothing, the second after one token, the last after five.
     parts = [("", "01234567"), ("7", "89abcdef"), ("bcdef", "ghij")]
-    assert nats == pytest.approx(sum(by_hand(model, *part)[0] for part in parts), rel=1e-4)
+    assert nats == pytest.approx(sum(by_hand(byte_decoder, *part)[0] for part in parts), rel=1e-4)
 
 
 @needs_lm_eval
@@ -210,8 +195,8 @@ def test_the_harness_runs_a_task_of_its_own_with_our_model(model, tmp_path):
 
 
 @needs_lm_eval
-def test_a_model_without_a_tokenizer_cannot_be_asked(tmp_path):
-    save(a_model(decoder_only=True), tmp_path / "model")
+def test_a_model_without_a_tokenizer_cannot_be_asked(byte_decoder, tmp_path):
+    save(byte_decoder, tmp_path / "model")
     with pytest.raises(CheckpointError, match="without a tokenizer"):
         harness_model(tmp_path / "model")
 

@@ -6,8 +6,8 @@ import pytest
 
 from switchworks.recipes.tiny import tiny
 from switchworks.training import machine
-from switchworks.training.run import with_precision
 from switchworks.training.run_directory import claim, settings_in
+from switchworks.training.settle import with_precision
 
 AUTO = replace(tiny(), precision="auto")
 

@@ -16,8 +16,9 @@ import tomli_w
 
 from switchworks.config import DataError
 from switchworks.report import write_report
-from switchworks.report.charts import Curve, line_chart, load_chart, smooth
+from switchworks.report.charts import Curve, line_chart, smooth
 from switchworks.report.figures import compact, duration
+from switchworks.report.load_chart import load_chart
 from switchworks.report.runs import read_run, when_reached
 
 

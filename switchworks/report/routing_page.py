@@ -9,8 +9,8 @@ from html import escape
 from statistics import fmean
 from typing import Any
 
-from switchworks.report.charts import ABOVE, BELOW, colour_bar
 from switchworks.report.document import document
+from switchworks.report.load_chart import ABOVE, BELOW, colour_bar
 
 _LEFT, _RIGHT, _WIDTH, _TALL, _TOP = 108, 418, 480, 19, 20
 

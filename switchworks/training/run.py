@@ -16,16 +16,12 @@ import torch
 from switchworks.adapt.files import save_adapters
 from switchworks.adapt.lora import merged
 from switchworks.batch import Batch
-from switchworks.checkpoint.model_files import MAX_SPARE_ROWS, load, save, stored_config
-from switchworks.checkpoint.tensors import require_match
+from switchworks.checkpoint.model_files import save
 from switchworks.checkpoint.training_state import Checkpoints
-from switchworks.compress.config import DistilConfig
-from switchworks.compress.logit_store import LogitStore
-from switchworks.compress.student import dense_teacher, initialise_from_teacher
 from switchworks.config import CheckpointError, ConfigError, DataError
 from switchworks.data.corpora import Corpora, HeldOut, prepare_corpora
 from switchworks.data.mixture import Mixture
-from switchworks.data.pipeline import Pipeline, rows_of_step
+from switchworks.data.pipeline import rows_of_step
 from switchworks.data.task_corpora import TaskCorpora
 from switchworks.data.tokenizer import Tokenizer
 from switchworks.model import SwitchTransformer
@@ -37,6 +33,7 @@ from switchworks.training import machine
 from switchworks.training.best import KeepBest
 from switchworks.training.experiment import Experiment
 from switchworks.training.explain import shares_of
+from switchworks.training.first_state import first_state
 from switchworks.training.hooks import (
     Progress,
     Samples,
@@ -47,10 +44,18 @@ from switchworks.training.hooks import (
 )
 from switchworks.training.loop import Hook, Interrupt, run
 from switchworks.training.recorder import Recorder
-from switchworks.training.run_directory import claim, launched_by, may_resume, settings_in
-from switchworks.training.state import TrainState, build_state
+from switchworks.training.run_directory import claim, launched_by, may_resume
+from switchworks.training.settle import (
+    check_beginning,
+    check_mesh,
+    vocabulary_of,
+    with_precision,
+    with_tokenizer,
+    with_vocabulary,
+)
+from switchworks.training.state import TrainState
 from switchworks.training.task_hook import task_hook
-from switchworks.training.teacher import Teacher, open_logits, open_teacher, require_same_rows
+from switchworks.training.teacher import open_logits, open_teacher, require_same_rows
 
 T = TypeVar("T")
 
@@ -74,7 +79,7 @@ def train(
     is saved and `Interrupted` is raised. On a mesh every process that torchrun started calls this
     with the same arguments, and only the first one talks and writes metrics.
     """
-    _check_beginning(experiment, init)
+    check_beginning(experiment, init)
     shares_of(experiment)  # what a freeze or lora cannot mean is said before text is read
     machine.keep_freed_memory()
     if experiment.threads:
@@ -83,7 +88,7 @@ def train(
     resume = resume or (launch.attempt() > 0 and launched_by(run_dir) == launch.name())
     experiment = with_tokenizer(experiment, init)
     with ranks_of(experiment.mesh, launch.world()) as ranks, _silent_unless(ranks.first):
-        _check_mesh(experiment)
+        check_mesh(experiment)
         stopped = _train(experiment, run_dir, resume, init, ranks)
     if stopped is not None:
         raise stopped
@@ -105,7 +110,7 @@ def _train(
     )
     rows = None if logits is None else logits.info.vocab_size
     rows = rows if teacher is None else teacher.model.config.vocab_size
-    experiment = with_vocabulary(experiment, _vocabulary(corpora, init, rows))
+    experiment = with_vocabulary(experiment, vocabulary_of(corpora, init, rows))
     if teacher is not None:
         teacher.require_same_ids(corpora.tokenizer, experiment.model.vocab_size)
     part = {"rank": ranks.batch_rank, "world": ranks.batch_world}
@@ -122,7 +127,7 @@ def _train(
         experiment.keep_checkpoints,
         background=experiment.async_checkpoints,
     )
-    state = _first_state(
+    state = first_state(
         experiment, checkpoints if resuming else None, init, teacher or logits, pipeline, ranks
     )
     if state.adapted is not None:
@@ -188,58 +193,6 @@ class Interrupted(Exception):  # noqa: N818  it is not an error
         self.signal = signal
 
 
-def with_vocabulary(experiment: Experiment, vocab_size: int) -> Experiment:
-    """`experiment` with the tokenizer's vocabulary: the tokenizer decides, and says so."""
-    if experiment.model.vocab_size == vocab_size:
-        return experiment
-    print(
-        f"vocabulary: {vocab_size} (to fit the tokenizer; {experiment.model.vocab_size} was asked "
-        "for)"
-    )
-    return replace(experiment, model=replace(experiment.model, vocab_size=vocab_size))
-
-
-def with_tokenizer(experiment: Experiment, init: Path | str | None) -> Experiment:
-    """`experiment` with the tokenizer of the model it begins with, if it is to learn tasks and
-    names no other: a tokenizer made from the tasks' text would not fit that model."""
-    data = experiment.data
-    if init is None or not data.tasks or data.tokenizer != "train":
-        return experiment
-    return replace(experiment, data=replace(data, tokenizer=str(init)))
-
-
-def with_precision(experiment: Experiment, run_dir: Path) -> Experiment:
-    """`experiment` with "auto" settled: as the run in `run_dir` has it, or by this machine.
-
-    Says so where bfloat16 was asked for and is many times slower here than float32.
-    """
-    gain = 1.0 if experiment.precision == "float32" else machine.bfloat16_gain()
-    if experiment.precision != "auto":
-        if gain < 0.5 and launch.rank() == 0:
-            print(
-                f"warning: this machine multiplies bfloat16 {1 / gain:.0f} times slower than "
-                "float32. --precision float32 is faster here, and auto would choose it.",
-                file=sys.stderr,
-            )
-        return experiment
-    begun = settings_in(run_dir)
-    precision = machine.fastest_precision() if begun is None else begun.precision
-    why = "as this run began" if begun else f"bfloat16 products run at {gain:.2g} times its speed"
-    print(f"precision: {precision}" + (f" ({why})" if precision == "float32" or begun else ""))
-    return replace(experiment, precision=precision)
-
-
-def _vocabulary(corpora: Corpora, init: Path | str | None, taught: int | None) -> int:
-    """Rows of the embedding: the tokenizer's ids, and what `init` or else the teacher, of which
-    `taught` are known, has to spare beyond them."""
-    rows = ids = corpora.tokenizer.vocab_size
-    if init is not None:
-        rows = stored_config(init).vocab_size
-    elif taught is not None:
-        rows = taught
-    return rows if 0 <= rows - ids < MAX_SPARE_ROWS else ids
-
-
 def export(state: TrainState, directory: Path, tokenizer: Tokenizer) -> None:
     """`directory` holds an ordinary model in model/, with its float32 weights and tokenizer.
 
@@ -253,73 +206,6 @@ def export(state: TrainState, directory: Path, tokenizer: Tokenizer) -> None:
         model = SwitchTransformer(state.experiment.model)
     model.load_state_dict(weights, assign=True)
     save(model, directory / "model", tokenizer=tokenizer)
-
-
-def _first_state(
-    experiment: Experiment,
-    checkpoints: Checkpoints | None,
-    init: Path | str | None,
-    taught_by: Teacher | LogitStore | None,
-    pipeline: Pipeline | Mixture,
-    ranks: Ranks,
-) -> TrainState:
-    """Where the run starts, in order of precedence: checkpoint, `init`, the teacher's weights as
-    far as they fit, first values."""
-    newest = None if checkpoints is None else checkpoints.latest()
-    teacher = taught_by if isinstance(taught_by, Teacher) else None
-    logits = taught_by if isinstance(taught_by, LogitStore) else None
-    inherits = newest is None and experiment.distil is not None and experiment.distil.initialise
-    # On a mesh each rank begins with its part, and none has to hold a whole model.
-    in_parts = ranks.mesh is not None and init is None and not inherits
-    model = None if in_parts else _first_model(experiment, init)
-    if inherits:
-        source = teacher or open_teacher(experiment)
-        assert model is not None
-        assert source is not None
-        assert experiment.distil is not None
-        _inherit(model, source, experiment.distil, pipeline)
-    empty = in_parts and newest is not None
-    state = build_state(experiment, model, teacher and teacher.model, ranks, logits, empty=empty)
-    if checkpoints is not None and newest is not None:
-        contents = state.state_dict()
-        about = checkpoints.load(newest, contents)
-        state.restore(contents, about)
-        print(f"resumed from step {state.step} ({newest})")
-    return state
-
-
-def _inherit(
-    student: SwitchTransformer, teacher: Teacher, distil: DistilConfig, pipeline: Pipeline | Mixture
-) -> None:
-    """Copy what fits of the teacher and say how much that is."""
-    source = teacher.model
-    if distil.ffn != "fresh":
-        source = dense_teacher(source, [pipeline.batch(step) for step in range(8)], distil.ffn)
-    copied, fresh = initialise_from_teacher(student, source)
-    print(f"student: {len(copied)} of {len(copied) + len(fresh)} tensors from {teacher.path}")
-    if fresh:
-        print(f"  fresh: {', '.join(fresh[:6])}{', ...' if len(fresh) > 6 else ''}")
-
-
-def _first_model(experiment: Experiment, init: Path | str | None) -> SwitchTransformer:
-    if init is None:
-        return SwitchTransformer(experiment.model, seed=experiment.seed)
-    model, _ = load(Path(init), widen=True)
-    if model.config.vocab_size != experiment.model.vocab_size:
-        raise CheckpointError(
-            f"{init} has a vocabulary of {model.config.vocab_size}, the tokenizer one of "
-            f"{experiment.model.vocab_size}.\n"
-            f"  Use the model's own tokenizer: --data.tokenizer {init}."
-        )
-    fresh = SwitchTransformer(experiment.model, seed=experiment.seed)
-    require_match(
-        f"The weights in {init} do not fit this experiment's model.",
-        wanted={name: tuple(p.shape) for name, p in fresh.named_parameters()},
-        found={name: tuple(p.shape) for name, p in model.named_parameters()},
-        fix="Give the experiment the model settings in that folder's config.toml.",
-    )
-    fresh.load_state_dict(model.state_dict())
-    return fresh
 
 
 def _hooks(
@@ -368,37 +254,6 @@ def _sample_rows(held_out: HeldOut) -> Batch:
     each = -(-SAMPLE_ROWS // len(held_out.batches))
     rows = [first_rows(batches[0], each) for batches in held_out.batches.values()]
     return first_rows(Batch.join(rows), SAMPLE_ROWS)
-
-
-def _check_beginning(experiment: Experiment, init: Path | str | None) -> None:
-    if init is not None and experiment.distil is not None and experiment.distil.initialise:
-        raise ConfigError(
-            f"Both --init {init} and distil.initialise say which weights the student begins with.\n"
-            "  Add --distil.no-initialise, or leave --init out."
-        )
-
-
-def _check_mesh(experiment: Experiment) -> None:
-    mesh = experiment.mesh
-    if mesh.model > 1 and experiment.distil is not None:
-        raise ConfigError(
-            f"mesh.model = {mesh.model} spreads the student's words over ranks, which the teacher's"
-            " are not.\n  Set --mesh.model 1 and a larger --mesh.data."
-        )
-    alone = {
-        "lora": experiment.lora is not None,
-        "freeze": bool(experiment.freeze),
-        "best": experiment.best is not None,
-        "data.tasks": bool(experiment.data.tasks),
-    }
-    asked = [name for name, wanted in alone.items() if wanted]
-    if mesh.size > 1 and asked:
-        raise ConfigError(
-            f"{', '.join(asked)}: not on a mesh of {mesh.size} ranks yet.\n"
-            "  Leave it out, or train on one rank."
-        )
-    if mesh.size > 1 and experiment.sample_every:
-        print("samples: none on a mesh; `switchworks generate` makes them from model/ afterwards.")
 
 
 def _about(experiment: Experiment, corpora: Corpora) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from switchworks.data.corpora import prepare_corpora
 from switchworks.model import SwitchTransformer
 from switchworks.training import machine
 from switchworks.training.experiment import Experiment
-from switchworks.training.run import with_precision, with_vocabulary
+from switchworks.training.settle import with_precision, with_vocabulary
 from switchworks.training.state import cast_for_compute
 from switchworks.training.step import forward
 from switchworks.training.teacher import about_store, open_teacher

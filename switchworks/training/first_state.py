@@ -1,0 +1,85 @@
+"""Where a run starts: a checkpoint, another model's weights or its teacher's, or first values."""
+
+from pathlib import Path
+
+from switchworks.checkpoint.model_files import load
+from switchworks.checkpoint.tensors import require_match
+from switchworks.checkpoint.training_state import Checkpoints
+from switchworks.compress.config import DistilConfig
+from switchworks.compress.logit_store import LogitStore
+from switchworks.compress.student import dense_teacher, initialise_from_teacher
+from switchworks.config import CheckpointError
+from switchworks.data.mixture import Mixture
+from switchworks.data.pipeline import Pipeline
+from switchworks.model import SwitchTransformer
+from switchworks.parallel import Ranks
+from switchworks.training.experiment import Experiment
+from switchworks.training.state import TrainState, build_state
+from switchworks.training.teacher import Teacher, open_teacher
+
+
+def first_state(
+    experiment: Experiment,
+    checkpoints: Checkpoints | None,
+    init: Path | str | None,
+    taught_by: Teacher | LogitStore | None,
+    pipeline: Pipeline | Mixture,
+    ranks: Ranks,
+) -> TrainState:
+    """Where the run starts, in order of precedence: checkpoint, `init`, the teacher's weights as
+    far as they fit, first values."""
+    newest = None if checkpoints is None else checkpoints.latest()
+    teacher = taught_by if isinstance(taught_by, Teacher) else None
+    logits = taught_by if isinstance(taught_by, LogitStore) else None
+    inherits = newest is None and experiment.distil is not None and experiment.distil.initialise
+    # On a mesh each rank begins with its part, and none has to hold a whole model.
+    in_parts = ranks.mesh is not None and init is None and not inherits
+    model = None if in_parts else _first_model(experiment, init)
+    if inherits:
+        source = teacher or open_teacher(experiment)
+        assert model is not None
+        assert source is not None
+        assert experiment.distil is not None
+        _inherit(model, source, experiment.distil, pipeline)
+    empty = in_parts and newest is not None
+    state = build_state(experiment, model, teacher and teacher.model, ranks, logits, empty=empty)
+    if checkpoints is not None and newest is not None:
+        contents = state.state_dict()
+        about = checkpoints.load(newest, contents)
+        state.restore(contents, about)
+        print(f"resumed from step {state.step} ({newest})")
+    return state
+
+
+def _inherit(
+    student: SwitchTransformer, teacher: Teacher, distil: DistilConfig, pipeline: Pipeline | Mixture
+) -> None:
+    """Copy what fits of the teacher and say how much that is."""
+    source = teacher.model
+    if distil.ffn != "fresh":
+        source = dense_teacher(source, [pipeline.batch(step) for step in range(8)], distil.ffn)
+    copied, fresh = initialise_from_teacher(student, source)
+    print(f"student: {len(copied)} of {len(copied) + len(fresh)} tensors from {teacher.path}")
+    if fresh:
+        print(f"  fresh: {', '.join(fresh[:6])}{', ...' if len(fresh) > 6 else ''}")
+
+
+def _first_model(experiment: Experiment, init: Path | str | None) -> SwitchTransformer:
+    if init is None:
+        return SwitchTransformer(experiment.model, seed=experiment.seed)
+    model, _ = load(Path(init), widen=True)
+    if model.config.vocab_size != experiment.model.vocab_size:
+        raise CheckpointError(
+            f"{init} has a vocabulary of {model.config.vocab_size}, the tokenizer one of "
+            f"{experiment.model.vocab_size}.\n"
+            f"  Use the model's own tokenizer: --data.tokenizer {init}."
+        )
+    fresh = SwitchTransformer(experiment.model, seed=experiment.seed)
+    require_match(
+        f"The weights in {init} do not fit this experiment's model.",
+        wanted={name: tuple(p.shape) for name, p in fresh.named_parameters()},
+        found={name: tuple(p.shape) for name, p in model.named_parameters()},
+        fix="Give the experiment the model settings in that folder's config.toml.",
+    )
+    fresh.load_state_dict(model.state_dict())
+    return fresh
