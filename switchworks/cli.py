@@ -50,6 +50,7 @@ USAGE = """usage: switchworks VERB ...
                       [--simulate: trace a step on any mesh; --search --devices N:
                       the best meshes; --layout, --picture F: who holds what]
   generate PATH TEXT  fill the holes <extra_id_0>, <extra_id_1>, ... of a text, or continue it
+                      [--file F --output G: of many texts, one in each line]
   evaluate PATH       held-out loss of a trained model, or [--tasks glue_rte ...] its
                       answers to tasks
   routing PATH        which experts handle what: --data.path TEXT, or --data.mixture
@@ -200,24 +201,27 @@ def _planned(experiment: "Experiment", more: ExplainFlags) -> dict[str, Any]:
 def _generate(words: list[str]) -> int:
     flags = parse_flags(GenerateFlags, "generate", words)
     from switchworks.generate import BeamSearch, Sampling
-    from switchworks.generate.text import answer
+    from switchworks.generate.text import Writing, answer, answer_lines
 
+    if (flags.text is None) == (flags.file is None):
+        raise ConfigError(
+            "switchworks generate needs one text, or --file with a text in each line.\n"
+            '  Example: switchworks generate runs/quickstart "The <extra_id_0> of the list."'
+        )
     sampling = Sampling(
         temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p, seed=flags.seed
     )
     beams = BeamSearch(
         beams=flags.beams, length_penalty=flags.length_penalty, penalty=flags.penalty
     )
-    print(
-        answer(
-            flags.path,
-            flags.text,
-            max_length=flags.max_length,
-            sampling=sampling,
-            beams=beams,
-            int8=flags.int8,
-        )
+    how = Writing(
+        max_length=flags.max_length, sampling=sampling, beams=beams, batch_size=flags.batch_size
     )
+    if flags.file is None:
+        print(*answer(flags.path, [flags.text or ""], how, int8=flags.int8))
+    else:
+        answers = answer_lines(flags.path, flags.file, how, flags.output, int8=flags.int8)
+        print(f"{len(answers)} texts  {flags.output}" if flags.output else "\n".join(answers))
     return 0
 
 

@@ -83,9 +83,15 @@ class GenerateFlags:
 
     path: tyro.conf.Positional[Path]
     """A run directory or a model directory."""
-    text: tyro.conf.Positional[str]
+    text: tyro.conf.Positional[str | None] = None
     """Text with holes <extra_id_0>, <extra_id_1>, ... Without a hole one is added at the end. A
     decoder-only model continues the text and fills no holes."""
+    file: Path | None = None
+    """Many texts instead, one in each line."""
+    output: Path | None = None
+    """Where their answers go, one in each line. Default: they are printed."""
+    batch_size: int = 32
+    """Texts of similar length that are written at once."""
     max_length: int = 128
     """Tokens written at most."""
     temperature: float = 0.0

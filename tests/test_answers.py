@@ -11,11 +11,11 @@ from switchworks.data.tokenizer import ByteTokenizer
 from switchworks.evaluate.answers import (
     Answering,
     answer,
-    batches_by_length,
     log_likelihoods,
     write,
 )
 from switchworks.generate import generate
+from switchworks.generate.batches import batches_by_length
 
 TEXTS = ["a", "a much longer text than that", "ab", "some text", "x" * 60]
 HOW = Answering(input_length=48, max_length=6, batch_size=2)

@@ -89,6 +89,45 @@ def test_generate_fills_the_holes(tiny_run, capsys):
     assert capsys.readouterr().out.startswith("The ")
 
 
+def test_generate_answers_every_line_of_a_file_as_it_answers_it_alone(tiny_run, tmp_path, capsys):
+    texts = ["The <extra_id_0> is.", "", "An <extra_id_0> and a long <extra_id_1> here.", "A"]
+    source, output = tmp_path / "texts.txt", tmp_path / "answers.txt"
+    source.write_text("\n".join(texts), encoding="utf-8")
+    more = ["--max-length", "6", "--batch-size", "2"]
+    words = ["generate", str(tiny_run), "--file", str(source), *more]
+    assert main([*words, "--output", str(output)]) == 0
+    assert f"4 texts  {output}" in capsys.readouterr().out
+    answers = output.read_text(encoding="utf-8").splitlines()
+    assert main(words) == 0
+    assert capsys.readouterr().out.splitlines() == answers
+    for text, answered in zip(texts, answers, strict=True):
+        if text:
+            assert main(["generate", str(tiny_run), text, *more]) == 0
+            assert capsys.readouterr().out.split() == answered.split()
+        else:
+            assert answered == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "needs one text, or --file"),
+        (["a text", "--file", "texts.txt"], "needs one text, or --file"),
+        (["--file", "nowhere.txt"], "nowhere.txt cannot be read"),
+        (["--file", "empty.txt"], "empty.txt holds no text"),
+        (["--file", "bytes.txt"], "UTF-8 text, one text in each line"),
+    ],
+)
+def test_generate_says_what_is_wrong_with_its_texts(
+    words, said, tiny_run, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("\n \n", encoding="utf-8")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+    assert main(["generate", str(tiny_run), *words]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_generate_without_text_says_so(tiny_run, capsys):
     assert main(["generate", str(tiny_run), " "]) == 2
     assert "no text" in capsys.readouterr().err

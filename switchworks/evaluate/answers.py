@@ -8,7 +8,7 @@ what it writes then is the answer, as in training.
 Letters: B sequences, T target length, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from switchworks.config import ConfigError, check_at_least
 from switchworks.data.task_rows import with_eos
 from switchworks.data.tasks import Example, Task
 from switchworks.data.tokenizer import Tokenizer
 from switchworks.generate import BeamSearch, generate
+from switchworks.generate.batches import batches_by_length, pad
 from switchworks.model import SwitchTransformer
 
 
@@ -150,18 +150,6 @@ def encode_all(
     return [
         torch.from_numpy(with_eos(ids, length or len(ids) + 1, tokenizer.eos_id)) for ids in encoded
     ]
-
-
-def batches_by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """The numbers of all sequences, the longest first, `batch_size` at a time."""
-    order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
-
-
-def pad(rows: Sequence[Int[Tensor, "_"]]) -> Int[Tensor, "B L"]:
-    """The rows as one tensor, padded at their ends with id 0."""
-    return pad_sequence(list(rows), batch_first=True)
 
 
 def _longest(tokenizer: Tokenizer, task: Task, how: Answering) -> int:

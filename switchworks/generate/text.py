@@ -1,12 +1,15 @@
 """From text to text: what `switchworks generate` prints."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from switchworks.checkpoint.model_files import load
-from switchworks.config import CheckpointError, ConfigError
+from switchworks.config import CheckpointError, ConfigError, check_at_least
 from switchworks.data.tokenizer import Tokenizer
+from switchworks.generate.batches import batches_by_length, pad
 from switchworks.generate.beam import BeamSearch
 from switchworks.generate.continuation import continuation
 from switchworks.generate.decode import generate
@@ -17,16 +20,23 @@ from switchworks.kernels.quantise import quantise
 from switchworks.model import SwitchTransformer
 
 
-def answer(
-    path: Path,
-    text: str,
-    *,
-    max_length: int,
-    sampling: Sampling,
-    beams: BeamSearch | None = None,
-    int8: bool = False,
-) -> str:
-    """`text` with its holes filled by the model in `path`, fills in square brackets.
+@dataclass(frozen=True, kw_only=True)
+class Writing:
+    """How texts are written."""
+
+    max_length: int = 128
+    """Tokens written at most."""
+    sampling: Sampling = field(default_factory=Sampling)
+    beams: BeamSearch = field(default_factory=lambda: BeamSearch(beams=1))
+    batch_size: int = 32
+    """Texts written at once, those of similar length together."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, "", 1, "max_length", "batch_size")
+
+
+def answer(path: Path, texts: Sequence[str], how: Writing, *, int8: bool = False) -> list[str]:
+    """`texts` with their holes filled by the model in `path`, fills in square brackets.
 
     A text without a hole gets one at its end, so it is continued. A decoder-only model only
     continues, and what it wrote follows the text without brackets. With `int8` the weights are
@@ -41,45 +51,78 @@ def answer(
         )
     if int8:
         model = quantise(model)
-    write = continue_text if model.config.decoder_only else fill_text
-    return write(model, tokenizer, text, max_length=max_length, sampling=sampling, beams=beams)
+    write = continue_texts if model.config.decoder_only else fill_texts
+    return write(model, tokenizer, texts, how)
 
 
-def fill_text(
-    model: SwitchTransformer,
-    tokenizer: Tokenizer,
-    text: str,
-    *,
-    max_length: int = 128,
-    sampling: Sampling | None = None,
-    beams: BeamSearch | None = None,
-) -> str:
-    """`text` with every hole <extra_id_N> filled in square brackets; see `answer`."""
-    if not text.strip():
+def answer_lines(
+    path: Path, source: Path, how: Writing, output: Path | None = None, *, int8: bool = False
+) -> list[str]:
+    """The answer to every line of `source`, and `output` with one in each line if it is named.
+
+    An empty line stays empty. Raises ConfigError if there is nothing to read.
+    """
+    try:
+        lines = source.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{source} cannot be read: {error}.\n  --file takes UTF-8 text, one text in each line."
+        ) from error
+    places = [place for place, line in enumerate(lines) if line.strip()]
+    if not places:
+        raise ConfigError(f"{source} holds no text.\n  --file takes one text in each line.")
+    answers = [""] * len(lines)
+    found = answer(path, [lines[place] for place in places], how, int8=int8)
+    for place, text in zip(places, found, strict=True):
+        answers[place] = " ".join(text.splitlines())
+    if output is not None:
+        output.write_text("".join(f"{text}\n" for text in answers), encoding="utf-8")
+    return answers
+
+
+def fill_texts(
+    model: SwitchTransformer, tokenizer: Tokenizer, texts: Sequence[str], how: Writing
+) -> list[str]:
+    """`texts` with every hole <extra_id_N> filled in square brackets; see `answer`."""
+    if not all(text.strip() for text in texts):
         raise ConfigError('There is no text to fill in. Example: "The <extra_id_0> of the list."')
-    if HOLE.search(text) is None:
-        text = f"{text.rstrip()} <extra_id_0>"
-    inputs = torch.tensor([[*tokenizer.encode(text), EOS]])
-    written = generate(model, inputs, max_length=max_length, sampling=sampling, beams=beams)
-    return fill(text, parse_fills(tokenizer.decode(written[0].tolist())))
+    texts = [text if HOLE.search(text) else f"{text.rstrip()} <extra_id_0>" for text in texts]
+    written = _written(model, [[*tokenizer.encode(text), EOS] for text in texts], how)
+    return [
+        fill(text, parse_fills(tokenizer.decode(ids)))
+        for text, ids in zip(texts, written, strict=True)
+    ]
 
 
-def continue_text(
-    model: SwitchTransformer,
-    tokenizer: Tokenizer,
-    text: str,
-    *,
-    max_length: int = 128,
-    sampling: Sampling | None = None,
-    beams: BeamSearch | None = None,
-) -> str:
-    """`text` and what a decoder-only model writes after it. An empty text begins a new one."""
-    if HOLE.search(text) is not None:
+def continue_texts(
+    model: SwitchTransformer, tokenizer: Tokenizer, texts: Sequence[str], how: Writing
+) -> list[str]:
+    """Each text and what a decoder-only model writes after it. An empty one begins a new text."""
+    if any(HOLE.search(text) for text in texts):
         raise ConfigError(
             "This model is decoder-only: it continues a text and cannot fill holes inside it.\n"
             "  Give the text up to the first <extra_id_N>."
         )
-    prompt = tokenizer.encode(text.rstrip())
-    inputs = torch.tensor([prompt], dtype=torch.long)
-    written = generate(model, inputs, max_length=max_length, sampling=sampling, beams=beams)
-    return text.rstrip() + continuation(tokenizer, prompt, written[0].tolist())
+    texts = [text.rstrip() for text in texts]
+    prompts = [tokenizer.encode(text) for text in texts]
+    written = _written(model, prompts, how)
+    return [
+        text + continuation(tokenizer, prompt, ids)
+        for text, prompt, ids in zip(texts, prompts, written, strict=True)
+    ]
+
+
+def _written(
+    model: SwitchTransformer, inputs: Sequence[Sequence[int]], how: Writing
+) -> list[list[int]]:
+    """The tokens that the model writes for each of `inputs`, in their order."""
+    written: list[list[int]] = [[] for _ in inputs]
+    for places in batches_by_length([len(ids) for ids in inputs], how.batch_size):
+        batch = pad([torch.tensor(inputs[place], dtype=torch.long) for place in places])
+        batch = batch.to(model.embedding.weight.device)
+        found = generate(
+            model, batch, max_length=how.max_length, sampling=how.sampling, beams=how.beams
+        )
+        for place, ids in zip(places, found.tolist(), strict=True):
+            written[place] = ids
+    return written

@@ -13,7 +13,7 @@ _HOLE = re.compile(r"<extra_id_(\d+)>")
 
 
 def samples_section(run: Run, *, several: bool) -> str:
-    """The samples of a run, the newest first and open; named by the run where there are `several`."""
+    """The samples of a run, the newest first and open; with its name where there are `several`."""
     if not run.samples:
         return ""
     steps = list(dict.fromkeys(sample.step for sample in run.samples))

@@ -74,6 +74,10 @@ class Experiment:
     activation_checkpointing: bool = False
     """Keep only each block's input and its routing, and compute the rest again in the backward
     pass: less memory for about a third more time. The result is the same."""
+    compile: bool = False
+    """Compile forward and backward of a step into one graph each (torch.compile). Starting takes a
+    minute or more; docs/speed.md says when that pays. Noise is drawn by other code, so dropout
+    and jitter are other numbers than without."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -121,6 +125,7 @@ class Experiment:
                 f"freeze = {' '.join(self.freeze)} beside lora, which freezes all of the model.\n"
                 "  Leave --freeze out; --lora.also-train names what is trained beside the adapters."
             )
+        self._check_compile()
         self._check_best()
         self._check_objective()
         self._check_rows()
@@ -139,6 +144,24 @@ class Experiment:
         if self.model.decoder_only:  # one text: the prompt, if there is one, and the target
             return {"decoder": inputs + targets}
         return {"encoder": inputs, "decoder": targets}
+
+    def _check_compile(self) -> None:
+        routing, mesh = self.model.routing, self.mesh
+        apart = {
+            "kernels = 'fast'": self.kernels == "fast",
+            "activation_checkpointing": self.activation_checkpointing,
+            "routing without a limit": routing is not None
+            and None in (routing.capacity(n, training=True) for n in self.group_tokens.values()),
+            "routing.strategy = 'expert_choice'": routing is not None
+            and routing.strategy == "expert_choice",
+            f"a mesh of {mesh.size} ranks": mesh.size > 1,
+        }
+        found = [what for what, there in apart.items() if there]
+        if self.compile and found:
+            raise ConfigError(
+                f"compile beside {', '.join(found)}: a step must be one graph of known shapes.\n"
+                "  Leave out --compile or that."
+            )
 
     def _check_best(self) -> None:
         metric = "" if self.best is None else self.best.metric

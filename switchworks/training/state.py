@@ -1,5 +1,6 @@
 """What a training run is at a moment: enough to go on from there, bit for bit."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from switchworks.adapt.freeze import freeze
 from switchworks.adapt.lora import Table, adapt
 from switchworks.compress.logit_store import LogitStore
 from switchworks.kernels.checkpointing import checkpoint_blocks
-from switchworks.model import SwitchTransformer
+from switchworks.model import Output, SwitchTransformer
 from switchworks.model.routing import Router
 from switchworks.optim.build import Updater, build_optimizer, dimension_letters
 from switchworks.parallel import ALONE, Ranks, parallelize
@@ -58,6 +59,9 @@ class TrainState:
     """Which matrices have adapters, if `experiment.lora` asks for some."""
     best: Best | None = None
     """None before the first measurement."""
+    compiled: Callable[..., Output] | None = None
+    """The model's forward pass as one graph, for steps alone; None: it runs operation by operation.
+    """
 
     @property
     def ended(self) -> bool:
@@ -160,7 +164,10 @@ def state_of(
         allocate(model, "cpu" if ranks.mesh is None else ranks.mesh.device_type)
         weights = {} if empty else fill(model, experiment.seed)
     updater = build_optimizer(model.named_parameters(), letters, experiment.optim, weights)
-    return TrainState(experiment, model, updater, gradients, ranks, adapted=table)
+    compiled = torch.compile(model, fullgraph=True, dynamic=False) if experiment.compile else None
+    return TrainState(
+        experiment, model, updater, gradients, ranks, adapted=table, compiled=compiled
+    )
 
 
 def _fresh_model(experiment: Experiment, *, whole: bool) -> SwitchTransformer:

@@ -3,6 +3,7 @@
 Letters: B sequences, T target length, V vocabulary, E experts.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -117,7 +118,7 @@ def _learn(state: TrainState, batch: Batch, number: int) -> tuple[Output, Tensor
     distil = state.experiment.distil
     # The teacher first: of its work only the logits remain while the model's activations pile up.
     taught = _teacher_logits(state, batch)
-    output = forward(state.model, batch)
+    output = forward(state.model if state.compiled is None else state.compiled, batch)
     hard = output.losses.cross_entropy
     if distil is None:
         return output, hard, hard.new_zeros(())
@@ -192,7 +193,7 @@ def _first_found(state: TrainState, name: str | None) -> str | None:
     return next((found for found in state.ranks.all(name) if found is not None), None)
 
 
-def forward(model: SwitchTransformer, batch: Batch) -> Output:
+def forward(model: Callable[..., Output], batch: Batch) -> Output:
     """What `model` makes of `batch`."""
     return model(
         batch.inputs,
