@@ -1,9 +1,10 @@
 """Attention in blocks, whose backward pass keeps nothing of the size of its scores.
 
 The reference is `model.attention.attend`. Forward is torch's fused kernel where it has one for
-the device, called per block with the bias of that block; it gives the log-normaliser of each
-query, from which backward computes the weights again. The gradient of the relative bias is summed
-over the batch and along the diagonals as it comes, so it is as small as the bias itself.
+the device, called per block with the bias of that block. Backward computes the weights of a block
+again from its arguments, which is all that is kept; every key is in each block, so they are a
+softmax like the reference's. The gradient of the relative bias is summed over the batch as it
+comes, and then along the diagonals, so it is as small as the bias itself.
 
 Dropout is the reference's own mask. It is the same for all queries, so dropping a weight is
 dropping a value: (w * mask) v = w (mask v). It costs as much as the values are large.
@@ -24,11 +25,8 @@ from torch.autograd.function import once_differentiable
 from switchworks.model.attention import BiasParts, attend
 from switchworks.model.layers import SharedDropout
 
-BLOCK = 2**20
-"""Scores computed at once: 4 MB in float32, which stay in the cache of most processors."""
-
-_BLIND = -1e4
-"""A log-normaliser below this is that of a query whose every key is hidden."""
+BLOCK = 2**21
+"""Scores computed at once: 8 MB in float32, of which backward has five at a time."""
 
 
 def attend_in_blocks(
@@ -55,7 +53,7 @@ def attend_in_blocks(
 
 
 class _Attention(torch.autograd.Function):
-    """softmax(q k^T + bias) v; kept for backward are the arguments, the answer and L numbers."""
+    """softmax(q k^T + bias) v; kept for backward are the arguments and nothing else."""
 
     @staticmethod
     def forward(
@@ -66,44 +64,37 @@ class _Attention(torch.autograd.Function):
         distances: Float[Tensor, "H N"] | None,
         hidden: Float[Tensor, "#B #H #L M"] | None,
     ) -> Float[Tensor, "B H L K"]:
-        answer = torch.empty_like(q, memory_format=torch.contiguous_format)
-        log_z = q.new_empty(q.shape[:3], dtype=_wide(q.dtype))
+        # Heads lie side by side in memory, as the matrix that mixes them wants them.
+        answer = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
+        bias = _Bias(distances, hidden, q, k)
         for rows, queries in blocks(q, k):
-            bias = _bias_of(distances, hidden, rows, queries, q, k)
-            part = q[rows, :, queries]
-            answer[rows, :, queries], log_z[rows, :, queries] = _forward(
-                part, k[rows], v[rows], bias
-            )
-        ctx.save_for_backward(q, k, v, distances, hidden, answer, log_z)
+            block = bias.block(rows, queries)
+            answer[rows, :, queries] = _forward(q[rows, :, queries], k[rows], v[rows], block)
+        ctx.save_for_backward(q, k, v, distances, hidden)
         return answer
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_answer: Float[Tensor, "B H L K"]) -> tuple[Tensor | None, ...]:
-        q, k, v, distances, hidden, answer, log_z = ctx.saved_tensors
-        wide = log_z.dtype
+        q, k, v, distances, hidden = ctx.saved_tensors
+        heads, wide = q.shape[1], _wide(q.dtype)
         of_q = torch.empty_like(q)
-        of_k, of_v = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (k, v))
-        of_distances = None
-        if distances is not None:
-            of_distances = torch.zeros(distances.shape, dtype=wide, device=q.device)
+        of_k, of_v = (x.new_zeros(x.shape, dtype=wide).flatten(0, 1) for x in (k, v))
+        bias = _Bias(distances, hidden, q, k)
         for rows, queries in blocks(q, k):
-            part, of_part = q[rows, :, queries], of_answer[rows, :, queries]
-            bias = _bias_of(distances, hidden, rows, queries, q, k)
-            weights = _weights(_scores(part, k[rows], bias), log_z[rows, :, queries])
-            of_v[rows] += weights.to(q.dtype).mT @ of_part
-            inner = (of_part.to(wide) * answer[rows, :, queries]).sum(dim=-1, keepdim=True)
-            of_scores = (of_part @ v[rows].mT).to(wide).sub_(inner).mul_(weights)
-            if of_distances is not None:
-                first = q.shape[2] - queries.stop
-                by_distance = sum_diagonals(of_scores.sum(dim=0))
-                of_distances[:, first : first + by_distance.shape[1]] += by_distance
+            stack = slice(rows.start * heads, rows.stop * heads)
+            part, given = (x[rows, :, queries].flatten(0, 1) for x in (q, of_answer))
+            keys, values = k[rows].flatten(0, 1), v[rows].flatten(0, 1)
+            weights = _scores(part, keys, bias.block(rows, queries), heads).softmax(dim=-1)
+            _accumulate(of_v[stack], weights.to(q.dtype).mT, given)
+            of_weights = (given @ values.mT).to(wide)
+            of_scores = torch._softmax_backward_data(of_weights, weights, -1, wide)  # pyright: ignore[reportPrivateImportUsage]
+            bias.accumulate(of_scores)
             of_scores = of_scores.to(q.dtype)
-            of_q[rows, :, queries] = of_scores @ k[rows]
-            of_k[rows] += of_scores.mT @ part
-        if of_distances is not None and distances is not None:
-            of_distances = of_distances.to(distances.dtype)
-        return of_q, of_k.to(k.dtype), of_v.to(v.dtype), of_distances, None
+            of_q[rows, :, queries] = (of_scores @ keys).unflatten(0, (-1, heads))
+            _accumulate(of_k[stack], of_scores.mT, part)
+        of_k, of_v = (x.unflatten(0, (-1, heads)).to(k.dtype) for x in (of_k, of_v))
+        return of_q, of_k, of_v, bias.gradient(), None
 
 
 def blocks(
@@ -118,7 +109,10 @@ def blocks(
     count = max(1, BLOCK // (per_query * length))
     for first in range(0, q.shape[2], length):
         for row in range(0, q.shape[0], count):
-            yield slice(row, row + count), slice(first, min(first + length, q.shape[2]))
+            yield (
+                slice(row, min(row + count, len(q))),
+                slice(first, min(first + length, q.shape[2])),
+            )
 
 
 def spread_diagonals(
@@ -139,26 +133,69 @@ def sum_diagonals(matrix: Float[Tensor, "H l M"]) -> Float[Tensor, "H l_plus_M_m
     return padded[:, : length * (keys + length - 1)].view(heads, length, -1).sum(dim=1)
 
 
-def _bias_of(
-    distances: Float[Tensor, "H N"] | None,
-    hidden: Float[Tensor, "#B #H #L M"] | None,
-    rows: slice,
-    queries: slice,
-    q: Float[Tensor, "B H L K"],
-    k: Float[Tensor, "B H M K"],
-) -> Float[Tensor, "#b #H #l M"] | None:
-    """The bias of one block, in the dtype that softmax has."""
-    bias = None
-    if distances is not None:
-        first, num_keys = q.shape[2] - queries.stop, k.shape[2]
-        taken = distances[:, first : first + queries.stop - queries.start + num_keys - 1]
-        bias = spread_diagonals(taken.to(_wide(q.dtype)), num_keys)[None]
-    if hidden is None:
-        return bias
-    hidden = hidden if hidden.shape[0] == 1 else hidden[rows]
-    hidden = hidden if hidden.shape[2] == 1 else hidden[:, :, queries]
-    hidden = hidden.to(_wide(q.dtype))
-    return hidden if bias is None else bias + hidden
+class _Bias:
+    """Distances and mask, put together for one block after the other; their gradient, taken apart.
+
+    All rows of some queries come before the next queries, so what depends on the queries alone is
+    made once for all rows.
+    """
+
+    def __init__(
+        self,
+        distances: Float[Tensor, "H N"] | None,
+        hidden: Float[Tensor, "#B #H #L M"] | None,
+        q: Float[Tensor, "B H L K"],
+        k: Float[Tensor, "B H M K"],
+    ) -> None:
+        self.distances, self.hidden = distances, hidden
+        self.length, self.num_keys, self.dtype = q.shape[2], k.shape[2], _wide(q.dtype)
+        self.queries = slice(0, 0)
+        self.spread: Tensor | None = None
+        self.summed: Tensor | None = None
+        self.of_distances = (
+            None if distances is None else torch.zeros_like(distances, dtype=self.dtype)
+        )
+
+    def block(self, rows: slice, queries: slice) -> Float[Tensor, "#b #H #l M"] | None:
+        """The bias of one block, in the dtype that softmax has."""
+        if queries != self.queries:
+            self._turn_to(queries)
+        if self.hidden is None:
+            return self.spread
+        hidden = self.hidden if self.hidden.shape[0] == 1 else self.hidden[rows]
+        hidden = hidden if hidden.shape[2] == 1 else hidden[:, :, queries]
+        hidden = hidden.to(self.dtype)
+        return hidden if self.spread is None else self.spread + hidden
+
+    def accumulate(self, of_scores: Float[Tensor, "bH l M"]) -> None:
+        """Add what the scores of the block last asked for have to say."""
+        if self.summed is not None:
+            by_row = of_scores.unflatten(0, (-1, len(self.summed)))
+            self.summed += by_row[0] if len(by_row) == 1 else by_row.sum(dim=0)
+
+    def gradient(self) -> Float[Tensor, "H N"] | None:
+        """The gradient of the distances, when all blocks have been."""
+        if self.distances is None or self.of_distances is None:
+            return None
+        self._turn_to(slice(0, 0))
+        return self.of_distances.to(self.distances.dtype)
+
+    def _turn_to(self, queries: slice) -> None:
+        """Be done with the queries before, and spread the distances of these."""
+        if self.distances is None or self.of_distances is None:
+            return
+        if self.summed is not None:
+            self._of(self.of_distances, self.queries).add_(sum_diagonals(self.summed))
+        self.queries, self.spread, self.summed = queries, None, None
+        if queries.stop > queries.start:
+            taken = self._of(self.distances, queries).to(self.dtype)
+            spread = spread_diagonals(taken, self.num_keys)
+            self.spread, self.summed = spread[None], torch.zeros_like(spread)
+
+    def _of(self, distances: Float[Tensor, "H N"], queries: slice) -> Float[Tensor, "H n"]:
+        """Those distances that keys have from `queries`."""
+        first = self.length - queries.stop
+        return distances[:, first : first + queries.stop - queries.start + self.num_keys - 1]
 
 
 def _forward(
@@ -166,40 +203,38 @@ def _forward(
     k: Float[Tensor, "b H M K"],
     v: Float[Tensor, "b H M K"],
     bias: Float[Tensor, "#b #H #l M"] | None,
-) -> tuple[Float[Tensor, "b H l K"], Float[Tensor, "b H l"]]:
-    """Answer and log-normaliser of one block."""
+) -> Float[Tensor, "b H l K"]:
+    """The answer of one block."""
     if q.device.type == "cpu" and q.dtype != torch.float16:
         if bias is not None:
             bias = bias.expand(*q.shape[:3], -1)
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return fused(q, k, v, 0.0, False, attn_mask=bias, scale=1.0)
-    scores = _scores(q, k, bias)
-    log_z = scores.logsumexp(dim=-1)
-    return scores.sub_(log_z[..., None]).exp_().to(v.dtype) @ v, log_z
+        return fused(q, k, v, 0.0, False, attn_mask=bias, scale=1.0)[0]
+    heads = q.shape[1]
+    scores = _scores(q.flatten(0, 1), k.flatten(0, 1), bias, heads)
+    return (scores.softmax(dim=-1).to(v.dtype) @ v.flatten(0, 1)).unflatten(0, (-1, heads))
 
 
 def _scores(
-    q: Float[Tensor, "b H l K"],
-    k: Float[Tensor, "b H M K"],
+    q: Float[Tensor, "bH l K"],
+    k: Float[Tensor, "bH M K"],
     bias: Float[Tensor, "#b #H #l M"] | None,
-) -> Float[Tensor, "b H l M"]:
+    heads: int,
+) -> Float[Tensor, "bH l M"]:
     scores = (q @ k.mT).to(_wide(q.dtype))
-    return scores if bias is None else scores.add_(bias)
+    if bias is not None:
+        scores.unflatten(0, (-1, heads)).add_(bias)
+    return scores
 
 
-def _weights(
-    scores: Float[Tensor, "b H l M"], log_z: Float[Tensor, "b H l"]
-) -> Float[Tensor, "b H l M"]:
-    """The softmax of `scores`, in their memory, by log-normalisers where these are exact.
-
-    A query that sees no key has scores around -1e9, beside which the logarithm of a count is lost.
-    """
-    blind = log_z < _BLIND
-    again = scores[blind].softmax(dim=-1) if blind.any() else None
-    weights = scores.sub_(log_z[..., None]).exp_()
-    if again is not None:
-        weights[blind] = again
-    return weights
+def _accumulate(
+    total: Float[Tensor, "bH M K"], a: Float[Tensor, "bH M l"], b: Float[Tensor, "bH l K"]
+) -> None:
+    """Add a b to `total`, whose dtype may be wider."""
+    if total.dtype == a.dtype:
+        total.baddbmm_(a, b)
+    else:
+        total += a @ b
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -1,0 +1,122 @@
+"""Grouped products of sorted tokens: equal to one product per expert, and no gradient copied."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from switchworks import kernels
+from switchworks.kernels.grouped import answer, grouped_product
+from switchworks.model import ModelConfig, RoutingConfig, SwitchFFN, SwitchTransformer
+from switchworks.model.dispatch import DISPATCHERS
+from switchworks.model.experts import Experts, Inbox
+
+COUNTS = [3, 0, 5, 1]
+
+
+def experts(**settings) -> Experts:
+    torch.manual_seed(0)
+    made = Experts(4, 6, 8, **settings).double()
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter)
+    return made
+
+
+def learnt(module: Experts, run) -> list[Tensor]:
+    """The answer, and the gradients of tokens and weights."""
+    torch.manual_seed(1)
+    tokens = torch.randn(9, 6, dtype=torch.float64).requires_grad_()
+    y = run(Inbox(tokens, COUNTS))
+    grads = torch.autograd.grad(y, [tokens, *module.parameters()], torch.randn_like(y))
+    return [y, *grads]
+
+
+@pytest.mark.parametrize("settings", [{}, {"activation": "gelu", "gated": True}, {"d_out": 5}])
+def test_the_answer_and_all_gradients_are_those_of_one_product_per_expert(settings):
+    module = experts(**settings)
+    expected = learnt(module, lambda inbox: Experts.forward(module, inbox))
+    for got, wanted in zip(
+        learnt(module, lambda inbox: answer(module, inbox)), expected, strict=True
+    ):
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_an_expert_without_tokens_has_a_gradient_of_zero():
+    *_, of_in, of_out = learnt(module := experts(), lambda inbox: answer(module, inbox))
+    assert of_in[1].count_nonzero() == of_out[1].count_nonzero() == 0
+    assert all(of_in[expert].count_nonzero() for expert in (0, 2, 3))
+
+
+def test_gradients_are_the_slopes_of_the_values():
+    torch.manual_seed(0)
+    tokens = torch.randn(9, 3, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(4, 3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, w: grouped_product(x, w, COUNTS), (tokens, weights))
+
+
+def test_frozen_weights_and_tokens_without_gradient_cost_no_product():
+    weights = torch.randn(4, 3, 2, requires_grad=True)
+    grouped_product(torch.randn(9, 3), weights, COUNTS).sum().backward()
+    assert weights.grad is not None
+    tokens = torch.randn(9, 3, requires_grad=True)
+    grouped_product(tokens, weights.detach(), COUNTS).sum().backward()
+    torch.testing.assert_close(tokens.grad[:3], weights[0].sum(dim=1).detach().expand(3, 3))
+
+
+def test_bfloat16_stays_bfloat16():
+    y = grouped_product(torch.ones(9, 3).bfloat16(), torch.ones(4, 3, 2).bfloat16(), COUNTS)
+    assert y.dtype is torch.bfloat16
+    assert (y == 3).all()
+
+
+def test_dropout_in_experts_drops_its_share_and_keeps_the_mean():
+    module = experts(dropout=0.25).train()
+    with torch.no_grad():
+        module.w_in.fill_(1.0)
+        module.w_out.fill_(1.0)
+    tokens = torch.ones(4000, 6, dtype=torch.float64).requires_grad_()
+    y = answer(module, Inbox(tokens, [1000] * 4)).detach()
+    assert y.mean() == pytest.approx(48, rel=0.02)
+    assert not (y == 48).all()
+    assert (answer(module.eval(), Inbox(tokens, [1000] * 4)) == 48).all()
+
+
+@pytest.mark.parametrize("strategy", ["switch", "switch_max", "top2", "no_token_left_behind"])
+def test_a_switch_layer_drops_and_learns_what_it_does_with_slots(strategy):
+    """With a capacity that drops tokens: the same ones."""
+    config = RoutingConfig(experts=4, group_sequences=2, capacity_factor=0.7, strategy=strategy)
+    config = replace(config, second_threshold=0.0)
+    torch.manual_seed(0)
+    plain = SwitchFFN(6, 8, config).double()
+    torch.manual_seed(0)
+    fast = kernels.apply(SwitchFFN(6, 8, config).double())
+    assert fast.dispatcher is DISPATCHERS["sorted"]
+    x = torch.randn(4, 10, 6, dtype=torch.float64)
+    results = []
+    for layer in (plain, fast):
+        torch.manual_seed(5)
+        y, routing = layer(x)
+        (y.square().sum() + routing.loss).backward()
+        results.append((y, routing, [p.grad for p in layer.parameters()]))
+    assert float(results[0][1].dropped) > 0.05
+    for one, other in zip(results[0][2], results[1][2], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-10, atol=1e-12)
+
+
+def test_a_model_without_memory_yet_and_adapted_experts_keep_their_own_way():
+    from switchworks.adapt.config import LoraConfig
+    from switchworks.adapt.lora import adapt
+
+    routing = RoutingConfig(experts=2, group_sequences=1)
+    config = ModelConfig(
+        vocab_size=32, d_model=8, d_ff=8, d_kv=4, num_heads=2, num_layers=2, routing=routing
+    )
+    with torch.device("meta"):
+        empty = SwitchTransformer(config)
+    adapted = SwitchTransformer(config)
+    adapt(adapted, LoraConfig(rank=2), 0)
+    for model in (empty, adapted):
+        kernels.apply(model)
+        assert all(one.dispatcher is DISPATCHERS["chosen"] for one in model.switch_layers.values())
