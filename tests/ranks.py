@@ -1,6 +1,7 @@
 """Run a function in real gloo processes, and the small runs that are compared across meshes."""
 
 import multiprocessing
+import faulthandler
 import os
 import pickle
 import socket
@@ -48,6 +49,7 @@ def _one_rank(
 ) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    faulthandler.enable()  # a rank that dies of a signal says where it was
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world)
     result = work(rank, *arguments)
