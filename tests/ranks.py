@@ -1,7 +1,7 @@
 """Run a function in real gloo processes, and the small runs that are compared across meshes."""
 
-import multiprocessing
 import faulthandler
+import multiprocessing
 import os
 import pickle
 import socket
