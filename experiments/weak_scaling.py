@@ -1,12 +1,13 @@
 """Weak scaling: N processes with N times the rows against one, one thread each.
 
-    python experiments/weak_scaling.py [RECIPE] [--processes 2] [--axis expert] [--rows 16]
+    python experiments/weak_scaling.py [RECIPE] [--processes 2] [--axis expert] [--rows 64]
 
 Steps of the recipe (default quickstart, float32) on rows of random tokens, so no text is needed;
 each process has as many rows whatever their number. Printed are the median time of a step, the
 efficiency (time of one process / time of N), and the share of a step in which a collective is
-under way, waiting for the other processes included. Give every process a core of its own, or the
-figures mean nothing.
+under way, waiting for the other processes included. "apart" are N processes that run at the same
+time and have nothing to do with each other: what they lose, they lose to the machine. Give every
+process a core of its own, or the figures mean nothing.
 """
 
 import argparse
@@ -38,19 +39,21 @@ def main() -> None:
     parser.add_argument("recipe", nargs="?", default="quickstart")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--axis", choices=("data", "expert", "model"), default="expert")
-    parser.add_argument("--rows", type=int, default=16, help="of each process that has its own")
+    parser.add_argument("--rows", type=int, help="of each process; default: the recipe's batch")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--overlap", type=int, default=1, help="mesh.overlap")
     flags = parser.parse_args()
-    print("processes  s/step  efficiency  communicating")
+    flags.rows = flags.rows or find_recipe(flags.recipe)().batch_size
+    print("processes     s/step  efficiency  communicating")
     alone = None
-    for world in (1, flags.processes):
-        seconds, share = measure(world, flags)
+    for world, together in ((1, False), (flags.processes, False), (flags.processes, True)):
+        seconds, share = measure(world, flags, together=together)
         alone = alone or seconds
-        print(f"{world:9}  {seconds:6.3f}  {alone / seconds:10.1%}  {share:13.1%}")
+        name = f"{world}" if together or world == 1 else f"{world}, apart"
+        print(f"{name:<12}  {seconds:6.3f}  {alone / seconds:10.1%}  {share:13.1%}", flush=True)
 
 
-def measure(world: int, flags: argparse.Namespace) -> tuple[float, float]:
+def measure(world: int, flags: argparse.Namespace, *, together: bool) -> tuple[float, float]:
     """Seconds of a step, and the share of them in which a collective is under way."""
     with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
         free.bind(("127.0.0.1", 0))
@@ -58,18 +61,21 @@ def measure(world: int, flags: argparse.Namespace) -> tuple[float, float]:
         free.close()
         file = Path(folder, "figures")
         torch.multiprocessing.start_processes(
-            one_rank, args=(world, port, flags, file), nprocs=world, start_method="spawn"
+            one_rank, args=(world, port, flags, file, together), nprocs=world, start_method="spawn"
         )
         seconds, share = map(float, file.read_text().split())
     return seconds, share
 
 
-def one_rank(rank: int, world: int, port: int, flags: argparse.Namespace, file: Path) -> None:
+def one_rank(
+    rank: int, world: int, port: int, flags: argparse.Namespace, file: Path, together: bool
+) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    mesh = MeshConfig(**{flags.axis: world}, overlap=flags.overlap)
+    mesh = MeshConfig()
     ranks = ALONE
-    if world > 1:
+    if together:
+        mesh = MeshConfig(**{flags.axis: world}, overlap=flags.overlap)
         dist.init_process_group("gloo", rank=rank, world_size=world)
         ranks = Ranks(build_mesh(mesh))
     experiment = replace(
@@ -88,7 +94,7 @@ def one_rank(rank: int, world: int, port: int, flags: argparse.Namespace, file: 
     share = share_of_collectives(lambda: train_step(state, random_rows(experiment, flags.rows, 0)))
     if rank == 0:
         file.write_text(f"{statistics.median(times[WARM_UP:])} {share}")
-    if world > 1:
+    if together:
         dist.barrier()
         dist.destroy_process_group()
 
