@@ -4,7 +4,8 @@ Letters: B sequences, L encoder or prompt length, T decoder length. Id 0 is padd
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -28,6 +29,10 @@ class Batch:
     input_segments: Int[Tensor, "B L"] | None = None
     target_segments: Int[Tensor, "B T"] | None = None
     padding: bool = True
+
+    def arguments(self) -> dict[str, Any]:
+        """What a model is called with: `model(**batch.arguments())`."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with every tensor on `device`."""

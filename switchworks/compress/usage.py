@@ -50,13 +50,7 @@ def watch_routers(model: SwitchTransformer, batches: Iterable[Batch], watch: Wat
         device = model.embedding.weight.device
         for batch in batches:
             batch = batch.to(device)
-            model(
-                batch.inputs,
-                batch.targets,
-                input_segments=batch.input_segments,
-                target_segments=batch.target_segments,
-                padding=batch.padding,
-            )
+            model(**batch.arguments())
     finally:
         for hook in hooks:
             hook.remove()

@@ -70,13 +70,7 @@ def routing_by_language(
 
 def _loads(model: SwitchTransformer, batch: Batch) -> Float[np.ndarray, "N E"]:
     batch = batch.to(model.embedding.weight.device)
-    output = model(
-        batch.inputs,
-        batch.targets,
-        input_segments=batch.input_segments,
-        target_segments=batch.target_segments,
-        padding=batch.padding,
-    )
+    output = model(**batch.arguments())
     return torch.stack([report.load for report in output.routing]).double().cpu().numpy()
 
 

@@ -27,13 +27,7 @@ def mean_nats(model: SwitchTransformer, batches: Iterable[Batch], ranks: Ranks =
         for batch in batches:
             batch = batch.to(device)
             count = int((batch.targets != 0).sum())
-            output = model(
-                batch.inputs,
-                batch.targets,
-                input_segments=batch.input_segments,
-                target_segments=batch.target_segments,
-                padding=batch.padding,
-            )
+            output = model(**batch.arguments())
             nats += float(output.losses.cross_entropy) * count
             tokens += count
     finally:

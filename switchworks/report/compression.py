@@ -189,13 +189,7 @@ def _speed(work: Callable[[], int]) -> float:
 
 @torch.no_grad()
 def _read(model: SwitchTransformer, batch: Batch) -> int:
-    model(
-        batch.inputs,
-        batch.targets,
-        input_segments=batch.input_segments,
-        target_segments=batch.target_segments,
-        padding=batch.padding,
-    )
+    model(**batch.arguments())
     return batch.num_tokens
 
 

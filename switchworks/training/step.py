@@ -195,13 +195,7 @@ def _first_found(state: TrainState, name: str | None) -> str | None:
 
 def forward(model: Callable[..., Output], batch: Batch) -> Output:
     """What `model` makes of `batch`."""
-    return model(
-        batch.inputs,
-        batch.targets,
-        input_segments=batch.input_segments,
-        target_segments=batch.target_segments,
-        padding=batch.padding,
-    )
+    return model(**batch.arguments())
 
 
 def _teacher_logits(state: TrainState, batch: Batch) -> Float[Tensor, "B T V"] | None:
