@@ -23,6 +23,12 @@ install_import_hook(shaped_modules(), "beartype.beartype")
 torch.set_num_threads(1)  # tiny shapes gain nothing from more
 
 
+@pytest.fixture(autouse=True)
+def the_same_numbers_every_time():
+    """A test that draws without a seed of its own draws the same in every run."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def private_cache(tmp_path_factory):
     """Nothing a test makes goes into the user's cache."""

@@ -178,7 +178,8 @@ def test_the_noise_of_the_paper_is_drawn_for_every_number_of_every_token():
     assert 1.0099 < noise.max() <= 1.01
     assert noise.mean().item() == pytest.approx(1, abs=5e-4)
     assert noise.std().item() == pytest.approx(0.01 / 3**0.5, rel=0.05)
-    assert noise.unique().numel() > 0.98 * noise.numel()  # float32 has 250,000 values there
+    # float32 has 168,000 values below 1 and 84,000 above: of 8000 draws 143 +- 12 meet another
+    assert noise.numel() - noise.unique().numel() == pytest.approx(143, abs=60)
 
 
 def test_jitter_changes_routing_in_training_and_never_in_evaluation():
