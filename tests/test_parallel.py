@@ -1,9 +1,13 @@
 """Real ranks against one process: losses, gradients, weights and all optimizer state."""
 
+import os
+import pickle
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from ranks import Case, run_case, run_cases, spawn
 
 from switchworks.parallel import MeshConfig
@@ -55,12 +59,24 @@ TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
 @pytest.fixture(scope="module")
 def on_two(tmp_path_factory) -> dict:
     """Case -> what two ranks made of it. One group runs them all: starting one takes seconds."""
-    return spawn(2, run_cases, tmp_path_factory.mktemp("two"), ON_TWO)[0]
+    return run_once(2, ON_TWO, tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="module")
 def on_four(tmp_path_factory) -> dict:
-    return spawn(4, run_cases, tmp_path_factory.mktemp("four"), ON_FOUR)[0]
+    return run_once(4, ON_FOUR, tmp_path_factory.getbasetemp())
+
+
+def run_once(world: int, cases: list[Case], folder: Path) -> dict:
+    """Runs the cases for all of pytest's workers: the first one does, the others read them."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    with FileLock(folder / f"{world}_ranks.lock"):
+        results = folder / f"{world}_ranks"
+        if not (results / "0.pickle").exists():
+            results.mkdir(exist_ok=True)
+            spawn(world, run_cases, results, cases)
+        return pickle.loads((results / "0.pickle").read_bytes())
 
 
 @pytest.fixture(scope="module")

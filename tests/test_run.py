@@ -1,9 +1,7 @@
 """Whole runs: what they write, how they stop, and that they go on exactly."""
 
 import json
-import os
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -11,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from slowed import start, wait_for
 
 import switchworks
 from switchworks.config import CheckpointError, ConfigError, from_toml, to_toml
@@ -154,44 +153,6 @@ def test_weights_of_another_shape_are_refused_by_name(tiny_run, tiny_experiment,
         train(wider, tmp_path / "run", init=tiny_run)
 
 
-SCRIPT = """
-import sys
-from pathlib import Path
-from switchworks.config import from_toml
-from switchworks.training import Experiment, train
-from switchworks.training import loop
-
-slow = float(sys.argv[3])
-step = loop.train_step
-def slower(state, batch):
-    import time
-    time.sleep(slow)
-    return step(state, batch)
-loop.train_step = slower
-try:
-    train(from_toml(Experiment, Path(sys.argv[1])), sys.argv[2], resume="--resume" in sys.argv)
-except Exception as error:
-    print(type(error).__name__, error)
-    raise SystemExit(3)
-"""
-
-
-def start(experiment_file: Path, run_dir: Path, *more: str) -> subprocess.Popen:
-    """Training in a process of its own, slowed down so that it can be caught in the middle."""
-    command = [sys.executable, "-c", SCRIPT, str(experiment_file), str(run_dir), *more]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ
-    )
-
-
-def wait_for(path: Path, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 600
-    while not path.exists():
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline, f"{path} never came"
-        time.sleep(0.02)
-
-
 @pytest.fixture(scope="module")
 def resumable(tiny_experiment, tmp_path_factory) -> Path:
     """The tiny experiment as a file, in bfloat16 with micro-batches and momentum, all of whose
@@ -220,7 +181,7 @@ def test_a_run_killed_in_the_middle_and_resumed_ends_bitwise_the_same(
     resumable, uninterrupted, tmp_path
 ):
     run_dir = tmp_path / "run"
-    with start(resumable, run_dir, "0.15") as process:
+    with start(resumable, run_dir, 0.15) as process:
         wait_for(run_dir / "checkpoints" / "step_00000006", process)
         time.sleep(0.3)  # a few steps past the checkpoint, whose lines the resumed run must repeat
         process.kill()
@@ -244,7 +205,7 @@ def test_a_run_killed_in_the_middle_and_resumed_ends_bitwise_the_same(
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_signal_saves_and_leaves_and_the_run_goes_on(name, resumable, uninterrupted, tmp_path):
     run_dir = tmp_path / "run"
-    with start(resumable, run_dir, "0.2") as process:
+    with start(resumable, run_dir, 0.2) as process:
         wait_for(run_dir / "metrics.jsonl", process)
         process.send_signal(getattr(signal, name))
         output, _ = process.communicate(timeout=600)

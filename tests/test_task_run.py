@@ -7,15 +7,18 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from slowed import start, targets_of, wait_for
 
 import switchworks
 from switchworks.cli import main
-from switchworks.config import ConfigError, DataError, from_toml
+from switchworks.config import ConfigError, DataError, from_toml, to_toml
 from switchworks.evaluate.answers import Answering
 from switchworks.evaluate.task_run import evaluate_tasks, named_tasks
 from switchworks.flags import EvaluateFlags, TrainFlags, parse_experiment, parse_flags
@@ -120,6 +123,47 @@ def test_an_interrupted_run_goes_on_with_the_same_examples(
     train(experiment, tmp_path / "again", resume=True)
     first, second = weights_of(run_dir), weights_of(tmp_path / "again")
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_mixture_killed_and_resumed_keeps_its_rates_and_its_examples(experiment, table, tmp_path):
+    small = tmp_path / "boxes.csv"
+    small.write_text("text,answer\n" + "".join(f"box {i} has a lid,yes\n" for i in range(50)))
+    data = replace(
+        experiment.data,
+        tasks=(f"colours={table}:text:answer", f"boxes={small}:text:answer"),
+        task_labels=(),
+        task_temperature=2.0,
+        tokenizer="bytes",
+    )
+    settings, run_dir = tmp_path / "mixed.toml", tmp_path / "run"
+    often = replace(experiment, checkpoint_every=6, evaluate_every=0, validate_every=0, steps=40)
+    settings.write_text(to_toml(replace(often, data=data)))
+    with start(settings, run_dir, 0.1) as process:
+        wait_for(run_dir / "checkpoints" / "step_00000012", process)
+        time.sleep(0.3)  # a few steps past the checkpoint
+        process.kill()
+    before = [step for step, _ in targets_of(run_dir)]
+    with start(settings, run_dir, 0.0, "--resume") as process:
+        output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+
+    trained = targets_of(run_dir)
+    assert before == list(range(len(before)))
+    assert 12 < len(before) < 40
+    assert [step for step, _ in trained] == [*before, *range(len(before) // 6 * 6, 40)]
+    batches = dict(trained)
+    assert all(batches[step] == targets for step, targets in trained)  # the repeated ones, too
+    rows = [row for targets in batches.values() for row in targets]
+    answers = Counter(answer for row in rows for answer in answers_of(row))
+    assert answers.keys() == {"warm", "cold", "yes"}
+    share = 50**0.5 / (400**0.5 + 50**0.5)  # T5's rule with temperature 2: 0.261
+    assert answers["yes"] / answers.total() == pytest.approx(share, abs=0.02)
+
+
+def answers_of(row: list[int]) -> list[str]:
+    """The answers in a row of bytes, each of which ends in 1."""
+    text = "".join("|" if token == 1 else chr(token - 3) for token in row if token)
+    return text.split("|")[:-1]
 
 
 class _StopAfter(Interrupt):
