@@ -1,0 +1,70 @@
+"""experiments/translation.py: chrF by direction, from what runs answered."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sacrebleu import sentence_chrf
+
+SCRIPT = Path(__file__).parent.parent / "experiments" / "translation.py"
+ASKED = {
+    "translate English to German: Save": "Speichern",
+    "translate German to English: Speichern": "Save",
+    "translate English to French: Save to: disk": "Enregistrer sur le disque",
+    "translate French to English: Enregistrer sur le disque": "Save to: disk",
+}
+
+
+def answered(folder: Path, wrong: str | None) -> None:
+    """A run that was right, or said `wrong` to everything."""
+    folder.mkdir(parents=True)
+    lines = [
+        {"task": "catalog_translation", "inputs": inputs, "answers": [right]}
+        | {"prediction": right if wrong is None else wrong}
+        for inputs, right in ASKED.items()
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "answers.jsonl").write_text(text, encoding="utf-8")
+
+
+def call(runs: Path, *words: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(SCRIPT), str(runs), "--models", "switch", *words]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.fixture
+def runs(tmp_path) -> Path:
+    """Two seeds: right answers after pre-training in one of them, none from scratch."""
+    for seed, wrong in enumerate((None, "Sp")):
+        run = tmp_path / f"seed_{seed}" / "switch"
+        answered(run / "catalog_translation_tune", wrong)
+        answered(run / "catalog_translation_scratch", "")
+    return tmp_path
+
+
+def test_directions_are_scored_apart_and_averaged_over_seeds(runs):
+    done = call(runs)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((runs / "translation.json").read_text())
+    found = {(row["start"], row["from"], row["to"]): row["chrf"] for row in rows}
+    assert len(found) == 8
+    half = sentence_chrf("Sp", ["Speichern"]).score
+    assert found["pre-trained", "English", "German"] == pytest.approx((100 + half) / 2)
+    assert found["pre-trained", "French", "English"] == pytest.approx(
+        (100 + sentence_chrf("Sp", ["Save to: disk"]).score) / 2
+    )
+    assert found["from scratch", "English", "French"] == 0
+    assert "pre-trained is better in 4 of 4 directions" in done.stdout
+    assert (runs / "translation.png").stat().st_size > 1000
+
+
+def test_languages_can_be_chosen_and_unknown_ones_are_named(runs):
+    shown = call(runs, "--languages", "de").stdout
+    assert "| English | German |" in shown
+    assert "| German | English |" in shown
+    assert "French" not in shown
+    refused = call(runs, "--languages", "de", "ja")
+    assert refused.returncode == 1
+    assert "no held-out sentence in Japanese" in refused.stderr
