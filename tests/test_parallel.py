@@ -3,7 +3,6 @@
 import os
 import pickle
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
