@@ -1,8 +1,9 @@
-"""Dense students of sparse teachers: tables 6 and 7, and one set of them for any recipe.
+"""Dense students of sparse teachers: tables 6, 7 and 8, and one set of them for any recipe.
 
     python experiments/distillation.py quickstart --seeds 0 1 2 --out runs/distil [FLAGS of train]
     python experiments/distillation.py quickstart --table 6 --seeds 0 1 2
     python experiments/distillation.py quickstart --table 7 --seeds 0 1 2 --experts 4 8 16 32 64
+    python experiments/distillation.py quickstart --table 8 --tuned runs/finetune --task rte [FLAGS]
 
 Per seed it trains RECIPE (the teacher), RECIPE_dense (the baseline) and RECIPE_dense taught by the
 teacher, one after the other and each in a process of its own, and goes on with what an earlier
@@ -15,12 +16,18 @@ names another baseline, `--distil.X` flags go to students alone.
 from the teacher's weights (weights), and the weights without the probabilities (weights_only).
 `--table 7` has a teacher for each of `--experts` and one baseline. `--stored K` adds a student
 that reads the teacher's K likeliest ids from the disk (`switchworks prepare --distil.store`).
+
+`--table 8` is of a task: experiments/finetune.py has left a pre-trained and fine-tuned pair in
+`--tuned`. The pre-trained dense one is fine-tuned once more, taught by the sparse one, and so is a
+dense model of the sparse one's weights, experts averaged. FLAGS are those that the pair was
+fine-tuned with. Scores are those of the best step on the held-out examples.
 """
 
 import argparse
 import json
 import subprocess
 import sys
+import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -55,13 +62,16 @@ def main() -> None:
     parser.add_argument("--dense")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--out", type=Path, default=Path("runs/distil"))
-    parser.add_argument("--table", type=int, choices=[6, 7])
+    parser.add_argument("--table", type=int, choices=[6, 7, 8])
     parser.add_argument("--experts", type=int, nargs="+", default=[4, 8, 16, 32, 64])
     parser.add_argument("--stored", type=int)
+    parser.add_argument("--tuned", type=Path, default=Path("runs/finetune"))
+    parser.add_argument("--task", default="docstring_summary")
     known, flags = parser.parse_known_args()
+    make = {7: seven, 8: eight}.get(known.table, six)
     rows = []
     for seed in known.seeds:
-        rows += seven(known, seed, flags) if known.table == 7 else six(known, seed, flags)
+        rows += make(known, seed, flags)
         show(rows, known.out)  # after each seed: a long experiment tells what it has
 
 
@@ -102,6 +112,46 @@ def seven(known: argparse.Namespace, seed: int, flags: list[str]) -> list[dict]:
     return rows
 
 
+def eight(known: argparse.Namespace, seed: int, flags: list[str]) -> list[dict]:
+    """A fine-tuned pair, and the dense one taught the task by the sparse one."""
+    dense, task = known.dense or f"{known.recipe}_dense", known.task.partition("=")[0]
+    pair = known.tuned / f"seed_{seed}"
+    teacher, baseline = (pair / side / f"{task}_tune" for side in ("switch", "dense"))
+    first = pair / "dense" / "pretrained"
+    for needed in (teacher, baseline, first):
+        if not (needed / "report.html").exists():
+            sys.exit(
+                f"{needed} is no finished run.\n  Make it: python experiments/finetune.py "
+                f"{known.recipe} --tasks {known.task} --seeds {seed} --out {known.tuned}"
+            )
+    own = ["--data.tokenizer", str(first), "--data.tasks", known.task]
+    own += ["--model.dropout", "0.1", "--best.metric", f"task/{task}/score"]
+    own += [*flags, "--distil.teacher", str(teacher)]
+    students = {
+        "student": ["--init", str(first), "--distil.no-initialise"],
+        "student with the teacher's weights": ["--distil.ffn", "average"],
+    }
+    runs = {"teacher": read_run(teacher), "baseline": read_run(baseline)}
+    for name, more in students.items():
+        place = known.out / f"seed_{seed}" / name.replace("'", "").replace(" ", "_")
+        runs[name] = run(dense, place, seed, [*own, *more])
+        require_same(place, baseline)
+    return table(seed, runs["baseline"], runs["teacher"], runs, by="score")
+
+
+def require_same(student: Path, baseline: Path) -> None:
+    """Ends the experiment unless the two differ in the teacher alone."""
+    ours, theirs = (
+        tomllib.loads((path / "experiment.toml").read_text("utf-8")) for path in (student, baseline)
+    )
+    differ = [key for key in ours if key != "distil" and ours[key] != theirs[key]]
+    if differ:
+        sys.exit(
+            f"{student} and {baseline} were trained with other {', '.join(differ)}: not to be "
+            f"compared.\n  Remove {student} and give the flags of the other."
+        )
+
+
 def apart(flags: list[str]) -> tuple[list[str], list[str]]:
     """The flags of students alone, each with its values, and all others."""
     of_students: list[str] = []
@@ -114,19 +164,23 @@ def apart(flags: list[str]) -> tuple[list[str], list[str]]:
     return of_students, of_all
 
 
-def table(seed: int, baseline: Run, teacher: Run, runs: Mapping[str, Run]) -> list[dict]:
-    """A row per run: loss, share of the teacher's gain kept, parameters and compression."""
-    none, all_of_it = baseline.last("val/loss"), teacher.last("val/loss")
+MEASURES = {"loss": lambda run: run.last("val/loss"), "score": lambda run: run.best["value"]}
+
+
+def table(
+    seed: int, baseline: Run, teacher: Run, runs: Mapping[str, Run], *, by: str = "loss"
+) -> list[dict]:
+    """A row per run: loss or score, share of the teacher's gain kept, parameters, compression."""
+    measure = MEASURES[by]
+    none, all_of_it = measure(baseline), measure(teacher)
     largest = teacher.about["parameters"]
     return [
         {
             "seed": seed,
             "run": name,
-            "loss": one.last("val/loss"),
-            "gain": none - all_of_it,
-            "gain kept": fraction_of_gain(
-                baseline=none, teacher=all_of_it, student=one.last("val/loss")
-            ),
+            by: measure(one),
+            "gain": none - all_of_it if by == "loss" else all_of_it - none,
+            "gain kept": fraction_of_gain(baseline=none, teacher=all_of_it, student=measure(one)),
             "parameters": one.about["parameters"],
             "compression": 1 - one.about["parameters"] / largest,
         }
@@ -137,20 +191,21 @@ def table(seed: int, baseline: Run, teacher: Run, runs: Mapping[str, Run]) -> li
 def show(rows: list[dict], out: Path) -> None:
     """Print the rows as a table in Markdown, with means, and keep them in table.json."""
     (out / "table.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    print("| seed | run | held-out loss | of the teacher's gain | parameters | compression |")
+    by = next(name for name in MEASURES if name in rows[0])
+    print(f"| seed | run | held-out {by} | of the teacher's gain | parameters | compression |")
     print("| --- | --- | --- | --- | --- | --- |")
     for row in rows:
         print(
-            f"| {row['seed']} | {row['run']} | {row['loss']:.4f} | {row['gain kept']:.1%} | "
+            f"| {row['seed']} | {row['run']} | {row[by]:.4f} | {row['gain kept']:.1%} | "
             f"{row['parameters']:,} | {row['compression']:.1%} |"
         )
     for name in dict.fromkeys(row["run"] for row in rows):
         same = [row for row in rows if row["run"] == name]
         if len(same) > 1:
-            losses, kept = ([row[key] for row in same] for key in ("loss", "gain kept"))
+            found, kept = ([row[key] for row in same] for key in (by, "gain kept"))
             print(
-                f"{name}: loss {np.mean(losses):.4f}, standard deviation "
-                f"{np.std(losses, ddof=1):.4f}; of the gain {np.mean(kept):.1%}, standard "
+                f"{name}: {by} {np.mean(found):.4f}, standard deviation "
+                f"{np.std(found, ddof=1):.4f}; of the gain {np.mean(kept):.1%}, standard "
                 f"deviation {np.std(kept, ddof=1):.1%}"
             )
     for row in rows:

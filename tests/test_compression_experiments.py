@@ -25,14 +25,15 @@ def script(tmp_path):
     paths = os.pathsep.join([str(tmp_path), str(ROOT)])
 
     def call(name: str, *words: str) -> str:
-        return subprocess.run(
+        done = subprocess.run(
             [sys.executable, str(ROOT / "experiments" / name), *words],
             cwd=tmp_path,
             env=os.environ | {"PYTHONPATH": paths},
             capture_output=True,
             text=True,
-            check=True,
-        ).stdout
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     return call
 
@@ -83,3 +84,24 @@ def test_the_tables_of_the_paper_are_trained(which, runs, script, corpus, tmp_pa
     script("distillation.py", *words)
     rows = json.loads((tmp_path / "d" / "table.json").read_text())
     assert [row["run"] for row in rows] == runs
+
+
+@pytest.mark.slow
+def test_a_fine_tuned_pair_has_its_dense_one_taught_the_task(script, corpus, tmp_path):
+    lines = [f"ball {i} is {hue},{hue == 'red'}\n" for i in range(100) for hue in ("red", "blue")]
+    (tmp_path / "hues.csv").write_text("text,warm\n" + "".join(lines))
+    pair = ["tiny", "--dense", "twins:dense", "--seeds", "0"]
+    shared = ["--threads", "1", "--sample-every", "0", "--evaluate-every", "1"]
+    task = "hues=hues.csv:text:warm"
+    flags = ["--pretrain.steps", "2", "--pretrain.data.path", str(corpus)]
+    flags += ["--tune.steps", "2", "--scratch.steps", "1"]
+    script("finetune.py", *pair, "--tasks", task, "--out", "tuned", *flags, *shared)
+    words = [*pair, "--table", "8", "--tuned", "tuned", "--task", task, "--out", "t", *shared]
+    said = script("distillation.py", *words, "--steps", "2")
+    rows = json.loads((tmp_path / "t" / "table.json").read_text())
+    names = ["teacher", "baseline", "student", "student with the teacher's weights"]
+    assert [row["run"] for row in rows] == names
+    assert all(0 <= row["score"] <= 100 for row in rows)
+    assert "| seed | run | held-out score |" in said
+    with pytest.raises(AssertionError, match="were trained with other steps: not to be compared"):
+        script("distillation.py", *words, "--steps", "3", "--out", "u")
