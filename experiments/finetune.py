@@ -127,52 +127,62 @@ def row(
 
 
 def show(rows: list[dict], out: Path) -> None:
-    """Print tables in Markdown: every way to train, the margins, and Table 4 if it was run."""
+    """Print tables in Markdown: every way to train, the margins, and Table 4 if it was run.
+
+    Losses are those of the last step, per target token of the held-out examples.
+    """
     (out / "table.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     paper = [one for one in rows if one["expert_dropout"] in (None, PAPER[1])]
-    print("| task | model | start | best score per seed | mean | sd |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    for task, model, start in dict.fromkeys((r["task"], r["model"], r["start"]) for r in paper):
-        print(f"| {task} | {model} | {start} | {spread(paper, task, model=model, start=start)}")
+    print("| task | model | start | best score per seed | mean | sd | loss | sd |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    names = ("task", "model", "start")
+    for way in dict.fromkeys(tuple(one[name] for name in names) for one in paper):
+        print(f"| {' | '.join(way)} | {spread(paper, dict(zip(names, way, strict=True)))}")
     for task in dict.fromkeys(one["task"] for one in rows):
         for model in ("switch", "dense"):
-            gain = margin(paper, task, {"model": model}, "start", "pre-trained", "scratch")
-            print(f"{task}, {model}: pre-trained - scratch {gain}")
-        gain = margin(paper, task, {"start": "pre-trained"}, "model", "switch", "dense")
-        print(f"{task}: switch - dense, both pre-trained {gain}")
+            same = {"task": task, "model": model}
+            gain = margin(paper, same, "start", "pre-trained", "scratch")
+            print(f"{task}, {model}: pre-trained than from scratch: {gain}")
+        same = {"task": task, "start": "pre-trained"}
+        gain = margin(paper, same, "model", "switch", "dense")
+        print(f"{task}: switch than dense, both pre-trained: {gain}")
     if len(paper) < len(rows):
-        print("\n| task | dropout | in experts | best score per seed | mean | sd |")
-        print("| --- | --- | --- | --- | --- | --- |")
+        print("\n| task | dropout | in experts | best score per seed | mean | sd | loss | sd |")
+        print("| --- | --- | --- | --- | --- | --- | --- | --- |")
         for task in dict.fromkeys(one["task"] for one in rows):
             for rates in TABLE_4:
-                own = {"model": "switch", "start": "pre-trained"}
+                own = {"task": task, "model": "switch", "start": "pre-trained"}
                 own |= dict(zip(("dropout", "expert_dropout"), rates, strict=True))
-                print(f"| {task} | {rates[0]} | {rates[1]} | {spread(rows, task, **own)}")
+                print(f"| {task} | {rates[0]} | {rates[1]} | {spread(rows, own)}")
 
 
-def scores(rows: list[dict], task: str, **wanted: object) -> dict[int, float]:
-    """Best score by seed of the runs on `task` that are as `wanted`."""
-    return {
-        one["seed"]: one["score"]
-        for one in rows
-        if one["task"] == task and all(one[name] == value for name, value in wanted.items())
-    }
+def by_seed(rows: list[dict], wanted: dict[str, object], value: str = "score") -> dict[int, float]:
+    """Best score (or last loss) by seed of the runs that are as `wanted`."""
+    return {one["seed"]: one[value] for one in rows if wanted.items() <= one.items()}
 
 
-def spread(rows: list[dict], task: str, **wanted: object) -> str:
-    """The scores by seed, their mean and standard deviation, as the end of a table's row."""
-    found = list(scores(rows, task, **wanted).values())
-    deviation = f"{stdev(found):.2f}" if len(found) > 1 else "-"
-    return f"{' '.join(f'{one:.2f}' for one in found)} | {fmean(found):.2f} | {deviation} |"
+def spread(rows: list[dict], wanted: dict[str, object]) -> str:
+    """Scores by seed, mean and standard deviation of scores and of losses: a row's end."""
+    found = list(by_seed(rows, wanted).values())
+    losses = list(by_seed(rows, wanted, "loss").values())
+    each = " ".join(f"{one:.2f}" for one in found)
+    return f"{each} | {mean_and_deviation(found, 2)} {mean_and_deviation(losses, 3)}"
 
 
-def margin(
-    rows: list[dict], task: str, shared: dict[str, object], by: str, one: str, other: str
-) -> str:
+def mean_and_deviation(found: list[float], digits: int) -> str:
+    """Two cells of a table."""
+    deviation = f"{stdev(found):.{digits}f}" if len(found) > 1 else "-"
+    return f"{fmean(found):.{digits}f} | {deviation} |"
+
+
+def margin(rows: list[dict], shared: dict[str, object], by: str, one: str, other: str) -> str:
     """By how much `one` beats `other`: the mean over seeds, and the least."""
-    left, right = (scores(rows, task, **shared, **{by: name}) for name in (one, other))
-    gains = [left[seed] - right[seed] for seed in left]
-    return f"{fmean(gains):+.2f} on average, {min(gains):+.2f} at least"
+    said = []
+    for value, better in (("score", 1), ("loss", -1)):
+        left, right = (by_seed(rows, shared | {by: name}, value) for name in (one, other))
+        gains = [better * (left[seed] - right[seed]) for seed in left]
+        said.append(f"{value} better by {fmean(gains):.3f} on average, {min(gains):.3f} at least")
+    return "; ".join(said)
 
 
 if __name__ == "__main__":

@@ -358,7 +358,7 @@ def test_the_experiment_compares_starts_models_and_dropout_and_goes_on(corpus, t
     assert tuned.model.routing.expert_dropout == 0.4
     scratch = from_toml(Experiment, runs / "colours_scratch" / "experiment.toml")
     assert scratch.optim.lr == 0.3
-    assert "colours: switch - dense, both pre-trained" in first
+    assert "colours: switch than dense, both pre-trained: score better by" in first
     again = call()
     assert "step" not in again.splitlines()[0]
     assert again.splitlines() == first.splitlines()[-len(again.splitlines()) :]
