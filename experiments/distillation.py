@@ -19,8 +19,8 @@ that reads the teacher's K likeliest ids from the disk (`switchworks prepare --d
 
 `--table 8` is of a task: experiments/finetune.py has left a pre-trained and fine-tuned pair in
 `--tuned`. The pre-trained dense one is fine-tuned once more, taught by the sparse one, and so is a
-dense model of the sparse one's weights, experts averaged. FLAGS are those that the pair was
-fine-tuned with. Scores are those of the best step on the held-out examples.
+dense model of the sparse one's weights, experts averaged. FLAGS, and `--measure`, are those that
+the pair was fine-tuned with. Scores are those of the best step on the held-out examples.
 """
 
 import argparse
@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--stored", type=int)
     parser.add_argument("--tuned", type=Path, default=Path("runs/finetune"))
     parser.add_argument("--task", default="docstring_summary")
+    parser.add_argument("--measure", default="score")
     known, flags = parser.parse_known_args()
     make = {7: seven, 8: eight}.get(known.table, six)
     rows = []
@@ -125,7 +126,7 @@ def eight(known: argparse.Namespace, seed: int, flags: list[str]) -> list[dict]:
                 f"{known.recipe} --tasks {known.task} --seeds {seed} --out {known.tuned}"
             )
     own = ["--data.tokenizer", str(first), "--data.tasks", known.task]
-    own += ["--model.dropout", "0.1", "--best.metric", f"task/{task}/score"]
+    own += ["--model.dropout", "0.1", "--best.metric", f"task/{task}/{known.measure}"]
     own += [*flags, "--distil.teacher", str(teacher)]
     students = {
         "student": ["--init", str(first), "--distil.no-initialise"],
