@@ -1,5 +1,7 @@
 """Metrics: values worked out by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from switchworks.config import ConfigError
@@ -8,6 +10,7 @@ from switchworks.data.tasks.sources import Hub
 from switchworks.evaluate.metrics import (
     METRICS,
     averages,
+    check_metrics,
     judge,
     names,
     score,
@@ -183,6 +186,73 @@ def test_bleu_of_one_sentence():
 def test_chrf_of_equal_and_of_foreign_text():
     assert figures("chrf", ["привет мир"], ["привет мир"])["chrf"] == pytest.approx(100)
     assert figures("chrf", ["abc"], ["xyz"])["chrf"] == 0.0
+
+
+def test_chrf_of_two_words_that_share_their_beginning():
+    # Of single characters 2 of 3 match, of pairs 1 of 2, of triples none, and there are no more.
+    # So precision and recall are both (2/3 + 1/2 + 0) / 3.
+    assert figures("chrf", ["abc"], ["abd"])["chrf"] == pytest.approx(100 * (2 / 3 + 1 / 2) / 3)
+
+
+def test_of_several_references_bleu_chrf_and_rouge_take_what_fits():
+    asked = [Example(inputs="", target="", references=("so ist es nun mal", "das ist ein Haus"))]
+    for metric in ("bleu", "chrf", "rouge"):
+        got = figures(metric, ["das ist ein Haus"], asked)
+        assert min(got.values()) == pytest.approx(100), metric
+
+
+def test_bleu_counts_marks_of_other_scripts_as_words():
+    # sacrebleu's international tokenizer parts the ideographic full stop, so 4 of 5 words match.
+    got = figures("bleu", ["a b c d。"], ["a b c d。"])["bleu"]
+    assert got == pytest.approx(100)
+    assert 0 < figures("bleu", ["a b c d。"], ["a b c d"])["bleu"] < 100
+
+
+def test_rouge_knows_no_letters_beyond_z():
+    assert set(figures("rouge", ["привет мир"], ["привет мир"]).values()) == {0.0}
+    assert figures("rouge", ["café noir"], ["caf noir"])["rouge1"] == pytest.approx(100)
+
+
+def test_triviaqa_by_hand():
+    asked = [Example(inputs="", target="x", references=("The Beatles", "Beatles, The"))]
+    assert figures("trivia_qa", ["beatles"], asked) == {"em": 100.0, "f1": 100.0}
+    # Two words said of which one is meant: 2 * 1 / (2 + 1).
+    got = figures("trivia_qa", ["Beatles-Band"], asked)
+    assert got == {"em": 0.0, "f1": pytest.approx(100 * 2 / 3)}
+    assert figures("trivia_qa", [""], asked) == {"em": 0.0, "f1": 0.0}
+
+
+def test_saying_nothing_is_judged_by_the_metrics_of_groups_and_referents_too():
+    asked = [Example(inputs="", target="True", group="1", label=True)]
+    assert figures("group_exact_match", [""], asked) == {"exact_match": 0.0}
+    assert figures("squad_once", [""], asked) == {"em": 0.0, "f1": 0.0}
+    # T5's rule: the words of nothing are among those of anything but a possessive, so "" is a word
+    # that no name has.
+    assert figures("referent", [""], asked) == {"accuracy": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("metric", "labels", "targets", "wanted"),
+    [
+        ("acuracy", (), ["1"], "which there is not"),
+        ("f1_binary", ("1", "2", "3"), ["1"], "wants two labels"),
+        ("f1_macro", (), ["1"], "wants labels"),
+        ("matthews", (), ["1"], "wants labels"),
+        ("spearman", (), ["one"], "wants targets that are numbers"),
+        ("squad_once", (), ["1"], "wants a group for every example"),
+        ("group_exact_match", (), ["1"], "wants a group for every example"),
+        ("referent", (), ["1"], "whether each candidate is meant"),
+        ("rouge", (), ["мир"], "other scripts want chrf"),
+    ],
+)
+def test_a_metric_that_would_mean_nothing_is_refused(metric, labels, targets, wanted):
+    source = Hub(dataset=None, folder="mine")
+    odd = Task(
+        name="mine", source=source, to_text=lambda record: [], metrics=(metric,), labels=labels
+    )
+    with pytest.raises(ConfigError, match=wanted):
+        check_metrics(odd, examples(*targets))
+    check_metrics(replace(odd, metrics=("accuracy", "chrf")), examples(*targets))
 
 
 def test_predictions_lose_the_space_around_them():

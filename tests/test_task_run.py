@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -203,15 +204,18 @@ def test_one_command_makes_a_fine_tuned_evaluated_model_of_a_table(
     monkeypatch.chdir(tmp_path)
     rows = [f"visit {i}: {line}" for i in range(40) for line in STARS.splitlines()]
     reviews(tmp_path / "reviews.csv", "\n".join(rows) + "\n")
-    words = ["train", "tiny", "--init", str(tiny_run), "--run-dir", "tuned", "--threads", "1"]
+    words = ["train", "finetune", "--init", str(tiny_run), "--run-dir", "tuned", "--threads", "1"]
     words += ["--steps", "4", "--evaluate-every", "2", "--data.validation-share", "0.2"]
-    words += ["--data.target-length", "8", "--best.metric", "task/reviews/accuracy"]
+    words += ["--data.target-length", "8", "--validate-every", "2"]
     assert main([*words, "--data.tasks", "reviews=reviews.csv:text:stars"]) == 0
     said = capsys.readouterr().out
     assert "reviews" in said
     assert "inputs/targets cut" in said
     about = json.loads((tmp_path / "tuned" / "best.json").read_text())
-    assert (about["metric"], about["mode"]) == ("task/reviews/accuracy", "max")
+    assert (about["metric"], about["mode"]) == ("task/mean", "max")
+    settings = tomllib.loads((tmp_path / "tuned" / "experiment.toml").read_text())
+    assert settings["model"]["dropout"] == 0.1
+    assert settings["model"]["routing"]["expert_dropout"] == 0.4
     page = (tmp_path / "tuned" / "report.html").read_text()
     assert "The tasks" in page
     assert f"best: step {about['step']}" in page
@@ -300,7 +304,10 @@ def commands_of(page: Path) -> list[list[str]]:
     return [shlex.split(line.removeprefix("$ "), comments=True)[1:] for line in lines]
 
 
-def test_the_commands_of_the_page_about_tasks_are_understood():
+def test_the_commands_of_the_page_about_tasks_are_understood(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "base").symlink_to(tiny_run)
     found = commands_of(DOCS)
     assert [words[0] for words in found] == ["train", "evaluate", "evaluate", "train", "train"]
     for verb, *words in found:

@@ -14,6 +14,7 @@ from switchworks.data.task_store import Counts, examples_of
 from switchworks.data.tasks import TASKS, Hub, Places, find_tasks
 from switchworks.data.tasks.own import fingerprint
 from switchworks.data.tasks.sources import parse_slice, read_tables
+from switchworks.evaluate.tasks import questions_of
 
 ROWS = [
     {"sentence1": "Big news.", "sentence2": 'He said "no".', "label": 1, "idx": 0},
@@ -184,6 +185,61 @@ def test_a_few_empty_targets_among_thousands_are_left_out_and_counted(tmp_path):
         1,
         "record 4 of train, with the input 'review 3'",
     )
+
+
+def test_empty_targets_that_are_held_out_are_counted_and_refuse_nothing(tmp_path):
+    rows = "text,stars\n" + "".join(f"review {i},{1 if i else ''}\n" for i in range(10))
+    folder = tmp_path / "reviews"
+    write(folder / "train.csv", rows.replace("review 0,", "review 0,1"))
+    write(folder / "validation.csv", rows)
+    (task,) = find_tasks([f"reviews={folder}"])
+    counts = Counts()
+    assert len(list(examples_of(task, "validation", Places(tmp_path), counts))) == 9
+    assert counts.empty == 1
+    assert questions_of(task, "validation", Places(tmp_path)).unanswered == 1
+
+
+def test_the_space_around_a_cell_is_no_part_of_an_answer(tmp_path):
+    file = write(tmp_path / "reviews.csv", "text, stars\na , 1 \n")
+    (task,) = find_tasks([f"reviews={file}"])
+    (example,) = read(task, "train", Places(tmp_path, validation_share=1e-9))
+    assert (example.inputs, example.target) == ("a", "1")
+
+
+def test_a_table_of_too_few_rows_to_hold_one_out_names_the_flag(tmp_path):
+    file = write(tmp_path / "reviews.csv", "text,stars\na,1\n")
+    (task,) = find_tasks([f"reviews={file}"])
+    with pytest.raises(DataError, match=r"no examples in validation(?s:.*)--data.validation-share"):
+        read(task, "validation", Places(tmp_path, validation_share=1e-9))
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('a,b\nx1,"oops\nx2,y2\nx3,y3\n', r":2 is not a row of a table(?s:.*)quote"),
+        ('a,b\nx1,"oo"ps\n', r":2 is not a row of a table(?s:.*)written twice"),
+        ("a,b,a\n1,2,3\n", "two columns of one name: a, b, a"),
+    ],
+)
+def test_a_table_that_would_be_misread_is_refused(text, problem, tmp_path):
+    with pytest.raises(DataError, match=problem):
+        list(read_tables([write(tmp_path / "t.csv", text)]))
+
+
+def test_columns_given_to_a_helper_are_part_of_what_a_task_is_known_by(tmp_path):
+    head = "from switchworks.data.tasks import Hub, Task\n"
+    head += "from switchworks.data.tasks.task import classify\n"
+    write(tmp_path / "t" / "train.csv", "title,body,label\n")
+
+    def known(columns: str) -> str:
+        text = f"TASK = Task(name='t', source=Hub(dataset=None, folder='t'), to_text={columns})"
+        file = write(tmp_path / "mine.py", head + text)
+        (task,) = find_tasks([str(file)])
+        return fingerprint(task, "train", Places(tmp_path, tmp_path))
+
+    one = "classify('t', ('title',), ('a', 'b'))"
+    assert known(one) == known(one)
+    assert known(one) != known("classify('t', ('title', 'body'), ('a', 'b'))")
 
 
 def test_labels_outside_the_set_are_refused_with_the_record(tmp_path):

@@ -290,6 +290,7 @@ def test_a_group_names_tasks_that_exist():
     for names in GROUPS.values():
         assert set(names) <= set(TASKS)
     assert len(find_tasks(["super_glue", "glue_rte"])) == 10
+    assert {"super_glue_wsc", "dpr"} < set(GROUPS["glue"])  # what teaches WNLI's form
 
 
 def test_labels_may_be_numbers_names_or_withheld():
@@ -438,6 +439,54 @@ def test_withheld_answers_are_unknown():
     assert TASKS["arc_easy"].examples(arc, "test")[0].target == UNKNOWN
     winogrande = GOLDEN["winogrande"][0] | {"answer": ""}
     assert TASKS["winogrande"].examples(winogrande, "test")[0].target == UNKNOWN
+
+
+def test_a_withheld_referent_is_unknown_and_cannot_be_judged_as_not_meant():
+    wsc, wnli = (GOLDEN[name][0] for name in ("super_glue_wsc", "glue_wnli_simple"))
+    for name, record in (("super_glue_wsc", wsc), ("glue_wnli_simple", wnli)):
+        (withheld,) = TASKS[name].examples(record | {"label": -1}, "test")
+        assert (withheld.target, withheld.label) == (UNKNOWN, None)
+        with pytest.raises(DataError, match="needs a column 'label'"):
+            TASKS[name].examples({k: v for k, v in record.items() if k != "label"}, "test")
+    assert TASKS["super_glue_wsc"].examples(wsc | {"label": -1}, "train") == []
+    (named,) = TASKS["glue_wnli_simple"].examples(wnli | {"label": "entailment"}, "validation")
+    assert named.label is True
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("natural_questions", {"answer": "Paris"}),
+        ("super_glue_record", {"entities": "['penguin', 'pigeon']"}),
+        ("dpr", {"candidates": "['Bob', 'Tom']"}),
+        ("squad", {"answers": {"text": "yes", "answer_start": 0}}),
+    ],
+)
+def test_a_text_where_a_list_belongs_is_refused_and_not_cut_into_letters(name, change):
+    with pytest.raises(DataError, match=r"is not a list of texts(?s:.*)JSONL or Parquet"):
+        TASKS[name].examples(GOLDEN[name][0] | change, "validation")
+
+
+def test_a_value_that_a_task_cannot_read_is_shown_with_its_record():
+    with pytest.raises(DataError, match=r"answerKey = 'E' is none of the choices"):
+        TASKS["arc_easy"].examples(GOLDEN["arc_easy"][0] | {"answerKey": "E"}, "train")
+    with pytest.raises(DataError, match=r"ValueError: (?s:.*)The record: .*'label': 'high'"):
+        TASKS["glue_stsb"].examples(PAIR | {"label": "high"}, "train")
+    assert TASKS["glue_stsb"].examples(PAIR | {"label": ""}, "test")[0].target == UNKNOWN
+
+
+def test_the_training_split_is_judged_as_any_other():
+    record, _, _ = GOLDEN["super_glue_record"]
+    (judged,) = TASKS["super_glue_record"].examples(record, "train", judged=True)
+    assert judged.answers == ("penguin", "pigeon")
+    assert judged.group is not None
+
+
+def test_of_equal_places_wnli_takes_the_first_pronoun():
+    # "it" at 2 has "because" to its right, "it" at 5 "and" to its left: two words each.
+    record = {"sentence1": "a it b. c it d.", "sentence2": "a X b. c Y d.", "label": 1}
+    (example,) = TASKS["glue_wnli_simple"].examples(record, "validation")
+    assert (example.inputs, example.target) == ("wsc: a *it* b. c it d.", "X")
 
 
 def test_a_catalog_is_translated_both_ways():

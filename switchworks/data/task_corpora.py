@@ -12,7 +12,7 @@ from switchworks.data.corpora import Corpora, HeldOut
 from switchworks.data.pipeline import VALIDATION_SEED
 from switchworks.data.prepare import cache_folder, trained_tokenizer
 from switchworks.data.serving import byte_lengths, tokens_per_byte
-from switchworks.data.task_rows import TaskMixture
+from switchworks.data.task_rows import TaskMixture, rows_of_tasks, task_rates
 from switchworks.data.task_store import Counts, TaskStore, examples_of, open_task
 from switchworks.data.tasks import Places, Task, find_tasks
 from switchworks.data.tasks.own import fingerprint
@@ -57,8 +57,11 @@ class TaskCorpora(Corpora):
     @cached_property
     def rates(self) -> dict[str, float]:
         """The share of the examples, or tokens, that each task gives to training."""
-        mixture = self.training(batch_size=1, seed=0)
-        return dict(zip(self._training, mixture.shares.tolist(), strict=True))
+        rows = rows_of_tasks(self.config, self._training, self.tokenizer.eos_id, seed=0)
+        if not rows:
+            raise DataError("None of the tasks has a training split.")
+        shares = task_rates(self.config, list(rows.values()))
+        return dict(zip(rows, shares.tolist(), strict=True))
 
     @property
     def _training(self) -> dict[str, TaskStore]:
@@ -133,10 +136,11 @@ class TaskCorpora(Corpora):
                 f"{epochs[name]:>8.3g}  {rows.cut[0]:,}/{rows.cut[1]:,}"
             )
         for name, part in self.parts.items():
-            if part.train is not None and (counts := part.train.counts).empty:
+            stores = [store for store in (part.train, part.validation) if store is not None]
+            if empty := sum(store.counts.empty for store in stores):
+                first = next(store.counts.first_empty for store in stores if store.counts.empty)
                 lines.append(
-                    f"{name}: {counts.empty} examples without a target are left out, the first "
-                    f"{counts.first_empty}."
+                    f"{name}: {empty} examples without a target are left out, the first {first}."
                 )
         if any(rows.cut[1] for rows in batches.tasks.values()):
             lines.append(

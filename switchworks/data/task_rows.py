@@ -11,6 +11,7 @@ by what one of its rows holds. Letters: K tasks, N examples, R rows of an epoch.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -39,7 +40,7 @@ class Plan(NamedTuple):
 
 
 class TaskRows:
-    """The rows of one task by their number. `windows` is how many there are in an epoch.
+    """The rows of one task by their number.
 
     `cut` counts the examples whose (inputs, target) are longer than a row; they lose their end,
     as in T5.
@@ -56,14 +57,30 @@ class TaskRows:
         lengths = store.lengths() + 1
         self.cut = tuple(int(number) for number in (lengths > row).sum(axis=0))
         self.lengths = np.minimum(lengths, row)
-        shuffled = np.random.default_rng([seed, _PLAN]).permutation(len(store))
-        if config.packs_tasks:
-            self.plan = plan_rows(shuffled, self.lengths[shuffled], config)
-        else:
-            self.plan = Plan(shuffled, np.arange(len(store) + 1))
-        self.windows = len(self.plan.starts) - 1
-        order_seed = int(np.random.SeedSequence([seed, _TASK_ORDER]).generate_state(1)[0])
-        self._order = grain.MapDataset.range(self.windows).shuffle(seed=order_seed).repeat()
+        self.seed = seed
+
+    @cached_property
+    def plan(self) -> Plan:
+        """Which examples share a row. Takes seconds for a million examples."""
+        shuffled = np.random.default_rng([self.seed, _PLAN]).permutation(len(self.store))
+        if self.config.packs_tasks:
+            return plan_rows(shuffled, self.lengths[shuffled], self.config)
+        return Plan(shuffled, np.arange(len(self.store) + 1))
+
+    @property
+    def windows(self) -> int:
+        """How many rows an epoch has."""
+        return len(self.plan.starts) - 1
+
+    @cached_property
+    def _order(self) -> "grain.MapDataset":
+        order_seed = int(np.random.SeedSequence([self.seed, _TASK_ORDER]).generate_state(1)[0])
+        return grain.MapDataset.range(self.windows).shuffle(seed=order_seed).repeat()
+
+    @property
+    def tokens_per_example(self) -> float:
+        """On average, of inputs and target, with their EOS."""
+        return float(self.lengths.sum()) / len(self.store)
 
     @property
     def examples_per_row(self) -> float:
@@ -129,7 +146,7 @@ def plan_rows(
         row = next(fits, rows)
         if row == rows:
             if len(room) == OPEN_ROWS:
-                del room[min(room, key=lambda one: min(np.divide(room[one], limits)))]
+                del room[min(room, key=lambda one: _least_left(room[one], limits))]
             room[row] = limits
             rows += 1
         left = room[row]
@@ -137,6 +154,11 @@ def plan_rows(
         row_of[place] = row
     starts = np.cumsum([0, *np.bincount(row_of, minlength=rows)])
     return Plan(order[row_of.argsort(kind="stable")], starts)
+
+
+def _least_left(left: tuple[int, int], limits: tuple[int, int]) -> float:
+    """The share of a row that is free, on its fuller side."""
+    return min(left[0] / limits[0], left[1] / limits[1])
 
 
 def task_rates(config: DataConfig, rows: Sequence[TaskRows]) -> Float[np.ndarray, " K"]:
@@ -148,7 +170,7 @@ def task_rates(config: DataConfig, rows: Sequence[TaskRows]) -> Float[np.ndarray
     examples = [min(len(part.store), cap) for part in rows]
     if config.task_rates == "equal":
         return rates(examples, 0.0)
-    tokens_each = [part.tokens_per_row / part.examples_per_row for part in rows]
+    tokens_each = [part.tokens_per_example for part in rows]
     each = [1.0] * len(rows) if config.task_rates == "examples" else tokens_each
     sizes = [count * size for count, size in zip(examples, each, strict=True)]
     return rates(sizes, 1 / config.task_temperature)
@@ -183,14 +205,21 @@ class TaskMixture(Mixture):
             raise DataError("None of the tasks has a training split.")
         self.config = config
         self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
-        self.tasks = {
-            name: TaskRows(config, store, eos_id, seed=_own_seed(seed, name))
-            for name, store in stores.items()
-        }
+        self.tasks = rows_of_tasks(config, stores, eos_id, seed=seed)
         self.parts = self.tasks  # type: ignore[assignment]
         parts = list(self.tasks.values())
         self.shares = task_rates(config, parts)
         self.turns = Turns(row_rates(config, self.shares, parts), seed=seed)
+
+
+def rows_of_tasks(
+    config: DataConfig, stores: Mapping[str, TaskStore], eos_id: int, *, seed: int
+) -> dict[str, TaskRows]:
+    """The rows of each task."""
+    return {
+        name: TaskRows(config, store, eos_id, seed=_own_seed(seed, name))
+        for name, store in stores.items()
+    }
 
 
 def _own_seed(seed: int, name: str) -> int:

@@ -23,8 +23,8 @@ from switchworks.data.tasks.task import UNKNOWN, Example, Task
 from switchworks.data.tokenizer import Tokenizer
 
 EMPTY_SHARE = 1e-3
-"""More examples without a target than this share are an error: then a column is wrong. A few are
-left out and counted: real datasets have them."""
+"""More training examples without a target than this share are an error: then a column is wrong. A
+few are left out and counted, and so are those of other splits: real datasets have them."""
 
 BATCH = 4096
 """Examples tokenised at once."""
@@ -77,11 +77,14 @@ class TaskStore:
         return np.diff(self.ends.reshape(-1), prepend=0).reshape(-1, 2)
 
 
-def examples_of(task: Task, split: str, places: Places, counts: Counts) -> Iterator[Example]:
+def examples_of(
+    task: Task, split: str, places: Places, counts: Counts, *, judged: bool = False
+) -> Iterator[Example]:
     """The examples of a split that have a target, in order; `counts` grows while they are read.
 
-    Raises DataError, with the record's number, for a record that cannot be an example, and when
-    more than EMPTY_SHARE of the examples have no target.
+    They are those to judge answers by if `judged`, else those to train on. Raises DataError, with
+    the record's number, for a record that cannot be an example, for a split without any, and when
+    more than EMPTY_SHARE of those to train on have no target.
     """
     if split not in task.source.splits:
         raise DataError(
@@ -89,7 +92,7 @@ def examples_of(task: Task, split: str, places: Places, counts: Counts) -> Itera
         )
     for number, record in enumerate(task.source.records(split, places), start=1):
         try:
-            examples = task.examples(record, split)
+            examples = task.examples(record, split, judged=judged)
         except DataError as error:
             raise DataError(f"{error}\n  (record {number} of {split})") from error
         for example in examples:
@@ -100,14 +103,24 @@ def examples_of(task: Task, split: str, places: Places, counts: Counts) -> Itera
                 counts.empty += 1
                 where = f"record {number} of {split}, with the input {example.inputs[:60]!r}"
                 counts.first_empty = counts.first_empty or where
-    if counts.empty > EMPTY_SHARE * (counts.examples + counts.empty):
+    if split == "train" and not judged:
+        _check_empty(task, counts)
+    if not counts.examples:
         raise DataError(
-            f"Task {task.name!r}: {counts.empty} of {counts.examples + counts.empty} examples of "
-            f"{split} have an empty target, the first\n  {counts.first_empty}. "
+            f"Task {task.name!r} has no examples in {split}, of {counts.empty} without a target.\n"
+            "  Of a table that is one file, --data.validation-share says how much is held out, by "
+            "a hash of the inputs."
+        )
+
+
+def _check_empty(task: Task, counts: Counts) -> None:
+    total = counts.examples + counts.empty
+    if counts.empty > EMPTY_SHARE * total:
+        raise DataError(
+            f"Task {task.name!r}: {counts.empty} of {total} examples of train have an empty "
+            f"target, the first\n  {counts.first_empty}.\n"
             "  Fill the column in, name another, or take these rows out."
         )
-    if not counts.examples:
-        raise DataError(f"Task {task.name!r} has no examples in {split}.")
 
 
 def open_task(task: Task, split: str, places: Places, tokenizer: Tokenizer) -> TaskStore:

@@ -25,7 +25,7 @@ def accuracy(
 ) -> dict[str, float]:
     """Share of the answers that are one of the right ones, letter by letter."""
     pairs = zip(predictions, examples, strict=True)
-    return {"accuracy": 100 * fmean(answer in example.answers for answer, example in pairs)}
+    return {"accuracy": 100 * fmean(answer in map(str.strip, e.answers) for answer, e in pairs)}
 
 
 def f1_binary(
@@ -190,13 +190,17 @@ def _bare(text: str) -> str:
 def rouge(
     predictions: Sequence[str], examples: Sequence[Example], labels: tuple[str, ...]
 ) -> dict[str, float]:
-    """F of ROUGE-1, ROUGE-2 and ROUGE-L over sentences: T5's settings, without stemming."""
+    """F of ROUGE-1, ROUGE-2 and ROUGE-L over sentences: T5's settings, without stemming.
+
+    Of several right answers the best counts. Words are of the letters a to z and digits alone, as
+    in rouge-score: other scripts want chrF.
+    """
     from rouge_score.rouge_scorer import RougeScorer
 
     kinds = ["rouge1", "rouge2", "rougeLsum"]
     scorer = RougeScorer(kinds)
     scores = [
-        scorer.score(target=_by_sentence(example.target), prediction=_by_sentence(answer))
+        scorer.score_multi([_by_sentence(right) for right in example.answers], _by_sentence(answer))
         for answer, example in zip(predictions, examples, strict=True)
     ]
     return {kind: 100 * fmean(score[kind].fmeasure for score in scores) for kind in kinds}
@@ -307,17 +311,68 @@ AVERAGES: Mapping[str, tuple[tuple[str, ...], ...]] = {
 """Benchmarks as means of their tasks' scores; tasks in one bracket are averaged first."""
 
 
-def judge(task: Task, predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
-    """The task's figures for these answers, each out of 100. Raises ConfigError for a metric that
-    there is not."""
-    figures: dict[str, float] = {}
+def _numbers_only(task: Task, examples: Sequence[Example]) -> bool:
+    return all(_float(e.target) != -1.0 or _is_minus_one(e.target) for e in examples)
+
+
+def _is_minus_one(text: str) -> bool:
+    return text.strip() in ("-1", "-1.0")
+
+
+def _grouped(task: Task, examples: Sequence[Example]) -> bool:
+    return all(example.group is not None for example in examples)
+
+
+def _labelled(task: Task, examples: Sequence[Example]) -> bool:
+    return bool(task.labels)
+
+
+def _of_two(task: Task, examples: Sequence[Example]) -> bool:
+    return len(task.labels) == 2
+
+
+def _candidates(task: Task, examples: Sequence[Example]) -> bool:
+    return all(example.label is not None for example in examples)
+
+
+def _latin(task: Task, examples: Sequence[Example]) -> bool:
+    return any(re.search("[a-z0-9]", right.lower()) for e in examples for right in e.answers)
+
+
+WANTS: Mapping[str, tuple[Callable[[Task, Sequence[Example]], bool], str]] = {
+    "f1_binary": (_of_two, "two labels (data.task_labels)"),
+    "f1_macro": (_labelled, "labels (data.task_labels)"),
+    "matthews": (_labelled, "labels (data.task_labels)"),
+    "pearson": (_numbers_only, "targets that are numbers"),
+    "spearman": (_numbers_only, "targets that are numbers"),
+    "squad_once": (_grouped, "a group for every example"),
+    "group_exact_match": (_grouped, "a group for every example"),
+    "referent": (_candidates, "to know whether each candidate is meant (Example.label)"),
+    "rouge": (_latin, "words of the letters a to z; other scripts want chrf"),
+}
+"""What a metric cannot do without: a test of it, and in words."""
+
+
+def check_metrics(task: Task, examples: Sequence[Example]) -> None:
+    """Raises ConfigError if a metric of the task is unknown, or means nothing for `examples`."""
     for name in task.metrics:
         if name not in METRICS:
             raise ConfigError(
                 f"Task {task.name!r} has the metric {name!r}, which there is not.\n"
                 f"  Metrics: {', '.join(METRICS)}."
             )
-        figures |= METRICS[name]([p.strip() for p in predictions], examples, task.labels)
+        has, what = WANTS.get(name, (None, ""))
+        if has is not None and not has(task, examples):
+            raise ConfigError(f"Task {task.name!r} cannot be judged by {name}, which wants {what}.")
+
+
+def judge(task: Task, predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
+    """The task's figures for these answers, each out of 100. Raises what `check_metrics` raises."""
+    check_metrics(task, examples)
+    said = [prediction.strip() for prediction in predictions]
+    figures: dict[str, float] = {}
+    for name in task.metrics:
+        figures |= METRICS[name](said, examples, task.labels)
     return figures
 
 

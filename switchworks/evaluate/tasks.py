@@ -23,6 +23,8 @@ class Questions:
     split: str
     examples: tuple[Example, ...]
     total: int
+    unanswered: int = 0
+    """Left out because they have no target, or their label is withheld."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class TaskResult:
             "split": self.questions.split,
             "examples": len(self.predictions),
             "of": self.questions.total,
+            "without_target": self.questions.unanswered,
             "inputs_cut": self.cut,
             "score": self.score,
             "metrics": dict(self.figures),
@@ -62,16 +65,18 @@ def questions_of(task: Task, split: str, places: Places, most: int = 0) -> Quest
 
     Raises DataError if there is no such split, no data, or if its labels are withheld.
     """
-    found = list(examples_of(task, split, places, Counts()))
-    if all(example.target == UNKNOWN for example in found):
+    counts = Counts()
+    read = list(examples_of(task, split, places, counts, judged=True))
+    found = [example for example in read if example.target != UNKNOWN]
+    if not found:
         raise DataError(
             f"The {split} split of task {task.name!r} has no labels: they are withheld.\n"
             "  Use --split validation."
         )
-    total = len(found)
+    unanswered, total = counts.empty + len(read) - len(found), len(found)
     if most and total > most:
         found = [found[place * total // most] for place in range(most)]
-    return Questions(task, split, tuple(found), total)
+    return Questions(task, split, tuple(found), total, unanswered)
 
 
 def measure(
@@ -108,6 +113,8 @@ def as_table(results: Sequence[TaskResult]) -> str:
         number = f"{asked:,}" if asked == total else f"{asked:,} of {total:,}"
         figures = "  ".join(f"{name} {value:.2f}" for name, value in result.figures.items())
         cut = f"  ({result.cut:,} inputs cut)" if result.cut else ""
+        if result.questions.unanswered:
+            cut += f"  ({result.questions.unanswered:,} without a target left out)"
         lines.append(
             f"{result.name:<{wide}} {result.questions.split:<10} {number:>13} "
             f"{result.score:>7.2f}  {figures}{cut}"

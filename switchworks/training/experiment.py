@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from switchworks.adapt.config import LoraConfig
@@ -18,9 +18,10 @@ from switchworks.parallel.config import MeshConfig
 class BestConfig:
     """Which of the weights that a run passes through become its model, and when it has enough."""
 
-    metric: str = "val/loss"
-    """Any number in metrics.jsonl: val/loss, val/loss/CORPUS, task/NAME/accuracy. Averages of
-    training (train/...) begin anew when a run is resumed; the others do not know of it."""
+    metric: str = "auto"
+    """Any number in metrics.jsonl: val/loss, val/loss/CORPUS, task/NAME/accuracy. auto: task/mean
+    where tasks are measured (data.tasks), else val/loss. Averages of training (train/...) begin
+    anew when a run is resumed; the others do not know of it."""
     mode: Literal["auto", "min", "max"] = "auto"
     """Whether the least or the greatest is the best. auto: the least of a loss or perplexity, the
     greatest of the metrics of tasks (task/...); of anything else it has to be said."""
@@ -36,12 +37,18 @@ class BestConfig:
                 f"best.patience = {self.patience} and best.min_delta = {self.min_delta} must be 0 "
                 "or more."
             )
-        known = re.search("loss|perplexity", self.metric) or self.metric.startswith("task/")
+        known = re.search("^auto$|loss|perplexity|^task/", self.metric)
         if self.mode == "auto" and not known:
             raise ConfigError(
                 f"best.metric = {self.metric}: is more of it better, or less?\n"
                 "  Say --best.mode max or --best.mode min."
             )
+
+    def chosen(self, *, tasks: bool) -> "BestConfig":
+        """The same with a metric that has a name; `tasks` says whether tasks are measured."""
+        if self.metric != "auto":
+            return self
+        return replace(self, metric="task/mean" if tasks else "val/loss")
 
     @property
     def direction(self) -> Literal["min", "max"]:
@@ -137,6 +144,12 @@ class Experiment:
         return self.batch_size // (self.micro_batches * self.mesh.batch)
 
     @property
+    def chosen_best(self) -> BestConfig | None:
+        """`best` with a metric that has a name."""
+        measured = bool(self.data.tasks and self.evaluate_every)
+        return self.best and self.best.chosen(tasks=measured)
+
+    @property
     def group_tokens(self) -> dict[str, int]:
         """Tokens that compete for the same slots, in the layers of each stack there is."""
         rows = 1 if self.model.routing is None else self.model.routing.group_sequences
@@ -164,7 +177,8 @@ class Experiment:
             )
 
     def _check_best(self) -> None:
-        metric = "" if self.best is None else self.best.metric
+        best = self.chosen_best
+        metric = "" if best is None else best.metric
         if metric.startswith("val/") and not self.validate_every:
             raise ConfigError(
                 f"best.metric = {metric} is never measured: validate_every is 0.\n"

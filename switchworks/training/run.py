@@ -239,7 +239,7 @@ def _keeper(
     state: TrainState, recorder: Recorder, checkpoints: Checkpoints, corpora: Corpora
 ) -> KeepBest | None:
     """What looks after the best weights, if the experiment wants them."""
-    best = state.experiment.best
+    best = state.experiment.chosen_best
     if best is None:
         return None
 

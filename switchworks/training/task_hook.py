@@ -6,7 +6,7 @@ from statistics import fmean
 from switchworks.data.task_corpora import TaskCorpora, places_of
 from switchworks.data.tokenizer import Tokenizer
 from switchworks.evaluate.answers import Answering
-from switchworks.evaluate.metrics import averages
+from switchworks.evaluate.metrics import averages, check_metrics
 from switchworks.evaluate.tasks import Questions, TaskResult, measure, questions_of
 from switchworks.training.experiment import Experiment
 from switchworks.training.recorder import Recorder
@@ -84,6 +84,8 @@ def task_hook(
     ]
     if not questions or not experiment.evaluate_every:
         return None
+    for asked in questions:  # before the training, not at its first evaluation
+        check_metrics(asked.task, asked.examples)
     how = Answering(
         input_length=experiment.data.input_length, max_length=experiment.data.target_length
     )

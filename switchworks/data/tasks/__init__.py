@@ -51,10 +51,12 @@ TASKS: Mapping[str, Task] = {
 """Every task there is by name."""
 
 GROUPS: Mapping[str, tuple[str, ...]] = {
-    # T5 trains on WSC and DPR in place of WNLI, whose training split misleads.
+    # As T5 does, WSC and DPR to train on in place of WNLI, whose training split misleads.
     "glue": (
         *(f"glue_{name}" for name in ("cola", "sst2", "mrpc", "stsb", "qqp")),
         *(f"glue_{name}" for name in ("mnli", "mnli_mismatched", "qnli", "rte", "wnli_simple")),
+        "super_glue_wsc",
+        "dpr",
     ),
     "super_glue": (
         *(f"super_glue_{name}" for name in ("boolq", "cb", "copa", "multirc", "record")),

@@ -16,7 +16,8 @@ TWO_WAY = ("entailment", "not_entailment")
 
 def stsb(record: Record) -> Example:
     """A similarity from 0 to 5 as the nearest of 0.0, 0.2, ... 5.0; in float32, halves to even."""
-    fifths = np.round(np.float32(record["label"]) * np.float32(5))
+    label = record["label"]
+    fifths = np.round(np.float32(-1 if label in ("", None) else label) * np.float32(5))
     return Example(
         inputs=fields("stsb", record, ("sentence1", "sentence2")),
         target=UNKNOWN if fifths < 0 else f"{fifths / 5:.1f}",

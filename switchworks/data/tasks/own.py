@@ -84,8 +84,8 @@ class Table(Source):
 
 
 def _text(value: object) -> str:
-    """A cell as text. A missing one is empty."""
-    return "" if value is None else str(value)
+    """A cell as text without the space around it. A missing one is empty."""
+    return "" if value is None else str(value).strip()
 
 
 def pair(record: Record) -> Example:

@@ -1,18 +1,18 @@
 """Questions: SQuAD with its passage, and closed-book Natural Questions, WebQuestions, TriviaQA.
 
-SQuAD is T5's. The closed-book tasks are those of Roberts et al. 2020, with ORQA's 90 % of the
-training split to train on and the rest to validate.
+SQuAD is T5's. The closed-book tasks are those of Roberts et al. 2020, with 90 % of the training
+split to train on and the rest to validate: as many as there, but in the Hub's order.
 """
 
 import re
 
 from switchworks.data.tasks.sources import Hub, Record
-from switchworks.data.tasks.task import Example, Task
+from switchworks.data.tasks.task import Example, Task, texts
 
 
 def squad(record: Record) -> Example:
     """Question and passage with spaces around every mark, which answers have too."""
-    answers = tuple(_spaced(answer) for answer in record["answers"]["text"])
+    answers = tuple(_spaced(answer) for answer in texts(record["answers"], "text"))
     return Example(
         inputs=f"question: {_spaced(record['question'])} context: {_spaced(record['context'])}",
         target=answers[0] if answers else "",
@@ -30,12 +30,12 @@ def _spaced(text: str) -> str:
 
 def natural_questions(record: Record) -> Example:
     """The first answer is the target, any is right."""
-    return _closed_book("nq", record, record["answer"])
+    return _closed_book("nq", record, texts(record, "answer"))
 
 
 def web_questions(record: Record) -> Example:
     """The first answer is the target, any is right."""
-    return _closed_book("wq", record, record["answers"])
+    return _closed_book("wq", record, texts(record, "answers"))
 
 
 def trivia_qa(record: Record) -> Example:
@@ -44,15 +44,15 @@ def trivia_qa(record: Record) -> Example:
     return Example(
         inputs=f"trivia_qa question: {record['question']}",
         target=answer["value"],
-        references=tuple(answer["aliases"]),
+        references=texts(answer, "aliases"),
     )
 
 
-def _closed_book(name: str, record: Record, answers: list[str]) -> Example:
+def _closed_book(name: str, record: Record, answers: tuple[str, ...]) -> Example:
     return Example(
         inputs=f"{name} question: {record['question']}",
         target=answers[0] if answers else "",
-        references=tuple(answers),
+        references=answers,
     )
 
 

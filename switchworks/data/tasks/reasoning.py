@@ -5,20 +5,24 @@ T5's general form (the task's name, then every field's name and text, in alphabe
 lists its choices by their letters; the target is always the answer's own text.
 """
 
+from switchworks.config import DataError
 from switchworks.data.tasks.glue import NLI
 from switchworks.data.tasks.sources import Hub, Record
-from switchworks.data.tasks.task import UNKNOWN, Example, Task, classify, fields
+from switchworks.data.tasks.task import UNKNOWN, Example, Task, classify, fields, texts
 
 
 def arc(record: Record) -> Example:
     """A question of an examination. Its choices are lettered, or numbered, as in the dataset."""
-    letters, texts = record["choices"]["label"], tuple(record["choices"]["text"])
-    listed = " ".join(f"({a}) {text}" for a, text in zip(letters, texts, strict=True))
+    letters, choices = (texts(record["choices"], column) for column in ("label", "text"))
+    by_letter = dict(zip(letters, choices, strict=True))
+    listed = " ".join(f"({letter}) {text}" for letter, text in by_letter.items())
     key = record["answerKey"]
+    if key and key not in by_letter:
+        raise DataError(f"answerKey = {key!r} is none of the choices, {', '.join(letters)}.")
     return Example(
         inputs=f"arc question: {record['question']} choices: {listed}",
-        target=dict(zip(letters, texts, strict=True))[key] if key else UNKNOWN,
-        choices=texts,
+        target=by_letter[key] if key else UNKNOWN,
+        choices=choices,
     )
 
 

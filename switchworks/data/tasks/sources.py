@@ -13,6 +13,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -227,14 +228,19 @@ def _jsonl(path: Path) -> Iterator[Record]:
 def _delimited(path: Path, delimiter: str) -> Iterator[Record]:
     """Every value as text, as the file has it: 3.40 stays 3.40 and NA stays NA."""
     csv.field_size_limit(1 << 30)  # the default is shorter than some articles
-    rows = csv.reader((line + "\n" for line in lines_of(path)), delimiter=delimiter)
+    # strict: a quote that is never closed would swallow the rest of the file.
+    rows = csv.reader((line + "\n" for line in lines_of(path)), delimiter=delimiter, strict=True)
     names: list[str] | None = None
+    read = 0
     try:
         for row in rows:
+            read = rows.line_num
             if not row:
                 continue
             if names is None:
                 names = [name.strip() for name in row]
+                if len(set(names)) < len(names):
+                    raise DataError(f"{path} has two columns of one name: {', '.join(names)}.")
                 continue
             if len(row) != len(names):
                 raise DataError(
@@ -243,18 +249,35 @@ def _delimited(path: Path, delimiter: str) -> Iterator[Record]:
                 )
             yield dict(zip(names, row, strict=True))
     except csv.Error as error:
-        raise DataError(f"{path}:{rows.line_num} is not a table: {error}.") from error
+        raise DataError(
+            f"{path}:{read + 1} is not a row of a table: {error}.\n"
+            "  A quote that opens a value has to be closed, and one inside is written twice."
+        ) from error
 
 
-def code_of(function: Callable[..., Any]) -> str:
-    """The file that `function` is written in, as text: what it does changes only with that."""
-    while hasattr(function, "func"):  # functools.partial
-        function = function.func  # type: ignore[attr-defined]
+def code_of(function: Callable[..., Any], *, within: tuple[Any, ...] = ()) -> str:
+    """What `function` does, as text: the file it is written in, and the values it was made with."""
+    if function in within:  # it knows itself
+        return ""
+    within = (*within, function)
+    if isinstance(function, partial):
+        held = (*function.args, *function.keywords.items())
+        return code_of(function.func, within=within) + _values(held, within)
     try:
         file = inspect.getsourcefile(function)
-        return Path(file).read_text(encoding="utf-8") if file else ""
+        code = Path(file).read_text(encoding="utf-8") if file else ""
     except (TypeError, OSError):
-        return ""
+        code = ""
+    held = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    return code + _values(held, within)
+
+
+def _values(values: Iterable[Any], within: tuple[Any, ...]) -> str:
+    """As text, the same in every process."""
+    return " ".join(
+        code_of(one, within=within) if callable(one) else re.sub(r" at 0x[0-9a-f]+", "", repr(one))
+        for one in values
+    )
 
 
 def digest(*values: Any) -> str:

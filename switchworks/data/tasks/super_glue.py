@@ -4,7 +4,16 @@ import re
 
 from switchworks.data.tasks.glue import TWO_WAY
 from switchworks.data.tasks.sources import Hub, Record
-from switchworks.data.tasks.task import UNKNOWN, Example, Task, ToText, classify, fields, label_of
+from switchworks.data.tasks.task import (
+    UNKNOWN,
+    Example,
+    Task,
+    ToText,
+    classify,
+    fields,
+    label_of,
+    texts,
+)
 
 DATASET = "aps/super_glue"
 
@@ -25,25 +34,25 @@ def multirc(record: Record) -> Example:
 def record_training(record: Record) -> list[Example]:
     """An example for every right answer."""
     text = _record_text(record)
-    return [Example(inputs=text, target=answer) for answer in record["answers"]]
+    return [Example(inputs=text, target=answer) for answer in texts(record, "answers")]
 
 
 def record_judged(record: Record) -> Example:
     """One example, which any of the answers answers."""
-    answers = tuple(record["answers"])
+    answers = texts(record, "answers")
     return Example(
         inputs=_record_text(record),
         target=answers[0] if answers else UNKNOWN,
         references=answers,
         group=_group(record, "passage", "query"),
-        choices=tuple(record["entities"]),
+        choices=texts(record, "entities"),
     )
 
 
 def _record_text(record: Record) -> str:
     passage = re.sub(r"([.?!\"'])\n@highlight\n", r"\1 ", record["passage"])
     passage = passage.replace("\n@highlight\n", ". ")
-    entities = ", ".join(record["entities"])
+    entities = ", ".join(texts(record, "entities"))
     return f"record query: {record['query']} entities: {entities} passage: {passage}"
 
 

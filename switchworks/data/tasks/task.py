@@ -6,6 +6,7 @@ tokens of them for training, and `evaluate` compares a model's answers with thei
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from switchworks.config import DataError
 from switchworks.data.tasks.sources import Record, Source
@@ -51,21 +52,29 @@ class Task:
     labels: tuple[str, ...] = ()
     """The closed set of targets, in the order of the dataset's class numbers."""
     training_text: ToText | None = None
-    """Another `to_text` for the training split, where it differs."""
+    """Another `to_text` to train on, where it differs."""
 
-    def examples(self, record: Record, split: str) -> list[Example]:
-        """The examples that `record` of `split` gives.
+    def examples(self, record: Record, split: str, *, judged: bool = False) -> list[Example]:
+        """The examples that `record` of `split` gives: those to train on if the split is train and
+        they are not to be `judged`.
 
-        Raises DataError if a column is missing, or if a target is not one of the labels.
+        Raises DataError if a column is missing, if a value is not what the column should have, or
+        if a target is not one of the labels.
         """
-        to_text = self.training_text if split == "train" and self.training_text else self.to_text
+        training = split == "train" and not judged
+        to_text = self.training_text if training and self.training_text else self.to_text
         try:
-            made = to_text(record)
+            made = to_text(_Row(record))
             examples = [made] if isinstance(made, Example) else list(made)
-        except KeyError as error:
+        except _MissingColumnError as error:
             raise DataError(
                 f"Task {self.name!r} needs a column {error.args[0]!r}, which the {split} data has "
                 f"not. It has: {', '.join(record)}."
+            ) from error
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(
+                f"Task {self.name!r} cannot read a record of {split}: "
+                f"{type(error).__name__}: {error}.\n  The record: {str(dict(record))[:300]}"
             ) from error
         for example in examples:
             if self.labels and example.target not in (*self.labels, UNKNOWN):
@@ -74,6 +83,28 @@ class Task:
                     f"{', '.join(self.labels)}.\n  Found with the input {example.inputs[:80]!r}."
                 )
         return examples
+
+
+class _MissingColumnError(KeyError):
+    """A record has no such column; other KeyErrors have other causes."""
+
+
+class _Row(dict[str, Any]):
+    """A record that says which column it lacks."""
+
+    def __missing__(self, column: str) -> Any:
+        raise _MissingColumnError(column)
+
+
+def texts(record: Record, column: str) -> tuple[str, ...]:
+    """A column that holds a list of texts. Raises DataError if it holds one text or no text."""
+    value = record[column]
+    if isinstance(value, str) or not all(isinstance(one, str) for one in value):
+        raise DataError(
+            f"{column} = {str(value)[:80]!r} is not a list of texts.\n"
+            "  CSV has no lists: make the table JSONL or Parquet."
+        )
+    return tuple(value)
 
 
 def label_of(record: Record, labels: tuple[str, ...], column: str = "label") -> str:

@@ -11,18 +11,22 @@ from typing import NamedTuple
 
 from switchworks.config import DataError
 from switchworks.data.tasks.sources import Hub, Record
-from switchworks.data.tasks.task import Example, Task
+from switchworks.data.tasks.task import UNKNOWN, Example, Task, label_of, texts
 
 PREFIX = "wsc:"
 
 
 def wsc(record: Record) -> Example:
     """SuperGLUE's record, with the span it asks about as target."""
-    label = str(record.get("label", 0))
+    return _asked(_mark(record), record["span1_text"], label_of(record, ("False", "True")))
+
+
+def _asked(text: str, candidate: str, label: str) -> Example:
+    """Is `candidate` meant? Not known where the label is withheld."""
+    if label == UNKNOWN:
+        return Example(inputs=f"{PREFIX} {text}", target=UNKNOWN)
     return Example(
-        inputs=f"{PREFIX} {_mark(record)}",
-        target=record["span1_text"],
-        label=label in ("1", "True"),
+        inputs=f"{PREFIX} {text}", target=candidate, label=label in ("True", "entailment")
     )
 
 
@@ -55,11 +59,11 @@ def _mark(record: Record) -> str:
 
 def dpr(record: Record) -> Example:
     """Definite pronoun resolution: the first place where the pronoun is a word of its own."""
-    pronoun, candidates = record["pronoun"], tuple(record["candidates"])
+    pronoun, candidates = record["pronoun"], texts(record, "candidates")
     sentence = re.sub(rf" ({pronoun})( |\.|,)", r" *\1*\2", record["sentence"], count=1)
     return Example(
         inputs=f"{PREFIX} {sentence}",
-        target=candidates[int(record["label"])],
+        target=label_of(record, candidates),
         choices=candidates,
     )
 
@@ -77,10 +81,10 @@ def wnli(record: Record) -> Example:
     if not matches:
         raise DataError(f"WNLI: there is no pronoun in {premise!r}.")
     best = max(matches, key=lambda match: match.score)  # the first of equals
-    return Example(
-        inputs=f"{PREFIX} {_highlight(premise, best.place)}",
-        target=_as_written(best.candidate, hypothesis),
-        label=str(record.get("label", 0)) == "1",
+    return _asked(
+        _highlight(premise, best.place),
+        _as_written(best.candidate, hypothesis),
+        label_of(record, ("not_entailment", "entailment")),
     )
 
 
