@@ -139,14 +139,14 @@ def _prepare(words: list[str]) -> int:
     with_logits = experiment.distil is not None and experiment.distil.store is not None
     prepares_logits(more, with_logits)
     corpora = prepare_corpora(experiment.data, vocab_size=experiment.model.vocab_size, shard=shard)
-    by_language = experiment.data.is_mixture and not experiment.data.mixture
-    if not (by_language and corpora.complete):  # a table says it in a line each
+    by_language = corpora.by_language and corpora.complete
+    if not by_language:  # a table says it in a line each
         print(corpora)
-    if by_language and corpora.complete:
+    if by_language:
         from switchworks.data.languages import mc4_table
         from switchworks.data.serving import table
 
-        print(table(corpora.served()))
+        print(table(corpora.served()), end="")
         print(mc4_table(corpora.parts))
     if (experiment.data.is_mixture or experiment.data.tasks) and corpora.complete:
         batches = corpora.training(batch_size=experiment.batch_size, seed=experiment.seed)
@@ -313,6 +313,8 @@ def _compression(flags: ReportFlags) -> int:
     from switchworks.report.compression import write_compression
 
     found = write_compression(flags.run_dirs, flags.output, batches=flags.batches)
+    if not found["gain"] > 0:
+        print("The teacher is no better than the baseline, so there is no gain to keep.")
     print(f"{'':<9} {found['metric']:>24} {'gain kept':>10} {'parameters':>14} {'bytes':>14}")
     for model in found["models"]:
         kept = "-" if model["gain_kept"] is None else f"{model['gain_kept']:.1%}"
@@ -353,6 +355,7 @@ def _convert(words: list[str]) -> int:
                 how=how,
                 by=flags.by,
                 text=flags.text,
+                only=flags.only,
                 batches=flags.batches,
             )
         )

@@ -208,6 +208,9 @@ class ConvertFlags:
     """What an expert counts by: the tokens that want it, or the sum of their gates."""
     text: str | None = None
     """The text to count on: a file, folder or glob. None: what the run in `source` trained on."""
+    only: tuple[str, ...] = ()
+    """Instead of --text: some of the languages, corpora or tasks that the run read, by their names;
+    of a run on plain text, any tasks."""
     batches: int = 32
     """Batches of 16 rows read of it."""
     quantise: Literal["int8", "int8-dynamic", "int4"] | None = None
@@ -331,7 +334,7 @@ Change = Literal["upcycle", "prune", "merge", "merge_lora", "quantise"]
 
 def one_change(flags: ConvertFlags) -> Change | None:
     """What is to be changed beside the format. Raises ConfigError for flags of something else."""
-    reducing = ("by", "text", "batches")
+    reducing = ("by", "text", "only", "batches")
     owned: dict[Change, tuple[str, ...]] = {
         "upcycle": ("every", "noise", "seed"),
         "prune": reducing,

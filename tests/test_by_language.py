@@ -135,6 +135,7 @@ def test_languages_kept_by_the_flag_but_under_one_row_are_left_out_with_the_reas
     [
         ({"languages": ("de",)}, "python_docs is English"),
         ({"languages": ("de",), "mixture": ("de=a",)}, r"data\.mixture and data\.languages"),
+        ({"languages": ("all", "jp"), "path": "a"}, "all is every language there is"),
         ({"character_coverage": 0.5}, r"character_coverage = 0\.5"),
     ],
 )
@@ -192,6 +193,16 @@ def test_all_of_mc4_are_its_107_codes_and_its_english_has_its_own_name_beside_c4
 def test_a_language_that_mc4_has_not_is_refused():
     with pytest.raises(DataError, match=r"mC4 has no text in Croatian \(hr\)"):
         languages_of(hub("mc4", "hr"), Path())
+
+
+def test_two_codes_of_one_text_in_mc4_are_refused():
+    for pair, one in (
+        (("pt", "pt-BR"), "pt"),
+        (("zh-Hans", "zh-Hant"), "zh"),
+        (("nb", "nn"), "no"),
+    ):
+        with pytest.raises(DataError, match=f"{pair[0]} and {pair[1]} are both {one} in mC4"):
+            languages_of(hub("mc4", *pair), Path())
 
 
 def test_realised_rates_of_107_tasks_of_very_different_size_follow_the_formula():

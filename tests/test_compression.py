@@ -51,6 +51,17 @@ def test_all_are_measured_on_the_teacher_s_held_out_text(report, tiny_run):
     assert (teacher["gain_kept"], dense["gain_kept"]) == (1.0, 0.0)
 
 
+def test_a_teacher_that_is_no_better_has_no_gain_to_keep(directories, capsys):
+    words = [str(directories[name]) for name in ("dense", "student", "teacher")]
+    page = directories["home"] / "other.html"
+    more = ["--output", str(page), "--batches", "1"]
+    assert main(["report", "--compression", *words, *more]) == 0
+    assert "no gain to keep" in capsys.readouterr().out
+    models = json.loads(page.with_suffix(".json").read_text())["models"]
+    assert {model["gain_kept"] for model in models} == {None}
+    assert "no gain to keep" in page.read_text() or "no better" in page.read_text()
+
+
 def test_sizes_are_those_of_the_files_and_the_closed_forms(report, directories):
     teacher, student, dense = report["models"]
     config = switchworks.load(directories["teacher"])[0].config

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,10 +20,12 @@ from switchworks.cli import main
 from switchworks.compress import dense_teacher, fraction_of_gain, initialise_from_teacher
 from switchworks.compress.config import DistilConfig
 from switchworks.config import CheckpointError, ConfigError, from_toml
+from switchworks.data.corpora import prepare_corpora
 from switchworks.data.tokenizer import train_sentencepiece
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
 from switchworks.recipes.tiny import tiny
 from switchworks.training import Experiment, train
+from switchworks.training.first_state import COUNTED, rows_to_count
 from switchworks.training.state import build_state
 from switchworks.training.step import DivergenceError, train_step
 from switchworks.training.teach import teach
@@ -346,6 +349,30 @@ def test_a_run_can_begin_with_the_average_of_the_teacher_s_experts(student, tmp_
     first = capsys.readouterr().out
     total = len(list(switchworks.load(tmp_path / "run")[0].parameters()))
     assert f"student: {total} of {total} tensors from" in first
+
+
+def test_a_teacher_s_experts_are_weighed_by_the_same_rows_on_every_rank(student, tiny_run):
+    data = replace(student.data, tokenizer=str(tiny_run))
+    corpora = prepare_corpora(data, vocab_size=student.model.vocab_size)
+    seen = Batch.join(rows_to_count(corpora, student.seed))
+    assert len(seen.inputs) == COUNTED
+    of_ranks = [
+        corpora.training(batch_size=8, seed=student.seed, rank=rank, world=2).batch(0)
+        for rank in range(2)
+    ]
+    assert torch.equal(seen.inputs[:8], Batch.join(of_ranks).inputs)
+
+
+def test_a_teacher_whose_weights_have_changed_does_not_go_on_teaching(student, tiny_run, tmp_path):
+    teacher = tmp_path / "teacher"
+    model, tokenizer = switchworks.load(tiny_run)
+    switchworks.save(model, teacher, tokenizer)
+    taught = replace(student, distil=replace(student.distil, teacher=str(teacher)), steps=2)
+    train(taught, tmp_path / "run")
+    shutil.rmtree(teacher)
+    switchworks.save(SwitchTransformer(model.config, seed=9), teacher, tokenizer)
+    with pytest.raises(CheckpointError, match="its weights have changed"):
+        train(replace(taught, steps=4), tmp_path / "run", resume=True)
 
 
 def test_a_dense_language_model_learns_from_a_sparse_one_live_and_from_a_store(

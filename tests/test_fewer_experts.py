@@ -1,6 +1,7 @@
 """Models that lose experts: dropped by use, or merged with those they resemble."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ import switchworks
 from switchworks.batch import Batch
 from switchworks.cli import main
 from switchworks.compress.fewer_experts import dense_equivalent, merge_experts, prune_experts
-from switchworks.compress.reduce import as_text
+from switchworks.compress.reduce import as_text, text_to_count
 from switchworks.compress.usage import measure_usage
 from switchworks.config import ConfigError, DataError
+from switchworks.data.config import DataConfig
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
 
 CONFIG = ModelConfig(
@@ -212,6 +214,7 @@ def test_the_command_makes_a_dense_model_of_one_expert(tiny_run, tmp_path):
         (["--by", "gates"], "--by belongs to --prune or --merge"),
         (["--prune", "2", "--noise", "0.1"], "--noise belongs to --upcycle"),
         (["--prune", "2", "--batches", "0"], "--batches 0 would read no text"),
+        (["--only", "de"], "--only belongs to --prune or --merge"),
         (["--prune", "2", "--capacity", "hf"], "Convert first, then --prune"),
         (["--prune", "9"], "9 experts cannot be kept"),
     ],
@@ -233,8 +236,48 @@ def test_kept_experts_that_the_text_never_wants_are_named():
     with torch.no_grad():
         for layer in model.switch_layers.values():
             layer.router.weight[1:] = layer.router.weight[:1]  # all tie, and the first one wins
-    said = as_text(prune_experts(model, [batch], 3), [batch])
+    said = as_text(prune_experts(model, [batch], 3), [batch], DataConfig(path="mine.txt"))
+    assert "tokens of mine.txt" in said
     assert said.count("no token wants 2 of these (1 2): keep fewer") == len(model.switch_layers)
+
+
+def test_routers_stay_in_float32_beside_bfloat16_weights():
+    model = SwitchTransformer(CONFIG, seed=1).bfloat16()
+    for layer in model.switch_layers.values():
+        layer.router.float()
+    small = prune_experts(model, [batch_of(rows=2)], 2).model
+    assert {layer.router.weight.dtype for layer in small.switch_layers.values()} == {torch.float32}
+    assert small.embedding.weight.dtype == torch.bfloat16
+
+
+def read_by(run_dir: Path, tmp_path: Path, data: str, **asked) -> DataConfig:
+    """What is read to count the experts of a run with these settings of data."""
+    run = tmp_path / "run"
+    run.mkdir(exist_ok=True)
+    (run / "experiment.toml").write_text(f"[data]\n{data}\n")
+    return text_to_count(run, CONFIG, asked.get("text"), asked.get("only", ()))
+
+
+def test_a_text_named_is_counted_on_whatever_the_run_read(tiny_run, tmp_path):
+    for data in ('tasks = ["glue_rte"]', 'source = "catalogs"\nlanguages = ["de", "ru"]'):
+        read = read_by(tiny_run, tmp_path, data, text="german.txt")
+        assert (read.path, read.tasks, read.languages) == ("german.txt", (), ())
+
+
+def test_experts_are_counted_on_one_language_corpus_or_task_alone(tiny_run, tmp_path):
+    def only(data: str, *names: str) -> DataConfig:
+        return read_by(tiny_run, tmp_path, data, only=names)
+
+    assert only('source = "catalogs"', "de").languages == ("de",)
+    assert only('mixture = ["a=x", "b=y"]', "b").mixture == ("b=y",)
+    assert only('tasks = ["glue_rte", "glue_cola"]', "glue_cola").tasks == ("glue_cola",)
+    assert only('path = "plain"', "docstring_summary").tasks == ("docstring_summary",)
+    with pytest.raises(ConfigError, match=r"--only c: the run read nothing of that name.\n.*a, b"):
+        only('mixture = ["a=x", "b=y"]', "c")
+    with pytest.raises(ConfigError, match="There is no task 'german'"):
+        only('path = "plain"', "german")
+    with pytest.raises(ConfigError, match="count on one of them"):
+        read_by(tiny_run, tmp_path, "", text="a.txt", only=("de",))
 
 
 def test_an_empty_text_is_explained(tiny_run, tmp_path, capsys):

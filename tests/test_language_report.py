@@ -22,11 +22,23 @@ DENSE = {"de": [4.0, 3.0, 2.0], "ar": [4.0, 3.5, 3.0], "fy": [3.0, 2.0, 1.0]}
 SWITCH = {"de": [3.0, 1.0, 0.5], "ar": [3.0, 2.5, 2.0], "fy": [3.0, 2.5, 2.0]}
 
 
-def a_run(path: Path, losses: dict[str, list[float]], *, sparse: bool, shift: float = 0.0) -> Path:
-    """Validated at steps 100, 200 and 400."""
+STEPS = (100, 200, 400)
+
+
+def a_run(
+    path: Path,
+    losses: dict[str, list[float]],
+    *,
+    sparse: bool,
+    shift: float = 0.0,
+    steps: tuple[int, ...] = STEPS,
+    settings: str = "batch_size = 64\n",
+) -> Path:
+    """Validated at `steps`."""
     path.mkdir()
     lines = []
-    for index, step in enumerate((100, 200, 400)):
+    (path / "experiment.toml").write_text(settings)
+    for index, step in enumerate(steps):
         row: dict = {"step": step, "tokens": step, "seconds": float(step), "val/loss": 1.0}
         row |= {"train/balance": 1.0} if sparse else {}
         for name, values in losses.items():
@@ -56,6 +68,32 @@ def test_a_speed_up_is_the_dense_twin_s_steps_over_those_to_its_final_quality(pa
     assert (de.dense_quality, de.switch_quality, de.improvement) == (-2.0, -0.5, 1.5)
     assert (de.dense_bits_per_byte, de.switch_bits_per_byte) == (4.0, 1.0)
     assert (de.language, de.script, de.rate, de.epochs) == ("German", "Latn", 0.5, 4.0)
+
+
+def test_where_the_twin_overfits_its_steps_are_all_it_took_and_the_first_crossing_is_told(tmp_path):
+    losses = {"de": [4.0, 2.0, 2.5, 3.0]}, {"de": [3.2, 2.9, 2.5, 2.4]}
+    runs = [
+        read_run(a_run(tmp_path / name, one, sparse=sparse, steps=(100, 200, 300, 400)))
+        for name, one, sparse in zip(("dense", "switch"), losses, (False, True), strict=True)
+    ]
+    (de,) = compare(runs)
+    # The switch model has 3.0 two thirds of the way from 100 to 200, the twin halfway there.
+    assert (de.dense_steps, de.dense_first) == (400, 150)
+    assert de.step_speedup == pytest.approx(400 / (100 + 100 * 2 / 3))
+
+
+@pytest.mark.parametrize(
+    ("other", "what"),
+    [
+        ({"steps": (100, 200)}, "last step 400 and 200"),
+        ({"settings": "batch_size = 32\n"}, "batch_size 64 and 32"),
+        ({"settings": "batch_size = 64\n[data]\npath = 'b'\n"}, "data.path None and b"),
+    ],
+)
+def test_runs_that_are_not_alike_are_not_compared(other, what, pair, tmp_path):
+    odd = read_run(a_run(tmp_path / "odd", DENSE, sparse=False, **other))
+    with pytest.raises(DataError, match=what):
+        compare([pair[0], odd])
 
 
 def test_shares_are_of_all_languages_whether_reached_or_not(pair):

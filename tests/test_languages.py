@@ -37,6 +37,8 @@ from switchworks.data.languages import (
         ("in", "id"),
         ("tl", "fil"),
         ("no", "nb"),
+        ("nor", "nb"),
+        ("sr@Latin", "sr-Latn"),
         ("nb_NO", "nb"),
         ("de_DE.UTF-8", "de"),
         ("DE-ch", "de-CH"),

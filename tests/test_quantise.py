@@ -203,6 +203,14 @@ def test_a_model_is_rounded_once():
         quantise(model)
 
 
+def test_a_model_that_diverged_is_not_rounded_into_one_that_looks_well():
+    model = SwitchTransformer(CONFIG)
+    with torch.no_grad():
+        model.encoder.blocks[1].ffn.experts.w_in[0, 0, 0] = float("nan")
+    with pytest.raises(ConfigError, match=r"encoder\.blocks\.1\.ffn\.experts\.w_in holds values"):
+        quantise(model, QuantiseConfig(bits=4))
+
+
 def test_a_file_whose_settings_are_gone_is_refused(tmp_path):
     switchworks.save(quantise(SwitchTransformer(CONFIG), QuantiseConfig()), tmp_path / "m")
     (tmp_path / "m" / "quantised.toml").unlink()

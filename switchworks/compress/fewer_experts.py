@@ -146,7 +146,7 @@ def dense_equivalent(model: SwitchTransformer) -> SwitchTransformer:
             f"routing.layers = {routing.layers}: an expert in attention has a hidden layer, which "
             "a dense query and key have not.\n  Keep at least 2 experts."
         )
-    dense = SwitchTransformer(replace(model.config, routing=None)).to(model.embedding.weight)
+    dense = _as_precise(SwitchTransformer(replace(model.config, routing=None)), model)
     before = dict(model.named_parameters())
     for name, parameter in dense.named_parameters():
         block, ffn, leaf = name.removesuffix(".weight").rpartition(".ffn.")
@@ -166,7 +166,7 @@ def _reduce(
     assert model.config.routing is not None
     routing = replace(model.config.routing, experts=keep)
     scales = _gate_scales(model, batches, {name: _heads(some) for name, some in groups.items()})
-    small = SwitchTransformer(replace(model.config, routing=routing)).to(model.embedding.weight)
+    small = _as_precise(SwitchTransformer(replace(model.config, routing=routing)), model)
     kept = small.switch_layers
     theirs = {id(p) for layer in kept.values() for p in layer.parameters()}
     before = dict(model.named_parameters())
@@ -176,6 +176,15 @@ def _reduce(
     for name, layer in model.switch_layers.items():
         _fill(kept[name], layer, groups[name], usage[name].tokens, scales[name])
     return Fewer(small.train(model.training), groups, scales)
+
+
+def _as_precise(small: SwitchTransformer, model: SwitchTransformer) -> SwitchTransformer:
+    """`small` where `model` is and in its dtypes: routers stay float32 beside bfloat16 weights."""
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    small.to(model.embedding.weight)
+    for name, parameter in small.named_parameters():
+        parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
+    return small
 
 
 def _heads(groups: list[Group]) -> list[int]:

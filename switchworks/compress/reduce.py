@@ -18,6 +18,7 @@ from switchworks.compress.fewer_experts import (
 from switchworks.config import ConfigError, from_dict
 from switchworks.data.config import DataConfig
 from switchworks.data.corpora import prepare_corpora
+from switchworks.data.tasks import find_tasks
 from switchworks.model import ModelConfig
 
 ROWS = 16
@@ -32,12 +33,14 @@ def reduce_directory(
     how: Literal["prune", "merge"],
     by: By = "usage",
     text: str | None = None,
+    only: tuple[str, ...] = (),
     batches: int = 32,
 ) -> str:
     """`destination` holds the model in `source` with `keep` experts a layer; says which remained.
 
     One expert makes a dense model.
-    `text` is a file, folder or glob; None takes the text that a run directory was trained on.
+    `text` is a file, folder or glob; None takes the text that a run directory was trained on, or
+    `only` some of its languages, corpora or tasks; of a run without any, tasks by their names.
     `batches` of 16 rows are read from its training part. Raises ConfigError if there is no text,
     and what `prune_experts` and `merge_experts` raise.
     """
@@ -50,7 +53,7 @@ def reduce_directory(
             f"{source} holds no tokenizer, so no text can be read for it.\n"
             "  Put the model's spiece.model beside its weights."
         )
-    data = _data(source, model.config, text)
+    data = text_to_count(source, model.config, text, only)
     corpora = prepare_corpora(data, vocab_size=model.config.vocab_size)
     pipeline = corpora.training(batch_size=ROWS, seed=0)
     seen = [pipeline.batch(step) for step in range(batches)]
@@ -58,22 +61,30 @@ def reduce_directory(
     fewer = reduce(model, seen, keep, by=by)
     result = dense_equivalent(fewer.model) if keep == 1 else fewer.model
     save(result, destination, tokenizer)
-    what, flags = f"{keep} experts a layer", f" --model.routing.experts {keep}"
+    what, flags = f"{keep} experts a layer", f"RECIPE --init {destination}"
+    flags += f" --model.routing.experts {keep}"
     if keep == 1:
-        what, flags = "a dense FFN for each layer of experts", ""
+        what, flags = "a dense FFN for each layer of experts", f"RECIPE_dense --init {destination}"
     return (
-        f"{as_text(fewer, seen)}\n{destination} holds the model with {what}. To recover:\n"
-        f"  switchworks train RECIPE --init {destination}{flags}"
+        f"{as_text(fewer, seen, data)}\n{destination} holds the model with {what}. To recover:\n"
+        f"  switchworks train {flags}"
     )
 
 
-def _data(source: Path, model: ModelConfig, text: str | None) -> DataConfig:
-    """The settings of the run, or plain ones for a model alone, with `text` in place of its own."""
+def text_to_count(
+    source: Path, model: ModelConfig, text: str | None, only: tuple[str, ...]
+) -> DataConfig:
+    """The settings of the run, or plain ones for a model alone, with `text` in place of its own, or
+    `only` a part of it. Raises ConfigError if there is none."""
+    if text is not None and only:
+        raise ConfigError(f"--text {text} and --only {' '.join(only)}: count on one of them.")
     file = source / "experiment.toml"
     if file.is_file():
         data = from_dict(DataConfig, tomllib.loads(file.read_text(encoding="utf-8"))["data"])
         data = replace(data, tokenizer=str(source))
-        return data if text is None else replace(data, path=text, mixture=(), dataset=None)
+        if text is not None:
+            return replace(data, path=text, mixture=(), dataset=None, languages=(), tasks=())
+        return _part_of(data, only) if only else data
     if text is None:
         raise ConfigError(
             f"{source} is not a run directory, so it does not say which text it was trained on.\n"
@@ -85,10 +96,27 @@ def _data(source: Path, model: ModelConfig, text: str | None) -> DataConfig:
     return DataConfig(path=text, tokenizer=str(source))
 
 
-def as_text(fewer: Fewer, seen: list[Batch]) -> str:
+def _part_of(data: DataConfig, names: tuple[str, ...]) -> DataConfig:
+    """Of what a run read these languages, corpora or tasks alone; of plain text, tasks by name."""
+    if data.mixture or data.tasks:
+        entries = {entry.partition("=")[0]: entry for entry in data.mixture or data.tasks}
+        if missing := [name for name in names if name not in entries]:
+            raise ConfigError(
+                f"--only {' '.join(missing)}: the run read nothing of that name.\n"
+                f"  It read {', '.join(entries)}."
+            )
+        kept = tuple(entries[name] for name in names)
+        return replace(data, mixture=kept) if data.mixture else replace(data, tasks=kept)
+    if data.is_mixture:
+        return replace(data, languages=names)
+    find_tasks(names)  # or says which there are
+    return replace(data, tasks=names)
+
+
+def as_text(fewer: Fewer, seen: list[Batch], data: DataConfig) -> str:
     """A line for each layer: what share of the tokens its experts had, and which they are."""
     tokens = sum(batch.num_tokens for batch in seen)
-    lines = [f"experts by their use on {tokens:,} tokens"]
+    lines = [f"experts by their use on {tokens:,} tokens of {data.named}"]
     for name, groups in fewer.groups.items():
         share = sum(group.share for group in groups)
         experts = " ".join("+".join(map(str, group.members)) for group in groups)

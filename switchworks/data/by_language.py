@@ -122,12 +122,19 @@ def _lack_of_text(config: DataConfig, own: DataConfig, cache: Path) -> str | Non
 def _of_mc4(config: DataConfig) -> dict[str, DataConfig]:
     wanted = MC4 if ALL in config.languages else config.languages
     found: dict[str, DataConfig] = {}
+    name_of: dict[str, str] = {}
     for name in dict.fromkeys(map(normalise, wanted)):
         code = mc4_code(name)
         if code is None:
             raise DataError(
                 f"mC4 has no text in {english_name(name)} ({name}).\n  It has: {' '.join(MC4)}."
             )
+        if code in name_of:
+            raise DataError(
+                f"{name_of[code]} and {name} are both {code} in mC4, which does not tell them "
+                "apart.\n  Name one of them."
+            )
+        name_of[code] = name
         if code == "en":
             code = _ENGLISH_OF_MC4.get(config.dataset or "", code)
         found[name] = replace(config, languages=(), dataset_config=code)

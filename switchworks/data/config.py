@@ -133,6 +133,12 @@ class DataConfig:
         return bool(self.mixture or self.languages or embedded)
 
     @property
+    def named(self) -> str:
+        """What is read, in a few words: names of tasks, corpora or languages, or the place."""
+        names = self.tasks or tuple(self.corpora) or self.languages
+        return ", ".join(names) or self.path or self.dataset or self.source
+
+    @property
     def packs_tasks(self) -> bool:
         """Whether a row may hold several examples of a task."""
         if self.task_packing == "auto":
@@ -147,6 +153,11 @@ class DataConfig:
             )
         if not self.languages:
             return
+        if "all" in self.languages and len(self.languages) > 1:
+            raise ConfigError(
+                f"data.languages = {' '.join(self.languages)}: all is every language there is.\n"
+                "  Say all and no more, or name some."
+            )
         if self.mixture:
             raise ConfigError(
                 "data.mixture and data.languages both say which corpora there are.\n"

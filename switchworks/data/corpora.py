@@ -56,6 +56,11 @@ class Corpora:
         return not any(part.missing for part in self.parts.values())
 
     @property
+    def by_language(self) -> bool:
+        """Whether there is a corpus for each language, by its code."""
+        return self.config.is_mixture and not self.config.mixture and not self.config.tasks
+
+    @property
     def train_tokens(self) -> int:
         """Of all corpora together."""
         return sum(part.train.num_tokens for part in self.parts.values())

@@ -68,10 +68,11 @@ def normalise(code: str) -> str:
             variant = part.lower()
         else:
             raise _unknown(code)
+    modifier = modifier.lower()
     if modifier in _MODIFIERS:
         script = _MODIFIERS[modifier]
     elif modifier and modifier != "euro":
-        variant = modifier.lower()
+        variant = modifier
     if language not in _known():
         raise _unknown(code)
     return "-".join(filter(None, _shortest(language, script, territory, variant)))
@@ -139,8 +140,8 @@ def mc4_table(codes: Iterable[str]) -> str:
 
 
 def _alias(language: str) -> str:
-    aliases = get_global("language_aliases")
-    return str(_ALIASES.get(language) or aliases.get(language, language))
+    found = str(get_global("language_aliases").get(language, language))
+    return _ALIASES.get(found, found)
 
 
 def _shortest(

@@ -112,14 +112,19 @@ def table(served: Mapping[str, Served]) -> str:
             f"{one.texts:>7,} {one.characters:>11,} {one.coverage:>8.2%} "
             f"{one.tokens_per_character:>12.3f} {one.exact / max(1, one.texts):>7.1%}"
         )
+    return "\n".join(lines) + "\n" + badly_served(served)
+
+
+def badly_served(served: Mapping[str, Served]) -> str:
+    """A warning, a line of its own, that names the languages served badly; empty if none is."""
     bad = [name for name, one in served.items() if one.badly]
-    if bad:
-        lines.append(
-            f"warning: {', '.join(bad)}: under {LEAST_COVERAGE:.0%} of the characters have pieces, "
-            f"or a character costs over {MOST_TOKENS:.0f} token.\n  A larger vocabulary, a higher "
-            "--data.character-coverage or a lower --data.mixture-exponent serves them better."
-        )
-    return "\n".join(lines)
+    if not bad:
+        return ""
+    return (
+        f"warning: {', '.join(bad)}: under {LEAST_COVERAGE:.0%} of the characters have pieces, or "
+        f"a character costs over {MOST_TOKENS:.0f} token.\n  A larger vocabulary, a higher "
+        "--data.character-coverage or a lower --data.mixture-exponent serves them better.\n"
+    )
 
 
 def tokens_per_byte(batches: Sequence[Batch], lengths: Int[np.ndarray, " V"]) -> float:

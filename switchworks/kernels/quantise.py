@@ -84,13 +84,19 @@ def quantise(model: SwitchTransformer, how: QuantiseConfig | None = None) -> Swi
     """`model` itself, for reading and decoding only, rounded as `how` says.
 
     None: to 8 bits, with inputs rounded too where the processor has instructions for that. Raises
-    ConfigError if it is rounded already.
+    ConfigError if it is rounded already, or if a weight is not finite.
     """
     if (before := rounding_of(model)) is not None:
         raise ConfigError(
             f"The model is rounded already, to {before.scheme}.\n"
             "  Use it as it is, or round the one it was made from."
         )
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta and not parameter.isfinite().all():
+            raise ConfigError(
+                f"{name} holds values that are not finite: the model has diverged.\n"
+                "  Rounded it would only look healed; round an earlier checkpoint."
+            )
     how = how or QuantiseConfig(product=best_product())
     model.embedding = QuantisedEmbedding(model.embedding, how)  # type: ignore[assignment]
     if model.head is None:

@@ -8,6 +8,7 @@ import math
 import time
 import tomllib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from statistics import fmean, median
@@ -75,13 +76,15 @@ def write_compression(
     for role, about, value in zip(roles, models, quality, strict=True):
         about["role"], about["quality"] = role, value
         kept = fraction_of_gain(baseline=quality[-1], teacher=quality[0], student=value)
-        about["gain_kept"] = None if math.isnan(kept) else kept  # JSON has no nan
+        there = quality[0] > quality[-1] and not math.isnan(kept)  # JSON has no nan
+        about["gain_kept"] = kept if there else None
         about["compression"] = 1 - about["parameters"] / models[0]["parameters"]
     rows = list(chain.from_iterable(held_out.batches.values()))
     report = {
-        "text": ", ".join(data.tasks or data.corpora) or data.path or data.dataset or data.source,
+        "text": data.named,
         "metric": "mean task score" if data.tasks else "negative log perplexity",
         "target_tokens": sum(int((batch.targets != 0).sum()) for batch in rows),
+        "gain": quality[0] - quality[-1],
         "threads": torch.get_num_threads(),
         "models": models,
     }
@@ -98,12 +101,12 @@ def _home(path: Path) -> Path:
 
 
 def _text_of(paths: Sequence[Path]) -> DataConfig:
-    """The text of the first run directory among them."""
+    """The text of the first run directory among them, read with that run's own tokenizer."""
     for path in paths:
         file = path / "experiment.toml"
         if file.is_file():
             values = tomllib.loads(file.read_text(encoding="utf-8"))
-            return from_dict(DataConfig, values["data"])
+            return replace(from_dict(DataConfig, values["data"]), tokenizer=str(path))
     raise ConfigError(
         "None of the models is in a run directory, so nothing says which text to measure them on.\n"
         "  Name one of them by the directory of the run that made it."

@@ -54,17 +54,20 @@ class OfLanguage:
     dense_bits_per_byte: float
     switch_bits_per_byte: float
     dense_steps: float
-    """Steps in which the dense twin first came to its final quality."""
+    """Steps of the dense twin."""
+    dense_first: float
+    """Steps after which it first was as good as at its end: fewer where it overfitted."""
     switch_steps: float
     """Steps in which the switch model came to that quality; not a number if it never did."""
     step_speedup: float
-    """The first over the second; not a number if it never did."""
+    """dense_steps over switch_steps; not a number if it never did."""
 
 
 def compare(runs: Sequence[Run]) -> list[OfLanguage]:
     """Every language that all of `runs`, switch models and dense twins, were validated on.
 
-    Raises DataError if a side is missing or there is no such language.
+    Raises DataError if a side is missing, if the runs differ in their text, batch or steps, or if
+    there is no such language.
     """
     sparse = [run for run in runs if run.sparse]
     dense = [run for run in runs if not run.sparse]
@@ -73,6 +76,7 @@ def compare(runs: Sequence[Run]) -> list[OfLanguage]:
             f"Of {len(runs)} runs {len(sparse)} have switch layers; figures by language need runs "
             "with and without.\n  Name a switch model's run and its dense twin's."
         )
+    _require_alike(runs)
     found = [_of(code, sparse, dense) for code in _languages(runs)]
     if not found:
         raise DataError(
@@ -80,6 +84,32 @@ def compare(runs: Sequence[Run]) -> list[OfLanguage]:
             "  Train both on the same mixture, with validate_every above 0."
         )
     return found
+
+
+def _require_alike(runs: Sequence[Run]) -> None:
+    """What a comparison of losses, bits and steps wants the same on both sides."""
+    for run in runs[1:]:
+        apart = [
+            f"{name} {runs[0].settings.get(name)} and {run.settings.get(name)}"
+            for name in dict.fromkeys([*runs[0].settings, *run.settings])
+            if _counts(name) and runs[0].settings.get(name) != run.settings.get(name)
+        ]
+        ends = [one.rows[-1]["step"] if one.rows else 0 for one in (runs[0], run)]
+        if ends[0] != ends[1]:
+            apart.append(f"last step {ends[0]} and {ends[1]}")
+        if apart:
+            raise DataError(
+                f"{runs[0].path} and {run.path} cannot be compared: {'; '.join(apart)}.\n"
+                "  Languages are compared between runs of one text, batch and length."
+            )
+
+
+def _counts(setting: str) -> bool:
+    """Whether runs that differ in it have other rows, other losses or other steps."""
+    same_rows = ("data.cache", "data.workers", "data.prefetch")
+    return setting in ("steps", "batch_size", "precision") or (
+        setting.startswith("data.") and setting not in same_rows
+    )
 
 
 def summary(found: Sequence[OfLanguage]) -> str:
@@ -189,7 +219,8 @@ def _of(code: str, sparse: Sequence[Run], dense: Sequence[Run]) -> OfLanguage:
     )
     target = float(theirs[1][-1])
     steps = [crossing(*curve, target) for curve in (theirs, ours)]
-    dense_steps, switch_steps = (math.nan if step is None else step for step in steps)
+    dense_first, switch_steps = (math.nan if step is None else step for step in steps)
+    dense_steps = float(theirs[0][-1])
     bits = [_mean_last([run.last(BITS + code) for run in side]) for side in (dense, sparse)]
     about = sparse[0].about.get("corpora")
     return OfLanguage(
@@ -206,6 +237,7 @@ def _of(code: str, sparse: Sequence[Run], dense: Sequence[Run]) -> OfLanguage:
         dense_bits_per_byte=bits[0],
         switch_bits_per_byte=bits[1],
         dense_steps=dense_steps,
+        dense_first=dense_first,
         switch_steps=switch_steps,
         step_speedup=dense_steps / switch_steps,
     )

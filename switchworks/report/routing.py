@@ -42,7 +42,7 @@ def write_routing_report(
     data = replace(data, tokenizer=str(path))
     corpora = prepare_corpora(data, vocab_size=model.config.vocab_size)
     held_out = corpora.held_out(batch_size=batch_size, batches=batches)
-    text = ", ".join(data.tasks or data.corpora) or data.path or data.dataset or data.source
+    text = data.named
     named = {name or "text": rows for name, rows in held_out.batches.items()}
     report = {"model": str(path), "against": against and str(against), "text": str(text)}
     report |= routing_report(model, tokenizer, named, against=other)

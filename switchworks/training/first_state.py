@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from switchworks.batch import Batch
 from switchworks.checkpoint.model_files import load
 from switchworks.checkpoint.tensors import require_match
 from switchworks.checkpoint.training_state import Checkpoints
@@ -9,13 +10,15 @@ from switchworks.compress.config import DistilConfig
 from switchworks.compress.logit_store import LogitStore
 from switchworks.compress.student import dense_teacher, initialise_from_teacher
 from switchworks.config import CheckpointError
-from switchworks.data.mixture import Mixture
-from switchworks.data.pipeline import Pipeline
+from switchworks.data.corpora import Corpora
 from switchworks.model import SwitchTransformer
 from switchworks.parallel import Ranks
 from switchworks.training.experiment import Experiment
 from switchworks.training.state import TrainState, build_state
 from switchworks.training.teacher import Teacher, open_teacher
+
+COUNTED, TOGETHER = 512, 16
+"""Rows by whose tokens the teacher's experts are weighed, and how many of them at once."""
 
 
 def first_state(
@@ -23,7 +26,7 @@ def first_state(
     checkpoints: Checkpoints | None,
     init: Path | str | None,
     taught_by: Teacher | LogitStore | None,
-    pipeline: Pipeline | Mixture,
+    corpora: Corpora,
     ranks: Ranks,
 ) -> TrainState:
     """Where the run starts, in order of precedence: checkpoint, `init`, the teacher's weights as
@@ -40,7 +43,8 @@ def first_state(
         assert model is not None
         assert source is not None
         assert experiment.distil is not None
-        _inherit(model, source, experiment.distil, pipeline)
+        seen = [] if experiment.distil.ffn == "fresh" else rows_to_count(corpora, experiment.seed)
+        _inherit(model, source, experiment.distil, seen)
     empty = in_parts and newest is not None
     state = build_state(experiment, model, teacher and teacher.model, ranks, logits, empty=empty)
     if checkpoints is not None and newest is not None:
@@ -51,13 +55,22 @@ def first_state(
     return state
 
 
+def rows_to_count(corpora: Corpora, seed: int) -> list[Batch]:
+    """The first COUNTED rows of the run, in small batches: by their tokens experts are weighed.
+
+    All of the run's, not one rank's: on a mesh every rank has to begin with the same weights.
+    """
+    pipeline = corpora.training(batch_size=TOGETHER, seed=seed)
+    return [pipeline.batch(step) for step in range(COUNTED // TOGETHER)]
+
+
 def _inherit(
-    student: SwitchTransformer, teacher: Teacher, distil: DistilConfig, pipeline: Pipeline | Mixture
+    student: SwitchTransformer, teacher: Teacher, distil: DistilConfig, seen: list[Batch]
 ) -> None:
     """Copy what fits of the teacher and say how much that is."""
     source = teacher.model
     if distil.ffn != "fresh":
-        source = dense_teacher(source, [pipeline.batch(step) for step in range(8)], distil.ffn)
+        source = dense_teacher(source, seen, distil.ffn)
     copied, fresh = initialise_from_teacher(student, source)
     print(f"student: {len(copied)} of {len(copied) + len(fresh)} tensors from {teacher.path}")
     if fresh:

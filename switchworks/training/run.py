@@ -16,12 +16,13 @@ import torch
 from switchworks.adapt.files import save_adapters
 from switchworks.adapt.lora import merged
 from switchworks.batch import Batch
-from switchworks.checkpoint.model_files import save
+from switchworks.checkpoint.model_files import save, weights_hash
 from switchworks.checkpoint.training_state import Checkpoints
 from switchworks.config import CheckpointError, ConfigError, DataError
 from switchworks.data.corpora import Corpora, HeldOut, prepare_corpora
 from switchworks.data.mixture import Mixture
 from switchworks.data.pipeline import rows_of_step
+from switchworks.data.serving import badly_served
 from switchworks.data.task_corpora import TaskCorpora
 from switchworks.data.tokenizer import Tokenizer
 from switchworks.model import SwitchTransformer
@@ -55,7 +56,13 @@ from switchworks.training.settle import (
 )
 from switchworks.training.state import TrainState
 from switchworks.training.task_hook import task_hook
-from switchworks.training.teacher import open_logits, open_teacher, require_same_rows
+from switchworks.training.teacher import (
+    Teacher,
+    open_logits,
+    open_teacher,
+    require_same_rows,
+    require_same_teacher,
+)
 
 T = TypeVar("T")
 
@@ -122,20 +129,24 @@ def _train(
     if mixture is not None:
         print(corpora.summary(mixture, experiment.steps))
     resuming = may_resume(run_dir, experiment, resume=resume)
+    if ranks.first and not resuming and corpora.by_language and experiment.data.source != "hub":
+        print(badly_served(corpora.served()), end="")
+    if resuming and teacher is not None:
+        require_same_teacher(teacher, run_dir)
     checkpoints = Checkpoints(
         run_dir / "checkpoints",
         experiment.keep_checkpoints,
         background=experiment.async_checkpoints,
     )
     state = first_state(
-        experiment, checkpoints if resuming else None, init, teacher or logits, pipeline, ranks
+        experiment, checkpoints if resuming else None, init, teacher or logits, corpora, ranks
     )
     if state.adapted is not None:
         print(state.adapted)
     ranks.wait()  # until all have looked at the directory as it was
     if ranks.first:
         # Only now, when nothing can be wrong with the settings any more.
-        claim(run_dir, experiment, _about(experiment, corpora))
+        claim(run_dir, experiment, _about(experiment, corpora, teacher))
     interrupt = Interrupt()
     recorder = Recorder(run_dir if ranks.first else None, state.step)
     watch = watching(state.step, experiment.mesh.timeout)
@@ -256,7 +267,7 @@ def _sample_rows(held_out: HeldOut) -> Batch:
     return first_rows(Batch.join(rows), SAMPLE_ROWS)
 
 
-def _about(experiment: Experiment, corpora: Corpora) -> dict[str, Any]:
+def _about(experiment: Experiment, corpora: Corpora, teacher: Teacher | None) -> dict[str, Any]:
     data, config = experiment.data, experiment.model
     about: dict[str, Any] = {
         "parameters": num_parameters(config),
@@ -272,8 +283,10 @@ def _about(experiment: Experiment, corpora: Corpora) -> dict[str, Any]:
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "vocabulary": corpora.tokenizer.vocab_size,
         "train_tokens": corpora.train_tokens,
-        "text": ", ".join(data.tasks or data.corpora) or data.path or data.dataset or data.source,
+        "text": data.named,
     }
+    if teacher is not None:
+        about["teacher_weights"] = weights_hash(Path(teacher.path))
     if data.is_mixture or data.tasks:
         about["corpora"] = {
             name: {"train_tokens": corpora.parts[name].train.num_tokens, "rate": rate}

@@ -3,6 +3,7 @@
 Or what it left on the disk (`compress/logit_store.py`), held to the same.
 """
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,6 +69,18 @@ def open_teacher(experiment: Experiment) -> Teacher | None:
             "\n  Choose a student of the teacher's kind, see model.decoder_only."
         )
     return Teacher(distil.teacher, model, tokenizer)
+
+
+def require_same_teacher(teacher: Teacher, run_dir: Path) -> None:
+    """Raises CheckpointError if the run in `run_dir` began with other weights in that place."""
+    file = run_dir / "about.json"
+    about = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    before = about.get("teacher_weights")
+    if before is not None and before != weights_hash(Path(teacher.path)):
+        raise CheckpointError(
+            f"The teacher in {teacher.path} is not the one this run began with: its weights have "
+            "changed.\n  Put those back, or begin anew in another --run-dir."
+        )
 
 
 NOT_CONTENT = ("cache", "workers", "prefetch", "tokenizer")
