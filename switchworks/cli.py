@@ -229,12 +229,17 @@ def _evaluate(words: list[str]) -> int:
     flags = parse_flags(EvaluateFlags, "evaluate", words)
     from switchworks.evaluate.task_run import named_tasks
 
+    if flags.tasks and flags.text is not None:
+        raise ConfigError(
+            f"--tasks {' '.join(flags.tasks)} and --text {flags.text} ask for different figures.\n"
+            "  Measure one after the other."
+        )
     data = named_tasks(flags.path, flags.tasks, flags.task_folder)
-    if data.tasks:
+    if data.tasks and flags.text is None:
         return _evaluate_tasks(flags, data, shlex.join(["switchworks", "evaluate", *words]))
     from switchworks.evaluate.held_out import evaluate_run
 
-    figures = evaluate_run(flags.path, batches=flags.batches)
+    figures = evaluate_run(flags.path, batches=flags.batches, text=flags.text)
     if flags.json is not None:
         flags.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     for name, value in figures.items():

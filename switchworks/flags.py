@@ -115,7 +115,9 @@ class EvaluateFlags:
     """Measure a trained model: on tasks, or if there are none by its held-out loss."""
 
     path: tyro.conf.Positional[Path]
-    """A run directory; for tasks a model directory, too."""
+    """A run directory; with --tasks or --text a model directory, too."""
+    text: str | None = None
+    """Measure the loss on all of this file, folder or glob, and not on what the run held out."""
     tasks: tuple[str, ...] = ()
     """What to measure: glue_rte, super_glue, NAME=PATH:INPUT:TARGET, task.py, ... Default: what
     the run was trained on, if that is tasks."""

@@ -141,6 +141,16 @@ def test_evaluate_repeats_the_run_s_own_held_out_loss(tiny_run, tmp_path, capsys
     assert 2 < figures["loss"] < 7
 
 
+def test_a_model_directory_is_evaluated_on_a_text_that_is_named(tiny_run, corpus, capsys):
+    words = ["evaluate", str(tiny_run / "model"), "--text", str(corpus), "--batches", "1"]
+    assert main(words) == 0
+    loss = re.search(r"^loss +([0-9.]+)$", capsys.readouterr().out, re.MULTILINE)
+    assert loss is not None
+    assert 0 < float(loss[1]) < 6
+    assert main([*words, "--tasks", "glue_rte"]) == 2
+    assert "ask for different figures" in capsys.readouterr().err
+
+
 def test_evaluating_something_else_than_a_run_is_refused(tmp_path, capsys):
     assert main(["evaluate", str(tmp_path)]) == 2
     assert "not a run directory" in capsys.readouterr().err

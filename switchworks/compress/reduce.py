@@ -1,6 +1,5 @@
 """`switchworks convert --prune K` and `--merge K`: from a directory to a directory."""
 
-import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -15,9 +14,10 @@ from switchworks.compress.fewer_experts import (
     merge_experts,
     prune_experts,
 )
-from switchworks.config import ConfigError, from_dict
+from switchworks.config import ConfigError
 from switchworks.data.config import DataConfig
 from switchworks.data.corpora import prepare_corpora
+from switchworks.data.of_run import text_for
 from switchworks.data.tasks import find_tasks
 from switchworks.model import ModelConfig
 
@@ -74,26 +74,14 @@ def reduce_directory(
 def text_to_count(
     source: Path, model: ModelConfig, text: str | None, only: tuple[str, ...]
 ) -> DataConfig:
-    """The settings of the run, or plain ones for a model alone, with `text` in place of its own, or
-    `only` a part of it. Raises ConfigError if there is none."""
+    """The text of the run in `source`, or `text` in its place, or `only` a part of it.
+
+    Raises ConfigError if both are asked for, and what `text_for` raises.
+    """
     if text is not None and only:
         raise ConfigError(f"--text {text} and --only {' '.join(only)}: count on one of them.")
-    file = source / "experiment.toml"
-    if file.is_file():
-        data = from_dict(DataConfig, tomllib.loads(file.read_text(encoding="utf-8"))["data"])
-        data = replace(data, tokenizer=str(source))
-        if text is not None:
-            return replace(data, path=text, mixture=(), dataset=None, languages=(), tasks=())
-        return _part_of(data, only) if only else data
-    if text is None:
-        raise ConfigError(
-            f"{source} is not a run directory, so it does not say which text it was trained on.\n"
-            "  Give one: --text FILE, a folder or a glob."
-        )
-    if model.decoder_only:
-        causal = {"objective": "causal", "input_length": 0, "target_length": 512}
-        return DataConfig(path=text, tokenizer=str(source), **causal)
-    return DataConfig(path=text, tokenizer=str(source))
+    data = text_for(source, decoder_only=model.decoder_only, text=text)
+    return _part_of(data, only) if only else data
 
 
 def _part_of(data: DataConfig, names: tuple[str, ...]) -> DataConfig:

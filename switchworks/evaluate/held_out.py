@@ -1,28 +1,33 @@
-"""The held-out loss of a finished run, measured again from what is on disk."""
+"""The held-out loss of a model on disk, on the text of its run or another."""
 
 import math
-import tomllib
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from switchworks.checkpoint.model_files import load
-from switchworks.config import CheckpointError, from_dict
-from switchworks.data.config import DataConfig
+from switchworks.config import CheckpointError
 from switchworks.data.corpora import Corpora, prepare_corpora
+from switchworks.data.of_run import data_of_run, text_for
 from switchworks.evaluate.perplexity import held_out_losses
 from switchworks.model import SwitchTransformer
 
+ALL = 1 - 1e-9
+"""As a share of documents to hold out; 1 itself would leave no text to train on."""
 
-def evaluate_run(run_dir: Path, *, batches: int, batch_size: int = 16) -> dict[str, Any]:
-    """Loss in nats per token, perplexity and counts of the model in `run_dir`.
 
-    Uses the run's own text and tokenizer and the first `batches` held-out batches, whose masks
-    are the same at every call. "bits_per_byte" is comparable between tokenizers. Of a
-    mixture, "loss/NAME" and "bits_per_byte/NAME" are of each corpus. Raises
-    CheckpointError if `run_dir` is not a finished run.
+def evaluate_run(
+    path: Path, *, batches: int, batch_size: int = 16, text: str | None = None
+) -> dict[str, Any]:
+    """Loss in nats per token, perplexity and counts of the model in `path`.
+
+    Uses the held-out text of the run in `path`, or all of the file, folder or glob `text`, the
+    model's tokenizer and the first `batches` batches, whose masks are the same at every call.
+    "bits_per_byte" is comparable between tokenizers. Of a mixture, "loss/NAME" and
+    "bits_per_byte/NAME" are of each corpus. Raises CheckpointError as `open_run` does.
     """
-    model, corpora = open_run(run_dir)
+    model, corpora = open_run(path, text)
     held_out = corpora.held_out(batch_size=batch_size, batches=batches)
     loss, by_corpus = held_out_losses(model, held_out)
     rows = chain.from_iterable(held_out.batches.values())
@@ -39,23 +44,21 @@ def evaluate_run(run_dir: Path, *, batches: int, batch_size: int = 16) -> dict[s
     }
 
 
-def open_run(run_dir: Path) -> tuple[SwitchTransformer, Corpora]:
-    """The model of the finished run in `run_dir`, and the text it was trained on.
+def open_run(path: Path, text: str | None = None) -> tuple[SwitchTransformer, Corpora]:
+    """The model in `path` and the text it was trained on, or `text` in its place.
 
-    Raises CheckpointError if `run_dir` is not a finished run.
+    Raises CheckpointError if there is no model, if it has no tokenizer, or if nothing says what to
+    read.
     """
-    file = run_dir / "experiment.toml"
-    if not file.exists():
+    if text is None and data_of_run(path) is None:
+        text_for(path, decoder_only=False)  # says what is missing
+    model, tokenizer = load(path)
+    if tokenizer is None:
         raise CheckpointError(
-            f"{run_dir} is not a run directory: it has no experiment.toml.\n"
-            "  Give the directory that `switchworks train` wrote."
+            f"The model in {path} has no tokenizer, so it can read no text.\n"
+            "  Put its spiece.model beside its weights."
         )
-    model, tokenizer = load(run_dir)
-    data = from_dict(DataConfig, tomllib.loads(file.read_text(encoding="utf-8"))["data"])
-    corpora = prepare_corpora(data, vocab_size=model.config.vocab_size)
-    if tokenizer is None or tokenizer.fingerprint != corpora.tokenizer.fingerprint:
-        raise CheckpointError(
-            f"The tokenizer in {run_dir}/model is not the one that made the token store.\n"
-            "  Give the run's own: --data.tokenizer of its experiment.toml."
-        )
-    return model, corpora
+    data = text_for(path, decoder_only=model.config.decoder_only, text=text)
+    if text is not None:  # nothing of it is trained on here: all of it may be measured
+        data = replace(data, validation_share=ALL)
+    return model, prepare_corpora(data, vocab_size=model.config.vocab_size)

@@ -1,24 +1,23 @@
 """`switchworks evaluate PATH --tasks ...`: from a model on disk to figures."""
 
-import tomllib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from switchworks.checkpoint.model_files import load
-from switchworks.config import CheckpointError, ConfigError, from_dict
+from switchworks.config import CheckpointError, ConfigError
 from switchworks.data.config import DataConfig
+from switchworks.data.of_run import data_of_run
 from switchworks.data.task_corpora import places_of, tasks_of
 from switchworks.evaluate.answers import Answering
+from switchworks.evaluate.metrics import check_metrics
 from switchworks.evaluate.tasks import TaskResult, measure, questions_of
 
 
 def named_tasks(path: Path, tasks: Sequence[str], folder: Path | None) -> DataConfig:
     """The data settings to evaluate with: those of the run in `path` if it is one, with `tasks`
     in place of its own if any are named, and their local copies in `folder`."""
-    data, file = DataConfig(), path / "experiment.toml"
-    if file.exists():
-        data = from_dict(DataConfig, tomllib.loads(file.read_text(encoding="utf-8"))["data"])
+    data = data_of_run(path) or DataConfig()
     named = tuple(name for entry in tasks for name in entry.split(",") if name)
     if named:
         room = data.input_length or DataConfig().input_length  # causal text has none for inputs
@@ -40,6 +39,8 @@ def evaluate_tasks(
     asked = [questions_of(task, split, places, how.examples) for task in tasks]
     if not asked:
         raise ConfigError("There is no task to evaluate. Name one: --tasks glue_rte.")
+    for questions in asked:
+        check_metrics(questions.task, questions.examples)
     model, tokenizer = load(path)
     if tokenizer is None:
         raise CheckpointError(

@@ -6,7 +6,6 @@ one process, one after the other.
 
 import math
 import time
-import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -22,9 +21,10 @@ from switchworks.checkpoint.files import write_json
 from switchworks.checkpoint.model_files import is_model, load, weight_files
 from switchworks.compress.quantise import grouped
 from switchworks.compress.student import fraction_of_gain
-from switchworks.config import CheckpointError, ConfigError, from_dict
+from switchworks.config import CheckpointError, ConfigError
 from switchworks.data.config import DataConfig
 from switchworks.data.corpora import HeldOut, prepare_corpora
+from switchworks.data.of_run import data_of_run
 from switchworks.data.task_corpora import places_of, tasks_of
 from switchworks.data.tokenizer import Tokenizer
 from switchworks.evaluate.answers import Answering
@@ -103,10 +103,8 @@ def _home(path: Path) -> Path:
 def _text_of(paths: Sequence[Path]) -> DataConfig:
     """The text of the first run directory among them, read with that run's own tokenizer."""
     for path in paths:
-        file = path / "experiment.toml"
-        if file.is_file():
-            values = tomllib.loads(file.read_text(encoding="utf-8"))
-            return replace(from_dict(DataConfig, values["data"]), tokenizer=str(path))
+        if (data := data_of_run(path)) is not None:
+            return replace(data, tokenizer=str(path))
     raise ConfigError(
         "None of the models is in a run directory, so nothing says which text to measure them on.\n"
         "  Name one of them by the directory of the run that made it."

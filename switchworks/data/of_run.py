@@ -1,0 +1,39 @@
+"""What a finished run read, and what a model on disk is to read: settings from a directory."""
+
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+from switchworks.config import CheckpointError, from_dict
+from switchworks.data.config import DataConfig
+
+
+def data_of_run(path: Path) -> DataConfig | None:
+    """The data settings of the run in the directory `path`; None if it is none."""
+    file = path / "experiment.toml"
+    if not file.is_file():
+        return None
+    return from_dict(DataConfig, tomllib.loads(file.read_text(encoding="utf-8"))["data"])
+
+
+def text_for(path: Path, *, decoder_only: bool, text: str | None = None) -> DataConfig:
+    """The text of the run in `path`, or the file, folder or glob `text` in its place, read with the
+    model's own tokenizer in rows of the run's length.
+
+    A model that is in no run reads T5's rows, or 512 tokens of a text. Raises CheckpointError if it
+    is given no text.
+    """
+    data = data_of_run(path)
+    if data is None and text is None:
+        raise CheckpointError(
+            f"{path} is not a run directory, so it does not say which text it was trained on.\n"
+            "  Give one: --text FILE, a folder or a glob."
+        )
+    if data is None:
+        data = DataConfig()
+        if decoder_only:
+            data = replace(data, objective="causal", input_length=0, target_length=512)
+    data = replace(data, tokenizer=str(path))
+    if text is None:
+        return data
+    return replace(data, path=text, mixture=(), dataset=None, languages=(), tasks=())
