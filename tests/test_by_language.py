@@ -181,6 +181,9 @@ def test_mc4_is_streamed_by_its_codes(mc4, cache):
     source = open_documents(found["he"], cache)
     assert list(source.documents()) == [f"iw train {n}" for n in range(3)]
     assert list(source.held_out().documents()) == [f"iw validation {n}" for n in range(3)]
+    few = open_documents(replace(found["he"], documents=1), cache)
+    assert list(few.documents()) == ["iw train 0"]
+    assert list(few.held_out().documents()) == ["iw validation 0"]
 
 
 def test_all_of_mc4_are_its_107_codes_and_its_english_has_its_own_name_beside_c4():

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from switchworks.config import DataError
+from switchworks.config import ConfigError, DataError
 from switchworks.data.config import DataConfig
 from switchworks.data.documents import is_validation, open_documents
 from switchworks.data.reading import DOCUMENT_CHARACTERS, Report
@@ -112,6 +112,19 @@ def test_shards_share_out_the_documents(tmp_path, num_shards, cache):
     parts = [read(tmp_path, shard=s, num_shards=num_shards, cache=cache) for s in range(num_shards)]
     assert sorted(chain(*parts)) == sorted(read(tmp_path, cache=cache))
     assert all(parts)
+
+
+def test_the_first_documents_are_the_same_however_many_share_them_out(tmp_path, cache):
+    for n, text in enumerate(TEXTS):
+        write(tmp_path / f"{n}.txt", text.encode())
+    assert read(tmp_path, documents=3, cache=cache) == TEXTS[:3]
+    parts = [read(tmp_path, documents=3, shard=n, num_shards=2, cache=cache) for n in range(2)]
+    assert parts == [[TEXTS[0], TEXTS[2]], [TEXTS[1]]]
+    few, all_of_them = (DataConfig(path=str(tmp_path), documents=most) for most in (3, None))
+    known = {open_documents(config, cache).fingerprint() for config in (few, all_of_them)}
+    assert len(known) == 2
+    with pytest.raises(ConfigError, match="leaves no text"):
+        DataConfig(documents=0)
 
 
 def test_bad_lines_are_counted_and_the_first_are_named(tmp_path, cache):

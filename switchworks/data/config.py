@@ -44,6 +44,9 @@ class DataConfig:
     """The column (Parquet, Hub) or key (JSONL) that holds the text."""
     validation_share: float = 0.02
     """Share of the documents held out, chosen by a hash of the document's text."""
+    documents: int | None = None
+    """At most so many documents of each corpus are read, from its beginning: a part of what is too
+    large to read whole. None: all."""
 
     tokenizer: str = "train"
     """"train" makes a SentencePiece model from the text, "bytes" needs none (ByT5's ids), and
@@ -116,6 +119,8 @@ class DataConfig:
             raise ConfigError(
                 f"data.mean_span = {self.mean_span} is shorter than one token. T5 uses 3.0."
             )
+        if self.documents is not None and self.documents < 1:
+            raise ConfigError(f"data.documents = {self.documents} leaves no text. Use 1 or more.")
         if not 0 < self.validation_share < 1:
             raise ConfigError(
                 f"data.validation_share = {self.validation_share} is not a share between 0 and 1."

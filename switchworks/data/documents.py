@@ -226,11 +226,42 @@ class HubDataset(Documents):
         return rows
 
 
-def open_documents(config: DataConfig, cache: Path) -> Documents:
-    """The source that `config` names. `cache` is where the embedded corpus is kept.
+@dataclass(frozen=True)
+class First(Documents):
+    """The first `most` documents of `source`, the same ones however many share them out."""
 
-    Raises DataError if there is no such file or it holds no text.
+    source: Documents
+    most: int
+
+    def documents(
+        self, shard: int = 0, num_shards: int = 1, *, report: Report | None = None
+    ) -> Iterator[str]:
+        first = islice(self.source.documents(), self.most)
+        for document in islice(first, shard, None, num_shards):
+            if report is not None:
+                report.documents += 1
+                report.characters += len(document)
+            yield document
+
+    def fingerprint(self) -> str:
+        return _hash(self.source.fingerprint(), self.most)
+
+    def held_out(self) -> Documents | None:
+        held_out = self.source.held_out()
+        return None if held_out is None else First(held_out, self.most)
+
+
+def open_documents(config: DataConfig, cache: Path) -> Documents:
+    """The source that `config` names, or the first of its documents if it says how many.
+
+    `cache` is where the embedded corpus is kept. Raises DataError if there is no such file or it
+    holds no text.
     """
+    source = _source(config, cache)
+    return source if config.documents is None else First(source, config.documents)
+
+
+def _source(config: DataConfig, cache: Path) -> Documents:
     if config.path is not None:
         return Files(tuple(find_files(config.path)), config.column)
     if config.source == "hub":
