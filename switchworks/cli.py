@@ -302,6 +302,10 @@ def _report(words: list[str]) -> int:
     flags = parse_flags(ReportFlags, "report", words)
     from switchworks.report import write_report
 
+    if flags.compression and flags.languages is not None:
+        raise ConfigError(
+            "--compression and --languages are different reports.\n  Make one after the other."
+        )
     if flags.compression:
         return _compression(flags)
     if flags.languages is not None:

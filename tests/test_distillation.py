@@ -403,6 +403,23 @@ def test_a_dense_language_model_learns_from_a_sparse_one_live_and_from_a_store(
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
+def test_a_student_is_taught_a_task_live_and_from_a_store(student, tiny_run, tmp_path):
+    """The rows of a task, padded and packed, have probabilities of their own to be known by."""
+    table = tmp_path / "colours.csv"
+    table.write_text("text,answer\n" + "".join(f"number {i},{i % 7}\n" for i in range(60)))
+    tasks = {"tasks": (f"colours={table}:text:answer",), "validation_share": 0.2}
+    data = replace(student.data, tokenizer=str(tiny_run), **tasks)
+    short = {"steps": 2, "sample_every": 0, "log_every": 1, "validate_every": 2}
+    live = replace(student, data=data, evaluate_every=2, micro_batches=1, **short)
+    stored = replace(live, distil=replace(live.distil, store=str(tmp_path / "store")))
+    teach(stored, top_k=384, dtype="float32")
+    lines = [lines_of(train(one, tmp_path / name)) for name, one in (("a", live), ("b", stored))]
+    soft = [[line["train/soft"] for line in some if "train/soft" in line] for some in lines]
+    assert len(soft[0]) == 2
+    assert soft[1] == pytest.approx(soft[0], abs=1e-5)
+    assert any("task/colours/accuracy" in line for line in lines[0])
+
+
 def test_experts_without_the_teacher_s_weights_are_a_contradiction():
     with pytest.raises(ConfigError, match=r"distil\.ffn = average"):
         DistilConfig(teacher="x", ffn="average", initialise=False)

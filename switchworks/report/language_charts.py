@@ -54,8 +54,11 @@ def draw_speedups(path: Path, speedups: Sequence[float]) -> None:
     missing = len(speedups) - len(reached)
     figure = Figure((8.0, 4.6), dpi=_DPI, layout="constrained")
     axes = figure.subplots()
+    more = ""
     if len(reached):
         top = max(2.0, float(np.quantile(reached, 0.99)) * 1.1)
+        if above := int((reached > top).sum()):
+            more = f"\n(the last bar has {above} above {top:.1f}x)"
         axes.hist(np.minimum(reached, top), bins=np.linspace(0, top, 31).tolist(), color=SWITCH)
         axes.axvline(reached.mean(), color="#1c1d1f", linestyle="--", linewidth=1)
         axes.annotate(
@@ -67,7 +70,7 @@ def draw_speedups(path: Path, speedups: Sequence[float]) -> None:
         axes.bar(-0.25, missing, width=0.2, color=DENSE)
         axes.annotate(f"{missing} not\nreached", (-0.25, missing), ha="center", va="bottom")
     axes.margins(y=0.15)
-    axes.set_xlabel("step speed-up: steps of the dense twin over steps to its final quality")
+    axes.set_xlabel(f"step speed-up: steps of the dense twin over steps to its final quality{more}")
     axes.set_ylabel("languages")
     axes.set_title(f"Step speed-up over {len(speedups)} languages", loc="left")
     _bare(axes)
