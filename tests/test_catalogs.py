@@ -43,7 +43,7 @@ def package(root: Path, files: dict[str, bytes]) -> corpus.Packages:
         path.write_bytes(data)
         names.append(path.relative_to(root).as_posix())
     info = root / "cats-1.0.dist-info"
-    info.mkdir(exist_ok=True)
+    info.mkdir(parents=True, exist_ok=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: cats\nVersion: 1.0\n")
     (info / "RECORD").write_text("".join(f"{name},,\n" for name in sorted(names)))
     return {"cats": importlib.metadata.Distribution.at(info)}
@@ -221,6 +221,18 @@ def test_cyrillic_that_claims_to_be_western_is_in_another_script(tmp_path):
     found, refusals = read(tmp_path, {"ru/a.po": data})
     assert "ru" not in found
     assert refusals.entries["ru"] == {"another script": 1}
+
+
+def test_catalogs_that_a_package_puts_beside_the_libraries_are_read_too(tmp_path):
+    site = tmp_path / "lib" / "site-packages"
+    packages = package(site, {})
+    folder = tmp_path / "share" / "locale" / "de" / "LC_MESSAGES"
+    folder.mkdir(parents=True)
+    (folder / "cats.po").write_text(po(entry("Big cats are asleep", "Die Katzen schlafen")))
+    record = site / "cats-1.0.dist-info" / "RECORD"
+    record.write_text("../../share/locale/de/LC_MESSAGES/cats.po,,\n")
+    texts = [one.text for one in extract(packages, Refusals()) if one.language == "de"]
+    assert texts == ["Die Katzen schlafen"]
 
 
 def test_damaged_files_and_foreign_folders_are_counted(tmp_path):

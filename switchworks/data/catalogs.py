@@ -1,7 +1,8 @@
 """The embedded corpus `catalogs`: what programs say, in a hundred languages, beside its English.
 
-It is taken from the gettext catalogs of Django and Sphinx, whose message ids are English, and is
-the same text on every machine with the versions pinned in constraints.txt. Messages are cleaned
+It is taken from the gettext catalogs of Django and Sphinx, and of Gramps where that is installed,
+whose message ids are English, and is the same text on every machine with the same of these and the
+versions pinned in constraints.txt. Messages are cleaned
 by `messages`; those left out are counted by reason. An entry with plural forms gives a sentence
 for each, with the smallest number that calls for it.
 
@@ -36,7 +37,7 @@ from switchworks.data.installed import Packages, installed, versions
 from switchworks.data.languages import normalise
 from switchworks.data.messages import clean, fault, folded, is_mojibake
 
-ROOTS = ("Django", "Sphinx")
+ROOTS = ("Django", "Sphinx", "gramps")
 """Whose catalogs are read, with those of everything they need in turn."""
 
 RULES = 1
@@ -117,7 +118,7 @@ def catalogs(cache: Path) -> Path:
     if not sentences:
         raise DataError(
             f"There are no catalogs: of {', '.join(ROOTS)} none is installed.\n"
-            "  Install them: pip install 'switchworks[languages]'."
+            "  Install them: pip install 'switchworks[languages]', or switchworks[more-languages]."
         )
     cache.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(asdict(sentence), ensure_ascii=False) + "\n" for sentence in sentences)
