@@ -262,6 +262,9 @@ def test_a_text_named_is_counted_on_whatever_the_run_read(tiny_run, tmp_path):
     for data in ('tasks = ["glue_rte"]', 'source = "catalogs"\nlanguages = ["de", "ru"]'):
         read = read_by(tiny_run, tmp_path, data, text="german.txt")
         assert (read.path, read.tasks, read.languages) == ("german.txt", (), ())
+    causal = 'objective = "causal"\ninput_length = 48\ntarget_length = 16\ntasks = ["glue_rte"]'
+    read = read_by(tiny_run, tmp_path, causal, text="german.txt")
+    assert (read.input_length, read.target_length) == (0, 64)
 
 
 def test_experts_are_counted_on_one_language_corpus_or_task_alone(tiny_run, tmp_path):
@@ -272,6 +275,8 @@ def test_experts_are_counted_on_one_language_corpus_or_task_alone(tiny_run, tmp_
     assert only('mixture = ["a=x", "b=y"]', "b").mixture == ("b=y",)
     assert only('tasks = ["glue_rte", "glue_cola"]', "glue_cola").tasks == ("glue_cola",)
     assert only('path = "plain"', "docstring_summary").tasks == ("docstring_summary",)
+    causal = 'path = "plain"\nobjective = "causal"\ninput_length = 0\ntarget_length = 64'
+    assert only(causal, "docstring_summary").input_length == 64
     with pytest.raises(ConfigError, match=r"--only c: the run read nothing of that name.\n.*a, b"):
         only('mixture = ["a=x", "b=y"]', "c")
     with pytest.raises(ConfigError, match="There is no task 'german'"):

@@ -98,7 +98,8 @@ def _part_of(data: DataConfig, names: tuple[str, ...]) -> DataConfig:
     if data.is_mixture:
         return replace(data, languages=names)
     find_tasks(names)  # or says which there are
-    return replace(data, tasks=names)
+    room = data.input_length or data.target_length  # causal text has none for inputs
+    return replace(data, tasks=names, input_length=room, task_packing="auto")
 
 
 def as_text(fewer: Fewer, seen: list[Batch], data: DataConfig) -> str:

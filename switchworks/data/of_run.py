@@ -36,4 +36,7 @@ def text_for(path: Path, *, decoder_only: bool, text: str | None = None) -> Data
     data = replace(data, tokenizer=str(path))
     if text is None:
         return data
-    return replace(data, path=text, mixture=(), dataset=None, languages=(), tasks=())
+    rows = {}
+    if data.objective == "causal":  # of tasks it may have inputs, of text it has none
+        rows = {"input_length": 0, "target_length": data.input_length + data.target_length}
+    return replace(data, path=text, mixture=(), dataset=None, languages=(), tasks=(), **rows)
