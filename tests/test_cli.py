@@ -144,9 +144,9 @@ def test_evaluate_repeats_the_run_s_own_held_out_loss(tiny_run, tmp_path, capsys
 def test_a_model_directory_is_evaluated_on_a_text_that_is_named(tiny_run, corpus, capsys):
     words = ["evaluate", str(tiny_run / "model"), "--text", str(corpus), "--batches", "1"]
     assert main(words) == 0
-    loss = re.search(r"^loss +([0-9.]+)$", capsys.readouterr().out, re.MULTILINE)
-    assert loss is not None
-    assert 0 < float(loss[1]) < 6
+    said = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert 0 < float(said["loss"]) < 6
+    assert int(said["target_tokens"]) > 1000  # a fiftieth of the text would be a tenth of that
     assert main([*words, "--tasks", "glue_rte"]) == 2
     assert "ask for different figures" in capsys.readouterr().err
 

@@ -226,8 +226,7 @@ def test_saying_nothing_is_judged_by_the_metrics_of_groups_and_referents_too():
     asked = [Example(inputs="", target="True", group="1", label=True)]
     assert figures("group_exact_match", [""], asked) == {"exact_match": 0.0}
     assert figures("squad_once", [""], asked) == {"em": 0.0, "f1": 0.0}
-    # T5's rule: the words of nothing are among those of anything but a possessive, so "" is a word
-    # that no name has.
+    # Nothing names nobody: its one word, "", is among no candidate's.
     assert figures("referent", [""], asked) == {"accuracy": 0.0}
 
 

@@ -483,7 +483,8 @@ def test_the_training_split_is_judged_as_any_other():
 
 
 def test_of_equal_places_wnli_takes_the_first_pronoun():
-    # "it" at 2 has "because" to its right, "it" at 5 "and" to its left: two words each.
+    # Around the first "it" stand "a" and "b c" of the second sentence, around the other "b c" and
+    # "d": three words each.
     record = {"sentence1": "a it b. c it d.", "sentence2": "a X b. c Y d.", "label": 1}
     (example,) = TASKS["glue_wnli_simple"].examples(record, "validation")
     assert (example.inputs, example.target) == ("wsc: a *it* b. c it d.", "X")

@@ -312,11 +312,10 @@ AVERAGES: Mapping[str, tuple[tuple[str, ...], ...]] = {
 
 
 def _numbers_only(task: Task, examples: Sequence[Example]) -> bool:
-    return all(_float(e.target) != -1.0 or _is_minus_one(e.target) for e in examples)
-
-
-def _is_minus_one(text: str) -> bool:
-    return text.strip() in ("-1", "-1.0")
+    try:
+        return all(math.isfinite(float(example.target)) for example in examples)
+    except ValueError:
+        return False
 
 
 def _grouped(task: Task, examples: Sequence[Example]) -> bool:
