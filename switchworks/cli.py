@@ -24,6 +24,7 @@ from switchworks.flags import (
     ExplainFlags,
     GenerateFlags,
     NoFlags,
+    Precision,
     PrepareFlags,
     ReportFlags,
     RoutingFlags,
@@ -37,6 +38,8 @@ from switchworks.flags import (
 )
 
 if TYPE_CHECKING:
+    import torch
+
     from switchworks.training import Experiment
 
 USAGE = """usage: switchworks VERB ...
@@ -217,12 +220,24 @@ def _generate(words: list[str]) -> int:
     how = Writing(
         max_length=flags.max_length, sampling=sampling, beams=beams, batch_size=flags.batch_size
     )
+    weights: dict[str, Any] = {"int8": flags.int8, "dtype": _dtype(flags.precision)}
     if flags.file is None:
-        print(*answer(flags.path, [flags.text or ""], how, int8=flags.int8))
+        print(*answer(flags.path, [flags.text or ""], how, **weights))
     else:
-        answers = answer_lines(flags.path, flags.file, how, flags.output, int8=flags.int8)
+        answers = answer_lines(flags.path, flags.file, how, flags.output, **weights)
         print(f"{len(answers)} texts  {flags.output}" if flags.output else "\n".join(answers))
     return 0
+
+
+def _dtype(precision: Precision) -> "torch.dtype | None":
+    """What a model is to be read in; None: as it is stored."""
+    import torch
+
+    from switchworks.training import machine
+
+    if precision == "stored":
+        return None
+    return getattr(torch, machine.fastest_precision() if precision == "auto" else precision)
 
 
 def _evaluate(words: list[str]) -> int:
@@ -239,7 +254,8 @@ def _evaluate(words: list[str]) -> int:
         return _evaluate_tasks(flags, data, shlex.join(["switchworks", "evaluate", *words]))
     from switchworks.evaluate.held_out import evaluate_run
 
-    figures = evaluate_run(flags.path, batches=flags.batches, text=flags.text)
+    dtype = _dtype(flags.precision)
+    figures = evaluate_run(flags.path, batches=flags.batches, text=flags.text, dtype=dtype)
     if flags.json is not None:
         flags.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     for name, value in figures.items():
@@ -264,7 +280,8 @@ def _evaluate_tasks(flags: EvaluateFlags, data: DataConfig, command: str) -> int
         batch_size=flags.batch_size,
         examples=flags.examples,
     )
-    results = evaluate_tasks(flags.path, data, how, split=flags.split)
+    dtype = _dtype(flags.precision)
+    results = evaluate_tasks(flags.path, data, how, split=flags.split, dtype=dtype)
     print(as_table(results))
     if flags.json is not None:
         figures = as_json(results, how, str(flags.path), command)
@@ -311,7 +328,7 @@ def _report(words: list[str]) -> int:
     if flags.languages is not None:
         from switchworks.report.languages import write_languages
 
-        print(write_languages(flags.run_dirs, flags.languages))
+        print(write_languages(flags.run_dirs, flags.languages, batches=flags.batches))
         print(f"pictures and tables  {flags.languages.resolve()}")
         return 0
     print(write_report(flags.run_dirs, flags.output).resolve())

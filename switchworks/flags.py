@@ -77,6 +77,9 @@ class ExplainFlags:
     """Draw who holds what, as in the paper's Figure 9, into this .svg or .png."""
 
 
+Precision = Literal["stored", "float32", "bfloat16", "auto"]
+
+
 @dataclass(frozen=True)
 class GenerateFlags:
     """Fill the holes of a text, or continue it."""
@@ -108,6 +111,9 @@ class GenerateFlags:
     0.6)."""
     int8: bool = False
     """Round the weights to 8 bits first: a quarter of the memory, nearly the same answers."""
+    precision: Precision = "stored"
+    """What to compute in: as the weights are stored (float32 after training), or auto, which is
+    bfloat16 where this machine multiplies it faster."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +150,9 @@ class EvaluateFlags:
     """Examples answered at once."""
     batches: int = 32
     """Batches of 16 rows measured for the held-out loss."""
+    precision: Precision = "stored"
+    """What to compute in: as the weights are stored (float32 after training), or auto, which is
+    bfloat16 where this machine multiplies it faster."""
     json: Path | None = None
     """Also write the figures to this file, with the exact command."""
     predictions: Path | None = None
@@ -180,7 +189,8 @@ class ReportFlags:
     models. By default compression.html in the first student's run directory, or here, with the
     numbers beside it as JSON."""
     batches: int = 16
-    """With --compression: batches of 16 held-out rows that all are measured on."""
+    """With --compression: batches of 16 held-out rows that all are measured on. With --languages:
+    batches of 64 for each language; 0 takes the last validation of the runs."""
 
 
 @dataclass(frozen=True)

@@ -161,12 +161,16 @@ def test_the_share_of_the_limit_counts_the_model_s_operations():
 
 
 def test_floors_are_for_the_shape_they_were_set_for():
-    assert {row.floor for row in comparisons(CONFIG, "float32", peers=True)} == {None}
+    for config, precision in ((CONFIG, "bfloat16"), (BenchConfig(), "float32")):
+        assert {row.floor for row in comparisons(config, precision, peers=True)} == {None}
     named = {row.name: row.floor for row in comparisons(BenchConfig(), "bfloat16", peers=True)}
     assert named["train dense, dropout 0"] == 2.0
     assert named["train E=64, dropout 0.1"] == 3.0
     assert named["sparse tax E=64"] == 1.8
     assert named["peak memory E=64, adafactor"] == 0.6
+    assert named["decode E=8 int8 packed, batch 1"] == 1.3
+    many = comparisons(replace(BenchConfig(), decode_batches=(32,)), "bfloat16", peers=True)
+    assert [row.floor for row in many if "int8" in row.name] == [None] * 9
 
 
 def test_a_side_that_does_not_fit_is_left_out_and_says_so(monkeypatch):
@@ -201,6 +205,30 @@ def test_peak_memory_is_that_of_a_process_that_has_only_this_side():
     assert max(small) < 700
     assert large.building - small.building > 0.9 * extra
     assert large.working - small.working > 3.6 * extra
+
+
+def test_a_side_whose_process_is_killed_costs_its_row_alone(monkeypatch):
+    def killed(*_: object) -> None:
+        raise RuntimeError("measuring memory failed (-9):\nnothing was said")
+
+    monkeypatch.setattr("switchworks.bench.measure.peaks", killed)
+    config = replace(CONFIG, parts=("memory",))
+    row = measure(comparisons(config, "float32", peers=False)[0], config)
+    assert (row.ours, row.note) == (None, "left out: measuring memory failed (-9):")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's")
+def test_a_side_that_is_dropped_gives_its_memory_back():
+    code = (
+        "import torch; from switchworks.bench.memory import _kilobytes as read;"
+        "from switchworks.training.machine import give_back_memory, keep_freed_memory;"
+        "from pathlib import Path; keep_freed_memory();"
+        "held = [torch.ones(250_000) for _ in range(300)]; last = torch.ones(1000);"
+        "now = lambda: read(Path('/proc/self/status'), 'VmRSS:');"
+        "del held; kept = now(); give_back_memory(); print(kept - now())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 250_000_000  # of 300 MB
 
 
 def test_the_matrix_limit_is_a_rate():

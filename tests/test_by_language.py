@@ -1,5 +1,6 @@
 """One corpus per language: of catalogs, of folders, of data sets laid out as mC4 is."""
 
+import csv
 import gzip
 import json
 import logging
@@ -15,13 +16,16 @@ from test_mixture import Shifted
 from test_pipeline import CONFIG, Ids
 
 from switchworks.batch import Batch
+from switchworks.cli import main
 from switchworks.config import ConfigError, DataError
 from switchworks.data.by_language import languages_of
 from switchworks.data.config import DataConfig
 from switchworks.data.corpora import HeldOut, prepare_corpora
 from switchworks.data.documents import open_documents
 from switchworks.data.mixture import BLOCK, Mixture, rates
+from switchworks.evaluate.held_out import evaluate_run
 from switchworks.recipes.multilingual import multilingual
+from switchworks.report.runs import read_run
 from switchworks.training import train
 from switchworks.training.hooks import read_in_few_words
 
@@ -274,3 +278,32 @@ def test_a_run_over_catalogs_notes_loss_bits_and_epochs_of_every_language(
         assert row[f"epoch/{code}"] > 0
     about = json.loads((run / "about.json").read_text())
     assert sum(one["rate"] for one in about["corpora"].values()) == pytest.approx(1.0)
+
+
+def test_the_report_by_language_measures_the_last_weights_on_more_text(
+    tiny_experiment, tmp_path, capsys
+):
+    data = replace(tiny_experiment.data, path=None, source="catalogs", validation_share=0.1)
+    data = replace(data, languages=("de", "ar"))
+    switch = replace(tiny_experiment, data=data, steps=2, validate_every=1, sample_every=0)
+    model = replace(switch.model, routing=None)
+    dense = replace(switch, model=model, validation_batches=1)
+    switch = replace(switch, validation_batches=1)
+    pair = [train(switch, tmp_path / "switch"), train(dense, tmp_path / "dense")]
+    words = ["report", *map(str, pair), "--languages", str(tmp_path / "out"), "--batches", "3"]
+    assert main(words) == 0
+    assert "2 languages" in capsys.readouterr().out
+    table = tmp_path / "out" / "languages.csv"
+    rows = list(csv.DictReader(table.read_text(encoding="utf-8").splitlines()))
+    large = [evaluate_run(run, batches=6, batch_size=64) for run in pair]
+    for row in rows:
+        of_both = [figures[f"loss/{row['code']}"] for figures in large]
+        assert float(row["switch_quality"]) == pytest.approx(-of_both[0], abs=1e-4)
+        assert float(row["dense_quality"]) == pytest.approx(-of_both[1], abs=1e-4)
+        assert float(row["improvement"]) == pytest.approx(of_both[1] - of_both[0], abs=1e-4)
+    for name in ("quality", "speedups", "routing", "scripts", "similarity"):
+        assert (tmp_path / "out" / f"{name}.png").stat().st_size > 1000
+    assert main([*words[:-1], "0"]) == 0
+    (row, *_) = csv.DictReader(table.read_text(encoding="utf-8").splitlines())
+    last = read_run(pair[0]).last(f"val/loss/{row['code']}")
+    assert float(row["switch_quality"]) == pytest.approx(-last, abs=1e-4)

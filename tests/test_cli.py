@@ -141,6 +141,21 @@ def test_evaluate_repeats_the_run_s_own_held_out_loss(tiny_run, tmp_path, capsys
     assert 2 < figures["loss"] < 7
 
 
+def test_a_precision_is_computed_in_and_not_only_named(tiny_run, tmp_path, capsys):
+    losses = []
+    for precision in ("stored", "float32", "bfloat16"):
+        file = tmp_path / f"{precision}.json"
+        words = ["--batches", "1", "--precision", precision, "--json", str(file)]
+        assert main(["evaluate", str(tiny_run), *words]) == 0
+        losses.append(json.loads(file.read_text())["loss"])
+    assert losses[0] == losses[1] != losses[2]
+    assert losses[2] == pytest.approx(losses[0], rel=0.01)
+    capsys.readouterr()
+    words = ["--max-length", "4", "--precision", "bfloat16"]
+    assert main(["generate", str(tiny_run), "The <extra_id_0> is.", *words]) == 0
+    assert "[" in capsys.readouterr().out
+
+
 def test_a_model_directory_is_evaluated_on_a_text_that_is_named(tiny_run, corpus, capsys):
     words = ["evaluate", str(tiny_run / "model"), "--text", str(corpus), "--batches", "1"]
     assert main(words) == 0

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from switchworks.model.config import RoutingConfig
-from switchworks.model.routing import Router, route
+from switchworks.model.routing import Router, queue, route
 
 
 def wanting(*experts: int, of: int = 3) -> torch.Tensor:
@@ -52,6 +52,22 @@ def test_the_worked_example_drops_one_token_at_factor_one_and_none_at_one_and_a_
     probs = wanting(0, 1, 0, 2, 1, 0)
     kept = route(probs, all_real(probs), capacity).kept
     assert (~kept).sum() == dropped
+
+
+@given(st.integers(0, 2**32 - 1), st.booleans())
+def test_places_in_queues_are_an_exclusive_cumulative_sum_over_one_hot_rows(seed, shuffled):
+    """Mesh-TF `moe.py`, `_switch_gating`: the formulation that queues are counted by there."""
+    draw = torch.Generator().manual_seed(seed)
+    expert = torch.randint(5, (3, 40), generator=draw)
+    real = torch.rand(3, 40, generator=draw) < 0.8
+    order = torch.rand(3, 40, generator=draw).argsort(dim=1) if shuffled else None
+    found = queue(expert, real, 5, order)
+    line = torch.arange(40).expand(3, -1) if order is None else order
+    arrivals = torch.nn.functional.one_hot(expert.gather(1, line), 5)
+    arrivals = arrivals * real.gather(1, line)[..., None]
+    before = (arrivals.cumsum(dim=1) - arrivals).gather(-1, expert.gather(1, line)[..., None])
+    wanted = torch.empty_like(line).scatter_(1, line, before.squeeze(-1))
+    assert torch.equal(found[real], wanted[real])
 
 
 def test_without_a_capacity_every_real_token_is_kept():

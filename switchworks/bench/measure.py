@@ -1,18 +1,19 @@
 """Comparisons become rows."""
 
-import gc
 import statistics
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from switchworks.bench.comparisons import SHARE, Comparison, label
-from switchworks.bench.config import BenchConfig, Precision, Shape, Side
+from switchworks.bench.comparisons import SHARE, Comparison, has_floors, label
+from switchworks.bench.config import BenchConfig, Precision, Side
 from switchworks.bench.memory import available_bytes, peaks
 from switchworks.bench.sides import build, bytes_needed
 from switchworks.bench.timing import Times, alternate, seconds, spread, take_turns
+from switchworks.device import compute_device
 from switchworks.model.sizes import training_flops_per_token
+from switchworks.training.machine import give_back_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,16 +49,15 @@ class Row:
 
 def measure(row: Comparison, bench: BenchConfig) -> Row:
     """`row` measured; where a side does not fit in memory, a row without figures that says so."""
-    if row.unit == "MB":
-        return _memory(row)
+    give_back_memory()
     largest = max(bytes_needed(side) for side in (row.ours, row.peer) if side is not None)
     free = available_bytes()
     if free is not None and largest > 0.85 * free:
         note = f"left out: needs about {largest / 1e9:.0f} GB of {free / 1e9:.0f} GB free"
         return Row(name=row.name, unit=row.unit, ours=None, note=note)
-    made = _alone(row, bench.rounds) if row.peer is None else _paired(row, row.peer, bench.rounds)
-    gc.collect()
-    return made
+    if row.unit == "MB":
+        return _memory(row)
+    return _alone(row, bench.rounds) if row.peer is None else _paired(row, row.peer, bench.rounds)
 
 
 def share_of_limit(row: Comparison, measured: Row, limit: float) -> Row | None:
@@ -81,14 +81,14 @@ def share_of_limit(row: Comparison, measured: Row, limit: float) -> Row | None:
         peer=share(measured.peer),
         ratio=measured.ratio,
         spread=measured.spread,
-        floor=SHARE.get(side.experts) if shape == Shape() else None,
+        floor=SHARE.get(side.experts) if has_floors(shape, side.precision) else None,
     )
 
 
 def matrix_limit(size: int, precision: Precision, rounds: int = 5) -> float:
     """The most floating-point operations per second of a square product, in `rounds` tries."""
     dtype = getattr(torch, precision)
-    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+    a, b = (torch.randn(size, size).to(compute_device(), dtype) for _ in range(2))
     torch.mm(a, b)
     return 2 * size**3 / min(seconds(lambda: torch.mm(a, b)) for _ in range(rounds))
 
@@ -140,8 +140,12 @@ def _alone(row: Comparison, rounds: int) -> Row:
 
 def _memory(row: Comparison) -> Row:
     threads = torch.get_num_threads()
-    ours = peaks(row.ours, threads)
-    peer = None if row.peer is None else peaks(row.peer, threads)
+    try:
+        ours = peaks(row.ours, threads)
+        peer = None if row.peer is None else peaks(row.peer, threads)
+    except RuntimeError as error:  # one row less, and not a run of an hour
+        note = f"left out: {str(error).splitlines()[0]}"
+        return Row(name=row.name, unit=row.unit, ours=None, note=note)
     phases = {"ours": ours._asdict(), "peer": None if peer is None else peer._asdict()}
     return Row(
         name=row.name,

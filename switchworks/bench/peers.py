@@ -13,6 +13,7 @@ from switchworks.bench.config import Side
 from switchworks.bench.timing import Work
 from switchworks.checkpoint.hugging_face import to_hf_state
 from switchworks.checkpoint.hugging_face_config import to_hf_config
+from switchworks.device import compute_device
 from switchworks.model import SwitchTransformer
 
 LR = 1e-4
@@ -50,7 +51,8 @@ def build_peer(side: Side, model: SwitchTransformer, batch: Batch) -> Work:
     if routing is not None and side.does == "train":
         factor = routing.capacity_factor or 1.0
         capacity = int(factor * side.shape.input_length / routing.experts) + 1
-    peer = peer_model(model, expert_capacity=capacity)
+    device = compute_device()
+    peer, batch = peer_model(model, expert_capacity=capacity).to(device), batch.to(device)
     if side.does == "decode":
         return _decoding(side, peer, batch)
     return _training_step(side, peer, batch)
@@ -61,12 +63,12 @@ def _training_step(side: Side, peer: Any, batch: Batch) -> Work:
     optimizer = _optimizer(side, peer)
     call = torch.compile(peer) if side.who == "compiled peer" else peer
     extra = {"output_router_logits": True} if side.experts else {}  # else it has no balance loss
-    parts = batch.split(side.micro_batches)
+    parts, device = batch.split(side.micro_batches), batch.inputs.device.type
 
     def step() -> float:
         total = 0.0
         for part in parts:
-            with torch.autocast("cpu", torch.bfloat16, enabled=side.precision == "bfloat16"):
+            with torch.autocast(device, torch.bfloat16, enabled=side.precision == "bfloat16"):
                 loss = call(input_ids=part.inputs, labels=part.targets, **extra).loss
             (loss / len(parts)).backward()
             total += float(loss.detach()) / len(parts)

@@ -12,6 +12,7 @@ from switchworks.bench.config import Shape, Side
 from switchworks.bench.peers import LR, build_peer
 from switchworks.bench.timing import Work
 from switchworks.data.config import DataConfig
+from switchworks.device import compute_device
 from switchworks.generate import generate
 from switchworks.kernels.quantise import QuantiseConfig, quantise
 from switchworks.model import SwitchFFN, SwitchTransformer
@@ -72,7 +73,7 @@ def random_batch(shape: Shape) -> Batch:
 
 
 def _training_step(side: Side) -> Work:
-    """The step that `switchworks train` takes, with bound, statistics and all."""
+    """The step that `switchworks train --kernels fast` takes, with bound, statistics and all."""
     shape = side.shape
     experiment = Experiment(
         name="bench",
@@ -96,11 +97,11 @@ def _training_step(side: Side) -> Work:
 
 
 def _decoding(side: Side) -> Work:
-    model = new_model(side).eval()
+    model = new_model(side).eval().to(compute_device())
     cast_for_compute(model, getattr(torch, side.precision))
     if side.int8 is not None:
         model = quantise(model, QuantiseConfig(product=side.int8))
-    inputs = random_batch(side.shape).inputs
+    inputs = random_batch(side.shape).inputs.to(compute_device())
     return lambda: generate(model, inputs, max_length=side.new_tokens)
 
 
@@ -113,11 +114,11 @@ def _layer_pass(side: Side) -> Work:
         layer = FFN(config)
     else:
         layer = SwitchFFN(config.d_model, config.d_ff, config.routing)
-    cast_for_compute(layer, dtype)
+    cast_for_compute(layer.to(compute_device()), dtype)
     if side.kernels:
         kernels.apply(layer)
     x = torch.randn(side.shape.batch_size, side.shape.input_length, config.d_model, dtype=dtype)
-    x.requires_grad_()
+    x = x.to(compute_device()).requires_grad_()
 
     def work() -> None:
         layer.zero_grad(set_to_none=True)

@@ -3,7 +3,6 @@
 Letters: E experts.
 """
 
-import gc
 import statistics
 from dataclasses import replace
 
@@ -15,6 +14,7 @@ from switchworks.bench.memory import available_bytes
 from switchworks.bench.sides import build, bytes_needed
 from switchworks.bench.timing import seconds, spread
 from switchworks.model.sizes import num_parameters
+from switchworks.training.machine import give_back_memory
 
 EXPERTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SWEEP = Shape(d_model=256, d_ff=512, num_heads=4, layers=2, vocab_size=4096, many_d_ff=None)
@@ -38,7 +38,7 @@ def sweep(bench: BenchConfig, precision: Precision) -> list[Row]:
             work()
             taken[side.experts].append(seconds(work))
             del work
-            gc.collect()
+            give_back_memory()
     bandwidth = copy_bandwidth()
     first, least = statistics.median(taken[sides[0].experts]), traffic(sides[0])
     return [

@@ -1,12 +1,13 @@
 """Two things timed in turns, so that a machine that slows down slows both."""
 
-import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+
+from switchworks.training.machine import give_back_memory
 
 Work = Callable[[], object]
 """Something to time; it ends when its result is there."""
@@ -60,7 +61,7 @@ def alternate(build_ours: Callable[[], Work], build_peer: Callable[[], Work], ro
             work()
             taken += [seconds(work), seconds(work)]
             del work
-            gc.collect()
+            give_back_memory()
     return times
 
 

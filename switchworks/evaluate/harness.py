@@ -1,7 +1,8 @@
 """EleutherAI's lm-evaluation-harness drives our models: `lm_eval` asks, `Scorer` answers.
 
     import lm_eval
-    from switchworks.evaluate.harness import harness_model
+    from switchworks.device import compute_device
+from switchworks.evaluate.harness import harness_model
 
     lm_eval.simple_evaluate(harness_model("runs/quickstart_lm"), tasks=["arc_easy"])
 
@@ -222,7 +223,7 @@ def harness_model(path: Path | str, **settings: int) -> Any:
             f"lm-eval, which is to ask the questions, cannot be imported: {error}.\n"
             "  Install it beside switchworks: pip install lm-eval"
         ) from error
-    model, tokenizer = load(Path(path))
+    model, tokenizer = load(Path(path), compute_device())
     if tokenizer is None:
         raise CheckpointError(
             f"{path} holds a model without a tokenizer, so it cannot read text.\n"

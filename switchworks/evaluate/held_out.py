@@ -6,10 +6,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from switchworks.checkpoint.model_files import load
 from switchworks.config import CheckpointError
 from switchworks.data.corpora import Corpora, prepare_corpora
 from switchworks.data.of_run import data_of_run, text_for
+from switchworks.device import compute_device
 from switchworks.evaluate.perplexity import held_out_losses
 from switchworks.model import SwitchTransformer
 
@@ -18,16 +21,22 @@ NEARLY_ALL = 1 - 1e-9
 
 
 def evaluate_run(
-    path: Path, *, batches: int, batch_size: int = 16, text: str | None = None
+    path: Path,
+    *,
+    batches: int,
+    batch_size: int = 16,
+    text: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """Loss in nats per token, perplexity and counts of the model in `path`.
 
     Uses the held-out text of the run in `path`, or all of the file, folder or glob `text`, the
     model's tokenizer and the first `batches` batches, whose masks are the same at every call.
+    `dtype` is what it computes in, None: as the model is stored.
     "bits_per_byte" is comparable between tokenizers. Of a mixture, "loss/NAME" and
     "bits_per_byte/NAME" are of each corpus. Raises CheckpointError as `open_run` does.
     """
-    model, corpora = open_run(path, text)
+    model, corpora = open_run(path, text, dtype)
     held_out = corpora.held_out(batch_size=batch_size, batches=batches)
     loss, by_corpus = held_out_losses(model, held_out)
     rows = chain.from_iterable(held_out.batches.values())
@@ -44,7 +53,9 @@ def evaluate_run(
     }
 
 
-def open_run(path: Path, text: str | None = None) -> tuple[SwitchTransformer, Corpora]:
+def open_run(
+    path: Path, text: str | None = None, dtype: torch.dtype | None = None
+) -> tuple[SwitchTransformer, Corpora]:
     """The model in `path` and the text it was trained on, or `text` in its place.
 
     Raises CheckpointError if there is no model, if it has no tokenizer, or if nothing says what to
@@ -52,7 +63,7 @@ def open_run(path: Path, text: str | None = None) -> tuple[SwitchTransformer, Co
     """
     if text is None and data_of_run(path) is None:
         text_for(path, decoder_only=False)  # says what is missing
-    model, tokenizer = load(path)
+    model, tokenizer = load(path, compute_device(), dtype)
     if tokenizer is None:
         raise CheckpointError(
             f"The model in {path} has no tokenizer, so it can read no text.\n"

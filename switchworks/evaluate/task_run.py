@@ -4,11 +4,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from switchworks.checkpoint.model_files import load
 from switchworks.config import CheckpointError, ConfigError
 from switchworks.data.config import DataConfig
 from switchworks.data.of_run import data_of_run
 from switchworks.data.task_corpora import places_of, tasks_of
+from switchworks.device import compute_device
 from switchworks.evaluate.answers import Answering
 from switchworks.evaluate.metrics import check_metrics
 from switchworks.evaluate.tasks import TaskResult, measure, questions_of
@@ -28,9 +31,14 @@ def named_tasks(path: Path, tasks: Sequence[str], folder: Path | None) -> DataCo
 
 
 def evaluate_tasks(
-    path: Path, data: DataConfig, how: Answering, *, split: str = "validation"
+    path: Path,
+    data: DataConfig,
+    how: Answering,
+    *,
+    split: str = "validation",
+    dtype: torch.dtype | None = None,
 ) -> list[TaskResult]:
-    """The model in `path` measured on the tasks of `data`.
+    """The model in `path` measured on the tasks of `data`, in `dtype` or as it is stored.
 
     Raises CheckpointError if it has no tokenizer, and before anything is answered ConfigError or
     DataError for tasks whose names or data cannot be used.
@@ -41,7 +49,7 @@ def evaluate_tasks(
         raise ConfigError("There is no task to evaluate. Name one: --tasks glue_rte.")
     for questions in asked:
         check_metrics(questions.task, questions.examples)
-    model, tokenizer = load(path)
+    model, tokenizer = load(path, compute_device(), dtype)
     if tokenizer is None:
         raise CheckpointError(
             f"{path} holds a model without a tokenizer, so it cannot read a task.\n"

@@ -9,6 +9,7 @@ import torch
 from switchworks.checkpoint.model_files import load
 from switchworks.config import CheckpointError, ConfigError, check_at_least
 from switchworks.data.tokenizer import Tokenizer
+from switchworks.device import compute_device
 from switchworks.generate.batches import batches_by_length, pad
 from switchworks.generate.beam import BeamSearch
 from switchworks.generate.continuation import continuation
@@ -35,15 +36,22 @@ class Writing:
         check_at_least(self, "", 1, "max_length", "batch_size")
 
 
-def answer(path: Path, texts: Sequence[str], how: Writing, *, int8: bool = False) -> list[str]:
+def answer(
+    path: Path,
+    texts: Sequence[str],
+    how: Writing,
+    *,
+    int8: bool = False,
+    dtype: torch.dtype | None = None,
+) -> list[str]:
     """`texts` with their holes filled by the model in `path`, fills in square brackets.
 
     A text without a hole gets one at its end, so it is continued. A decoder-only model only
-    continues, and what it wrote follows the text without brackets. With `int8` the weights are
-    rounded to 8 bits first. Raises CheckpointError if the model has no tokenizer, ConfigError if
-    there is no text.
+    continues, and what it wrote follows the text without brackets. `dtype` is what the model
+    computes in, None: as it is stored. With `int8` the weights are rounded to 8 bits first. Raises
+    CheckpointError if the model has no tokenizer, ConfigError if there is no text.
     """
-    model, tokenizer = load(path)
+    model, tokenizer = load(path, compute_device(), dtype)
     if tokenizer is None:
         raise CheckpointError(
             f"{path} holds a model without a tokenizer, so there is no way to read text.\n"
@@ -56,7 +64,13 @@ def answer(path: Path, texts: Sequence[str], how: Writing, *, int8: bool = False
 
 
 def answer_lines(
-    path: Path, source: Path, how: Writing, output: Path | None = None, *, int8: bool = False
+    path: Path,
+    source: Path,
+    how: Writing,
+    output: Path | None = None,
+    *,
+    int8: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> list[str]:
     """The answer to every line of `source`, and `output` with one in each line if it is named.
 
@@ -72,7 +86,7 @@ def answer_lines(
     if not places:
         raise ConfigError(f"{source} holds no text.\n  --file takes one text in each line.")
     answers = [""] * len(lines)
-    found = answer(path, [lines[place] for place in places], how, int8=int8)
+    found = answer(path, [lines[place] for place in places], how, int8=int8, dtype=dtype)
     for place, text in zip(places, found, strict=True):
         answers[place] = " ".join(text.splitlines())
     if output is not None:

@@ -3,9 +3,10 @@
 from functools import partial
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
-from switchworks.kernels import grouped
+from switchworks.kernels import grouped, noise
 from switchworks.kernels.attention import attend_in_blocks
 from switchworks.kernels.norm import rms_norm
 from switchworks.model.attention import Attention, RelativeBias
@@ -18,12 +19,14 @@ from switchworks.model.switch_ffn import SwitchFFN
 M = TypeVar("M", bound=nn.Module)
 
 
-def apply(model: M) -> M:
+def apply(model: M, device: torch.device | None = None) -> M:
     """`model` itself, which computes the same as before in other ways.
 
-    Weights, their names and all settings stay. What is noise in the model (dropout, jitter) is
-    drawn as before, number for number, but for dropout inside experts on a CPU: tokens are
-    sorted there and not padded, so it is drawn as for the sorted dispatcher.
+    `device` is where it will compute; None: where its weights are.
+
+    Weights, their names and all settings stay. Dropout is drawn as before, number for number, but
+    for dropout inside experts on a CPU: it and the routers' jitter are of the same distribution
+    there (`noise.py`).
     """
     for module in model.modules():
         if isinstance(module, Attention | SwitchAttention):
@@ -32,15 +35,16 @@ def apply(model: M) -> M:
             module.in_parts = True
         elif isinstance(module, RMSNorm):
             module.forward = partial(_norm, module)
-        elif isinstance(module, SwitchFFN) and _alone_on_cpu(module.experts):
+        elif isinstance(module, SwitchFFN) and _own_on_cpu(module.experts, device):
             module.dispatcher = DISPATCHERS["sorted"]
+            module.router.jitter = noise.jitter
             module.experts.forward = partial(grouped.answer, module.experts)
     return model
 
 
-def _alone_on_cpu(experts: nn.Module) -> bool:
+def _own_on_cpu(experts: nn.Module, device: torch.device | None) -> bool:
     """Where padding costs more than reading counts does, and where experts are the model's own."""
-    return type(experts) is Experts and experts.w_in.device.type == "cpu"
+    return type(experts) is Experts and (device or experts.w_in.device).type == "cpu"
 
 
 def _norm(module: RMSNorm, x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from switchworks.kernels import noise
 from switchworks.model.experts import Experts, Inbox
 from switchworks.model.layers import activate
 
@@ -31,8 +32,8 @@ def answer(experts: Experts, inbox: Inbox) -> Float[Tensor, "N O"]:
         gate = grouped_product(tokens, experts.w_gate, counts)
     hidden = activate(grouped_product(tokens, experts.w_in, counts), gate, experts.activation)
     if experts.training and experts.dropout > 0:
-        parts = hidden.split(list(counts))  # drawn as the reference draws it
-        hidden = torch.cat([F.dropout(part, experts.dropout) for part in parts])
+        on_cpu = hidden.device.type == "cpu"
+        hidden = (noise.dropout if on_cpu else F.dropout)(hidden, experts.dropout)
     return grouped_product(hidden, experts.w_out, counts)
 
 

@@ -73,10 +73,11 @@ class PaddedDispatcher:
         nowhere = num_experts * groups * capacity  # one spare slot takes what is not kept
         place = torch.where(routes.kept, place, nowhere).flatten()
         tokens = rows_of(routes, size)
-        rows = x.flatten(0, 1) if tokens is None else x.flatten(0, 1)[tokens]
+        rows = x.flatten(0, 1)
+        rows = rows if tokens is None else rows.index_select(0, tokens)
         inbox = x.new_zeros(nowhere + 1, width).index_copy(0, place, rows)
         outbox = experts(Inbox(inbox[:-1], None))
-        answers = torch.cat([outbox, outbox.new_zeros(1, outbox.shape[-1])])[place]
+        answers = torch.cat([outbox, outbox.new_zeros(1, outbox.shape[-1])]).index_select(0, place)
         answers = answers * routes.gate.flatten()[:, None].to(x.dtype)
         if tokens is not None:
             answers = answers.new_zeros(groups * size, answers.shape[-1]).index_add(
@@ -89,7 +90,8 @@ class SortedDispatcher:
     """Sorts kept tokens by expert and runs each expert on just its own: no padding, no limit.
 
     The path for CPUs and for dropless routing. The counts are read on the host, so it does not
-    compile into one graph.
+    compile into one graph. Rows are taken by `index_select`: the gradient of `x[tokens]` looks
+    for repeated indices one by one, and takes as long as the experts' products.
     """
 
     def __call__(
@@ -99,8 +101,9 @@ class SortedDispatcher:
         order = sort_by_expert(routes, experts.num_experts)
         tokens = rows_of(routes, size)
         tokens = order.assignment if tokens is None else tokens[order.assignment]
-        answers = experts(Inbox(x.flatten(0, 1)[tokens], order.counts))
-        answers = answers * routes.gate.flatten()[order.assignment, None].to(x.dtype)
+        answers = experts(Inbox(x.flatten(0, 1).index_select(0, tokens), order.counts))
+        gates = routes.gate.flatten().index_select(0, order.assignment)
+        answers = answers * gates[:, None].to(x.dtype)
         empty = answers.new_zeros(groups * size, answers.shape[-1])
         if routes.token is None:  # each row is written once at most
             return empty.index_copy(0, tokens, answers).view(groups, size, -1)

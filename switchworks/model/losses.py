@@ -7,7 +7,6 @@ N rows of logits.
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -115,6 +114,6 @@ def expert_load(
     expert: Int[Tensor, "G S"], real: Bool[Tensor, "G S"], experts: int
 ) -> Float[Tensor, "E"]:
     """Share of the real tokens that want each expert; sums to 1, or to 0 without real tokens."""
-    # A product and not expert[real], whose length is not known before it runs: this compiles.
-    counts = (F.one_hot(expert, experts) * real[..., None]).sum(dim=(0, 1)).float()
+    counts = torch.zeros(experts, device=expert.device)
+    counts.scatter_add_(0, expert.flatten(), real.flatten().float())
     return counts / counts.sum().clamp(min=1)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from switchworks.config import ConfigError
+from switchworks.device import compute_device
 from switchworks.parallel import launch
 from switchworks.parallel.config import MeshConfig
 
@@ -49,6 +50,8 @@ class Ranks:
         self.batch_world = 1 if self.batch is None else self.batch.size()
         self.first = mesh is None or mesh.get_rank() == 0
         """Whether it is the one that talks and writes."""
+        self.device = compute_device() if mesh is None else torch.device(mesh.device_type)
+        """Where its model computes."""
 
     def total(self, values: Sequence[float]) -> list[float]:
         """The sum of each value over the parts of a batch."""
@@ -95,7 +98,7 @@ def ranks_of(config: MeshConfig, world: int) -> Iterator[Ranks]:
     if config.size == 1:
         yield ALONE
         return
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = compute_device().type
     begun = not dist.is_initialized()
     if begun:
         if device == "cuda":

@@ -27,6 +27,7 @@ from switchworks.data.corpora import HeldOut, prepare_corpora
 from switchworks.data.of_run import data_of_run
 from switchworks.data.task_corpora import places_of, tasks_of
 from switchworks.data.tokenizer import Tokenizer
+from switchworks.device import compute_device
 from switchworks.evaluate.answers import Answering
 from switchworks.evaluate.perplexity import held_out_losses
 from switchworks.evaluate.tasks import measure, questions_of
@@ -119,7 +120,7 @@ def _open(path: Path) -> _Model:
             f"The model in {path} has no tokenizer, so it cannot be compared on a text.\n"
             "  Put its tokenizer beside its weights."
         )
-    return _Model(path, model.eval(), tokenizer)
+    return _Model(path, model.to(compute_device()).eval(), tokenizer)
 
 
 def _same_tokens(opened: list[_Model]) -> list[_Model]:

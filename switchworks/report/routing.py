@@ -11,6 +11,7 @@ from switchworks.config import CheckpointError
 from switchworks.data.config import DataConfig
 from switchworks.data.corpora import prepare_corpora
 from switchworks.data.tokenizer import Tokenizer
+from switchworks.device import compute_device
 from switchworks.evaluate.routing_report import routing_report
 from switchworks.model import SwitchTransformer
 from switchworks.report.routing_page import routing_page
@@ -56,6 +57,7 @@ def write_routing_report(
 
 def _open(path: Path) -> tuple[SwitchTransformer, Tokenizer]:
     model, tokenizer = open_model(path)
+    model.to(compute_device())
     if tokenizer is None:
         raise CheckpointError(
             f"The model in {path} has no tokenizer, so no text can be routed.\n"

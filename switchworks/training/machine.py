@@ -1,6 +1,8 @@
 """What a run sets on the machine, and what it says about it."""
 
+import contextlib
 import ctypes
+import gc
 import os
 import platform
 import sys
@@ -10,6 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+
+from switchworks.device import compute_device
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 """Names of glibc's malloc.h, which Python does not know."""
@@ -30,6 +34,14 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
 
 
+def give_back_memory() -> None:
+    """What was freed goes back to the system, after `keep_freed_memory` has kept it."""
+    gc.collect()
+    if sys.platform.startswith("linux"):
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 @cache
 def bfloat16_gain(size: int = 256) -> float:
     """How many times faster this machine multiplies matrices in bfloat16 than in float32.
@@ -37,7 +49,7 @@ def bfloat16_gain(size: int = 256) -> float:
     About 2 to 6 with AVX-512 bf16, AMX or a GPU; below 0.1 on processors that have to emulate it,
     which most laptops do. Measured once, in some hundredths of a second.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = compute_device()
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         a = torch.ones(size, size, dtype=dtype, device=device)

@@ -139,10 +139,12 @@ def spread_model(
         model = _fresh_model(experiment, whole=ranks.mesh is None and not empty)
     table = None if experiment.lora is None else adapt(model, experiment.lora, experiment.seed)
     freeze(model, experiment.freeze)
+    if ranks.mesh is None and not model.embedding.weight.is_meta:
+        model.to(ranks.device)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     cast_for_compute(model, getattr(torch, experiment.precision))
     if experiment.kernels == "fast":
-        kernels.apply(model)
+        kernels.apply(model, ranks.device)
     if experiment.activation_checkpointing:
         checkpoint_blocks(model)
     letters = dimension_letters(model)
@@ -161,7 +163,7 @@ def state_of(
     """The second half: memory and first values where there are none yet, and the optimizer."""
     model, letters, gradients, weights, table = spread
     if model.embedding.weight.is_meta:
-        allocate(model, "cpu" if ranks.mesh is None else ranks.mesh.device_type)
+        allocate(model, ranks.device)
         weights = {} if empty else fill(model, experiment.seed)
     updater = build_optimizer(model.named_parameters(), letters, experiment.optim, weights)
     compiled = torch.compile(model, fullgraph=True, dynamic=False) if experiment.compile else None

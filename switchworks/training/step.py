@@ -85,6 +85,7 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
         nats.append(losses.cross_entropy.detach() * share)
         softs.append(soft.detach() * share)
         reports.append(output._replace(logits=output.logits.new_zeros(0, 0, 0)))
+        del output, learnt, losses, loss  # else these logits live on beside the next part's
     sums = [float(sum(addends)) for addends in (totals, nats, softs)]
     total, cross_entropy, soft = ranks.total(sums)
     if total - total != 0:  # not finite

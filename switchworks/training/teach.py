@@ -12,6 +12,7 @@ from switchworks.checkpoint.model_files import weights_hash
 from switchworks.compress.logit_store import Dtype, LogitStore, LogitWriter, is_store
 from switchworks.config import ConfigError
 from switchworks.data.corpora import prepare_corpora
+from switchworks.device import compute_device
 from switchworks.model import SwitchTransformer
 from switchworks.training import machine
 from switchworks.training.experiment import Experiment
@@ -50,8 +51,9 @@ def teach(experiment: Experiment, *, top_k: int = 32, dtype: Dtype = "float16") 
     info = about_store(experiment, corpora.tokenizer, top_k, dtype, weights)
     writer = LogitWriter(folder, info)
     cast_for_compute(teacher.model, getattr(torch, experiment.precision))
+    teacher.model.to(compute_device())
     if experiment.kernels == "fast":
-        kernels.apply(teacher.model)
+        kernels.apply(teacher.model, compute_device())
     batches = corpora.training(batch_size=experiment.batch_size, seed=experiment.seed)
     _write(writer, teacher.model.eval(), batches.batch, experiment)
     return summary(LogitStore(writer.folder))
@@ -68,6 +70,7 @@ def _write(
     size, total = experiment.batch_size, experiment.steps * experiment.batch_size
     for step in range(writer.written // size, experiment.steps):
         batch, skipped = batch_of(step), max(0, writer.written - step * size)
+        batch = batch.to(model.embedding.weight.device)
         parts = [batch.take(torch.arange(skipped, size))] if skipped else None
         before = writer.written
         for part in parts or batch.split(experiment.micro_batches):
