@@ -111,3 +111,27 @@ def test_zero_forgets_gradients_before_and_after_they_are_gathered(gathered):
 def test_a_frozen_parameter_stays_frozen_in_its_master():
     frozen = nn.Parameter(torch.ones(1, dtype=torch.bfloat16), requires_grad=False)
     assert not MasterWeights([("w", frozen)]).named()["w"].requires_grad
+
+
+def test_a_single_gradient_waits_in_16_bits_until_its_share_is_updated():
+    parameters = {name: narrow(*[1.0] * 70_000) for name in ("a", "b")}
+    masters = MasterWeights(parameters.items())
+    for parameter in parameters.values():
+        parameter.grad = torch.full_like(parameter, 0.5)
+    assert {g.dtype for g in masters.gradients().values()} == {torch.bfloat16}
+    masters.ready(["a"], 0.5)
+    found = masters.gradients()
+    assert parameters["a"].grad is None
+    assert torch.equal(found["a"], torch.full((70_000,), 0.25))
+    assert found["b"].dtype == torch.bfloat16
+    masters.zero(["a"])
+    assert list(masters.gradients()) == ["b"]
+
+
+def test_every_name_is_in_one_share_and_large_ones_are_few_at_a_time(monkeypatch):
+    monkeypatch.setattr("switchworks.optim.masters._SHARE", 150_000)
+    sizes = {"vector": 10, "wide": 70_000, "large": 70_000, "larger": 140_000, "last": 70_000}
+    parameters = {name: narrow(*[0.0] * size) for name, size in sizes.items()}
+    parameters["wide"] = nn.Parameter(torch.zeros(70_000))
+    shares = MasterWeights(parameters.items()).shares()
+    assert shares == [["vector", "wide"], ["large", "larger"], ["last"]]

@@ -201,6 +201,31 @@ def test_micro_batches_take_the_step_of_the_whole_batch(config):
 
 
 @BOTH
+@pytest.mark.parametrize("clip_norm", [None, 0.1])
+def test_a_step_of_one_backward_pass_is_the_same_share_by_share(config, clip_norm, monkeypatch):
+    """Gradients that stay in bfloat16 until their share is updated give the same weights."""
+    config, models = replace(config, clip_norm=clip_norm), (Net(), Net())
+    whole, shared = (updater_of(model, config, weights=cast(model)) for model in models)
+    monkeypatch.setattr("switchworks.optim.masters._SMALL", 0)
+    monkeypatch.setattr("switchworks.optim.masters._SHARE", 20)
+    assert len(shared.masters.shares()) > 2
+    for step in range(3):
+        for model in models:
+            model(inputs(step).bfloat16()).backward()
+        whole.accumulate()
+        assert {grad.dtype for grad in shared.gradients().values()} == {torch.bfloat16}
+        norms = [updater.step(step, 100).grad_norm for updater in (whole, shared)]
+        assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+        assert not shared.gradients()
+    for one, other in zip(
+        weights_of(models[0]).values(), weights_of(models[1]).values(), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=2**-8, atol=1e-6)
+    for name, weight in whole.float_state().items():
+        torch.testing.assert_close(shared.float_state()[name], weight, rtol=1e-6, atol=1e-7)
+
+
+@BOTH
 @pytest.mark.parametrize("prepare", [lambda model: None, cast], ids=["float32", "bfloat16"])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(config, prepare: Callable):
     first, second = Net(), Net(seed=1)

@@ -42,8 +42,8 @@ def bytes_needed(side: Side) -> int:
     if side.does == "layer":
         return 0
     each = 4 if side.does == "decode" else {"adamw": 16, "adafactor": 8}[side.optimizer]
-    if side.precision == "bfloat16" and side.who == "ours":
-        each += 2
+    if side.precision == "bfloat16" and side.who == "ours":  # weights and gradients in 16 bits too
+        each += 2 if side.does == "decode" else 4 * (side.micro_batches > 1)
     return each * num_parameters(side.shape.model(side.experts))
 
 

@@ -52,10 +52,10 @@ def traffic(side: Side) -> float:
 
     Per weight and in bytes, in float32: read forward and backward 8, gradient written and its norm
     taken 8, optimizer reading weight, gradient and two moments 16 and writing three of them 12. In
-    bfloat16 the first is 4 and the gradient is also widened, 8 + 4; the new weight is also rounded,
-    4 + 2.
+    bfloat16 the first two are 4 each, the gradient is also widened, 2 + 4, and the new weight
+    rounded, 4 + 2.
     """
-    each = 44 if side.precision == "float32" else 4 + 2 + (2 + 4) + 4 + 28 + 6
+    each = 44 if side.precision == "float32" else 4 + 4 + 6 + 28 + 6
     return float(each * num_parameters(side.shape.model(side.experts)))
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from switchworks.checkpoint.model_files import load
 from switchworks.config import CheckpointError, ConfigError
 from switchworks.data.tokenizer import Tokenizer
+from switchworks.device import compute_device
 from switchworks.generate import BeamSearch, Sampling, generate
 from switchworks.generate.batches import batches_by_length, pad
 from switchworks.generate.continuation import continuation

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from switchworks.config import CheckpointError
 from switchworks.optim.adafactor import EPS_SCALE, Adafactor
-from switchworks.optim.clip import clip_by_global_norm, first_nonfinite, global_norm
+from switchworks.optim.clip import first_nonfinite, global_norm, scale_to_bound
 from switchworks.optim.config import OptimConfig
 from switchworks.optim.masters import MasterWeights
 from switchworks.optim.schedule import learning_rate
@@ -45,7 +45,9 @@ class Kind(NamedTuple):
 class Updater:
     """Masters, optimizer, clipping and schedule as one: gradients in, updated weights out.
 
-    Call `accumulate()` after each micro-batch's backward pass and `step()` after the last.
+    Call `accumulate()` after each micro-batch's backward pass and `step()` after the last. Where
+    there is only one, `step()` alone takes its gradients out of the 16-bit parameters, a few at a
+    time, so that no float32 copy of all of them is ever there.
     """
 
     def __init__(
@@ -66,29 +68,27 @@ class Updater:
         not finite, weights, state and gradients stay as they are, for the caller to look at. A
         parameter without a gradient is left alone, and so is its state.
         """
-        self.accumulate()
+        if self.masters.gathering:
+            self.accumulate()
         lr = learning_rate(self.config, step, total_steps)
-        norm = self._bound(list(self.masters.gradients().values()))
+        norm = float(global_norm(list(self.masters.gradients().values())))
         if math.isfinite(norm):
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            self.optimizer.step()
-            self.masters.publish()
-            self.zero()
+            for names in self.masters.shares():
+                self.masters.ready(names, scale_to_bound(norm, self.config.clip_norm))
+                self.optimizer.step()
+                self.masters.publish(names)
+                self.zero(names)
         return UpdateStats(lr, norm)
-
-    def _bound(self, grads: list[Tensor]) -> float:
-        if self.config.clip_norm is None:
-            return float(global_norm(grads))
-        return float(clip_by_global_norm(grads, self.config.clip_norm))
 
     def gradients(self) -> dict[str, Tensor]:
         """Name -> gradient gathered so far. The tensors are those in use."""
         return self.masters.gradients()
 
-    def zero(self) -> None:
-        """Forget the gradients."""
-        self.masters.zero()
+    def zero(self, names: Iterable[str] | None = None) -> None:
+        """Forget the gradients of `names`, or all."""
+        self.masters.zero(names)
 
     def first_nonfinite_gradient(self) -> str | None:
         """The first parameter, in the model's order, whose gradient is not finite, or None."""

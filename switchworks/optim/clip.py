@@ -57,10 +57,17 @@ def clip_by_global_norm(grads: Sequence[Tensor], max_norm: float) -> Float[Tenso
     look at: scaling by 0 or NaN would wipe out the trace. Waits for the device once.
     """
     norm = global_norm(grads)
-    value = float(norm)
-    if math.isfinite(value) and value > max_norm:
-        torch._foreach_mul_([local(grad) for grad in grads], max_norm / value)  # pyright: ignore[reportPrivateImportUsage]
+    if (scale := scale_to_bound(float(norm), max_norm)) != 1:
+        torch._foreach_mul_([local(grad) for grad in grads], scale)  # pyright: ignore[reportPrivateImportUsage]
     return norm
+
+
+def scale_to_bound(norm: float, max_norm: float | None) -> float:
+    """What gradients of global norm `norm` are to be multiplied by to have one of `max_norm` at
+    most: 1 if they have, if there is no bound, and if the norm is not finite."""
+    if max_norm is None or not math.isfinite(norm) or norm <= max_norm:
+        return 1.0
+    return max_norm / norm
 
 
 def first_nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:

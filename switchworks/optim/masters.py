@@ -9,7 +9,10 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from switchworks.optim.spread import local
+
 _NARROW = (torch.bfloat16, torch.float16)
+_SMALL, _SHARE = 2**16, 2**24
 
 
 class MasterWeights:
@@ -65,23 +68,63 @@ class MasterWeights:
                 master.grad += parameter.grad
             parameter.grad = None
 
-    def gradients(self) -> dict[str, Tensor]:
-        """Name -> gradient gathered so far, of the masters that have one."""
-        return {
-            name: master.grad for name, master in self._masters.items() if master.grad is not None
-        }
+    @property
+    def gathering(self) -> bool:
+        """Whether masters of 16-bit parameters have gradients."""
+        return any(self._masters[name].grad is not None for name in self._narrow)
 
-    def zero(self) -> None:
-        """Forget all gradients."""
+    def gradients(self) -> dict[str, Tensor]:
+        """Name -> gradient gathered so far, where there is one. One that was not accumulated is
+        still its parameter's, in 16 bits."""
+        found = {}
         for name, master in self._masters.items():
-            master.grad = None
+            grad = self._parameters[name].grad if master.grad is None else master.grad
+            if grad is not None:
+                found[name] = grad
+        return found
+
+    def shares(self) -> list[list[str]]:
+        """All names in a few lists, for an update of one list after the other.
+
+        What needs no float32 copy of its gradient, and all that is small, comes first; then large
+        16-bit parameters, so many at once that their float32 gradients take about 64 MB. An
+        optimizer moves whatever has a gradient: once gradients were accumulated there is one list.
+        """
+        if self.gathering:
+            return [list(self._masters)]
+        large = [name for name in self._narrow if self._masters[name].numel() > _SMALL]
+        shares, size = [[name for name in self._masters if name not in set(large)]], _SHARE
+        for name in large:
+            if size >= _SHARE:
+                shares.append([])
+                size = 0
+            shares[-1].append(name)
+            size += self._masters[name].numel()
+        return shares
+
+    @torch.no_grad()
+    def ready(self, names: Iterable[str], scale: float) -> None:
+        """The masters of `names` have their whole gradients, in float32 and times `scale`."""
+        for name in names:
+            parameter, master = self._parameters[name], self._masters[name]
+            if parameter is not master and parameter.grad is not None:
+                master.grad, parameter.grad = parameter.grad.to(master.dtype), None
+            if scale != 1 and master.grad is not None:
+                local(master.grad).mul_(scale)
+
+    def zero(self, names: Iterable[str] | None = None) -> None:
+        """Forget the gradients of `names`, or all."""
+        for name in self._masters if names is None else names:
+            self._masters[name].grad = None
             self._parameters[name].grad = None
 
     @torch.no_grad()
-    def publish(self) -> None:
-        """Round every master into the model: one cast per weight."""
-        for name in self._narrow:
-            self._parameters[name].copy_(self._masters[name])
+    def publish(self, names: Iterable[str] | None = None) -> None:
+        """Round the masters of `names`, or all, into the model: one cast per weight."""
+        for name in self._masters if names is None else names:
+            parameter, master = self._parameters[name], self._masters[name]
+            if parameter is not master:
+                parameter.copy_(master)
 
 
 @torch.no_grad()

@@ -68,10 +68,12 @@ def memory(experiment: Experiment, counts: Shares) -> dict[str, int]:
     moments = 2 if experiment.optim.name == "adamw" else int(experiment.optim.betas[0] > 0)
     share = numbers_of_a_rank(experiment) / num_parameters(experiment.model)
     parameters, trainable = round(counts.parameters * share), round(counts.trainable * share)
+    # A batch that is not cut leaves its gradients in the model's own precision.
+    alone = experiment.micro_batches == 1 and experiment.mesh.size == 1
     bytes_of = {
         "weights": parameters * compute,
         "masters": 0 if compute == _MASTER else parameters * _MASTER,
-        "gradients": trainable * _MASTER,
+        "gradients": trainable * (compute if alone else _MASTER),
         "optimizer": trainable * _MASTER * moments,
     }
     return bytes_of | {"total": sum(bytes_of.values())}

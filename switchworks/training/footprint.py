@@ -74,14 +74,18 @@ def measure_step(state: TrainState, batch: Batch) -> Footprint:
     gradients: list[int] = []
     accumulate, update = updater.accumulate, updater.step
 
+    def grads_of_parameters() -> Iterator[Tensor]:
+        return (p.grad for p in state.model.parameters() if p.grad is not None)
+
     def marked() -> None:
-        trace.mark(p.grad for p in state.model.parameters() if p.grad is not None)
+        trace.mark(grads_of_parameters())
         before, trace.phase = trace.phase, max(1, trace.phase)
         accumulate()
         trace.phase = before
         trace.mark(updater.gradients().values())
 
     def counted(step: int, total_steps: int) -> UpdateStats:
+        trace.mark(grads_of_parameters())  # if there was nothing to accumulate
         gradients.append(_bytes_of(updater.gradients().values()))
         trace.phase = 2
         return update(step, total_steps)

@@ -80,7 +80,8 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
         loss = share * (learnt + losses.output_z)
         loss = loss + (losses.balance + losses.router_z) / parts
         loss.backward()
-        state.updater.accumulate()
+        if parts > 1 or ranks.mesh is not None:
+            state.updater.accumulate()
         totals.append(loss.detach())
         nats.append(losses.cross_entropy.detach() * share)
         softs.append(soft.detach() * share)
