@@ -1,5 +1,6 @@
 # make quickstart   train a Switch Transformer on this machine, from nothing but this checkout
-# make test         every test that needs no GPU
+# make test         all tests but the slow ones and those for GPUs
+# make test-slow    the slow ones
 # make check        format, lint, types, import ladder
 # make setup        only the environment
 
@@ -7,7 +8,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: setup quickstart test check format clean
+.PHONY: setup quickstart test test-slow check format clean
 
 setup: .venv/installed
 
@@ -29,6 +30,9 @@ quickstart: .venv/installed
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -m "not gpu and not slow" --numprocesses auto --dist worksteal $(ARGS)
+
+test-slow: .venv/installed-dev
+	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
 
 check: .venv/installed-dev
 	$(BIN)/ruff format --check .

@@ -33,6 +33,7 @@ def recovered(recipe: str, smaller: Path, keep: int, steps: int, flags: list[str
     run_dir = smaller.with_name(f"{smaller.name}_recovered")
     if not (run_dir / "report.html").exists():
         words = ["train", recipe, "--steps", str(steps), "--run-dir", str(run_dir), "--resume"]
+        words += ["--optim.warmup-steps", str(max(1, steps // 10))]
         words += ["--init", str(smaller), "--data.tokenizer", str(smaller)]
         words += ["--model.routing.experts", str(keep)] if keep > 1 else []
         command = [sys.executable, "-m", "switchworks", *words, *flags]

@@ -29,10 +29,13 @@ from switchworks.flags import (
     ReportFlags,
     RoutingFlags,
     TrainFlags,
+    UsageError,
+    check_destination,
     one_change,
     parse_experiment,
     parse_flags,
     parse_shard,
+    parsed_by_tyro,
     prepares_logits,
     spelled,
 )
@@ -93,6 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             raise
         _say(f"error: {error}")
+        return 2
+    except UsageError as error:
+        _say(str(error))
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -249,17 +255,19 @@ def _evaluate(words: list[str]) -> int:
             f"--tasks {' '.join(flags.tasks)} and --text {flags.text} ask for different figures.\n"
             "  Measure one after the other."
         )
+    command = shlex.join(["switchworks", "evaluate", *words])
     data = named_tasks(flags.path, flags.tasks, flags.task_folder)
     if data.tasks and flags.text is None:
-        return _evaluate_tasks(flags, data, shlex.join(["switchworks", "evaluate", *words]))
+        return _evaluate_tasks(flags, data, command)
     from switchworks.evaluate.held_out import evaluate_run
 
     dtype = _dtype(flags.precision)
     figures = evaluate_run(flags.path, batches=flags.batches, text=flags.text, dtype=dtype)
-    if flags.json is not None:
-        flags.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     for name, value in figures.items():
         print(f"{name:<24} {value:.4g}" if isinstance(value, float) else f"{name:<24} {value}")
+    if flags.json is not None:
+        kept = figures | {"command": command}
+        flags.json.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
     return 0
 
 
@@ -300,7 +308,7 @@ def _routing(words: list[str]) -> int:
     from switchworks.recipes.finetune import text_of
 
     path = Path(words[0])
-    flags = tyro.cli(
+    flags = parsed_by_tyro(
         RoutingFlags,
         prog=f"switchworks routing {words[0]}",
         args=[spelled(word) for word in words[1:]],
@@ -355,6 +363,7 @@ def _compression(flags: ReportFlags) -> int:
 def _convert(words: list[str]) -> int:
     flags = parse_flags(ConvertFlags, "convert", words)
     how = one_change(flags)
+    check_destination(flags)
     if how == "upcycle":
         print(_upcycle(flags))
     elif how == "merge_lora":
@@ -406,7 +415,7 @@ def _bench(words: list[str]) -> int:
         flags: Annotated[BenchFlags, tyro.conf.arg(name="")]
 
     default = QUICK if "--quick" in words else BenchConfig()
-    parsed = tyro.cli(
+    parsed = parsed_by_tyro(
         Arguments,
         prog="switchworks bench",
         args=words,

@@ -6,6 +6,7 @@ file is complete: nothing in it depends on a default that a later version might 
 """
 
 import dataclasses
+import math
 import tomllib
 import types
 import typing
@@ -66,11 +67,15 @@ def to_toml(config: Any) -> str:
 
 def from_toml(kind: type[T], path: Path) -> T:
     """The dataclass `kind` read from the TOML file `path`. Raises ConfigError if it cannot be."""
+    return from_dict(kind, read_toml(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The settings in the TOML file `path`. Raises ConfigError if it cannot be read."""
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as an experiment: {error}") from error
-    return from_dict(kind, values)
+        raise ConfigError(f"{path} cannot be read as settings: {error}") from error
 
 
 def differences(left: Any, right: Any) -> dict[str, tuple[Any, Any]]:
@@ -88,16 +93,16 @@ def check_at_least(config: Any, section: str, least: int, *names: str) -> None:
     """Raises ConfigError for the first setting of `names` below `least`. None passes."""
     for name in names:
         value = getattr(config, name)
-        if value is not None and value < least:
-            raise ConfigError(f"{section}{name} = {value} must be at least {least}.")
+        if value is not None and not least <= value < math.inf:
+            raise ConfigError(f"{section}{name} = {value} must be at least {least}, and finite.")
 
 
 def check_positive(config: Any, section: str, *names: str) -> None:
     """Raises ConfigError for the first setting of `names` that is 0 or less. None passes."""
     for name in names:
         value = getattr(config, name)
-        if value is not None and value <= 0:
-            raise ConfigError(f"{section}{name} = {value} must be positive.")
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"{section}{name} = {value} must be positive, and finite.")
 
 
 def check_rate(config: Any, section: str, *names: str) -> None:

@@ -4,7 +4,10 @@ Each dataclass is a verb's own flags; its docstrings are their help. `parse_expe
 setting of a recipe.
 """
 
+import contextlib
 import inspect
+import io
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -13,13 +16,23 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from switchworks.config import ConfigError
+from switchworks.config import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    check_at_least,
+    check_positive,
+)
 from switchworks.data.config import DataConfig
 
 if TYPE_CHECKING:
     from switchworks.training.experiment import Experiment
 
 T = TypeVar("T")
+
+
+class UsageError(Exception):
+    """Words that are no flags; says so at length."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +89,13 @@ class ExplainFlags:
     picture: Path | None = None
     """Draw who holds what, as in the paper's Figure 9, into this .svg or .png."""
 
+    def __post_init__(self) -> None:
+        check_at_least(self, "--", 1, "devices", "ranks")
+        check_positive(self, "--", "memory")
+        check_writable(self.json, self.picture)
+        if self.picture is not None and self.picture.suffix not in (".svg", ".png", ".pdf"):
+            raise ConfigError(f"--picture {self.picture} must end in .svg, .png or .pdf.")
+
 
 Precision = Literal["stored", "float32", "bfloat16", "auto"]
 
@@ -114,6 +134,9 @@ class GenerateFlags:
     precision: Precision = "stored"
     """What to compute in: as the weights are stored (float32 after training), or auto, which is
     bfloat16 where this machine multiplies it faster."""
+
+    def __post_init__(self) -> None:
+        check_writable(self.output)
 
 
 @dataclass(frozen=True)
@@ -158,6 +181,11 @@ class EvaluateFlags:
     predictions: Path | None = None
     """Also write every input and answer to this file, a JSON object per line."""
 
+    def __post_init__(self) -> None:
+        check_at_least(self, "--", 1, "batches", "batch_size", "max_length", "beams")
+        check_at_least(self, "--", 0, "examples", "input_length")
+        check_writable(self.json, self.predictions)
+
 
 @dataclass(frozen=True)
 class RoutingFlags:
@@ -170,6 +198,10 @@ class RoutingFlags:
     """Batches of 16 rows routed, over all labels together."""
     output: Path | None = None
     """The page; the numbers go beside it. Default: routing.html in the run directory, or here."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, "--", 1, "batches")
+        check_writable(self.output)
 
 
 @dataclass(frozen=True)
@@ -191,6 +223,10 @@ class ReportFlags:
     batches: int = 16
     """With --compression: batches of 16 held-out rows that all are measured on. With --languages:
     batches of 64 for each language; 0 takes the last validation of the runs."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, "--", 1 if self.compression else 0, "batches")
+        check_writable(self.output)
 
 
 @dataclass(frozen=True)
@@ -233,6 +269,8 @@ class ConvertFlags:
     merge_lora: Path | None = None
     """A run with adapters, or their directory: merged into the source, which must be the model they
     were trained on. The result is in this format."""
+    overwrite: bool = False
+    """Put the result in the place of a model that is in the destination."""
 
 
 @dataclass(frozen=True)
@@ -247,6 +285,9 @@ class BenchFlags:
     """Every row, with the seconds of every round and the conditions."""
     picture: Path = Path("bench.png")
 
+    def __post_init__(self) -> None:
+        check_writable(self.json, self.picture)
+
 
 @dataclass(frozen=True)
 class NoFlags:
@@ -254,7 +295,28 @@ class NoFlags:
 
 
 def parse_flags(kind: type[T], verb: str, words: list[str]) -> T:
-    return tyro.cli(kind, prog=f"switchworks {verb}", args=words)
+    return parsed_by_tyro(kind, prog=f"switchworks {verb}", args=words)
+
+
+def parsed_by_tyro(kind: type[T], **settings: Any) -> T:
+    """What `tyro.cli` makes of it; prints help and leaves if that is asked for.
+
+    Raises a setting's own ConfigError, DataError or CheckpointError, and UsageError with what tyro
+    has to say of words that are no flags: processes under torchrun would each print it.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, **settings)
+    except SystemExit as end:
+        cause: BaseException | None = end
+        while cause is not None:
+            if isinstance(cause, ConfigError | DataError | CheckpointError):
+                raise cause from None
+            cause = cause.__context__
+        if end.code:
+            raise UsageError(said.getvalue().rstrip()) from None
+        raise
 
 
 def parse_experiment(verb: str, words: list[str], kind: type[T]) -> "tuple[Experiment, T]":
@@ -277,13 +339,20 @@ def parse_experiment(verb: str, words: list[str], kind: type[T]) -> "tuple[Exper
         asked = any(word.startswith(f"--{name}.") for word in words)
         if asked and getattr(recipe, name) is None:
             recipe = replace(recipe, **{name: settings})
+        words, without = _without(words, name)
+        if without:
+            recipe = replace(recipe, **{name: None})
+    words, dense = _without(words, "routing", "model.routing")
+    if dense:
+        recipe = replace(recipe, model=replace(recipe.model, routing=None))
+    _refuse_routing(words, dense=recipe.model.routing is None)
 
     @dataclass(frozen=True)
     class Arguments:
         experiment: Annotated[Experiment, tyro.conf.arg(name="")]
         flags: Annotated[Any, tyro.conf.arg(name="", constructor=kind)]
 
-    parsed = tyro.cli(
+    parsed = parsed_by_tyro(
         Arguments,
         prog=f"switchworks {verb} {words[0]}",
         args=[spelled(word) for word in words[1:]],
@@ -310,10 +379,35 @@ def _beginning(verb: str, words: Sequence[str]) -> Path | None:
     return None if not values or values[-1] in ("none", "None") else Path(values[-1])
 
 
+def _without(words: list[str], *names: str) -> tuple[list[str], bool]:
+    """`words` but for `--NAME none`, which leaves a whole group of settings out, and whether it was
+    there."""
+    left, found = list(words), False
+    for name in names:
+        for pair in ([f"--{name}", "none"], [f"--{name}=none"]):
+            for place in range(len(left) - len(pair), -1, -1):
+                if left[place : place + len(pair)] == pair:
+                    del left[place : place + len(pair)]
+                    found = True
+    return left, found
+
+
+def _refuse_routing(words: Sequence[str], *, dense: bool) -> None:
+    asked = [word for word in words if word.startswith(("--routing.", "--model.routing."))]
+    if dense and asked:
+        raise ConfigError(
+            f"{words[0]} is a dense model, so {asked[0]} has nothing to set.\n"
+            "  Use its sparse twin: the name without _dense, or a size such as switch-base-8."
+        )
+
+
 def spelled(word: str) -> str:
     """--routing.X is short for --model.routing.X, and none is how nothing is said."""
     if word.startswith("--routing."):
-        return word.replace("--routing.", "--model.routing.", 1)
+        word = word.replace("--routing.", "--model.routing.", 1)
+    flag, equals, value = word.partition("=")
+    if equals and flag.startswith("--") and value == "none":
+        return f"{flag}=None"
     return "None" if word == "none" else word
 
 
@@ -338,6 +432,39 @@ def prepares_logits(flags: PrepareFlags, asked: bool) -> None:
         raise ConfigError(
             "--top-k and --logits say what is kept of a teacher's probabilities.\n"
             "  Add --distil.store, the folder where that goes, or leave them out."
+        )
+
+
+def check_writable(*files: Path | None) -> None:
+    """Makes the folders of `files`; raises ConfigError if one could not be written, before work is
+    done for it."""
+    for file in files:
+        if file is None:
+            continue
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{file} cannot be written: {error}.") from error
+        if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+            what = "is a folder" if file.is_dir() else "may not be written here"
+            raise ConfigError(f"{file} {what}.\n  Name another file.")
+
+
+def check_destination(flags: ConvertFlags) -> None:
+    """Raises ConfigError if the result would take the place of a model: of the source itself, or,
+    unless that is asked for, of another."""
+    source, destination = flags.source.resolve(), flags.destination.resolve()
+    if destination == source or source in destination.parents or destination in source.parents:
+        raise ConfigError(
+            f"{flags.destination} and the source {flags.source} are one place, or one inside the "
+            "other: the result would take the source's place.\n  Choose another directory."
+        )
+    if flags.overwrite or not flags.destination.exists():
+        return
+    if flags.destination.is_file() or any(flags.destination.iterdir()):
+        raise ConfigError(
+            f"{flags.destination} is there already.\n"
+            "  Choose another directory, or add --overwrite to replace the model in it."
         )
 
 

@@ -203,3 +203,115 @@ def test_a_reader_who_leaves_early_gets_no_traceback():
         done = subprocess.run(words, stdout=nobody, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr == ""
+
+
+def test_a_result_never_takes_the_source_s_place_nor_a_model_s_unasked(tiny_run, tmp_path, capsys):
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    for place in (run, run / "model", run / "model" / "deeper", tmp_path):
+        assert main(["convert", str(run), str(place)]) == 2
+        assert "one inside the other" in capsys.readouterr().err
+    out = tmp_path / "out"
+    assert main(["convert", str(run), str(out)]) == 0
+    before = sorted(file.name for file in out.iterdir())
+    words = ["convert", str(run), str(out), "--prune", "2", "--batches", "1"]
+    assert main(words) == 2
+    assert "add --overwrite" in capsys.readouterr().err
+    assert sorted(file.name for file in out.iterdir()) == before
+    assert main([*words, "--overwrite"]) == 0
+    assert sorted(file.name for file in out.iterdir()) != before
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(tiny_run, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    bad = str(tmp_path / "file" / "x.json")
+    for words in (
+        ["explain", "tiny", "--json", bad],
+        ["evaluate", str(tiny_run), "--json", bad],
+        ["evaluate", str(tiny_run), "--predictions", str(tmp_path)],
+        ["generate", str(tiny_run), "a", "--output", bad],
+        ["explain", "tiny", "--picture", str(tmp_path / "mesh.bmp")],
+    ):
+        assert main(words) == 2
+        said = capsys.readouterr()
+        assert words[-1] in said.err
+        assert said.out == ""
+    assert main(["explain", "tiny", "--json", str(tmp_path / "new" / "x.json")]) == 0
+    assert "parameters" in json.loads((tmp_path / "new" / "x.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--routing.capacity-factor", "nan"],
+        ["--routing.capacity-factor", "inf"],
+        ["--model.init-scale", "nan"],
+        ["--data.mean-span", "nan"],
+        ["--data.prefetch", "-1"],
+        ["--data.workers", "-1"],
+        ["--data.input-length", "0"],
+        ["--seed", "4294967296"],
+        ["--optim.lr", "nan"],
+        ["--optim.clip-norm", "nan"],
+        ["--keep-checkpoints", "-1"],
+    ],
+    ids=" ".join,
+)
+def test_numbers_that_are_none_are_refused_in_one_line_that_names_them(words, tmp_path, capsys):
+    assert main(["train", "tiny", "--run-dir", str(tmp_path / "run"), *words]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert words[0].rpartition(".")[2].removeprefix("--").replace("-", "_") in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_words_that_are_no_flags_are_said_once_under_torchrun(monkeypatch, capsys):
+    said = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("switchworks.parallel.launch.first_to_say", said.append)
+    assert main(["train", "tiny", "--no-such-flag", "3"]) == 2
+    assert main(["train", "tiny", "--optim.lr", "-1"]) == 2
+    assert "no-such-flag" in said[0]
+    assert said[1].startswith("error: optim.lr = -1.0")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_group_of_settings_is_left_out_by_none(tmp_path):
+    def explained(*words: str) -> dict:
+        file = tmp_path / "figures.json"
+        assert main(["explain", *words, "--json", str(file)]) == 0
+        return json.loads(file.read_text())
+
+    for words in (["--routing", "none"], ["--model.routing=none"]):
+        dense = explained("quickstart", *words)
+        assert dense["parameters"] == explained("quickstart_dense")["parameters"]
+    assert explained("finetune", "--init", "none", "--best", "none")
+
+
+def test_routing_of_a_dense_recipe_is_refused_by_the_flag_that_was_typed(capsys):
+    assert main(["explain", "quickstart_dense", "--routing.experts", "8"]) == 2
+    said = capsys.readouterr().err
+    assert "quickstart_dense is a dense model, so --routing.experts has nothing to set" in said
+
+
+def test_none_may_follow_an_equals_sign(tmp_path):
+    file = tmp_path / "figures.json"
+    words = ["explain", "quickstart", "--routing.capacity-factor=none", "--json", str(file)]
+    assert main(words) == 0
+    assert json.loads(file.read_text())["routing"]["encoder"]["slots_per_expert"] is None
+
+
+def test_a_path_that_is_not_there_or_a_run_that_has_not_ended_is_called_that(
+    tiny_run, tmp_path, capsys
+):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "experiment.toml").write_bytes((tiny_run / "experiment.toml").read_bytes())
+    for path, what in ((tmp_path / "no", "does not exist"), (tmp_path / "run", "has not ended")):
+        for words in (["convert", str(path), str(tmp_path / "out")], ["routing", str(path)]):
+            assert main(words) == 2
+            assert what in capsys.readouterr().err
+    (tmp_path / "run" / "experiment.toml").write_text("name = [")
+    assert main(["evaluate", str(tmp_path / "run")]) == 2
+    assert "cannot be read as settings" in capsys.readouterr().err

@@ -52,6 +52,11 @@ ON_FOUR = [
     *(Case(replace(mesh, overlap=2), capacity) for mesh in FOUR[:2] for capacity in (1.0, None)),
     Case(FOUR[0], more=(("routing.bias_rate", 1e-2), ("optim.per_expert", False))),
 ]  # fmt: skip
+ALL_AXES = MeshConfig(data=2, expert=2, model=2)
+ON_EIGHT = [
+    *(Case(ALL_AXES, capacity) for capacity in (1.0, None)),
+    Case(replace(ALL_AXES, shard=False), optimizer="adamw", more=OF_ALL_KINDS),
+]
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
 
 
@@ -77,6 +82,12 @@ def on_four(tmp_path_factory) -> dict:
         cases = [case for case in ON_FOUR if replace(case.mesh, shard=True, overlap=1) == mesh]
         found |= spawn(4, run_cases, tmp_path_factory.mktemp(f"four_{index}"), cases)[0]
     return found
+
+
+@pytest.fixture(scope="module")
+def on_eight(tmp_path_factory) -> dict:
+    """All three axes at once."""
+    return spawn(8, run_cases, tmp_path_factory.mktemp("eight"), ON_EIGHT)[0]
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +137,13 @@ def test_ten_steps_on_two_ranks_are_those_of_one_process(case, on_two, alone):
 @pytest.mark.parametrize("case", ON_FOUR, ids=name)
 def test_ten_steps_on_four_ranks_are_those_of_one_process(case, on_four, alone):
     agree(on_four[case], on_one(alone, case), TOLERANCE[case.precision])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ON_EIGHT, ids=name)
+def test_ten_steps_on_all_three_axes_are_those_of_one_process(case, on_eight, alone):
+    """Fedus et al. 2021, section 5.5: data, expert and model parallel together."""
+    agree(on_eight[case], on_one(alone, case), TOLERANCE[case.precision])
 
 
 def test_in_these_runs_tokens_are_dropped_and_routing_is_uneven(alone):

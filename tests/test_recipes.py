@@ -2,6 +2,9 @@
 
 from dataclasses import replace
 
+import subprocess
+import sys
+from pathlib import Path
 import pytest
 import torch
 
@@ -81,6 +84,25 @@ def test_a_recipe_of_ones_own_is_found_by_module_and_function(tmp_path, monkeypa
     )
     monkeypatch.syspath_prepend(tmp_path)
     assert find_recipe("my_recipes:mine")() == tiny()
+
+
+def test_a_recipe_beside_the_user_is_found_by_the_program(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from switchworks.recipes.tiny import tiny\ndef run():\n    return tiny()\n"
+        "def number():\n    return 3\n"
+    )
+    program = Path(sys.executable).with_name("switchworks")
+
+    def explain(name: str) -> subprocess.CompletedProcess:
+        words = [str(program), "explain", name]
+        return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+
+    found = explain("mine:run")
+    assert found.returncode == 0, found.stderr
+    assert "parameters" in found.stdout
+    odd = explain("mine:number")
+    assert (odd.returncode, odd.stdout) == (2, "")
+    assert "returned int, not a switchworks.training.Experiment" in odd.stderr
 
 
 def test_a_recipe_that_cannot_be_imported_says_why():

@@ -147,10 +147,46 @@ def test_a_run_can_begin_with_the_weights_of_another(tiny_run, tiny_experiment, 
     assert all(torch.allclose(first[name], begun[name], atol=1e-7) for name in first)
 
 
-def test_weights_of_another_shape_are_refused_by_name(tiny_run, tiny_experiment, tmp_path):
+def test_weights_of_another_shape_are_refused_by_name_before_text_is_read(
+    tiny_run, tiny_experiment, tmp_path
+):
     wider = replace(tiny_experiment, model=replace(tiny_experiment.model, d_ff=96))
+    wider = replace(wider, data=replace(wider.data, path=str(tmp_path / "no such text")))
     with pytest.raises(CheckpointError, match="do not fit this experiment"):
         train(wider, tmp_path / "run", init=tiny_run)
+    with pytest.raises(CheckpointError):
+        train(wider, tmp_path / "run", init=tmp_path / "no such model")
+
+
+def test_a_run_notes_the_weights_it_began_with_and_every_sitting(
+    tiny_run, tiny_experiment, tmp_path
+):
+    short = replace(tiny_experiment, steps=1)
+    run, fresh = tmp_path / "run", tmp_path / "fresh"
+    train(short, run, init=tiny_run)
+    about = json.loads((run / "about.json").read_text())
+    assert about["init"] == str(tiny_run)
+    train(short, run, resume=True)
+    later = json.loads((run / "about.json").read_text())
+    assert len(later["sittings"]) == len(about["sittings"]) + 1 == 2
+    assert [later[name] for name in ("init", "init_weights", "started")] == [
+        about[name] for name in ("init", "init_weights", "started")
+    ]
+    train(short, run, resume=True, init=tiny_run)
+    with pytest.raises(ConfigError, match="began with the weights in .* are others"):
+        train(short, run, resume=True, init=run)
+    train(short, fresh)
+    with pytest.raises(ConfigError, match="began with first values"):
+        train(short, fresh, resume=True, init=tiny_run)
+
+
+def test_steps_that_are_all_warm_up_are_warned_of(tiny_experiment, tmp_path, capsys):
+    optim = replace(tiny_experiment.optim, schedule="cosine", warmup_steps=4)
+    train(replace(tiny_experiment, steps=2, optim=optim), tmp_path / "run")
+    said = capsys.readouterr().err
+    assert "all 2 steps are warm-up: the rate rises to 50% of optim.lr" in said
+    train(replace(tiny_experiment, steps=5, optim=optim), tmp_path / "longer")
+    assert "warm-up" not in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

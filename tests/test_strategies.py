@@ -104,11 +104,24 @@ def test_no_token_left_behind_fills_every_expert_of_figure_11():
     assert torch.equal(routes.expert[first.kept], first.expert[first.kept])  # stage 1 is switch
 
 
+@pytest.mark.parametrize("experts", [4, 16])
 @pytest.mark.parametrize("seed", range(5))
-def test_no_token_left_behind_drops_nobody_while_slots_suffice(seed):
+def test_no_token_left_behind_drops_nobody_while_slots_suffice(seed, experts):
     """With as many stages as experts and E * capacity >= tokens."""
-    logits = 5 * torch.randn(2, 12, 4, generator=torch.Generator().manual_seed(seed))
-    assert plan("no_token_left_behind", logits.softmax(-1), 3).kept.all()
+    draw = torch.Generator().manual_seed(seed)
+    logits = 5 * torch.randn(2, 3 * experts, experts, generator=draw)
+    routes = plan("no_token_left_behind", logits.softmax(-1), 3, ntlb_rounds=experts)
+    assert routes.kept.all()
+
+
+def test_with_fewer_stages_than_experts_a_token_may_be_left_behind():
+    """Mesh-TF offers four: everyone wants the same four of eight, which have four slots."""
+    logits = torch.tensor([8.0, 7, 6, 5, 4, 3, 2, 1]).expand(1, 8, 8)
+    few, all_of_them = (
+        plan("no_token_left_behind", logits.softmax(-1), 1, ntlb_rounds=rounds) for rounds in (4, 8)
+    )
+    assert few.kept.sum() == 4
+    assert all_of_them.kept.all()
 
 
 @given(groups_of_tokens(), st.booleans())

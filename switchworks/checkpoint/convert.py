@@ -5,7 +5,7 @@ from pathlib import Path
 from switchworks.checkpoint.hugging_face import load_hf, save_hf
 from switchworks.checkpoint.hugging_face_config import Capacity
 from switchworks.checkpoint.model_files import is_model, load, save
-from switchworks.config import ConfigError
+from switchworks.config import CheckpointError, ConfigError
 from switchworks.data.tokenizer import MODEL_FILE, Tokenizer, load_tokenizer
 from switchworks.model.transformer import SwitchTransformer
 
@@ -40,7 +40,14 @@ def open_model(
 
     Of a rounded one the ordinary model that computes the same.
     """
+    if not source.exists():
+        raise CheckpointError(f"{source} does not exist.")
     if is_model(source):
         return load(source, widen=True)
+    if (source / "experiment.toml").is_file():
+        raise CheckpointError(
+            f"{source} is a run that has not ended: it has no model/ yet.\n"
+            "  Go on with it: switchworks train RECIPE --run-dir ... --resume"
+        )
     model, pieces = load_hf(source, capacity=capacity), source / MODEL_FILE
     return model, load_tokenizer(pieces) if pieces.is_file() else None

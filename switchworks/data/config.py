@@ -1,10 +1,11 @@
 """Where text comes from and how it becomes batches: the settings of `data/`."""
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Literal
 
-from switchworks.config import ConfigError
+from switchworks.config import ConfigError, check_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,10 +116,13 @@ class DataConfig:
                 f"data.noise_density = {self.noise_density} is not a share between 0 and 1.\n"
                 "  T5 hides 0.15 of the tokens."
             )
-        if self.mean_span < 1:
+        if not 1 <= self.mean_span < math.inf:
             raise ConfigError(
-                f"data.mean_span = {self.mean_span} is shorter than one token. T5 uses 3.0."
+                f"data.mean_span = {self.mean_span} is not a length of one token or more. T5 uses "
+                "3.0."
             )
+        check_at_least(self, "data.", 0, "prefetch", "workers", "input_length")
+        check_at_least(self, "data.", 1, "target_length", "min_sentences")
         if self.documents is not None and self.documents < 1:
             raise ConfigError(f"data.documents = {self.documents} leaves no text. Use 1 or more.")
         if not 0 < self.validation_share < 1:

@@ -1,10 +1,9 @@
 """What a finished run read, and what a model on disk is to read: settings from a directory."""
 
-import tomllib
 from dataclasses import replace
 from pathlib import Path
 
-from switchworks.config import CheckpointError, from_dict
+from switchworks.config import CheckpointError, ConfigError, from_dict, read_toml
 from switchworks.data.config import DataConfig
 
 
@@ -13,7 +12,10 @@ def data_of_run(path: Path) -> DataConfig | None:
     file = path / "experiment.toml"
     if not file.is_file():
         return None
-    return from_dict(DataConfig, tomllib.loads(file.read_text(encoding="utf-8"))["data"])
+    values = read_toml(file)
+    if "data" not in values:
+        raise ConfigError(f"{file} says nothing of [data], so it is no run's.")
+    return from_dict(DataConfig, values["data"], where="data.")
 
 
 def text_for(path: Path, *, decoder_only: bool, text: str | None = None) -> DataConfig:

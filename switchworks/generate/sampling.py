@@ -3,6 +3,7 @@
 Letters: B sequences, V vocabulary.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -24,9 +25,9 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise ConfigError(
-                f"temperature = {self.temperature} must not be negative. 0 is greedy, 1 samples "
+                f"temperature = {self.temperature} must be 0 or more. 0 is greedy, 1 samples "
                 "the model's own distribution."
             )
         if self.top_k is not None and self.top_k < 1:

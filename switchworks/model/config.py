@@ -3,6 +3,7 @@
 One object describes a model completely; `SwitchTransformer(config)` needs nothing else.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -74,20 +75,24 @@ class RoutingConfig:
     second_threshold: float = 0.2
     """top2 in training asks a second expert of gate g with probability min(1, g / threshold).
     0 always asks it."""
+    ntlb_rounds: int = 4
+    """no_token_left_behind offers a token its this many likeliest experts (Mesh-TF `ntlb_top_k`);
+    with as many as there are experts none is dropped while any has room."""
     expert_dropout: float | None = None
     """Dropout on the hidden activation inside each expert; the paper fine-tunes with 0.4 there
     and 0.1 elsewhere. None: the model's own rate."""
 
     def __post_init__(self) -> None:
         check_at_least(self, "routing.", 1, "experts", "every", "group_sequences", "min_capacity")
+        check_at_least(self, "routing.", 1, "ntlb_rounds")
         check_at_least(self, "routing.", 0, "balance_weight", "z_weight", "bias_rate")
         check_at_least(self, "routing.", 0, "second_threshold")
         check_rate(self, "routing.", "jitter", "input_dropout", "expert_dropout")
         for name in ("capacity_factor", "eval_capacity_factor", "expert_capacity"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not 0 < value < math.inf:
                 raise ConfigError(
-                    f"routing.{name} = {value} would drop every token.\n"
+                    f"routing.{name} = {value} is no number of slots above 0.\n"
                     "  Use 1 or more (a factor of 1.25 in the paper), or none: no such limit."
                 )
         self._check_expert_choice()

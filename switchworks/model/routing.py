@@ -24,9 +24,6 @@ from torch import Tensor, nn
 from switchworks.model.config import RoutingConfig
 from switchworks.model.layers import widen
 
-NTLB_ROUNDS = 4
-"""No-Token-Left-Behind offers a token its this many likeliest experts (Mesh-TF `ntlb_top_k`)."""
-
 
 class Routes(NamedTuple):
     """The plan: A assignments in each group. With one expert per token, A = S and in order."""
@@ -60,6 +57,8 @@ class Rules(NamedTuple):
     training: bool = False
     second_threshold: float = 0.2
     """top2 keeps a second expert of gate g with probability min(1, g / threshold)."""
+    ntlb_rounds: int = 4
+    """no_token_left_behind offers a token so many experts."""
     picks: Int[Tensor, "G"] | None = None
     """expert_choice: the capacity counted from the real tokens of each group alone; None: all."""
 
@@ -231,7 +230,7 @@ def no_token_left_behind(probs: Tensor, choice: Tensor, real: Tensor, rules: Rul
     experts = probs.shape[-1]
     ranked = probs.scatter(-1, choice[..., None], 2.0).argsort(dim=-1, descending=True, stable=True)
     expert, slot, kept, gate = plan[:4]
-    for rank in range(1, min(NTLB_ROUNDS, experts)):
+    for rank in range(1, min(rules.ntlb_rounds, experts)):
         waiting = real & ~kept
         wish = ranked[..., rank]
         taken = expert.new_zeros(len(expert), experts).scatter_add_(1, expert, kept.long())

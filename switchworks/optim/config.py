@@ -15,8 +15,8 @@ class OptimConfig:
     """Peak learning rate, or for "rsqrt" the factor in front of 1/sqrt(step)."""
     schedule: Literal["rsqrt", "cosine", "linear", "constant"] = "rsqrt"
     warmup_steps: int = 10_000
-    """rsqrt: lr / sqrt(max(step, warmup_steps)), flat until then, as in T5. Others: linear rise
-    from 0."""
+    """rsqrt: lr / sqrt(max(step, warmup_steps)), flat until then, as in T5. Others: linear rise,
+    whose first step moves already."""
     final_lr_share: float = 0.1
     """Where cosine and linear end, as a share of `lr`."""
     clip_norm: float | None = None

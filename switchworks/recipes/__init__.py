@@ -5,8 +5,10 @@ The name of a size (`sizes.py`) is a recipe too: that model, trained as its pape
 """
 
 import importlib
+import sys
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
+from pathlib import Path
 
 from switchworks.config import ConfigError
 from switchworks.recipes import c4, finetune, mt5, multilingual, quickstart, tiny
@@ -70,8 +72,32 @@ def find_recipe(name: str) -> Recipe:
             "  Names of sizes are recipes too; `switchworks recipes` lists them.\n"
             "  Your own: module:function, a function that returns an Experiment."
         )
+    if (here := str(Path.cwd())) not in sys.path:  # a program's own folder is, the user's is not
+        sys.path.insert(0, here)
     try:
         recipe = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise ConfigError(f"The recipe {name!r} cannot be imported: {error}.") from error
-    return recipe
+        raise ConfigError(
+            f"The recipe {name!r} cannot be imported: {error}.\n"
+            f"  It is sought in {here} and among installed packages."
+        ) from error
+    return _checked(name, recipe)
+
+
+def _checked(name: str, recipe: Callable[..., object]) -> Recipe:
+    """`recipe`, whose answer is an Experiment or an error in plain words."""
+
+    @wraps(recipe)
+    def experiment(**given: object) -> Experiment:
+        try:
+            found = recipe(**given)
+        except TypeError as error:
+            raise ConfigError(f"The recipe {name!r} cannot be called: {error}.") from error
+        if not isinstance(found, Experiment):
+            kind = type(found).__name__
+            raise ConfigError(
+                f"The recipe {name!r} returned {kind}, not a switchworks.training.Experiment."
+            )
+        return found
+
+    return experiment

@@ -124,9 +124,9 @@ class Experiment:
 
     def __post_init__(self) -> None:
         check_at_least(self, "", 1, "steps", "batch_size", "micro_batches")
-        for name in _CADENCES:
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} = {getattr(self, name)} must be 0 (never) or more.")
+        check_at_least(self, "", 0, *_CADENCES)
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed = {self.seed} must lie between 0 and {2**32 - 1}.")
         if self.lora is not None and self.freeze:
             raise ConfigError(
                 f"freeze = {' '.join(self.freeze)} beside lora, which freezes all of the model.\n"
@@ -227,6 +227,11 @@ class Experiment:
                 f"{self.micro_batch_size}, or change batch_size or micro_batches."
             )
         for where, tokens in self.group_tokens.items():
+            if not tokens:
+                raise ConfigError(
+                    f"data.input_length = {self.data.input_length} leaves the {where} without a "
+                    "token.\n  Use 1 or more, or a decoder-only model."
+                )
             if tokens < routing.experts:
                 need = math.ceil(routing.experts * rows / min(self.group_tokens.values()))
                 raise ConfigError(
@@ -254,5 +259,5 @@ MAY_CHANGE = (
     | {"mesh.data", "mesh.expert", "mesh.model", "mesh.shard", "mesh.overlap", "mesh.timeout"}
     | {"micro_batches"}
 )
-"""Settings that a resumed run may change, because they do not change what it computes (but for the
-noise, of which each rank draws its own)."""
+"""Settings that a resumed run may change, because they do not change what it computes, but for
+rounding (threads, ranks) and for the noise, of which each rank draws its own."""

@@ -1,9 +1,12 @@
 """Where a run starts: a checkpoint, another model's weights or its teacher's, or first values."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from switchworks.batch import Batch
-from switchworks.checkpoint.model_files import load
+from switchworks.checkpoint.model_files import load, stored_config
 from switchworks.checkpoint.tensors import require_match
 from switchworks.checkpoint.training_state import Checkpoints
 from switchworks.compress.config import DistilConfig
@@ -88,11 +91,27 @@ def _first_model(experiment: Experiment, init: Path | str | None) -> SwitchTrans
             f"  Use the model's own tokenizer: --data.tokenizer {init}."
         )
     fresh = SwitchTransformer(experiment.model, seed=experiment.seed)
-    require_match(
-        f"The weights in {init} do not fit this experiment's model.",
-        wanted={name: tuple(p.shape) for name, p in fresh.named_parameters()},
-        found={name: tuple(p.shape) for name, p in model.named_parameters()},
-        fix="Give the experiment the model settings in that folder's config.toml.",
-    )
+    _require_fit(init, fresh, model)
     fresh.load_state_dict(model.state_dict())
     return fresh
+
+
+def require_shape(experiment: Experiment, init: Path | str) -> None:
+    """Raises CheckpointError if there is no model in `init`, or none of this experiment's shape.
+
+    Reads its settings alone; whether the vocabulary fits is known once there is a tokenizer.
+    """
+    stored = stored_config(init)
+    with torch.device("meta"):
+        wanted = SwitchTransformer(replace(experiment.model, vocab_size=stored.vocab_size))
+        found = SwitchTransformer(stored)
+    _require_fit(init, wanted, found)
+
+
+def _require_fit(init: Path | str, wanted: SwitchTransformer, found: SwitchTransformer) -> None:
+    require_match(
+        f"The weights in {init} do not fit this experiment's model.",
+        wanted={name: tuple(p.shape) for name, p in wanted.named_parameters()},
+        found={name: tuple(p.shape) for name, p in found.named_parameters()},
+        fix="Give the experiment the model settings in that folder's config.toml.",
+    )

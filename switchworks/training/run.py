@@ -34,7 +34,7 @@ from switchworks.training import machine
 from switchworks.training.best import KeepBest
 from switchworks.training.experiment import Experiment
 from switchworks.training.explain import shares_of
-from switchworks.training.first_state import first_state
+from switchworks.training.first_state import first_state, require_shape
 from switchworks.training.hooks import (
     Progress,
     Samples,
@@ -45,11 +45,17 @@ from switchworks.training.hooks import (
 )
 from switchworks.training.loop import Hook, Interrupt, run
 from switchworks.training.recorder import Recorder
-from switchworks.training.run_directory import claim, launched_by, may_resume
+from switchworks.training.run_directory import (
+    claim,
+    launched_by,
+    may_resume,
+    require_same_beginning,
+)
 from switchworks.training.settle import (
     check_beginning,
     check_mesh,
     vocabulary_of,
+    warn_of_warmup,
     with_precision,
     with_tokenizer,
     with_vocabulary,
@@ -88,6 +94,7 @@ def train(
     """
     check_beginning(experiment, init)
     shares_of(experiment)  # what a freeze or lora cannot mean is said before text is read
+    warn_of_warmup(experiment)
     machine.keep_freed_memory()
     if experiment.threads:
         torch.set_num_threads(experiment.threads)
@@ -110,6 +117,8 @@ def _train(
     experiment = replace(experiment, precision=ranks.all(experiment.precision)[0])
     # Before text is read, which may take long; the vocabulary is not known yet.
     may_resume(run_dir, experiment, resume=resume, ignoring=frozenset({"model.vocab_size"}))
+    if init is not None:
+        require_shape(experiment, init)
     logits = open_logits(experiment)
     teacher = open_teacher(experiment) if logits is None else None
     corpora = _in_turn(
@@ -131,6 +140,8 @@ def _train(
     resuming = may_resume(run_dir, experiment, resume=resume)
     if ranks.first and not resuming and corpora.by_language and experiment.data.source != "hub":
         print(badly_served(corpora.served()), end="")
+    if resuming:
+        require_same_beginning(run_dir, init)
     if resuming and teacher is not None:
         require_same_teacher(teacher, run_dir)
     checkpoints = Checkpoints(
@@ -146,7 +157,7 @@ def _train(
     ranks.wait()  # until all have looked at the directory as it was
     if ranks.first:
         # Only now, when nothing can be wrong with the settings any more.
-        claim(run_dir, experiment, _about(experiment, corpora, teacher))
+        claim(run_dir, experiment, _about(experiment, corpora, teacher, init))
     interrupt = Interrupt()
     recorder = Recorder(run_dir if ranks.first else None, state.step)
     watch = watching(state.step, experiment.mesh.timeout)
@@ -267,7 +278,9 @@ def _sample_rows(held_out: HeldOut) -> Batch:
     return first_rows(Batch.join(rows), SAMPLE_ROWS)
 
 
-def _about(experiment: Experiment, corpora: Corpora, teacher: Teacher | None) -> dict[str, Any]:
+def _about(
+    experiment: Experiment, corpora: Corpora, teacher: Teacher | None, init: Path | str | None
+) -> dict[str, Any]:
     data, config = experiment.data, experiment.model
     about: dict[str, Any] = {
         "parameters": num_parameters(config),
@@ -284,6 +297,8 @@ def _about(experiment: Experiment, corpora: Corpora, teacher: Teacher | None) ->
         "vocabulary": corpora.tokenizer.vocab_size,
         "train_tokens": corpora.train_tokens,
         "text": data.named,
+        "init": None if init is None else str(init),
+        "init_weights": None if init is None else weights_hash(Path(init)),
     }
     if teacher is not None:
         about["teacher_weights"] = weights_hash(Path(teacher.path))

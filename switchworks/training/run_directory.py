@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from switchworks.checkpoint.model_files import weights_hash
 from switchworks.config import ConfigError, differences, from_toml, to_toml
 from switchworks.training.experiment import MAY_CHANGE, Experiment
 
@@ -63,17 +64,55 @@ def settings_in(path: Path) -> Experiment | None:
 
 
 def claim(path: Path, experiment: Experiment, about: Mapping[str, Any] | None = None) -> None:
-    """Make `path` the directory of `experiment`: its experiment.toml says so, beside `about`."""
+    """Make `path` the directory of `experiment`: its experiment.toml says so, beside `about`.
+
+    Of a run that goes on, what `about` says of how it began stays as it was, and each sitting is
+    listed.
+    """
     path.mkdir(parents=True, exist_ok=True)
     if about is not None:
-        _put(path / "about.json", json.dumps(about, indent=2) + "\n")
+        before = about_of(path) if (path / "experiment.toml").exists() else {}
+        began = {name: before[name] for name in _BEGAN if name in before}
+        sitting = {name: about[name] for name in _SITTING if name in about}
+        sittings = [*before.get("sittings", []), sitting]
+        kept = {**about, **began, "sittings": sittings}
+        _put(path / "about.json", json.dumps(kept, indent=2) + "\n")
     _put(path / "experiment.toml", to_toml(experiment))
+
+
+_BEGAN = ("command", "started", "init", "init_weights")
+_SITTING = ("command", "started", "machine", "threads", "torch", "version")
+
+
+def about_of(path: Path) -> dict[str, Any]:
+    """What the run in `path` says of itself; nothing if it has not begun."""
+    file = path / "about.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 def launched_by(path: Path) -> str | None:
     """The name of torchrun's launch that last trained in `path`; None if there was none."""
-    file = path / "about.json"
-    return json.loads(file.read_text(encoding="utf-8")).get("launch") if file.exists() else None
+    return about_of(path).get("launch")
+
+
+def require_same_beginning(path: Path, init: Path | str | None) -> None:
+    """Raises ConfigError if the run in `path` began with other weights than those in `init`.
+
+    Without `init` it goes on whatever it began with.
+    """
+    about = about_of(path)
+    if init is None or "init" not in about:  # an older version did not note it
+        return
+    if about["init"] is None:
+        raise ConfigError(
+            f"{path} began with first values, and not with the weights in {init}.\n"
+            "  Leave --init out to go on, or choose another --run-dir."
+        )
+    if about["init_weights"] != weights_hash(Path(init)):
+        raise ConfigError(
+            f"{path} began with the weights in {about['init']}, and those in {init} are others.\n"
+            "  Leave --init out to go on, or choose another --run-dir."
+        )
 
 
 def _put(path: Path, text: str) -> None:

@@ -55,6 +55,19 @@ def with_precision(experiment: Experiment, run_dir: Path) -> Experiment:
     return replace(experiment, precision=precision)
 
 
+def warn_of_warmup(experiment: Experiment) -> None:
+    """Says so where the rate would only rise."""
+    optim = experiment.optim
+    rising = optim.schedule != "rsqrt" and 1 < experiment.steps <= optim.warmup_steps
+    if rising and launch.rank() == 0:
+        print(
+            f"warning: all {experiment.steps} steps are warm-up: the rate rises to "
+            f"{experiment.steps / optim.warmup_steps:.0%} of optim.lr and never falls. Set "
+            f"--optim.warmup-steps {max(1, experiment.steps // 10)}.",
+            file=sys.stderr,
+        )
+
+
 def vocabulary_of(corpora: Corpora, init: Path | str | None, taught: int | None) -> int:
     """Rows of the embedding: the tokenizer's ids, and what `init` or else the teacher, of which
     `taught` are known, has to spare beyond them."""
