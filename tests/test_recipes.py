@@ -1,10 +1,10 @@
 """Recipes: each is built on the meta device, and each kind trains three steps when made tiny."""
 
-from dataclasses import replace
-
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+
 import pytest
 import torch
 

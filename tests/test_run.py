@@ -173,7 +173,7 @@ def test_a_run_notes_the_weights_it_began_with_and_every_sitting(
         about[name] for name in ("init", "init_weights", "started")
     ]
     train(short, run, resume=True, init=tiny_run)
-    with pytest.raises(ConfigError, match="began with the weights in .* are others"):
+    with pytest.raises(ConfigError, match=r"began with the weights in .* are others"):
         train(short, run, resume=True, init=run)
     train(short, fresh)
     with pytest.raises(ConfigError, match="began with first values"):

@@ -20,7 +20,8 @@ def quickstart() -> Experiment:
     Small, because in minutes a small model that sees many tokens learns more than a large one
     that sees few; and with short rows, because in long ones attention takes longer to find out
     what is near a hole (4.17 nats after 500 steps with 64 inputs a row and 4.58 with 256, before
-    what follows; now 3.83). For the same reason attention starts aligned and relative biases move faster than in T5.
+    what follows; now 3.83). For the same reason attention starts aligned and relative biases move
+    faster than in T5.
     1000 steps where the machine multiplies bfloat16 fast, 550 where it does not: up to six minutes
     in both cases. experiments/ has the numbers, and how the rate was chosen.
     """
