@@ -47,5 +47,8 @@ def test_a_missing_tokenizer_is_said(tmp_path, model):
 
 
 def test_what_is_no_model_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+    with pytest.raises(CheckpointError, match="nowhere does not exist"):
         convert(tmp_path / "nowhere", tmp_path / "hf")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+        convert(tmp_path / "empty", tmp_path / "hf")

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from switchworks import kernels
-from switchworks.kernels import attention, noise
+from switchworks.kernels import attention, embedding, noise
 from switchworks.kernels.attention import attend_in_blocks, spread_diagonals, sum_diagonals
 from switchworks.kernels.norm import rms_norm
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
 from switchworks.model.attention import BiasParts, RelativeBias, attend, causal, hide, visible
-from switchworks.model.layers import RMSNorm, SharedDropout
+from switchworks.model.layers import RMSNorm, SharedDropout, look_up
 
 NO_DROPOUT = SharedDropout(0.0)
 CONFIG = ModelConfig(
@@ -300,6 +300,31 @@ def test_a_bfloat16_model_with_fast_paths_is_as_near_to_float32_as_without():
     )
     assert fast < 1.1 * plain
     assert plain < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_looking_up_in_16_bits_is_as_if_the_table_were_widened(dtype):
+    ids, of_rows = torch.randint(7, (4, 50)), torch.randn(4, 50, 3).to(dtype)
+    table = torch.randn(7, 3).to(dtype)
+    found = []
+    for how in (look_up, embedding.look_up):
+        own = table.clone().requires_grad_()
+        rows = how(own, ids)
+        rows.backward(of_rows)
+        found.append((rows.detach(), own.grad))
+    assert found[0][0].dtype is found[1][0].dtype is dtype
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def test_a_model_with_fast_paths_looks_rows_up_without_a_float32_table():
+    model = kernels.apply(SwitchTransformer(CONFIG, seed=1).bfloat16())
+    kept: list[torch.dtype] = []
+    with saved_tensors_hooks(lambda t: kept.append(t.dtype) or t, lambda t: t):
+        rows = model.embedding(torch.tensor([[1, 2]]))
+    assert rows.dtype is torch.bfloat16
+    assert kept == [torch.int64]
+    assert "LookUp" in type(rows.grad_fn).__name__
 
 
 def test_decoding_is_untouched_by_the_fast_paths():

@@ -113,17 +113,6 @@ def test_the_gradient_of_a_shared_row_does_not_drown_in_bfloat16():
     assert table.grad.flatten().tolist() == [3008.0, 0.0]  # 3000 in eight bits
 
 
-def test_the_gradient_of_looking_up_in_bfloat16_is_that_of_a_float32_table_rounded_once():
-    table = torch.randn(7, 3).bfloat16().requires_grad_()
-    ids, of_rows = torch.randint(7, (4, 50)), torch.randn(4, 50, 3).bfloat16()
-    look_up(table, ids).backward(of_rows)
-    wide = table.detach().float().requires_grad_()
-    torch.nn.functional.embedding(ids, wide).backward(of_rows.float())
-    assert table.grad is not None
-    assert wide.grad is not None
-    assert torch.equal(table.grad, wide.grad.bfloat16())
-
-
 def test_rows_are_looked_up_as_torch_does():
     table, ids = torch.randn(5, 3), torch.tensor([[4, 0], [4, 2]])
     assert torch.equal(look_up(table, ids), table[ids])

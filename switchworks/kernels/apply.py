@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from switchworks.kernels import grouped, noise
 from switchworks.kernels.attention import attend_in_blocks
+from switchworks.kernels.embedding import look_up
 from switchworks.kernels.norm import rms_norm
 from switchworks.model.attention import Attention, RelativeBias
 from switchworks.model.dispatch import DISPATCHERS
 from switchworks.model.experts import Experts
-from switchworks.model.layers import RMSNorm
+from switchworks.model.layers import Embedding, RMSNorm
 from switchworks.model.switch_attention import SwitchAttention
 from switchworks.model.switch_ffn import SwitchFFN
 
@@ -33,6 +34,8 @@ def apply(model: M, device: torch.device | None = None) -> M:
             module.attend = attend_in_blocks
         elif isinstance(module, RelativeBias):
             module.in_parts = True
+        elif isinstance(module, Embedding):
+            module.forward = partial(_rows, module)
         elif isinstance(module, RMSNorm):
             module.forward = partial(_norm, module)
         elif isinstance(module, SwitchFFN) and _own_on_cpu(module.experts, device):
@@ -45,6 +48,10 @@ def apply(model: M, device: torch.device | None = None) -> M:
 def _own_on_cpu(experts: nn.Module, device: torch.device | None) -> bool:
     """Where padding costs more than reading counts does, and where experts are the model's own."""
     return type(experts) is Experts and (device or experts.w_in.device).type == "cpu"
+
+
+def _rows(module: Embedding, ids: Tensor) -> Tensor:
+    return look_up(module.weight, ids)
 
 
 def _norm(module: RMSNorm, x: Tensor) -> Tensor:

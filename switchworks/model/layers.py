@@ -3,13 +3,10 @@
 Read first in `model/`. Letters: B sequences, L length, D model width, F feed-forward width.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from switchworks.model.config import ModelConfig
 
@@ -61,26 +58,8 @@ def look_up(table: Float[Tensor, "V D"], ids: Int[Tensor, "..."]) -> Float[Tenso
     hundreds are lost to rounding: 10 % of the gradient of a relative bias over 256 positions.
     """
     if table.dtype in (torch.bfloat16, torch.float16) and torch.is_grad_enabled():
-        return _LookUp.apply(table, ids)
+        return F.embedding(ids, table.float()).to(table.dtype)
     return F.embedding(ids, table)
-
-
-class _LookUp(torch.autograd.Function):
-    """Rows in the table's own dtype: a float32 copy of it would be made for some thousand rows."""
-
-    @staticmethod
-    def forward(ctx: Any, table: Float[Tensor, "V D"], ids: Int[Tensor, "..."]) -> Tensor:
-        ctx.save_for_backward(ids)
-        ctx.rows = len(table)
-        return F.embedding(ids, table)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, of_found: Float[Tensor, "... D"]) -> tuple[Float[Tensor, "V D"], None]:
-        (ids,) = ctx.saved_tensors
-        sums = of_found.new_zeros(ctx.rows, of_found.shape[-1], dtype=torch.float32)
-        sums.index_add_(0, ids.flatten(), of_found.flatten(0, -2).float())
-        return sums.to(of_found.dtype), None
 
 
 class Embedding(nn.Embedding):

@@ -72,12 +72,12 @@ class Router(nn.Module):
     """One bias-free matrix from tokens to expert logits (equation 1), and the first choice."""
 
     letters = {"weight": "E D", "selection_bias": "E"}  # noqa: RUF012
+    jitter = staticmethod(jitter)
+    """A seam for faster kernels."""
 
     def __init__(self, d_model: int, config: RoutingConfig) -> None:
         super().__init__()
         self.config = config
-        self.jitter = jitter
-        """A seam for faster kernels."""
         self.weight = nn.Parameter(torch.empty(config.experts, d_model))
         self.selection_bias = (
             nn.Parameter(torch.zeros(config.experts), requires_grad=False)

@@ -111,14 +111,8 @@ class SwitchFFN(nn.Module):
             counts = real.sum(dim=1).tolist()
             slots = [config.capacity(count, training=self.training) for count in counts]
             picks = torch.tensor(slots, device=real.device)
-        return Rules(
-            capacity,
-            self.causal,
-            self.training,
-            config.second_threshold,
-            config.ntlb_rounds,
-            picks,
-        )
+        limits = config.second_threshold, config.ntlb_rounds
+        return Rules(capacity, self.causal, self.training, *limits, picks)
 
     def _groups(self, x: Tensor) -> tuple[int, int | None]:
         """Number of groups in the batch, and slots per expert in each."""
