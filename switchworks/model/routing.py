@@ -72,7 +72,7 @@ class Router(nn.Module):
     """One bias-free matrix from tokens to expert logits (equation 1), and the first choice."""
 
     letters = {"weight": "E D", "selection_bias": "E"}  # noqa: RUF012
-    jitter = staticmethod(jitter)
+    jitter: Callable[[Tensor, float], Tensor] = staticmethod(jitter)
     """A seam for faster kernels."""
 
     def __init__(self, d_model: int, config: RoutingConfig) -> None:
