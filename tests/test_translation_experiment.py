@@ -1,6 +1,7 @@
 """experiments/translation.py: chrF by direction, from what runs answered."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -68,3 +69,24 @@ def test_languages_can_be_chosen_and_unknown_ones_are_named(runs):
     refused = call(runs, "--languages", "de", "ja")
     assert refused.returncode == 1
     assert "no held-out sentence in Japanese" in refused.stderr
+
+
+def test_sentences_of_a_few_languages_are_a_folder_that_the_task_reads(tmp_path):
+    from switchworks.data.tasks.catalogs import sentences
+    from switchworks.data.tasks.sources import Places
+
+    script = SCRIPT.with_name("translation_data.py")
+    words = [str(tmp_path), "--languages", "de", "pt-BR", "--held-out", "5"]
+    done = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    cache = Path(os.environ["SWITCHWORKS_CACHE"])
+    few, whole = Places(cache, tmp_path, 0.1), Places(cache, None, 0.1)
+    held_out = list(sentences("validation", few))
+    assert [one["language"] for one in held_out] == ["de"] * 5 + ["pt-BR"] * 5
+    assert all(one in list(sentences("validation", whole)) for one in held_out)
+    of_both = [one for one in sentences("train", whole) if one["language"] in ("de", "pt-BR")]
+    assert list(sentences("train", few)) == of_both
+    words[2] = "xx"
+    refused = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert "catalogs has no xx" in refused.stderr
