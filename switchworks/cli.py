@@ -29,16 +29,13 @@ from switchworks.flags import (
     ReportFlags,
     RoutingFlags,
     TrainFlags,
-    UsageError,
     check_destination,
+    check_writable,
     one_change,
-    parse_experiment,
-    parse_flags,
     parse_shard,
-    parsed_by_tyro,
     prepares_logits,
-    spelled,
 )
+from switchworks.parsing import UsageError, parse_experiment, parse_flags, parsed_by_tyro, spelled
 
 if TYPE_CHECKING:
     import torch
@@ -170,6 +167,7 @@ def _prepare(words: list[str]) -> int:
 
 def _explain(words: list[str]) -> int:
     experiment, more = parse_experiment("explain", words, ExplainFlags)
+    check_writable(more.json, more.picture)
     from switchworks.training.explain import as_text, explain
 
     figures = explain(experiment)
@@ -209,6 +207,7 @@ def _planned(experiment: "Experiment", more: ExplainFlags) -> dict[str, Any]:
 
 def _generate(words: list[str]) -> int:
     flags = parse_flags(GenerateFlags, "generate", words)
+    check_writable(flags.output)
     from switchworks.generate import BeamSearch, Sampling
     from switchworks.generate.text import Writing, answer, answer_lines
 
@@ -248,6 +247,7 @@ def _dtype(precision: Precision) -> "torch.dtype | None":
 
 def _evaluate(words: list[str]) -> int:
     flags = parse_flags(EvaluateFlags, "evaluate", words)
+    check_writable(flags.json, flags.predictions)
     from switchworks.evaluate.task_run import named_tasks
 
     if flags.tasks and flags.text is not None:
@@ -314,6 +314,7 @@ def _routing(words: list[str]) -> int:
         args=[spelled(word) for word in words[1:]],
         default=RoutingFlags(data=text_of(path)),
     )
+    check_writable(flags.output)
     from switchworks.report.routing import write_routing_report
 
     home = path if (path / "experiment.toml").is_file() else Path()
@@ -325,6 +326,7 @@ def _routing(words: list[str]) -> int:
 
 def _report(words: list[str]) -> int:
     flags = parse_flags(ReportFlags, "report", words)
+    check_writable(flags.output)
     from switchworks.report import write_report
 
     if flags.compression and flags.languages is not None:
@@ -422,6 +424,7 @@ def _bench(words: list[str]) -> int:
         default=Arguments(bench=default, flags=BenchFlags()),
     )
     flags = parsed.flags
+    check_writable(flags.json, flags.picture)
     bench(
         parsed.bench,
         sweep_experts=flags.sweep_experts,

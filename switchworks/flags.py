@@ -1,38 +1,25 @@
-"""The flags of every verb, and how words become settings.
+"""The flags of every verb, and what of them cannot be meant.
 
-Each dataclass is a verb's own flags; its docstrings are their help. `parse_experiment` adds every
-setting of a recipe.
+Each dataclass is a verb's own flags; its docstrings are their help. `parsing.py` makes settings of
+words.
 """
 
-import contextlib
-import inspect
-import io
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
 from switchworks.config import (
-    CheckpointError,
     ConfigError,
-    DataError,
     check_at_least,
     check_positive,
 )
 from switchworks.data.config import DataConfig
 
 if TYPE_CHECKING:
-    from switchworks.training.experiment import Experiment
-
-T = TypeVar("T")
-
-
-class UsageError(Exception):
-    """Words that are no flags; says so at length."""
+    pass
 
 
 @dataclass(frozen=True)
@@ -92,7 +79,6 @@ class ExplainFlags:
     def __post_init__(self) -> None:
         check_at_least(self, "--", 1, "devices", "ranks")
         check_positive(self, "--", "memory")
-        check_writable(self.json, self.picture)
         if self.picture is not None and self.picture.suffix not in (".svg", ".png", ".pdf"):
             raise ConfigError(f"--picture {self.picture} must end in .svg, .png or .pdf.")
 
@@ -134,9 +120,6 @@ class GenerateFlags:
     precision: Precision = "stored"
     """What to compute in: as the weights are stored (float32 after training), or auto, which is
     bfloat16 where this machine multiplies it faster."""
-
-    def __post_init__(self) -> None:
-        check_writable(self.output)
 
 
 @dataclass(frozen=True)
@@ -184,7 +167,6 @@ class EvaluateFlags:
     def __post_init__(self) -> None:
         check_at_least(self, "--", 1, "batches", "batch_size", "max_length", "beams")
         check_at_least(self, "--", 0, "examples", "input_length")
-        check_writable(self.json, self.predictions)
 
 
 @dataclass(frozen=True)
@@ -201,7 +183,6 @@ class RoutingFlags:
 
     def __post_init__(self) -> None:
         check_at_least(self, "--", 1, "batches")
-        check_writable(self.output)
 
 
 @dataclass(frozen=True)
@@ -226,7 +207,6 @@ class ReportFlags:
 
     def __post_init__(self) -> None:
         check_at_least(self, "--", 1 if self.compression else 0, "batches")
-        check_writable(self.output)
 
 
 @dataclass(frozen=True)
@@ -285,130 +265,10 @@ class BenchFlags:
     """Every row, with the seconds of every round and the conditions."""
     picture: Path = Path("bench.png")
 
-    def __post_init__(self) -> None:
-        check_writable(self.json, self.picture)
-
 
 @dataclass(frozen=True)
 class NoFlags:
     """Nothing to set."""
-
-
-def parse_flags(kind: type[T], verb: str, words: list[str]) -> T:
-    return parsed_by_tyro(kind, prog=f"switchworks {verb}", args=words)
-
-
-def parsed_by_tyro(kind: type[T], **settings: Any) -> T:
-    """What `tyro.cli` makes of it; prints help and leaves if that is asked for.
-
-    Raises a setting's own ConfigError, DataError or CheckpointError, and UsageError with what tyro
-    has to say of words that are no flags: processes under torchrun would each print it.
-    """
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(kind, **settings)
-    except SystemExit as end:
-        cause: BaseException | None = end
-        while cause is not None:
-            if isinstance(cause, ConfigError | DataError | CheckpointError):
-                raise cause from None
-            cause = cause.__context__
-        if end.code:
-            raise UsageError(said.getvalue().rstrip()) from None
-        raise
-
-
-def parse_experiment(verb: str, words: list[str], kind: type[T]) -> "tuple[Experiment, T]":
-    """The recipe named by the first word with every flag applied, and the verb's own flags."""
-    if not words or words[0].startswith("-"):
-        raise ConfigError(
-            f"switchworks {verb} needs the name of a recipe first, for example quickstart.\n"
-            "  `switchworks recipes` lists them."
-        )
-    from switchworks.adapt.config import LoraConfig
-    from switchworks.compress.config import DistilConfig
-    from switchworks.recipes import find_recipe
-    from switchworks.training.experiment import BestConfig, Experiment
-
-    find = find_recipe(words[0])
-    recipe = find(init=_beginning(verb, words)) if _begins_with_a_model(find) else find()
-    # Flags set what is there, and any recipe may have these.
-    optional = {"distil": DistilConfig(teacher=""), "lora": LoraConfig(), "best": BestConfig()}
-    for name, settings in optional.items():
-        asked = any(word.startswith(f"--{name}.") for word in words)
-        if asked and getattr(recipe, name) is None:
-            recipe = replace(recipe, **{name: settings})
-        words, without = _without(words, name)
-        if without:
-            recipe = replace(recipe, **{name: None})
-    words, dense = _without(words, "routing", "model.routing")
-    if dense:
-        recipe = replace(recipe, model=replace(recipe.model, routing=None))
-    _refuse_routing(words, dense=recipe.model.routing is None)
-
-    @dataclass(frozen=True)
-    class Arguments:
-        experiment: Annotated[Experiment, tyro.conf.arg(name="")]
-        flags: Annotated[Any, tyro.conf.arg(name="", constructor=kind)]
-
-    parsed = parsed_by_tyro(
-        Arguments,
-        prog=f"switchworks {verb} {words[0]}",
-        args=[spelled(word) for word in words[1:]],
-        default=Arguments(experiment=recipe, flags=kind()),
-        config=(tyro.conf.AvoidSubcommands,),
-    )
-    return parsed.experiment, parsed.flags
-
-
-def _begins_with_a_model(recipe: Callable[..., Any]) -> bool:
-    """Whether a recipe takes its shape from the model that --init names."""
-    return "init" in inspect.signature(recipe).parameters
-
-
-def _beginning(verb: str, words: Sequence[str]) -> Path | None:
-    """What --init names. Other flags are set on top of what the recipe makes of it."""
-    values = [word.partition("=")[2] for word in words if word.startswith("--init=")]
-    values += [word for flag, word in pairwise(words) if flag == "--init"]
-    if not values and verb == "train" and not {"--help", "-h"} & set(words):
-        raise ConfigError(
-            f"{words[0]} begins with a trained model: add --init PATH, a run or model directory.\n"
-            "  To train from first values all the same, say --init none."
-        )
-    return None if not values or values[-1] in ("none", "None") else Path(values[-1])
-
-
-def _without(words: list[str], *names: str) -> tuple[list[str], bool]:
-    """`words` but for `--NAME none`, which leaves a whole group of settings out, and whether it was
-    there."""
-    left, found = list(words), False
-    for name in names:
-        for pair in ([f"--{name}", "none"], [f"--{name}=none"]):
-            for place in range(len(left) - len(pair), -1, -1):
-                if left[place : place + len(pair)] == pair:
-                    del left[place : place + len(pair)]
-                    found = True
-    return left, found
-
-
-def _refuse_routing(words: Sequence[str], *, dense: bool) -> None:
-    asked = [word for word in words if word.startswith(("--routing.", "--model.routing."))]
-    if dense and asked:
-        raise ConfigError(
-            f"{words[0]} is a dense model, so {asked[0]} has nothing to set.\n"
-            "  Use its sparse twin: the name without _dense, or a size such as switch-base-8."
-        )
-
-
-def spelled(word: str) -> str:
-    """--routing.X is short for --model.routing.X, and none is how nothing is said."""
-    if word.startswith("--routing."):
-        word = word.replace("--routing.", "--model.routing.", 1)
-    flag, equals, value = word.partition("=")
-    if equals and flag.startswith("--") and value == "none":
-        return f"{flag}=None"
-    return "None" if word == "none" else word
 
 
 def parse_shard(text: str) -> tuple[int, int]:

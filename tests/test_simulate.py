@@ -12,13 +12,14 @@ import pytest
 
 from switchworks.cli import main
 from switchworks.config import ConfigError
-from switchworks.flags import ExplainFlags, parse_experiment
+from switchworks.flags import ExplainFlags
 from switchworks.model.sizes import num_parameters
 from switchworks.parallel import MeshConfig
 from switchworks.parallel.fake import fake_ranks
 from switchworks.parallel.layout import check_fit
 from switchworks.parallel.machines import MACHINES, Machine, estimate, find_machine
 from switchworks.parallel.trace import Traffic, Work
+from switchworks.parsing import parse_experiment
 from switchworks.recipes import find_recipe
 from switchworks.recipes.tiny import tiny
 from switchworks.report.mesh_picture import cells, draw_mesh, grid_shape

@@ -22,7 +22,8 @@ from switchworks.cli import main
 from switchworks.config import ConfigError, DataError, from_toml, to_toml
 from switchworks.evaluate.answers import Answering
 from switchworks.evaluate.task_run import evaluate_tasks, named_tasks
-from switchworks.flags import EvaluateFlags, TrainFlags, parse_experiment, parse_flags
+from switchworks.flags import EvaluateFlags, TrainFlags
+from switchworks.parsing import parse_experiment, parse_flags
 from switchworks.training import Experiment, train
 from switchworks.training.loop import Interrupt
 

@@ -5,7 +5,7 @@ Read `build.py` first: its Updater is all that training uses.
 
 from switchworks.optim.adafactor import Adafactor
 from switchworks.optim.build import Updater, UpdateStats, build_optimizer, dimension_letters
-from switchworks.optim.clip import clip_by_global_norm, first_nonfinite, global_norm
+from switchworks.optim.clip import first_nonfinite, global_norm, scale_to_bound
 from switchworks.optim.config import OptimConfig
 from switchworks.optim.masters import MasterWeights
 from switchworks.optim.schedule import learning_rate
@@ -17,9 +17,9 @@ __all__ = [
     "UpdateStats",
     "Updater",
     "build_optimizer",
-    "clip_by_global_norm",
     "dimension_letters",
     "first_nonfinite",
     "global_norm",
     "learning_rate",
+    "scale_to_bound",
 ]

@@ -50,18 +50,6 @@ def _groups(grad: Tensor) -> list[dist.ProcessGroup]:
     return [group for groups in spread_of(grad).groups for group in groups]
 
 
-def clip_by_global_norm(grads: Sequence[Tensor], max_norm: float) -> Float[Tensor, ""]:
-    """Scale `grads` in place so that their global norm is at most `max_norm`.
-
-    Returns the norm before. If it is not finite the gradients stay as they are, for the caller to
-    look at: scaling by 0 or NaN would wipe out the trace. Waits for the device once.
-    """
-    norm = global_norm(grads)
-    if (scale := scale_to_bound(float(norm), max_norm)) != 1:
-        torch._foreach_mul_([local(grad) for grad in grads], scale)  # pyright: ignore[reportPrivateImportUsage]
-    return norm
-
-
 def scale_to_bound(norm: float, max_norm: float | None) -> float:
     """What gradients of global norm `norm` are to be multiplied by to have one of `max_norm` at
     most: 1 if they have, if there is no bound, and if the norm is not finite."""

@@ -3,7 +3,6 @@
 Or what it left on the disk (`compress/logit_store.py`), held to the same.
 """
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from switchworks.config import CheckpointError, ConfigError, DataError, to_dict
 from switchworks.data.tokenizer import Tokenizer
 from switchworks.model import SwitchTransformer
 from switchworks.training.experiment import Experiment
+from switchworks.training.run_directory import about_of
 
 
 class Teacher(NamedTuple):
@@ -73,9 +73,7 @@ def open_teacher(experiment: Experiment) -> Teacher | None:
 
 def require_same_teacher(teacher: Teacher, run_dir: Path) -> None:
     """Raises CheckpointError if the run in `run_dir` began with other weights in that place."""
-    file = run_dir / "about.json"
-    about = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    before = about.get("teacher_weights")
+    before = about_of(run_dir).get("teacher_weights")
     if before is not None and before != weights_hash(Path(teacher.path)):
         raise CheckpointError(
             f"The teacher in {teacher.path} is not the one this run began with: its weights have "
