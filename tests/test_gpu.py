@@ -10,9 +10,14 @@ from switchworks import kernels
 from switchworks.batch import Batch
 from switchworks.device import compute_device
 from switchworks.evaluate.held_out import evaluate_run
+from switchworks.kernels.attention import spread_diagonals
+from switchworks.kernels.flex import attend_fused
+from switchworks.kernels.grouped_mm import DeviceDispatcher
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
+from switchworks.model.attention import BiasParts, attend, hide
+from switchworks.model.layers import SharedDropout
 from switchworks.training import train
-from switchworks.training.state import build_state
+from switchworks.training.state import build_state, cast_for_compute
 from switchworks.training.step import train_step
 
 pytestmark = [
@@ -95,3 +100,39 @@ def test_the_same_tokens_are_written_as_by_the_processor():
     inputs = rows().inputs
     wanted = here.generate(inputs, max_length=12)
     assert torch.equal(there.to(GPU).generate(inputs.to(GPU), max_length=12).cpu(), wanted)
+
+
+@pytest.mark.parametrize("capacity", [0.7, None])
+def test_fused_kernels_are_as_near_to_exact_as_plain_ones(capacity):
+    """In bfloat16, where a GPU takes FlexAttention and grouped products; experts may be empty."""
+    config = replace(CONFIG, routing=replace(CONFIG.routing, experts=8, capacity_factor=capacity))
+    exact = gradients(SwitchTransformer(config, seed=3).double(), rows())
+    errors = []
+    for fast in (False, True):
+        model = SwitchTransformer(config, seed=3).to(GPU)
+        cast_for_compute(model, torch.bfloat16)
+        if fast:
+            kernels.apply(model)
+            assert all(
+                isinstance(layer.dispatcher, DeviceDispatcher)
+                for layer in model.switch_layers.values()
+            )
+        found = gradients(model, rows().to(GPU))
+        errors.append({name: float((found[name] - one).norm()) for name, one in exact.items()})
+    for name, wanted in exact.items():
+        assert errors[1][name] < 2 * errors[0][name] + 0.02 * float(wanted.norm()), name
+
+
+def test_fused_attention_on_the_gpu_is_attention():
+    draw = torch.Generator().manual_seed(0)
+    made = [torch.randn(2, 3, size, 16, generator=draw).to(GPU) for size in (20, 24, 24)]
+    distances = torch.randn(3, 43, generator=draw).to(GPU)
+    hidden = hide(torch.arange(24, device=GPU)[None, None, None] < 18, torch.float32)
+    inputs = [one.requires_grad_() for one in (*made, distances)]
+    whole = spread_diagonals(distances, 24)[None] + hidden
+    found = []
+    for form, bias in ((attend, whole), (attend_fused, BiasParts(distances, hidden))):
+        y = form(*inputs[:3], bias, SharedDropout(0.0))
+        found.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+    for ours, theirs in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)

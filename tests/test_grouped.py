@@ -1,12 +1,16 @@
 """Grouped products of sorted tokens: equal to one product per expert, and no gradient copied."""
 
+import subprocess
+import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
 from switchworks import kernels
+from switchworks.kernels import grouped_mm
 from switchworks.kernels.grouped import answer, grouped_product
 from switchworks.model import ModelConfig, RoutingConfig, SwitchFFN, SwitchTransformer
 from switchworks.model.dispatch import DISPATCHERS
@@ -120,3 +124,98 @@ def test_a_model_without_memory_yet_and_adapted_experts_keep_their_own_way():
     for model in (empty, adapted):
         kernels.apply(model)
         assert all(one.dispatcher is DISPATCHERS["chosen"] for one in model.switch_layers.values())
+
+
+@pytest.fixture(params=["switch", "top2", "expert_choice", "no_token_left_behind"])
+def on_device(request) -> tuple[SwitchFFN, SwitchFFN]:
+    """A layer as it is, and one as a GPU runs it; a capacity that drops tokens, a gate."""
+    config = RoutingConfig(
+        experts=4, group_sequences=2, capacity_factor=0.7, strategy=request.param, jitter=0.0
+    )
+    config = replace(config, second_threshold=0.0)
+    layers = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        layers.append(SwitchFFN(8, 16, config, gated=True, activation="gelu"))
+    plain, fast = layers
+    fast.dispatcher = grouped_mm.DeviceDispatcher()
+    fast.experts.forward = partial(grouped_mm.answer, fast.experts)
+    return plain, fast
+
+
+def test_counts_that_stay_on_the_device_give_the_same_layer(on_device):
+    x = torch.randn(4, 10, 8)
+    results = []
+    for layer in on_device:
+        y, routing = layer(x)
+        (y.square().sum() + routing.loss).backward()
+        results.append((float(routing.dropped), y, *(p.grad for p in layer.parameters())))
+    assert results[0][0] > 0.05
+    for one, other in zip(results[0][1:], results[1][1:], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+ONE_GRAPH = """
+import torch
+from functools import partial
+from switchworks.kernels import grouped_mm
+from switchworks.model import RoutingConfig, SwitchFFN
+
+torch.manual_seed(0)
+layer = SwitchFFN(8, 16, RoutingConfig(experts=4, group_sequences=2, jitter=0.0)).bfloat16()
+layer.dispatcher = grouped_mm.DeviceDispatcher()
+layer.experts.forward = partial(grouped_mm.answer, layer.experts)
+x = torch.randn(4, 10, 8).bfloat16()
+whole = torch.compile(layer, fullgraph=True, backend="aot_eager")
+print(torch.equal(whole(x)[0], layer(x)[0]))
+"""
+
+
+def test_nothing_is_read_on_the_host():
+    """`fullgraph` refuses whatever needs to know a number that a tensor holds. Without the checks
+    of shapes, which are no part of a graph."""
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_GRAPH], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "True\n", done.stderr
+
+
+def test_a_gpu_s_kernel_takes_counts_that_were_read_too_and_experts_without_tokens():
+    module = Experts(4, 8, 16)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+    tokens = torch.randn(9, 8)
+    expected = Experts.forward(module, Inbox(tokens, COUNTS))
+    y = grouped_mm.answer(module, Inbox(tokens, COUNTS))
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-4)
+    y.square().sum().backward()
+    assert module.w_in.grad[1].count_nonzero() == 0
+
+
+def test_rows_behind_the_last_token_may_hold_anything():
+    rows = torch.full((3, 2), float("nan"), requires_grad=True)
+    kept = torch.tensor([True, False, False])
+    with torch.no_grad():
+        rows[0] = 1.0
+    found = grouped_mm._only(kept, rows)
+    found.square().sum().backward()
+    assert found.tolist() == [[1, 1], [0, 0], [0, 0]]
+    assert rows.grad.tolist() == [[2, 2], [0, 0], [0, 0]]
+
+
+def test_widths_that_the_kernel_does_not_take_keep_their_slots():
+    torch.manual_seed(0)
+    layer = SwitchFFN(6, 10, RoutingConfig(experts=4, group_sequences=2, jitter=0.0))
+    assert not grouped_mm.aligned(layer.experts)
+    x = torch.randn(4, 10, 6)
+    expected = layer(x)[0]
+    layer.dispatcher = grouped_mm.DeviceDispatcher()
+    layer.experts.forward = partial(grouped_mm.answer, layer.experts)
+    assert torch.equal(layer(x)[0], expected)
+
+
+@pytest.mark.parametrize(("dtype", "on_device"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_a_gpu_gets_grouped_products_in_bfloat16(dtype, on_device):
+    layer = SwitchFFN(8, 16, RoutingConfig(experts=4, group_sequences=2)).to(dtype)
+    kernels.apply(layer, torch.device("cuda"))
+    assert isinstance(layer.dispatcher, grouped_mm.DeviceDispatcher) == on_device

@@ -6,9 +6,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from switchworks.kernels import grouped, noise
+from switchworks.kernels import grouped, grouped_mm, noise
 from switchworks.kernels.attention import attend_in_blocks
 from switchworks.kernels.embedding import look_up
+from switchworks.kernels.flex import attend_fused
 from switchworks.kernels.norm import rms_norm
 from switchworks.model.attention import Attention, RelativeBias
 from switchworks.model.dispatch import DISPATCHERS
@@ -29,25 +30,35 @@ def apply(model: M, device: torch.device | None = None) -> M:
     for dropout inside experts on a CPU: it and the routers' jitter are of the same distribution
     there (`noise.py`).
     """
+    attend = attend_fused if _kind(model, device) == "cuda" else attend_in_blocks
     for module in model.modules():
         if isinstance(module, Attention | SwitchAttention):
-            module.attend = attend_in_blocks
+            module.attend = attend
         elif isinstance(module, RelativeBias):
             module.in_parts = True
         elif isinstance(module, Embedding):
             module.forward = partial(_rows, module)
         elif isinstance(module, RMSNorm):
             module.forward = partial(_norm, module)
-        elif isinstance(module, SwitchFFN) and _own_on_cpu(module.experts, device):
-            module.dispatcher = DISPATCHERS["sorted"]
-            module.router.jitter = noise.jitter
-            module.experts.forward = partial(grouped.answer, module.experts)
+        elif isinstance(module, SwitchFFN) and type(module.experts) is Experts:
+            _group(module, module.experts, _kind(module, device))
     return model
 
 
-def _own_on_cpu(experts: nn.Module, device: torch.device | None) -> bool:
-    """Where padding costs more than reading counts does, and where experts are the model's own."""
-    return type(experts) is Experts and (device or experts.w_in.device).type == "cpu"
+def _group(layer: SwitchFFN, experts: Experts, kind: str) -> None:
+    """No padding: on a processor by counts it reads, on a GPU by counts that stay there."""
+    if kind == "cpu":
+        layer.dispatcher = DISPATCHERS["sorted"]
+        layer.router.jitter = noise.jitter
+        experts.forward = partial(grouped.answer, experts)
+    elif kind == "cuda" and experts.w_in.dtype == torch.bfloat16:
+        layer.dispatcher = grouped_mm.DeviceDispatcher()
+        experts.forward = partial(grouped_mm.answer, experts)
+
+
+def _kind(module: nn.Module, device: torch.device | None) -> str:
+    """Of the device that `module` will compute on."""
+    return (device or next(module.parameters()).device).type
 
 
 def _rows(module: Embedding, ids: Tensor) -> Tensor:

@@ -45,11 +45,17 @@ def attend_in_blocks(
     if not torch.is_grad_enabled() or (whole and bias.requires_grad):
         assert bias is None or whole
         return attend(q, k, v, bias, dropout)
-    if dropout.training and dropout.rate > 0:
-        v = v * dropout(v.new_ones(*k.shape[:2], 1, k.shape[2])).mT  # as the reference draws it
+    v = drop_keys(v, dropout)
     if isinstance(bias, BiasParts):
         return _Attention.apply(q, k, v, bias.distances, bias.hidden)
     return _Attention.apply(q, k, v, None, bias)
+
+
+def drop_keys(v: Float[Tensor, "B H M K"], dropout: SharedDropout) -> Float[Tensor, "B H M K"]:
+    """The values with those keys zeroed that `dropout` drops, drawn as the reference draws them."""
+    if not dropout.training or dropout.rate == 0:
+        return v
+    return v * dropout(v.new_ones(*v.shape[:2], 1, v.shape[2])).mT
 
 
 class _Attention(torch.autograd.Function):

@@ -25,7 +25,7 @@ def answer(experts: Experts, inbox: Inbox) -> Float[Tensor, "N O"]:
     """What `experts` answers to `inbox`. Tokens with a count each go through grouped products;
     equally many for all, and passes without gradients, go the model's own way."""
     tokens, counts = inbox
-    if counts is None or not torch.is_grad_enabled():
+    if counts is None or isinstance(counts, Tensor) or not torch.is_grad_enabled():
         return Experts.forward(experts, inbox)
     gate = None
     if experts.w_gate is not None:

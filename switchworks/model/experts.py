@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from switchworks.model.config import check_activation
@@ -24,8 +24,9 @@ class Inbox(NamedTuple):
     """Tokens sorted by the expert that is to see them."""
 
     tokens: Float[Tensor, "N D"]
-    counts: Sequence[int] | None
-    """Tokens per expert; None: N / E each."""
+    counts: Sequence[int] | Int[Tensor, "E"] | None
+    """Tokens per expert; None: N / E each. A tensor, which nobody may read on the host, comes only
+    to experts whose kernel takes one: their sum may be below N, and the rest is zeros."""
 
 
 @runtime_checkable
@@ -68,6 +69,7 @@ class Experts(nn.Module):
         """Each expert's answer to its tokens, in the same order."""
         if inbox.counts is None:
             return self._run_even(inbox.tokens)
+        assert not isinstance(inbox.counts, Tensor), "a kernel's counts, without that kernel"
         return self._run_uneven(inbox.tokens, inbox.counts)
 
     def one(self, expert: int, x: Float[Tensor, "C D"]) -> Float[Tensor, "C O"]:

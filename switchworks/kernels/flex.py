@@ -1,0 +1,83 @@
+"""Attention by torch's FlexAttention, for GPUs: one fused kernel whose scores never reach memory.
+
+The reference is `model.attention.attend`. The relative bias is a vector per head, read by
+distance inside the kernel, and its gradient is summed there too (torch >= 2.6). What is hidden
+is added to the scores as everywhere else; no block is skipped for it.
+
+A query that sees nothing gets an average as in the reference, but its gradients are not the
+reference's: beside -1e9 float32 forgets the logarithm of the number of keys, from which the kernel
+computes its weights again. Such queries are padding, which no loss asks about: what comes from
+above is 0, and so is its multiple.
+
+Letters: B sequences, H heads, L query length, M key length, K head width, N = L + M - 1 distances.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import cast, no_type_check
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
+
+from switchworks.kernels.attention import attend_in_blocks, drop_keys
+from switchworks.model.attention import BiasParts, attend
+from switchworks.model.layers import SharedDropout
+
+NARROWEST = 16
+"""The kernel multiplies tiles, which are no narrower than this."""
+
+
+def attend_fused(
+    q: Float[Tensor, "B H L K"],
+    k: Float[Tensor, "B H M K"],
+    v: Float[Tensor, "B H M K"],
+    bias: Float[Tensor, "#B #H #L M"] | BiasParts | None,
+    dropout: SharedDropout,
+) -> Float[Tensor, "B H L K"]:
+    """What `attend` gives, with the same gradients of q, k, v and the distances in `bias`.
+
+    A bias that is a tensor must be a mask: it gets no gradient. Without gradients, and for a bias
+    that is to get one all the same, this is `attend` itself; for float64 and narrow heads, which
+    the kernel does not know, `attend_in_blocks`.
+    """
+    whole = isinstance(bias, Tensor)
+    if not torch.is_grad_enabled() or (whole and bias.requires_grad):
+        assert bias is None or whole
+        return attend(q, k, v, bias, dropout)
+    if q.dtype == torch.float64 or q.shape[-1] < NARROWEST:
+        return attend_in_blocks(q, k, v, bias, dropout)
+    v = drop_keys(v, dropout)
+    if isinstance(bias, BiasParts):
+        return _compiled()(q, k, v, bias.distances, bias.hidden)
+    return _compiled()(q, k, v, None, bias)
+
+
+def answer(
+    q: Float[Tensor, "B H L K"],
+    k: Float[Tensor, "B H M K"],
+    v: Float[Tensor, "B H M K"],
+    distances: Float[Tensor, "H N"] | None,
+    hidden: Float[Tensor, "#B 1 #L M"] | None,
+) -> Float[Tensor, "B H L K"]:
+    """softmax(q k^T + bias) v with the bias put together score by score."""
+    last = q.shape[2] - 1
+
+    @no_type_check
+    def biased(score: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        if distances is not None:
+            score = score + distances[head, key - query + last]
+        if hidden is not None:
+            of_row = row if hidden.shape[0] > 1 else 0
+            of_query = query if hidden.shape[2] > 1 else 0
+            score = score + hidden[of_row, 0, of_query, key]
+        return score
+
+    return cast(Tensor, flex_attention(q, k, v, score_mod=biased, scale=1.0))
+
+
+@cache
+def _compiled() -> Callable[..., Tensor]:
+    """`answer` as one kernel, generated at its first use."""
+    return torch.compile(answer)
