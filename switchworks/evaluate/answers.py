@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from switchworks.data.tokenizer import Tokenizer
 from switchworks.generate import BeamSearch, generate
 from switchworks.generate.batches import batches_by_length, pad
 from switchworks.model import SwitchTransformer
+from switchworks.parallel import ALONE, Ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +62,18 @@ def answer(
     task: Task,
     examples: Sequence[Example],
     how: Answering,
+    ranks: Ranks = ALONE,
 ) -> list[str]:
     """The model's answer to each example, in their order. Raises ConfigError for a task that
-    cannot be asked this way."""
+    cannot be asked this way.
+
+    Several `ranks` that have parts of the model ask together; each writes some of the answers and
+    gets all of them.
+    """
     if how.decode == "rank":
         return choose(model, tokenizer, task, examples, how)
     return write(
-        model, tokenizer, [e.inputs for e in examples], _longest(tokenizer, task, how), how
+        model, tokenizer, [e.inputs for e in examples], _longest(tokenizer, task, how), how, ranks
     )
 
 
@@ -76,17 +83,32 @@ def write(
     inputs: Sequence[str],
     max_length: int,
     how: Answering,
+    ranks: Ranks = ALONE,
 ) -> list[str]:
     """What the model writes for each input, in at most `max_length` tokens."""
     tokens = encode_all(tokenizer, inputs, how.input_length)
     device = model.embedding.weight.device
-    answers = [""] * len(inputs)
-    for places in batches_by_length([len(ids) for ids in tokens], how.batch_size):
-        batch = pad([tokens[place] for place in places]).to(device)
-        written = generate(model, batch, max_length=max_length, beams=how.beams)
-        for place, ids in zip(places, written.tolist(), strict=True):
-            answers[place] = tokenizer.decode(ids)
-    return answers
+    size = min(how.batch_size, -(-len(inputs) // ranks.batch_world))
+    written: dict[int, list[int]] = {}
+    for places in _own_batches([len(ids) for ids in tokens], size, ranks):
+        batch = pad([tokens[place] for place in places])
+        batch = F.pad(batch, (0, ranks.highest(batch.shape[1]) - batch.shape[1])).to(device)
+        ids = generate(model, batch, max_length=max_length, beams=how.beams, ranks=ranks)
+        written |= zip(places, ids.tolist(), strict=True)
+    found = {place: ids for share in ranks.all(written) for place, ids in share.items()}
+    return [tokenizer.decode(found[place]) for place in range(len(inputs))]
+
+
+def _own_batches(lengths: Sequence[int], size: int, ranks: Ranks) -> list[list[int]]:
+    """This rank's batches: as many as any other's and as many rows in each, so that all call the
+    model equally often. What is missing for that is asked twice."""
+    batches = list(batches_by_length(lengths, size))
+    if ranks.mesh is None or not batches:
+        return batches
+    batches[-1] += batches[-1][-1:] * (size - len(batches[-1]))
+    rounds = -(-len(batches) // ranks.batch_world)
+    own = [step * ranks.batch_world + ranks.batch_rank for step in range(rounds)]
+    return [batches[min(place, len(batches) - 1)] for place in own]
 
 
 def choose(

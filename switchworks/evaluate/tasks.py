@@ -13,6 +13,7 @@ from switchworks.data.tokenizer import Tokenizer
 from switchworks.evaluate.answers import Answering, answer
 from switchworks.evaluate.metrics import averages, judge, score
 from switchworks.model import SwitchTransformer
+from switchworks.parallel import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,14 @@ def questions_of(task: Task, split: str, places: Places, most: int = 0) -> Quest
 
 
 def measure(
-    model: SwitchTransformer, tokenizer: Tokenizer, questions: Questions, how: Answering
+    model: SwitchTransformer,
+    tokenizer: Tokenizer,
+    questions: Questions,
+    how: Answering,
+    ranks: Ranks = ALONE,
 ) -> TaskResult:
-    """The model's answers to `questions`, judged."""
-    predictions = answer(model, tokenizer, questions.task, questions.examples, how)
+    """The model's answers to `questions`, judged. Several `ranks` ask together, see `answer`."""
+    predictions = answer(model, tokenizer, questions.task, questions.examples, how, ranks)
     figures = judge(questions.task, predictions, questions.examples)
     encoded = tokenizer.encode_batch([example.inputs for example in questions.examples])
     cut = sum(len(ids) >= how.input_length for ids in encoded)

@@ -16,6 +16,7 @@ from switchworks.generate.beam import BeamSearch, search
 from switchworks.generate.sampling import Sampling, choose
 from switchworks.generate.start import EOS, PAD, start
 from switchworks.model import SwitchTransformer
+from switchworks.parallel import ALONE, Ranks
 
 
 @torch.no_grad()
@@ -26,6 +27,7 @@ def generate(
     max_length: int = 128,
     sampling: Sampling | None = None,
     beams: BeamSearch | None = None,
+    ranks: Ranks = ALONE,
 ) -> Int[Tensor, "B T"]:
     """The tokens `model` writes for `inputs`, each row ended by EOS and then padded with 0.
 
@@ -36,6 +38,9 @@ def generate(
 
     T is the length of the longest row and at most `max_length`; a row that has not ended by then
     has no EOS. The model's training mode is restored afterwards.
+
+    Of a model that is spread over several `ranks`, all of them call this together, each with rows
+    of its own; T is the same for all. Without `beams`, which do not wait for each other.
     """
     if max_length < 1:
         raise ConfigError(f"max_length = {max_length} must be at least 1 token.")
@@ -47,13 +52,15 @@ def generate(
             f"temperature = {sampling.temperature} samples, and beams = {beams.beams} look for "
             "the likeliest text.\n  Choose one of them."
         )
+    if beams is not None and ranks.mesh is not None:
+        raise ConfigError("beams are for a model on one rank. Leave them out, or load it there.")
     generator = torch.Generator(inputs.device).manual_seed(sampling.seed)
     was_training = model.training
     model.eval()
     try:
         if beams is not None:
             return search(model, inputs, max_length, beams)
-        return _decode(model, inputs, max_length, sampling, generator)
+        return _decode(model, inputs, max_length, sampling, generator, ranks)
     finally:
         model.train(was_training)
 
@@ -64,12 +71,13 @@ def _decode(
     max_length: int,
     sampling: Sampling,
     generator: torch.Generator,
+    ranks: Ranks,
 ) -> Tensor:
     logits, cache = start(model, inputs, max_length)
     token = choose(logits[:, -1], sampling, generator)
     written = [token]
     ended = token == EOS
-    while len(written) < max_length and not ended.all():
+    while len(written) < max_length and ranks.highest(int(not ended.all())):
         logits = model.decode_next(token[:, None], cache)
         token = choose(logits[:, -1], sampling, generator).masked_fill(ended, PAD)
         ended = ended | (token == EOS)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from switchworks.config import ConfigError
 from switchworks.model.attention import causal, hide, visible
-from switchworks.model.blocks import Stack
+from switchworks.model.blocks import Block, Stack
 from switchworks.model.cache import DecoderCache, LayerCache
 from switchworks.model.config import ModelConfig
 from switchworks.model.init import initialise
@@ -114,7 +114,8 @@ class SwitchTransformer(nn.Module):
         if self.encoder is None:
             tokens = torch.cat([align_right(inputs) if padding else inputs, targets], dim=1)
         else:
-            memory = self.encode(inputs, segments=input_segments, padding=padding)
+            # Past whatever `encode` of this one object is where weights have to be gathered first.
+            memory = type(self).encode(self, inputs, segments=input_segments, padding=padding)
         if segments is None and padding:
             segments = (tokens != 0).to(tokens.dtype)
         x, routing = self._decode(shift_right(tokens, segments), segments, memory)
@@ -152,15 +153,14 @@ class SwitchTransformer(nn.Module):
 
     def start_decoding(self, memory: Memory, max_length: int) -> DecoderCache:
         """An empty cache for up to `max_length` tokens: cross-attention is projected once."""
+        states = memory.states
         layers = [
-            LayerCache(self._no_keys(memory.states, max_length), block.project(memory.states))
+            LayerCache(self._no_keys(block, states, max_length), block.project(states))
             for block in self.decoder
         ]
         if memory.segments is None:
             return DecoderCache(layers)
-        return DecoderCache(
-            layers, hide((memory.segments != 0)[:, None, None], memory.states.dtype)
-        )
+        return DecoderCache(layers, hide((memory.segments != 0)[:, None, None], states.dtype))
 
     def read_prompts(
         self, prompts: Int[Tensor, "B L"], max_length: int
@@ -173,9 +173,9 @@ class SwitchTransformer(nn.Module):
         tokens = F.pad(align_right(prompts), (0, 1), value=1)  # stands for the token to come
         segments = (tokens != 0).to(tokens.dtype)
         x = self.embedding(shift_right(tokens, segments))
-        length = tokens.shape[1]
+        room = tokens.shape[1] + max_length - 1
         prompt_bias = hide((segments != 0)[:, None, None], x.dtype)
-        layers = [LayerCache(self._no_keys(x, length + max_length - 1), None) for _ in self.decoder]
+        layers = [LayerCache(self._no_keys(block, x, room), None) for block in self.decoder]
         cache = DecoderCache(layers, prompt_bias=prompt_bias)
         return self._decode_next(x, cache, segments)[:, -1:], cache
 
@@ -196,8 +196,9 @@ class SwitchTransformer(nn.Module):
         x, _ = self.decoder(x, bias, segments=segments, cache=cache, memory_bias=cache.memory_bias)
         return self.logits(x)
 
-    def _no_keys(self, like: Tensor, length: int) -> Float[Tensor, "B H T K"]:
-        return like.new_zeros(like.shape[0], self.config.num_heads, length, self.config.d_kv)
+    def _no_keys(self, block: Block, like: Tensor, length: int) -> Float[Tensor, "B H T K"]:
+        """Room for the keys of as many heads as `block` has here."""
+        return like.new_zeros(len(like), block.self_attention.num_heads, length, self.config.d_kv)
 
     def generate(
         self,

@@ -11,7 +11,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from switchworks.model import SwitchTransformer
@@ -68,6 +73,11 @@ def like(weight: Tensor, placed: Tensor) -> Tensor:
         return weight
     mesh, placements = placed.device_mesh, placed.placements
     return distribute_tensor(weight, mesh, placements, src_data_rank=None)
+
+
+def whole(weight: Tensor) -> Tensor:
+    """All of `weight`, of which every rank has a part. To be called by all of them."""
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def _split_weight(model: nn.Module, name: str, place: Place, mesh: DeviceMesh) -> None:
@@ -132,6 +142,8 @@ def _shard_fully(model: SwitchTransformer, where: Mapping[str, Place], mesh: Dev
                 _shard([cross.k, cross.v], batch, options)
             _shard([block], batch, options)
     fully_shard(model, mesh=batch, **options)
+    for beside_forward in ("encode", "start_decoding", "read_prompts", "decode_next"):
+        register_fsdp_forward_method(model, beside_forward)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Added, not averaged: the losses are shares already.

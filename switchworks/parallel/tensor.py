@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from switchworks.model import SwitchTransformer
 from switchworks.model.attention import Attention
 from switchworks.model.blocks import Block, Stack
+from switchworks.model.cache import DecoderCache
 from switchworks.model.experts import Experts, Inbox
 from switchworks.model.layers import FFN, Embedding, SharedDropout, look_up, widen
 from switchworks.parallel.collectives import copy_in, sum_out
@@ -29,13 +30,15 @@ from switchworks.parallel.collectives import copy_in, sum_out
 
 @contextmanager
 def own_part(module: nn.Module) -> Iterator[None]:
-    """Inside, the weights of `module` are plain tensors: this rank's part of each."""
-    whole = module._parameters
-    module._parameters = {name: _local(weight) for name, weight in whole.items()}
+    """Inside, the weights of `module` and what it holds are plain tensors: this rank's part."""
+    owners = [(one, one._parameters) for one in module.modules()]
+    for one, whole in owners:
+        one._parameters = {name: _local(weight) for name, weight in whole.items()}
     try:
         yield
     finally:
-        module._parameters = whole
+        for one, whole in owners:
+            one._parameters = whole
 
 
 def compute_with_own_part(module: nn.Module) -> None:
@@ -164,6 +167,23 @@ def _score_by_parts(model: SwitchTransformer, group: ProcessGroup) -> None:
         scale = model.config.d_model**-0.5
         model.logits = lambda x: F.linear(x * scale, _local(model.embedding.weight))
     model.cross_entropy = lambda logits, targets: cross_entropy_by_parts(logits, targets, group)
+    decode_next, read_prompts = model.decode_next, model.read_prompts
+
+    def next_words(tokens: Tensor, cache: DecoderCache) -> Tensor:
+        return join_words(decode_next(tokens, cache), group)
+
+    def first_words(prompts: Tensor, max_length: int) -> tuple[Tensor, DecoderCache]:
+        logits, cache = read_prompts(prompts, max_length)
+        return join_words(logits, group), cache
+
+    model.decode_next, model.read_prompts = next_words, first_words
+
+
+def join_words(logits: Float[Tensor, "B T v"], group: ProcessGroup) -> Float[Tensor, "B T V"]:
+    """The scores of all words, from each rank's; without gradients."""
+    parts = [torch.empty_like(logits) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, logits.contiguous(), group=group)
+    return torch.cat(parts, dim=-1)
 
 
 def cross_entropy_by_parts(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from switchworks.checkpoint.files import copy_whole, write_json
+from switchworks.checkpoint.together import by_first
 from switchworks.checkpoint.training_state import Checkpoints
 from switchworks.config import CheckpointError, ConfigError
 from switchworks.training.experiment import BestConfig
@@ -98,8 +99,7 @@ class KeepBest:
         if best is None or best.step == state.step:
             self.export(state, run_dir)
         else:
-            for part in sorted(self._place(best.step).iterdir()):
-                copy_whole(part, run_dir / part.name)
+            by_first(lambda: self._copy(best.step, run_dir))
         if best is None:
             print(f"warning: {self._absent()}\n  model/ is that of the last step, {state.step}.")
             return
@@ -111,14 +111,15 @@ class KeepBest:
             "last_step": state.step,
             "ended_early": state.ended,
         }
-        write_json(run_dir / "best.json", about)
+        by_first(lambda: write_json(run_dir / "best.json", about))
         print(
             f"model/ is that of step {best.step}, the best by {self.config.metric} "
             f"({best.value:.4g}); the last step was {state.step}"
         )
 
     def _measured(self, state: TrainState) -> float | None:
-        value = self.recorder.at(state.step).get(self.config.metric)
+        """What the first rank has, so that all ranks keep and end alike."""
+        value = state.ranks.all(self.recorder.at(state.step).get(self.config.metric))[0]
         if value is not None and type(value) not in (int, float):
             raise ConfigError(
                 f"best.metric = {self.config.metric} is not one number: {str(value)[:60]}.\n"
@@ -151,9 +152,16 @@ class KeepBest:
     def _place(self, step: int) -> Path:
         return self.directory / f"step_{step:08d}"
 
+    def _copy(self, step: int, run_dir: Path) -> None:
+        for part in sorted(self._place(step).iterdir()):
+            copy_whole(part, run_dir / part.name)
+
     def _prune(self, current: int) -> None:
         """Delete what neither `current` nor any kept checkpoint would be the best of."""
         self.checkpoints.wait()  # the one that is being written will be kept too
+        by_first(lambda: self._delete_all_but(current))
+
+    def _delete_all_but(self, current: int) -> None:
         found = re.compile(r"step_(\d{8,})")
         steps = {
             int(match[1]): path

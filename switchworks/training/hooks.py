@@ -6,6 +6,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -250,8 +251,11 @@ class Samples:
         ]
 
     def _generate(self, state: TrainState, inputs: Tensor, max_length: int) -> list[list[int]]:
-        device = state.model.embedding.weight.device
-        return generate(state.model, inputs.to(device), max_length=max_length).tolist()
+        """Ranks go on equally long, with texts equally wide."""
+        ranks, device = state.ranks, state.model.embedding.weight.device
+        inputs = F.pad(inputs, (0, ranks.highest(inputs.shape[1]) - inputs.shape[1])).to(device)
+        most = ranks.highest(max_length)
+        return generate(state.model, inputs, max_length=most, ranks=ranks).tolist()
 
 
 def _in_a_line(sample: Mapping[str, str], continues: bool) -> str:

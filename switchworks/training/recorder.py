@@ -12,20 +12,20 @@ from switchworks.training.state import TrainState
 class Recorder:
     """Appends to the files of a run directory; every line is whole once written.
 
-    Without a directory, as on all ranks but the first, it keeps nothing.
+    Without a directory, as on all ranks but the first, it writes nothing.
     """
 
     def __init__(self, run_dir: Path | None, first_step: int) -> None:
         self.board = None
+        self.names: set[str] = set()
+        """Of all metrics of this sitting."""
+        self._now: tuple[int, dict[str, Any]] = (-1, {})
         if run_dir is None:
             return
         from torch.utils.tensorboard import SummaryWriter
 
         self.metrics = run_dir / "metrics.jsonl"
         self.samples = run_dir / "samples.jsonl"
-        self.names: set[str] = set()
-        """Of all metrics written in this sitting."""
-        self._now: tuple[int, dict[str, Any]] = (-1, {})
         for path in (self.metrics, self.samples):
             _drop_after(path, first_step)
         logging.getLogger("tensorboard").setLevel(logging.ERROR)
@@ -33,18 +33,18 @@ class Recorder:
 
     def write(self, state: TrainState, values: Mapping[str, Any]) -> None:
         """One line of metrics, led by step, tokens and seconds; numbers also to TensorBoard."""
+        self.names |= values.keys()
+        self._now = (state.step, self.at(state.step) | dict(values))
         if self.board is None:
             return
         line = {"step": state.step, "tokens": state.tokens, "seconds": round(state.seconds, 3)}
         _append(self.metrics, line | dict(values))
-        self.names |= values.keys()
-        self._now = (state.step, self.at(state.step) | dict(values))
         for name, value in values.items():
             if isinstance(value, (int, float)):
                 self.board.add_scalar(name, value, state.step)
 
     def at(self, step: int) -> dict[str, Any]:
-        """What was written at `step`, if that was the last one anything was written at."""
+        """What was said of `step`, if that was the last one anything was said of."""
         return dict(self._now[1]) if self._now[0] == step else {}
 
     def write_sample(self, sample: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from switchworks.adapt.files import save_adapters
 from switchworks.adapt.lora import merged
 from switchworks.batch import Batch
 from switchworks.checkpoint.model_files import save, weights_hash
+from switchworks.checkpoint.together import by_first
 from switchworks.checkpoint.training_state import Checkpoints
 from switchworks.config import CheckpointError, ConfigError, DataError
 from switchworks.data.corpora import Corpora, HeldOut, prepare_corpora
@@ -28,6 +29,7 @@ from switchworks.data.tokenizer import Tokenizer
 from switchworks.model import SwitchTransformer
 from switchworks.model.sizes import active_parameters, flops_per_token, num_parameters
 from switchworks.parallel import Ranks, launch, ranks_of
+from switchworks.parallel.apply import whole
 from switchworks.parallel.watch import watching
 from switchworks.report import write_report
 from switchworks.training import machine
@@ -218,11 +220,14 @@ class Interrupted(Exception):  # noqa: N818  it is not an error
 def export(state: TrainState, directory: Path, tokenizer: Tokenizer) -> None:
     """`directory` holds an ordinary model in model/, with its float32 weights and tokenizer.
 
-    Adapters are merged in, and lie in adapters/ by themselves too.
+    Adapters are merged in, and lie in adapters/ by themselves too; for that each rank has the whole
+    model in memory, as it had at the beginning.
     """
     weights, lora = state.updater.float_state(), state.experiment.lora
     if lora is not None and state.adapted is not None:
-        save_adapters(directory / "adapters", weights, lora, state.adapted.also)
+        also = state.adapted.also
+        weights = {name: whole(weight) for name, weight in weights.items()}
+        by_first(lambda: save_adapters(directory / "adapters", weights, lora, also))
         weights = merged(weights, lora)
     with torch.device("meta"):
         model = SwitchTransformer(state.experiment.model)
@@ -247,8 +252,7 @@ def _hooks(
         )
         if experiment.validate_every:
             hooks.append(Validate(recorder, experiment.validate_every, held_out, mixture))
-        alone = experiment.mesh.size == 1
-        if experiment.sample_every and alone and not isinstance(corpora, TaskCorpora):
+        if experiment.sample_every and not isinstance(corpora, TaskCorpora):
             rows = _sample_rows(held_out)
             hooks.append(Samples(recorder, experiment.sample_every, rows, corpora.tokenizer))
     if isinstance(corpora, TaskCorpora):

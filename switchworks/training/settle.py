@@ -89,24 +89,15 @@ def check_beginning(experiment: Experiment, init: Path | str | None) -> None:
 
 
 def check_mesh(experiment: Experiment) -> None:
-    """Raises ConfigError for what several ranks cannot do yet, and says what they leave out."""
+    """Raises ConfigError for what several ranks cannot do yet."""
     mesh = experiment.mesh
     if mesh.model > 1 and experiment.distil is not None:
         raise ConfigError(
             f"mesh.model = {mesh.model} spreads the student's words over ranks, which the teacher's"
             " are not.\n  Set --mesh.model 1 and a larger --mesh.data."
         )
-    alone = {
-        "lora": experiment.lora is not None,
-        "freeze": bool(experiment.freeze),
-        "best": experiment.best is not None,
-        "data.tasks": bool(experiment.data.tasks),
-    }
-    asked = [name for name, wanted in alone.items() if wanted]
-    if mesh.size > 1 and asked:
+    if mesh.model > 1 and experiment.lora is not None:
         raise ConfigError(
-            f"{', '.join(asked)}: not on a mesh of {mesh.size} ranks yet.\n"
-            "  Leave it out, or train on one rank."
+            f"mesh.model = {mesh.model} splits matrices whose adapters every rank would need whole."
+            "\n  Set --mesh.model 1 and a larger --mesh.data."
         )
-    if mesh.size > 1 and experiment.sample_every:
-        print("samples: none on a mesh; `switchworks generate` makes them from model/ afterwards.")

@@ -49,7 +49,10 @@ class EvaluateTasks:
 
     def _evaluate(self, state: TrainState) -> None:
         self._done = state.step
-        self.results = [measure(state.model, self.tokenizer, q, self.how) for q in self.questions]
+        self.results = [
+            measure(state.model, self.tokenizer, asked, self.how, state.ranks)
+            for asked in self.questions
+        ]
         self.recorder.write(state, figures_of(self.results))
         for result in self.results:
             said = "  ".join(f"{name} {value:.1f}" for name, value in result.figures.items())
