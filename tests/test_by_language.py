@@ -247,11 +247,11 @@ def test_a_mixture_of_languages_goes_on_at_any_step_as_if_never_stopped(texts, t
 
 def test_bits_per_byte_of_guessing_bytes_is_eight():
     targets = torch.tensor([[3 + 65, 3 + 66, 3 + 67, 3 + 68]])
-    from switchworks.data.serving import byte_lengths, tokens_per_byte
+    from switchworks.data.serving import byte_lengths, tokens_and_bytes
     from switchworks.data.tokenizer import ByteTokenizer
 
-    ratio = tokens_per_byte([Batch(inputs=targets, targets=targets)], byte_lengths(ByteTokenizer()))
-    held_out = HeldOut({}, {}, {"de": ratio})
+    size = tokens_and_bytes([Batch(inputs=targets, targets=targets)], byte_lengths(ByteTokenizer()))
+    held_out = HeldOut({}, {}, {"de": size})
     assert held_out.bits_per_byte("de", math.log(256)) == pytest.approx(8.0)
 
 

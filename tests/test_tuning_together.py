@@ -85,7 +85,7 @@ def measured(run_dir: Path) -> dict[tuple[int, str], float]:
         (line["step"], name): value
         for line in lines
         for name, value in line.items()
-        if name.startswith(("val/loss", "task/", "best/"))
+        if name.startswith(("val/", "task/", "best/"))
     }
 
 

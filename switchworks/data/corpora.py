@@ -22,7 +22,7 @@ from switchworks.data.documents import Documents, open_documents
 from switchworks.data.mixture import Mixture, naming, rates
 from switchworks.data.pipeline import Pipeline, validation_batches
 from switchworks.data.prepare import Prepared, cache_folder, prepare, spread, trained_tokenizer
-from switchworks.data.serving import Served, byte_lengths, serve, tokens_per_byte
+from switchworks.data.serving import Served, byte_lengths, serve, tokens_and_bytes
 from switchworks.data.tokenizer import Tokenizer
 
 
@@ -32,12 +32,13 @@ class HeldOut:
 
     batches: Mapping[str, list[Batch]]
     shares: Mapping[str, float]
-    tokens_per_byte: Mapping[str, float]
-    """Target tokens, sentinels and EOS among them, per UTF-8 byte of the text they hide."""
+    sizes: Mapping[str, tuple[float, float]]
+    """Target tokens, sentinels and EOS among them, and UTF-8 bytes of the text they hide."""
 
     def bits_per_byte(self, name: str, nats: float) -> float:
         """What `nats` per target token of a corpus come to: comparable between tokenizers."""
-        return nats * self.tokens_per_byte[name] / math.log(2)
+        tokens, size = self.sizes[name]
+        return nats * tokens / max(1.0, size) / math.log(2)
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Corpora:
                 )
         lengths = byte_lengths(self.tokenizer)
         return HeldOut(
-            found, self.rates, {n: tokens_per_byte(own, lengths) for n, own in found.items()}
+            found, self.rates, {n: tokens_and_bytes(own, lengths) for n, own in found.items()}
         )
 
     def served(self) -> dict[str, Served]:

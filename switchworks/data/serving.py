@@ -127,7 +127,9 @@ def badly_served(served: Mapping[str, Served]) -> str:
     )
 
 
-def tokens_per_byte(batches: Sequence[Batch], lengths: Int[np.ndarray, " V"]) -> float:
-    """Target tokens over the bytes of text they stand for, by the `byte_lengths` of each id."""
+def tokens_and_bytes(
+    batches: Sequence[Batch], lengths: Int[np.ndarray, " V"]
+) -> tuple[float, float]:
+    """Target tokens, and the bytes of text they stand for by the `byte_lengths` of each id."""
     ids = np.concatenate([batch.targets.numpy().ravel() for batch in batches])
-    return float((ids != 0).sum() / max(1, lengths[ids].sum()))
+    return float((ids != 0).sum()), float(lengths[ids].sum())

@@ -11,7 +11,7 @@ from switchworks.data.config import DataConfig
 from switchworks.data.corpora import Corpora, HeldOut
 from switchworks.data.pipeline import VALIDATION_SEED
 from switchworks.data.prepare import cache_folder, trained_tokenizer
-from switchworks.data.serving import byte_lengths, tokens_per_byte
+from switchworks.data.serving import byte_lengths, tokens_and_bytes
 from switchworks.data.task_rows import TaskMixture, rows_of_tasks, task_rates
 from switchworks.data.task_store import Counts, TaskStore, examples_of, open_task
 from switchworks.data.tasks import Places, Task, find_tasks
@@ -102,7 +102,7 @@ class TaskCorpora(Corpora):
         return HeldOut(
             rows,
             {name: shares[name] / total for name in found},
-            {name: tokens_per_byte(own, lengths) for name, own in rows.items()},
+            {name: tokens_and_bytes(own, lengths) for name, own in rows.items()},
         )
 
     def _batches(

@@ -250,6 +250,8 @@ def _hooks(
             rank=state.ranks.batch_rank,
             world=state.ranks.batch_world,
         )
+        sizes = {name: tuple(state.ranks.total(size)) for name, size in held_out.sizes.items()}
+        held_out = replace(held_out, sizes=sizes)
         if experiment.validate_every:
             hooks.append(Validate(recorder, experiment.validate_every, held_out, mixture))
         if experiment.sample_every and not isinstance(corpora, TaskCorpora):
