@@ -257,6 +257,7 @@ def _evaluate(words: list[str]) -> int:
         )
     command = shlex.join(["switchworks", "evaluate", *words])
     data = named_tasks(flags.path, flags.tasks, flags.task_folder)
+    flags.check(tasks=bool(data.tasks) and flags.text is None)
     if data.tasks and flags.text is None:
         return _evaluate_tasks(flags, data, command)
     from switchworks.evaluate.held_out import evaluate_run

@@ -5,9 +5,9 @@ words.
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
@@ -81,6 +81,10 @@ class ExplainFlags:
         check_positive(self, "--", "memory")
         if self.picture is not None and self.picture.suffix not in (".svg", ".png", ".pdf"):
             raise ConfigError(f"--picture {self.picture} must end in .svg, .png or .pdf.")
+        check_idle(self, "devices", "--search", there=self.search)
+        check_idle(self, "ranks", "--simulate", there=self.simulate)
+        for name in ("memory", "machine"):
+            check_idle(self, name, "--simulate or --search", there=self.simulate or self.search)
 
 
 Precision = Literal["stored", "float32", "bfloat16", "auto"]
@@ -120,6 +124,13 @@ class GenerateFlags:
     precision: Precision = "stored"
     """What to compute in: as the weights are stored (float32 after training), or auto, which is
     bfloat16 where this machine multiplies it faster."""
+
+    def __post_init__(self) -> None:
+        for name in ("top_k", "top_p", "seed"):
+            check_idle(self, name, "--temperature", there=self.temperature > 0)
+        for name in ("length_penalty", "penalty"):
+            check_idle(self, name, "--beams", there=self.beams > 1)
+        check_idle(self, "output", "--file", there=self.file is not None)
 
 
 @dataclass(frozen=True)
@@ -163,6 +174,15 @@ class EvaluateFlags:
     """Also write the figures to this file, with the exact command."""
     predictions: Path | None = None
     """Also write every input and answer to this file, a JSON object per line."""
+
+    def check(self, *, tasks: bool) -> None:
+        """Raises ConfigError for a flag that does nothing, where tasks are measured or not."""
+        of_answers = ("split", "decode", "examples", "input_length", "max_length", "predictions")
+        for name in (*of_answers, "task_folder", "beams", "batch_size"):
+            check_idle(self, name, "--tasks", there=tasks)
+        for name in ("length_penalty", "penalty"):
+            check_idle(self, name, "--beams", there=self.beams > 1)
+        check_idle(self, "batches", "the held-out loss of a run without tasks", there=not tasks)
 
     def __post_init__(self) -> None:
         check_at_least(self, "--", 1, "batches", "batch_size", "max_length", "beams")
@@ -328,6 +348,17 @@ def check_destination(flags: ConvertFlags) -> None:
         )
 
 
+def check_idle(flags: Any, name: str, owner: str, *, there: bool) -> None:
+    """Raises ConfigError if the flag `name` was given, and `owner`, without which it does nothing,
+    is not `there`."""
+    default = next(field.default for field in fields(flags) if field.name == name)
+    if getattr(flags, name) != default and not there:
+        raise ConfigError(
+            f"{_flag(name)} belongs to {owner} and does nothing without it.\n"
+            f"  Add {owner}, or leave it out."
+        )
+
+
 Change = Literal["upcycle", "prune", "merge", "merge_lora", "quantise"]
 
 
@@ -348,13 +379,8 @@ def one_change(flags: ConvertFlags) -> Change | None:
         )
     how = asked[0] if asked else None
     for name in sorted({name for names in owned.values() for name in names}):
-        default = getattr(ConvertFlags(flags.source, flags.destination), name)
-        if getattr(flags, name) != default and not (how and name in owned[how]):
-            owners = " or ".join(_flag(owner) for owner, names in owned.items() if name in names)
-            raise ConfigError(
-                f"--{name} belongs to {owners} and does nothing without it.\n"
-                f"  Add {owners}, or leave it out."
-            )
+        owners = " or ".join(_flag(owner) for owner, names in owned.items() if name in names)
+        check_idle(flags, name, owners, there=how is not None and name in owned[how])
     if how and flags.capacity != "paper":
         raise ConfigError(
             f"--capacity {flags.capacity} is for a change of format alone.\n"

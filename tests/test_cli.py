@@ -224,6 +224,29 @@ def test_a_result_never_takes_the_source_s_place_nor_a_model_s_unasked(tiny_run,
     assert sorted(file.name for file in out.iterdir()) != before
 
 
+@pytest.mark.parametrize(
+    ("words", "owner"),
+    [
+        (["explain", "tiny", "--devices", "8"], "--search"),
+        (["explain", "tiny", "--ranks", "8", "--search"], "--simulate"),
+        (["explain", "tiny", "--memory", "8"], "--simulate or --search"),
+        (["generate", "RUN", "a", "--top-k", "5"], "--temperature"),
+        (["generate", "RUN", "a", "--length-penalty", "0.6"], "--beams"),
+        (["generate", "RUN", "a", "--output", "answers.txt"], "--file"),
+        (["evaluate", "RUN", "--examples", "9"], "--tasks"),
+        (["evaluate", "RUN", "--predictions", "answers.jsonl"], "--tasks"),
+    ],
+)
+def test_a_flag_that_would_do_nothing_is_refused(
+    words, owner, tiny_run, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert main([str(tiny_run) if word == "RUN" else word for word in words]) == 2
+    said = capsys.readouterr()
+    assert f"belongs to {owner} and does nothing without it.\n  Add {owner}, or leave" in said.err
+    assert said.out == ""
+
+
 def test_a_file_that_cannot_be_written_is_refused_before_the_work(tiny_run, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     bad = str(tmp_path / "file" / "x.json")
@@ -231,7 +254,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(tiny_run, tmp_
         ["explain", "tiny", "--json", bad],
         ["evaluate", str(tiny_run), "--json", bad],
         ["evaluate", str(tiny_run), "--predictions", str(tmp_path)],
-        ["generate", str(tiny_run), "a", "--output", bad],
+        ["generate", str(tiny_run), "--file", "texts.txt", "--output", bad],
         ["explain", "tiny", "--picture", str(tmp_path / "mesh.bmp")],
     ):
         assert main(words) == 2
