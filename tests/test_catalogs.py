@@ -3,6 +3,7 @@
 import gettext
 import importlib.metadata
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -323,7 +324,26 @@ def test_plain_sentences_of_the_corpus_are_what_django_says(real):
 def test_the_corpus_is_read_once_and_then_from_the_cache(real, monkeypatch):
     monkeypatch.setattr(corpus, "extract", None)
     assert corpus.catalogs(real.parent) == real
-    assert corpus.refusals_of(real).by_reason()["same as the English"] > 1000
+
+
+def test_what_was_left_out_is_kept(real):
+    kept = json.loads(real.with_suffix(".json").read_text(encoding="utf-8"))
+    refusals = corpus.Refusals(**kept)
+    assert refusals.by_reason()["same as the English"] > 1000
+    assert f"{refusals.by_reason()['same as the English']:,} same as the English" in str(refusals)
+
+
+def test_an_extraction_tells_every_reason(monkeypatch, tmp_path, capsys):
+    def some(packages, refusals):
+        refusals.entry("de", "fuzzy")
+        refusals.file("in a folder that names no language")
+        return [corpus.Sentence("de", "A line.", "Eine Zeile.", 0.5)]
+
+    monkeypatch.setattr(corpus, "extract", some)
+    corpus.catalogs(tmp_path)
+    assert capsys.readouterr().out == (
+        "catalogs: 1 sentences; left out: 1 fuzzy; 1 files: in a folder that names no language\n"
+    )
 
 
 def test_other_versions_are_another_corpus(monkeypatch):

@@ -356,12 +356,6 @@ def test_an_error_in_the_worker_reaches_the_caller_at_its_step(prefetch: int) ->
     assert _wait_for(lambda: not _prefetch_threads())
 
 
-def test_progress_counts_epochs_and_tokens() -> None:
-    pipeline = _pipeline(store=MemoryStore(9 * RAW))  # 8 windows, 4 to a batch
-    assert [pipeline.epoch_of(step) for step in (0, 1, 2, 5)] == [0.0, 0.5, 1.0, 2.5]
-    assert pipeline.tokens_per_step == 4 * (32 + 8)
-
-
 def test_a_corpus_under_one_row_is_refused_with_the_numbers_and_the_fix() -> None:
     with pytest.raises(DataError, match=r"33 tokens; one row .* = 32 needs 34") as error:
         _pipeline(store=MemoryStore(33))

@@ -81,6 +81,12 @@ class Refusals:
             total.update(reasons)
         return dict(total.most_common())
 
+    def __str__(self) -> str:
+        """All reasons with their numbers, for people."""
+        said = [f"{count:,} {reason}" for reason, count in self.by_reason().items()]
+        files = [f"{count:,} files: {reason}" for reason, count in self.files.items()]
+        return "; ".join([*said, *files]) or "nothing"
+
 
 @dataclass(frozen=True)
 class Split:
@@ -106,7 +112,8 @@ def _fingerprint(roots: tuple[str, ...]) -> str:
 
 
 def catalogs(cache: Path) -> Path:
-    """The file in `cache` that holds the corpus, a JSON object per sentence; made if missing.
+    """The file in `cache` that holds the corpus, a JSON object per sentence; made if missing, and
+    then it is printed what was left out and why. Beside it is a .json file with the same by language.
 
     Raises DataError if no package with catalogs is installed.
     """
@@ -124,12 +131,8 @@ def catalogs(cache: Path) -> Path:
     lines = (json.dumps(asdict(sentence), ensure_ascii=False) + "\n" for sentence in sentences)
     _write(path.with_suffix(".json"), [json.dumps(asdict(refusals), indent=1)])
     _write(path, lines)
+    print(f"catalogs: {len(sentences):,} sentences; left out: {refusals}")
     return path
-
-
-def refusals_of(path: Path) -> Refusals:
-    """What was left out when the corpus at `path` was made."""
-    return Refusals(**json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
 
 
 @lru_cache(maxsize=2)

@@ -136,15 +136,6 @@ class Pipeline:
         """batch(start_step), batch(start_step + 1), ... without end, made ahead of their use."""
         return made_ahead(self.batch, start_step, self.config.prefetch)
 
-    def epoch_of(self, step: int) -> float:
-        """How many times the corpus has been read when `step` begins."""
-        return step * self.batch_size / self.windows
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Input and target positions in a step on all ranks, padding included."""
-        return self.batch_size * (self.config.input_length + self.config.target_length)
-
     def window_of(self, row: int) -> tuple[int, int]:
         """The (start, stop) in the token stream of row `row` of the run."""
         epoch = row // self.windows
