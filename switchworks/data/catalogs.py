@@ -112,8 +112,8 @@ def _fingerprint(roots: tuple[str, ...]) -> str:
 
 
 def catalogs(cache: Path) -> Path:
-    """The file in `cache` that holds the corpus, a JSON object per sentence; made if missing, and
-    then it is printed what was left out and why. Beside it is a .json file with the same by language.
+    """The file in `cache` that holds the corpus, a JSON object per sentence; made if missing,
+    and then what was left out and why is printed. A .json file beside it has the same by language.
 
     Raises DataError if no package with catalogs is installed.
     """
