@@ -88,7 +88,7 @@ def write(
     """What the model writes for each input, in at most `max_length` tokens."""
     tokens = encode_all(tokenizer, inputs, how.input_length)
     device = model.embedding.weight.device
-    size = min(how.batch_size, -(-len(inputs) // ranks.batch_world))
+    size = max(1, min(how.batch_size, -(-len(inputs) // ranks.batch_world)))
     written: dict[int, list[int]] = {}
     for places in _own_batches([len(ids) for ids in tokens], size, ranks):
         batch = pad([tokens[place] for place in places])

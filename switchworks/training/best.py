@@ -119,7 +119,9 @@ class KeepBest:
 
     def _measured(self, state: TrainState) -> float | None:
         """What the first rank has, so that all ranks keep and end alike."""
-        value = state.ranks.all(self.recorder.at(state.step).get(self.config.metric))[0]
+        value = self.recorder.at(state.step).get(self.config.metric)
+        if value is not None:
+            value = state.ranks.all(value)[0]
         if value is not None and type(value) not in (int, float):
             raise ConfigError(
                 f"best.metric = {self.config.metric} is not one number: {str(value)[:60]}.\n"
