@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from switchworks.cli import main
+from switchworks.data.span_corruption import corrupted_lengths, raw_length
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 
@@ -53,3 +56,28 @@ def test_every_statement_has_a_test_or_says_what_is_missing():
 def test_every_link_of_a_page_leads_to_a_file(page):
     links = re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8"))
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+DATA = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+
+
+def test_the_example_of_a_row_prints_what_the_page_says(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", DATA, flags=re.DOTALL)
+    (printed,) = re.findall(r"```text\n(.*?)```", DATA, flags=re.DOTALL)
+    exec(code, {})
+    assert capsys.readouterr().out == printed
+
+
+def test_the_lengths_on_the_page_about_data_are_those_that_rows_have():
+    rows = [tuple(map(int, row)) for row in re.findall(r"\| (\d+) \| (\d+) \| (\d+) \|", DATA)]
+    assert len(rows) == 5
+    for inputs, raw, targets in rows:
+        assert raw_length(inputs, 0.15, 3.0) == raw
+        assert corrupted_lengths(raw, 0.15, 3.0) == (inputs, targets)
+
+
+def test_the_command_for_long_rows_is_understood(capsys):
+    (command,) = re.findall(r"\$ switchworks train (.*?)\n", DATA)
+    words = command.replace("--run-dir runs/long ", "").split()
+    assert main(["explain", *words]) == 0
+    assert "4096 tokens compete" in capsys.readouterr().out
