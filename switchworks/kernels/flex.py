@@ -25,6 +25,10 @@ from switchworks.kernels.attention import attend_in_blocks, drop_keys
 from switchworks.model.attention import BiasParts, attend
 from switchworks.model.layers import SharedDropout
 
+KINDS = 64
+"""Combinations of bias, mask and lengths, beyond which something is wrong. torch's own limit, 8,
+is less than a model with packed rows and several lengths has."""
+
 NARROWEST = 16
 """The kernel multiplies tiles, which are no narrower than this."""
 
@@ -79,5 +83,7 @@ def answer(
 
 @cache
 def _compiled() -> Callable[..., Tensor]:
-    """`answer` as one kernel, generated at its first use."""
-    return torch.compile(answer)
+    """`answer` as one kernel, generated at the first use of each kind of mask; never unfused."""
+    return torch.compile(  # pyright: ignore[reportCallIssue]  the stubs forget the last two
+        answer, fullgraph=True, recompile_limit=KINDS, isolate_recompiles=True
+    )
