@@ -24,9 +24,7 @@ from switchworks.training.step import train_step
 
 CASES: dict[str, dict] = {
     "tasks, experts apart": {"mesh": MeshConfig(expert=2)},
-    "tasks, width apart": {"mesh": MeshConfig(model=2)},
     "adapters, experts apart": {"mesh": MeshConfig(expert=2), "lora": LoraConfig(rank=2)},
-    "adapters, rows apart": {"mesh": MeshConfig(data=2), "lora": LoraConfig(rank=2)},
     "experts alone": {"mesh": MeshConfig(data=2), "freeze": ("all-but-experts",)},
 }
 
