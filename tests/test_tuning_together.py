@@ -68,15 +68,6 @@ def run_all(rank: int, experiment: Experiment, folder: Path, *, together: bool =
         train(replace(experiment, **own), folder / str(number))
 
 
-@pytest.fixture(scope="module")
-def folders(experiment, tmp_path_factory) -> tuple[Path, Path]:
-    """Where one process put all cases, and where two did."""
-    alone, two = (tmp_path_factory.mktemp(name) for name in ("alone", "two"))
-    run_all(0, experiment, alone, together=False)
-    spawn(2, run_all, tmp_path_factory.mktemp("pickles"), experiment, two)
-    return alone, two
-
-
 def measured(run_dir: Path) -> dict[tuple[int, str], float]:
     lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
     return {
@@ -87,22 +78,23 @@ def measured(run_dir: Path) -> dict[tuple[int, str], float]:
     }
 
 
-@pytest.mark.parametrize("number", range(len(CASES)), ids=list(CASES))
-def test_two_ranks_measure_what_one_process_measures(number, folders):
-    alone, two = (measured(folder / str(number)) for folder in folders)
-    assert two == pytest.approx(alone, rel=1e-3, abs=1e-3)
-    assert {step for step, name in alone if name == "task/mean"} == {4, 8}
-
-
-@pytest.mark.parametrize("number", range(len(CASES)), ids=list(CASES))
-def test_they_leave_the_same_model_and_adapters(number, folders):
-    models = [switchworks.load(folder / str(number))[0].state_dict() for folder in folders]
-    for name, weight in models[0].items():
-        torch.testing.assert_close(models[1][name], weight, rtol=1e-3, atol=1e-4)
-    there = {(folder / str(number) / "adapters" / "lora.toml").is_file() for folder in folders}
-    assert there == {"lora" in list(CASES.values())[number]}
-    best = [json.loads((folder / str(number) / "best.json").read_text()) for folder in folders]
-    assert best[0]["step"] == best[1]["step"]
+def test_two_ranks_measure_and_leave_what_one_process_does(experiment, tmp_path):
+    alone, two, pickles = (tmp_path / name for name in ("alone", "two", "pickles"))
+    pickles.mkdir()
+    run_all(0, experiment, alone, together=False)
+    spawn(2, run_all, pickles, experiment, two)
+    for number, settings in enumerate(CASES.values()):
+        runs = [folder / str(number) for folder in (alone, two)]
+        figures = [measured(run_dir) for run_dir in runs]
+        assert figures[1] == pytest.approx(figures[0], rel=1e-3, abs=1e-3)
+        assert {step for step, name in figures[0] if name == "task/mean"} == {4, 8}
+        models = [switchworks.load(run_dir)[0].state_dict() for run_dir in runs]
+        for name, weight in models[0].items():
+            torch.testing.assert_close(models[1][name], weight, rtol=1e-3, atol=1e-4)
+        there = {(run_dir / "adapters" / "lora.toml").is_file() for run_dir in runs}
+        assert there == {"lora" in settings}
+        best = [json.loads((run_dir / "best.json").read_text()) for run_dir in runs]
+        assert best[0]["step"] == best[1]["step"]
 
 
 WORDS = (("model.vocab_size", 384),)
