@@ -333,17 +333,15 @@ def test_what_was_left_out_is_kept(real):
     assert f"{refusals.by_reason()['same as the English']:,} same as the English" in str(refusals)
 
 
-def test_an_extraction_tells_every_reason(monkeypatch, tmp_path, capsys):
-    def some(packages, refusals):
-        refusals.entry("de", "fuzzy")
-        refusals.file("in a folder that names no language")
-        return [corpus.Sentence("de", "A line.", "Eine Zeile.", 0.5)]
-
-    monkeypatch.setattr(corpus, "extract", some)
+def test_making_the_corpus_tells_what_was_left_out(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(corpus, "ROOTS", ("Sphinx",))
+    made = corpus.catalogs(tmp_path)
+    kept = corpus.Refusals(**json.loads(made.with_suffix(".json").read_text(encoding="utf-8")))
+    said = capsys.readouterr().out
+    assert said.startswith(f"catalogs: {len(made.read_text('utf-8').splitlines()):,} sentences; ")
+    assert all(f"{count:,} {reason}" in said for reason, count in kept.by_reason().items())
     corpus.catalogs(tmp_path)
-    assert capsys.readouterr().out == (
-        "catalogs: 1 sentences; left out: 1 fuzzy; 1 files: in a folder that names no language\n"
-    )
+    assert capsys.readouterr().out == ""  # it is there already
 
 
 def test_other_versions_are_another_corpus(monkeypatch):

@@ -13,7 +13,8 @@ Letters: B sequences, H heads, L query length, M key length, K head width, N = L
 small letters are a block's share.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,12 @@ BLOCK = 2**21
 """Scores computed at once: 8 MB in float32, of which backward has five at a time."""
 
 
-def attend_in_blocks(
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+"""From q, k, v, the distances and what is hidden, softmax(q k^T + bias) v and its gradients."""
+
+
+def attend_by(
+    kernel: Kernel,
     q: Float[Tensor, "B H L K"],
     k: Float[Tensor, "B H M K"],
     v: Float[Tensor, "B H M K"],
@@ -45,17 +51,11 @@ def attend_in_blocks(
     if not torch.is_grad_enabled() or (whole and bias.requires_grad):
         assert bias is None or whole
         return attend(q, k, v, bias, dropout)
-    v = drop_keys(v, dropout)
+    if dropout.training and dropout.rate > 0:
+        v = v * dropout(v.new_ones(*k.shape[:2], 1, k.shape[2])).mT  # as the reference draws it
     if isinstance(bias, BiasParts):
-        return _Attention.apply(q, k, v, bias.distances, bias.hidden)
-    return _Attention.apply(q, k, v, None, bias)
-
-
-def drop_keys(v: Float[Tensor, "B H M K"], dropout: SharedDropout) -> Float[Tensor, "B H M K"]:
-    """The values with those keys zeroed that `dropout` drops, drawn as the reference draws them."""
-    if not dropout.training or dropout.rate == 0:
-        return v
-    return v * dropout(v.new_ones(*v.shape[:2], 1, v.shape[2])).mT
+        return kernel(q, k, v, bias.distances, bias.hidden)
+    return kernel(q, k, v, None, bias)
 
 
 class _Attention(torch.autograd.Function):
@@ -101,6 +101,20 @@ class _Attention(torch.autograd.Function):
             _accumulate(of_k[stack], of_scores.mT, part)
         of_k, of_v = (x.unflatten(0, (-1, heads)).to(k.dtype) for x in (of_k, of_v))
         return of_q, of_k, of_v, bias.gradient(), None
+
+
+def in_blocks(
+    q: Float[Tensor, "B H L K"],
+    k: Float[Tensor, "B H M K"],
+    v: Float[Tensor, "B H M K"],
+    distances: Float[Tensor, "H N"] | None,
+    hidden: Float[Tensor, "#B #H #L M"] | None,
+) -> Float[Tensor, "B H L K"]:
+    """softmax(q k^T + bias) v, about `BLOCK` scores at a time, of which none is kept."""
+    return _Attention.apply(q, k, v, distances, hidden)
+
+
+attend_in_blocks = partial(attend_by, in_blocks)
 
 
 def blocks(

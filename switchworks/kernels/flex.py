@@ -12,8 +12,7 @@ above is 0, and so is its multiple.
 Letters: B sequences, H heads, L query length, M key length, K head width, N = L + M - 1 distances.
 """
 
-from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import cast, no_type_check
 
 import torch
@@ -21,9 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-from switchworks.kernels.attention import attend_in_blocks, drop_keys
-from switchworks.model.attention import BiasParts, attend
-from switchworks.model.layers import SharedDropout
+from switchworks.kernels.attention import Kernel, attend_by, in_blocks
 
 KINDS = 64
 """Combinations of bias, mask and lengths, beyond which something is wrong. torch's own limit, 8,
@@ -33,29 +30,20 @@ NARROWEST = 16
 """The kernel multiplies tiles, which are no narrower than this."""
 
 
-def attend_fused(
+def fused(
     q: Float[Tensor, "B H L K"],
     k: Float[Tensor, "B H M K"],
     v: Float[Tensor, "B H M K"],
-    bias: Float[Tensor, "#B #H #L M"] | BiasParts | None,
-    dropout: SharedDropout,
+    distances: Float[Tensor, "H N"] | None,
+    hidden: Float[Tensor, "#B 1 #L M"] | None,
 ) -> Float[Tensor, "B H L K"]:
-    """What `attend` gives, with the same gradients of q, k, v and the distances in `bias`.
+    """softmax(q k^T + bias) v. Float64 and narrow heads, which the kernel does not know, are done
+    in blocks."""
+    known = q.dtype != torch.float64 and q.shape[-1] >= NARROWEST
+    return (_compiled() if known else in_blocks)(q, k, v, distances, hidden)
 
-    A bias that is a tensor must be a mask: it gets no gradient. Without gradients, and for a bias
-    that is to get one all the same, this is `attend` itself; for float64 and narrow heads, which
-    the kernel does not know, `attend_in_blocks`.
-    """
-    whole = isinstance(bias, Tensor)
-    if not torch.is_grad_enabled() or (whole and bias.requires_grad):
-        assert bias is None or whole
-        return attend(q, k, v, bias, dropout)
-    if q.dtype == torch.float64 or q.shape[-1] < NARROWEST:
-        return attend_in_blocks(q, k, v, bias, dropout)
-    v = drop_keys(v, dropout)
-    if isinstance(bias, BiasParts):
-        return _compiled()(q, k, v, bias.distances, bias.hidden)
-    return _compiled()(q, k, v, None, bias)
+
+attend_fused = partial(attend_by, fused)
 
 
 def answer(
@@ -82,7 +70,7 @@ def answer(
 
 
 @cache
-def _compiled() -> Callable[..., Tensor]:
+def _compiled() -> Kernel:
     """`answer` as one kernel, generated at the first use of each kind of mask; never unfused."""
     return torch.compile(  # pyright: ignore[reportCallIssue]  the stubs forget the last two
         answer, fullgraph=True, recompile_limit=KINDS, isolate_recompiles=True
