@@ -115,7 +115,7 @@ def test_settings_that_do_not_change_the_result_may_change_on_resume(tiny_experi
     assert may_resume(tmp_path / "run", quieter, resume=True)
 
 
-def test_more_steps_are_only_a_resume_where_the_schedule_does_not_know_the_last_one(
+def test_an_unfinished_run_gets_more_steps_only_where_the_schedule_does_not_know_the_last_one(
     tiny_experiment, tmp_path
 ):
     claim(tmp_path / "endless", tiny_experiment)
@@ -124,6 +124,21 @@ def test_more_steps_are_only_a_resume_where_the_schedule_does_not_know_the_last_
     claim(tmp_path / "cosine", cosine)
     with pytest.raises(ConfigError, match="steps: 20 there, 30 now"):
         may_resume(tmp_path / "cosine", replace(cosine, steps=30), resume=True)
+
+
+def test_a_finished_run_may_be_made_longer_and_is_told_where_its_rate_goes(
+    tiny_experiment, tmp_path, capsys
+):
+    optim = replace(tiny_experiment.optim, schedule="cosine", lr=0.01, warmup_steps=0)
+    short = replace(tiny_experiment, steps=2, optim=optim)
+    run_dir = train(short, tmp_path / "run")
+    assert "made longer" not in capsys.readouterr().out
+    train(replace(short, steps=4), run_dir, resume=True)
+    told = "made longer: 2 steps were to be all and ended at a learning rate of 0.001; "
+    assert told + "it goes on at 0.0055, as in a run of 4\n" in capsys.readouterr().out
+    assert lines_of(run_dir / "metrics.jsonl")[-1]["step"] == 4
+    with pytest.raises(ConfigError, match="steps: 4 there, 3 now"):
+        train(replace(short, steps=3), run_dir, resume=True)
 
 
 def test_a_run_that_cannot_begin_leaves_no_directory(tiny_experiment, tmp_path):

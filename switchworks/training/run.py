@@ -50,6 +50,7 @@ from switchworks.training.recorder import Recorder
 from switchworks.training.run_directory import (
     claim,
     launched_by,
+    made_longer,
     may_resume,
     require_same_beginning,
 )
@@ -156,6 +157,7 @@ def _train(
     )
     if state.adapted is not None:
         print(state.adapted)
+    print(made_longer(run_dir, experiment) if resuming else "", end="")
     ranks.wait()  # until all have looked at the directory as it was
     if ranks.first:
         # Only now, when nothing can be wrong with the settings any more.

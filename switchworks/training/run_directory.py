@@ -18,10 +18,11 @@ from typing import Any
 
 from switchworks.checkpoint.model_files import weights_hash
 from switchworks.config import ConfigError, differences, from_toml, to_toml
+from switchworks.optim.schedule import learning_rate
 from switchworks.training.experiment import MAY_CHANGE, Experiment
 
 _ENDLESS = ("rsqrt", "constant")
-"""Schedules that do not depend on the last step, so that a finished run may be made longer."""
+"""Schedules that do not depend on the last step, so that a run may be made longer at any time."""
 
 
 def may_resume(
@@ -29,7 +30,8 @@ def may_resume(
 ) -> bool:
     """Whether `path` holds this experiment, to go on with; False if it is free. Writes nothing.
 
-    Settings named in `ignoring` are not compared. Raises ConfigError if it holds another
+    Settings named in `ignoring` are not compared. A run whose schedule ends with its last step may
+    be made longer when it has come there, not before. Raises ConfigError if it holds another
     experiment (the message lists the differences), the same one while `resume` is False, or
     files that are no run's.
     """
@@ -37,7 +39,7 @@ def may_resume(
     if found is None:
         _refuse_foreign_files(path)
         return False
-    free = MAY_CHANGE | ignoring | ({"steps"} if experiment.optim.schedule in _ENDLESS else set())
+    free = MAY_CHANGE | ignoring | ({"steps"} if _may_be_longer(path, found, experiment) else set())
     changed = {
         name: pair for name, pair in differences(found, experiment).items() if name not in free
     }
@@ -55,6 +57,25 @@ def may_resume(
             "  Add --resume to go on where it stopped, or choose another --run-dir."
         )
     return True
+
+
+def _may_be_longer(path: Path, found: Experiment, experiment: Experiment) -> bool:
+    if experiment.optim.schedule in _ENDLESS:
+        return True
+    finished = (path / "checkpoints" / f"step_{found.steps:08d}").is_dir()
+    return finished and experiment.steps > found.steps
+
+
+def made_longer(path: Path, experiment: Experiment) -> str:
+    """What more steps than the run of `path` was to have do to its rate, as a line; often empty."""
+    found = settings_in(path)
+    if found is None or found.steps == experiment.steps or experiment.optim.schedule in _ENDLESS:
+        return ""
+    old, new = (learning_rate(run.optim, found.steps, run.steps) for run in (found, experiment))
+    return (
+        f"made longer: {found.steps} steps were to be all and ended at a learning rate of "
+        f"{old:.3g}; it goes on at {new:.3g}, as in a run of {experiment.steps}\n"
+    )
 
 
 def settings_in(path: Path) -> Experiment | None:
