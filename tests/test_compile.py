@@ -71,6 +71,37 @@ def test_a_compiled_step_learns_what_a_plain_one_learns(how):
     assert compiled == pytest.approx(plain, rel=1e-6 if how[0] == "float32" else 1e-3)
 
 
+KEPT = """
+from dataclasses import replace
+from functools import partial
+import torch
+from switchworks.batch import Batch
+from switchworks.recipes.tiny import tiny
+from switchworks.training.state import build_state
+from switchworks.training.step import train_step
+
+# Decides what to keep as inductor does, without its C++ compiler.
+torch.compile = partial(torch.compile, backend="aot_eager_decomp_partition")
+torch.set_num_threads(1)
+batch = Batch(inputs=torch.randint(2, 300, (4, 64)), targets=torch.randint(2, 300, (4, 14)))
+kept = []
+with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+    train_step(build_state(replace(tiny(), compile=True)), batch)
+print(*{tuple(x.shape) for x in kept if x.dtype == torch.bool and x.numel() > 4 * 78 * 64})
+print(*{tuple(x.shape) for x in kept if x.shape[-1:] == (64,)})
+"""
+
+
+@pytest.mark.slow
+def test_a_compiled_step_keeps_no_mask_beside_what_a_relu_gave():
+    """Storing one took inductor's code ten times as long as the ReLU."""
+    done = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    masks, hidden = done.stdout.splitlines()
+    assert masks == ""
+    assert "(4, 80, 64)" in hidden  # 4 experts of 1.25 * 64 slots
+
+
 @pytest.mark.slow
 def test_a_compiled_run_is_resumed_as_if_nothing_had_been(corpus, tmp_path):
     """With inductor: noise is drawn by compiled code, from the same seed."""

@@ -42,6 +42,7 @@ def comparisons(bench: BenchConfig, precision: Precision, *, peers: bool) -> lis
         "train": _train,
         "adafactor": _adafactor,
         "kernels": _kernels,
+        "compile": _compile,
         "tax": _tax,
         "layer": _layer,
         "decode": _decode,
@@ -102,11 +103,19 @@ def _against_peers(
 
 
 def _kernels(bench: BenchConfig, side: Side) -> Iterator[Comparison]:
+    return _over_reference(bench, "fast paths", side)
+
+
+def _compile(bench: BenchConfig, side: Side) -> Iterator[Comparison]:
+    return _over_reference(bench, "one graph", side.but(kernels="compiled"))
+
+
+def _over_reference(bench: BenchConfig, what: str, side: Side) -> Iterator[Comparison]:
     for experts in [experts for experts in bench.experts if experts <= 8]:
         for rate in bench.dropout:
             ours = side.but(experts=experts, dropout=rate)
-            name = f"fast paths over reference, {label(experts)}, dropout {rate:g}"
-            yield Comparison(name=name, unit="ms", ours=ours, peer=ours.but(kernels=False))
+            name = f"{what} over reference, {label(experts)}, dropout {rate:g}"
+            yield Comparison(name=name, unit="ms", ours=ours, peer=ours.but(kernels="reference"))
 
 
 def _tax(bench: BenchConfig, side: Side) -> Iterator[Comparison]:

@@ -9,7 +9,9 @@ from typing import Literal
 from switchworks.config import ConfigError, check_at_least
 from switchworks.model.config import ModelConfig, RoutingConfig
 
-Part = Literal["train", "adafactor", "kernels", "tax", "layer", "decode", "int8", "memory"]
+Part = Literal[
+    "train", "adafactor", "kernels", "compile", "tax", "layer", "decode", "int8", "memory"
+]
 Precision = Literal["float32", "bfloat16"]
 
 
@@ -83,8 +85,8 @@ class Side:
     micro_batches: int = 1
     new_tokens: int = 64
     """decode: how many tokens are written."""
-    kernels: bool = True
-    """ours: with the fast paths of `switchworks.kernels`; else the reference."""
+    kernels: Literal["fast", "reference", "compiled"] = "fast"
+    """ours: with the fast paths of `switchworks.kernels`, as the model is, or as one graph."""
     int8: Literal["dynamic", "packed", "unpacked"] | None = None
     """ours, decode: with 8-bit weights and that product of `kernels.products`."""
 
@@ -109,9 +111,10 @@ class BenchConfig:
         *("decode", "int8", "memory"),
     )
     """train: a step against transformers. adafactor: the same with that optimizer. kernels: fast
-    paths against the reference. tax: sparse against dense. layer: one switch layer against one
-    dense FFN. decode: greedy, against transformers; int8: against our own full precision. memory:
-    peaks, each side in a process of its own."""
+    paths against the reference. compile: a step as one graph against the reference (not among the
+    defaults: each row compiles for a minute or more). tax: sparse against dense. layer: one switch
+    layer against one dense FFN. decode: greedy, against transformers; int8: against our own full
+    precision. memory: peaks, each side in a process of its own."""
     experts: tuple[int, ...] = (0, 8, 64, 128)
     """Models compared; 0 is the dense one."""
     dropout: tuple[float, ...] = (0.0, 0.1)

@@ -73,7 +73,7 @@ def random_batch(shape: Shape) -> Batch:
 
 
 def _training_step(side: Side) -> Work:
-    """The step that `switchworks train --kernels fast` takes, with bound, statistics and all."""
+    """The step that `switchworks train` takes, with bound, statistics and all."""
     shape = side.shape
     experiment = Experiment(
         name="bench",
@@ -81,7 +81,8 @@ def _training_step(side: Side) -> Work:
         batch_size=shape.batch_size,
         micro_batches=side.micro_batches,
         precision=side.precision,
-        kernels="fast" if side.kernels else "reference",
+        kernels="fast" if side.kernels == "fast" else "reference",
+        compile=side.kernels == "compiled",
         model=shape.model(side.experts, side.dropout),
         data=DataConfig(input_length=shape.input_length, target_length=shape.target_length),
         optim=OptimConfig(
@@ -115,7 +116,7 @@ def _layer_pass(side: Side) -> Work:
     else:
         layer = SwitchFFN(config.d_model, config.d_ff, config.routing)
     cast_for_compute(layer.to(compute_device()), dtype)
-    if side.kernels:
+    if side.kernels == "fast":
         kernels.apply(layer)
     x = torch.randn(side.shape.batch_size, side.shape.input_length, config.d_model, dtype=dtype)
     x = x.to(compute_device()).requires_grad_()

@@ -12,6 +12,7 @@ from switchworks.adapt.freeze import freeze
 from switchworks.adapt.lora import Table, adapt
 from switchworks.compress.logit_store import LogitStore
 from switchworks.kernels.checkpointing import checkpoint_blocks
+from switchworks.kernels.one_graph import one_graph
 from switchworks.model import Output, SwitchTransformer
 from switchworks.model.routing import Router
 from switchworks.optim.build import Updater, build_optimizer, dimension_letters
@@ -166,7 +167,7 @@ def state_of(
         allocate(model, ranks.device)
         weights = {} if empty else fill(model, experiment.seed)
     updater = build_optimizer(model.named_parameters(), letters, experiment.optim, weights)
-    compiled = torch.compile(model, fullgraph=True, dynamic=False) if experiment.compile else None
+    compiled = one_graph(model) if experiment.compile else None
     return TrainState(
         experiment, model, updater, gradients, ranks, adapted=table, compiled=compiled
     )
