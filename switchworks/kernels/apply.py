@@ -11,7 +11,7 @@ from switchworks.kernels.attention import attend_in_blocks
 from switchworks.kernels.embedding import look_up
 from switchworks.kernels.flex import attend_fused
 from switchworks.kernels.norm import rms_norm
-from switchworks.model.attention import Attention, RelativeBias
+from switchworks.model.attention import Attend, Attention, RelativeBias
 from switchworks.model.dispatch import DISPATCHERS
 from switchworks.model.experts import Experts
 from switchworks.model.layers import Embedding, RMSNorm
@@ -30,19 +30,24 @@ def apply(model: M, device: torch.device | None = None) -> M:
     for dropout inside experts on a CPU: it and the routers' jitter are of the same distribution
     there (`noise.py`).
     """
-    attend = attend_fused if _kind(model, device) == "cuda" else attend_in_blocks
+    set_attention(model, attend_fused if _kind(model, device) == "cuda" else attend_in_blocks)
     for module in model.modules():
-        if isinstance(module, Attention | SwitchAttention):
-            module.attend = attend
-        elif isinstance(module, RelativeBias):
-            module.in_parts = True
-        elif isinstance(module, Embedding):
+        if isinstance(module, Embedding):
             module.forward = partial(_rows, module)
         elif isinstance(module, RMSNorm):
             module.forward = partial(_norm, module)
         elif isinstance(module, SwitchFFN) and type(module.experts) is Experts:
             _group(module, module.experts, _kind(module, device))
     return model
+
+
+def set_attention(model: nn.Module, attend: Attend) -> None:
+    """All attention of `model` is computed by `attend`, which is given relative biases in parts."""
+    for module in model.modules():
+        if isinstance(module, Attention | SwitchAttention):
+            module.attend = attend
+        elif isinstance(module, RelativeBias):
+            module.in_parts = True
 
 
 def _group(layer: SwitchFFN, experts: Experts, kind: str) -> None:

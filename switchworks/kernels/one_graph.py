@@ -13,11 +13,11 @@ import torch._functorch.config
 from jaxtyping import Float
 from torch import Tensor
 
+from switchworks.kernels.apply import set_attention
 from switchworks.kernels.attention import attend_by, spread_diagonals
 from switchworks.model import Output, SwitchTransformer
-from switchworks.model.attention import Attention, RelativeBias, attend
+from switchworks.model.attention import attend
 from switchworks.model.layers import SharedDropout
-from switchworks.model.switch_attention import SwitchAttention
 
 
 def one_graph(model: SwitchTransformer) -> Callable[..., Output]:
@@ -25,11 +25,7 @@ def one_graph(model: SwitchTransformer) -> Callable[..., Output]:
 
     `model` computes the same as before. Raises torch's errors where it cannot be one graph.
     """
-    for module in model.modules():
-        if isinstance(module, Attention | SwitchAttention):
-            module.attend = attend_spread
-        elif isinstance(module, RelativeBias):
-            module.in_parts = True
+    set_attention(model, partial(attend_by, _with_distances_spread))
     graph = torch.compile(model, fullgraph=True, dynamic=False)
 
     @wraps(model.forward)
@@ -58,4 +54,3 @@ def _with_distances_spread(
 
 
 _NO_DROPOUT = SharedDropout(0.0)
-attend_spread = partial(attend_by, _with_distances_spread)
