@@ -14,13 +14,16 @@ names another baseline, `--distil.X` flags go to students alone.
 
 `--table 6` adds the other rows of that table: the teacher's probabilities alone (plain), the same
 from the teacher's weights (weights), and the weights without the probabilities (weights_only).
-`--table 7` has a teacher for each of `--experts` and one baseline. `--stored K` adds a student
-that reads the teacher's K likeliest ids from the disk (`switchworks prepare --distil.store`).
+`--table 7` has a teacher for each of `--experts` (4 8 16 32 64) and one baseline. With `--experts
+N` table 6 is that of its teacher of N experts, and neither trains again what the other left.
+`--stored K` adds a student that reads the teacher's K likeliest ids from the disk (`switchworks
+prepare --distil.store`).
 
 `--table 8` is of a task: experiments/finetune.py has left a pre-trained and fine-tuned pair in
 `--tuned`. The pre-trained dense one is fine-tuned once more, taught by the sparse one, and so is a
 dense model of the sparse one's weights, experts averaged. FLAGS, and `--measure`, are those that
-the pair was fine-tuned with. Scores are those of the best step on the held-out examples.
+the pair was fine-tuned with. Scores are those of the best step on the held-out examples; the loss,
+at the last step, stands beside them.
 """
 
 import argparse
@@ -63,12 +66,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--out", type=Path, default=Path("runs/distil"))
     parser.add_argument("--table", type=int, choices=[6, 7, 8])
-    parser.add_argument("--experts", type=int, nargs="+", default=[4, 8, 16, 32, 64])
+    parser.add_argument("--experts", type=int, nargs="+")
     parser.add_argument("--stored", type=int)
     parser.add_argument("--tuned", type=Path, default=Path("runs/finetune"))
     parser.add_argument("--task", default="docstring_summary")
     parser.add_argument("--measure", default="score")
     known, flags = parser.parse_known_args()
+    if known.table != 7 and len(known.experts or []) > 1:
+        parser.error("several --experts are for --table 7; all else has one teacher")
     make = {7: seven, 8: eight}.get(known.table, six)
     rows = []
     for seed in known.seeds:
@@ -80,18 +85,21 @@ def six(known: argparse.Namespace, seed: int, flags: list[str]) -> list[dict]:
     """One teacher, the baseline, and its students."""
     out, dense = known.out / f"seed_{seed}", known.dense or f"{known.recipe}_dense"
     of_students, of_all = apart(flags)
+    sparse, of = with_experts(known.experts[0]) if known.experts else ([], "")
+    teacher = out / f"teacher{of}"
     runs = {
-        "teacher": run(known.recipe, out / "teacher", seed, of_all),
+        "teacher": run(known.recipe, teacher, seed, [*of_all, *sparse]),
         "baseline": run(dense, out / "baseline", seed, of_all),
     }
-    taught = [*of_all, "--distil.teacher", str(out / "teacher"), *of_students]
+    taught = [*of_all, "--distil.teacher", str(teacher), *of_students]
     students = {"student": []} | (ABLATION if known.table == 6 else {})
     for name, own in students.items():
-        runs[name] = run(dense, out / name, seed, [*taught, *own])
+        runs[name] = run(dense, out / f"{name}{of}", seed, [*taught, *own])
     if known.stored:
-        stored = [*taught, "--distil.store", str(out / "store")]
+        stored = [*taught, "--distil.store", str(out / f"store{of}")]
         call("prepare", dense, "--seed", str(seed), *stored, "--top-k", str(known.stored))
-        runs[f"stored {known.stored}"] = run(dense, out / f"stored_{known.stored}", seed, stored)
+        place = out / f"stored_{known.stored}{of}"
+        runs[f"stored {known.stored}"] = run(dense, place, seed, stored)
     return table(seed, runs["baseline"], runs["teacher"], runs)
 
 
@@ -102,15 +110,19 @@ def seven(known: argparse.Namespace, seed: int, flags: list[str]) -> list[dict]:
     baseline = run(dense, out / "baseline", seed, of_all)
     rows = table(seed, baseline, baseline, {"baseline": baseline})
     rows[0]["gain kept"] = 0.0  # whatever the teacher
-    for experts in known.experts:
-        place = out / f"teacher_{experts}"
-        sparse = [*of_all, "--model.routing.experts", str(experts)]
-        teacher = run(known.recipe, place, seed, sparse)
-        taught = [*of_all, "--distil.teacher", str(place), *of_students]
-        student = run(dense, out / f"student_{experts}", seed, taught)
+    for experts in known.experts or [4, 8, 16, 32, 64]:
+        sparse, of = with_experts(experts)
+        teacher = run(known.recipe, out / f"teacher{of}", seed, [*of_all, *sparse])
+        taught = [*of_all, "--distil.teacher", str(out / f"teacher{of}"), *of_students]
+        student = run(dense, out / f"student{of}", seed, taught)
         pair = {f"teacher, {experts} experts": teacher, f"student of {experts}": student}
         rows += table(seed, baseline, teacher, pair)
     return rows
+
+
+def with_experts(experts: int) -> tuple[list[str], str]:
+    """The flags of a teacher with that many experts, and the end of the names of its runs."""
+    return ["--model.routing.experts", str(experts)], f"_{experts}"
 
 
 def eight(known: argparse.Namespace, seed: int, flags: list[str]) -> list[dict]:
@@ -137,7 +149,12 @@ def eight(known: argparse.Namespace, seed: int, flags: list[str]) -> list[dict]:
         place = known.out / f"seed_{seed}" / name.replace("'", "").replace(" ", "_")
         runs[name] = run(dense, place, seed, [*own, *more])
         require_same(place, baseline)
-    return table(seed, runs["baseline"], runs["teacher"], runs, by="score")
+    rows = table(seed, runs["baseline"], runs["teacher"], runs, by="score")
+    of_losses = table(seed, runs["baseline"], runs["teacher"], runs)
+    return [
+        {**row, "loss": other["loss"], "gain kept by loss": other["gain kept"]}
+        for row, other in zip(rows, of_losses, strict=True)
+    ]
 
 
 def require_same(student: Path, baseline: Path) -> None:
@@ -165,7 +182,7 @@ def apart(flags: list[str]) -> tuple[list[str], list[str]]:
     return of_students, of_all
 
 
-MEASURES = {"loss": lambda run: run.last("val/loss"), "score": lambda run: run.best["value"]}
+MEASURES = {"score": lambda run: run.best["value"], "loss": lambda run: run.last("val/loss")}
 
 
 def table(
@@ -193,19 +210,22 @@ def show(rows: list[dict], out: Path) -> None:
     """Print the rows as a table in Markdown, with means, and keep them in table.json."""
     (out / "table.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     by = next(name for name in MEASURES if name in rows[0])
-    print(f"| seed | run | held-out {by} | of the teacher's gain | parameters | compression |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    shown = {by: "gain kept"} | ({"loss": "gain kept by loss"} if by == "score" else {})
+    columns = [f"held-out {one} | of the teacher's gain" for one in shown]
+    print(f"| seed | run | {' | '.join(columns)} | parameters | compression |")
+    print("| --- | --- |" + " --- | --- |" * (len(shown) + 1))
     for row in rows:
+        cells = [f"{row[one]:.4f} | {row[kept]:.1%}" for one, kept in shown.items()]
         print(
-            f"| {row['seed']} | {row['run']} | {row[by]:.4f} | {row['gain kept']:.1%} | "
+            f"| {row['seed']} | {row['run']} | {' | '.join(cells)} | "
             f"{row['parameters']:,} | {row['compression']:.1%} |"
         )
     for name in dict.fromkeys(row["run"] for row in rows):
         same = [row for row in rows if row["run"] == name]
-        if len(same) > 1:
-            found, kept = ([row[key] for row in same] for key in (by, "gain kept"))
+        for one, key in shown.items() if len(same) > 1 else ():
+            found, kept = ([row[of] for row in same] for of in (one, key))
             print(
-                f"{name}: {by} {np.mean(found):.4f}, standard deviation "
+                f"{name}: {one} {np.mean(found):.4f}, standard deviation "
                 f"{np.std(found, ddof=1):.4f}; of the gain {np.mean(kept):.1%}, standard "
                 f"deviation {np.std(kept, ddof=1):.1%}"
             )

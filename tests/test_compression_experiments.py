@@ -87,6 +87,20 @@ def test_the_tables_of_the_paper_are_trained(which, runs, script, corpus, tmp_pa
 
 
 @pytest.mark.slow
+def test_table_6_goes_on_with_the_teacher_and_the_student_of_table_7(script, corpus, tmp_path):
+    words = ["tiny", "--dense", "twins:dense", "--out", "d", "--steps", "2", "--threads", "1"]
+    words += ["--sample-every", "0", "--data.path", str(corpus), "--experts", "2"]
+    script("distillation.py", *words, "--table", "7")
+    left = {path: path.stat().st_mtime_ns for path in tmp_path.glob("d/*/*/metrics.jsonl")}
+    said = script("distillation.py", *words, "--table", "6")
+    assert len(left) == 3
+    assert all(path.stat().st_mtime_ns == then for path, then in left.items())
+    assert "| weights_only |" in said
+    with pytest.raises(AssertionError, match="several --experts are for --table 7"):
+        script("distillation.py", *words, "4", "--table", "6")
+
+
+@pytest.mark.slow
 def test_a_fine_tuned_pair_has_its_dense_one_taught_the_task(script, corpus, tmp_path):
     lines = [f"ball {i} is {hue},{hue == 'red'}\n" for i in range(100) for hue in ("red", "blue")]
     (tmp_path / "hues.csv").write_text("text,warm\n" + "".join(lines))
@@ -102,6 +116,7 @@ def test_a_fine_tuned_pair_has_its_dense_one_taught_the_task(script, corpus, tmp
     names = ["teacher", "baseline", "student", "student with the teacher's weights"]
     assert [row["run"] for row in rows] == names
     assert all(0 <= row["score"] <= 100 for row in rows)
-    assert "| seed | run | held-out score |" in said
+    assert "| seed | run | held-out score | of the teacher's gain | held-out loss | " in said
+    assert all({"loss", "gain kept by loss"} <= set(row) for row in rows)
     with pytest.raises(AssertionError, match="were trained with other steps: not to be compared"):
         script("distillation.py", *words, "--steps", "3", "--out", "u")
