@@ -114,24 +114,40 @@ def test_mislabelled_text_is_refused_with_file_and_byte(texts, cache):
         languages_of(of(texts), cache)
 
 
-def test_languages_kept_by_the_flag_but_under_one_row_are_left_out_with_the_reason(
-    texts, caplog, tmp_path
-):
+def test_a_fault_in_one_language_is_no_matter_to_those_that_are_named(texts, cache):
+    (texts / "es.txt").write_bytes("ma\u00f1ana\n".encode("latin-1") * 30)
+    (texts / "fr.txt").write_text("", encoding="utf-8")
+    assert list(languages_of(of(texts, "de"), cache)) == ["de"]
+
+
+def test_an_empty_file_or_folder_is_left_out_of_all_and_refused_by_name(texts, cache, caplog):
+    (texts / "fr.txt").write_text("", encoding="utf-8")
+    (texts / "it").mkdir()
+    with caplog.at_level(logging.WARNING):
+        assert not {"fr", "it"} & set(languages_of(of(texts), cache))
+    assert "fr is left out: it has no text" in caplog.text
+    with pytest.raises(DataError, match=r"Italian \(it\) cannot be used: it has no text"):
+        languages_of(of(texts, "it"), cache)
+
+
+ROWS_OF_BYTES = {"tokenizer": "bytes", "input_length": 64, "target_length": 14}
+
+
+def test_languages_kept_by_the_flag_but_under_one_row_are_left_out_with_the_reason(texts, caplog):
     (texts / "gd.txt").write_text("Halo.\nTapadh leat.\n", encoding="utf-8")
-    config = of(
-        texts,
-        min_sentences=1,
-        tokenizer="bytes",
-        input_length=64,
-        target_length=14,
-        cache=str(tmp_path / "cache"),
-        validation_share=0.2,
-    )
+    config = of(texts, min_sentences=1, validation_share=0.2, **ROWS_OF_BYTES)
     with caplog.at_level(logging.WARNING):
         corpora = prepare_corpora(config, vocab_size=384, quiet=True)
     assert "gd" not in corpora.parts
     assert "he" in corpora.parts
     assert "gd is left out, train text: The corpus has" in caplog.text
+
+
+def test_a_language_under_one_row_that_was_asked_for_by_name_is_refused(texts):
+    (texts / "gd.txt").write_text("Halo.\nTapadh leat.\n", encoding="utf-8")
+    config = of(texts, "he", "gd", min_sentences=1, validation_share=0.2, **ROWS_OF_BYTES)
+    with pytest.raises(DataError, match=r"\(gd\) cannot be used: of its text to train on: The "):
+        prepare_corpora(config, vocab_size=384, quiet=True)
 
 
 @pytest.mark.parametrize(

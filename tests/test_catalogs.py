@@ -178,9 +178,38 @@ def test_forms_of_one_message_are_on_one_side(tmp_path):
     assert len(found) > 3
 
 
-def test_a_plural_rule_that_cannot_be_read_gives_no_sentences(tmp_path):
-    found, _ = read(tmp_path, {"cs/a.po": po(PLURAL, plural="nplurals=3; plural=import os")})
-    assert "cs" not in found
+@pytest.mark.parametrize(("rule", "lost"), [("import os", 3), ("(n != 1)", 1)])
+def test_plural_forms_that_no_number_calls_for_are_counted(tmp_path, rule, lost):
+    found, refusals = read(tmp_path, {"cs/a.po": po(PLURAL, plural=f"nplurals=3; plural={rule}")})
+    assert len(found.get("cs", [])) == 3 - lost
+    assert refusals.entries["cs"] == {"a plural form that no number calls for": lost}
+
+
+def test_a_file_that_a_package_lists_and_has_not_is_counted(tmp_path):
+    packages = package(tmp_path, {"de/a.po": po(entry("Good night", "Gute Nacht")).encode()})
+    (tmp_path / "cats/locale/de/LC_MESSAGES/a.po").unlink()
+    refusals = Refusals()
+    assert list(extract(packages, refusals)) == []
+    assert refusals.files == {"not there, or not to be read": 1}
+
+
+@pytest.mark.parametrize(
+    ("english", "text", "pair"),
+    [
+        ("_Edit", "_Bearbeiten", ("Edit", "Bearbeiten")),
+        ("Ch_urch parish:", "Kirchen_gemeinde:", ("Church parish:", "Kirchengemeinde:")),
+        ("Calenda_r:", "Kalender:", ("Calendar:", "Kalender:")),
+        ("Edit _This", "\u7de8\u96c6 (_T)", ("Edit This", "\u7de8\u96c6")),
+        ("Use a_list_here", "a_list_here hier", ("Use a_list_here", "a_list_here hier")),
+        ("The source_suffix", "source_suffix hier", ("The source_suffix", "source_suffix hier")),
+        ("New_Tag_dialog", "Dialog neu", ("New_Tag_dialog", "Dialog neu")),
+        ("Only underscores", "Nur Striche (_)", ("Only underscores", "Nur Striche (_)")),
+    ],
+)  # fmt: skip
+def test_letters_marked_for_typing_are_marked_no_more(tmp_path, english, text, pair):
+    language = "ja" if "\u7de8" in text else "de"
+    found, _ = read(tmp_path, {f"{language}/a.po": po(entry(english, text))})
+    assert found[language] == [pair]
 
 
 def test_a_compiled_catalog_gives_what_its_source_gives(tmp_path):

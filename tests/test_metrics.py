@@ -296,3 +296,14 @@ def test_a_metric_that_there_is_not_is_answered_with_those_there_are():
     odd = Task(name="mine", source=source, to_text=lambda record: [], metrics=("acuracy",))
     with pytest.raises(ConfigError, match="has the metric 'acuracy', which there is not"):
         judge(odd, ["a"], examples("a"))
+
+
+def test_no_metric_and_two_figures_of_one_name_are_refused():
+    source = Hub(dataset=None, folder="mine")
+    task = Task(name="mine", source=source, to_text=lambda record: [], labels=("a", "b"))
+    for metrics, problem in (
+        ((), "'mine' has no metric"),
+        (("f1_macro", "accuracy", "f1_binary"), "f1_macro and f1_binary, which all tell an f1"),
+    ):
+        with pytest.raises(ConfigError, match=problem):
+            check_metrics(replace(task, metrics=metrics), examples("a", "b"))

@@ -266,8 +266,8 @@ def test_joined_batches_have_all_rows_and_take_orders_them() -> None:
     ("settings", "said"),
     [
         ({"mixture": ("en=a", "de=b", "en=c")}, "names 'en' 2 times"),
-        ({"mixture": ("texts/en",)}, "'texts/en', which is not NAME=PATH"),
-        ({"mixture": ("a/b=c",)}, "'a/b=c', which is not NAME=PATH"),
+        ({"mixture": ("texts/en",)}, "'texts/en', which is neither NAME=PATH"),
+        ({"mixture": ("a/b=c",)}, "'a/b=c', which is neither NAME=PATH"),
         ({"mixture": ("en=a",), "path": "b"}, r"data\.path = 'b' both say"),
         ({"mixture": ("en=a",), "source": "hub", "dataset": "c4"}, r"data\.dataset = 'c4' both"),
         ({"mixture_exponent": 2.0}, r"mixture_exponent = 2\.0"),
@@ -313,12 +313,33 @@ def config(folders) -> DataConfig:
 
 def test_each_corpus_has_a_store_and_held_out_text_of_its_own(config) -> None:
     corpora = prepare_corpora(config, vocab_size=512, quiet=True)
-    for name, path in config.corpora.items():
-        alone = replace(config, mixture=(), path=path)
+    for name, alone in config.of_corpora.items():
+        path = alone.path
         part = prepare_corpora(alone, vocab_size=512, quiet=True).parts[""]
         assert corpora.parts[name].folder == part.folder  # the very one the text has alone
         text = "".join(file.read_text().strip() for file in Path(path).iterdir())
         assert part.train.num_tokens + part.validation.num_tokens == len(text.encode())
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_mixture_may_have_data_sets_beside_folders(folders, tmp_path, monkeypatch, streaming):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        rows = "".join(json.dumps({"text": f"{name} {n} " * 20}) + "\n" for n in range(40))
+        (tmp_path / name / "train.jsonl").write_text(rows)
+    config = DataConfig(
+        mixture=(f"a=hub:{tmp_path}/one", f"b=hub:{tmp_path}/two:default", f"c={folders}/en"),
+        tokenizer="bytes",
+        streaming=streaming,
+    )
+    assert [own.dataset_config for own in config.of_corpora.values()] == [None, "default", None]
+    corpora = prepare_corpora(config, vocab_size=384, quiet=True)
+    assert list(corpora.parts) == ["a", "b", "c"]
+    for name, said in (("a", "one "), ("b", "two ")):
+        store = corpora.parts[name].train
+        assert corpora.tokenizer.decode(store.tokens(0, 4).tolist()) == said
+        assert store.num_documents > 30
 
 
 @pytest.mark.parametrize("by", ["tokens", "documents"])

@@ -1,6 +1,7 @@
 """Whole runs: what they write, how they stop, and that they go on exactly."""
 
 import json
+import shutil
 import signal
 import sys
 import time
@@ -12,7 +13,8 @@ import torch
 from slowed import start, wait_for
 
 import switchworks
-from switchworks.config import CheckpointError, ConfigError, from_toml, to_toml
+from switchworks.config import CheckpointError, ConfigError, DataError, from_toml, to_toml
+from switchworks.evaluate.held_out import evaluate_run
 from switchworks.training import Experiment, train
 from switchworks.training.run_directory import claim, may_resume
 
@@ -153,6 +155,26 @@ def test_a_mesh_larger_than_this_machine_is_refused(tiny_experiment, tmp_path):
     with pytest.raises(ConfigError, match="needs 2 processes"):
         train(replace(tiny_experiment, mesh=MeshConfig(data=2)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_does_not_go_on_with_other_text(tiny_experiment, corpus, tmp_path, caplog):
+    texts = shutil.copytree(corpus, tmp_path / "texts")
+    data = replace(tiny_experiment.data, path=str(texts))
+    experiment = replace(tiny_experiment, data=data, steps=2)
+    train(experiment, tmp_path / "run")
+    page = sorted(texts.iterdir())[0]
+    said = page.read_text(encoding="utf-8")
+    page.write_text(said.replace("e", "a", 1), encoding="utf-8")  # bytes: as many tokens
+    with pytest.raises(DataError, match=r"is not what .*run was trained on: other tokens, though"):
+        train(replace(experiment, steps=3), tmp_path / "run", resume=True)
+    page.write_text(said + said, encoding="utf-8")
+    with pytest.raises(DataError, match=r"trained on: [\d,]+ tokens there, [\d,]+ here\."):
+        train(replace(experiment, steps=3), tmp_path / "run", resume=True)
+    evaluate_run(tmp_path / "run", batches=1)
+    assert "it may have been trained on what is held out here" in caplog.text
+    shutil.rmtree(texts)
+    shutil.copytree(corpus, texts)  # files with other times, and the same text
+    train(replace(experiment, steps=3), tmp_path / "run", resume=True)
 
 
 def test_a_run_can_begin_with_the_weights_of_another(tiny_run, tiny_experiment, tmp_path):

@@ -14,15 +14,19 @@ from switchworks.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, tr
 
 @pytest.fixture(scope="module")
 def sentences() -> dict[str, list[str]]:
-    """Some of each language of the embedded corpus."""
+    """All of each language of the embedded corpus, on either side."""
     corpus = split_sentences(catalogs(Path(os.environ["SWITCHWORKS_CACHE"])), 0.1)
-    return {name: [one.text for one in side.train[::7]] for name, side in corpus.items()}
+    return {
+        name: [one.text for one in (*side.train, *side.held_out)] for name, side in corpus.items()
+    }
 
 
 @pytest.fixture(scope="module")
 def trained(sentences) -> SentencePieceTokenizer:
     """A small vocabulary, trained on a little of every language."""
-    texts = [text for own in sentences.values() for text in islice(own, 20)]
+    texts = [
+        text for own in sentences.values() for text in islice(own, 0, None, len(own) // 20 + 1)
+    ]
     return train_sentencepiece(texts, 3000, coverage=0.995)
 
 

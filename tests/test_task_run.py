@@ -20,6 +20,7 @@ from slowed import start, targets_of, wait_for
 import switchworks
 from switchworks.cli import main
 from switchworks.config import ConfigError, DataError, from_toml, to_toml
+from switchworks.data.tasks import find_tasks
 from switchworks.evaluate.answers import Answering
 from switchworks.evaluate.task_run import evaluate_tasks, named_tasks
 from switchworks.flags import EvaluateFlags, TrainFlags
@@ -229,6 +230,8 @@ def test_one_command_makes_a_fine_tuned_evaluated_model_of_a_table(
     [
         (STARS + "no stars,\n", [], "1 of .* examples of train have an empty target"),
         (STARS, ["--data.task-labels", "1", "5"], "'3' is not one of its labels, 1, 5"),
+        (STARS, ["--data.task-metrics", "acuracy"], "the metric 'acuracy', which there is not"),
+        (STARS, ["--data.task-metrics", "f1_macro"], "judged by f1_macro, which wants labels"),
     ],
 )
 def test_a_table_that_cannot_be_learnt_is_refused_before_training(
@@ -236,7 +239,7 @@ def test_a_table_that_cannot_be_learnt_is_refused_before_training(
 ):
     file = reviews(tmp_path / "reviews.csv", rows)
     words = ["train", "tiny", "--init", str(tiny_run), "--run-dir", str(tmp_path / "run")]
-    words += ["--data.validation-share", "1e-9", "--data.tasks", f"reviews={file}:text:stars"]
+    words += ["--data.validation-share", "0.2", "--data.tasks", f"reviews={file}:text:stars"]
     assert main([*words, *flags]) == 2
     assert re.search(problem, capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
@@ -295,6 +298,15 @@ def test_a_split_whose_labels_are_withheld_is_refused(tiny_run, tmp_path):
         evaluate_tasks(tiny_run, data, Answering(), split="test")
 
 
+def test_what_cannot_be_ranked_is_refused_before_anything_is_answered(run_dir, monkeypatch):
+    asked = []
+    monkeypatch.setattr("switchworks.evaluate.task_run.measure", lambda *one: asked.append(one))
+    data = replace(named_tasks(run_dir, (), None), task_labels=())
+    with pytest.raises(ConfigError, match="'colours' has no closed set of answers to rank"):
+        evaluate_tasks(run_dir, data, Answering(decode="rank"))
+    assert not asked
+
+
 DOCS = Path(__file__).parent.parent / "docs" / "tasks.md"
 
 
@@ -316,7 +328,9 @@ def test_the_commands_of_the_page_about_tasks_are_understood(tiny_run, tmp_path,
             experiment, _ = parse_experiment(verb, words, TrainFlags)
             assert experiment.data.tasks
         else:
-            assert parse_flags(EvaluateFlags, verb, words).path
+            flags = parse_flags(EvaluateFlags, verb, words)
+            assert flags.path
+            assert find_tasks(flags.tasks) or not flags.tasks
 
 
 SCRIPT = Path(__file__).parent.parent / "experiments" / "finetune.py"

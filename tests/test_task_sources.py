@@ -139,6 +139,18 @@ def test_a_table_of_two_columns_needs_no_more_than_its_path(tmp_path):
     assert (example.inputs, example.target) == ("review 0", "0")
 
 
+def test_the_first_row_says_which_of_two_columns_is_the_input(tmp_path):
+    rows = ['{"text": "good film", "stars": "5"}', '{"stars": "1", "text": "bad film"}']
+    file = write(tmp_path / "films.jsonl", "\n".join(rows) + "\n")
+    (task,) = find_tasks([f"films={file}"])
+    found = read(task, "train", Places(tmp_path, validation_share=1e-9))
+    assert [(e.inputs, e.target) for e in found] == [("good film", "5"), ("bad film", "1")]
+    write(file, "\n".join([*rows, '{"text": "odd film", "rating": "3"}']) + "\n")
+    (task,) = find_tasks([f"films={file}"])
+    with pytest.raises(DataError, match=r"no column 'stars'\. It has: text, rating"):
+        read(task, "train", Places(tmp_path, validation_share=1e-9))
+
+
 def test_equal_inputs_are_never_on_both_sides(tmp_path):
     rows = "text,stars\n" + "".join(f"review {i % 10},{i}\n" for i in range(100))
     (task,) = find_tasks([f"reviews={write(tmp_path / 'reviews.csv', rows)}"])

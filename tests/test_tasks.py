@@ -5,12 +5,17 @@ where one of its own tests has an example that example), of the closed-book task
 et al. 2020; ANLI, ARC and Winogrande are ours.
 """
 
+import json
+
 import pytest
 
 from switchworks.config import ConfigError, DataError
-from switchworks.data.tasks import GROUPS, TASKS, UNKNOWN, Example, find_tasks
+from switchworks.data.task_store import open_task
+from switchworks.data.tasks import GROUPS, TASKS, UNKNOWN, Example, Places, find_tasks
 from switchworks.data.tasks.docstrings import split_docstring, split_of
 from switchworks.data.tasks.translation import language_name
+from switchworks.data.tokenizer import ByteTokenizer
+from switchworks.evaluate.tasks import questions_of
 
 PAIR = {"sentence1": "Big news.", "sentence2": "No idea.", "idx": 10}
 NLI = {"premise": "It rains.", "hypothesis": "It is wet.", "idx": 0}
@@ -116,11 +121,11 @@ GOLDEN = {
         {
             "passage": "Birds swim.\n@highlight\nSome fly\n@highlight\nFew run",
             "query": "A @placeholder is a bird.",
-            "entities": ["penguin", "potato", "pigeon"],
+            "entities": ["penguin", "potato", "pigeon", "penguin"],
             "answers": ["penguin", "pigeon"],
             "idx": {"passage": 3, "query": 4},
         },
-        "record query: A @placeholder is a bird. entities: penguin, potato, pigeon "
+        "record query: A @placeholder is a bird. entities: penguin, pigeon, potato "
         "passage: Birds swim. Some fly. Few run",
         "penguin",
     ),
@@ -342,17 +347,36 @@ def test_record_trains_on_every_answer_and_is_judged_once_by_any():
     assert [(e.inputs, e.target) for e in training] == [(inputs, "penguin"), (inputs, "pigeon")]
     (judged,) = task.examples(record, "validation")
     assert judged.answers == ("penguin", "pigeon")
-    assert judged.choices == ("penguin", "potato", "pigeon")
+    assert judged.choices == ("penguin", "pigeon", "potato")
     (withheld,) = task.examples(record | {"answers": []}, "test")
     assert withheld.target == UNKNOWN
 
 
 def test_wsc_trains_on_right_referents_only():
-    record = GOLDEN["super_glue_wsc"][0] | {"span1_text": "Mitchell", "label": 0}
+    right, inputs, _ = GOLDEN["super_glue_wsc"]
+    record = right | {"span1_text": "Mitchell", "label": 0}
     task = TASKS["super_glue_wsc"]
+    (trained,) = task.examples(right | {"label": 1}, "train")
+    assert (trained.inputs, trained.target) == (inputs, "Tom")
     assert task.examples(record, "train") == []
     (judged,) = task.examples(record, "validation")
     assert (judged.target, judged.label) == ("Mitchell", False)
+
+
+def test_the_loss_of_held_out_examples_is_that_of_right_answers(tmp_path):
+    right, _, _ = GOLDEN["super_glue_wsc"]
+    spans = (("Mitchell", 0), ("Tom", 1))
+    rows = [right | {"span1_text": name, "label": label} for name, label in spans]
+    lines = [json.dumps(row) + "\n" for row in rows]
+    folder = tmp_path / "super_glue_wsc"
+    folder.mkdir()
+    (folder / "validation.jsonl").write_text("".join(lines))
+    places = Places(tmp_path / "cache", folder=tmp_path)
+    stored = open_task(TASKS["super_glue_wsc"], "validation", places, ByteTokenizer())
+    assert len(stored) == 1
+    assert ByteTokenizer().decode(stored.example(0)[1].tolist()) == "Tom"
+    asked = questions_of(TASKS["super_glue_wsc"], "validation", places)
+    assert [example.target for example in asked.examples] == ["Mitchell", "Tom"]
 
 
 @pytest.mark.parametrize(
@@ -535,7 +559,16 @@ def test_a_task_that_there_is_not_is_answered_with_those_there_are():
     with pytest.raises(ConfigError, match="There is no task 'gluee'"):
         find_tasks(["gluee"])
     with pytest.raises(ConfigError, match="names 'glue_rte' twice"):
-        find_tasks(["glue", "glue_rte"])
+        find_tasks(["glue_rte", "glue_rte"])
+
+
+def test_what_two_groups_have_is_there_once(tmp_path):
+    names = [task.name for task in find_tasks(["glue", "super_glue", "glue_rte"])]
+    assert set(names) == {*GROUPS["glue"], *GROUPS["super_glue"]}
+    assert len(names) == len(set(names))
+    (tmp_path / "own.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ConfigError, match="names 'dpr' twice"):
+        find_tasks(["glue", f"dpr={tmp_path / 'own.csv'}"])
 
 
 def test_an_example_has_its_target_as_answer_unless_it_names_others():

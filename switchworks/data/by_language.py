@@ -1,14 +1,14 @@
 """One corpus for each language: which there are, and the settings that read each."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from switchworks.config import DataError
 from switchworks.data.catalogs import catalogs, split_sentences
 from switchworks.data.config import DataConfig
-from switchworks.data.documents import open_documents
+from switchworks.data.documents import NoText, open_documents
 from switchworks.data.languages import MC4, english_name, mc4_code, normalise
 from switchworks.data.reading import format_of
 
@@ -29,25 +29,35 @@ def languages_of(config: DataConfig, cache: Path) -> dict[str, DataConfig]:
     """
     if config.path is not None:
         found = _in_folder(config, Path(config.path).expanduser())
-        return _chosen(
-            config, found, {name: _lack_of_text(config, own, cache) for name, own in found.items()}
-        )
+        return _chosen(config, found, lambda name: _lack_of_text(config, found[name], cache))
     if config.source == "hub":
         return _of_mc4(config)
     sentences = split_sentences(catalogs(cache), config.validation_share)
-    lacks = {}
-    for name, split in sentences.items():
-        lacks[name] = _too_few(config, split.num_sentences)
+
+    def lack(name: str) -> str | None:
+        split = sentences[name]
         if not (split.train and split.held_out):
-            lacks[name] = "all its sentences would be on one side, to train on or held out"
-    return _chosen(config, {n: replace(config, languages=(n,)) for n in sentences}, lacks)
+            return "all its sentences would be on one side, to train on or held out"
+        return _too_few(config, split.num_sentences)
+
+    return _chosen(config, {n: replace(config, languages=(n,)) for n in sentences}, lack)
+
+
+def named(config: DataConfig) -> bool:
+    """Whether `config` names its languages one by one: then each is used, or refused."""
+    return bool(config.languages) and ALL not in config.languages
+
+
+def unusable(name: str, lack: str) -> DataError:
+    """For a language that was named, by its code, and why it cannot be used."""
+    return DataError(f"{english_name(name)} ({name}) cannot be used: {lack}.")
 
 
 def _chosen(
-    config: DataConfig, found: dict[str, DataConfig], lacks: dict[str, str | None]
+    config: DataConfig, found: dict[str, DataConfig], lack_of: Callable[[str], str | None]
 ) -> dict[str, DataConfig]:
     """Of the languages `found` those that `config` names, or all without a lack."""
-    if config.languages and ALL not in config.languages:
+    if named(config):
         wanted = list(dict.fromkeys(map(normalise, config.languages)))
         for name in wanted:
             if name not in found:
@@ -55,13 +65,15 @@ def _chosen(
                     f"There is no text in {english_name(name)} ({name}).\n"
                     f"  There is some in: {' '.join(sorted(found))}."
                 )
-            if (lack := lacks[name]) is not None:
-                raise DataError(f"{english_name(name)} ({name}) cannot be used: {lack}.")
+            if (lack := lack_of(name)) is not None:
+                raise unusable(name, lack)
         return {name: found[name] for name in wanted}
-    for name, lack in lacks.items():
-        if lack is not None:
+    kept = {}
+    for name, own in found.items():
+        if (lack := lack_of(name)) is None:
+            kept[name] = own
+        else:
             logging.getLogger(__name__).warning("%s is left out: %s", name, lack)
-    kept = {name: own for name, own in found.items() if lacks[name] is None}
     if not kept:
         raise DataError(
             f"No language has {config.min_sentences} sentences.\n"
@@ -110,8 +122,12 @@ def _named_by_language(root: Path, *, strict: bool) -> Iterator[tuple[str, Path]
 
 def _lack_of_text(config: DataConfig, own: DataConfig, cache: Path) -> str | None:
     """Why one language's files are too little; None if they are not, reading no more than tells."""
+    try:
+        documents = open_documents(own, cache)
+    except NoText:
+        return "it has no text"
     sentences = 0
-    for document in open_documents(own, cache).documents():
+    for document in documents.documents():
         for line in document.splitlines():
             sentences += max(bool(line.strip()), len(line) // LINE_CHARACTERS)
         if sentences >= config.min_sentences:

@@ -35,12 +35,19 @@ from babel.messages.pofile import PoFileError, read_po
 from switchworks.config import DataError
 from switchworks.data.installed import Packages, installed, versions
 from switchworks.data.languages import normalise
-from switchworks.data.messages import clean, fault, folded, is_mojibake
+from switchworks.data.messages import (
+    clean,
+    fault,
+    folded,
+    has_mnemonic,
+    is_mojibake,
+    without_mnemonic,
+)
 
 ROOTS = ("Django", "Sphinx", "gramps")
 """Whose catalogs are read, with those of everything they need in turn."""
 
-RULES = 1
+RULES = 2
 """Raised when the extraction changes, so that no older cache is taken for the new text."""
 
 LARGEST_NUMBER = 1000
@@ -107,7 +114,8 @@ def fingerprint() -> str:
 
 @lru_cache(maxsize=8)  # asked for every language, and looking at all packages takes a while
 def _fingerprint(roots: tuple[str, ...]) -> str:
-    text = json.dumps([RULES, versions(installed(roots)), importlib.metadata.version("babel")])
+    speaking = {n: p for n, p in installed(roots).items() if any(_catalog_files(p, Refusals()))}
+    text = json.dumps([RULES, versions(speaking), importlib.metadata.version("babel")])
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
@@ -208,7 +216,10 @@ def _sentences(language: str, files: Sequence[Path], refusals: Refusals) -> Iter
         if message.fuzzy:
             refusals.entry(language, "fuzzy")
             continue
-        for english, text, place in _forms(message, number_of):
+        for english, text, place in _forms(_plain(message), number_of):
+            if english is None:
+                refusals.entry(language, "a plural form that no number calls for")
+                continue
             if fault(english, "en"):
                 refusals.entry(language, f"English: {fault(english, 'en')}")
                 continue
@@ -228,10 +239,20 @@ def _fault(language: str, english: str, text: str) -> str | None:
     return fault(text, language)
 
 
+def _plain(message: Message) -> Message:
+    """`message` without the mnemonic of a GTK program, where it has one."""
+    if not (isinstance(message.id, str) and has_mnemonic(message.id)):
+        return message
+    return Message(without_mnemonic(message.id), without_mnemonic(str(message.string or "")))
+
+
 def _forms(
     message: Message, number_of: Callable[[int], int | None]
-) -> Iterator[tuple[str, str, float]]:
-    """(English, sentence, place) of a message, or of each of its plural forms in use."""
+) -> Iterator[tuple[str | None, str, float]]:
+    """(English, sentence, place) of a message, or of each of its plural forms.
+
+    There is no English for a form that no number calls for.
+    """
     if isinstance(message.id, str):
         english = clean(message.id)
         yield english, clean(str(message.string or "")), _place(english)
@@ -240,7 +261,9 @@ def _forms(
     place = _place(clean(singular, 1))
     for form, string in enumerate(message.string or ()):
         number = number_of(form)
-        if number is not None:
+        if number is None:
+            yield None, str(string), place
+        else:
             english = clean(singular if number == 1 else plural, number)
             yield english, clean(string or "", number), place
 
@@ -280,7 +303,10 @@ class _Unreadable(Exception):  # noqa: N818  it is counted, not shown
 
 def read_catalog(path: Path) -> Catalog:
     """The catalog in a .mo or .po file. Raises `_Unreadable` for a damaged or mislabelled one."""
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError:
+        raise _Unreadable("not there, or not to be read") from None
     try:
         # babel prints what it finds odd in a .po file; nobody asked.
         with contextlib.redirect_stdout(io.StringIO()):

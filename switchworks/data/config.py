@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from switchworks.config import ConfigError, check_at_least
@@ -16,8 +16,9 @@ class DataConfig:
     """Own text: a file, a folder or a glob of .txt, .jsonl or .parquet, each also .gz or .zst.
     When given, `source` is not used."""
     mixture: tuple[str, ...] = ()
-    """Several corpora instead of one, each as NAME=PATH, with PATH as above: en=texts/en
-    de=texts/de. One tokenizer serves all; each has its own held-out text and its own loss."""
+    """Several corpora instead of one, each as NAME=PATH, with PATH as above, or as
+    NAME=hub:DATASET or NAME=hub:DATASET:CONFIG: en=texts/en c4=hub:allenai/c4:en. One tokenizer
+    serves all; each has its own held-out text and its own loss."""
     mixture_exponent: float = 0.3
     """A corpus of size n gives rows in proportion to n ** this: 1 is by size, 0 equally often.
     mT5 used 0.3, which shows small languages more often than their size would."""
@@ -131,9 +132,17 @@ class DataConfig:
             )
 
     @property
-    def corpora(self) -> dict[str, str]:
-        """The path of each corpus of the mixture by its name, in the order given."""
-        return dict(_named(entry) for entry in self.mixture)
+    def of_corpora(self) -> dict[str, "DataConfig"]:
+        """The settings of each corpus of the mixture by its name, in the order given."""
+        return {name: self._of_one(place) for name, place in map(_named, self.mixture)}
+
+    def _of_one(self, place: str) -> "DataConfig":
+        if not place.startswith(_HUB):
+            return replace(self, mixture=(), path=place)
+        dataset, _, config = place.removeprefix(_HUB).partition(":")
+        return replace(
+            self, mixture=(), source="hub", dataset=dataset, dataset_config=config or None
+        )
 
     @property
     def is_mixture(self) -> bool:
@@ -144,7 +153,7 @@ class DataConfig:
     @property
     def named(self) -> str:
         """What is read, in a few words: names of tasks, corpora or languages, or the place."""
-        names = self.tasks or tuple(self.corpora) or self.languages
+        names = self.tasks or tuple(name for name, _ in map(_named, self.mixture)) or self.languages
         return ", ".join(names) or self.path or self.dataset or self.source
 
     @property
@@ -259,11 +268,14 @@ def check_rates(exponent: float, cap: int | float | None) -> None:
         )
 
 
+_HUB = "hub:"
+
+
 def _named(entry: str) -> tuple[str, str]:
     name, equals, path = entry.partition("=")
     if not (equals and path and re.fullmatch(r"[\w.-]+", name)):
         raise ConfigError(
-            f"data.mixture has {entry!r}, which is not NAME=PATH.\n"
+            f"data.mixture has {entry!r}, which is neither NAME=PATH nor NAME=hub:DATASET.\n"
             "  Example: en=texts/en. Names have letters, digits, '.', '_' and '-'."
         )
     return name, path

@@ -5,18 +5,21 @@ are those of a plain `Pipeline`.
 """
 
 import heapq
+import json
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from switchworks.batch import Batch
 from switchworks.config import DataError
-from switchworks.data.by_language import languages_of
+from switchworks.data.by_language import languages_of, named, unusable
 from switchworks.data.config import DataConfig
 from switchworks.data.documents import Documents, open_documents
 from switchworks.data.mixture import Mixture, naming, rates
@@ -36,7 +39,7 @@ class HeldOut:
     """Target tokens, sentinels and EOS among them, and UTF-8 bytes of the text they hide."""
 
     def bits_per_byte(self, name: str, nats: float) -> float:
-        """What `nats` per target token of a corpus come to: comparable between tokenizers."""
+        """What `nats` per target token of a corpus come to."""
         tokens, size = self.sizes[name]
         return nats * tokens / max(1.0, size) / math.log(2)
 
@@ -65,6 +68,38 @@ class Corpora:
     def train_tokens(self) -> int:
         """Of all corpora together."""
         return sum(part.train.num_tokens for part in self.parts.values())
+
+    @property
+    def digest(self) -> str:
+        """Hexadecimal; of the tokenizer, and of all tokens of both sides in their order.
+
+        Equal wherever the same text was made the same tokens, whatever its files are called.
+        """
+        stores = {
+            name: [store and store.digest for store in (part.train, part.validation)]
+            for name, part in self.parts.items()
+        }
+        named = json.dumps([self.tokenizer.fingerprint, stores])
+        return blake2b(named.encode(), digest_size=16).hexdigest()
+
+    def other_than(self, noted: Mapping[str, Any]) -> str | None:
+        """How this text differs from that of the run whose about.json is `noted`; None: it is it.
+
+        Older runs noted no more than the number of tokens.
+        """
+        same = (
+            noted["text_digest"] == self.digest
+            if "text_digest" in noted
+            else noted.get("train_tokens") in (None, self.train_tokens)
+        )
+        if same:
+            return None
+        if noted["train_tokens"] == self.train_tokens:
+            return "other tokens, though as many"
+        lost = [name for name in noted.get("corpora", {}) if name not in self.parts]
+        return f"{noted['train_tokens']:,} tokens there, {self.train_tokens:,} here" + (
+            f", where {', '.join(lost)} are missing" if lost else ""
+        )
 
     @property
     def rates(self) -> dict[str, float]:
@@ -153,8 +188,7 @@ def prepare_corpora(
     if not config.is_mixture:
         alone = prepare(config, vocab_size=vocab_size, shard=shard, quiet=quiet)
         return Corpora(config, alone.tokenizer, {"": alone})
-    own = {name: replace(config, mixture=(), path=path) for name, path in config.corpora.items()}
-    own = own or languages_of(config, cache_folder(config))
+    own = config.of_corpora or languages_of(config, cache_folder(config))
     sources: dict[str, Documents] = {}
     for name, settings in own.items():  # all are looked at before any work is done on one
         with naming(name):
@@ -176,7 +210,8 @@ def prepare_corpora(
 def _long_enough(config: DataConfig, parts: Mapping[str, Prepared]) -> Mapping[str, Prepared]:
     """The languages whose text fills a row on both sides; the others are named in the log.
 
-    All of them while shards are missing. Raises DataError if none is left.
+    All of them while shards are missing. Raises DataError if none is left, or for one that was
+    asked for by name.
     """
     if any(part.missing for part in parts.values()):
         return parts
@@ -187,6 +222,9 @@ def _long_enough(config: DataConfig, parts: Mapping[str, Prepared]) -> Mapping[s
                 Pipeline(config, store, part.tokenizer, batch_size=1, seed=0)
             except DataError as error:
                 said = str(error).partition("\n")[0]
+                if named(config):
+                    side = "to train on" if store.split == "train" else "held out"
+                    raise unusable(name, f"of its text {side}: {said.rstrip('.')}") from error
                 log = logging.getLogger(__name__)
                 log.warning("%s is left out, %s text: %s", name, store.split, said)
                 break

@@ -251,11 +251,15 @@ class First(Documents):
         return None if held_out is None else First(held_out, self.most)
 
 
+class NoText(DataError):  # noqa: N818  it says what is wrong, as the others do
+    """A file or folder is there and holds no text."""
+
+
 def open_documents(config: DataConfig, cache: Path) -> Documents:
     """The source that `config` names, or the first of its documents if it says how many.
 
-    `cache` is where the embedded corpus is kept. Raises DataError if there is no such file or it
-    holds no text.
+    `cache` is where the embedded corpus is kept. Raises DataError if there is no such file, NoText
+    if it holds none.
     """
     source = _source(config, cache)
     return source if config.documents is None else First(source, config.documents)
@@ -283,7 +287,7 @@ def _source(config: DataConfig, cache: Path) -> Documents:
 def find_files(pattern: str) -> list[Path]:
     """The text files that `pattern` (a file, folder or glob) names, sorted by path.
 
-    Raises DataError if there is none, or if all of them are empty.
+    Raises DataError if there is none, NoText if all of them are empty.
     """
     path = Path(pattern).expanduser()
     wanted = ", ".join(FORMATS) + f" (also {', '.join(COMPRESSIONS)})"
@@ -294,7 +298,7 @@ def find_files(pattern: str) -> list[Path]:
     elif path.is_dir():
         found = sorted(file for file in path.rglob("*") if file.is_file() and format_of(file))
         if not found:
-            raise DataError(f"The folder {path} holds no text files.\n  Readable are {wanted}.")
+            raise NoText(f"The folder {path} holds no text files.\n  Readable are {wanted}.")
     elif glob.has_magic(pattern):
         matches = map(Path, glob.glob(str(path), recursive=True))
         found = sorted(file for file in matches if file.is_file() and format_of(file))
@@ -307,7 +311,7 @@ def find_files(pattern: str) -> list[Path]:
         raise DataError(f"{path} does not exist.\n  Text is named by a file, a folder or a glob.")
     if not any(file.stat().st_size for file in found):
         empty = "is empty" if len(found) == 1 else f"and {len(found) - 1} more are empty"
-        raise DataError(f"There is no text to train on: {found[0]} {empty}.")
+        raise NoText(f"There is no text to train on: {found[0]} {empty}.")
     return found
 
 

@@ -25,6 +25,9 @@ _ROLE = re.compile(r"(?::[\w:+-]+:)?`+([^`<>]*?)\s*(?:<[^<>`]*>)?`+_*")
 _BREAK = re.compile(r"<(?:br|/p|/li|/div)\b[^<>]*>", re.IGNORECASE)
 _TAG = re.compile(r"</?[A-Za-z][^<>]*>")
 _MARKUP_LEFT = re.compile(r"[<>{}\\|`\u2581]|%\(|://|\*\*|&\w+;|__")
+_MNEMONIC = re.compile(r"\s*\(_\w\)|_(?=[^\W_])")
+_AT_A_WORD = re.compile(r"(?<!\w)_(?=[^\W_])")
+_IN_A_WORD = re.compile(r"(?<!\w)(?:[^\W\d_]{1,3}_[^\W\d_]+|[^\W\d_]+_[^\W\d_]{1,2})(?!\w)")
 _SPACE = re.compile(r"[ \t\r\n\f\v]+")
 _NO_TEXT = re.compile(r"[\0-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff\ue000-\uf8ff]")
 
@@ -39,6 +42,22 @@ def clean(message: str, number: int | None = None) -> str:
     text = _BREAK.sub(" ", _filled(message, number))
     text = html.unescape(_TAG.sub("", _ROLE.sub(r"\1", text)))
     return unicodedata.normalize("NFC", _SPACE.sub(" ", _NO_TEXT.sub("", text)).strip())
+
+
+def has_mnemonic(english: str) -> bool:
+    """Whether the message `english` marks a letter as GTK does, to be typed: "_Edit", "Ch_urch".
+
+    One underscore, before a word or near an end of one; names with one in their middle, as
+    "source_suffix", are left alone.
+    """
+    if english.count("_") != 1:
+        return False
+    return bool(_AT_A_WORD.search(english) or _IN_A_WORD.search(english))
+
+
+def without_mnemonic(message: str) -> str:
+    """`message`, whose English has a mnemonic, without its own: "_Datei", "\u7de8\u96c6(_E)"."""
+    return _MNEMONIC.sub("", message, count=1) if message.count("_") == 1 else message
 
 
 @lru_cache(maxsize=8192)

@@ -1,7 +1,9 @@
 """What a finished run read, and what a model on disk is to read: settings from a directory."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from switchworks.config import CheckpointError, ConfigError, from_dict, read_toml
 from switchworks.data.config import DataConfig
@@ -16,6 +18,12 @@ def data_of_run(path: Path) -> DataConfig | None:
     if "data" not in values:
         raise ConfigError(f"{file} says nothing of [data], so it is no run's.")
     return from_dict(DataConfig, values["data"], where="data.")
+
+
+def about_of(path: Path) -> dict[str, Any]:
+    """What the run in `path` says of itself; nothing if it has not begun."""
+    file = path / "about.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 def text_for(path: Path, *, decoder_only: bool, text: str | None = None) -> DataConfig:

@@ -62,8 +62,12 @@ class Part:
 class TokenStore:
     """The tokens of one split: one stream over all documents, read from disk as needed."""
 
-    def __init__(self, folder: Path, split: str, dtype: str, segments: Sequence[Segment]) -> None:
+    def __init__(
+        self, folder: Path, split: str, dtype: str, segments: Sequence[Segment], digest: str = ""
+    ) -> None:
         self.folder, self.split, self.dtype = folder, split, dtype
+        self.digest = digest
+        """Hexadecimal; of the tokens, in their order: equal wherever the same text lies."""
         self._segments = [segment for segment in segments if segment.num_tokens]
         self._starts = [0, *accumulate(segment.num_tokens for segment in self._segments)]
         self._maps: dict[str, np.ndarray] = {}
@@ -158,11 +162,23 @@ def open_store(
         _check_file(folder / name, size, manifest["hashes"][name] if verify else None)
     train, validation = (
         TokenStore(
-            folder, split, manifest["dtype"], [Segment(**s) for s in manifest["segments"][split]]
+            folder,
+            split,
+            manifest["dtype"],
+            [Segment(**s) for s in manifest["segments"][split]],
+            _digest(manifest, split),
         )
         for split in SPLITS
     )
     return train, validation
+
+
+def _digest(manifest: dict[str, Any], split: str) -> str:
+    named = [
+        [segment, manifest["hashes"][f"{segment['name']}.tokens"]]
+        for segment in manifest["segments"][split]
+    ]
+    return blake2b(json.dumps(named).encode(), digest_size=16).hexdigest()
 
 
 def missing_shards(folder: Path) -> list[int]:

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from jaxtyping import Int
 
 from switchworks.config import DataError
 from switchworks.data.build import token_dtype
+from switchworks.data.store import file_hash
 from switchworks.data.tasks.own import fingerprint
 from switchworks.data.tasks.sources import Places, digest
 from switchworks.data.tasks.task import UNKNOWN, Example, Task
@@ -25,6 +27,9 @@ from switchworks.data.tokenizer import Tokenizer
 EMPTY_SHARE = 1e-3
 """More training examples without a target than this share are an error: then a column is wrong. A
 few are left out and counted, and so are those of other splits: real datasets have them."""
+
+FORM = 2
+"""Raised when other examples of a split come to be stored, so that no older store is taken."""
 
 BATCH = 4096
 """Examples tokenised at once."""
@@ -46,6 +51,7 @@ class TaskStore:
     """The examples in `folder`, in the order of the dataset."""
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
         self.counts = Counts(**about["counts"])
         self.ends: Int[np.ndarray, "N 2"] = np.load(folder / "ends.npy", mmap_mode="r")
@@ -54,6 +60,11 @@ class TaskStore:
 
     def __len__(self) -> int:
         return len(self.ends)
+
+    @cached_property
+    def digest(self) -> str:
+        """Hexadecimal; of the tokens, in their order. Reads all of them."""
+        return "".join(file_hash(self._folder / name) for name in ("ends.npy", "ids.bin"))
 
     @property
     def num_documents(self) -> int:
@@ -82,9 +93,9 @@ def examples_of(
 ) -> Iterator[Example]:
     """The examples of a split that have a target, in order; `counts` grows while they are read.
 
-    They are those to judge answers by if `judged`, else those to train on. Raises DataError, with
-    the record's number, for a record that cannot be an example, for a split without any, and when
-    more than EMPTY_SHARE of those to train on have no target.
+    They are those to judge answers by if `judged`, else those to train on, or to take the loss of.
+    Raises DataError, with the record's number, for a record that cannot be an example, for a split
+    without any, and when more than EMPTY_SHARE of those to train on have no target.
     """
     if split not in task.source.splits:
         raise DataError(
@@ -125,7 +136,7 @@ def _check_empty(task: Task, counts: Counts) -> None:
 
 def open_task(task: Task, split: str, places: Places, tokenizer: Tokenizer) -> TaskStore:
     """The store of a split; made in the cache if it is missing. Raises DataError for bad data."""
-    key = digest(fingerprint(task, split, places), tokenizer.fingerprint)
+    key = digest(fingerprint(task, split, places), tokenizer.fingerprint, FORM)
     folder = places.cache / f"task-{task.name}-{split}-{key[:16]}"
     if not folder.is_dir():
         counts = Counts()

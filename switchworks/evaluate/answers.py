@@ -119,15 +119,21 @@ def choose(
     how: Answering,
 ) -> list[str]:
     """The choice with the highest likelihood for each input; of equals the first."""
+    check_choices(task, examples)
     choices = [example.choices or task.labels for example in examples]
-    if not all(choices):
-        raise ConfigError(
-            f"Task {task.name!r} has no closed set of answers to rank. Use --decode greedy."
-        )
     pairs = [(e.inputs, one) for e, of in zip(examples, choices, strict=True) for one in of]
     found = iter(log_likelihoods(model, tokenizer, pairs, how))
     scores = [[next(found) for _ in of] for of in choices]
     return [of[int(np.argmax(row))] for of, row in zip(choices, scores, strict=True)]
+
+
+def check_choices(task: Task, examples: Sequence[Example]) -> None:
+    """Raises ConfigError unless every example has a closed set of answers."""
+    if not all(example.choices or task.labels for example in examples):
+        raise ConfigError(
+            f"Task {task.name!r} has no closed set of answers to rank.\n"
+            "  Use --decode greedy, or name the tasks that have one."
+        )
 
 
 @torch.no_grad()

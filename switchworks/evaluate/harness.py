@@ -1,8 +1,7 @@
 """EleutherAI's lm-evaluation-harness drives our models: `lm_eval` asks, `Scorer` answers.
 
     import lm_eval
-    from switchworks.device import compute_device
-from switchworks.evaluate.harness import harness_model
+    from switchworks.evaluate.harness import harness_model
 
     lm_eval.simple_evaluate(harness_model("runs/quickstart_lm"), tasks=["arc_easy"])
 

@@ -1,5 +1,6 @@
 """The held-out loss of a model on disk, on the text of its run or another."""
 
+import logging
 import math
 from dataclasses import replace
 from itertools import chain
@@ -11,7 +12,7 @@ import torch
 from switchworks.checkpoint.model_files import load
 from switchworks.config import CheckpointError
 from switchworks.data.corpora import Corpora, prepare_corpora
-from switchworks.data.of_run import data_of_run, text_for
+from switchworks.data.of_run import about_of, data_of_run, text_for
 from switchworks.device import compute_device
 from switchworks.evaluate.perplexity import held_out_losses
 from switchworks.model import SwitchTransformer
@@ -33,7 +34,7 @@ def evaluate_run(
     Uses the held-out text of the run in `path`, or all of the file, folder or glob `text`, the
     model's tokenizer and the first `batches` batches, whose masks are the same at every call.
     `dtype` is what it computes in, None: as the model is stored.
-    "bits_per_byte" is comparable between tokenizers. Of a mixture, "loss/NAME" and
+    "bits_per_byte" is roughly comparable between tokenizers. Of a mixture, "loss/NAME" and
     "bits_per_byte/NAME" are of each corpus. Raises CheckpointError as `open_run` does.
     """
     model, corpora = open_run(path, text, dtype)
@@ -58,6 +59,7 @@ def open_run(
 ) -> tuple[SwitchTransformer, Corpora]:
     """The model in `path` and the text it was trained on, or `text` in its place.
 
+    Where that text is not what it was, the log says so.
     Raises CheckpointError if there is no model, if it has no tokenizer, or if nothing says what to
     read.
     """
@@ -72,4 +74,12 @@ def open_run(
     data = text_for(path, decoder_only=model.config.decoder_only, text=text)
     if text is not None:  # nothing of it is trained on here: all of it may be measured
         data = replace(data, validation_share=NEARLY_ALL)
-    return model, prepare_corpora(data, vocab_size=model.config.vocab_size)
+    corpora = prepare_corpora(data, vocab_size=model.config.vocab_size)
+    if text is None and (other := corpora.other_than(about_of(path))) is not None:
+        logging.getLogger(__name__).warning(
+            "The text here is not what %s was trained on (%s): it may have been trained on what "
+            "is held out here.",
+            path,
+            other,
+        )
+    return model, corpora

@@ -352,8 +352,20 @@ WANTS: Mapping[str, tuple[Callable[[Task, Sequence[Example]], bool], str]] = {
 """What a metric cannot do without: a test of it, and in words."""
 
 
+TELL_F1 = frozenset(["f1_binary", "f1_macro", "squad", "trivia_qa"])
+"""Metrics with a figure of that name; no other figure is told by two."""
+
+
 def check_metrics(task: Task, examples: Sequence[Example]) -> None:
-    """Raises ConfigError if a metric of the task is unknown, or means nothing for `examples`."""
+    """Raises ConfigError if a metric of the task is unknown, means nothing for `examples` or tells
+    a figure of the same name as another, or if there is none."""
+    if not task.metrics:
+        raise ConfigError(f"Task {task.name!r} has no metric. One is {', '.join(METRICS)}.")
+    if len(same := [name for name in task.metrics if name in TELL_F1]) > 1:
+        raise ConfigError(
+            f"Task {task.name!r} has the metrics {' and '.join(same)}, which all tell an f1.\n"
+            "  Take one of them."
+        )
     for name in task.metrics:
         if name not in METRICS:
             raise ConfigError(

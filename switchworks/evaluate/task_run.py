@@ -12,7 +12,7 @@ from switchworks.data.config import DataConfig
 from switchworks.data.of_run import data_of_run
 from switchworks.data.task_corpora import places_of, tasks_of
 from switchworks.device import compute_device
-from switchworks.evaluate.answers import Answering
+from switchworks.evaluate.answers import Answering, check_choices
 from switchworks.evaluate.metrics import check_metrics
 from switchworks.evaluate.tasks import TaskResult, measure, questions_of
 
@@ -49,6 +49,8 @@ def evaluate_tasks(
         raise ConfigError("There is no task to evaluate. Name one: --tasks glue_rte.")
     for questions in asked:
         check_metrics(questions.task, questions.examples)
+        if how.decode == "rank":
+            check_choices(questions.task, questions.examples)
     model, tokenizer = load(path, compute_device(), dtype)
     if tokenizer is None:
         raise CheckpointError(

@@ -145,12 +145,18 @@ def measured(found: Sequence[OfLanguage], runs: Sequence[Run], *, batches: int) 
 
     A language with less held-out text has all of it read. While a run trains it reads
     `validation_batches`, which for a hundred languages is little of each; a difference of some
-    hundredths of a nat wants more. Raises CheckpointError if a model cannot be opened.
+    hundredths of a nat wants more. Raises CheckpointError if a model cannot be opened, DataError
+    if the text of a language is gone.
     """
     sides: dict[bool, list[dict[str, float]]] = {True: [], False: []}
     for run in runs:
         logging.getLogger(__name__).info("measuring %s", run.path)
         each = evaluate_run(run.path, batches=batches * len(found), batch_size=ROWS)
+        if lost := [one.code for one in found if f"loss/{one.code}" not in each]:
+            raise DataError(
+                f"There is no text of {', '.join(lost)} here, on which {run.path} was validated.\n"
+                "  Install or restore what the run read, or take its last validation: --batches 0."
+            )
         sides[run.sparse].append(each)
     return [_with_last(one, sides[True], sides[False]) for one in found]
 

@@ -3,7 +3,7 @@
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, redirect_stdout
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -24,8 +24,8 @@ from switchworks.data.corpora import Corpora, HeldOut, prepare_corpora
 from switchworks.data.mixture import Mixture
 from switchworks.data.pipeline import rows_of_step
 from switchworks.data.serving import badly_served
-from switchworks.data.task_corpora import TaskCorpora
 from switchworks.data.tokenizer import Tokenizer
+from switchworks.evaluate.tasks import Questions
 from switchworks.model import SwitchTransformer
 from switchworks.model.sizes import active_parameters, flops_per_token, num_parameters
 from switchworks.parallel import Ranks, launch, ranks_of
@@ -53,6 +53,7 @@ from switchworks.training.run_directory import (
     made_longer,
     may_resume,
     require_same_beginning,
+    require_same_text,
 )
 from switchworks.training.settle import (
     check_beginning,
@@ -64,7 +65,7 @@ from switchworks.training.settle import (
     with_vocabulary,
 )
 from switchworks.training.state import TrainState
-from switchworks.training.task_hook import task_hook
+from switchworks.training.task_hook import task_hook, to_be_asked
 from switchworks.training.teacher import (
     Teacher,
     open_logits,
@@ -145,6 +146,7 @@ def _train(
         print(badly_served(corpora.served()), end="")
     if resuming:
         require_same_beginning(run_dir, init)
+        require_same_text(run_dir, corpora)
     if resuming and teacher is not None:
         require_same_teacher(teacher, run_dir)
     checkpoints = Checkpoints(
@@ -158,6 +160,8 @@ def _train(
     if state.adapted is not None:
         print(state.adapted)
     print(made_longer(run_dir, experiment) if resuming else "", end="")
+    held_out = _held_out(state, corpora)
+    asked = to_be_asked(experiment, corpora)
     ranks.wait()  # until all have looked at the directory as it was
     if ranks.first:
         # Only now, when nothing can be wrong with the settings any more.
@@ -166,7 +170,7 @@ def _train(
     recorder = Recorder(run_dir if ranks.first else None, state.step)
     watch = watching(state.step, experiment.mesh.timeout)
     with closing(recorder), interrupt.listening(), watch as reached:
-        hooks = _hooks(state, recorder, corpora, mixture)
+        hooks = _hooks(state, recorder, corpora, mixture, held_out, asked)
         keeper = _keeper(state, recorder, checkpoints, corpora)
         if keeper is not None:
             hooks.append(keeper)
@@ -237,31 +241,38 @@ def export(state: TrainState, directory: Path, tokenizer: Tokenizer) -> None:
     save(model, directory / "model", tokenizer=tokenizer)
 
 
+def _held_out(state: TrainState, corpora: Corpora) -> HeldOut | None:
+    """The batches that a run measures its loss on and fills; None if it does neither."""
+    experiment = state.experiment
+    if not (experiment.validate_every or experiment.sample_every):
+        return None
+    found = corpora.held_out(
+        batch_size=experiment.batch_size,
+        batches=max(1, experiment.validation_batches),
+        rank=state.ranks.batch_rank,
+        world=state.ranks.batch_world,
+    )
+    sizes = {name: tuple(state.ranks.total(size)) for name, size in found.sizes.items()}
+    return replace(found, sizes=sizes)
+
+
 def _hooks(
     state: TrainState,
     recorder: Recorder,
     corpora: Corpora,
     mixture: Mixture | None,
+    held_out: HeldOut | None,
+    asked: Sequence[Questions],
 ) -> list[Hook]:
     experiment = state.experiment
     hooks: list[Hook] = [Progress(recorder, experiment.log_every, state)]
-    if experiment.validate_every or experiment.sample_every:
-        held_out = corpora.held_out(
-            batch_size=experiment.batch_size,
-            batches=max(1, experiment.validation_batches),
-            rank=state.ranks.batch_rank,
-            world=state.ranks.batch_world,
-        )
-        sizes = {name: tuple(state.ranks.total(size)) for name, size in held_out.sizes.items()}
-        held_out = replace(held_out, sizes=sizes)
-        if experiment.validate_every:
-            hooks.append(Validate(recorder, experiment.validate_every, held_out, mixture))
-        if experiment.sample_every and not isinstance(corpora, TaskCorpora):
-            rows = _sample_rows(held_out)
-            hooks.append(Samples(recorder, experiment.sample_every, rows, corpora.tokenizer))
-    if isinstance(corpora, TaskCorpora):
-        evaluate = task_hook(experiment, corpora, recorder)
-        hooks += [] if evaluate is None else [evaluate]
+    if held_out is not None and experiment.validate_every:
+        hooks.append(Validate(recorder, experiment.validate_every, held_out, mixture))
+    if held_out is not None and experiment.sample_every and not experiment.data.tasks:
+        rows = _sample_rows(held_out)
+        hooks.append(Samples(recorder, experiment.sample_every, rows, corpora.tokenizer))
+    if asked:
+        hooks.append(task_hook(experiment, asked, corpora.tokenizer, recorder))
     return hooks
 
 
@@ -304,6 +315,7 @@ def _about(
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "vocabulary": corpora.tokenizer.vocab_size,
         "train_tokens": corpora.train_tokens,
+        "text_digest": corpora.digest,
         "text": data.named,
         "init": None if init is None else str(init),
         "init_weights": None if init is None else weights_hash(Path(init)),

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from switchworks.checkpoint.model_files import weights_hash
-from switchworks.config import ConfigError, differences, from_toml, to_toml
+from switchworks.config import ConfigError, DataError, differences, from_toml, to_toml
+from switchworks.data.corpora import Corpora
+from switchworks.data.of_run import about_of
 from switchworks.optim.schedule import learning_rate
 from switchworks.training.experiment import MAY_CHANGE, Experiment
 
@@ -105,12 +107,6 @@ _BEGAN = ("command", "started", "init", "init_weights")
 _SITTING = ("command", "started", "machine", "threads", "torch", "version")
 
 
-def about_of(path: Path) -> dict[str, Any]:
-    """What the run in `path` says of itself; nothing if it has not begun."""
-    file = path / "about.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-
-
 def launched_by(path: Path) -> str | None:
     """The name of torchrun's launch that last trained in `path`; None if there was none."""
     return about_of(path).get("launch")
@@ -133,6 +129,16 @@ def require_same_beginning(path: Path, init: Path | str | None) -> None:
         raise ConfigError(
             f"{path} began with the weights in {about['init']}, and those in {init} are others.\n"
             "  Leave --init out to go on, or choose another --run-dir."
+        )
+
+
+def require_same_text(path: Path, corpora: Corpora) -> None:
+    """Raises DataError if `corpora` is not the text, as tokens, that the run in `path` read."""
+    if (other := corpora.other_than(about_of(path))) is not None:
+        raise DataError(
+            f"The text here is not what {path} was trained on: {other}.\n"
+            "  Files, the tokenizer or packages with an embedded corpus have changed since.\n"
+            f"  Restore them, or begin another run with its weights: --init {path}."
         )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from statistics import fmean
 
+from switchworks.data.corpora import Corpora
 from switchworks.data.task_corpora import TaskCorpora, places_of
 from switchworks.data.tokenizer import Tokenizer
 from switchworks.evaluate.answers import Answering
@@ -75,24 +76,33 @@ def figures_of(results: Sequence[TaskResult]) -> dict[str, float]:
     return figures | {f"task/{name}": value for name, value in averages(scores).items()}
 
 
-def task_hook(
-    experiment: Experiment, corpora: TaskCorpora, recorder: Recorder
-) -> EvaluateTasks | None:
-    """The hook for the tasks of a run that have a validation split; None if none has."""
+def to_be_asked(experiment: Experiment, corpora: Corpora) -> list[Questions]:
+    """The questions of those tasks of a run that have a validation split; none of plain text.
+
+    Raises ConfigError for a metric that means nothing for them, DataError for data that cannot be
+    used.
+    """
+    if not isinstance(corpora, TaskCorpora) or not experiment.evaluate_every:
+        return []
     places = places_of(experiment.data)
     questions = [
         questions_of(task, "validation", places, experiment.evaluate_examples)
         for task in corpora.tasks
         if "validation" in task.source.splits
     ]
-    if not questions or not experiment.evaluate_every:
-        return None
-    for asked in questions:  # before the training, not at its first evaluation
+    for asked in questions:
         check_metrics(asked.task, asked.examples)
+    return questions
+
+
+def task_hook(
+    experiment: Experiment, questions: Sequence[Questions], tokenizer: Tokenizer, recorder: Recorder
+) -> EvaluateTasks:
+    """The hook that asks `questions`."""
     how = Answering(
         input_length=experiment.data.input_length, max_length=experiment.data.target_length
     )
-    return EvaluateTasks(recorder, experiment.evaluate_every, questions, corpora.tokenizer, how)
+    return EvaluateTasks(recorder, experiment.evaluate_every, questions, tokenizer, how)
 
 
 def _short(text: str, most: int = 60) -> str:

@@ -11,10 +11,10 @@ from switchworks.checkpoint.convert import open_model
 from switchworks.checkpoint.model_files import is_model, weights_hash
 from switchworks.compress.logit_store import LogitStore, StoreInfo, info_differences
 from switchworks.config import CheckpointError, ConfigError, DataError, to_dict
+from switchworks.data.of_run import about_of
 from switchworks.data.tokenizer import Tokenizer
 from switchworks.model import SwitchTransformer
 from switchworks.training.experiment import Experiment
-from switchworks.training.run_directory import about_of
 
 
 class Teacher(NamedTuple):

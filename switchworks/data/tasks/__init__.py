@@ -79,15 +79,18 @@ def find_tasks(
 ) -> tuple[Task, ...]:
     """The tasks that `entries` name: a task, a group, NAME=PATH:INPUT:TARGET or a Python file.
 
-    `metrics` and `labels` are those of the tasks from tables. Raises ConfigError for anything
-    else, with the names there are, and for a task that is named twice.
+    `metrics` and `labels` are those of the tasks from tables. A task that two groups have is there
+    once. Raises ConfigError for anything else, with the names there are, and for an entry or a
+    task's name that comes twice.
     """
     found: dict[str, Task] = {}
+    seen: set[str] = set()
     for entry in entries:
         for task in _find(entry, metrics, labels):
-            if task.name in found:
+            if entry in seen or found.get(task.name, task) is not task:
                 raise ConfigError(f"data.tasks names {task.name!r} twice. Once is enough.")
             found[task.name] = task
+        seen.add(entry)
     return tuple(found.values())
 
 

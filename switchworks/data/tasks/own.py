@@ -10,6 +10,7 @@ import importlib.util
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from switchworks.config import ConfigError, DataError
@@ -50,7 +51,7 @@ class Table(Source):
     def records(self, split: str, places: Places) -> Iterator[Record]:
         held_out = {"train": False, "validation": True}
         for record in read_tables(self._files(split)):
-            source, target = self._columns_of(record)
+            source, target = self._named(record)
             inputs = _text(record[source])
             if self.path.is_file():
                 share = places.validation_share
@@ -65,22 +66,29 @@ class Table(Source):
     def _files(self, split: str) -> list[Path]:
         return [self.path] if self.path.is_file() else tables_named(self.path, split)
 
-    def _columns_of(self, record: Record) -> tuple[str, str]:
-        names = list(record)
-        if self.columns is None:
-            if len(names) != 2:
-                raise DataError(
-                    f"{self.path} has {len(names)} columns: {', '.join(names)}.\n  Say which are "
-                    f"input and target, for example {self.path}:{names[0]}:{names[-1]}."
-                )
-            return names[0], names[1]
-        for column in self.columns:
+    def _named(self, record: Record) -> tuple[str, str]:
+        """The columns for input and target, which `record` has."""
+        for column in self._settled:
             if column not in record:
                 raise DataError(
-                    f"{self.path} has no column {column!r}. It has: {', '.join(names)}.\n"
+                    f"{self.path} has no column {column!r}. It has: {', '.join(record)}.\n"
                     "  Name input and target: NAME=PATH:INPUT:TARGET."
                 )
-        return self.columns
+        return self._settled
+
+    @cached_property
+    def _settled(self) -> tuple[str, str]:
+        """The columns for input and target. In JSONL every row has an order of its own, so where
+        they are not named the first row of what is trained on says which is which."""
+        if self.columns is not None:
+            return self.columns
+        names = list(next(iter(read_tables(self._files("train"))), {"inputs": "", "targets": ""}))
+        if len(names) != 2:
+            raise DataError(
+                f"{self.path} has {len(names)} columns: {', '.join(names)}.\n  Say which are "
+                f"input and target, for example {self.path}:{names[0]}:{names[-1]}."
+            )
+        return names[0], names[1]
 
 
 def _text(value: object) -> str:

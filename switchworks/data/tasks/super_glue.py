@@ -45,15 +45,20 @@ def record_judged(record: Record) -> Example:
         target=answers[0] if answers else UNKNOWN,
         references=answers,
         group=_group(record, "passage", "query"),
-        choices=texts(record, "entities"),
+        choices=_entities(record),
     )
 
 
 def _record_text(record: Record) -> str:
     passage = re.sub(r"([.?!\"'])\n@highlight\n", r"\1 ", record["passage"])
     passage = passage.replace("\n@highlight\n", ". ")
-    entities = ", ".join(texts(record, "entities"))
+    entities = ", ".join(_entities(record))
     return f"record query: {record['query']} entities: {entities} passage: {passage}"
+
+
+def _entities(record: Record) -> tuple[str, ...]:
+    """Each once and sorted, as in the data T5 read; elsewhere their order is one of chance."""
+    return tuple(sorted(set(texts(record, "entities"))))
 
 
 def _group(record: Record, *parts: str) -> str | None:

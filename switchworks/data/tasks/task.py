@@ -52,16 +52,16 @@ class Task:
     labels: tuple[str, ...] = ()
     """The closed set of targets, in the order of the dataset's class numbers."""
     training_text: ToText | None = None
-    """Another `to_text` to train on, where it differs."""
+    """Another `to_text` to train on and to take the loss of, where it differs."""
 
-    def examples(self, record: Record, split: str, *, judged: bool = False) -> list[Example]:
-        """The examples that `record` of `split` gives: those to train on if the split is train and
-        they are not to be `judged`.
+    def examples(self, record: Record, split: str, *, judged: bool | None = None) -> list[Example]:
+        """The examples that `record` of `split` gives: to judge answers by if `judged`, else to
+        train on, or to take the loss of. None: `judged`, but for those of the train split.
 
         Raises DataError if a column is missing, if a value is not what the column should have, or
         if a target is not one of the labels.
         """
-        training = split == "train" and not judged
+        training = split == "train" if judged is None else not judged
         to_text = self.training_text if training and self.training_text else self.to_text
         try:
             made = to_text(_Row(record))
