@@ -202,6 +202,8 @@ def test_a_file_that_a_package_lists_and_has_not_is_counted(tmp_path):
         ("Edit _This", "\u7de8\u96c6 (_T)", ("Edit This", "\u7de8\u96c6")),
         ("Use a_list_here", "a_list_here hier", ("Use a_list_here", "a_list_here hier")),
         ("The source_suffix", "source_suffix hier", ("The source_suffix", "source_suffix hier")),
+        ("enclosed_by", "Teil_von", ("enclosed_by", "Teil_von")),
+        ("Not_Related", "Nicht_verwandt", ("Not_Related", "Nicht_verwandt")),
         ("New_Tag_dialog", "Dialog neu", ("New_Tag_dialog", "Dialog neu")),
         ("Only underscores", "Nur Striche (_)", ("Only underscores", "Nur Striche (_)")),
     ],

@@ -303,7 +303,7 @@ def test_no_metric_and_two_figures_of_one_name_are_refused():
     task = Task(name="mine", source=source, to_text=lambda record: [], labels=("a", "b"))
     for metrics, problem in (
         ((), "'mine' has no metric"),
-        (("f1_macro", "accuracy", "f1_binary"), "f1_macro and f1_binary, which all tell an f1"),
+        (("f1_macro", "accuracy", "f1_binary"), "f1_macro and f1_binary, which both tell 'f1'"),
     ):
         with pytest.raises(ConfigError, match=problem):
             check_metrics(replace(task, metrics=metrics), examples("a", "b"))

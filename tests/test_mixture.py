@@ -267,6 +267,8 @@ def test_joined_batches_have_all_rows_and_take_orders_them() -> None:
     [
         ({"mixture": ("en=a", "de=b", "en=c")}, "names 'en' 2 times"),
         ({"mixture": ("texts/en",)}, "'texts/en', which is neither NAME=PATH"),
+        ({"mixture": ("en=hub:",)}, "'en=hub:', which is neither"),
+        ({"mixture": ("en=hub::de",)}, "'en=hub::de', which is neither"),
         ({"mixture": ("a/b=c",)}, "'a/b=c', which is neither NAME=PATH"),
         ({"mixture": ("en=a",), "path": "b"}, r"data\.path = 'b' both say"),
         ({"mixture": ("en=a",), "source": "hub", "dataset": "c4"}, r"data\.dataset = 'c4' both"),

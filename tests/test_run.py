@@ -14,6 +14,7 @@ from slowed import start, wait_for
 
 import switchworks
 from switchworks.config import CheckpointError, ConfigError, DataError, from_toml, to_toml
+from switchworks.data.tokenizer import train_sentencepiece
 from switchworks.evaluate.held_out import evaluate_run
 from switchworks.training import Experiment, train
 from switchworks.training.run_directory import claim, may_resume
@@ -175,6 +176,15 @@ def test_a_run_does_not_go_on_with_other_text(tiny_experiment, corpus, tmp_path,
     shutil.rmtree(texts)
     shutil.copytree(corpus, texts)  # files with other times, and the same text
     train(replace(experiment, steps=3), tmp_path / "run", resume=True)
+
+
+def test_weights_are_not_begun_with_under_another_tokenizer(tiny_run, tiny_experiment, tmp_path):
+    """Bytes and a few pieces: two tokenizers of 384 ids."""
+    train_sentencepiece(["a few"] * 20, 512).save(tmp_path / "pieces")
+    data = replace(tiny_experiment.data, tokenizer=str(tmp_path / "pieces"))
+    with pytest.raises(CheckpointError, match=r"trained with another tokenizer(?s:.*)--data\.tok"):
+        train(replace(tiny_experiment, data=data), tmp_path / "run", init=tiny_run)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_can_begin_with_the_weights_of_another(tiny_run, tiny_experiment, tmp_path):

@@ -14,7 +14,13 @@ import pytest
 
 from switchworks.config import DataError
 from switchworks.data.build import build_shard, token_dtype, write_plan
-from switchworks.data.store import finish_store, finished_parts, missing_shards, open_store
+from switchworks.data.store import (
+    digest_of,
+    finish_store,
+    finished_parts,
+    missing_shards,
+    open_store,
+)
 from switchworks.data.tokenizer import ByteTokenizer, Tokenizer
 
 BYTES = ByteTokenizer()
@@ -57,6 +63,22 @@ def test_the_stream_is_the_documents_one_after_the_other(tmp_path):
     assert np.array_equal(validation.tokens(0, validation.num_tokens), ids(held))
     assert (train.num_documents, validation.num_documents) == (40, 10)
     assert train.tokens(0, 5).dtype == np.int32
+
+
+def test_the_digest_is_that_of_the_stream_however_it_is_cut(tmp_path, monkeypatch):
+    whole, _ = build(tmp_path / "whole")
+    in_parts, _ = build(tmp_path / "parts", part_tokens=40)
+    other, _ = build(
+        tmp_path / "other", pairs=items([TEXTS[0].upper(), *TEXTS[1:]], lambda n: n == 9)
+    )
+    assert whole.digest == in_parts.digest != other.digest
+    monkeypatch.setattr("switchworks.data.store.HASHED", 64)
+    monkeypatch.setattr("switchworks.data.store.WINDOW", 8)
+    tokens = np.arange(1000)
+    large = digest_of(tokens.size, lambda start, stop: tokens[start:stop])
+    for place, seen in ((0, True), (20, False), (999, True)):  # windows of 8 from 0, 141, ..., 992
+        edited = np.where(tokens == place, -1, tokens)
+        assert (digest_of(1000, lambda i, j, edited=edited: edited[i:j]) != large) == seen
 
 
 @pytest.mark.parametrize("shards", [1, 3])

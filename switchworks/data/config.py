@@ -273,7 +273,8 @@ _HUB = "hub:"
 
 def _named(entry: str) -> tuple[str, str]:
     name, equals, path = entry.partition("=")
-    if not (equals and path and re.fullmatch(r"[\w.-]+", name)):
+    given = path.removeprefix(_HUB).partition(":")[0] if path.startswith(_HUB) else path
+    if not (equals and given and re.fullmatch(r"[\w.-]+", name)):
         raise ConfigError(
             f"data.mixture has {entry!r}, which is neither NAME=PATH nor NAME=hub:DATASET.\n"
             "  Example: en=texts/en. Names have letters, digits, '.', '_' and '-'."

@@ -244,9 +244,15 @@ def _trained(
     """The folder of the tokenizer that learns from all `sources`.
 
     Tokens cannot be counted before there is a tokenizer, so sizes are in characters here, and
-    `mixture_cap`, which counts something else, has no say.
+    `mixture_cap`, which counts something else, has no say. If the size of one is not known, as of a
+    data set, all are drawn equally.
     """
-    shares = rates([source.num_characters or 1 for source in sources], config.mixture_exponent)
+    sizes = [source.num_characters for source in sources]
+    known = [size for size in sizes if size is not None]  # of all, or none of them counts
+    shares = rates(
+        [max(1, size) for size in known] if len(known) == len(sizes) else [1] * len(sizes),
+        config.mixture_exponent,
+    )
     named = [source.fingerprint() for source in sources], config.mixture_exponent
     return trained_tokenizer(
         cache_folder(config),

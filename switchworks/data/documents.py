@@ -216,8 +216,8 @@ class HubDataset(Documents):
         # Whatever the library raises (many kinds, by source), the user can only change the name.
         except Exception as error:
             raise DataError(
-                f"{named} cannot be opened: {error}\n  Check --data.dataset, "
-                "--data.dataset-config and --data.split."
+                f"{named} cannot be opened: {error}\n  Check --data.dataset and "
+                "--data.dataset-config, or the entry of --data.mixture, and --data.split."
             ) from error
         names = rows.column_names or list(next(iter(rows), {}))
         check_column(self.column, names, named)
@@ -270,8 +270,9 @@ def _source(config: DataConfig, cache: Path) -> Documents:
         return Files(tuple(find_files(config.path)), config.column)
     if config.source == "hub":
         assert config.dataset is not None  # DataConfig saw to it
+        place = config.dataset  # which may be a folder
         return HubDataset(
-            config.dataset,
+            str(Path(place).expanduser()) if place.startswith("~") else place,
             config.dataset_config,
             config.split,
             config.validation_split,

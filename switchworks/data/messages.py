@@ -27,7 +27,7 @@ _TAG = re.compile(r"</?[A-Za-z][^<>]*>")
 _MARKUP_LEFT = re.compile(r"[<>{}\\|`\u2581]|%\(|://|\*\*|&\w+;|__")
 _MNEMONIC = re.compile(r"\s*\(_\w\)|_(?=[^\W_])")
 _AT_A_WORD = re.compile(r"(?<!\w)_(?=[^\W_])")
-_IN_A_WORD = re.compile(r"(?<!\w)(?:[^\W\d_]{1,3}_[^\W\d_]+|[^\W\d_]+_[^\W\d_]{1,2})(?!\w)")
+_IN_A_WORD = re.compile(r"(?<!\w)(?:[A-Za-z]{1,3}_[a-z]+|[A-Za-z]+_[a-z]{1,2})(?!\w)")
 _SPACE = re.compile(r"[ \t\r\n\f\v]+")
 _NO_TEXT = re.compile(r"[\0-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff\ue000-\uf8ff]")
 
@@ -47,12 +47,14 @@ def clean(message: str, number: int | None = None) -> str:
 def has_mnemonic(english: str) -> bool:
     """Whether the message `english` marks a letter as GTK does, to be typed: "_Edit", "Ch_urch".
 
-    One underscore, before a word or near an end of one; names with one in their middle, as
-    "source_suffix", are left alone.
+    One underscore, before a word, or near an end of one in what begins with a capital; names such
+    as "source_suffix" and "lds_ord" are left alone.
     """
     if english.count("_") != 1:
         return False
-    return bool(_AT_A_WORD.search(english) or _IN_A_WORD.search(english))
+    if _AT_A_WORD.search(english):
+        return True
+    return english[0].isupper() and bool(_IN_A_WORD.search(english))
 
 
 def without_mnemonic(message: str) -> str:

@@ -17,7 +17,7 @@ EOS: T5 concatenates without.
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from itertools import accumulate
@@ -30,6 +30,10 @@ from jaxtyping import Int
 from switchworks.config import DataError
 
 VERSION = 1
+HASHED = 1 << 24
+WINDOW = 1 << 12
+"""How many tokens of a text its digest is made of, and how many of a large one at a time."""
+
 SPLITS = ("train", "validation")
 
 
@@ -62,12 +66,8 @@ class Part:
 class TokenStore:
     """The tokens of one split: one stream over all documents, read from disk as needed."""
 
-    def __init__(
-        self, folder: Path, split: str, dtype: str, segments: Sequence[Segment], digest: str = ""
-    ) -> None:
+    def __init__(self, folder: Path, split: str, dtype: str, segments: Sequence[Segment]) -> None:
         self.folder, self.split, self.dtype = folder, split, dtype
-        self.digest = digest
-        """Hexadecimal; of the tokens, in their order: equal wherever the same text lies."""
         self._segments = [segment for segment in segments if segment.num_tokens]
         self._starts = [0, *accumulate(segment.num_tokens for segment in self._segments)]
         self._maps: dict[str, np.ndarray] = {}
@@ -80,6 +80,11 @@ class TokenStore:
             f"TokenStore({str(self.folder)!r}, {self.split!r}: {self.num_tokens} tokens, "
             f"{self.num_documents} documents)"
         )
+
+    @property
+    def digest(self) -> str:
+        """Hexadecimal; by `digest_of`."""
+        return digest_of(self.num_tokens, self.tokens)
 
     @property
     def num_tokens(self) -> int:
@@ -162,23 +167,26 @@ def open_store(
         _check_file(folder / name, size, manifest["hashes"][name] if verify else None)
     train, validation = (
         TokenStore(
-            folder,
-            split,
-            manifest["dtype"],
-            [Segment(**s) for s in manifest["segments"][split]],
-            _digest(manifest, split),
+            folder, split, manifest["dtype"], [Segment(**s) for s in manifest["segments"][split]]
         )
         for split in SPLITS
     )
     return train, validation
 
 
-def _digest(manifest: dict[str, Any], split: str) -> str:
-    named = [
-        [segment, manifest["hashes"][f"{segment['name']}.tokens"]]
-        for segment in manifest["segments"][split]
-    ]
-    return blake2b(json.dumps(named).encode(), digest_size=16).hexdigest()
+def digest_of(size: int, read: Callable[[int, int], np.ndarray]) -> str:
+    """Hexadecimal; of the `size` tokens that `read(start, stop)` gives, however they are stored.
+
+    Up to HASHED tokens count, all of them or windows spread evenly over them: an edit of a large
+    text that leaves its length as it was may lie between the windows.
+    """
+    windows = 1 if size <= HASHED else HASHED // WINDOW
+    length = size if windows == 1 else WINDOW
+    found = blake2b(str(size).encode(), digest_size=16)
+    for index in range(windows):
+        start = index * (size - length) // max(1, windows - 1)
+        found.update(np.ascontiguousarray(read(start, start + length), "<i8"))
+    return found.hexdigest()
 
 
 def missing_shards(folder: Path) -> list[int]:

@@ -9,7 +9,6 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from jaxtyping import Int
 
 from switchworks.config import DataError
 from switchworks.data.build import token_dtype
-from switchworks.data.store import file_hash
+from switchworks.data.store import digest_of
 from switchworks.data.tasks.own import fingerprint
 from switchworks.data.tasks.sources import Places, digest
 from switchworks.data.tasks.task import UNKNOWN, Example, Task
@@ -51,7 +50,6 @@ class TaskStore:
     """The examples in `folder`, in the order of the dataset."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
         self.counts = Counts(**about["counts"])
         self.ends: Int[np.ndarray, "N 2"] = np.load(folder / "ends.npy", mmap_mode="r")
@@ -61,10 +59,13 @@ class TaskStore:
     def __len__(self) -> int:
         return len(self.ends)
 
-    @cached_property
+    @property
     def digest(self) -> str:
-        """Hexadecimal; of the tokens, in their order. Reads all of them."""
-        return "".join(file_hash(self._folder / name) for name in ("ends.npy", "ids.bin"))
+        """Hexadecimal; by `digest_of`, of the tokens and of where examples end."""
+        return "".join(
+            digest_of(part.size, lambda start, stop, part=part: part.reshape(-1)[start:stop])
+            for part in (self.ids, self.ends)
+        )
 
     @property
     def num_documents(self) -> int:

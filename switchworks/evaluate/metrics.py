@@ -352,8 +352,11 @@ WANTS: Mapping[str, tuple[Callable[[Task, Sequence[Example]], bool], str]] = {
 """What a metric cannot do without: a test of it, and in words."""
 
 
-TELL_F1 = frozenset(["f1_binary", "f1_macro", "squad", "trivia_qa"])
-"""Metrics with a figure of that name; no other figure is told by two."""
+TOLD_BY_SEVERAL: Mapping[str, tuple[str, ...]] = {
+    "f1": ("f1_binary", "f1_macro", "squad", "squad_once", "trivia_qa"),
+    "accuracy": ("accuracy", "referent"),
+}
+"""Figures that several metrics tell, of which a task may have one."""
 
 
 def check_metrics(task: Task, examples: Sequence[Example]) -> None:
@@ -361,11 +364,12 @@ def check_metrics(task: Task, examples: Sequence[Example]) -> None:
     a figure of the same name as another, or if there is none."""
     if not task.metrics:
         raise ConfigError(f"Task {task.name!r} has no metric. One is {', '.join(METRICS)}.")
-    if len(same := [name for name in task.metrics if name in TELL_F1]) > 1:
-        raise ConfigError(
-            f"Task {task.name!r} has the metrics {' and '.join(same)}, which all tell an f1.\n"
-            "  Take one of them."
-        )
+    for figure, telling in TOLD_BY_SEVERAL.items():
+        if len(same := [name for name in task.metrics if name in telling]) > 1:
+            raise ConfigError(
+                f"Task {task.name!r} has the metrics {' and '.join(same)}, which both tell "
+                f"{figure!r}.\n  Take one of them."
+            )
     for name in task.metrics:
         if name not in METRICS:
             raise ConfigError(

@@ -14,6 +14,7 @@ from switchworks.compress.logit_store import LogitStore
 from switchworks.compress.student import dense_teacher, initialise_from_teacher
 from switchworks.config import CheckpointError
 from switchworks.data.corpora import Corpora
+from switchworks.data.tokenizer import Tokenizer
 from switchworks.model import SwitchTransformer
 from switchworks.parallel import Ranks
 from switchworks.training.experiment import Experiment
@@ -40,7 +41,7 @@ def first_state(
     inherits = newest is None and experiment.distil is not None and experiment.distil.initialise
     # On a mesh each rank begins with its part, and none has to hold a whole model.
     in_parts = ranks.mesh is not None and init is None and not inherits
-    model = None if in_parts else _first_model(experiment, init)
+    model = None if in_parts else _first_model(experiment, init, corpora.tokenizer)
     if inherits:
         source = teacher or open_teacher(experiment)
         assert model is not None
@@ -80,10 +81,17 @@ def _inherit(
         print(f"  fresh: {', '.join(fresh[:6])}{', ...' if len(fresh) > 6 else ''}")
 
 
-def _first_model(experiment: Experiment, init: Path | str | None) -> SwitchTransformer:
+def _first_model(
+    experiment: Experiment, init: Path | str | None, tokenizer: Tokenizer
+) -> SwitchTransformer:
     if init is None:
         return SwitchTransformer(experiment.model, seed=experiment.seed)
-    model, _ = load(Path(init), widen=True)
+    model, own = load(Path(init), widen=True)
+    if own is not None and own.fingerprint != tokenizer.fingerprint:
+        raise CheckpointError(
+            f"{init} was trained with another tokenizer: its embeddings stand for other pieces.\n"
+            f"  Use the model's own: --data.tokenizer {init}."
+        )
     if model.config.vocab_size != experiment.model.vocab_size:
         raise CheckpointError(
             f"{init} has a vocabulary of {model.config.vocab_size}, the tokenizer one of "

@@ -138,7 +138,8 @@ def require_same_text(path: Path, corpora: Corpora) -> None:
         raise DataError(
             f"The text here is not what {path} was trained on: {other}.\n"
             "  Files, the tokenizer or packages with an embedded corpus have changed since.\n"
-            f"  Restore them, or begin another run with its weights: --init {path}."
+            f"  Restore them, or begin another run with its weights: --init {path} "
+            f"--data.tokenizer {path}."
         )
 
 

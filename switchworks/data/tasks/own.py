@@ -61,7 +61,7 @@ class Table(Source):
 
     def fingerprint(self, split: str, places: Places) -> str:
         stats = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in self._files(split)]
-        return digest(stats, self.columns, split, places.validation_share)
+        return digest(stats, self._settled, split, places.validation_share)
 
     def _files(self, split: str) -> list[Path]:
         return [self.path] if self.path.is_file() else tables_named(self.path, split)
