@@ -75,10 +75,10 @@ def main() -> None:
     if known.table != 7 and len(known.experts or []) > 1:
         parser.error("several --experts are for --table 7; all else has one teacher")
     make = {7: seven, 8: eight}.get(known.table, six)
-    rows = []
+    rows, name = [], f"table_{known.table}.json" if known.table else "table.json"
     for seed in known.seeds:
         rows += make(known, seed, flags)
-        show(rows, known.out)  # after each seed: a long experiment tells what it has
+        show(rows, known.out, name)  # after each seed: a long experiment tells what it has
 
 
 def six(known: argparse.Namespace, seed: int, flags: list[str]) -> list[dict]:
@@ -148,7 +148,7 @@ def eight(known: argparse.Namespace, seed: int, flags: list[str]) -> list[dict]:
     for name, more in students.items():
         place = known.out / f"seed_{seed}" / name.replace("'", "").replace(" ", "_")
         runs[name] = run(dense, place, seed, [*own, *more])
-        require_same(place, baseline)
+        require_same(place, baseline, but=("distil.", "threads"))
     rows = table(seed, runs["baseline"], runs["teacher"], runs, by="score")
     of_losses = table(seed, runs["baseline"], runs["teacher"], runs)
     return [
@@ -157,17 +157,28 @@ def eight(known: argparse.Namespace, seed: int, flags: list[str]) -> list[dict]:
     ]
 
 
-def require_same(student: Path, baseline: Path) -> None:
-    """Ends the experiment unless the two differ in the teacher alone."""
-    ours, theirs = (
-        tomllib.loads((path / "experiment.toml").read_text("utf-8")) for path in (student, baseline)
-    )
-    differ = [key for key in ours if key != "distil" and ours[key] != theirs[key]]
+OWN = ("distil.", "model.", "name", "threads")
+"""How settings begin in which a sparse teacher, its student and the baseline may differ."""
+
+
+def require_same(run: Path, baseline: Path, *, but: tuple[str, ...] = OWN) -> None:
+    """Ends the experiment if the two were trained with other settings than those in `but`."""
+    ours, theirs = settings_of(run), settings_of(baseline)
+    both = [key for key in ours if key in theirs and not key.startswith(but)]  # older: fewer
+    differ = [key for key in both if ours[key] != theirs[key]]
     if differ:
         sys.exit(
-            f"{student} and {baseline} were trained with other {', '.join(differ)}: not to be "
-            f"compared.\n  Remove {student} and give the flags of the other."
+            f"{run} and {baseline} were trained with other {', '.join(differ)}: not to be "
+            f"compared.\n  Remove {run} and give the flags of the other."
         )
+
+
+def settings_of(run: Path) -> dict[str, object]:
+    """The settings of the run by their full names."""
+    values = tomllib.loads((run / "experiment.toml").read_text("utf-8"))
+    tables = {key: value for key, value in values.items() if isinstance(value, dict)}
+    nested = {f"{key}.{leaf}": value for key, own in tables.items() for leaf, value in own.items()}
+    return {key: value for key, value in values.items() if key not in tables} | nested
 
 
 def apart(flags: list[str]) -> tuple[list[str], list[str]]:
@@ -192,6 +203,8 @@ def table(
     measure = MEASURES[by]
     none, all_of_it = measure(baseline), measure(teacher)
     largest = teacher.about["parameters"]
+    for one in runs.values():
+        require_same(one.path, baseline.path)
     return [
         {
             "seed": seed,
@@ -206,9 +219,9 @@ def table(
     ]
 
 
-def show(rows: list[dict], out: Path) -> None:
-    """Print the rows as a table in Markdown, with means, and keep them in table.json."""
-    (out / "table.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+def show(rows: list[dict], out: Path, name: str) -> None:
+    """Print the rows as a table in Markdown, with means, and keep them in `out`."""
+    (out / name).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     by = next(name for name in MEASURES if name in rows[0])
     shown = {by: "gain kept"} | ({"loss": "gain kept by loss"} if by == "score" else {})
     columns = [f"held-out {one} | of the teacher's gain" for one in shown]

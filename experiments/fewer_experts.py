@@ -7,8 +7,9 @@
 Held-out loss of RUN, and after pruning and merging to each number of experts (by default half, a
 quarter, ... and one). With `--recover N` each of the smaller models is then trained for N steps by
 `switchworks train RECIPE --init`, or where one expert made it dense by RECIPE_dense (--dense), and
-its loss is given again; other flags go to that training. The table and its numbers are kept in
-OUT, and a second call goes on with what is there.
+its loss is given again; so is that of RUN, since N more steps are worth something to any model.
+Other flags go to that training. The table and its numbers are kept in OUT, and a second call goes
+on with what is there.
 """
 
 import argparse
@@ -17,7 +18,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from switchworks.checkpoint.model_files import is_model, load
+from kept import require_same
+
+from switchworks.checkpoint.model_files import is_model, load, weights_hash
 from switchworks.compress.reduce import reduce_directory
 from switchworks.evaluate.held_out import open_run
 from switchworks.evaluate.perplexity import held_out_losses
@@ -28,9 +31,11 @@ def halves(experts: int) -> list[int]:
     return [experts // 2**power for power in range(1, experts.bit_length())]
 
 
-def recovered(recipe: str, smaller: Path, keep: int, steps: int, flags: list[str]) -> Path:
-    """The finished run that trains the model in `smaller` on."""
-    run_dir = smaller.with_name(f"{smaller.name}_recovered")
+def recovered(
+    recipe: str, smaller: Path, place: Path, keep: int, steps: int, flags: list[str]
+) -> Path:
+    """The finished run, beside `place`, that trains the model in `smaller` on."""
+    run_dir = place.with_name(f"{place.name}_recovered")
     if not (run_dir / "report.html").exists():
         words = ["train", recipe, "--steps", str(steps), "--run-dir", str(run_dir), "--resume"]
         words += ["--optim.warmup-steps", str(max(1, steps // 10))]
@@ -55,12 +60,19 @@ def main() -> None:
     parser.add_argument("--dense")
     parser.add_argument("--out", type=Path, default=Path("runs/fewer_experts"))
     known, flags = parser.parse_known_args()
+    counted = {"text": known.text, "batches": known.batches, "recover": known.recover}
+    weights = weights_hash(known.run)
+    require_same(known.out, {"run": known.run, "weights": weights, **counted, "flags": flags})
     model, corpora = open_run(known.run)
     held_out = corpora.held_out(batch_size=16, batches=known.held_out)
     if model.config.routing is None:
         sys.exit(f"{known.run} is dense: there are no experts to drop or merge")
     experts = model.config.routing.experts
     losses = {f"{experts}": {"as it is": held_out_losses(model, held_out)[0]}}
+    if known.recover:
+        place = known.out / "as_it_is"
+        done = recovered(known.recipe, known.run, place, experts, known.recover, flags)
+        losses[f"{experts}"]["as it is, trained on"] = held_out_losses(load(done)[0], held_out)[0]
     for keep in known.keep or halves(experts):
         row = losses.setdefault(str(keep), {})
         for how in ("prune", "merge"):
@@ -72,7 +84,7 @@ def main() -> None:
             if known.recover:
                 dense = known.dense or f"{known.recipe}_dense"
                 recipe = known.recipe if keep > 1 else dense
-                done = recovered(recipe, smaller, keep, known.recover, flags)
+                done = recovered(recipe, smaller, smaller, keep, known.recover, flags)
                 row[f"{how}, recovered"] = held_out_losses(load(done)[0], held_out)[0]
         print(f"{keep} experts: {row}", flush=True)
     show(losses, known.out)

@@ -10,7 +10,9 @@ import argparse
 import json
 from pathlib import Path
 
-from switchworks.checkpoint.model_files import is_model, load, weight_files
+from kept import require_same
+
+from switchworks.checkpoint.model_files import is_model, load, weight_files, weights_hash
 from switchworks.compress.quantise import quantise_directory
 from switchworks.evaluate.held_out import open_run
 from switchworks.evaluate.perplexity import held_out_losses
@@ -23,6 +25,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=16)
     parser.add_argument("--out", type=Path, default=Path("runs/quantise"))
     known = parser.parse_args()
+    require_same(known.out, {"run": known.run, "weights": weights_hash(known.run)})
     model, corpora = open_run(known.run)
     held_out = corpora.held_out(batch_size=16, batches=known.held_out)
     before = held_out_losses(model, held_out)[0]

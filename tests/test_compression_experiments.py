@@ -43,7 +43,7 @@ def test_the_cost_of_rounding_is_measured(script, tiny_run, tmp_path):
     rows = json.loads((tmp_path / "q" / "table.json").read_text())
     assert [row["weights"] for row in rows][1:] == ["int8", "int8-dynamic", "int4, groups of 16"]
     assert rows[3]["bytes"] < rows[1]["bytes"] < rows[0]["bytes"] / 2
-    assert all(abs(row["more"]) < 0.05 for row in rows)
+    assert all(abs(row["more"]) < (0.02 if "4" in row["weights"] else 0.005) for row in rows)
     assert "| int8 |" in said
 
 
@@ -54,8 +54,11 @@ def test_fewer_experts_are_measured_with_and_without_recovery(script, tiny_run, 
     said = script("fewer_experts.py", *words, "--data.path", str(corpus))
     table = json.loads((tmp_path / "f" / "table.json").read_text())
     assert list(table) == ["4", "2", "1"]
+    assert set(table["4"]) == {"as it is", "as it is, trained on"}
     assert set(table["1"]) == {"prune", "prune, recovered", "merge", "merge, recovered"}
     assert "| merge, recovered | " in said
+    with pytest.raises(AssertionError, match="f holds results of recover 1, now 0"):
+        script("fewer_experts.py", str(tiny_run), "--batches", "1", "--out", "f", "--threads", "1")
 
 
 @pytest.mark.slow
@@ -82,7 +85,7 @@ def test_the_tables_of_the_paper_are_trained(which, runs, script, corpus, tmp_pa
     words = ["tiny", "--dense", "twins:dense", "--out", "d", "--steps", "2", "--threads", "1"]
     words += ["--sample-every", "0", "--data.path", str(corpus), *which]
     script("distillation.py", *words)
-    rows = json.loads((tmp_path / "d" / "table.json").read_text())
+    rows = json.loads((tmp_path / "d" / f"table_{which[1]}.json").read_text())
     assert [row["run"] for row in rows] == runs
 
 
@@ -112,7 +115,7 @@ def test_a_fine_tuned_pair_has_its_dense_one_taught_the_task(script, corpus, tmp
     script("finetune.py", *pair, "--tasks", task, "--out", "tuned", *flags, *shared)
     words = [*pair, "--table", "8", "--tuned", "tuned", "--task", task, "--out", "t", *shared]
     said = script("distillation.py", *words, "--steps", "2")
-    rows = json.loads((tmp_path / "t" / "table.json").read_text())
+    rows = json.loads((tmp_path / "t" / "table_8.json").read_text())
     names = ["teacher", "baseline", "student", "student with the teacher's weights"]
     assert [row["run"] for row in rows] == names
     assert all(0 <= row["score"] <= 100 for row in rows)

@@ -141,6 +141,19 @@ def test_a_weight_of_another_shape_is_not_copied():
     assert not any(".ffn.w_" in name for name in copied)
 
 
+def test_attention_of_other_heads_and_ffns_of_another_activation_begin_afresh():
+    """Their matrices have the teacher's shapes and mean something else."""
+    teacher = SwitchTransformer(SPARSE, seed=1)
+    for change, part in (
+        ({"num_heads": 2, "d_kv": 8}, "attention."),
+        ({"activation": "gelu"}, ".ffn.w_"),
+    ):
+        student = SwitchTransformer(replace(SPARSE, routing=None, **change), seed=2)
+        copied, _ = initialise_from_teacher(student, teacher)
+        assert copied
+        assert not any(part in name for name in copied)
+
+
 def test_a_student_shares_no_memory_with_its_teacher():
     teacher = SwitchTransformer(SPARSE, seed=1)
     student = SwitchTransformer(replace(SPARSE, routing=None), seed=2)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +12,7 @@ from switchworks.batch import Batch
 from switchworks.cli import main
 from switchworks.compress.fewer_experts import dense_equivalent, merge_experts, prune_experts
 from switchworks.compress.reduce import as_text, text_to_count
-from switchworks.compress.usage import measure_usage
+from switchworks.compress.usage import measure_usage, watch_routers
 from switchworks.config import ConfigError, DataError
 from switchworks.data.config import DataConfig
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
@@ -66,6 +67,31 @@ def test_usage_counts_real_tokens_by_the_expert_they_want_most():
     for name, report, tokens in zip(usage, reports, (46, 36), strict=True):
         torch.testing.assert_close(usage[name].tokens, 2 * tokens * report.load)
         torch.testing.assert_close(usage[name].gates.sum(), 2 * tokens * report.confidence)
+
+
+def test_of_top2_both_experts_of_a_token_are_counted():
+    model = SwitchTransformer(replace(CONFIG, routing=RoutingConfig(experts=4, strategy="top2")))
+    usage = measure_usage(model, [batch_of()])
+    assert [float(one.tokens.sum()) for one in usage.values()] == [2 * 46, 2 * 36]
+
+
+def test_how_logits_go_together_is_their_covariance():
+    model, batch, seen = SwitchTransformer(CONFIG, seed=1), batch_of(), []
+    first = next(iter(model.switch_layers.values()))
+    with torch.no_grad():
+        first.router.weight[2] += 1.0  # its logits have a mean that is not the others'
+    watch_routers(model, [batch], lambda layer, x: seen.append(x) if layer is first else None)
+    usage = next(iter(measure_usage(model, [batch]).values()))
+    logits = torch.cat(seen).double()
+    wanted = np.cov((logits - logits.mean(dim=1, keepdim=True)).T.numpy(), bias=True)
+    torch.testing.assert_close(usage.logits, torch.from_numpy(wanted).float())
+
+
+def test_a_fixed_capacity_grows_as_experts_go():
+    routing = RoutingConfig(experts=4, expert_capacity=5)
+    model = SwitchTransformer(replace(CONFIG, routing=routing))
+    small = prune_experts(model, [batch_of()], 3).model
+    assert small.config.routing == replace(routing, experts=3, expert_capacity=7)
 
 
 @WAYS

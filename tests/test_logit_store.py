@@ -21,7 +21,7 @@ from switchworks.compress.logit_store import (
     likeliest,
 )
 from switchworks.compress.loss import distillation_loss, stored_distillation_loss
-from switchworks.config import ConfigError, DataError
+from switchworks.config import CheckpointError, ConfigError, DataError
 from switchworks.model import SwitchTransformer
 from switchworks.recipes.tiny import tiny
 from switchworks.training import Experiment, train
@@ -288,6 +288,16 @@ def test_a_student_from_a_store_resumes_bitwise(student, student_run, tmp_path):
     train(student, half, resume=True)
     ours = weights_of(half)
     assert all(torch.equal(ours[name], weight) for name, weight in weights_of(student_run).items())
+
+
+def test_a_student_does_not_go_on_from_the_store_of_another_teacher(student, tmp_path):
+    run_dir = train(replace(student, steps=1), tmp_path / "run")
+    about = json.loads((run_dir / "about.json").read_text())
+    assert len(about["teacher_weights"]) == 32
+    about["teacher_weights"] = "0" * 32
+    (run_dir / "about.json").write_text(json.dumps(about))
+    with pytest.raises(CheckpointError, match="its weights have changed"):
+        train(student, run_dir, resume=True)
 
 
 def test_the_teacher_need_not_be_there_for_a_student_with_first_values(student, tmp_path):

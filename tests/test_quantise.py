@@ -12,6 +12,7 @@ from torch import Tensor
 import switchworks
 from switchworks.checkpoint.model_files import stored_rounding
 from switchworks.cli import main
+from switchworks.compress.quantise import quantise_directory
 from switchworks.config import CheckpointError, ConfigError
 from switchworks.kernels.products import from_int4, to_int4
 from switchworks.kernels.quantise import (
@@ -195,6 +196,22 @@ def test_a_rounded_model_may_compute_in_bfloat16(tmp_path):
     model, _ = switchworks.load(tmp_path / "m", dtype=torch.bfloat16)
     assert logits(model).dtype == torch.bfloat16
     assert model.encoder.blocks[1].ffn.router.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["sparse", "decoder alone"])
+def test_a_model_stored_in_bfloat16_is_rounded_and_the_rest_widened(name, tmp_path):
+    model = SwitchTransformer(KINDS[name], seed=1).bfloat16()
+    for layer in model.switch_layers.values():
+        layer.router.float()
+    switchworks.save(model, tmp_path / "m")
+    quantise_directory(tmp_path / "m", tmp_path / "rounded", "int8")
+    rounded, _ = switchworks.load(tmp_path / "rounded")
+    wide, _ = switchworks.load(tmp_path / "rounded", widen=True)
+    for one in (rounded, wide):
+        assert {parameter.dtype for parameter in one.parameters()} == {torch.float32}
+    torch.testing.assert_close(logits(wide), logits(rounded), rtol=1e-4, atol=1e-4)
+    switchworks.save(quantise(model, QuantiseConfig()), tmp_path / "half")  # not by the command
+    assert logits(switchworks.load(tmp_path / "half")[0]).dtype == torch.float32
 
 
 def test_a_model_is_rounded_once():

@@ -79,8 +79,9 @@ def load(
     """The model, in evaluation mode, and the tokenizer in `path`, None if it has none.
 
     `path` is a directory that `save` wrote or a run directory with one in `model/`. `dtype` None
-    keeps the stored one; routers always do. A model in 8 or 4 bits stays so, and reads and decodes
-    only; with `widen` it becomes an ordinary one that computes the same. Raises CheckpointError if
+    keeps the stored one; routers always do. A model in 8 or 4 bits stays so, computes in float32 if
+    `dtype` is None, and reads and decodes only; with `widen` it becomes an ordinary one that
+    computes the same. Raises CheckpointError if
     a file is missing, torn or changed, or if weights, configuration and tokenizer do not fit
     together.
     """
@@ -100,9 +101,11 @@ def load(
         fix="Write it again from the checkpoint.",
     )
 
+    unrounded = dtype if how is None else dtype or torch.float32
+
     def read(name: str, meta: Tensor) -> Tensor:
         # Copied, because what is read shares memory with the file.
-        wide = dtype if isinstance(meta, nn.Parameter) else None  # rounded ones stay as they are
+        wide = unrounded if isinstance(meta, nn.Parameter) else None  # rounded ones stay as is
         return convert(name, stored.read(name), wide).to(device, copy=True)
 
     fill(model, read)

@@ -32,7 +32,7 @@ class DistilConfig:
     ffn: Literal["fresh", "average", "most_used"] = "fresh"
     """How FFNs begin that stand where the teacher has switch layers: with first values of their
     own, as in the paper, with the average of the teacher's experts (hidden units aligned, by their
-    use) or with the most used of them. The latter two read 8 batches to count."""
+    use) or with the most used of them. The latter two read 512 rows to count."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.soft_weight <= 1:

@@ -14,6 +14,7 @@ rows is short, draws few tokens, and cost ten times as much loss where it was tr
 Letters: E experts before, K after, D width in, F hidden width, O width out, N tokens.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple
@@ -164,7 +165,9 @@ def _reduce(
     keep: int,
 ) -> Fewer:
     assert model.config.routing is not None
-    routing = replace(model.config.routing, experts=keep)
+    routing = model.config.routing
+    slots = routing.expert_capacity and math.ceil(routing.expert_capacity * routing.experts / keep)
+    routing = replace(routing, experts=keep, expert_capacity=slots)
     scales = _gate_scales(model, batches, {name: _heads(some) for name, some in groups.items()})
     small = _as_precise(SwitchTransformer(replace(model.config, routing=routing)), model)
     kept = small.switch_layers

@@ -15,6 +15,7 @@ def quantise_directory(
 ) -> str:
     """`destination` holds the model in `source` in 8 or 4 bits; lists every tensor with its bits.
 
+    What is not rounded is in float32, also of a model that was in bfloat16.
     `group` is for int4. Raises ConfigError if the model is rounded already, or for a group that
     the scheme has not.
     """
@@ -32,7 +33,7 @@ def quantise_directory(
     how = QuantiseConfig.of(scheme, group)
     model, tokenizer = open_model(source)
     fresh = sum(tensor.bytes for tensor in tensors_of(model))
-    model = quantise(model, how)
+    model = quantise(model.float(), how)
     save(model, destination, tokenizer)
     tensors = tensors_of(model)
     total = sum(tensor.bytes for tensor in tensors)

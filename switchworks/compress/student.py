@@ -4,11 +4,14 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
+from torch import nn
 
 from switchworks.batch import Batch
 from switchworks.compress.fewer_experts import dense_equivalent, merge_experts, prune_experts
-from switchworks.model import SwitchTransformer
+from switchworks.model import ModelConfig, SwitchTransformer
+from switchworks.model.attention import AttentionOutput
 from switchworks.model.experts import Experts
+from switchworks.model.layers import FFN
 from switchworks.model.routing import Router
 
 
@@ -25,17 +28,22 @@ class Inherited(NamedTuple):
 def initialise_from_teacher(student: SwitchTransformer, teacher: SwitchTransformer) -> Inherited:
     """`student` has the teacher's values wherever a name and its shape are in both.
 
-    Experts and routers are never copied. Of a sparse teacher and a student of the same width that
+    Experts and routers are never copied, nor the attention of heads of other numbers or widths, nor
+    an FFN of another activation. Of a sparse teacher and a student of the same width that
     is embeddings, attention, norms and the FFNs of dense blocks; the FFNs that stand where the
     teacher has switch layers keep their first values, unless the teacher is first made dense (see
     `dense_teacher`). Nothing is shared with `teacher`.
     """
-    experts = _of_switch_layers(student) | _of_switch_layers(teacher)
+    foreign = (
+        _of_switch_layers(student)
+        | _of_switch_layers(teacher)
+        | _laid_out_otherwise(student, teacher.config)
+    )
     taught = dict(teacher.named_parameters())
     inherited = Inherited([], [])
     for name, parameter in student.named_parameters():
         source = taught.get(name)
-        if source is None or source.shape != parameter.shape or name in experts:
+        if source is None or source.shape != parameter.shape or name in foreign:
             inherited.fresh.append(name)
             continue
         parameter.copy_(source)
@@ -64,6 +72,22 @@ def fraction_of_gain(*, baseline: float, teacher: float, student: float) -> floa
     """
     gain = teacher - baseline
     return (student - baseline) / gain if gain else float("nan")
+
+
+def _laid_out_otherwise(student: SwitchTransformer, teacher: ModelConfig) -> set[str]:
+    """Names of the student's parameters whose like means something else in the teacher."""
+    ours = student.config
+    kinds: tuple[type[nn.Module], ...] = ()
+    if (ours.num_heads, ours.d_kv) != (teacher.num_heads, teacher.d_kv):
+        kinds += (AttentionOutput,)
+    if (ours.activation, ours.gated) != (teacher.activation, teacher.gated):
+        kinds += (FFN,)
+    return {
+        f"{path}.{name}"
+        for path, module in student.named_modules()
+        if isinstance(module, kinds)
+        for name, _ in module.named_parameters()
+    }
 
 
 def _of_switch_layers(model: SwitchTransformer) -> set[str]:

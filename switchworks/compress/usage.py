@@ -3,6 +3,7 @@
 Letters: E experts, N real tokens, G groups, S tokens per group.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ class Usage(NamedTuple):
     """How the experts of one layer were used."""
 
     tokens: Float[Tensor, "E"]
-    """Real tokens that want each expert most."""
+    """Real tokens that want each expert most; with top2 also those that want it second."""
     gates: Float[Tensor, "E"]
     """The sum of those tokens' probabilities of that expert."""
     logits: Float[Tensor, "E E"]
@@ -67,22 +68,29 @@ def measure_usage(model: SwitchTransformer, batches: Iterable[Batch]) -> dict[st
         raise ConfigError("The model is dense: it has no experts to count.")
     names = {id(layer): name for name, layer in layers.items()}
     found: dict[str, Usage] = {}
+    sums: dict[str, Tensor] = {}
+    counts: Counter[str] = Counter()
 
     def watch(layer: SwitchFFN, logits: Tensor) -> None:
         probs = logits.softmax(dim=-1)
-        choice = layer.router.choose(logits[None], probs[None])[0]
+        choice = layer.router.choose(logits[None], probs[None])[0][:, None]
+        if layer.config.strategy == "top2":
+            second = probs.scatter(1, choice, -1.0).argmax(dim=-1, keepdim=True)
+            choice = torch.cat([choice, second], dim=1)
         experts = logits.shape[-1]
-        tokens = torch.bincount(choice, minlength=experts).float()
+        tokens = torch.bincount(choice.flatten(), minlength=experts).float()
         gates = tokens.new_zeros(experts).scatter_add_(
-            0, choice, probs.gather(1, choice[:, None])[:, 0]
+            0, choice.flatten(), probs.gather(1, choice).flatten()
         )
-        centred = logits - logits.mean(dim=-1, keepdim=True)
-        seen, name = Usage(tokens, gates, centred.T @ centred), names[id(layer)]
+        name = names[id(layer)]
+        centred = (logits - logits.mean(dim=-1, keepdim=True)).double()
+        counts[name] += len(logits)
+        sums[name] = sums.get(name, 0.0) + centred.sum(dim=0)
+        seen = Usage(tokens, gates, centred.T @ centred)
         before = found.get(name)
         found[name] = seen if before is None else Usage(*map(torch.add, before, seen))
 
     watch_routers(model, batches, watch)
-    counts = {name: float(usage.tokens.sum()) for name, usage in found.items()}
     empty = [name for name in layers if not counts.get(name)]
     if empty:
         raise DataError(
@@ -90,5 +98,13 @@ def measure_usage(model: SwitchTransformer, batches: Iterable[Batch]) -> dict[st
             "experts.\n  Give a text with more than padding."
         )
     return {
-        name: usage._replace(logits=usage.logits / counts[name]) for name, usage in found.items()
+        name: usage._replace(logits=_covariance(usage.logits, sums[name], counts[name]).float())
+        for name, usage in found.items()
     }
+
+
+def _covariance(
+    products: Float[Tensor, "E E"], sums: Float[Tensor, "E"], count: int
+) -> Float[Tensor, "E E"]:
+    mean = sums / count
+    return products / count - mean[:, None] * mean

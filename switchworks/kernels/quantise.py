@@ -121,7 +121,7 @@ def rounding_of(model: SwitchTransformer) -> QuantiseConfig | None:
 def widened(model: SwitchTransformer) -> SwitchTransformer:
     """An ordinary float32 model with the rounded weights of `model`, to train, change or export.
 
-    In evaluation mode, and sharing memory with `model` where that is not rounded.
+    In evaluation mode, and sharing memory with `model` where that is in float32.
     """
     with torch.device("meta"):
         wide = SwitchTransformer(model.config)
@@ -130,7 +130,7 @@ def widened(model: SwitchTransformer) -> SwitchTransformer:
         path, _, leaf = name.rpartition(".")
         rounded = model.get_submodule(path)
         value = before[name] if name in before else rounded.widened(leaf)  # type: ignore[operator]
-        setattr(wide.get_submodule(path), leaf, nn.Parameter(value))
+        setattr(wide.get_submodule(path), leaf, nn.Parameter(value.float()))
     return wide.eval()
 
 

@@ -142,7 +142,7 @@ def _about(one: _Model, held_out: HeldOut, data: DataConfig) -> dict[str, Any]:
     """All that is measured of one model, as plain values."""
     config, rounding = one.model.config, rounding_of(one.model)
     loss, _ = held_out_losses(one.model, held_out)
-    first = next(iter(held_out.batches.values()))[0]
+    first = next(iter(held_out.batches.values()))[0].to(compute_device())
     return {
         "path": str(one.path),
         "kind": _kind(one.model),
@@ -183,10 +183,18 @@ def _speed(work: Callable[[], int]) -> float:
     work()
     speeds = []
     for _ in range(REPEATS):
+        _wait()
         started = time.perf_counter()
         tokens = work()
+        _wait()
         speeds.append(tokens / (time.perf_counter() - started))
     return median(speeds)
+
+
+def _wait() -> None:
+    """Until a GPU, if there is one, has done what it was given."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
 
 
 @torch.no_grad()

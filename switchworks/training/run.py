@@ -19,6 +19,7 @@ from switchworks.batch import Batch
 from switchworks.checkpoint.model_files import save, weights_hash
 from switchworks.checkpoint.together import by_first
 from switchworks.checkpoint.training_state import Checkpoints
+from switchworks.compress.logit_store import LogitStore
 from switchworks.config import CheckpointError, ConfigError, DataError
 from switchworks.data.corpora import Corpora, HeldOut, prepare_corpora
 from switchworks.data.mixture import Mixture
@@ -72,6 +73,7 @@ from switchworks.training.teacher import (
     open_teacher,
     require_same_rows,
     require_same_teacher,
+    weights_of,
 )
 
 T = TypeVar("T")
@@ -147,8 +149,8 @@ def _train(
     if resuming:
         require_same_beginning(run_dir, init)
         require_same_text(run_dir, corpora)
-    if resuming and teacher is not None:
-        require_same_teacher(teacher, run_dir)
+    if resuming and (taught_by := teacher or logits) is not None:
+        require_same_teacher(taught_by, run_dir)
     checkpoints = Checkpoints(
         run_dir / "checkpoints",
         experiment.keep_checkpoints,
@@ -165,7 +167,7 @@ def _train(
     ranks.wait()  # until all have looked at the directory as it was
     if ranks.first:
         # Only now, when nothing can be wrong with the settings any more.
-        claim(run_dir, experiment, _about(experiment, corpora, teacher, init))
+        claim(run_dir, experiment, _about(experiment, corpora, teacher or logits, init))
     interrupt = Interrupt()
     recorder = Recorder(run_dir if ranks.first else None, state.step)
     watch = watching(state.step, experiment.mesh.timeout)
@@ -298,7 +300,10 @@ def _sample_rows(held_out: HeldOut) -> Batch:
 
 
 def _about(
-    experiment: Experiment, corpora: Corpora, teacher: Teacher | None, init: Path | str | None
+    experiment: Experiment,
+    corpora: Corpora,
+    teacher: Teacher | LogitStore | None,
+    init: Path | str | None,
 ) -> dict[str, Any]:
     data, config = experiment.data, experiment.model
     about: dict[str, Any] = {
@@ -321,7 +326,7 @@ def _about(
         "init_weights": None if init is None else weights_hash(Path(init)),
     }
     if teacher is not None:
-        about["teacher_weights"] = weights_hash(Path(teacher.path))
+        about["teacher_weights"] = weights_of(teacher)
     if data.is_mixture or data.tasks:
         about["corpora"] = {
             name: {"train_tokens": corpora.parts[name].train.num_tokens, "rate": rate}

@@ -71,12 +71,20 @@ def open_teacher(experiment: Experiment) -> Teacher | None:
     return Teacher(distil.teacher, model, tokenizer)
 
 
-def require_same_teacher(teacher: Teacher, run_dir: Path) -> None:
+def weights_of(teacher: Teacher | LogitStore) -> str:
+    """The hash of the weights that teach, be it from a store."""
+    if isinstance(teacher, LogitStore):
+        return teacher.info.weights
+    return weights_hash(Path(teacher.path))
+
+
+def require_same_teacher(teacher: Teacher | LogitStore, run_dir: Path) -> None:
     """Raises CheckpointError if the run in `run_dir` began with other weights in that place."""
     before = about_of(run_dir).get("teacher_weights")
-    if before is not None and before != weights_hash(Path(teacher.path)):
+    if before is not None and before != weights_of(teacher):
+        where = teacher.info.teacher if isinstance(teacher, LogitStore) else teacher.path
         raise CheckpointError(
-            f"The teacher in {teacher.path} is not the one this run began with: its weights have "
+            f"The teacher in {where} is not the one this run began with: its weights have "
             "changed.\n  Put those back, or begin anew in another --run-dir."
         )
 
