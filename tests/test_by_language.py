@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,6 +119,19 @@ def test_a_fault_in_one_language_is_no_matter_to_those_that_are_named(texts, cac
     (texts / "es.txt").write_bytes("ma\u00f1ana\n".encode("latin-1") * 30)
     (texts / "fr.txt").write_text("", encoding="utf-8")
     assert list(languages_of(of(texts, "de"), cache)) == ["de"]
+
+
+def test_bad_languages_end_the_command_with_status_2(texts, capsys):
+    (texts / "gd.txt").write_text("Halo.\nMadainn mhath.\nTapadh leat.\n", encoding="utf-8")
+    (texts / "es.txt").write_bytes("ma\u00f1ana\n".encode("latin-1") * 30)
+    for name, said in (
+        ("jp", "'jp' is no code of a language.(?s:.*)Near: ja"),
+        ("gd", r"Scottish Gaelic \(gd\) cannot be used: it has 3 sentences"),
+        ("es", r"es\.txt is not UTF-8: byte 2 is 0xf1(?s:.*)iconv"),
+    ):
+        words = ["prepare", "tiny", "--data.path", str(texts), "--data.languages", name]
+        assert main(words) == 2
+        assert re.match(f"error: .*{said}", capsys.readouterr().err)
 
 
 def test_an_empty_file_or_folder_is_left_out_of_all_and_refused_by_name(texts, cache, caplog):
