@@ -137,7 +137,7 @@ def draw(
         panel.scatter(tuned, places, color="tab:blue", s=18, label=STARTS["tune"])
         panel.set(title=model, xlabel="chrF")
     panels[0].set_yticks(places, [f"{source} to {target}" for source, target in directions])
-    panels[-1].legend(loc="lower right")
+    panels[-1].legend(loc="upper right")
     figure.savefig(file, dpi=120)
 
 
