@@ -157,7 +157,7 @@ def eight(known: argparse.Namespace, seed: int, flags: list[str]) -> list[dict]:
     ]
 
 
-OWN = ("distil.", "model.", "name", "threads")
+OWN = ("distil.", "model.", "data.tokenizer", "name", "threads")
 """How settings begin in which a sparse teacher, its student and the baseline may differ."""
 
 
