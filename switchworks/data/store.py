@@ -180,12 +180,15 @@ def digest_of(size: int, read: Callable[[int, int], np.ndarray]) -> str:
     Up to HASHED tokens count, all of them or windows spread evenly over them: an edit of a large
     text that leaves its length as it was may lie between the windows.
     """
-    windows = 1 if size <= HASHED else HASHED // WINDOW
-    length = size if windows == 1 else WINDOW
+    most = HASHED // WINDOW
+    starts = (
+        range(0, size, WINDOW)
+        if size <= HASHED
+        else [index * (size - WINDOW) // (most - 1) for index in range(most)]
+    )
     found = blake2b(str(size).encode(), digest_size=16)
-    for index in range(windows):
-        start = index * (size - length) // max(1, windows - 1)
-        found.update(np.ascontiguousarray(read(start, start + length), "<i8"))
+    for start in starts:
+        found.update(np.asarray(read(start, min(start + WINDOW, size)), "<i8").tobytes())
     return found.hexdigest()
 
 
