@@ -76,7 +76,7 @@ class Corpora:
         Equal wherever the same text was made the same tokens, whatever its files are called.
         """
         stores = {
-            name: [store and store.digest for store in (part.train, part.validation)]
+            name: [None if one is None else one.digest for one in (part.train, part.validation)]
             for name, part in self.parts.items()
         }
         named = json.dumps([self.tokenizer.fingerprint, stores])
