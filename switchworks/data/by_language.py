@@ -43,7 +43,7 @@ def languages_of(config: DataConfig, cache: Path) -> dict[str, DataConfig]:
     return _chosen(config, {n: replace(config, languages=(n,)) for n in sentences}, lack)
 
 
-def named(config: DataConfig) -> bool:
+def names_languages(config: DataConfig) -> bool:
     """Whether `config` names its languages one by one: then each is used, or refused."""
     return bool(config.languages) and ALL not in config.languages
 
@@ -57,7 +57,7 @@ def _chosen(
     config: DataConfig, found: dict[str, DataConfig], lack_of: Callable[[str], str | None]
 ) -> dict[str, DataConfig]:
     """Of the languages `found` those that `config` names, or all without a lack."""
-    if named(config):
+    if names_languages(config):
         wanted = list(dict.fromkeys(map(normalise, config.languages)))
         for name in wanted:
             if name not in found:

@@ -19,7 +19,7 @@ from jaxtyping import Float
 
 from switchworks.batch import Batch
 from switchworks.config import DataError
-from switchworks.data.by_language import languages_of, named, unusable
+from switchworks.data.by_language import languages_of, names_languages, unusable
 from switchworks.data.config import DataConfig
 from switchworks.data.documents import Documents, open_documents
 from switchworks.data.mixture import Mixture, naming, rates
@@ -222,7 +222,7 @@ def _long_enough(config: DataConfig, parts: Mapping[str, Prepared]) -> Mapping[s
                 Pipeline(config, store, part.tokenizer, batch_size=1, seed=0)
             except DataError as error:
                 said = str(error).partition("\n")[0]
-                if named(config):
+                if names_languages(config):
                     side = "to train on" if store.split == "train" else "held out"
                     raise unusable(name, f"of its text {side}: {said.rstrip('.')}") from error
                 log = logging.getLogger(__name__)
