@@ -5,6 +5,7 @@ import torch
 
 from switchworks.config import ConfigError
 from switchworks.generate import Sampling, generate
+from switchworks.generate.beam import BeamSearch
 from switchworks.generate.fill_in import fill, parse_fills
 from switchworks.generate.sampling import choose
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
@@ -56,6 +57,18 @@ def test_a_sequence_is_answered_the_same_alone_and_in_a_batch(model):
     together = generate(model, some_inputs(), max_length=6)
     alone = generate(model, torch.tensor([[5, 4, 1]]), max_length=6)
     assert together[1, : alone.shape[1]].tolist() == alone[0].tolist()
+
+
+@pytest.mark.parametrize("beams", [None, BeamSearch(beams=2)], ids=["greedy", "beams"])
+def test_switch_layers_count_nothing_while_decoding_and_everything_again_afterwards(model, beams):
+    loads = []
+    layer = model.switch_layers["decoder.0"]
+    hook = layer.register_forward_hook(lambda _layer, _x, answer: loads.append(answer[1].load))
+    generate(model, some_inputs(), max_length=3, beams=beams)
+    hook.remove()
+    assert torch.cat(loads).tolist() == [0.0] * 4 * len(loads)
+    reported = model(some_inputs(), some_inputs()).routing
+    assert [float(one.load.sum()) for one in reported] == pytest.approx([1.0] * 4)
 
 
 def test_generating_restores_the_training_mode(model):

@@ -6,6 +6,7 @@ Works alone in anybody's model: `y, routing = SwitchFFN(d_model, d_ff, RoutingCo
 Letters: B sequences, L length, G groups, S tokens per group, E experts, D model width.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -75,6 +76,7 @@ class SwitchFFN(nn.Module):
             d_out=d_out,
         )
         self.dispatcher: Dispatcher = DISPATCHERS["chosen"]
+        self.reporter: Callable[..., Routing] = statistics
         initialise_switch_ffn(self, init_scale)
 
     @property
@@ -99,17 +101,15 @@ class SwitchFFN(nn.Module):
         logits = self.router(tokens)
         probs = logits.softmax(dim=-1)
         choice = self.router.choose(logits, probs)
-        routed = torch.ones_like(real) if self.config.padding_takes_slots else real
-        strategy = STRATEGIES[self.config.strategy]
-        routes = strategy(probs, choice, routed, self._rules(capacity, real))
+        takes = torch.ones_like(real) if self.config.padding_takes_slots else real
+        routes = STRATEGIES[self.config.strategy](probs, choice, takes, self._rules(capacity, real))
         y = self.dispatcher(tokens, routes, self.experts, capacity)
-        return y.view(*x.shape[:2], -1), self._report(logits, probs, choice, real, routes)
+        return y.view(*x.shape[:2], -1), self.reporter(self, logits, probs, choice, real, routes)
 
     def _rules(self, capacity: int | None, real: Tensor) -> Rules:
         config, picks = self.config, None
         if config.strategy == "expert_choice":
-            counts = real.sum(dim=1).tolist()
-            slots = [config.capacity(count, training=self.training) for count in counts]
+            slots = [config.capacity(n, training=self.training) for n in real.sum(dim=1).tolist()]
             picks = torch.tensor(slots, device=real.device)
         limits = config.second_threshold, config.ntlb_rounds
         return Rules(capacity, self.causal, self.training, *limits, picks)
@@ -130,24 +130,30 @@ class SwitchFFN(nn.Module):
             f"\n  Use a batch size that is a multiple of {size}, or smaller groups."
         )
 
-    def _report(
-        self, logits: Tensor, probs: Tensor, choice: Tensor, real: Tensor, routes: Routes
-    ) -> Routing:
-        served = routes.served(real.shape[1]) & real
-        tokens = real.sum()
-        count = tokens.clamp(min=1)
-        wanted = probs.detach().gather(-1, choice[..., None]).squeeze(-1)
-        router_z = router_z_loss(logits, real)
-        if self.config.balance_over == "batch":
-            probs, choice, real = (t.flatten(0, 1)[None] for t in (probs, choice, real))
-        balance = balance_loss(probs, choice, real)
-        return Routing(
-            loss=self.balance_weight * balance + self.config.z_weight * router_z,
-            balance=balance,
-            router_z=router_z,
-            load=expert_load(choice, real, self.config.experts),
-            dropped=(tokens - served.sum()) / count,
-            confidence=(wanted * real.view_as(wanted)).sum() / count,
-            tokens=tokens.to(wanted.dtype),
-            routes=routes,
-        )
+
+def statistics(
+    layer: SwitchFFN, logits: Tensor, probs: Tensor, choice: Tensor, real: Tensor, routes: Routes
+) -> Routing:
+    """All that `Routing` names, of a layer's plan.
+
+    From its router's logits and probabilities [G S E], what each token wants most and which are no
+    padding [G S]. `layer.reporter` is this, or what stands in its place where nobody reads it.
+    """
+    served = routes.served(real.shape[1]) & real
+    tokens = real.sum()
+    count = tokens.clamp(min=1)
+    wanted = probs.detach().gather(-1, choice[..., None]).squeeze(-1)
+    router_z = router_z_loss(logits, real)
+    if layer.config.balance_over == "batch":
+        probs, choice, real = (t.flatten(0, 1)[None] for t in (probs, choice, real))
+    balance = balance_loss(probs, choice, real)
+    return Routing(
+        loss=layer.balance_weight * balance + layer.config.z_weight * router_z,
+        balance=balance,
+        router_z=router_z,
+        load=expert_load(choice, real, layer.config.experts),
+        dropped=(tokens - served.sum()) / count,
+        confidence=(wanted * real.view_as(wanted)).sum() / count,
+        tokens=tokens.to(wanted.dtype),
+        routes=routes,
+    )
