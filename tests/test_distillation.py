@@ -217,18 +217,29 @@ def test_micro_batches_give_a_student_the_loss_and_the_update_of_the_whole_batch
 
 
 def test_a_teacher_without_weight_leaves_a_run_with_dropout_as_it_would_be_alone():
-    """It draws no noise of its own and reaches no gradient."""
+    """It does not run."""
     model = replace(tiny().model, dropout=0.1)
     distil = DistilConfig(teacher="in memory", soft_weight=0.0)
     teacher = SwitchTransformer(model, seed=5)
     alone = build_state(replace(tiny(), model=model))
     beside = build_state(replace(tiny(), model=model, distil=distil), teacher=teacher)
     for _ in range(2):
-        assert train_step(beside, some_batch()).total == train_step(alone, some_batch()).total
+        taught = train_step(beside, some_batch())
+        assert taught.soft is None
+        assert taught.total == train_step(alone, some_batch()).total
     assert all(
         torch.equal(p, alone.model.get_parameter(name))
         for name, p in beside.model.named_parameters()
     )
+
+
+def test_a_teacher_draws_no_noise_of_its_own():
+    model = replace(tiny().model, dropout=0.1)
+    teacher = SwitchTransformer(model, seed=5)
+    alone = build_state(replace(tiny(), model=model))
+    experiment = replace(tiny(), model=model, distil=DistilConfig(teacher="in memory"))
+    taught = train_step(build_state(experiment, teacher=teacher), some_batch())
+    assert taught.cross_entropy == train_step(alone, some_batch()).cross_entropy
 
 
 def test_the_teacher_stays_as_it_was_and_is_in_no_checkpoint(tmp_path):

@@ -8,6 +8,7 @@ from switchworks.generate import Sampling, generate
 from switchworks.generate.beam import BeamSearch
 from switchworks.generate.fill_in import fill, parse_fills
 from switchworks.generate.sampling import choose
+from switchworks.kernels.logits_only import logits_only
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
 
 
@@ -69,6 +70,19 @@ def test_switch_layers_count_nothing_while_decoding_and_everything_again_afterwa
     assert torch.cat(loads).tolist() == [0.0] * 4 * len(loads)
     reported = model(some_inputs(), some_inputs()).routing
     assert [float(one.load.sum()) for one in reported] == pytest.approx([1.0] * 4)
+
+
+def test_logits_only_leaves_out_losses_and_statistics_and_changes_no_logit_and_no_plan(model):
+    torch.manual_seed(0)  # the router's jitter
+    whole = model(some_inputs(), some_inputs())
+    torch.manual_seed(0)
+    with logits_only(model):
+        bare = model(some_inputs(), some_inputs())
+    assert torch.equal(bare.logits, whole.logits)
+    assert bare.losses.total == 0 < model(some_inputs(), some_inputs()).losses.total
+    for ours, theirs in zip(bare.routing, whole.routing, strict=True):
+        assert torch.equal(ours.routes.expert, theirs.routes.expert)
+        assert ours.confidence == 0 < theirs.confidence
 
 
 def test_generating_restores_the_training_mode(model):

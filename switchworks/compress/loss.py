@@ -108,30 +108,36 @@ def _of_others(wide: Float[Tensor, "N V"], ids: Int[Tensor, "N k"]) -> Float[Ten
 class _SoftCrossEntropy(torch.autograd.Function):
     """Nats of every row with the teacher's softened probabilities, a few rows at a time.
 
-    As in `losses.cross_entropy` nothing of the logits' size is kept but the logits themselves.
+    Beside the student's logits one tensor of their size is kept, the gradient, so that each side's
+    softmax is taken once and the teacher's logits can go.
     """
 
     @staticmethod
     def forward(
         ctx: Any, student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"], temperature: float
     ) -> Float[Tensor, "N"]:
-        ctx.save_for_backward(student, teacher)
+        gradient, nats = torch.empty_like(student), []
+        for ours, theirs, kept in zip(
+            *(row_blocks(rows, of=student) for rows in (student, teacher, gradient)), strict=True
+        ):
+            wide = _soften(ours, temperature)
+            probs, taught = wide.softmax(dim=-1), _soften(theirs, temperature).softmax(dim=-1)
+            log_z = wide.amax(dim=-1) - probs.amax(dim=-1).log()
+            nats.append(log_z - torch.linalg.vecdot(taught, wide))
+            kept.copy_(probs.sub_(taught))
+        ctx.save_for_backward(gradient)
         ctx.temperature = temperature
-        nats = []
-        for ours, theirs in zip(row_blocks(student), row_blocks(teacher, of=student), strict=True):
-            log_probs = widen(ours).div(temperature).log_softmax(dim=-1)
-            probs = widen(theirs).div(temperature).softmax(dim=-1)
-            nats.append(-log_probs.mul_(probs).sum(dim=-1))
         return torch.cat(nats)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_nats: Float[Tensor, "N"]) -> tuple[Float[Tensor, "N V"], None, None]:
-        student, teacher = ctx.saved_tensors
-        columns = (student, teacher, of_nats[:, None] / ctx.temperature)
-        grads = []
-        for ours, theirs, share in zip(*(row_blocks(c, of=student) for c in columns), strict=True):
-            probs = widen(ours).div(ctx.temperature).softmax(dim=-1)
-            probs.sub_(widen(theirs).div(ctx.temperature).softmax(dim=-1)).mul_(share)
-            grads.append(probs.to(student.dtype))
-        return torch.cat(grads), None, None
+        (gradient,) = ctx.saved_tensors
+        shares = row_blocks(of_nats[:, None] / ctx.temperature, of=gradient)
+        parts = zip(row_blocks(gradient), shares, strict=True)
+        return torch.cat([(widen(kept) * share).to(kept) for kept, share in parts]), None, None
+
+
+def _soften(logits: Float[Tensor, "N V"], temperature: float) -> Float[Tensor, "N V"]:
+    """In float32 over the temperature; the logits themselves where that is what they are."""
+    return widen(logits) if temperature == 1 else widen(logits).div(temperature)

@@ -7,9 +7,6 @@ forward pass gives.
 Letters: B sequences, L input or prompt length, T tokens written.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -18,8 +15,8 @@ from switchworks.config import ConfigError
 from switchworks.generate.beam import BeamSearch, search
 from switchworks.generate.sampling import Sampling, choose
 from switchworks.generate.start import EOS, PAD, start
-from switchworks.model import Routing, SwitchFFN, SwitchTransformer
-from switchworks.model.routing import Routes
+from switchworks.kernels.logits_only import logits_only
+from switchworks.model import SwitchTransformer
 from switchworks.parallel import ALONE, Ranks
 
 
@@ -62,7 +59,7 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        with unreported(model):
+        with logits_only(model):
             if beams is not None:
                 return search(model, inputs, max_length, beams)
             return _decode(model, inputs, max_length, sampling, generator, ranks)
@@ -88,27 +85,3 @@ def _decode(
         ended = ended | (token == EOS)
         written.append(token)
     return torch.stack(written, dim=1)
-
-
-@contextmanager
-def unreported(model: SwitchTransformer) -> Iterator[None]:
-    """While inside, switch layers route as ever and count nothing: every number they report is 0.
-
-    Counting takes a dozen small operations a layer, which beside one token's work is much.
-    """
-    layers = model.switch_layers.values()
-    before = [layer.reporter for layer in layers]
-    for layer in layers:
-        layer.reporter = _no_statistics
-    try:
-        yield
-    finally:
-        for layer, reporter in zip(layers, before, strict=True):
-            layer.reporter = reporter
-
-
-def _no_statistics(
-    _layer: SwitchFFN, logits: Tensor, _probs: Tensor, _choice: Tensor, _real: Tensor, plan: Routes
-) -> Routing:
-    none, load = logits.new_zeros(()), logits.new_zeros(logits.shape[-1])
-    return Routing(none, none, none, load, none, none, none, plan)

@@ -13,11 +13,13 @@ from torch import Tensor
 from switchworks.batch import Batch
 from switchworks.compress.loss import distillation_loss, stored_distillation_loss
 from switchworks.data.pipeline import rows_of_step
+from switchworks.kernels.logits_only import logits_only
 from switchworks.model import Output, SwitchTransformer
 from switchworks.model.switch_ffn import Routing
 from switchworks.optim.build import UpdateStats
 from switchworks.optim.clip import first_nonfinite
 from switchworks.parallel import Ranks
+from switchworks.training.experiment import Experiment
 from switchworks.training.state import TrainState
 
 
@@ -44,7 +46,7 @@ class StepResult(NamedTuple):
     layers: dict[str, LayerReport]
     tokens: int
     soft: float | None = None
-    """The teacher's share before it is weighted; None without a teacher."""
+    """The teacher's share before it is weighted; None without a teacher that has any weight."""
 
 
 def train_step(state: TrainState, batch: Batch) -> StepResult:
@@ -101,7 +103,7 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
             layer.router.nudge(torch.tensor(layers[name].load))
     state.step += 1
     state.tokens += tokens
-    soft = None if experiment.distil is None else soft
+    soft = soft if _is_taught(experiment) else None
     return StepResult(total, cross_entropy, update, layers, tokens, soft)
 
 
@@ -114,12 +116,13 @@ def _seed_noise(state: TrainState) -> None:
 def _learn(state: TrainState, batch: Batch, number: int) -> tuple[Output, Tensor, Tensor]:
     """The model's answer, the mean nats it is to learn from, and those with the teacher alone.
 
-    The first are the text's and the teacher's in the mixture of `DistilConfig`; without a teacher
-    they are the text's, and the others 0. `batch` is the `number`-th part of the rank's.
+    The first are the text's and the teacher's in the mixture of `DistilConfig`; without a teacher,
+    or with one without weight, which then does not run, they are the text's, and the others 0.
+    `batch` is the `number`-th part of the rank's.
     """
-    distil = state.experiment.distil
+    distil = state.experiment.distil if _is_taught(state.experiment) else None
     # The teacher first: of its work only the logits remain while the model's activations pile up.
-    taught = _teacher_logits(state, batch)
+    taught = None if distil is None else _teacher_logits(state, batch)
     output = forward(state.model if state.compiled is None else state.compiled, batch)
     hard = output.losses.cross_entropy
     if distil is None:
@@ -131,6 +134,10 @@ def _learn(state: TrainState, batch: Batch, number: int) -> tuple[Output, Tensor
         assert taught is not None
         soft = distillation_loss(output.logits, taught, batch.targets, distil.temperature)
     return output, (1 - distil.soft_weight) * hard + distil.soft_weight * soft, soft
+
+
+def _is_taught(experiment: Experiment) -> bool:
+    return experiment.distil is not None and experiment.distil.soft_weight > 0
 
 
 def _rows_of(state: TrainState, number: int) -> range:
@@ -204,7 +211,7 @@ def _teacher_logits(state: TrainState, batch: Batch) -> Float[Tensor, "B T V"] |
     """What the teacher, if there is one, makes of the same rows."""
     if state.teacher is None:
         return None
-    with torch.no_grad():
+    with torch.no_grad(), logits_only(state.teacher):
         return forward(state.teacher, batch).logits
 
 

@@ -13,6 +13,7 @@ from switchworks.compress.logit_store import Dtype, LogitStore, LogitWriter, is_
 from switchworks.config import ConfigError
 from switchworks.data.corpora import prepare_corpora
 from switchworks.device import compute_device
+from switchworks.kernels.logits_only import logits_only
 from switchworks.model import SwitchTransformer
 from switchworks.training import machine
 from switchworks.training.experiment import Experiment
@@ -74,7 +75,9 @@ def _write(
         parts = [batch.take(torch.arange(skipped, size))] if skipped else None
         before = writer.written
         for part in parts or batch.split(experiment.micro_batches):
-            writer.add(part, forward(model, part).logits)
+            with logits_only(model):
+                logits = forward(model, part).logits
+            writer.add(part, logits)
         if writer.written != before:
             print(f"rows {writer.written:,} of {total:,}", flush=True)
     writer.flush()

@@ -1,0 +1,47 @@
+"""A model of which only the logits are wanted: one that decodes, or teaches.
+
+Losses and routing statistics take a dozen small operations a switch layer, which beside the work
+of one token is much, and a pass over all logits, which beside a small teacher is.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from switchworks.model import Routing, SwitchFFN, SwitchTransformer
+from switchworks.model.routing import Routes
+
+
+@contextmanager
+def logits_only(model: SwitchTransformer) -> Iterator[None]:
+    """While inside, `model` computes the same logits, and every loss and statistic it gives is 0.
+
+    Tokens go to the same experts, and plans are reported as ever. Afterwards all is as before.
+    """
+    layers = model.switch_layers.values()
+    reporters, cross_entropy = [layer.reporter for layer in layers], model.cross_entropy
+    model.cross_entropy = _no_loss
+    for layer in layers:
+        layer.reporter = _no_statistics
+    try:
+        yield
+    finally:
+        model.cross_entropy = cross_entropy
+        for layer, reporter in zip(layers, reporters, strict=True):
+            layer.reporter = reporter
+
+
+def _no_loss(
+    logits: Float[Tensor, "B T V"], _targets: Int[Tensor, "B T"]
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    none = logits.new_zeros(())
+    return none, none
+
+
+def _no_statistics(
+    _layer: SwitchFFN, logits: Tensor, _probs: Tensor, _choice: Tensor, _real: Tensor, plan: Routes
+) -> Routing:
+    none, load = logits.new_zeros(()), logits.new_zeros(logits.shape[-1])
+    return Routing(none, none, none, load, none, none, none, plan)
