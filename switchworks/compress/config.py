@@ -22,7 +22,7 @@ class DistilConfig:
     prepare` makes; the teacher itself then does not run. None: it runs beside the student."""
     soft_weight: float = 0.25
     """Share of the teacher's probabilities in the loss; the rest is the text's. 0 learns from the
-    text alone, 1 from the teacher alone."""
+    text alone, and the teacher does not run; 1 from the teacher alone."""
     temperature: float = 1.0
     """What logits of both are divided by for the teacher's share. Above 1 unlikely tokens count
     more; temperature^2 keeps the gradient's size. The paper names none: 1."""
