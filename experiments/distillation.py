@@ -53,10 +53,14 @@ def call(*words: str) -> None:
 
 def run(recipe: str, directory: Path, seed: int, flags: Sequence[str]) -> Run:
     """The run of `recipe` in `directory`, finished."""
-    if not (directory / "report.html").exists():
+    if not is_finished(directory):
         words = ["--seed", str(seed), "--run-dir", str(directory), "--resume"]
         call("train", recipe, *words, *flags)
     return read_run(directory)
+
+
+def is_finished(directory: Path) -> bool:
+    return (directory / "report.html").exists()
 
 
 def main() -> None:
@@ -96,9 +100,10 @@ def six(known: argparse.Namespace, seed: int, flags: list[str]) -> list[dict]:
     for name, own in students.items():
         runs[name] = run(dense, out / f"{name}{of}", seed, [*taught, *own])
     if known.stored:
-        stored = [*taught, "--distil.store", str(out / f"store{of}")]
-        call("prepare", dense, "--seed", str(seed), *stored, "--top-k", str(known.stored))
         place = out / f"stored_{known.stored}{of}"
+        stored = [*taught, "--distil.store", str(out / f"store_{known.stored}{of}")]
+        if not is_finished(place):
+            call("prepare", dense, "--seed", str(seed), *stored, "--top-k", str(known.stored))
         runs[f"stored {known.stored}"] = run(dense, place, seed, stored)
     return table(seed, runs["baseline"], runs["teacher"], runs)
 
@@ -132,7 +137,7 @@ def eight(known: argparse.Namespace, seed: int, flags: list[str]) -> list[dict]:
     teacher, baseline = (pair / side / f"{task}_tune" for side in ("switch", "dense"))
     first = pair / "dense" / "pretrained"
     for needed in (teacher, baseline, first):
-        if not (needed / "report.html").exists():
+        if not is_finished(needed):
             sys.exit(
                 f"{needed} is no finished run.\n  Make it: python experiments/finetune.py "
                 f"{known.recipe} --tasks {known.task} --seeds {seed} --out {known.tuned}"
