@@ -34,7 +34,8 @@ def logits_only(model: SwitchTransformer) -> Iterator[None]:
 
 
 def _no_loss(
-    logits: Float[Tensor, "B T V"], _targets: Int[Tensor, "B T"]
+    logits: Float[Tensor, "B T V"],
+    targets: Int[Tensor, "B T"],
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     none = logits.new_zeros(())
     return none, none
