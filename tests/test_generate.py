@@ -85,6 +85,17 @@ def test_logits_only_leaves_out_losses_and_statistics_and_changes_no_logit_and_n
         assert ours.confidence == 0 < theirs.confidence
 
 
+def test_of_two_that_want_logits_only_the_last_to_leave_leaves_the_model_whole(model):
+    first, second = logits_only(model), logits_only(model)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    whole = model(some_inputs(), some_inputs())
+    assert whole.losses.cross_entropy > 0
+    assert all(one.load.sum() > 0 for one in whole.routing)
+
+
 def test_generating_restores_the_training_mode(model):
     model.train()
     generate(model, some_inputs(), max_length=2)

@@ -18,9 +18,10 @@ from switchworks.model.routing import Routes
 def logits_only(model: SwitchTransformer) -> Iterator[None]:
     """While inside, `model` computes the same logits, and every loss and statistic it gives is 0.
 
-    Tokens go to the same experts, and plans are reported as ever. Afterwards all is as before.
+    Tokens go to the same experts, and plans are reported as ever. Afterwards all is as before, also
+    where another thread decodes at the same time: each puts back what it took away.
     """
-    layers = model.switch_layers.values()
+    layers = [one for one in model.switch_layers.values() if one.reporter is not _no_statistics]
     reporters, cross_entropy = [layer.reporter for layer in layers], model.cross_entropy
     model.cross_entropy = _no_loss
     for layer in layers:
@@ -28,7 +29,8 @@ def logits_only(model: SwitchTransformer) -> Iterator[None]:
     try:
         yield
     finally:
-        model.cross_entropy = cross_entropy
+        if cross_entropy is not _no_loss:
+            model.cross_entropy = cross_entropy
         for layer, reporter in zip(layers, reporters, strict=True):
             layer.reporter = reporter
 
