@@ -1,6 +1,6 @@
 """Dense students of sparse teachers: tables 6, 7 and 8, and one set of them for any recipe.
 
-    python experiments/distillation.py quickstart --seeds 0 1 2 --out runs/distil [FLAGS of train]
+    python experiments/distillation.py quickstart --seeds 0 1 2 --out runs/distillation [FLAGS of train]
     python experiments/distillation.py quickstart --table 6 --seeds 0 1 2
     python experiments/distillation.py quickstart --table 7 --seeds 0 1 2 --experts 4 8 16 32 64
     python experiments/distillation.py quickstart --table 8 --tuned runs/finetune --task rte [FLAGS]
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("recipe")
     parser.add_argument("--dense")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/distil"))
+    parser.add_argument("--out", type=Path, default=Path("runs/distillation"))
     parser.add_argument("--table", type=int, choices=[6, 7, 8])
     parser.add_argument("--experts", type=int, nargs="+")
     parser.add_argument("--stored", type=int)
