@@ -1,6 +1,6 @@
 """Dense students of sparse teachers: tables 6, 7 and 8, and one set of them for any recipe.
 
-    python experiments/distillation.py quickstart --seeds 0 1 2 --out runs/distillation [FLAGS of train]
+    python experiments/distillation.py quickstart --seeds 0 1 2 [--out DIR] [FLAGS of train]
     python experiments/distillation.py quickstart --table 6 --seeds 0 1 2
     python experiments/distillation.py quickstart --table 7 --seeds 0 1 2 --experts 4 8 16 32 64
     python experiments/distillation.py quickstart --table 8 --tuned runs/finetune --task rte [FLAGS]
