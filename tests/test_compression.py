@@ -15,6 +15,7 @@ from switchworks.evaluate.held_out import evaluate_run
 from switchworks.kernels.quantise import QuantiseConfig, quantise
 from switchworks.model import SwitchTransformer
 from switchworks.model.sizes import flops_per_token, num_parameters
+from switchworks.report import compression
 from switchworks.report.compression_page import compression_page
 
 
@@ -101,6 +102,33 @@ def test_a_teacher_that_gains_nothing_is_said_to(report):
     page = compression_page(report | {"models": models})
     assert "there is no gain to keep" in page
     assert "nan" not in page
+
+
+def test_a_bar_of_more_than_twice_the_gain_is_cut_off_and_said_to_be(report):
+    models = [dict(model) for model in report["models"]]
+    bars = {}
+    for share in (0.5, 2.0, 8.009):
+        models[1]["gain_kept"] = share
+        page = compression_page(report | {"models": models})
+        bars[share] = float(re.findall(r'<rect x="[\d.]+" y="\d+" width="([\d.]+)"', page)[0])
+        assert f"{100 * share:.1f}\N{NO-BREAK SPACE}%" in page
+        assert ("longer bars cut off" in page) == (share > 2)
+        assert ("More than 100 %" in page) == (share > 1)
+    assert bars[2.0] == bars[8.009]
+
+
+def test_speeds_are_taken_in_turns_and_the_median_counts(monkeypatch):
+    clock, turns = [0.0], []
+    monkeypatch.setattr(compression.time, "perf_counter", lambda: clock[0])
+
+    def work(name: str, seconds: list[float]) -> int:
+        turns.append(name)
+        clock[0] += seconds[turns.count(name) - 1]
+        return 12
+
+    fast, slow = [9.0, 1, 2, 1, 2, 1], [9.0, 4, 3, 4, 3, 4]
+    speeds = compression._in_turns([lambda: work("a", fast), lambda: work("b", slow)])
+    assert (speeds, turns) == ([12.0, 3.0], ["a", "b"] * 6)
 
 
 def test_the_command_says_the_gains(directories, report, tmp_path, capsys):

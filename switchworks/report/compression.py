@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from statistics import fmean, median
@@ -40,8 +41,8 @@ from switchworks.report.compression_page import compression_page
 ROWS = 16
 """Rows read at once, and texts continued at once."""
 NEW_TOKENS = 32
-REPEATS = 3
-"""A speed is the median of so many, after one that does not count."""
+REPEATS = 5
+"""A speed is the median of so many, after one that does not count; models take turns."""
 EXAMPLES = 256
 """Of each task, evenly spread."""
 
@@ -72,6 +73,8 @@ def write_compression(
     corpora = prepare_corpora(data, vocab_size=opened[0].model.config.vocab_size)
     held_out = corpora.held_out(batch_size=ROWS, batches=batches)
     models = [_about(one, held_out, data) for one in opened]
+    for about, speeds in zip(models, _speeds(opened, held_out), strict=True):
+        about |= speeds
     roles = ["teacher", *(["student"] * (len(paths) - 2)), "baseline"]
     quality = [about["score"] if data.tasks else -about["loss"] for about in models]
     for role, about, value in zip(roles, models, quality, strict=True):
@@ -141,8 +144,8 @@ def _same_tokens(opened: list[_Model]) -> list[_Model]:
 def _about(one: _Model, held_out: HeldOut, data: DataConfig) -> dict[str, Any]:
     """All that is measured of one model, as plain values."""
     config, rounding = one.model.config, rounding_of(one.model)
+    print(f"reading held-out text with {one.path}", flush=True)
     loss, _ = held_out_losses(one.model, held_out)
-    first = next(iter(held_out.batches.values()))[0].to(compute_device())
     return {
         "path": str(one.path),
         "kind": _kind(one.model),
@@ -153,8 +156,6 @@ def _about(one: _Model, held_out: HeldOut, data: DataConfig) -> dict[str, Any]:
         "bytes_on_disk": sum(file.stat().st_size for file in weight_files(one.path)),
         "loss": loss,
         **({"score": _score(one, data)} if data.tasks else {}),
-        "read_tokens_per_second": _speed(lambda: _read(one.model, first)),
-        "written_tokens_per_second": _speed(lambda: _write(one.model, first)),
         "tensors": [
             {"names": names, "bits": bits, "bits_with_scales": wide, "bytes": size}
             for names, bits, wide, size in grouped(tensors_of(one.model))
@@ -178,17 +179,36 @@ def _score(one: _Model, data: DataConfig) -> float:
     )
 
 
+def _speeds(opened: Sequence[_Model], held_out: HeldOut) -> list[dict[str, float]]:
+    """Tokens per second of every model, read and written, on the same rows."""
+    batch = next(iter(held_out.batches.values()))[0].to(compute_device())
+    models = [one.model for one in opened]
+    print("timing the models in turns", flush=True)
+    read = _in_turns([partial(_read, model, batch) for model in models])
+    written = _in_turns([partial(_write, model, batch) for model in models])
+    return [
+        {"read_tokens_per_second": reads, "written_tokens_per_second": writes}
+        for reads, writes in zip(read, written, strict=True)
+    ]
+
+
+def _in_turns(works: Sequence[Callable[[], int]]) -> list[float]:
+    """Tokens per second of every work, which says how many it made: A B A B, not A A B B.
+
+    A machine's speed wanders by more than models differ, and so it wanders for all of them.
+    """
+    for work in works:
+        work()
+    rounds = [[_speed(work) for work in works] for _ in range(REPEATS)]
+    return [median(speeds) for speeds in zip(*rounds, strict=True)]
+
+
 def _speed(work: Callable[[], int]) -> float:
-    """Tokens per second of `work`, which says how many it made."""
-    work()
-    speeds = []
-    for _ in range(REPEATS):
-        _wait()
-        started = time.perf_counter()
-        tokens = work()
-        _wait()
-        speeds.append(tokens / (time.perf_counter() - started))
-    return median(speeds)
+    _wait()
+    started = time.perf_counter()
+    tokens = work()
+    _wait()
+    return tokens / (time.perf_counter() - started)
 
 
 def _wait() -> None:

@@ -15,6 +15,8 @@ from switchworks.report.figures import compact
 Models = Sequence[Mapping[str, Any]]
 
 _WIDTH, _LEFT, _RIGHT, _TOP, _BOTTOM = 480, 56, 464, 18, 236
+_LEAST, _MOST = -1.0, 2.0
+"""Bars are cut off at these shares of the gain, since little else could be seen beside them."""
 
 
 def compression_page(report: Mapping[str, Any]) -> str:
@@ -26,7 +28,7 @@ def compression_page(report: Mapping[str, Any]) -> str:
         _tiles(models),
         _table_of(models, report["metric"]),
         '<section><h2>Quality and size</h2><p class="soft">'
-        f"{escape(_SAID)}</p>"
+        f"{escape(_SAID + _MORE * any((model['gain_kept'] or 0) > 1 for model in models))}</p>"
         f'<div class="grid">{_gains(models)}{_sizes(models, report["metric"])}</div></section>',
         *(_tensors(number, model) for number, model in enumerate(models, start=1)),
     ]
@@ -36,6 +38,10 @@ def compression_page(report: Mapping[str, Any]) -> str:
 _SAID = (
     "Of the teacher's gain over the dense baseline, which had no teacher, each student keeps a "
     "share: 0 % is the baseline's quality, 100 % the teacher's. Numbers are the rows of the table."
+)
+_MORE = (
+    " More than 100 % is better than the teacher: a student that began with its weights has had its "
+    "steps and its own, and the baseline only its own."
 )
 
 
@@ -119,7 +125,7 @@ def _gains(models: Models) -> str:
     }
     if not shares:
         return ""
-    low, high = min(0.0, *shares.values()), max(1.0, *shares.values())
+    low, high = max(_LEAST, min(0.0, *shares.values())), min(_MOST, max(1.0, *shares.values()))
     height = _TOP + 30 * len(shares)
 
     def across(share: float) -> float:
@@ -127,16 +133,18 @@ def _gains(models: Models) -> str:
 
     parts = [_upright(across(0.0), height, "baseline"), _upright(across(1.0), height, "teacher")]
     for place, (number, share) in enumerate(shares.items()):
-        left, right = sorted((across(0.0), across(share)))
+        left, right = sorted((across(0.0), across(min(max(share, low), high))))
         top = _TOP + 30 * place + 6
         parts.append(
             f'<text x="{_LEFT - 10}" y="{top + 14}" text-anchor="end">{number}</text>'
             f'<rect x="{left:.1f}" y="{top}" width="{max(1.0, right - left):.1f}" height="20" '
             f'style="fill:{_colour(number)}"/>'
-            f'<text class="end" x="{_RIGHT}" y="{top + 14}" text-anchor="end">'
+            f'<text class="end" x="{_RIGHT + 12}" y="{top + 14}" text-anchor="end">'
             f"{_share(share)}</text>"
         )
-    return _figure("Gain kept", "by student", "".join(parts), height + 24)
+    cut = any(not low <= share <= high for share in shares.values())
+    note = f"by student{', longer bars cut off' if cut else ''}"
+    return _figure("Gain kept", note, "".join(parts), height + 24)
 
 
 def _upright(x: float, height: int, name: str) -> str:
