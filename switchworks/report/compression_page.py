@@ -40,7 +40,7 @@ _SAID = (
     "share: 0 % is the baseline's quality, 100 % the teacher's. Numbers are the rows of the table."
 )
 _MORE = (
-    " More than 100 % is better than the teacher: a student that began with its weights has had its "
+    " More than 100 % is better than the teacher: a student that began with its weights has its "
     "steps and its own, and the baseline only its own."
 )
 
