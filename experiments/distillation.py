@@ -34,6 +34,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import kept
 import numpy as np
 
 from switchworks.compress import fraction_of_gain
@@ -53,6 +54,8 @@ def call(*words: str) -> None:
 
 def run(recipe: str, directory: Path, seed: int, flags: Sequence[str]) -> Run:
     """The run of `recipe` in `directory`, finished."""
+    asked = {"recipe": recipe, "flags": " ".join(flags)}
+    kept.require_same(directory.parent / "flags" / directory.name, asked)
     if not is_finished(directory):
         words = ["--seed", str(seed), "--run-dir", str(directory), "--resume"]
         call("train", recipe, *words, *flags)

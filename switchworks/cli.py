@@ -10,6 +10,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,7 +36,14 @@ from switchworks.flags import (
     parse_shard,
     prepares_logits,
 )
-from switchworks.parsing import UsageError, parse_experiment, parse_flags, parsed_by_tyro, spelled
+from switchworks.parsing import (
+    HELP,
+    UsageError,
+    parse_experiment,
+    parse_flags,
+    parsed_by_tyro,
+    spelled,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -76,8 +84,11 @@ settings of a recipe with their values. --debug, after the verb, shows traceback
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; the exit status: 0 done, 2 bad input, 1 anything else, 130 interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] in ("-h", "--help", "help"):
+    if not words or words[0] in (*HELP, "help"):
         print(USAGE)
+        return 0
+    if words[0] == "--version":
+        print(f"switchworks {version('switchworks')}")
         return 0
     verb, rest = words[0], words[1:]
     if verb not in VERBS:
@@ -102,6 +113,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # whoever read along, `head` for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:  # a full disk, files that may not be read
+        if debug:
+            raise
+        _say(f"error: {error}\n  --debug shows where.")
         return 1
 
 
@@ -256,7 +272,13 @@ def _evaluate(words: list[str]) -> int:
             "  Measure one after the other."
         )
     command = shlex.join(["switchworks", "evaluate", *words])
-    data = named_tasks(flags.path, flags.tasks, flags.task_folder)
+    data = named_tasks(
+        flags.path,
+        flags.tasks,
+        flags.task_folder,
+        labels=flags.task_labels,
+        metrics=flags.task_metrics,
+    )
     flags.check(tasks=bool(data.tasks) and flags.text is None)
     if data.tasks and flags.text is None:
         return _evaluate_tasks(flags, data, command)
@@ -301,6 +323,8 @@ def _evaluate_tasks(flags: EvaluateFlags, data: DataConfig, command: str) -> int
 
 
 def _routing(words: list[str]) -> int:
+    if words and words[0] in HELP:
+        parse_flags(RoutingFlags, "routing PATH", words)
     if not words or words[0].startswith("-"):
         raise ConfigError(
             "switchworks routing needs a model first: a run or model directory.\n"

@@ -79,8 +79,7 @@ class ExplainFlags:
     def __post_init__(self) -> None:
         check_at_least(self, "--", 1, "devices", "ranks")
         check_positive(self, "--", "memory")
-        if self.picture is not None and self.picture.suffix not in (".svg", ".png", ".pdf"):
-            raise ConfigError(f"--picture {self.picture} must end in .svg, .png or .pdf.")
+        _check_picture(self.picture)
         check_idle(self, "devices", "--search", there=self.search)
         check_idle(self, "ranks", "--simulate", there=self.simulate)
         for name in ("memory", "machine"):
@@ -110,8 +109,11 @@ class GenerateFlags:
     temperature: float = 0.0
     """0 always takes the likeliest token; 1 samples the model's own distribution."""
     top_k: int | None = None
+    """With a temperature, only this many of the likeliest tokens may be chosen."""
     top_p: float | None = None
+    """With a temperature, only the likeliest that together hold this much probability may be."""
     seed: int = 0
+    """With a temperature, another seed gives other texts."""
     beams: int = 1
     """Texts followed at once in beam search, of which the likeliest is written. 1: none."""
     length_penalty: float = 1.0
@@ -120,14 +122,15 @@ class GenerateFlags:
     """What the length is: tokens (transformers), or (5 + tokens) / 6 (T5, with --length-penalty
     0.6)."""
     int8: bool = False
-    """Round the weights to 8 bits first: a quarter of the memory, nearly the same answers."""
+    """Round the weights to 8 bits first, and where the processor multiplies 8-bit numbers (VNNI)
+    what they multiply, too: a quarter of the memory, nearly the same answers."""
     precision: Precision = "stored"
     """What to compute in: as the weights are stored (float32 after training), or auto, which is
     bfloat16 where this machine multiplies it faster."""
 
     def __post_init__(self) -> None:
         for name in ("top_k", "top_p", "seed"):
-            check_idle(self, name, "--temperature", there=self.temperature > 0)
+            check_idle(self, name, "--temperature", there=self.temperature != 0)
         for name in ("length_penalty", "penalty"):
             check_idle(self, name, "--beams", there=self.beams > 1)
         check_idle(self, "output", "--file", there=self.file is not None)
@@ -146,8 +149,13 @@ class EvaluateFlags:
     the run was trained on, if that is tasks."""
     task_folder: Path | None = None
     """Folder with local copies of the tasks' datasets, one folder per task. Default: the Hub."""
-    split: Literal["train", "validation", "test"] = "validation"
-    """Of each task."""
+    task_labels: tuple[str, ...] = ()
+    """Of a table of one's own: every target there may be."""
+    task_metrics: tuple[str, ...] = ()
+    """Of a table of one's own: accuracy, squad, rouge, bleu, chrf, f1_macro, ... Both by default as
+    the run has them for a table of that name; else accuracy of any text."""
+    split: Literal["train", "validation", "test", "all"] = "validation"
+    """Of each task. all: the whole of a table that is one file, which training would split."""
     decode: Literal["greedy", "rank"] = "greedy"
     """Write the answer, or take the likeliest of the possible ones."""
     examples: int = 0
@@ -178,7 +186,8 @@ class EvaluateFlags:
     def check(self, *, tasks: bool) -> None:
         """Raises ConfigError for a flag that does nothing, where tasks are measured or not."""
         of_answers = ("split", "decode", "examples", "input_length", "max_length", "predictions")
-        for name in (*of_answers, "task_folder", "beams", "batch_size"):
+        of_tasks = ("task_folder", "task_labels", "task_metrics", "beams", "batch_size")
+        for name in (*of_answers, *of_tasks):
             check_idle(self, name, "--tasks", there=tasks)
         for name in ("length_penalty", "penalty"):
             check_idle(self, name, "--beams", there=self.beams > 1)
@@ -284,11 +293,20 @@ class BenchFlags:
     json: Path = Path("bench.json")
     """Every row, with the seconds of every round and the conditions."""
     picture: Path = Path("bench.png")
+    """Bars, or the curve of the sweep: .png, .svg or .pdf."""
+
+    def __post_init__(self) -> None:
+        _check_picture(self.picture)
 
 
 @dataclass(frozen=True)
 class NoFlags:
     """Nothing to set."""
+
+
+def _check_picture(path: Path | None) -> None:
+    if path is not None and path.suffix not in (".svg", ".png", ".pdf"):
+        raise ConfigError(f"--picture {path} must end in .svg, .png or .pdf.")
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -381,6 +399,7 @@ def one_change(flags: ConvertFlags) -> Change | None:
     for name in sorted({name for names in owned.values() for name in names}):
         owners = " or ".join(_flag(owner) for owner, names in owned.items() if name in names)
         check_idle(flags, name, owners, there=how is not None and name in owned[how])
+    check_idle(flags, "group", "--quantise int4", there=flags.quantise == "int4")
     if how and flags.capacity != "paper":
         raise ConfigError(
             f"--capacity {flags.capacity} is for a change of format alone.\n"

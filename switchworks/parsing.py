@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+HELP = ("-h", "--help")
+
 
 class UsageError(Exception):
     """Words that are no flags; says so at length."""
@@ -53,6 +55,10 @@ def parsed_by_tyro(kind: type[T], **settings: Any) -> T:
 
 def parse_experiment(verb: str, words: list[str], kind: type[T]) -> "tuple[Experiment, T]":
     """The recipe named by the first word with every flag applied, and the verb's own flags."""
+    if words and words[0] in HELP:
+        print(f"`switchworks {verb} RECIPE --help` shows the settings of a recipe as well,")
+        print("`switchworks recipes` the recipes there are.\n")
+        parse_flags(kind, f"{verb} RECIPE", ["--help"])
     if not words or words[0].startswith("-"):
         raise ConfigError(
             f"switchworks {verb} needs the name of a recipe first, for example quickstart.\n"
@@ -103,7 +109,7 @@ def _beginning(verb: str, words: Sequence[str]) -> Path | None:
     """What --init names. Other flags are set on top of what the recipe makes of it."""
     values = [word.partition("=")[2] for word in words if word.startswith("--init=")]
     values += [word for flag, word in pairwise(words) if flag == "--init"]
-    if not values and verb == "train" and not {"--help", "-h"} & set(words):
+    if not values and verb == "train" and not set(HELP) & set(words):
         raise ConfigError(
             f"{words[0]} begins with a trained model: add --init PATH, a run or model directory.\n"
             "  To train from first values all the same, say --init none."

@@ -22,7 +22,7 @@ from switchworks.generate.continuation import continuation
 from switchworks.recipes.tiny import tiny
 from switchworks.training import train
 from switchworks.training.explain import explain
-from switchworks.training.hooks import longest_pieces
+from switchworks.training.hooks import first_pieces, longest_pieces
 
 EOS = 1
 
@@ -177,6 +177,18 @@ def test_the_prompts_for_samples_are_each_rows_longest_document():
         target_segments=torch.tensor([[1, 1, 2, 2, 2, 0], [1, 1, 1, 2, 2, 2]]),
     )
     assert [piece.tolist() for piece in longest_pieces(batch)] == [[6, 7, 8], [9, 9, 1]]
+
+
+def test_samples_of_packed_rows_are_of_each_rows_first_example():
+    batch = Batch(
+        inputs=torch.tensor([[5, 9, 1, 6, 9, 1, 0]]),
+        targets=torch.tensor([[9, 7, 1, 9, 8, 1]]),
+        input_segments=torch.tensor([[1, 1, 1, 2, 2, 2, 0]]),
+        target_segments=torch.tensor([[1, 1, 1, 2, 2, 2]]),
+    )
+    inputs, targets = first_pieces(batch)
+    assert inputs.tolist() == [[5, 9, 1, 0, 0, 0, 0]]
+    assert targets.tolist() == [[9, 7, 1, 0, 0, 0]]
 
 
 def test_a_continuation_keeps_a_character_that_the_prompt_began():

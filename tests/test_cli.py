@@ -5,12 +5,14 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from switchworks.cli import VERBS, main
 from switchworks.config import ConfigError
+from switchworks.generate.text import _lines
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--data.path", "CORPUS", "--steps", "2", "--threads", "1"]
@@ -25,6 +27,38 @@ def test_help_names_every_verb(capsys):
     assert main([]) == 0
     usage = capsys.readouterr().out
     assert all(f"\n  {verb} " in usage for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_without_more_words(verb, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([verb, "--help"])
+    assert not end.value.code
+    said = capsys.readouterr().out
+    assert f"usage: switchworks {verb}" in said
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"switchworks {version('switchworks')}\n"
+
+
+def test_a_run_directory_that_cannot_be_is_refused_before_text_is_read(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    words = ["--data.path", str(tmp_path / "absent"), "--run-dir", str(tmp_path / "file" / "run")]
+    assert main(["train", "tiny", *words]) == 2
+    assert f"{tmp_path / 'file'} is no folder" in capsys.readouterr().err
+
+
+def test_an_error_of_the_system_is_said_without_a_traceback(monkeypatch, capsys):
+    def full(words: list[str]) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setitem(VERBS, "recipes", full)
+    assert main(["recipes"]) == 1
+    assert "error: [Errno 28] No space left on device" in capsys.readouterr().err
+    with pytest.raises(OSError, match="No space left"):
+        main(["recipes", "--debug"])
 
 
 def test_an_unknown_verb_is_refused_with_the_usage(capsys):
@@ -106,6 +140,11 @@ def test_generate_answers_every_line_of_a_file_as_it_answers_it_alone(tiny_run, 
             assert capsys.readouterr().out.split() == answered.split()
         else:
             assert answered == ""
+
+
+def test_lines_of_a_file_end_where_other_programs_end_them():
+    assert _lines("a\u2028b\x0cc\r\n\nlast") == ["a\u2028b\x0cc", "", "last"]
+    assert _lines("a\n") == ["a"]
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,8 @@ def test_table_6_goes_on_with_the_teacher_and_the_student_of_table_7(script, cor
     assert len(left) == 3
     assert all(path.stat().st_mtime_ns == then for path, then in left.items())
     assert "| weights_only |" in said
+    with pytest.raises(AssertionError, match="holds results of flags"):
+        script("distillation.py", *words, "--table", "6", "--optim.lr", "0.5")
     with pytest.raises(AssertionError, match="several --experts are for --table 7"):
         script("distillation.py", *words, "4", "--table", "6")
 

@@ -444,6 +444,14 @@ def test_a_student_is_taught_a_task_live_and_from_a_store(student, tiny_run, tmp
     assert any("task/colours/accuracy" in line for line in lines[0])
 
 
+def test_dense_ffns_of_a_teacher_s_experts_have_no_place_in_a_sparse_student(student):
+    distil = replace(student.distil, ffn="average")
+    assert replace(student, distil=distil).distil.ffn == "average"
+    sparse = replace(student.model, routing=RoutingConfig(experts=2))
+    with pytest.raises(ConfigError, match="the student has experts of its own"):
+        replace(student, distil=distil, model=sparse)
+
+
 def test_experts_without_the_teacher_s_weights_are_a_contradiction():
     with pytest.raises(ConfigError, match=r"distil\.ffn = average"):
         DistilConfig(teacher="x", ffn="average", initialise=False)

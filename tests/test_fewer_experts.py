@@ -1,5 +1,6 @@
 """Models that lose experts: dropped by use, or merged with those they resemble."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -249,6 +250,13 @@ def test_flags_that_do_not_fit_are_refused(flags, message, tiny_run, tmp_path, c
     assert main(["convert", str(tiny_run), str(tmp_path / "out"), *flags]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags", [["--prune", "9"], ["--merge", "0"]])
+def test_a_wrong_number_is_refused_before_any_text_is_read(flags, tiny_run, tmp_path, capsys):
+    words = ["convert", str(tiny_run), str(tmp_path / "to"), "--text", "absent", *flags]
+    assert main(words) == 2
+    assert re.search("9 experts cannot be kept|0 experts would be left", capsys.readouterr().err)
 
 
 def test_a_model_alone_needs_a_text(tiny_run, tmp_path, capsys):

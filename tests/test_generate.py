@@ -4,10 +4,13 @@ import pytest
 import torch
 
 from switchworks.config import ConfigError
+from switchworks.data.tokenizer import ByteTokenizer
 from switchworks.generate import Sampling, generate
 from switchworks.generate.beam import BeamSearch
+from switchworks.generate.decode import check_shape
 from switchworks.generate.fill_in import fill, parse_fills
 from switchworks.generate.sampling import choose
+from switchworks.generate.text import Writing, fill_texts
 from switchworks.kernels.logits_only import logits_only
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
 
@@ -146,6 +149,7 @@ def test_the_same_seed_draws_the_same_text(model):
     ("settings", "message"),
     [
         ({"temperature": -1.0}, "temperature = -1.0"),
+        ({"temperature": 1e-40}, "temperature = 1e-40 must be 0 or at least"),
         ({"top_k": 0}, "top_k = 0"),
         ({"top_p": 1.5}, "top_p = 1.5"),
     ],
@@ -153,6 +157,32 @@ def test_the_same_seed_draws_the_same_text(model):
 def test_settings_that_cannot_work_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         Sampling(**settings)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (torch.ones(4, dtype=torch.long), r"inputs of shape \[4\] are not"),
+        (torch.ones(0, 4, dtype=torch.long), r"inputs of shape \[0, 4\] are not"),
+        (torch.ones(2, 0, dtype=torch.long), "give it EOS at least"),
+    ],
+)
+def test_inputs_that_are_no_texts_are_refused(inputs, message, model):
+    with pytest.raises(ConfigError, match=message):
+        check_shape(model, inputs)
+
+
+@pytest.mark.parametrize("power", [float("nan"), 1e6, -11.0])
+def test_a_length_penalty_beyond_reason_is_refused(power):
+    with pytest.raises(ConfigError, match="length_penalty = "):
+        BeamSearch(length_penalty=power)
+
+
+def test_texts_of_several_batches_are_drawn_with_other_numbers(byte_model):
+    how = Writing(max_length=8, sampling=Sampling(temperature=1.0, seed=3), batch_size=1)
+    texts = fill_texts(byte_model, ByteTokenizer(), ["The <extra_id_0> is"] * 4, how)
+    assert len(set(texts)) > 1
+    assert texts == fill_texts(byte_model, ByteTokenizer(), ["The <extra_id_0> is"] * 4, how)
 
 
 def test_no_room_to_write_is_refused(model):

@@ -63,6 +63,26 @@ def test_spaces_at_the_end_of_a_context_go_to_the_continuation(model):
     assert scorer.pair("a ", "b") == scorer.pair("a", " b")
 
 
+class Merging(ByteTokenizer):
+    """Bytes, and one token more for "ab"."""
+
+    def encode(self, text: str) -> list[int]:
+        pieces = text.split("ab")
+        ids = [ByteTokenizer.encode(self, piece) for piece in pieces]
+        return [token for place, own in enumerate(ids) for token in ([299] * (place > 0) + own)]
+
+
+@pytest.mark.parametrize(("context", "text"), [("a", "b"), ("xa", "bc")])
+def test_a_continuation_that_grows_together_with_its_context_is_still_scored(
+    context, text, byte_decoder
+):
+    tokenizer = Merging()
+    assert tokenizer.encode(context + text)[: len(context)] != tokenizer.encode(context)
+    scorer = Scorer(byte_decoder, tokenizer)
+    assert scorer.pair(context, text) == Pair(tokenizer.encode(context), tokenizer.encode(text))
+    assert scorer.pair("x", "ab") == Pair(tokenizer.encode("x"), [299])
+
+
 def test_a_context_that_is_too_long_loses_its_beginning(model):
     short, long = (Scorer(model, TOKENIZER, max_length=size) for size in (12, 64))
     # Of 12 positions an encoder needs one for EOS; a decoder-only model three for "abc".

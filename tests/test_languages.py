@@ -29,6 +29,8 @@ from switchworks.data.languages import (
         ("sh", "sr-Latn"),
         ("sr_RS", "sr"),
         ("uz@cyrillic", "uz-Cyrl"),
+        ("uz@Cyrl", "uz-Cyrl"),
+        ("tt@iqtelif", "tt-Latn"),
         ("pt_BR", "pt-BR"),
         ("pt_PT", "pt"),
         ("ca@valencia", "ca-valencia"),
@@ -50,6 +52,11 @@ from switchworks.data.languages import (
 def test_every_spelling_of_a_language_becomes_one_code(spelled, code):
     assert normalise(spelled) == code
     assert normalise(code) == code
+
+
+def test_four_letters_that_are_no_script_are_a_variant():
+    assert normalise("en@quot") == "en-quot"
+    assert script_of("en-quot") == "Latn"
 
 
 @pytest.mark.parametrize(

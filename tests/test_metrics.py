@@ -114,6 +114,13 @@ def test_squad_takes_the_best_over_the_right_answers():
     assert figures("squad", ["Eiffel tower", "1889"], asked) == {"em": 100.0, "f1": 100.0}
 
 
+@pytest.mark.parametrize("metric", ["squad", "trivia_qa", "squad_once"])
+def test_every_right_answer_counts_and_not_only_the_first(metric):
+    asked = [Example(inputs="", target="a cat", references=("a cat", "big dog"), group="1")]
+    assert set(figures(metric, ["big dog"], asked).values()) == {100.0}
+    assert set(figures(metric, ["small mouse"], asked).values()) == {0.0}
+
+
 def test_word_f1_counts_each_word_as_often_as_it_occurs():
     assert word_f1("a b b", "b b b c") == pytest.approx(2 * 2 / (3 + 4))
     assert word_f1("", "a") == 0.0

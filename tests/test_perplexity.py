@@ -1,12 +1,13 @@
 """The held-out loss over several batches: what is counted, and what stays out of it."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
 from switchworks.batch import Batch
-from switchworks.evaluate.perplexity import mean_nats
+from switchworks.evaluate.perplexity import mean_nats, perplexity
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
 
 CONFIG = ModelConfig(
@@ -20,6 +21,12 @@ CONFIG = ModelConfig(
     init_scale=1.0,
     routing=RoutingConfig(experts=3, jitter=0.9, capacity_factor=0.1, min_capacity=1),
 )
+
+
+def test_the_perplexity_of_a_run_that_blew_up_is_infinite_and_ends_nothing():
+    assert perplexity(math.log(7)) == pytest.approx(7)
+    assert perplexity(800.0) == math.inf
+    assert math.isnan(perplexity(math.nan))
 
 
 def some_batches() -> list[Batch]:

@@ -133,6 +133,18 @@ def test_evaluation_drops_at_its_own_capacity_when_told_to():
     assert layer(torch.rand(1, 6, D) + 0.1)[1].routes.kept.sum() == 4
 
 
+def test_evaluation_with_a_capacity_takes_any_number_of_rows():
+    settings = {"capacity_factor": 1.0, "eval_capacity_factor": 2.0, "group_sequences": 4}
+    layer = new_layer(crowded=True, **settings)
+    with pytest.raises(ConfigError, match="A batch of 6 rows cannot be cut"):
+        layer(torch.rand(6, 6, D) + 0.1)
+    for rows, groups in ((6, 3), (3, 3), (1, 1), (8, 2)):
+        kept = layer.eval()(torch.rand(rows, 6, D) + 0.1)[1].routes.kept
+        assert kept.shape[0] == groups
+        slots = layer.config.capacity(6 * rows // groups, training=False)
+        assert kept.sum() == groups * slots
+
+
 def test_a_bfloat16_layer_routes_by_the_order_of_float32():
     """Fedus et al. 2021, section 2.4: the logits 256.5 and 256.504 are one number in bfloat16."""
     layer = new_layer(experts=2).bfloat16()

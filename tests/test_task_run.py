@@ -105,12 +105,12 @@ def test_evaluate_prints_a_table_and_writes_json_and_predictions(run_dir, tmp_pa
     assert all(COLOURS[line["inputs"].split()[-1]] == line["answers"][0] for line in predictions)
 
 
-def test_evaluate_ranks_the_labels_of_any_table(run_dir, table, tmp_path, capsys):
+def test_evaluate_ranks_the_labels_of_another_table_of_that_name(run_dir, tmp_path, capsys):
     other = tmp_path / "other.tsv"
     other.write_text("q\ta\n" + "".join(f"ball {i} is red\twarm\n" for i in range(40)))
-    words = [str(run_dir), "--tasks", f"other={other}", "--decode", "rank", "--split", "train"]
+    words = [str(run_dir), "--tasks", f"colours={other}", "--decode", "rank", "--split", "all"]
     assert main(["evaluate", *words, "--examples", "4"]) == 0
-    assert "4 of " in capsys.readouterr().out
+    assert "4 of 40" in capsys.readouterr().out
 
 
 def test_an_interrupted_run_goes_on_with_the_same_examples(
@@ -288,6 +288,29 @@ def test_a_model_directory_needs_tasks_with_names(tiny_run):
         evaluate_tasks(tiny_run, named_tasks(tiny_run / "model", (), None), Answering())
     with pytest.raises(ConfigError, match="There is no task 'rte'"):
         evaluate_tasks(tiny_run, named_tasks(tiny_run, ("rte,qqp",), None), Answering())
+
+
+def test_labels_and_metrics_of_a_run_are_for_its_own_tables(run_dir, table):
+    own = named_tasks(run_dir, (), None)
+    assert own.task_labels
+    again = named_tasks(run_dir, (f"colours={table}",), None)
+    other = named_tasks(run_dir, (f"numbers={table}",), None)
+    said = named_tasks(run_dir, (f"numbers={table}",), None, labels=("1", "2"), metrics=("squad",))
+    assert (again.task_labels, again.task_metrics) == (own.task_labels, own.task_metrics)
+    assert (other.task_labels, other.task_metrics) == ((), ("accuracy",))
+    assert (said.task_labels, said.task_metrics) == (("1", "2"), ("squad",))
+
+
+def test_evaluate_measures_all_of_another_table_by_the_labels_it_is_given(
+    tiny_run, tmp_path, capsys
+):
+    file = reviews(tmp_path / "numbers.csv", "".join(f"{i},{i % 2}\n" for i in range(30)))
+    words = ["evaluate", str(tiny_run), "--tasks", f"numbers={file}", "--split", "all"]
+    assert main([*words, "--decode", "rank", "--task-labels", "0", "1"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"numbers +all +30 ", said)
+    assert main([*words, "--task-labels", "1", "2"]) == 2
+    assert "'0' is not one of its labels, 1, 2" in capsys.readouterr().err
 
 
 def test_a_split_whose_labels_are_withheld_is_refused(tiny_run, tmp_path):

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,10 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from switchworks.config import ConfigError, DataError
+from switchworks.data.config import DataConfig
+from switchworks.data.task_corpora import places_of
 from switchworks.data.task_store import Counts, examples_of
 from switchworks.data.tasks import TASKS, Hub, Places, find_tasks
 from switchworks.data.tasks.own import fingerprint
-from switchworks.data.tasks.sources import parse_slice, read_tables
+from switchworks.data.tasks.sources import parse_slice, read_tables, tables_named
 from switchworks.evaluate.tasks import questions_of
 
 ROWS = [
@@ -61,6 +64,26 @@ def test_files_of_a_split_are_read_in_order_and_sliced_by_number(tmp_path):
     places = Places(tmp_path, tmp_path)
     assert [r["question"] for r in source.records("train", places)] == [f"q{i}" for i in range(5)]
     assert [r["question"] for r in source.records("validation", places)] == ["q5"]
+
+
+@pytest.mark.parametrize("other", ["train.jsonl", "train.csv.gz", "train-00000-of-00001.csv"])
+def test_a_split_that_is_there_twice_is_refused(other, tmp_path):
+    write(tmp_path / "train.csv", "a,b\n1,2\n")
+    assert [path.name for path in tables_named(tmp_path, "train")] == ["train.csv"]
+    write(tmp_path / other, "")
+    with pytest.raises(DataError, match=rf"more than once: .*{re.escape(other)}"):
+        tables_named(tmp_path, "train")
+
+
+def test_a_task_folder_that_is_not_there_is_refused_and_the_hub_not_asked(tmp_path):
+    with pytest.raises(ConfigError, match=r"data\.task_folder: .*absent is no folder"):
+        places_of(DataConfig(task_folder=str(tmp_path / "absent")))
+
+
+def test_half_of_a_pair_of_escapes_is_a_question_mark(tmp_path):
+    lines = '{"a": "cut \\ud83d", "b": ["\\uDE00"]}\n{"a": "\\ud83d\\ude00", "b": []}\n'
+    rows = list(read_tables([write(tmp_path / "posts.jsonl", lines)]))
+    assert rows == [{"a": "cut ?", "b": ["?"]}, {"a": "\U0001f600", "b": []}]
 
 
 def test_slices_are_numbers():
@@ -137,6 +160,15 @@ def test_a_table_of_two_columns_needs_no_more_than_its_path(tmp_path):
     assert not {e.inputs for e in train} & {e.inputs for e in held_out}
     example = min([*train, *held_out], key=lambda e: e.inputs)
     assert (example.inputs, example.target) == ("review 0", "0")
+
+
+def test_all_of_a_table_can_be_measured_and_so_can_a_folder_without_a_train_split(tmp_path):
+    rows = table(tmp_path / "test" / "test.csv")
+    for place, split in ((rows, "all"), (rows.parent, "test")):
+        (task,) = find_tasks([f"reviews={place}"])
+        assert len(questions_of(task, split, Places(tmp_path)).examples) == 100
+    with pytest.raises(DataError, match=r"has no train split\. It has: test"):
+        read(task, "train", Places(tmp_path))
 
 
 def test_the_first_row_says_which_of_two_columns_is_the_input(tmp_path):
@@ -267,7 +299,7 @@ def test_labels_outside_the_set_are_refused_with_the_record(tmp_path):
     [
         ("reviews=absent.csv", "absent.csv does not exist"),
         ("reviews=notes.txt", "notes.txt is no table"),
-        ("reviews=empty", "has no train.csv"),
+        ("reviews=empty", "has no train, validation or test that ends in"),
         ("reviews=reviews.csv:text", "neither a task nor NAME=PATH:INPUT:TARGET"),
         ("a b=reviews.csv", "neither a task nor NAME=PATH:INPUT:TARGET"),
         ("absent.py", "absent.py does not exist"),

@@ -6,12 +6,13 @@ et al. 2020; ANLI, ARC and Winogrande are ours.
 """
 
 import json
+from collections import Counter
 
 import pytest
 
 from switchworks.config import ConfigError, DataError
 from switchworks.data.task_store import open_task
-from switchworks.data.tasks import GROUPS, TASKS, UNKNOWN, Example, Places, find_tasks
+from switchworks.data.tasks import GROUPS, TASKS, UNKNOWN, Example, Places, Task, find_tasks
 from switchworks.data.tasks.docstrings import split_docstring, split_of
 from switchworks.data.tasks.translation import language_name
 from switchworks.data.tokenizer import ByteTokenizer
@@ -329,6 +330,46 @@ def test_similarities_are_rounded_to_fifths_in_float32_as_in_t5(score, text):
     # 2.9 * 5 is 14.5 in float32, which rounds to the even 14.
     record = PAIR | {"label": score}
     assert TASKS["glue_stsb"].examples(record, "train")[0].target == text
+
+
+def test_some_examples_of_multirc_are_whole_questions(tmp_path):
+    record = GOLDEN["super_glue_multirc"][0]
+    rows = [
+        record | {"idx": {"paragraph": 0, "question": place // 5, "answer": place % 5}}
+        for place in range(100)
+    ]
+    folder = tmp_path / "super_glue_multirc"
+    folder.mkdir()
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "validation.jsonl").write_text(lines, encoding="utf-8")
+    places = Places(tmp_path, tmp_path)
+    asked = questions_of(TASKS["super_glue_multirc"], "validation", places, 23)
+    assert asked.total == 100
+    sizes = Counter(example.group for example in asked.examples)
+    assert list(sizes.values()) == [5] * 4  # 23 of 100 are 4 of 20 questions
+    assert [group.split()[-1] for group in sizes] == ["0", "5", "10", "15"]
+
+
+@pytest.mark.parametrize(
+    ("made", "problem"),
+    [
+        (Example(inputs="q", target=3), "target = 3 is no text"),
+        (Example(inputs=None, target="a"), "inputs = None is no text"),
+        (Example(inputs="q", target="a", references=("a", None)), "references holds None"),
+    ],
+)
+def test_what_is_no_text_is_refused_with_its_record(made, problem, tmp_path):
+    task = Task(name="t", source=TASKS["xsum"].source, to_text=lambda record: made)
+    with pytest.raises(DataError, match=rf"cannot read a record of train: TypeError: {problem}"):
+        task.examples({"a": 1}, "train")
+
+
+def test_a_record_may_give_no_example_and_a_column_no_value():
+    task = Task(name="t", source=TASKS["xsum"].source, to_text=lambda record: None)
+    assert task.examples({"a": 1}, "train") == []
+    record = {"question1": "How so?", "question2": None, "label": 0}
+    (example,) = TASKS["glue_qqp"].examples(record, "train")
+    assert example.inputs == "qqp question1: How so? question2: "
 
 
 def test_multirc_groups_answers_by_their_question():

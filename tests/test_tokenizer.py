@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import sentencepiece
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from switchworks.config import DataError
 from switchworks.data.tokenizer import (
@@ -50,6 +52,39 @@ def t5_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("t5")
     (folder / "spiece.model").write_bytes(spiece())
     return folder
+
+
+@pytest.fixture(scope="module")
+def mt5() -> SentencePieceTokenizer:
+    """Laid out as mT5's file: the sentinels are its last pieces, with a space mark."""
+    proto = ModelProto.FromString(spiece())
+    for index in reversed(range(100)):
+        kind = ModelProto.SentencePiece.USER_DEFINED
+        proto.pieces.add(piece=f"\u2581<extra_id_{index}>", score=0.0, type=kind)
+    return SentencePieceTokenizer(proto.SerializeToString())
+
+
+def test_mt5_s_file_brings_its_sentinels_and_gets_no_more(mt5):
+    file = sentencepiece.SentencePieceProcessor(model_proto=mt5.model)
+    assert mt5.size == file.get_piece_size()
+    for index in (0, 57, 99):
+        assert mt5.sentinel(index) == file.piece_to_id(f"\u2581<extra_id_{index}>")
+    text = "the cat <extra_id_0> on a <extra_id_1>"
+    assert mt5.encode(text) == file.encode(text)
+    assert mt5.decode(mt5.encode(text)) == text
+
+
+def test_a_text_that_spells_a_sentinel_of_mt5_s_is_no_sentinel(mt5):
+    (ids,) = mt5.encode_batch(["the <extra_id_0> mat"], sentinels=False)
+    assert max(ids) < mt5.sentinel(99)
+    again = pickle.loads(pickle.dumps(mt5))
+    assert again.encode("a <extra_id_3> mat") == mt5.encode("a <extra_id_3> mat")
+    assert again.sentinel(3) in again.encode("a <extra_id_3> mat")
+
+
+def test_half_a_surrogate_pair_is_a_question_mark(trained):
+    for text in ("rain \ud83d fell", "the <extra_id_0> \udcff mat"):
+        assert trained.encode(text) == trained.encode(re.sub("[\ud800-\udfff]", "?", text))
 
 
 def test_pad_eos_and_unk_are_0_1_2_and_there_is_no_bos(trained):

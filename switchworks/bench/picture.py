@@ -33,7 +33,7 @@ def draw_sweep(rows: list[Row], file: Path) -> None:
     """Write `file`: measured step time against E, with its quartiles, and the line of traffic."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     ax = figure.subplots()
-    experts = [(row.details or {})["experts"] for row in rows]
+    experts = [(row.details or {})["side"]["experts"] for row in rows]
     lines = [row.peer or 0.0 for row in rows]
     ax.plot(experts, lines, "--", color=GREY, label="memory traffic")
     for number, row, line in zip(experts, rows, lines, strict=True):

@@ -33,8 +33,8 @@ def bench(
     """Measure, print a line as each row is there and a table at the end, and write the files.
 
     With `sweep_experts` only the sweep over E. The first row holds the conditions: command,
-    versions, processor. JSON and picture are written after every row, so that a run that is ended
-    early leaves what it has.
+    versions, processor. The JSON is written after every row, so that a run that is ended early
+    leaves what it has.
     """
     machine.keep_freed_memory()
     if config.threads:
@@ -48,9 +48,9 @@ def bench(
         rows.append(row)
         if json_file is not None:
             write_json(rows, json_file)
+    Console().print(table(rows[1:]))
     if picture is not None:
         (draw_sweep if sweep_experts else draw_bars)(rows[1:], picture)
-    Console().print(table(rows[1:]))
     for file in (json_file, picture):
         if file is not None:
             print(f"wrote {file.resolve()}")

@@ -4,7 +4,7 @@ Letters: E experts.
 """
 
 import statistics
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
 
@@ -82,5 +82,5 @@ def _row(side: Side, taken: list[float], line: float, bandwidth: float) -> Row:
         ratio=middle / line,
         spread=spread([each / line for each in taken]),
         note=f"line at {bandwidth / 1e9:.1f} GB/s",
-        details={"experts": side.experts, "seconds": taken, "traffic_bytes": traffic(side)},
+        details={"side": asdict(side), "seconds": taken, "traffic_bytes": traffic(side)},
     )

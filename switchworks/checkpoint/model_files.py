@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from switchworks.checkpoint import tensors
 from switchworks.checkpoint.files import MANIFEST, read_manifest, sha256, verify
 from switchworks.checkpoint.tensors import (
     SHARD_BYTES,
@@ -134,7 +135,7 @@ def is_model(path: Path) -> bool:
 
 def weight_files(path: Path) -> list[Path]:
     """Those that hold the weights of the model in `path`, of either format."""
-    return [f for f in sorted(_place(path).iterdir()) if f.suffix in (".safetensors", ".bin")]
+    return tensors.weight_files(_place(path))
 
 
 def weights_hash(path: Path) -> str:

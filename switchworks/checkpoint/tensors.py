@@ -71,18 +71,25 @@ def open_tensors(directory: Path) -> Tensors:
     Only plain tensors are read from .bin files, never other pickled objects. Raises
     CheckpointError for a file that is missing, torn or holds something else.
     """
+    files = weight_files(directory)
+    if not files:
+        raise CheckpointError(
+            f"{directory} holds no weights.\n"
+            "  Looked for model.safetensors and pytorch_model.bin, whole or in shards."
+        )
+    return _open_bin(files) if files[0].suffix == ".bin" else open_safetensors(files)
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files that `open_tensors` reads, of others that may be there none."""
     for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
         index, single = directory / f"{stem}.{ending}.index.json", directory / f"{stem}.{ending}"
-        opened = open_safetensors if ending == "safetensors" else _open_bin
         if index.exists():
             files = sorted(set(read_json(index).get("weight_map", {}).values()))
-            return opened([directory / file for file in files])
+            return [directory / file for file in files]
         if single.exists():
-            return opened([single])
-    raise CheckpointError(
-        f"{directory} holds no weights.\n"
-        "  Looked for model.safetensors and pytorch_model.bin, whole or in shards."
-    )
+            return [single]
+    return []
 
 
 def require_match(

@@ -27,7 +27,7 @@ from torch import Tensor
 from switchworks.batch import Batch
 from switchworks.compress.usage import Usage, measure_usage, watch_routers
 from switchworks.config import ConfigError
-from switchworks.model import SwitchFFN, SwitchTransformer
+from switchworks.model import ModelConfig, SwitchFFN, SwitchTransformer
 from switchworks.model.experts import Experts
 
 By = Literal["usage", "gates"]
@@ -91,7 +91,13 @@ _FIELD = {"usage": "tokens", "gates": "gates"}
 
 
 def _usage(model: SwitchTransformer, batches: Sequence[Batch], keep: int) -> dict[str, Usage]:
-    routing = model.config.routing
+    check_fewer(model.config, keep)
+    return measure_usage(model, batches)
+
+
+def check_fewer(config: ModelConfig, keep: int) -> None:
+    """Raises ConfigError if no model of `config` can be left with `keep` experts a layer."""
+    routing = config.routing
     if routing is None:
         raise ConfigError("The model is dense: there are no experts to drop or merge.")
     if keep < 1:
@@ -108,7 +114,6 @@ def _usage(model: SwitchTransformer, batches: Sequence[Batch], keep: int) -> dic
             "routing.strategy = expert_choice: experts pick as many tokens each, so none is used "
             "less than another.\n  Only models whose tokens choose can lose experts."
         )
-    return measure_usage(model, batches)
 
 
 def _best(worth: Float[Tensor, "E"], keep: int) -> list[int]:

@@ -10,6 +10,7 @@ from switchworks.checkpoint.model_files import save
 from switchworks.compress.fewer_experts import (
     By,
     Fewer,
+    check_fewer,
     dense_equivalent,
     merge_experts,
     prune_experts,
@@ -48,6 +49,7 @@ def reduce_directory(
     if batches < 1:
         raise ConfigError(f"--batches {batches} would read no text. Use at least 1.")
     model, tokenizer = open_model(source)
+    check_fewer(model.config, keep)  # before any text is read, which may take long
     if tokenizer is None:
         raise ConfigError(
             f"{source} holds no tokenizer, so no text can be read for it.\n"

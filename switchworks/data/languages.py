@@ -32,7 +32,13 @@ MC4 = tuple(
 _ALIASES = {"no": "nb"}
 """Where CLDR keeps a code for several languages and catalogs mean one of them."""
 _MC4_OF = {"he": "iw", "nb": "no", "nn": "no"}
-_MODIFIERS = {"latin": "Latn", "cyrillic": "Cyrl", "arabic": "Arab", "devanagari": "Deva"}
+_MODIFIERS = {
+    "latin": "Latn",
+    "iqtelif": "Latn",
+    "cyrillic": "Cyrl",
+    "arabic": "Arab",
+    "devanagari": "Deva",
+}
 _SEVERAL_SCRIPTS = "zh"
 _HAN = {"Hans": "Simplified Han", "Hant": "Traditional Han"}
 _AT_HOME = {"pt": "PT"}
@@ -71,6 +77,8 @@ def normalise(code: str) -> str:
     modifier = modifier.lower()
     if modifier in _MODIFIERS:
         script = _MODIFIERS[modifier]
+    elif modifier.title() in _english().scripts:
+        script = modifier.title()
     elif modifier and modifier != "euro":
         variant = modifier
     if language not in _known():
@@ -94,7 +102,7 @@ def english_name(code: str) -> str:
 def script_of(code: str) -> str:
     """The script, in ISO 15924, that a normalised code says or implies: Cyrl for ru."""
     for part in code.split("-")[1:]:
-        if len(part) == 4 and part.isalpha():
+        if part in _english().scripts:
             return part
     return _likely(code.split("-")[0])[1]
 

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 from switchworks.batch import Batch
-from switchworks.config import DataError
+from switchworks.config import ConfigError, DataError
 from switchworks.data.config import DataConfig
 from switchworks.data.corpora import Corpora, HeldOut
 from switchworks.data.pipeline import VALIDATION_SEED
@@ -151,8 +151,14 @@ class TaskCorpora(Corpora):
 
 
 def places_of(config: DataConfig) -> Places:
-    """Where the tasks of `config` have their data."""
+    """Where the tasks of `config` have their data. Raises ConfigError for a folder that is not
+    there, instead of which the Hub would be read."""
     folder = None if config.task_folder is None else Path(config.task_folder).expanduser()
+    if folder is not None and not folder.is_dir():
+        raise ConfigError(
+            f"data.task_folder: {folder} is no folder.\n  Name the one with a folder for each "
+            "task: --data.task-folder FOLDER (evaluate: --task-folder)."
+        )
     return Places(cache_folder(config), folder, config.validation_share)
 
 

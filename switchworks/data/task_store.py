@@ -120,8 +120,9 @@ def examples_of(
     if not counts.examples:
         raise DataError(
             f"Task {task.name!r} has no examples in {split}, of {counts.empty} without a target.\n"
-            "  Of a table that is one file, --data.validation-share says how much is held out, by "
-            "a hash of the inputs."
+            "  Of a table that is one file, --data.validation-share says how much training holds "
+            "out, by a hash of the inputs;\n"
+            "  `switchworks evaluate --split all` measures all of it."
         )
 
 

@@ -154,13 +154,21 @@ class ByteTokenizer(Tokenizer):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model with 100 sentinels above its pieces. `model` is the file's content."""
+    """A SentencePiece model with 100 sentinels above its pieces. `model` is the file's content.
+
+    In T5's file the sentinels are not, in mT5's they are the last 100 pieces.
+    """
 
     def __init__(self, model: bytes, *, source: str = MODEL_FILE) -> None:
         self.model = model
         self._exact = _processor(model, source)
         _check_layout(self._exact, source)
         self._pieces = self._exact.get_piece_size()
+        self._plain = model
+        if _holds_sentinels(self._exact, source):
+            self._pieces -= self.num_sentinels
+            self._plain = _without_sentinels(model, self._pieces)
+            self._exact = _processor(self._plain, source)
         # T5 models squeeze runs of white space; ours keep them.
         self._squeezes = self._exact.encode("a  b") == self._exact.encode("a b")
 
@@ -182,6 +190,8 @@ class SentencePieceTokenizer(Tokenizer):
     def encode_batch(
         self, texts: Sequence[str], *, sentinels: bool = True, threads: int = 1
     ) -> list[np.ndarray]:
+        # Lone surrogates cannot be written as UTF-8; they become "?".
+        texts = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
         whole = [not (sentinels and "<extra_id_" in text) for text in texts]
         plain = [text for text, is_plain in zip(texts, whole, strict=True) if is_plain]
         encoded = iter(self._exact.encode(plain, num_threads=threads) if plain else [])
@@ -193,7 +203,7 @@ class SentencePieceTokenizer(Tokenizer):
     @cached_property
     def _glued(self) -> sentencepiece.SentencePieceProcessor:
         """The same model, but it puts no space in front of a text."""
-        proto = ModelProto.FromString(self.model)
+        proto = ModelProto.FromString(self._plain)
         proto.normalizer_spec.add_dummy_prefix = False
         return _processor(proto.SerializeToString(), MODEL_FILE)
 
@@ -376,12 +386,33 @@ def _check_layout(processor: sentencepiece.SentencePieceProcessor, source: str) 
             "T5's layout has them at 0, 1, 2.\n"
             "  Use a T5 or mT5 spiece.model, or --data.tokenizer train."
         )
-    if processor.piece_to_id("<extra_id_0>") != UNK_ID:
-        raise DataError(
-            f"{source} already holds <extra_id_0> as a piece, so 100 sentinels cannot be put "
-            "above its pieces as in T5.\n"
-            "  Use a T5 or mT5 spiece.model, or --data.tokenizer train."
-        )
+
+
+def _holds_sentinels(processor: sentencepiece.SentencePieceProcessor, source: str) -> bool:
+    """Whether the last 100 pieces are the sentinels, the first of them at the end.
+
+    Raises DataError if there are sentinels in other places.
+    """
+    total, count = processor.get_piece_size(), SentencePieceTokenizer.num_sentinels
+    for space in ("\u2581", ""):  # mT5's have a space mark
+        found = [processor.piece_to_id(f"{space}<extra_id_{index}>") for index in range(count)]
+        if found == [total - 1 - index for index in range(count)]:
+            return True
+        if set(found) != {UNK_ID}:
+            raise DataError(
+                f"{source} already holds <extra_id_0> or another sentinel as a piece, and not "
+                "all 100 at its end as in mT5.\n"
+                "  Use a T5 or mT5 spiece.model, or --data.tokenizer train."
+            )
+    return False
+
+
+def _without_sentinels(model: bytes, first: int) -> bytes:
+    """`model` so that no text is encoded as a piece from `first` on; ids stay as they are."""
+    proto = ModelProto.FromString(model)
+    for piece in proto.pieces[first:]:
+        piece.type = ModelProto.SentencePiece.UNUSED
+    return proto.SerializeToString()
 
 
 def _write_settings(directory: Path, settings: dict[str, str]) -> None:

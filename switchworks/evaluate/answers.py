@@ -132,7 +132,7 @@ def check_choices(task: Task, examples: Sequence[Example]) -> None:
     if not all(example.choices or task.labels for example in examples):
         raise ConfigError(
             f"Task {task.name!r} has no closed set of answers to rank.\n"
-            "  Use --decode greedy, or name the tasks that have one."
+            "  Use --decode greedy, or say which answers a table has: --task-labels no yes."
         )
 
 

@@ -7,8 +7,9 @@
 
 An encoder-decoder model reads the context, with EOS, in its encoder, and what is scored or written
 is its decoder's; context and continuation are tokenised apart. A decoder-only model reads both as
-one text, tokenised together. Neither is asked for EOS after a continuation. Contexts that are too
-long lose their beginning, as in the harness's own models.
+one text, tokenised together, unless a token would lie across the seam. Neither is asked for EOS
+after a continuation. Contexts that are too long lose their beginning, as in the harness's own
+models.
 
 `lm_eval` is not a dependency. It is imported by `harness_model` only.
 Letters: B sequences, T tokens of a continuation, V vocabulary.
@@ -72,7 +73,11 @@ class Scorer:
         before = self.tokenizer.encode(stripped) if stripped else []
         if not (self.alone and before):
             return Pair(before, self.tokenizer.encode(text))
-        return Pair(before, self.tokenizer.encode(stripped + text)[len(before) :])
+        whole = self.tokenizer.encode(stripped + text)
+        if whole[: len(before)] != before or len(whole) == len(before):
+            # They grow together at the seam ("under" + "stand"), so each is read for itself.
+            return Pair(before, self.tokenizer.encode(text))
+        return Pair(before, whole[len(before) :])
 
     @torch.no_grad()
     def score(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:

@@ -1,7 +1,6 @@
 """The held-out loss of a model on disk, on the text of its run or another."""
 
 import logging
-import math
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -14,7 +13,7 @@ from switchworks.config import CheckpointError
 from switchworks.data.corpora import Corpora, prepare_corpora
 from switchworks.data.of_run import about_of, data_of_run, text_for
 from switchworks.device import compute_device
-from switchworks.evaluate.perplexity import held_out_losses
+from switchworks.evaluate.perplexity import held_out_losses, perplexity
 from switchworks.model import SwitchTransformer
 
 NEARLY_ALL = 1 - 1e-9
@@ -43,7 +42,7 @@ def evaluate_run(
     rows = chain.from_iterable(held_out.batches.values())
     return {
         "loss": loss,
-        "perplexity": math.exp(loss),
+        "perplexity": perplexity(loss),
         "negative_log_perplexity": -loss,
         "target_tokens": sum(int((batch.targets != 0).sum()) for batch in rows),
         **{f"loss/{name}": of_it for name, of_it in by_corpus.items()},

@@ -1,5 +1,6 @@
 """Held-out loss: the number the paper calls negative log perplexity, with its sign turned."""
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -8,6 +9,11 @@ from switchworks.batch import Batch
 from switchworks.data.corpora import HeldOut
 from switchworks.model import SwitchTransformer
 from switchworks.parallel import ALONE, Ranks
+
+
+def perplexity(loss: float) -> float:
+    """exp of a loss in nats; infinite where that is more than a float can hold."""
+    return math.inf if loss > 700 else math.exp(loss)
 
 
 @torch.no_grad()

@@ -17,17 +17,38 @@ from switchworks.evaluate.metrics import check_metrics
 from switchworks.evaluate.tasks import TaskResult, measure, questions_of
 
 
-def named_tasks(path: Path, tasks: Sequence[str], folder: Path | None) -> DataConfig:
+def named_tasks(
+    path: Path,
+    tasks: Sequence[str],
+    folder: Path | None,
+    *,
+    labels: tuple[str, ...] = (),
+    metrics: tuple[str, ...] = (),
+) -> DataConfig:
     """The data settings to evaluate with: those of the run in `path` if it is one, with `tasks`
-    in place of its own if any are named, and their local copies in `folder`."""
+    in place of its own if any are named, and their local copies in `folder`.
+
+    `labels` and `metrics` are those of tables. Without them a table has those of the run if the run
+    had one of that name, else accuracy of any text.
+    """
     data = data_of_run(path) or DataConfig()
     named = tuple(name for entry in tasks for name in entry.split(",") if name)
     if named:
         room = data.input_length or DataConfig().input_length  # causal text has none for inputs
+        if not {_name(entry) for entry in named} & {_name(entry) for entry in data.tasks}:
+            data = replace(data, task_labels=(), task_metrics=DataConfig.task_metrics)
         data = replace(data, tasks=named, mixture=(), input_length=room, task_packing="auto")
+    if labels:
+        data = replace(data, task_labels=labels)
+    if metrics:
+        data = replace(data, task_metrics=metrics)
     if folder is not None:
         data = replace(data, task_folder=str(folder))
     return data
+
+
+def _name(entry: str) -> str:
+    return entry.partition("=")[0]
 
 
 def evaluate_tasks(

@@ -62,7 +62,8 @@ class TaskResult:
 
 
 def questions_of(task: Task, split: str, places: Places, most: int = 0) -> Questions:
-    """The examples of a split, or at most `most` of them, evenly spread over it.
+    """The examples of a split, or at most `most` of them, evenly spread over it. Those of one group
+    are judged together and stay together, so of groups there may be a few more or less.
 
     Raises DataError if there is no such split, no data, or if its labels are withheld.
     """
@@ -76,8 +77,20 @@ def questions_of(task: Task, split: str, places: Places, most: int = 0) -> Quest
         )
     unanswered, total = counts.empty + len(read) - len(found), len(found)
     if most and total > most:
-        found = [found[place * total // most] for place in range(most)]
+        found = _spread(found, most)
     return Questions(task, split, tuple(found), total, unanswered)
+
+
+def _spread(examples: list[Example], most: int) -> list[Example]:
+    """About `most` of more `examples`, evenly spread: whole groups, where there are groups."""
+    if all(example.group is None for example in examples):
+        return [examples[place * len(examples) // most] for place in range(most)]
+    groups: dict[str | None, list[Example]] = {}
+    for example in examples:
+        groups.setdefault(example.group, []).append(example)
+    together, number = list(groups.values()), max(1, most * len(groups) // len(examples))
+    places = (place * len(together) // number for place in range(number))
+    return [example for place in places for example in together[place]]
 
 
 def measure(

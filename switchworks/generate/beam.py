@@ -29,6 +29,10 @@ NEVER = -1e9
 """The score of what may not be chosen. Finite, so that sums of it are no NaN."""
 
 
+MOST = 10
+"""The greatest power of the length."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class BeamSearch:
     """How many beams, and how texts of different lengths compare."""
@@ -47,6 +51,11 @@ class BeamSearch:
     def __post_init__(self) -> None:
         if self.beams < 1:
             raise ConfigError(f"beams = {self.beams} must be at least 1, which is greedy.")
+        if not abs(self.length_penalty) <= MOST:
+            raise ConfigError(
+                f"length_penalty = {self.length_penalty} must lie between -{MOST} and {MOST}. T5 "
+                "used 0.6."
+            )
 
     def divisor(self, length: int) -> float:
         """What the log-probability of a text of `length` tokens is divided by."""

@@ -1,8 +1,8 @@
 """Decoding one token after another with a key and value cache.
 
-No token is ever dropped here (see `RoutingConfig.eval_capacity_factor`), so a sequence's answer
-does not depend on its neighbours in the batch, and decoding with the cache gives what a full
-forward pass gives.
+Unless `RoutingConfig.eval_capacity_factor` asks for it no token is ever dropped here, so a
+sequence's answer does not depend on its neighbours in the batch, and decoding with the cache gives
+what a full forward pass gives.
 
 Letters: B sequences, L input or prompt length, T tokens written.
 """
@@ -29,10 +29,12 @@ def generate(
     sampling: Sampling | None = None,
     beams: BeamSearch | None = None,
     ranks: Ranks = ALONE,
+    generator: torch.Generator | None = None,
 ) -> Int[Tensor, "B T"]:
     """The tokens `model` writes for `inputs`, each row ended by EOS and then padded with 0.
 
-    Greedily, or as `sampling` or `beams` say.
+    Greedily, or as `sampling` or `beams` say. Chance comes from `generator` if there is one, else
+    it begins with the sampling's seed at every call.
 
     For a decoder-only model the inputs are prompts without EOS, padded on either side, and the
     tokens are what follows them.
@@ -55,7 +57,9 @@ def generate(
         )
     if beams is not None and ranks.mesh is not None:
         raise ConfigError("beams are for a model on one rank. Leave them out, or load it there.")
-    generator = torch.Generator(inputs.device).manual_seed(sampling.seed)
+    check_shape(model, inputs)
+    if generator is None:
+        generator = torch.Generator(inputs.device).manual_seed(sampling.seed)
     was_training = model.training
     model.eval()
     try:
@@ -65,6 +69,19 @@ def generate(
             return _decode(model, inputs, max_length, sampling, generator, ranks)
     finally:
         model.train(was_training)
+
+
+def check_shape(model: SwitchTransformer, inputs: Tensor) -> None:
+    """Raises ConfigError unless `inputs` are texts that `model` can begin with."""
+    if inputs.dim() != 2 or not inputs.shape[0]:
+        raise ConfigError(
+            f"inputs of shape {list(inputs.shape)} are not [batch, length] with a row or more.\n"
+            "  One text is inputs[None]."
+        )
+    if not inputs.shape[1] and not model.config.decoder_only:
+        raise ConfigError(
+            "inputs of length 0 leave an encoder nothing to read: give it EOS at least."
+        )
 
 
 def _decode(

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from switchworks.config import ConfigError
 
+LEAST = 1e-4
+"""The least temperature but 0: below it, scores would leave float32."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -25,10 +28,10 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
+        if self.temperature and not LEAST <= self.temperature < math.inf:
             raise ConfigError(
-                f"temperature = {self.temperature} must be 0 or more. 0 is greedy, 1 samples "
-                "the model's own distribution."
+                f"temperature = {self.temperature} must be 0 or at least {LEAST}. 0 is greedy, 1 "
+                "samples the model's own distribution."
             )
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"top_k = {self.top_k} must be at least 1.")

@@ -77,7 +77,7 @@ def answer_lines(
     An empty line stays empty. Raises ConfigError if there is nothing to read.
     """
     try:
-        lines = source.read_text(encoding="utf-8").splitlines()
+        lines = _lines(source.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"{source} cannot be read: {error}.\n  --file takes UTF-8 text, one text in each line."
@@ -92,6 +92,12 @@ def answer_lines(
     if output is not None:
         output.write_text("".join(f"{text}\n" for text in answers), encoding="utf-8")
     return answers
+
+
+def _lines(text: str) -> list[str]:
+    """As other programs count them, and not as `splitlines`, which ends one at U+2028 as well."""
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    return lines[:-1] if not lines[-1] else lines
 
 
 def fill_texts(
@@ -131,11 +137,17 @@ def _written(
 ) -> list[list[int]]:
     """The tokens that the model writes for each of `inputs`, in their order."""
     written: list[list[int]] = [[] for _ in inputs]
+    device = model.embedding.weight.device
+    generator = torch.Generator(device).manual_seed(how.sampling.seed)  # one, so that none repeats
     for places in batches_by_length([len(ids) for ids in inputs], how.batch_size):
         batch = pad([torch.tensor(inputs[place], dtype=torch.long) for place in places])
-        batch = batch.to(model.embedding.weight.device)
         found = generate(
-            model, batch, max_length=how.max_length, sampling=how.sampling, beams=how.beams
+            model,
+            batch.to(device),
+            max_length=how.max_length,
+            sampling=how.sampling,
+            beams=how.beams,
+            generator=generator,
         )
         for place, ids in zip(places, found.tolist(), strict=True):
             written[place] = ids

@@ -6,6 +6,7 @@ Works alone in anybody's model: `y, routing = SwitchFFN(d_model, d_ff, RoutingCo
 Letters: B sequences, L length, G groups, S tokens per group, E experts, D model width.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -90,8 +91,9 @@ class SwitchFFN(nn.Module):
         """(y, routing): y = gate * expert(x), and 0 for dropped and padded tokens.
 
         `real` is False at padding, which takes no slot and counts in no loss; None: all real.
-        Dropped tokens rely on the residual connection around the layer. Raises ConfigError if
-        capacity is limited and `group_sequences` does not divide B.
+        Dropped tokens rely on the residual connection around the layer. In training ConfigError is
+        raised if capacity is limited and `group_sequences` does not divide B; else the groups are
+        then of the largest size that divides both.
         """
         if real is None:
             real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
@@ -118,17 +120,16 @@ class SwitchFFN(nn.Module):
         """Number of groups in the batch, and slots per expert in each."""
         rows, length, _ = x.shape
         size = self.config.group_sequences
-        if not self.training and self.config.strategy == "expert_choice":
-            size = 1  # a row's answer must not depend on its neighbours
+        if not self.training:  # any number of rows; of expert choice each must not see the others
+            size = 1 if self.config.strategy == "expert_choice" else math.gcd(rows, size)
         capacity = self.config.capacity(size * length, training=self.training)
-        if rows % size == 0:
-            return rows // size, capacity
-        if capacity is None:
-            return rows, None  # nothing is dropped, so groups only matter to the statistics
-        raise ConfigError(
-            f"A batch of {rows} rows cannot be cut into groups of routing.group_sequences = {size}."
-            f"\n  Use a batch size that is a multiple of {size}, or smaller groups."
-        )
+        if rows % size and capacity is not None:
+            raise ConfigError(
+                f"A batch of {rows} rows cannot be cut into groups of routing.group_sequences = "
+                f"{size}.\n  Use a batch size that is a multiple of {size}, or smaller groups."
+            )
+        # Without a limit nothing is dropped, so groups only matter to the statistics.
+        return rows if rows % size else rows // size, capacity
 
 
 def statistics(

@@ -32,6 +32,9 @@ from switchworks.report.runs import Run, crossing, read_run
 LOSS, BITS = "val/loss/", "val/bits_per_byte/"
 ROWS = 64
 """Of a batch that last qualities are measured on."""
+ROUTED = 4
+"""Batches of each language that routing is counted on: with fewer tokens chance alone would part
+languages that are routed alike."""
 THRESHOLDS = (1.0, 2.0, 4.0)
 """Of the step speed-up; the paper has 91 % of its languages at 4 or more."""
 
@@ -196,7 +199,7 @@ def write_languages(run_dirs: Sequence[Path], out: Path, *, batches: int = 16) -
     draw_quality(out / "quality.png", names, dense, switch)
     draw_speedups(out / "speedups.png", [one.step_speedup for one in found])
     model, corpora = open_run(next(run for run in runs if run.sparse).path)
-    held_out = corpora.held_out(batch_size=16, batches=1)
+    held_out = corpora.held_out(batch_size=ROWS, batches=ROUTED * len(found))
     write_routing(out, routing_by_language(model, held_out.batches))
     return summary(found)
 

@@ -19,8 +19,9 @@ class BestConfig:
     """Which of the weights that a run passes through become its model, and when it has enough."""
 
     metric: str = "auto"
-    """Any number in metrics.jsonl: val/loss, val/loss/CORPUS, task/NAME/accuracy. auto: task/mean
-    where tasks are measured (data.tasks), else val/loss. Averages of training (train/...) begin
+    """Any number in metrics.jsonl: val/loss, val/loss/CORPUS, task/NAME/accuracy. auto: where
+    tasks are measured (data.tasks) task/mean, or the benchmark's average if they are "glue" or
+    "super_glue"; else val/loss. Averages of training (train/...) begin
     anew when a run is resumed; the others do not know of it."""
     mode: Literal["auto", "min", "max"] = "auto"
     """Whether the least or the greatest is the best. auto: the least of a loss or perplexity, the
@@ -44,10 +45,12 @@ class BestConfig:
                 "  Say --best.mode max or --best.mode min."
             )
 
-    def chosen(self, *, tasks: bool) -> "BestConfig":
-        """The same with a metric that has a name; `tasks` says whether tasks are measured."""
+    def chosen(self, *, tasks: tuple[str, ...]) -> "BestConfig":
+        """The same with a metric that has a name; `tasks` are those that are measured."""
         if self.metric != "auto":
             return self
+        if tasks in (("glue",), ("super_glue",)):
+            return replace(self, metric=f"task/{tasks[0]}")
         return replace(self, metric="task/mean" if tasks else "val/loss")
 
     @property
@@ -76,8 +79,9 @@ class Experiment:
     float64 is for checking that two ways to compute the same agree.
     auto takes whichever this machine multiplies faster, once, when the run begins."""
     kernels: Literal["reference", "fast"] = "reference"
-    """fast: attention and norms by `switchworks.kernels`, which compute the same within rounding
-    and keep less memory. docs/speed.md says what has been measured."""
+    """fast: attention, norms, experts and look-ups by `switchworks.kernels`, which compute the same
+    within rounding and keep less memory. On a CPU jitter and dropout inside experts are other
+    numbers of the same distribution. docs/speed.md says what has been measured."""
     activation_checkpointing: bool = False
     """Keep only each block's input and its routing, and compute the rest again in the backward
     pass: less memory for about a third more time. The result is the same."""
@@ -135,6 +139,7 @@ class Experiment:
         self._check_compile()
         self._check_best()
         self._check_objective()
+        self._check_distil()
         self._check_rows()
         self._check_groups()
 
@@ -146,7 +151,7 @@ class Experiment:
     @property
     def chosen_best(self) -> BestConfig | None:
         """`best` with a metric that has a name."""
-        measured = bool(self.data.tasks and self.evaluate_every)
+        measured = self.data.tasks if self.evaluate_every else ()
         return self.best and self.best.chosen(tasks=measured)
 
     @property
@@ -204,6 +209,14 @@ class Experiment:
             raise ConfigError(
                 "data.objective = 'causal' gives an encoder nothing to read.\n"
                 "  Set --model.decoder-only, or --data.objective span_corruption."
+            )
+
+    def _check_distil(self) -> None:
+        if self.distil and self.distil.ffn != "fresh" and self.model.routing is not None:
+            raise ConfigError(
+                f"distil.ffn = {self.distil.ffn} makes dense FFNs of the teacher's experts, and "
+                "the student has experts of its own.\n"
+                "  Leave it out, or teach a dense model: --routing none."
             )
 
     def _check_rows(self) -> None:

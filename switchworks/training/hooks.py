@@ -1,6 +1,5 @@
 """What happens beside training: progress, validation, samples of text, checkpoints."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -16,7 +15,7 @@ from switchworks.checkpoint.training_state import Checkpoints
 from switchworks.data.corpora import HeldOut
 from switchworks.data.mixture import Mixture
 from switchworks.data.tokenizer import Tokenizer
-from switchworks.evaluate.perplexity import held_out_losses
+from switchworks.evaluate.perplexity import held_out_losses, perplexity
 from switchworks.generate import generate
 from switchworks.generate.continuation import continuation
 from switchworks.generate.fill_in import fill, parse_fills
@@ -155,7 +154,7 @@ class Validate:
             | {bits_key(name): of_it for name, of_it in self._bits(loss, by_corpus).items()}
             | {f"epoch/{name}": times for name, times in epochs.items()},
         )
-        line = f"step {state.step}  held-out loss {loss:.3f}  perplexity {math.exp(loss):.1f}"
+        line = f"step {state.step}  held-out loss {loss:.3f}  perplexity {perplexity(loss):.1f}"
         print(line + in_few_words(by_corpus) + read_in_few_words(epochs), flush=True)
 
     def _bits(self, loss: float, by_corpus: Mapping[str, float]) -> dict[str, float]:
@@ -226,11 +225,12 @@ class Samples:
                 print(f"step {state.step}  {_in_a_line(sample, continues)}", flush=True)
 
     def _fill_ins(self, state: TrainState) -> list[dict[str, str]]:
-        answers = self._generate(state, self.batch.inputs, self.batch.targets.shape[1])
+        inputs, targets = first_pieces(self.batch)
+        answers = self._generate(state, inputs, targets.shape[1])
         return [
             {
-                "inputs": self.tokenizer.decode(self.batch.inputs[row].tolist()),
-                "truth": self.tokenizer.decode(self.batch.targets[row].tolist()),
+                "inputs": self.tokenizer.decode(inputs[row].tolist()),
+                "truth": self.tokenizer.decode(targets[row].tolist()),
                 "prediction": self.tokenizer.decode(answer),
             }
             for row, answer in enumerate(answers)
@@ -263,6 +263,16 @@ def _in_a_line(sample: Mapping[str, str], continues: bool) -> str:
         beginning, rest = (" ".join(sample[name].split()) for name in ("inputs", "prediction"))
         return f"continued: ... {beginning[-150:]} [{rest[:150]}] ..."
     return f"fill-in: {fill(sample['inputs'], parse_fills(sample['prediction']))[:300]} ..."
+
+
+def first_pieces(batch: Batch) -> tuple[Int[Tensor, "B L"], Int[Tensor, "B T"]]:
+    """Inputs and targets of each row's first example; holes are counted anew in every example."""
+    if batch.input_segments is None or batch.target_segments is None:
+        return batch.inputs, batch.targets
+    return (
+        batch.inputs.masked_fill(batch.input_segments != 1, 0),
+        batch.targets.masked_fill(batch.target_segments != 1, 0),
+    )
 
 
 def longest_pieces(batch: Batch) -> list[Int[Tensor, "T"]]:

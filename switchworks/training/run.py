@@ -55,6 +55,7 @@ from switchworks.training.run_directory import (
     may_resume,
     require_same_beginning,
     require_same_text,
+    require_writable,
 )
 from switchworks.training.settle import (
     check_beginning,
@@ -123,6 +124,8 @@ def _train(
     experiment = replace(experiment, precision=ranks.all(experiment.precision)[0])
     # Before text is read, which may take long; the vocabulary is not known yet.
     may_resume(run_dir, experiment, resume=resume, ignoring=frozenset({"model.vocab_size"}))
+    if ranks.first:
+        require_writable(run_dir)
     if init is not None:
         require_shape(experiment, init)
     logits = open_logits(experiment)

@@ -12,6 +12,7 @@ report.html
 """
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,16 @@ def may_resume(
             "  Add --resume to go on where it stopped, or choose another --run-dir."
         )
     return True
+
+
+def require_writable(path: Path) -> None:
+    """Raises ConfigError if nothing can be written to `path`, which need not be there yet."""
+    place = path
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        what = "may not be written" if place.is_dir() else "is no folder"
+        raise ConfigError(f"--run-dir {path} cannot be: {place} {what}.\n  Choose another one.")
 
 
 def _may_be_longer(path: Path, found: Experiment, experiment: Experiment) -> bool:

@@ -33,7 +33,8 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Table(Source):
-    """A table file, part of which is held out by a hash of its inputs, or a folder of splits.
+    """A table file, part of which is held out by a hash of its inputs, or a folder of splits. The
+    split `all` of a file is both parts.
 
     The records have the columns `inputs` and `targets`, whatever the table calls them.
     """
@@ -45,17 +46,17 @@ class Table(Source):
     @property
     def splits(self) -> tuple[str, ...]:
         if self.path.is_file():
-            return ("train", "validation")
+            return ("train", "validation", "all")
         return tuple(split for split in SPLITS if tables_named(self.path, split))
 
     def records(self, split: str, places: Places) -> Iterator[Record]:
-        held_out = {"train": False, "validation": True}
+        parted = self.path.is_file() and split != "all"
         for record in read_tables(self._files(split)):
             source, target = self._named(record)
             inputs = _text(record[source])
-            if self.path.is_file():
-                share = places.validation_share
-                if is_validation(inputs, share) != held_out[split]:
+            if parted:
+                held_out = is_validation(inputs, places.validation_share)
+                if held_out != (split == "validation"):
                     continue
             yield {"inputs": inputs, "targets": _text(record[target])}
 
@@ -79,10 +80,11 @@ class Table(Source):
     @cached_property
     def _settled(self) -> tuple[str, str]:
         """The columns for input and target. In JSONL every row has an order of its own, so where
-        they are not named the first row of what is trained on says which is which."""
+        they are not named the first row of the first split there is says which is which."""
         if self.columns is not None:
             return self.columns
-        names = list(next(iter(read_tables(self._files("train"))), {"inputs": "", "targets": ""}))
+        files = self._files(self.splits[0])
+        names = list(next(iter(read_tables(files)), {"inputs": "", "targets": ""}))
         if len(names) != 2:
             raise DataError(
                 f"{self.path} has {len(names)} columns: {', '.join(names)}.\n  Say which are "
@@ -117,11 +119,12 @@ def table_task(entry: str, *, metrics: tuple[str, ...], labels: tuple[str, ...])
             f"data.tasks: {place} {what}.\n  A task's examples are in a file that ends in "
             f"{', '.join(FORMATS)}, or in a folder with train.csv and the like."
         )
-    if place.is_dir() and not tables_named(place, "train"):
-        raise ConfigError(
-            f"data.tasks: the folder {place} has no train.csv, .tsv, .jsonl or .parquet."
-        )
     source = Table(place, (columns[0], columns[1]) if columns else None)
+    if not source.splits:
+        raise ConfigError(
+            f"data.tasks: the folder {place} has no {', '.join(SPLITS[:-1])} or {SPLITS[-1]} "
+            f"that ends in {', '.join(FORMATS)}.\n  Name its files after splits: train.csv."
+        )
     return Task(name=name, source=source, to_text=pair, metrics=metrics, labels=labels)
 
 

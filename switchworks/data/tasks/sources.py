@@ -162,12 +162,25 @@ def parse_slice(name: str) -> tuple[str, int, int | None]:
 
 
 def tables_named(folder: Path, split: str) -> list[Path]:
-    """The table files of `folder` that hold `split`: SPLIT.csv, or SPLIT-00000-of-00002.parquet."""
-    return [
+    """The table files of `folder` that hold `split`: SPLIT.csv, or SPLIT-00000-of-00002.parquet.
+
+    Raises DataError if they are not one file or the numbered parts of one: then they say the same
+    twice, as a table and its conversion do.
+    """
+    found = [
         path
         for path in sorted(folder.iterdir())
         if table_format(path) and re.fullmatch(rf"{re.escape(split)}(-\d.*)?", _stem(path))
     ]
+    endings = {path.name[len(_stem(path)) :].lower() for path in found}
+    whole = [path for path in found if _stem(path) == split]
+    if len(endings) > 1 or (whole and len(found) > 1):
+        names = ", ".join(path.name for path in found)
+        raise DataError(
+            f"{folder} has the split {split!r} more than once: {names}.\n"
+            "  Keep one file, or its numbered parts, and take the others out of the folder."
+        )
+    return found
 
 
 def table_format(path: Path) -> str | None:
@@ -222,7 +235,13 @@ def _jsonl(path: Path) -> Iterator[Record]:
             raise DataError(f"{path}:{number} is not JSON: {error}.") from error
         if not isinstance(row, dict):
             raise DataError(f"{path}:{number} is not a JSON object with the columns as keys.")
-        yield row
+        yield _whole(row) if "\\ud" in line.lower() else row
+
+
+def _whole(row: Record) -> Record:
+    """The row with "?" for half of a pair of escapes (\\ud83d alone), which no text has and which
+    posts that were cut off end in."""
+    return json.loads(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace"))
 
 
 def _delimited(path: Path, delimiter: str) -> Iterator[Record]:

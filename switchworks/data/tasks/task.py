@@ -36,7 +36,7 @@ class Example:
         return self.references or (self.target,)
 
 
-ToText = Callable[[Record], Example | Iterable[Example]]
+ToText = Callable[[Record], Example | Iterable[Example] | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class Task:
     name: str
     source: Source
     to_text: ToText
-    """A record as one example or several, or none to leave it out."""
+    """A record as one example or several; None or no example leaves it out."""
     metrics: tuple[str, ...] = ("accuracy",)
     """Names in `evaluate.metrics.METRICS`. A task's score is the mean of their figures."""
     labels: tuple[str, ...] = ()
@@ -65,7 +65,9 @@ class Task:
         to_text = self.training_text if training and self.training_text else self.to_text
         try:
             made = to_text(_Row(record))
-            examples = [made] if isinstance(made, Example) else list(made)
+            examples = [made] if isinstance(made, Example) else list(made or ())
+            for example in examples:
+                _check_texts(example)
         except _MissingColumnError as error:
             raise DataError(
                 f"Task {self.name!r} needs a column {error.args[0]!r}, which the {split} data has "
@@ -83,6 +85,18 @@ class Task:
                     f"{', '.join(self.labels)}.\n  Found with the input {example.inputs[:80]!r}."
                 )
         return examples
+
+
+def _check_texts(example: Example) -> None:
+    """Raises TypeError if a part of it that is written or compared is no text."""
+    for part in ("inputs", "target"):
+        value = getattr(example, part)
+        if not isinstance(value, str):
+            raise TypeError(f"{part} = {value!r} is no text")
+    for part in ("references", "choices"):
+        for value in getattr(example, part):
+            if not isinstance(value, str):
+                raise TypeError(f"{part} holds {value!r}, which is no text")
 
 
 class _MissingColumnError(KeyError):
@@ -129,8 +143,12 @@ def label_of(record: Record, labels: tuple[str, ...], column: str = "label") -> 
 
 
 def fields(name: str, record: Record, columns: Iterable[str]) -> str:
-    """T5's general form: the task's name, then every column's name and its text."""
-    return " ".join([name, *(f"{column}: {record[column]}" for column in columns)])
+    """T5's general form: the task's name, then every column's name and its text; of a column
+    without a value nothing, as in TensorFlow Datasets, which T5 read."""
+    values = ((column, record[column]) for column in columns)
+    return " ".join(
+        [name, *(f"{column}: {'' if value is None else value}" for column, value in values)]
+    )
 
 
 def classify(
