@@ -399,7 +399,6 @@ def one_change(flags: ConvertFlags) -> Change | None:
     for name in sorted({name for names in owned.values() for name in names}):
         owners = " or ".join(_flag(owner) for owner, names in owned.items() if name in names)
         check_idle(flags, name, owners, there=how is not None and name in owned[how])
-    check_idle(flags, "group", "--quantise int4", there=flags.quantise == "int4")
     if how and flags.capacity != "paper":
         raise ConfigError(
             f"--capacity {flags.capacity} is for a change of format alone.\n"
