@@ -13,7 +13,8 @@ from torch import Tensor
 from switchworks.config import ConfigError
 
 LEAST = 1e-4
-"""The least temperature but 0: below it, scores would leave float32."""
+"""The least temperature but 0. Less would choose as 0 does, and scores divided by it may leave
+float32."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -143,8 +143,8 @@ def label_of(record: Record, labels: tuple[str, ...], column: str = "label") -> 
 
 
 def fields(name: str, record: Record, columns: Iterable[str]) -> str:
-    """T5's general form: the task's name, then every column's name and its text; of a column
-    without a value nothing, as in TensorFlow Datasets, which T5 read."""
+    """T5's general form: the task's name, then every column's name and its text, which of a column
+    without a value is empty."""
     values = ((column, record[column]) for column in columns)
     return " ".join(
         [name, *(f"{column}: {'' if value is None else value}" for column, value in values)]
