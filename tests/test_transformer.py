@@ -162,6 +162,15 @@ def test_decoding_step_by_step_equals_teacher_forcing(config, steps):
     assert_close(logits, model(inputs, targets).logits)
 
 
+def test_a_token_is_decoded_without_another_look_at_the_table_of_biases():
+    """What it depends on, the distance, is the same from any position: one look for all."""
+    model = evaluated(SPARSE)
+    cache = model.start_decoding(model.encode(tokens(2, 5)), max_length=6)
+    del model.decoder.relative_bias
+    for token in shift_right(tokens(2, 6), None).split(1, dim=1):
+        model.decode_next(token, cache)
+
+
 @every_kind
 def test_decoding_without_gradients_equals_teacher_forcing_with_them(config):
     """The first uses torch's fused attention, the second the plain one."""

@@ -163,13 +163,17 @@ def _repeated(cache: DecoderCache, beams: int) -> DecoderCache:
     for layer in cache.layers:
         layer.k, layer.v = each(layer.k), each(layer.v)
         layer.memory = layer.memory and KeyValues(each(layer.memory.k), each(layer.memory.v))
-    biases = (cache.memory_bias, cache.prompt_bias)
-    return DecoderCache(cache.layers, *(None if bias is None else each(bias) for bias in biases))
+    hidden = (cache.memory_bias, cache.prompt_bias)
+    return DecoderCache(
+        cache.layers, cache.last_bias, *(None if bias is None else each(bias) for bias in hidden)
+    )
 
 
 def _reorder(cache: DecoderCache, parents: Int[Tensor, "B N"]) -> None:
     """Each beam goes on with what its parent has seen. What beams of a sequence share stays."""
     rows, beams = parents.shape
+    if (parents == torch.arange(beams, device=parents.device)).all():
+        return
     first = torch.arange(rows, device=parents.device)[:, None] * beams
     places = (first + parents).flatten()
     for layer in cache.layers:

@@ -17,7 +17,7 @@ from switchworks.model.cache import DecoderCache, LayerCache
 from switchworks.model.config import ModelConfig
 from switchworks.model.layers import FFN, RMSNorm, SharedDropout
 from switchworks.model.switch_attention import SwitchAttention
-from switchworks.model.switch_ffn import Routing, SwitchFFN
+from switchworks.model.switch_ffn import Routing, switch_ffn
 
 
 class Block(nn.Module):
@@ -38,7 +38,7 @@ class Block(nn.Module):
         self.cross_attention = Attention(config) if cross else None
         self.ffn_norm = RMSNorm(config.d_model, config.norm_epsilon)
         self.ffn = (
-            _switch_ffn(config, causal=decoder)
+            switch_ffn(config, causal=decoder, activation=config.activation, gated=config.gated)
             if routing is not None and routing.sparse_ffn
             else FFN(config)
         )
@@ -125,17 +125,3 @@ class Stack(nn.Module):
     def __iter__(self) -> Iterator[Block]:
         """Its blocks, first to last."""
         return cast("Iterator[Block]", iter(self.blocks))
-
-
-def _switch_ffn(config: ModelConfig, *, causal: bool) -> SwitchFFN:
-    assert config.routing is not None
-    return SwitchFFN(
-        config.d_model,
-        config.d_ff,
-        config.routing,
-        activation=config.activation,
-        gated=config.gated,
-        dropout=config.dropout,
-        init_scale=config.init_scale,
-        causal=causal,
-    )

@@ -30,9 +30,12 @@ class LayerCache:
 
 
 class DecoderCache(NamedTuple):
-    """One `LayerCache` per decoder layer, and which keys no position may see."""
+    """One `LayerCache` per decoder layer, and what is added to their scores."""
 
     layers: list[LayerCache]
+    last_bias: Float[Tensor, "1 H 1 T"]
+    """The relative bias of the last position there is room for, by key. That of an earlier one is
+    the end of it, since a bias knows nothing but the distance."""
     memory_bias: Float[Tensor, "B 1 1 M"] | None = None
     prompt_bias: Float[Tensor, "B 1 1 L"] | None = None
     """Decoder-only: hides the padding before the shorter prompts."""

@@ -75,14 +75,13 @@ class PaddedDispatcher:
         tokens = rows_of(routes, size)
         rows = x.flatten(0, 1)
         rows = rows if tokens is None else rows.index_select(0, tokens)
-        inbox = x.new_zeros(nowhere + 1, width).index_copy(0, place, rows)
+        inbox = x.new_zeros(nowhere + 1, width).index_copy_(0, place, rows)
         outbox = experts(Inbox(inbox[:-1], None))
         answers = torch.cat([outbox, outbox.new_zeros(1, outbox.shape[-1])]).index_select(0, place)
         answers = answers * routes.gate.flatten()[:, None].to(x.dtype)
         if tokens is not None:
-            answers = answers.new_zeros(groups * size, answers.shape[-1]).index_add(
-                0, tokens, answers
-            )
+            empty = answers.new_zeros(groups * size, answers.shape[-1])
+            answers = empty.index_add_(0, tokens, answers)
         return answers.view(groups, size, -1)
 
 
@@ -105,9 +104,9 @@ class SortedDispatcher:
         gates = routes.gate.flatten().index_select(0, order.assignment)
         answers = answers * gates[:, None].to(x.dtype)
         empty = answers.new_zeros(groups * size, answers.shape[-1])
-        if routes.token is None:  # each row is written once at most
-            return empty.index_copy(0, tokens, answers).view(groups, size, -1)
-        return empty.index_add(0, tokens, answers).view(groups, size, -1)
+        once = routes.token is None  # each row is written once at most
+        write = empty.index_copy_ if once else empty.index_add_
+        return write(0, tokens, answers).view(groups, size, -1)
 
 
 class Order(NamedTuple):

@@ -143,6 +143,8 @@ def queue(
     if order is not None:
         slot = queue(expert.gather(1, order), real.gather(1, order), experts)
         return torch.empty_like(slot).scatter_(1, order, slot)
+    if expert.shape[1] == 1:  # nobody to wait for: a token that is decoded
+        return torch.zeros_like(expert)
     wanted = torch.where(real, expert, experts)  # what is not real waits apart
     wanted, come = wanted.sort(dim=1, stable=True)
     first = torch.searchsorted(wanted, wanted)  # where each expert's queue begins

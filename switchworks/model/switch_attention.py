@@ -12,7 +12,7 @@ from torch import Tensor
 
 from switchworks.model.attention import AttentionOutput, KeyValues, split_heads
 from switchworks.model.config import ModelConfig
-from switchworks.model.switch_ffn import Routing, SwitchFFN
+from switchworks.model.switch_ffn import Routing, switch_ffn
 
 
 class SwitchAttention(AttentionOutput):
@@ -27,17 +27,8 @@ class SwitchAttention(AttentionOutput):
 
     def __init__(self, config: ModelConfig, *, causal: bool) -> None:
         super().__init__(config)
-        assert config.routing is not None
         self.scale = config.d_kv**-0.5
-        self.switch = SwitchFFN(
-            config.d_model,
-            config.d_ff,
-            config.routing,
-            dropout=config.dropout,
-            init_scale=config.init_scale,
-            causal=causal,
-            d_out=2 * config.num_heads * config.d_kv,
-        )
+        self.switch = switch_ffn(config, causal=causal, d_out=2 * config.num_heads * config.d_kv)
 
     def ask(
         self, x: Float[Tensor, "B L D"], real: Bool[Tensor, "B L"] | None

@@ -8,14 +8,14 @@ Letters: B sequences, L length, G groups, S tokens per group, E experts, D model
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from switchworks.config import ConfigError
-from switchworks.model.config import RoutingConfig
+from switchworks.model.config import ModelConfig, RoutingConfig
 from switchworks.model.dispatch import DISPATCHERS, Dispatcher
 from switchworks.model.experts import Experts
 from switchworks.model.init import initialise_switch_ffn
@@ -130,6 +130,14 @@ class SwitchFFN(nn.Module):
             )
         # Without a limit nothing is dropped, so groups only matter to the statistics.
         return rows if rows % size else rows // size, capacity
+
+
+def switch_ffn(config: ModelConfig, *, causal: bool, **options: Any) -> SwitchFFN:
+    """The switch layer of a model of this `config`, with what else `SwitchFFN` can be told."""
+    assert config.routing is not None
+    sizes = config.d_model, config.d_ff, config.routing
+    common = {"dropout": config.dropout, "init_scale": config.init_scale, "causal": causal}
+    return SwitchFFN(*sizes, **common, **options)
 
 
 def statistics(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from switchworks.config import ConfigError
 from switchworks.model.attention import causal, hide, visible
-from switchworks.model.blocks import Block, Stack
+from switchworks.model.blocks import Stack
 from switchworks.model.cache import DecoderCache, LayerCache
 from switchworks.model.config import ModelConfig
 from switchworks.model.init import initialise
@@ -153,14 +153,9 @@ class SwitchTransformer(nn.Module):
 
     def start_decoding(self, memory: Memory, max_length: int) -> DecoderCache:
         """An empty cache for up to `max_length` tokens: cross-attention is projected once."""
-        states = memory.states
-        layers = [
-            LayerCache(self._no_keys(block, states, max_length), block.project(states))
-            for block in self.decoder
-        ]
-        if memory.segments is None:
-            return DecoderCache(layers)
-        return DecoderCache(layers, hide((memory.segments != 0)[:, None, None], states.dtype))
+        states, segments = memory.states, memory.segments
+        hidden = None if segments is None else hide((segments != 0)[:, None, None], states.dtype)
+        return self._cache(states, max_length, memory_bias=hidden)
 
     def read_prompts(
         self, prompts: Int[Tensor, "B L"], max_length: int
@@ -174,9 +169,7 @@ class SwitchTransformer(nn.Module):
         segments = (tokens != 0).to(tokens.dtype)
         x = self.embedding(shift_right(tokens, segments))
         room = tokens.shape[1] + max_length - 1
-        prompt_bias = hide((segments != 0)[:, None, None], x.dtype)
-        layers = [LayerCache(self._no_keys(block, x, room), None) for block in self.decoder]
-        cache = DecoderCache(layers, prompt_bias=prompt_bias)
+        cache = self._cache(x, room, prompt_bias=hide((segments != 0)[:, None, None], x.dtype))
         return self._decode_next(x, cache, segments)[:, -1:], cache
 
     def decode_next(
@@ -187,8 +180,9 @@ class SwitchTransformer(nn.Module):
 
     def _decode_next(self, x: Tensor, cache: DecoderCache, segments: Tensor | None) -> Tensor:
         first, count = cache.layers[0].length, x.shape[1]
-        bias = self.decoder.relative_bias(count, first + count, first)
+        bias = cache.last_bias[..., -first - 1 :]
         if count > 1:
+            bias = self.decoder.relative_bias(count, first + count, first)
             bias = bias + hide(causal(count, first + count, x.device), bias.dtype)
         if cache.prompt_bias is not None:
             written = first + count - cache.prompt_bias.shape[-1]
@@ -196,9 +190,18 @@ class SwitchTransformer(nn.Module):
         x, _ = self.decoder(x, bias, segments=segments, cache=cache, memory_bias=cache.memory_bias)
         return self.logits(x)
 
-    def _no_keys(self, block: Block, like: Tensor, length: int) -> Float[Tensor, "B H T K"]:
-        """Room for the keys of as many heads as `block` has here."""
-        return like.new_zeros(len(like), block.self_attention.num_heads, length, self.config.d_kv)
+    def _cache(self, like: Tensor, room: int, **hidden: Tensor | None) -> DecoderCache:
+        """Room for `room` keys, of as many heads as each block has here. `like` is what there is
+        before the first: the encoder's states, or a prompt."""
+        with torch.no_grad():
+            last_bias = self.decoder.relative_bias(1, room, room - 1)
+        assert isinstance(last_bias, Tensor)
+        layers = []
+        for block in self.decoder:
+            shape = len(like), block.self_attention.num_heads, room, self.config.d_kv
+            memory = None if self.encoder is None else block.project(like)
+            layers.append(LayerCache(like.new_zeros(shape), memory))
+        return DecoderCache(layers, last_bias, **hidden)
 
     def generate(
         self,
