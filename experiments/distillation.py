@@ -34,8 +34,8 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import kept
 import numpy as np
+from kept import finished, is_finished
 
 from switchworks.compress import fraction_of_gain
 from switchworks.report.runs import Run, read_run
@@ -54,16 +54,7 @@ def call(*words: str) -> None:
 
 def run(recipe: str, directory: Path, seed: int, flags: Sequence[str]) -> Run:
     """The run of `recipe` in `directory`, finished."""
-    asked = {"recipe": recipe, "flags": " ".join(flags)}
-    kept.require_same(directory.parent / "flags" / directory.name, asked)
-    if not is_finished(directory):
-        words = ["--seed", str(seed), "--run-dir", str(directory), "--resume"]
-        call("train", recipe, *words, *flags)
-    return read_run(directory)
-
-
-def is_finished(directory: Path) -> bool:
-    return (directory / "report.html").exists()
+    return read_run(finished(recipe, directory, ["--seed", str(seed), *flags]))
 
 
 def main() -> None:

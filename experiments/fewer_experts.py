@@ -14,11 +14,10 @@ on with what is there.
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 
-from kept import require_same
+from kept import finished, require_same
 
 from switchworks.checkpoint.model_files import is_model, load, weights_hash
 from switchworks.compress.reduce import reduce_directory
@@ -36,15 +35,10 @@ def recovered(
 ) -> Path:
     """The finished run, beside `place`, that trains the model in `smaller` on."""
     run_dir = place.with_name(f"{place.name}_recovered")
-    if not (run_dir / "report.html").exists():
-        words = ["train", recipe, "--steps", str(steps), "--run-dir", str(run_dir), "--resume"]
-        words += ["--optim.warmup-steps", str(max(1, steps // 10))]
-        words += ["--init", str(smaller), "--data.tokenizer", str(smaller)]
-        words += ["--model.routing.experts", str(keep)] if keep > 1 else []
-        command = [sys.executable, "-m", "switchworks", *words, *flags]
-        if subprocess.run(command, check=False).returncode:
-            sys.exit(f"{run_dir} did not end well; the same command goes on")
-    return run_dir
+    words = ["--steps", str(steps), "--optim.warmup-steps", str(max(1, steps // 10))]
+    words += ["--init", str(smaller), "--data.tokenizer", str(smaller)]
+    words += ["--model.routing.experts", str(keep)] if keep > 1 else []
+    return finished(recipe, run_dir, [*words, *flags])
 
 
 def main() -> None:

@@ -4,9 +4,9 @@
 
 Per seed it pre-trains RECIPE and RECIPE_dense, and then trains each on every task twice, from its
 pre-trained weights and from first values, with the same tokenizer, examples, order and steps. Every
-run is a process of its own, and the same command goes on with what an earlier call left. Then it
-prints the best score of every run on the same validation examples, and the margins. The scores are
-in OUT/table.json.
+run is a process of its own, and the same command goes on with what an earlier call left (other
+flags are refused). Then it prints the best score of every run on the same validation examples, and
+the margins. The scores are in OUT/table.json.
 
 FLAGS go to all runs; --pretrain.X, --tune.X and --scratch.X are --X for pre-training, for training
 that begins with its weights, and for training from first values: each may have its own rate.
@@ -22,11 +22,11 @@ and 0.3 everywhere, and with 0.1 and 0.4 inside experts, which is what all other
 
 import argparse
 import json
-import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean, stdev
+
+from kept import finished
 
 from switchworks.report.runs import read_run
 
@@ -55,7 +55,9 @@ def main() -> None:
         for side, recipe in sides.items():
             out = known.out / f"seed_{seed}" / side
             seeded = ["--seed", str(seed)]
-            first = train(recipe, out / "pretrained", [*seeded, *flags["all"], *flags["pretrain"]])
+            first = finished(
+                recipe, out / "pretrained", [*seeded, *flags["all"], *flags["pretrain"]]
+            )
             for task in known.tasks:
                 for start, dropout in variants(side, table_4=known.expert_dropout):
                     name, own = start, [*seeded, *dropouts(side, *dropout), *flags["all"]]
@@ -64,7 +66,7 @@ def main() -> None:
                     begin = ["--data.tokenizer", str(first)]
                     begin += ["--init", str(first)] if start == "tune" else []
                     own += [*asked(task, known.measure), *begin, *flags[start]]
-                    run_dir = train(recipe, out / f"{name_of(task)}_{name}", own)
+                    run_dir = finished(recipe, out / f"{name_of(task)}_{name}", own)
                     rows.append(row(run_dir, seed, side, start, task, dropout, known.measure))
     show(rows, known.out)
 
@@ -100,15 +102,6 @@ def asked(task: str, measure: str) -> list[str]:
 
 def name_of(task: str) -> str:
     return task.partition("=")[0]
-
-
-def train(recipe: str, directory: Path, flags: list[str]) -> Path:
-    """The directory of a finished run of `recipe`."""
-    if not (directory / "report.html").exists():
-        words = ["train", recipe, "--run-dir", str(directory), "--resume", *flags]
-        if subprocess.run([sys.executable, "-m", "switchworks", *words], check=False).returncode:
-            sys.exit(f"{directory} did not end well; the same command goes on")
-    return directory
 
 
 def row(

@@ -1,7 +1,9 @@
 """What an earlier call of an experiment left is used again only if it is of the same."""
 
 import json
+import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,3 +23,38 @@ def require_same(out: Path, about: dict[str, Any]) -> None:
             f"{out} holds results of {'; '.join(differ)}.\n  Give another --out, or remove it."
         )
     file.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+
+
+def is_finished(directory: Path) -> bool:
+    """Whether a run in `directory` came to its end."""
+    return (directory / "report.html").exists()
+
+
+def begun(recipe: str, directory: Path, flags: Sequence[str]) -> subprocess.Popen | None:
+    """`switchworks train RECIPE` at work in `directory`, going on with what an earlier call left;
+    None if that run is finished. Ends the program if the earlier call had other flags."""
+    asked = {"recipe": recipe, "flags": " ".join(flags)}
+    require_same(directory.parent / "flags" / directory.name, asked)
+    if is_finished(directory):
+        return None
+    words = ["train", recipe, "--run-dir", str(directory), "--resume", *flags]
+    return subprocess.Popen([sys.executable, "-m", "switchworks", *words])
+
+
+def finished(recipe: str, directory: Path, flags: Sequence[str]) -> Path:
+    """`directory` with the finished run of `recipe`; what `begun` says of it holds."""
+    process = begun(recipe, directory, flags)
+    if process is not None:
+        wait_for(process, of=str(directory))
+    return directory
+
+
+def wait_for(process: subprocess.Popen, of: str) -> None:
+    """Ends the program if the run `of` did not end well. Ctrl-C, which a terminal sends to both,
+    waits until the run has saved."""
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:
+        status = process.wait()
+    if status:
+        sys.exit(f"{of} did not end well; the same command goes on")

@@ -12,11 +12,11 @@ time in all than two threads for one after the other; seconds are then those of 
 """
 
 import argparse
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
+
+from kept import begun, wait_for
 
 from switchworks.report.runs import read_run, when_reached
 
@@ -24,14 +24,12 @@ from switchworks.report.runs import read_run, when_reached
 def run(recipes: Sequence[str], seed: int, out: Path, flags: list[str]) -> list[Path]:
     """The finished run directories of `recipes` with `seed`, trained at the same time."""
     directories = [out / f"{recipe}_{seed}" for recipe in recipes]
-    running = []
-    for recipe, directory in zip(recipes, directories, strict=True):
-        if not (directory / "report.html").exists():
-            words = ["train", recipe, "--seed", str(seed), "--run-dir", str(directory), "--resume"]
-            command = [sys.executable, "-m", "switchworks", *words, *flags]
-            running.append(subprocess.Popen(command))
-    if any(process.wait() for process in running):
-        sys.exit(f"a run of seed {seed} did not end well; the same command goes on")
+    seeded = ["--seed", str(seed), *flags]
+    pairs = zip(recipes, directories, strict=True)
+    running = [begun(recipe, directory, seeded) for recipe, directory in pairs]
+    for process in running:
+        if process is not None:
+            wait_for(process, of=f"a run of seed {seed}")
     return directories
 
 

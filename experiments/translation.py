@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 
+from kept import require_same
 from sacrebleu import corpus_chrf
 
 from switchworks.data.tasks.translation import language_name
@@ -55,7 +56,8 @@ def main() -> None:
 
 def answers(run_dir: Path, known: argparse.Namespace) -> Iterable[dict]:
     """Every held-out sentence of a run with its references and what the model wrote."""
-    file = run_dir / "answers.jsonl"
+    require_same(run_dir / "answers", {"max_length": known.max_length})
+    file = run_dir / "answers" / "answers.jsonl"
     if not file.exists():
         aside = file.with_suffix(".part")
         words = ["evaluate", str(run_dir), "--predictions", str(aside)]

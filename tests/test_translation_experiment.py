@@ -20,6 +20,7 @@ ASKED = {
 
 def answered(folder: Path, wrong: str | None) -> None:
     """A run that was right, or said `wrong` to everything."""
+    folder = folder / "answers"
     folder.mkdir(parents=True)
     lines = [
         {"task": "catalog_translation", "inputs": inputs, "answers": [right]}
