@@ -233,8 +233,10 @@ def test_saying_nothing_is_judged_by_the_metrics_of_groups_and_referents_too():
     asked = [Example(inputs="", target="True", group="1", label=True)]
     assert figures("group_exact_match", [""], asked) == {"exact_match": 0.0}
     assert figures("squad_once", [""], asked) == {"em": 0.0, "f1": 0.0}
-    # Nothing names nobody: its one word, "", is among no candidate's.
     assert figures("referent", [""], asked) == {"accuracy": 0.0}
+    # Nor is it a way to say that a wrong candidate is not meant.
+    wrong = [Example(inputs="", target="Tom", label=False)] * 3
+    assert figures("referent", ["", "the", "Bob"], wrong) == {"accuracy": pytest.approx(100 / 3)}
 
 
 @pytest.mark.parametrize(

@@ -299,6 +299,33 @@ def test_labels_and_metrics_of_a_run_are_for_its_own_tables(run_dir, table):
     assert (again.task_labels, again.task_metrics) == (own.task_labels, own.task_metrics)
     assert (other.task_labels, other.task_metrics) == ((), ("accuracy",))
     assert (said.task_labels, said.task_metrics) == (("1", "2"), ("squad",))
+    beside = named_tasks(run_dir, ("glue_rte", f"numbers={table}"), None)
+    assert beside.task_labels == ()  # a run's benchmark is no reason to judge other tables by it
+
+
+def test_a_run_s_table_and_another_are_not_judged_by_one_s_labels(run_dir, table):
+    both = (f"colours={table}", f"numbers={table}")
+    with pytest.raises(ConfigError, match=r"colours has the labels(?s:.*)numbers has not"):
+        named_tasks(run_dir, both, None)
+    with pytest.raises(ConfigError, match="say for both"):
+        named_tasks(run_dir, both, None, labels=("1", "2"))
+    said = named_tasks(run_dir, both, None, labels=("1", "2"), metrics=("squad",))
+    assert (said.task_labels, said.task_metrics) == (("1", "2"), ("squad",))
+
+
+def test_of_several_tasks_those_without_the_split_are_left_out_and_named(
+    tiny_run, tmp_path, caplog
+):
+    (tmp_path / "dpr").mkdir()
+    (tmp_path / "glue_rte").mkdir()
+    (tmp_path / "glue_rte" / "validation.csv").write_text("sentence1,sentence2,label\na,b,1\n")
+    data = named_tasks(tiny_run, ("dpr", "glue_rte"), tmp_path)
+    (only,) = evaluate_tasks(tiny_run, data, Answering(max_length=2))
+    assert only.name == "glue_rte"
+    assert "dpr has no validation split (it has: train, test) and is left out" in caplog.text
+    alone = named_tasks(tiny_run, ("dpr",), tmp_path)
+    with pytest.raises(DataError, match=r"'dpr' has no validation split. It has: train, test"):
+        evaluate_tasks(tiny_run, alone, Answering())
 
 
 def test_evaluate_measures_all_of_another_table_by_the_labels_it_is_given(

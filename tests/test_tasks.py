@@ -540,6 +540,28 @@ def test_a_value_that_a_task_cannot_read_is_shown_with_its_record():
     assert TASKS["glue_stsb"].examples(PAIR | {"label": ""}, "test")[0].target == UNKNOWN
 
 
+@pytest.mark.parametrize(
+    ("name", "column"),
+    [
+        ("cnn_dailymail", "article"),
+        ("xsum", "document"),
+        ("squad", "question"),
+        ("natural_questions", "question"),
+        ("trivia_qa", "question"),
+        ("arc_easy", "question"),
+        ("super_glue_record", "query"),
+    ],
+)
+def test_a_null_is_not_read_as_the_word_none(name, column):
+    with pytest.raises(DataError, match=r"cannot read a record of train: TypeError"):
+        TASKS[name].examples(GOLDEN[name][0] | {column: None}, "train")
+
+
+def test_a_null_to_translate_is_refused():
+    with pytest.raises(DataError, match="en is null"):
+        TASKS["wmt_en_de"].examples({"translation": {"en": None, "de": "Gut."}}, "train")
+
+
 def test_the_training_split_is_judged_as_any_other():
     record, _, _ = GOLDEN["super_glue_record"]
     (judged,) = TASKS["super_glue_record"].examples(record, "train", judged=True)

@@ -152,11 +152,15 @@ def group_exact_match(
 def referent(
     predictions: Sequence[str], examples: Sequence[Example], labels: tuple[str, ...]
 ) -> dict[str, float]:
-    """Accuracy of "this is whom the pronoun means", which an answer says by naming it (WSC)."""
+    """Accuracy of "this is whom the pronoun means", which an answer says by naming it (WSC).
+
+    An answer of no word but determiners says nothing, and is never right.
+    """
     pairs = zip(predictions, examples, strict=True)
-    return {
-        "accuracy": 100 * fmean(names(answer, e.target) == bool(e.label) for answer, e in pairs)
-    }
+    right = (
+        bool(_bare(answer)) and names(answer, e.target) == bool(e.label) for answer, e in pairs
+    )
+    return {"accuracy": 100 * fmean(right)}
 
 
 _DETERMINERS = frozenset(

@@ -7,7 +7,7 @@ split to train on and the rest to validate: as many as there, but in the Hub's o
 import re
 
 from switchworks.data.tasks.sources import Hub, Record
-from switchworks.data.tasks.task import Example, Task, texts
+from switchworks.data.tasks.task import Example, Task, one_text, texts
 
 
 def squad(record: Record) -> Example:
@@ -42,7 +42,7 @@ def trivia_qa(record: Record) -> Example:
     """The answer's name is the target, any alias is right."""
     answer = record["answer"]
     return Example(
-        inputs=f"trivia_qa question: {record['question']}",
+        inputs=f"trivia_qa question: {one_text(record, 'question')}",
         target=answer["value"],
         references=texts(answer, "aliases"),
     )
@@ -50,7 +50,7 @@ def trivia_qa(record: Record) -> Example:
 
 def _closed_book(name: str, record: Record, answers: tuple[str, ...]) -> Example:
     return Example(
-        inputs=f"{name} question: {record['question']}",
+        inputs=f"{name} question: {one_text(record, 'question')}",
         target=answers[0] if answers else "",
         references=answers,
     )

@@ -8,7 +8,7 @@ lists its choices by their letters; the target is always the answer's own text.
 from switchworks.config import DataError
 from switchworks.data.tasks.glue import NLI
 from switchworks.data.tasks.sources import Hub, Record
-from switchworks.data.tasks.task import UNKNOWN, Example, Task, classify, fields, texts
+from switchworks.data.tasks.task import UNKNOWN, Example, Task, classify, fields, one_text, texts
 
 
 def arc(record: Record) -> Example:
@@ -20,7 +20,7 @@ def arc(record: Record) -> Example:
     if key and key not in by_letter:
         raise DataError(f"answerKey = {key!r} is none of the choices, {', '.join(letters)}.")
     return Example(
-        inputs=f"arc question: {record['question']} choices: {listed}",
+        inputs=f"arc question: {one_text(record, 'question')} choices: {listed}",
         target=by_letter[key] if key else UNKNOWN,
         choices=choices,
     )

@@ -1,17 +1,17 @@
 """Summarisation: CNN/DailyMail and XSum, "summarize: " and the article."""
 
 from switchworks.data.tasks.sources import Hub, Record
-from switchworks.data.tasks.task import Example, Task
+from switchworks.data.tasks.task import Example, Task, one_text
 
 
 def cnn_dailymail(record: Record) -> Example:
     """The highlights are the summary."""
-    return Example(inputs=f"summarize: {record['article']}", target=record["highlights"])
+    return Example(inputs=f"summarize: {one_text(record, 'article')}", target=record["highlights"])
 
 
 def xsum(record: Record) -> Example:
     """One sentence is the summary."""
-    return Example(inputs=f"summarize: {record['document']}", target=record["summary"])
+    return Example(inputs=f"summarize: {one_text(record, 'document')}", target=record["summary"])
 
 
 TASKS = (

@@ -12,6 +12,7 @@ from switchworks.data.tasks.task import (
     classify,
     fields,
     label_of,
+    one_text,
     texts,
 )
 
@@ -53,7 +54,7 @@ def _record_text(record: Record) -> str:
     passage = re.sub(r"([.?!\"'])\n@highlight\n", r"\1 ", record["passage"])
     passage = passage.replace("\n@highlight\n", ". ")
     entities = ", ".join(_entities(record))
-    return f"record query: {record['query']} entities: {entities} passage: {passage}"
+    return f"record query: {one_text(record, 'query')} entities: {entities} passage: {passage}"
 
 
 def _entities(record: Record) -> tuple[str, ...]:

@@ -110,6 +110,14 @@ class _Row(dict[str, Any]):
         raise _MissingColumnError(column)
 
 
+def one_text(record: Record, column: str) -> str:
+    """What a column says. Raises TypeError if it is empty (null), which is not to be read as the
+    word "None"."""
+    if record[column] is None:
+        raise TypeError(f"{column} is null")
+    return str(record[column])
+
+
 def texts(record: Record, column: str) -> tuple[str, ...]:
     """A column that holds a list of texts. Raises DataError if it holds one text or no text."""
     value = record[column]

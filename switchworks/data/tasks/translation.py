@@ -5,7 +5,7 @@ from functools import partial
 from babel import Locale, UnknownLocaleError
 
 from switchworks.data.tasks.sources import Hub, Record
-from switchworks.data.tasks.task import Example, Task
+from switchworks.data.tasks.task import Example, Task, one_text
 
 
 def language_name(code: str) -> str:
@@ -21,11 +21,9 @@ def language_name(code: str) -> str:
 
 def translate(record: Record, source: str, target: str) -> Example:
     """The Hub's records hold both languages in one column; plain tables have a column of each."""
-    texts = record.get("translation", record)
-    return Example(
-        inputs=f"translate {language_name(source)} to {language_name(target)}: {texts[source]}",
-        target=texts[target],
-    )
+    both = record.get("translation", record)
+    asked = f"translate {language_name(source)} to {language_name(target)}"
+    return Example(inputs=f"{asked}: {one_text(both, source)}", target=both[target])
 
 
 def _task(dataset: str, config: str, language: str) -> Task:

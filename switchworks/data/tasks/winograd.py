@@ -172,7 +172,7 @@ TASKS = (
         source=Hub(
             dataset="community-datasets/definite_pronoun_resolution",
             folder="dpr",
-            names={"train": "train", "validation": "test"},
+            names={"train": "train", "test": "test"},
         ),
         to_text=dpr,
     ),
