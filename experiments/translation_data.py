@@ -13,8 +13,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from switchworks.config import DataError
 from switchworks.data.catalogs import Sentence, catalogs, split_sentences
 from switchworks.data.config import DataConfig
+from switchworks.data.languages import normalise
 from switchworks.data.prepare import cache_folder
 
 
@@ -25,14 +27,18 @@ def main() -> None:
     parser.add_argument("--validation-share", type=float, default=0.1)
     parser.add_argument("--held-out", type=int, help="at most so many of a language; default: all")
     known = parser.parse_args()
+    try:
+        codes = list(dict.fromkeys(map(normalise, known.languages)))
+    except DataError as error:
+        sys.exit(str(error))
     split = split_sentences(catalogs(cache_folder(DataConfig())), known.validation_share)
-    if missing := [code for code in known.languages if code not in split]:
+    if missing := [code for code in codes if code not in split]:
         sys.exit(f"catalogs has no {', '.join(missing)}; it has {' '.join(sorted(split))}")
     folder = known.out / "catalogs"
     folder.mkdir(parents=True, exist_ok=True)
     for name, side in (("train", "train"), ("validation", "held_out")):
         with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
-            for code in known.languages:
+            for code in codes:
                 sentences = getattr(split[code], side)
                 most = known.held_out if side == "held_out" else None
                 for one in evenly(sentences, most):

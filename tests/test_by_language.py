@@ -227,6 +227,13 @@ def test_all_of_mc4_are_its_107_codes_and_its_english_has_its_own_name_beside_c4
     assert languages_of(hub("mc4", "en"), Path())["en"].dataset_config == "en"
 
 
+def test_english_of_a_copy_of_c4_in_a_folder_is_mc4_s(mc4):
+    assert languages_of(hub(mc4, "en"), Path())["en"].dataset_config == "en"
+    card = mc4 / "README.md"
+    card.write_text(card.read_text().replace("config_name: de\n", "config_name: en-multi\n"))
+    assert languages_of(hub(mc4, "en"), Path())["en"].dataset_config == "en-multi"
+
+
 def test_a_language_that_mc4_has_not_is_refused():
     with pytest.raises(DataError, match=r"mC4 has no text in Croatian \(hr\)"):
         languages_of(hub("mc4", "hr"), Path())

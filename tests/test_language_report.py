@@ -82,6 +82,15 @@ def test_where_the_twin_overfits_its_steps_are_all_it_took_and_the_first_crossin
     assert de.step_speedup == pytest.approx(400 / (100 + 100 * 2 / 3))
 
 
+def test_runs_of_other_text_are_not_compared_though_their_settings_are_alike(pair):
+    for run, digest in zip(pair, ("aa", "bb"), strict=True):
+        run.about["text_digest"] = digest
+    with pytest.raises(DataError, match="text and tokenizer aa and bb"):
+        compare(pair)
+    pair[1].about["text_digest"] = "aa"
+    assert compare(pair)
+
+
 @pytest.mark.parametrize(
     ("other", "what"),
     [

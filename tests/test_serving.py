@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from switchworks.data.catalogs import catalogs, split_sentences
 from switchworks.data.serving import Served, alphabet, byte_lengths, serve, table
@@ -64,6 +65,18 @@ def test_the_ids_of_a_text_stand_for_its_bytes(trained):
     assert lengths[[trained.pad_id, trained.eos_id, trained.sentinel(0)]].tolist() == [0, 0, 0]
 
 
+def test_sentinels_that_are_pieces_of_the_file_stand_for_no_bytes(trained):
+    """mT5's file has them among its pieces."""
+    proto = ModelProto.FromString(trained.model)
+    for index in reversed(range(100)):
+        kind = ModelProto.SentencePiece.USER_DEFINED
+        proto.pieces.add(piece=f"\u2581<extra_id_{index}>", score=0.0, type=kind)
+    mt5 = SentencePieceTokenizer(proto.SerializeToString())
+    lengths = byte_lengths(mt5)
+    assert lengths[[mt5.sentinel(0), mt5.sentinel(99)]].tolist() == [0, 0]
+    assert lengths[mt5.encode("plain <extra_id_0>")].sum() == len(" plain")
+
+
 def test_bytes_stand_for_one_byte_each():
     tokenizer = ByteTokenizer()
     text = "\u00e9t\u00e9 \u6f22"
@@ -77,6 +90,7 @@ def test_coverage_is_the_share_of_characters_that_are_in_pieces(trained):
     assert "\u0f56" not in alphabet(trained)
     served = serve("bo", ["ee \u0f56\u0f56 e"], trained)
     assert served.coverage == pytest.approx(3 / 5)  # spaces left aside
+    assert serve("bo", ["e\ne\te\u00a0e\n"], trained).coverage == 1.0
     assert served.exact == served.texts == 1
     assert served.tokens >= 2 * 3  # three bytes for each character without a piece
 

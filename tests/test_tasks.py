@@ -592,6 +592,12 @@ def test_languages_have_english_names_and_unknown_ones_their_code():
     assert names == ["German", "Chinese (Simplified)", "Serbian (Latin)", "xx_yy_zz"]
 
 
+def test_a_locale_that_babel_does_not_know_has_a_name_of_its_own():
+    names = [language_name(code) for code in ("ca", "ca-valencia", "udm", "pt-BR", "zh_CN")]
+    assert names[:3] == ["Catalan", "Catalan (Valencia)", "Udmurt"]
+    assert names[3:] == ["Portuguese (Brazil)", "Chinese (Simplified, China)"]
+
+
 def test_a_docstring_is_split_after_its_first_paragraph():
     docstring = """Return the sum of all the numbers in a list.
 

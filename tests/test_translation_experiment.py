@@ -77,7 +77,7 @@ def test_sentences_of_a_few_languages_are_a_folder_that_the_task_reads(tmp_path)
     from switchworks.data.tasks.sources import Places
 
     script = SCRIPT.with_name("translation_data.py")
-    words = [str(tmp_path), "--languages", "de", "pt-BR", "--held-out", "5"]
+    words = [str(tmp_path), "--languages", "de", "pt_BR", "--held-out", "5"]
     done = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     cache = Path(os.environ["SWITCHWORKS_CACHE"])
@@ -87,7 +87,10 @@ def test_sentences_of_a_few_languages_are_a_folder_that_the_task_reads(tmp_path)
     assert all(one in list(sentences("validation", whole)) for one in held_out)
     of_both = [one for one in sentences("train", whole) if one["language"] in ("de", "pt-BR")]
     assert list(sentences("train", few)) == of_both
-    words[2] = "xx"
-    refused = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True)
-    assert refused.returncode == 1
-    assert "catalogs has no xx" in refused.stderr
+    for code, said in (("haw", "catalogs has no haw"), ("xx", "'xx' is no code of a language")):
+        words[2] = code
+        refused = subprocess.run(
+            [sys.executable, str(script), *words], capture_output=True, text=True
+        )
+        assert refused.returncode == 1
+        assert said in refused.stderr

@@ -17,8 +17,9 @@ ALL = "all"
 LINE_CHARACTERS = 100
 """In a text file a line counts as one sentence, and a long one as one for so many characters."""
 
-_ENGLISH_OF_MC4 = {"allenai/c4": "en-multi"}
-"""Where the config "en" is C4's English, not mC4's."""
+_C4_AND_MC4 = "allenai/c4"
+_ENGLISH_OF_MC4 = "en-multi"
+"""The config of mC4's English there, where "en" is C4's."""
 
 
 def languages_of(config: DataConfig, cache: Path) -> dict[str, DataConfig]:
@@ -152,6 +153,15 @@ def _of_mc4(config: DataConfig) -> dict[str, DataConfig]:
             )
         name_of[code] = name
         if code == "en":
-            code = _ENGLISH_OF_MC4.get(config.dataset or "", code)
+            code = _ENGLISH_OF_MC4 if _has_c4(config.dataset or "") else code
         found[name] = replace(config, languages=(), dataset_config=code)
     return found
+
+
+def _has_c4(dataset: str) -> bool:
+    """Whether `dataset`, by its name or as a copy in a folder, has C4 beside mC4."""
+    if dataset == _C4_AND_MC4:
+        return True
+    card = Path(dataset).expanduser() / "README.md"
+    named = f"config_name: {_ENGLISH_OF_MC4}\n"
+    return card.is_file() and named in card.read_text(encoding="utf-8")

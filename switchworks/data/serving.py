@@ -38,7 +38,7 @@ class Served:
     characters: int
     tokens: int
     coverage: float
-    """Share of the characters, spaces left aside, that are in pieces rather than spelt in bytes."""
+    """Share of the characters, white space aside, that are in pieces rather than spelt in bytes."""
     exact: int
     """Texts that decoding gives back character for character."""
 
@@ -75,8 +75,8 @@ def _coverage(texts: Iterable[str], known: frozenset[str]) -> float:
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(text)
-    counts.pop(" ", None)
-    return sum(n for c, n in counts.items() if c in known) / max(1, counts.total())
+    letters = {c: n for c, n in counts.items() if not c.isspace()}
+    return sum(n for c, n in letters.items() if c in known) / max(1, sum(letters.values()))
 
 
 def alphabet(tokenizer: Tokenizer) -> frozenset[str]:
@@ -99,6 +99,7 @@ def byte_lengths(tokenizer: Tokenizer) -> Int[np.ndarray, " V"]:
             lengths[index] = 1
         elif piece.type in (_NORMAL, _USER_DEFINED):
             lengths[index] = len(piece.piece.replace("\u2581", " ").encode())
+    lengths[[tokenizer.sentinel(index) for index in range(tokenizer.num_sentinels)]] = 0  # mT5's
     return lengths
 
 

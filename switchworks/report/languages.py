@@ -101,6 +101,10 @@ def _require_alike(runs: Sequence[Run]) -> None:
             if _counts(name) and runs[0].settings.get(name) != run.settings.get(name)
         ]
         ends = [one.rows[-1]["step"] if one.rows else 0 for one in (runs[0], run)]
+        for name, about in (("text and tokenizer", "text_digest"), ("tokens", "train_tokens")):
+            read = [one.about.get(about) for one in (runs[0], run)]
+            if None not in read and read[0] != read[1]:
+                apart.append(f"{name} {read[0]} and {read[1]}")
         if ends[0] != ends[1]:
             apart.append(f"last step {ends[0]} and {ends[1]}")
         if apart:
@@ -113,7 +117,7 @@ def _require_alike(runs: Sequence[Run]) -> None:
 def _counts(setting: str) -> bool:
     """Whether runs that differ in it have other rows, other losses or other steps."""
     same_rows = ("data.cache", "data.workers", "data.prefetch")
-    return setting in ("steps", "batch_size", "precision") or (
+    return setting in ("steps", "batch_size", "precision", "validation_batches") or (
         setting.startswith("data.") and setting not in same_rows
     )
 
@@ -146,7 +150,7 @@ def share_at(found: Sequence[OfLanguage], bound: float) -> float:
 def measured(found: Sequence[OfLanguage], runs: Sequence[Run], *, batches: int) -> list[OfLanguage]:
     """`found` with last qualities of the models in `runs` on `batches` batches of 64 rows each.
 
-    A language with less held-out text has all of it read. While a run trains it reads
+    Of a language with less held-out text all whole batches are read. While a run trains it reads
     `validation_batches`, which for a hundred languages is little of each; a difference of some
     hundredths of a nat wants more. Raises CheckpointError if a model cannot be opened, DataError
     if the text of a language is gone.

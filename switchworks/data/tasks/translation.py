@@ -1,9 +1,11 @@
 """WMT from English into German, French and Romanian, as T5 has it."""
 
+import re
 from functools import partial
 
 from babel import Locale, UnknownLocaleError
 
+from switchworks.data.languages import english_name
 from switchworks.data.tasks.sources import Hub, Record
 from switchworks.data.tasks.task import Example, Task, one_text
 
@@ -11,12 +13,15 @@ from switchworks.data.tasks.task import Example, Task, one_text
 def language_name(code: str) -> str:
     """The English name of a language or locale: de -> German, pt_BR -> Portuguese (Brazil).
 
-    The code itself if nobody knows it.
+    A locale that Babel does not know, or would cut (ca-valencia), has the name of `english_name`:
+    of a code that nobody knows that is the code itself.
     """
     try:
-        return Locale.parse(code, sep="-" if "-" in code else "_").get_display_name("en") or code
+        found = Locale.parse(code, sep="-" if "-" in code else "_")
     except (UnknownLocaleError, ValueError):
-        return code
+        return english_name(code)
+    whole = len(str(found).split("_")) >= len(re.split("[-_]", code))
+    return (found.get_display_name("en") if whole else None) or english_name(code)
 
 
 def translate(record: Record, source: str, target: str) -> Example:
