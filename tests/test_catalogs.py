@@ -89,6 +89,8 @@ def test_placeholders_are_filled_and_markup_is_taken_off(message, sentence):
         ("\u0414\u043e\u0431\u0440\u044b\u0439 \u0434\u0435\u043d\u044c", "de", "another script"),
         ("see <a href=", "en", "markup left"),
         ("http://example.org is down", "en", "markup left"),
+        ("Imported on %Y/%m", "en", "markup left"),
+        ("100% of them, 50%\u7684", "en", None),
         ("--- 12:30 ---", "en", "no words"),
         ("\u2026 \u2026 of \u2026", "en", "mostly placeholders"),
         ("f\u00c3\u00bcr alle", "de", "damaged by a wrong encoding"),
@@ -104,6 +106,10 @@ def test_mojibake_is_told_from_text_with_accents():
     assert is_mojibake("\u00c3\u00a9t\u00c3\u00a9")
     assert not is_mojibake("\u00e9t\u00e9")
     assert not is_mojibake("summer")
+
+
+def test_folding_knows_one_i_whatever_the_language():
+    assert folded("UYARI: \u0130ptal") == folded("Uyar\u0131 iptal")
 
 
 def test_folding_keeps_vowel_signs():

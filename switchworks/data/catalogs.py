@@ -47,7 +47,7 @@ from switchworks.data.messages import (
 ROOTS = ("Django", "Sphinx", "gramps")
 """Whose catalogs are read, with those of everything they need in turn."""
 
-RULES = 2
+RULES = 3
 """Raised when the extraction changes, so that no older cache is taken for the new text."""
 
 LARGEST_NUMBER = 1000

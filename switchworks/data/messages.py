@@ -24,7 +24,7 @@ _COUNTS = frozenset(["count", "counter", "number", "num", "n", "total", "items"]
 _ROLE = re.compile(r"(?::[\w:+-]+:)?`+([^`<>]*?)\s*(?:<[^<>`]*>)?`+_*")
 _BREAK = re.compile(r"<(?:br|/p|/li|/div)\b[^<>]*>", re.IGNORECASE)
 _TAG = re.compile(r"</?[A-Za-z][^<>]*>")
-_MARKUP_LEFT = re.compile(r"[<>{}\\|`\u2581]|%\(|://|\*\*|&\w+;|__")
+_MARKUP_LEFT = re.compile(r"[<>{}\\|`\u2581]|%\(|(?<!\d)%[^\W\d_]|://|\*\*|&\w+;|__")
 _MNEMONIC = re.compile(r"\s*\(_\w\)|_(?=[^\W_])")
 _AT_A_WORD = re.compile(r"(?<!\w)_(?=[^\W_])")
 _IN_A_WORD = re.compile(r"(?<!\w)(?:[A-Za-z]{1,3}_[a-z]+|[A-Za-z]+_[a-z]{1,2})(?!\w)")
@@ -118,8 +118,11 @@ _FOLDING = _Folding()
 
 
 def folded(text: str) -> str:
-    """`text` without case, spaces and punctuation: equal for texts that say the same."""
-    return text.casefold().translate(_FOLDING)
+    """`text` without case, spaces and punctuation: equal for texts that say the same.
+
+    Every i is one, dotted or not: without a language nothing says which the I of "UYARI" is.
+    """
+    return text.casefold().replace("\u0131", "i").replace("i\u0307", "i").translate(_FOLDING)
 
 
 def _filled(message: str, number: int | None) -> str:
