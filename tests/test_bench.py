@@ -231,6 +231,18 @@ def test_a_side_that_is_dropped_gives_its_memory_back():
     assert int(done.stdout) > 250_000_000  # of 300 MB
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's")
+def test_gradients_of_more_than_two_gigabytes_are_not_faulted_in_again():
+    code = (
+        "import torch, resource; from switchworks.training.machine import keep_freed_memory;"
+        "keep_freed_memory(); work = lambda: [torch.empty(2**25).fill_(1.0) for _ in range(18)];"
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt;"
+        "work(); before = faults(); work(); print(faults() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 60_000  # of 590,000 pages
+
+
 def test_the_matrix_limit_is_a_rate():
     assert 1e6 < matrix_limit(32, "float32", rounds=2) < 1e15
 

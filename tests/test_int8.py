@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from switchworks.kernels.products import PRODUCTS, best_product, dynamic, to_int8
+from switchworks.kernels.products import (
+    FEW,
+    PRODUCTS,
+    best_product,
+    dynamic,
+    packed,
+    to_int8,
+    unpacked,
+)
 from switchworks.kernels.quantise import (
     QuantiseConfig,
     QuantisedExperts,
@@ -16,9 +24,9 @@ from switchworks.model.experts import Experts, Inbox
 
 CONFIG = ModelConfig(
     vocab_size=40,
-    d_model=16,
-    d_ff=24,
-    d_kv=8,
+    d_model=32,
+    d_ff=64,
+    d_kv=16,
     num_heads=2,
     num_layers=2,
     routing=RoutingConfig(experts=4),
@@ -55,13 +63,38 @@ def test_a_product_is_within_the_bound_of_its_rounding(product):
     assert off.mean() < bound.mean() / 4  # roundings do not all point the same way
 
 
+@pytest.mark.parametrize("rows", [1, 3, FEW])
+@pytest.mark.parametrize("outputs", [1, 33, 64])
+def test_few_rows_by_weights_as_they_are_are_off_by_what_bfloat16_rounds(rows, outputs):
+    """|dx| <= |x| / 2^9 for every input and |dy| <= |y| / 2^9 for every answer, beside the product
+    with widened weights in float64. Channels of any size, and of zeros, have their own scale."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, 96), torch.randn(outputs, 96)
+    weight *= torch.logspace(-6, 3, outputs)[:, None]
+    weight[outputs // 2] = 0.0
+    rounded, scale = to_int8(weight)
+    wide = rounded.double() * scale.double()[:, None]
+    exact = x.double() @ wide.T
+    bound = (x.double().abs() @ wide.T.abs()) * 2**-9 + exact.abs() * 2**-9
+    y = packed(x, rounded, scale)
+    assert y.dtype == torch.float32
+    assert ((y - exact).abs() <= bound * 1.01).all()
+    assert outputs == 1 or not torch.equal(y, unpacked(x, rounded, scale))
+
+
+@pytest.mark.parametrize(("rows", "inputs"), [(FEW + 1, 64), (3, 33), (0, 64)])
+def test_more_rows_and_odd_widths_are_multiplied_by_widened_weights(rows, inputs):
+    x, (rounded, scale) = torch.randn(rows, inputs), to_int8(torch.randn(5, inputs))
+    assert torch.equal(packed(x, rounded, scale), unpacked(x, rounded, scale))
+
+
 @each_product
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_s_answer_does_not_depend_on_its_neighbours(product, dtype):
     torch.manual_seed(0)
     layer, x = (
-        QuantisedLinear(torch.randn(8, 16), QuantiseConfig(product=product)),
-        torch.randn(5, 16).to(dtype),
+        QuantisedLinear(torch.randn(8, 32), QuantiseConfig(product=product)),
+        torch.randn(5, 32).to(dtype),
     )
     loud = torch.cat([x[:1], 100 * x[1:]])
     assert layer(x).dtype == dtype
@@ -70,7 +103,7 @@ def test_a_row_s_answer_does_not_depend_on_its_neighbours(product, dtype):
 
 def new_experts(gated: bool) -> Experts:
     torch.manual_seed(0)
-    experts = Experts(4, 16, 24, gated=gated, d_out=8)
+    experts = Experts(4, 32, 64, gated=gated, d_out=8)
     for weight in experts.parameters():
         nn.init.normal_(weight, std=0.2)
     return experts.eval()
@@ -80,7 +113,7 @@ def new_experts(gated: bool) -> Experts:
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("counts", [[3, 0, 2, 1], [0, 6, 0, 0], None])
 def test_experts_in_8_bits_answer_nearly_as_before(product, gated, counts):
-    experts, x = new_experts(gated), torch.randn(6 if counts else 8, 16)
+    experts, x = new_experts(gated), torch.randn(6 if counts else 8, 32)
     with torch.no_grad():
         expected = experts(Inbox(x, counts))
         y = QuantisedExperts(experts, QuantiseConfig(product=product))(Inbox(x, counts))
@@ -93,10 +126,10 @@ def test_experts_without_tokens_are_not_called(monkeypatch):
     monkeypatch.setattr(
         QuantisedExperts, "_one", lambda self, expert, x: called.append(expert) or x[:, :8]
     )
-    QuantisedExperts(new_experts(False), QuantiseConfig())(Inbox(torch.randn(3, 16), [0, 2, 0, 1]))
+    QuantisedExperts(new_experts(False), QuantiseConfig())(Inbox(torch.randn(3, 32), [0, 2, 0, 1]))
     assert called == [1, 3]
     nothing = QuantisedExperts(new_experts(False), QuantiseConfig())(
-        Inbox(torch.randn(0, 16), [0] * 4)
+        Inbox(torch.randn(0, 32), [0] * 4)
     )
     assert nothing.shape == (0, 8)
 
@@ -158,11 +191,11 @@ def test_decoding_in_8_bits_goes_token_by_token_as_all_at_once(product):
 
 
 def test_the_default_is_what_the_processor_has_instructions_for():
-    assert best_product() == ("dynamic" if torch.cpu._is_vnni_supported() else "unpacked")
+    assert best_product() == ("dynamic" if torch.cpu._is_vnni_supported() else "packed")
 
 
 def test_the_reference_experts_answer_the_same_with_and_without_gradients():
-    experts, x = new_experts(True), torch.randn(6, 16)
+    experts, x = new_experts(True), torch.randn(6, 32)
     for counts in ([3, 0, 2, 1], [0, 0, 0, 6]):
         with torch.no_grad():
             quiet = experts(Inbox(x, counts))

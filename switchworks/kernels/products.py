@@ -8,8 +8,10 @@ channel's largest magnitude over 127: it is off by at most s_o / 2. In the produ
 - "dynamic" rounds each row of the input to 8 bits in the same way, by its own largest magnitude,
   and multiplies integers. Rows, not the whole input: no sequence's answer depends on its
   neighbours. Fast with VNNI or AMX; elsewhere torch falls back to a plain loop.
-- "packed" is torch's product of real inputs with 8-bit weights.
 - "unpacked" widens the weights first: as slow as before or slower, at a quarter of the memory.
+- "packed" multiplies up to `FEW` rows, as decoding has them, by 8-bit weights as they are, with
+  torch's kernel for bfloat16: inputs and answers are rounded to that, sums are in float32. More
+  rows, and what the kernel does not take, are multiplied as in "unpacked".
 
 **4 bits.** Along the inputs of a channel every `group` weights share a scale s, the largest of
 their magnitudes over 7, kept in bfloat16: 4 + 16 / group bits a weight, each off by at most s / 2.
@@ -19,6 +21,7 @@ Letters: N rows, I inputs, O outputs (output channels), E experts, P bytes of I 
 """
 
 from collections.abc import Callable
+from platform import machine
 from typing import Any, Literal
 
 import torch
@@ -29,9 +32,13 @@ from torch import Tensor
 Product = Literal["dynamic", "packed", "unpacked"]
 
 
+FEW = 16
+"""Rows up to which "packed" is the faster one, with AVX2 (experiments/speed.md)."""
+
+
 def best_product() -> Product:
     """The one that this processor has instructions for."""
-    return "dynamic" if torch.cpu._is_vnni_supported() else "unpacked"
+    return "dynamic" if torch.cpu._is_vnni_supported() else "packed"
 
 
 def to_int8(
@@ -53,19 +60,28 @@ def dynamic(
     return (product * of_row[:, None] * scale).to(x.dtype)
 
 
-def packed(
-    x: Float[Tensor, "N I"], weight: Int8[Tensor, "O I"], scale: Float[Tensor, "O"]
-) -> Float[Tensor, "N O"]:
-    """Real inputs and 8-bit weights in one operation of torch's."""
-    multiply = torch._weight_int8pack_mm  # pyright: ignore[reportPrivateImportUsage]
-    return multiply(x, weight, scale.to(x.dtype))
-
-
 def unpacked(
     x: Float[Tensor, "N I"], weight: Int8[Tensor, "O I"], scale: Float[Tensor, "O"]
 ) -> Float[Tensor, "N O"]:
     """Real inputs and widened weights."""
     return (x @ weight.to(x.dtype).T) * scale.to(x.dtype)
+
+
+def packed(
+    x: Float[Tensor, "N I"], weight: Int8[Tensor, "O I"], scale: Float[Tensor, "O"]
+) -> Float[Tensor, "N O"]:
+    """Weights as they are for few rows of `x`, which are rounded to bfloat16; else widened."""
+    if len(x) > FEW or not _has_kernel(weight):
+        return unpacked(x, weight, scale)
+    ones = scale.new_ones(scale.shape, dtype=torch.bfloat16)  # the kernel rounds its scales
+    multiply = torch._weight_int8pack_mm  # pyright: ignore[reportPrivateImportUsage]
+    return (multiply(x.bfloat16(), weight, ones) * scale).to(x.dtype)
+
+
+def _has_kernel(weight: Int8[Tensor, "O I"]) -> bool:
+    """Vector code for bfloat16, which takes inputs a whole register at a time."""
+    vectors = torch.backends.cpu.get_cpu_capability() != "DEFAULT" or machine() == "aarch64"
+    return weight.device.type == "cpu" and vectors and weight.shape[1] % 32 == 0
 
 
 PRODUCTS: dict[str, Callable[[Any, Any, Any], Any]] = {

@@ -38,7 +38,7 @@ class QuantiseConfig:
     bits: Literal[4, 8] = 8
     group: int = 32
     """Of 4-bit weights: inputs of a channel that share a scale."""
-    product: Product = "unpacked"
+    product: Product = "packed"
     """How 8-bit weights are multiplied by; see `products.py`."""
 
     def __post_init__(self) -> None:
@@ -47,15 +47,15 @@ class QuantiseConfig:
                 f"group = {self.group} must be an even number of weights, two of which share a "
                 "byte. 32 is usual."
             )
-        if self.bits == 4 and self.product != "unpacked":
-            raise ConfigError(f"product = {self.product} is for 8 bits; 4-bit weights are widened.")
+        if self.bits == 4 and self.product == "dynamic":
+            raise ConfigError("product = dynamic is for 8 bits; 4-bit weights are widened.")
 
     @staticmethod
     def of(scheme: Scheme, group: int = 32) -> "QuantiseConfig":
         """The settings that a scheme's name stands for."""
         if scheme == "int4":
             return QuantiseConfig(bits=4, group=group)
-        return QuantiseConfig(product="dynamic" if scheme == "int8-dynamic" else "unpacked")
+        return QuantiseConfig(product="dynamic" if scheme == "int8-dynamic" else "packed")
 
     @property
     def scheme(self) -> Scheme:

@@ -24,6 +24,9 @@ def keep_freed_memory() -> bool:
 
     By default it returns them to the system and faults them in again at every step, which costs
     10 to 40 % of a training step on CPU. Elsewhere than on glibc nothing happens.
+
+    -1 stands for no bound at all: with the largest int, 2 GB, the gradients of a model of 800
+    million weights were still given back.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -31,7 +34,7 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return False
-    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))
 
 
 def give_back_memory() -> None:
