@@ -14,9 +14,10 @@ from switchworks.checkpoint.model_files import stored_rounding
 from switchworks.cli import main
 from switchworks.compress.quantise import quantise_directory
 from switchworks.config import CheckpointError, ConfigError
-from switchworks.kernels.products import from_int4, to_int4
+from switchworks.kernels.products import FEW, from_int4, to_int4
 from switchworks.kernels.quantise import (
     QuantiseConfig,
+    QuantisedExperts,
     QuantisedLinear,
     quantise,
     rounding_of,
@@ -24,6 +25,7 @@ from switchworks.kernels.quantise import (
     widened,
 )
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
+from switchworks.model.experts import Experts, Inbox
 from switchworks.model.sizes import num_parameters
 
 CONFIG = ModelConfig(
@@ -105,6 +107,54 @@ def test_a_product_with_4_bits_is_the_product_with_the_widened_weights():
     x = torch.randn(7, 33)
     torch.testing.assert_close(layer(x), x @ layer.widened("weight").T)
     assert layer(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("group", [32, 64])
+@pytest.mark.parametrize("rows", [1, 3, FEW])
+def test_few_rows_by_4_bits_as_they_are_are_off_by_what_bfloat16_rounds(rows, group):
+    """Inputs, weights and answers lose 2^-9 of themselves each, beside a product in float64."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, 128), torch.randn(48, 128) * torch.logspace(-6, 3, 48)[:, None]
+    weight[5] = 0.0
+    layer = QuantisedLinear(weight, QuantiseConfig(bits=4, group=group))
+    wide = layer.widened("weight").double()
+    exact = x.double() @ wide.T
+    bound = (x.double().abs() @ wide.T.abs()) * 2**-8 + exact.abs() * 2**-9
+    y = layer(x)
+    assert ((y - exact).abs() <= bound * 1.01).all()
+    assert not torch.equal(y, (x @ layer.widened("weight").T))
+    reference = QuantisedLinear(weight, QuantiseConfig(bits=4, group=group, product="unpacked"))
+    assert torch.equal(reference(x), x @ layer.widened("weight").T)
+
+
+@pytest.mark.parametrize(
+    ("rows", "outputs", "inputs", "group"),
+    [(FEW + 1, 16, 64, 32), (2, 15, 64, 32), (2, 16, 40, 32), (2, 16, 64, 16), (0, 16, 64, 32)],
+)
+def test_what_the_kernel_for_4_bits_does_not_take_is_widened(rows, outputs, inputs, group):
+    layer = QuantisedLinear(torch.randn(outputs, inputs), QuantiseConfig(bits=4, group=group))
+    x = torch.randn(rows, inputs)
+    assert torch.equal(layer(x), x @ layer.widened("weight").T)
+
+
+def test_other_weights_are_not_multiplied_in_the_order_of_the_old_ones():
+    old, new = (QuantisedLinear(torch.randn(16, 32), QuantiseConfig(bits=4)) for _ in range(2))
+    x = torch.randn(2, 32)
+    assert not torch.equal(old(x), new(x))
+    old.load_state_dict(new.state_dict())
+    assert torch.equal(old(x), new(x))
+
+
+def test_every_expert_in_4_bits_has_an_order_of_its_own():
+    torch.manual_seed(0)
+    experts = Experts(4, 32, 64, gated=True, d_out=32).eval()
+    for weight in experts.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    x, counts = torch.randn(6, 32), [3, 0, 2, 1]
+    how = [QuantiseConfig(bits=4, product=product) for product in ("packed", "unpacked")]
+    with torch.no_grad():
+        ours, reference = (QuantisedExperts(experts, each)(Inbox(x, counts)) for each in how)
+    assert 0 < (ours - reference).norm() < 0.01 * reference.norm()
 
 
 # Whole models

@@ -15,6 +15,7 @@ from switchworks.config import ConfigError
 from switchworks.generate.beam import BeamSearch, search
 from switchworks.generate.sampling import Sampling, choose
 from switchworks.generate.start import EOS, PAD, start
+from switchworks.kernels.few_rows import few_rows
 from switchworks.kernels.logits_only import logits_only
 from switchworks.model import SwitchTransformer
 from switchworks.parallel import ALONE, Ranks
@@ -63,7 +64,7 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        with logits_only(model):
+        with logits_only(model), few_rows(model):
             if beams is not None:
                 return search(model, inputs, max_length, beams)
             return _decode(model, inputs, max_length, sampling, generator, ranks)

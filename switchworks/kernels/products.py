@@ -15,7 +15,9 @@ channel's largest magnitude over 127: it is off by at most s_o / 2. In the produ
 
 **4 bits.** Along the inputs of a channel every `group` weights share a scale s, the largest of
 their magnitudes over 7, kept in bfloat16: 4 + 16 / group bits a weight, each off by at most s / 2.
-Two weights to a byte, the first in the low half. The product widens the weights first.
+Two weights to a byte, the first in the low half. Up to `FEW` rows are multiplied by torch's kernel
+for 4 bits, in bfloat16 as above, which wants the same numbers in an order of its own; else the
+weights are widened first.
 
 Letters: N rows, I inputs, O outputs (output channels), E experts, P bytes of I inputs, G groups.
 """
@@ -71,17 +73,17 @@ def packed(
     x: Float[Tensor, "N I"], weight: Int8[Tensor, "O I"], scale: Float[Tensor, "O"]
 ) -> Float[Tensor, "N O"]:
     """Weights as they are for few rows of `x`, which are rounded to bfloat16; else widened."""
-    if len(x) > FEW or not _has_kernel(weight):
+    if len(x) > FEW or weight.shape[1] % 32 or not _has_kernels(weight):
         return unpacked(x, weight, scale)
     ones = scale.new_ones(scale.shape, dtype=torch.bfloat16)  # the kernel rounds its scales
     multiply = torch._weight_int8pack_mm  # pyright: ignore[reportPrivateImportUsage]
     return (multiply(x.bfloat16(), weight, ones) * scale).to(x.dtype)
 
 
-def _has_kernel(weight: Int8[Tensor, "O I"]) -> bool:
-    """Vector code for bfloat16, which takes inputs a whole register at a time."""
+def _has_kernels(weight: Tensor) -> bool:
+    """Whether torch has vector code for bfloat16 and few bits here."""
     vectors = torch.backends.cpu.get_cpu_capability() != "DEFAULT" or machine() == "aarch64"
-    return weight.device.type == "cpu" and vectors and weight.shape[1] % 32 == 0
+    return weight.device.type == "cpu" and vectors
 
 
 PRODUCTS: dict[str, Callable[[Any, Any, Any], Any]] = {
@@ -110,3 +112,29 @@ def from_int4(
     """The weights of `to_int4`, rounded, in float32."""
     halves = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)[..., :inputs]
     return (halves.float() - 8) * scale.float().repeat_interleave(group, dim=-1)[..., :inputs]
+
+
+def kernel_takes(packed: UInt8[Tensor, "O P"], group: int, inputs: int) -> bool:
+    """Whether torch's kernel for 4 bits can multiply by such weights."""
+    fits = len(packed) % 16 == 0 and group in (32, 64, 128, 256) and inputs % group == 0
+    return fits and _has_kernels(packed)
+
+
+def kernel_order(
+    packed: UInt8[Tensor, "O P"], scale: Float[Tensor, "O G"]
+) -> tuple[UInt8[Tensor, "O P"], Float[Tensor, "G O 2"]]:
+    """The same weights in the order of that kernel, and the scale and offset of every group."""
+    whole = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2).int()
+    reorder = torch._convert_weight_to_int4pack_for_cpu  # pyright: ignore[reportPrivateImportUsage]
+    return reorder(whole, 1), torch.stack([scale.T, torch.zeros_like(scale.T)], -1).contiguous()
+
+
+def by_kernel(
+    x: Float[Tensor, "N I"],
+    ordered: UInt8[Tensor, "O P"],
+    scales: Float[Tensor, "G O 2"],
+    group: int,
+) -> Float[Tensor, "N O"]:
+    """x times the transposed weights of `kernel_order`; inputs and answers in bfloat16."""
+    multiply = torch._weight_int4pack_mm_for_cpu  # pyright: ignore[reportPrivateImportUsage]
+    return multiply(x.bfloat16(), ordered, group, scales).to(x.dtype)

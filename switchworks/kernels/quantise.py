@@ -16,10 +16,14 @@ from torch import Tensor, nn
 
 from switchworks.config import ConfigError
 from switchworks.kernels.products import (
+    FEW,
     PRODUCTS,
     Product,
     best_product,
+    by_kernel,
     from_int4,
+    kernel_order,
+    kernel_takes,
     to_int4,
     to_int8,
 )
@@ -39,7 +43,7 @@ class QuantiseConfig:
     group: int = 32
     """Of 4-bit weights: inputs of a channel that share a scale."""
     product: Product = "packed"
-    """How 8-bit weights are multiplied by; see `products.py`."""
+    """How weights are multiplied by; see `products.py`. 4-bit ones are "packed" or "unpacked"."""
 
     def __post_init__(self) -> None:
         if self.group < 2 or self.group % 2:
@@ -135,11 +139,15 @@ def widened(model: SwitchTransformer) -> SwitchTransformer:
 
 
 class Rounded(nn.Module):
-    """Holds rounded weights as buffers: `name` and `name`_scale."""
+    """Holds rounded weights as buffers: `name` and `name`_scale.
+
+    Of 4-bit weights that few rows were multiplied by there is a second copy, in the kernel's order.
+    """
 
     def __init__(self, how: QuantiseConfig) -> None:
         super().__init__()
         self.how = how
+        self._ordered: dict[tuple[str, int | None], tuple[Tensor, Tensor]] = {}
         self.inputs: dict[str, int] = {}
         """How many inputs the weights of each name have: packed ones do not tell."""
 
@@ -156,6 +164,29 @@ class Rounded(nn.Module):
         """The weights, in float32, as the module in this one's place had them."""
         return self.how.widened(*self.parts(name), self.inputs[name])
 
+    def times(
+        self, x: Float[Tensor, "N I"], name: str, expert: int | None = None
+    ) -> Float[Tensor, "N O"]:
+        """x times the transposed weights, of one expert of a stack, in the dtype of x."""
+        whole, scale = self.parts(name)
+        if expert is not None:
+            whole, scale = whole[expert], scale[expert]
+        how = self.how
+        few = how.bits == 4 and how.product == "packed" and 0 < len(x) <= FEW
+        if not (few and kernel_takes(whole, how.group, x.shape[1])):
+            return how.times(x, whole, scale)
+        if (name, expert) not in self._ordered:
+            self._ordered[name, expert] = kernel_order(whole, scale)
+        return by_kernel(x, *self._ordered[name, expert], how.group)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Rounded":
+        self._ordered.clear()  # the weights may go to another device
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._ordered.clear()
+        super()._load_from_state_dict(*args)
+
 
 class QuantisedLinear(Rounded):
     """A matrix without bias."""
@@ -166,8 +197,8 @@ class QuantisedLinear(Rounded):
 
     def forward(self, x: Float[Tensor, "*b I"]) -> Float[Tensor, "*b O"]:
         """x times the transposed weight, in the dtype of x. No gradients."""
-        flat = self.how.times(x.reshape(-1, x.shape[-1]), *self.parts("weight"))
-        return flat.view(*x.shape[:-1], -1)
+        flat = self.times(x.reshape(-1, x.shape[-1]), "weight")
+        return flat.view(*x.shape[:-1], flat.shape[-1])
 
 
 class QuantisedEmbedding(Rounded):
@@ -233,13 +264,9 @@ class QuantisedExperts(Experts, Rounded):
         return Rounded.widened(self, name).mT.contiguous()
 
     def _one(self, expert: int, x: Float[Tensor, "n I"]) -> Float[Tensor, "n O"]:
-        gate = self._times(expert, x, "w_gate") if "w_gate" in self.inputs else None
-        hidden = activate(self._times(expert, x, "w_in"), gate, self.activation)
-        return self._times(expert, hidden, "w_out")
-
-    def _times(self, expert: int, x: Tensor, name: str) -> Tensor:
-        stack, scales = self.parts(name)
-        return self.how.times(x, stack[expert], scales[expert])
+        gate = self.times(x, "w_gate", expert) if "w_gate" in self.inputs else None
+        hidden = activate(self.times(x, "w_in", expert), gate, self.activation)
+        return self.times(hidden, "w_out", expert)
 
 
 class TensorBits(NamedTuple):
