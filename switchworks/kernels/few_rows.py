@@ -36,7 +36,7 @@ def few_rows(model: SwitchTransformer) -> Iterator[None]:
     changed: list[nn.Module] = []
     for module in model.modules():
         if type(module) is nn.Linear and "forward" not in vars(module) and _suits(module.weight):
-            module.forward = partial(_forward, module)
+            module.forward = partial(_forward, module)  # pyright: ignore[reportAttributeAccessIssue]
             changed.append(module)
     tied = model.head is None and "logits" not in vars(model) and _suits(model.embedding.weight)
     if tied:
