@@ -45,9 +45,9 @@ def few_rows(model: SwitchTransformer) -> Iterator[None]:
         yield
     finally:
         for module in changed:
-            del module.forward
+            vars(module).pop("forward", None)  # gone already if two threads began at once
         if tied:
-            del model.logits
+            vars(model).pop("logits", None)
 
 
 def linear(x: Float[Tensor, "*b I"], weight: Float[Tensor, "O I"]) -> Float[Tensor, "*b O"]:
