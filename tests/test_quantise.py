@@ -46,6 +46,9 @@ KINDS = {
     "experts in attention": replace(CONFIG, routing=RoutingConfig(experts=4, layers="both")),
 }
 each_kind = pytest.mark.parametrize("config", KINDS.values(), ids=list(KINDS))
+with_kernels = pytest.mark.skipif(
+    not torch.backends.cpu.get_cpu_capability().startswith("AVX"), reason="torch's kernels for AVX"
+)
 each_scheme = pytest.mark.parametrize("scheme", ["int8", "int8-dynamic", "int4"])
 
 
@@ -109,6 +112,7 @@ def test_a_product_with_4_bits_is_the_product_with_the_widened_weights():
     assert layer(x.bfloat16()).dtype == torch.bfloat16
 
 
+@with_kernels
 @pytest.mark.parametrize("group", [32, 64])
 @pytest.mark.parametrize("rows", [1, 3, FEW])
 def test_few_rows_by_4_bits_as_they_are_are_off_by_what_bfloat16_rounds(rows, group):
@@ -145,6 +149,7 @@ def test_other_weights_are_not_multiplied_in_the_order_of_the_old_ones():
     assert torch.equal(old(x), new(x))
 
 
+@with_kernels
 def test_every_expert_in_4_bits_has_an_order_of_its_own():
     torch.manual_seed(0)
     experts = Experts(4, 32, 64, gated=True, d_out=32).eval()
