@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from switchworks.generate import BeamSearch, generate
-from switchworks.kernels.few_rows import FEW, few_rows, linear
+from switchworks.kernels.few_rows import FEW, few_rows, in_shares, product, rms_norm
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
+from switchworks.model.layers import RMSNorm
 
 CONFIG = ModelConfig(
     vocab_size=512,
@@ -19,6 +19,7 @@ CONFIG = ModelConfig(
     num_layers=2,
     routing=RoutingConfig(experts=4),
 )
+CLOSE = {"rtol": 1e-5, "atol": 1e-4}
 each_kind = pytest.mark.parametrize(
     "config",
     [
@@ -36,21 +37,54 @@ def inputs(rows: int = 3) -> torch.Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("shape", [(1, 1), (5, 1), (FEW, 1), (2, 3), (FEW + 1, 1), (0, 4)])
-def test_a_product_in_shares_is_the_product(shape):
+@pytest.mark.parametrize("shape", [(1, 1), (5, 1), (FEW, 1), (2, 3), (1, 3)])
+def test_a_product_in_shares_of_the_outputs_is_the_product(shape):
     torch.manual_seed(0)
     x, weight = torch.randn(*shape, 128), torch.randn(512, 128)
-    ours, exact = linear(x, weight), x.double() @ weight.double().T
+    ours, exact = in_shares(x, weight.view(8, 64, 128)), x.double() @ weight.double().T
     assert ours.shape == (*shape, 512)
     assert ours.is_contiguous()
-    torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(ours.double(), exact, **CLOSE)
+
+
+@torch.no_grad()
+def test_rows_taken_from_the_middle_of_others_are_read_where_they_lie():
+    torch.manual_seed(0)
+    many, weight = torch.randn(6, 3, 256), torch.randn(512, 128)
+    for x in (many[2:4, 1, 128:], many[1, :, :128], many.mT[1, :128, :2].T):
+        torch.testing.assert_close(in_shares(x, weight.view(8, 64, 128)), x @ weight.T, **CLOSE)
+        by_inputs = product(x, weight.T.contiguous())
+        torch.testing.assert_close(by_inputs, x @ weight.T, **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 3, FEW])
+def test_a_product_in_shares_of_the_inputs_is_the_product(rows):
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, 128), torch.randn(128, 512)
+    exact = x.double() @ weight.double()
+    torch.testing.assert_close(product(x, weight).double(), exact, **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
+def test_a_norm_of_fewer_operations_is_the_norm(size):
+    torch.manual_seed(0)
+    norm, x = RMSNorm(128, epsilon=1e-6), size * torch.randn(2, 3, 128)
+    norm.weight.copy_(torch.randn(128))
+    ours = rms_norm(x, norm.weight, torch.tensor([1e-6]))
+    torch.testing.assert_close(ours.double(), norm.double()(x.double()), rtol=1e-5, atol=1e-6)
 
 
 def test_with_gradients_nothing_changes():
-    x, weight = torch.randn(2, 128), torch.randn(512, 128, requires_grad=True)
-    assert torch.equal(linear(x, weight), F.linear(x, weight))
-    linear(x, weight).sum().backward()
-    assert weight.grad is not None
+    model, tokens = SwitchTransformer(CONFIG, seed=1).eval(), inputs()
+    model(tokens, tokens).losses.total.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    with few_rows(model):
+        model(tokens, tokens).losses.total.backward()
+    assert expected
+    assert all(torch.equal(model.get_parameter(name).grad, g) for name, g in expected.items())
 
 
 @each_kind
@@ -87,10 +121,26 @@ def test_inside_another_s_decoding_nothing_is_taken_away_twice():
     assert set(vars(model.encoder.blocks[0].ffn.w_in)) == before
 
 
-def test_other_dtypes_and_small_matrices_are_left_alone():
-    wide = SwitchTransformer(CONFIG, seed=1).bfloat16()
+def changed(model: SwitchTransformer) -> set[str]:
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    with few_rows(model):
+        inside = {name: set(vars(module)) for name, module in model.named_modules()}
+    return {name for name in before if inside[name] != before[name]}
+
+
+def test_other_dtypes_are_left_alone():
+    assert not changed(SwitchTransformer(CONFIG, seed=1).bfloat16())
+
+
+def test_of_a_small_model_only_the_norms_change():
     small = SwitchTransformer(replace(CONFIG, d_model=32, d_ff=64, d_kv=16, vocab_size=40), seed=1)
-    for model in (wide, small):
-        before = {name: set(vars(module)) for name, module in model.named_modules()}
-        with few_rows(model):
-            assert {n: set(vars(module)) for n, module in model.named_modules()} == before
+    norms = {name for name, module in small.named_modules() if isinstance(module, RMSNorm)}
+    assert changed(small) == norms
+
+
+def test_queries_keys_and_values_are_joined_where_a_copy_of_them_is_small(monkeypatch):
+    model = SwitchTransformer(CONFIG, seed=1)
+    joined = {f"decoder.blocks.{number}.self_attention" for number in range(2)}
+    assert joined < changed(model)
+    monkeypatch.setattr("switchworks.kernels.few_rows.JOINED", 2**16 - 1)
+    assert not joined & changed(model)

@@ -23,6 +23,7 @@ Letters: N rows, I inputs, O outputs (output channels), E experts, P bytes of I 
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -74,15 +75,22 @@ def packed(
     """Weights as they are for few rows of `x`, which are rounded to bfloat16; else widened."""
     if len(x) > FEW or weight.shape[1] % 32 or not _has_kernels(weight):
         return unpacked(x, weight, scale)
-    ones = scale.new_ones(scale.shape, dtype=torch.bfloat16)  # the kernel rounds its scales
     multiply = torch._weight_int8pack_mm  # pyright: ignore[reportPrivateImportUsage]
-    return (multiply(x.bfloat16(), weight, ones) * scale).to(x.dtype)
+    return (multiply(x.bfloat16(), weight, _ones(len(scale))) * scale).to(x.dtype)
+
+
+@cache
+def _ones(count: int) -> Tensor:
+    """In place of the scales, which the kernel would round to bfloat16."""
+    return torch.ones(count, dtype=torch.bfloat16, device="cpu")
+
+
+_HAS_VECTORS = torch.backends.cpu.get_cpu_capability().startswith("AVX")  # no other was measured
 
 
 def _has_kernels(weight: Tensor) -> bool:
     """Whether torch has vector code for bfloat16 and few bits here."""
-    vectors = torch.backends.cpu.get_cpu_capability().startswith("AVX")  # no other was measured
-    return weight.device.type == "cpu" and vectors
+    return _HAS_VECTORS and weight.device.type == "cpu"
 
 
 PRODUCTS: dict[str, Callable[[Any, Any, Any], Any]] = {

@@ -158,7 +158,8 @@ class Rounded(nn.Module):
         self.inputs[name] = weight.shape[-1]
 
     def parts(self, name: str) -> tuple[Tensor, Tensor]:
-        return self.get_buffer(name), self.get_buffer(f"{name}_scale")
+        """Whole numbers and scales. Looked up directly: a decoded token has some fifty products."""
+        return self._buffers[name], self._buffers[f"{name}_scale"]  # type: ignore[return-value]
 
     def widened(self, name: str) -> Float[Tensor, "*E O I"]:
         """The weights, in float32, as the module in this one's place had them."""
