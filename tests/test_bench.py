@@ -158,6 +158,12 @@ def test_the_share_of_the_limit_counts_the_model_s_operations():
     share = share_of_limit(row, measured, limit=2e12)
     assert share is not None
     assert share.ours == pytest.approx(100 * 0.6737e12 / 0.5 / 2e12, rel=1e-3)
+    assert measured.ours is not None
+    alone = share_of_limit(
+        row, replace(measured, spread=(measured.ours, measured.ours)), limit=2e12
+    )
+    assert alone is not None
+    assert alone.spread == (share.ours, share.ours)  # of rates, there being no ratio
 
 
 def test_floors_are_for_the_shape_they_were_set_for():

@@ -44,6 +44,8 @@ CASES = {
     "many experts": Case(experts=32, groups=3),
     "one group": Case(groups=1, capacity=2),
     "one token": Case(groups=1, tokens=1),
+    "one token, gated": Case(groups=1, tokens=1, gated=True),
+    "one token that is padding": Case(groups=1, tokens=1, padding=1.0),
     "padding alone": Case(padding=1.0, capacity=2),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())

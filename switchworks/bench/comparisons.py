@@ -171,7 +171,10 @@ def _memory(bench: BenchConfig, side: Side) -> Iterator[Comparison]:
     experts = max([experts for experts in bench.experts if experts < 128], default=0)
     floors: dict[Literal["adamw", "adafactor"], float] = {"adamw": 0.8, "adafactor": 0.6}
     for optimizer, floor in floors.items():
-        ours = side.but(experts=experts, optimizer=optimizer)
-        name = f"peak memory {label(experts)}, {optimizer}"
+        plain = side.but(experts=experts, optimizer=optimizer)
         floor = floor if experts == 64 else None
-        yield Comparison(name=name, unit="MB", ours=ours, peer=ours.but(who="peer"), floor=floor)
+        for early in (False, True):
+            name = f"peak memory {label(experts)}, {optimizer}"
+            name += ", updated in backward" * early
+            ours, peer = plain.but(update_in_backward=early), plain.but(who="peer")
+            yield Comparison(name=name, unit="MB", ours=ours, peer=peer, floor=floor)

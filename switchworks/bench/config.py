@@ -83,6 +83,8 @@ class Side:
     dropout: float = 0.0
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     micro_batches: int = 1
+    update_in_backward: bool = False
+    """ours: weights move in the backward pass, and their gradients go."""
     new_tokens: int = 64
     """decode: how many tokens are written."""
     kernels: Literal["fast", "reference", "compiled"] = "fast"

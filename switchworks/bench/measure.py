@@ -71,16 +71,19 @@ def share_of_limit(row: Comparison, measured: Row, limit: float) -> Row | None:
         shape.model(side.experts), shape.input_length, shape.target_length
     )
 
-    def share(rate: float | None) -> float | None:
-        return None if rate is None else 100 * rate * flops / limit
+    def share(rate: float) -> float:
+        return 100 * rate * flops / limit
 
+    quartiles, peer = measured.spread, measured.peer
+    if quartiles is not None and peer is None:  # then they are rates
+        quartiles = share(quartiles[0]), share(quartiles[1])
     return Row(
         name=f"share of the limit, train {label(side.experts)}",
         unit="%",
         ours=share(measured.ours),
-        peer=share(measured.peer),
+        peer=None if peer is None else share(peer),
         ratio=measured.ratio,
-        spread=measured.spread,
+        spread=quartiles,
         floor=SHARE.get(side.experts) if has_floors(shape, side.precision) else None,
     )
 

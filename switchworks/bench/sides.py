@@ -83,6 +83,7 @@ def _training_step(side: Side) -> Work:
         precision=side.precision,
         kernels="fast" if side.kernels == "fast" else "reference",
         compile=side.kernels == "compiled",
+        update_in_backward=side.update_in_backward,
         model=shape.model(side.experts, side.dropout),
         data=DataConfig(input_length=shape.input_length, target_length=shape.target_length),
         optim=OptimConfig(

@@ -97,6 +97,8 @@ class SortedDispatcher:
         self, x: Float[Tensor, "G S D"], routes: Routes, experts: Pool, capacity: int | None
     ) -> Float[Tensor, "G S O"]:
         groups, size, _ = x.shape
+        if groups * size == 1 and routes.token is None:
+            return self._only_one(x, routes, experts)
         order = sort_by_expert(routes, experts.num_experts)
         tokens = rows_of(routes, size)
         tokens = order.assignment if tokens is None else tokens[order.assignment]
@@ -107,6 +109,16 @@ class SortedDispatcher:
         once = routes.token is None  # each row is written once at most
         write = empty.index_copy_ if once else empty.index_add_
         return write(0, tokens, answers).view(groups, size, -1)
+
+    def _only_one(
+        self, x: Float[Tensor, "1 1 D"], routes: Routes, experts: Pool
+    ) -> Float[Tensor, "1 1 O"]:
+        """The same for a single token, as decoding one text has them: nothing to sort."""
+        kept = int(routes.kept)
+        counts = [0] * experts.num_experts
+        counts[int(routes.expert)] = kept
+        answers = experts(Inbox(x[0, :kept], counts)) * routes.gate[:, :kept].mT.to(x.dtype)
+        return F.pad(answers, (0, 0, 0, 1 - kept))[None]  # 0 for padding
 
 
 class Order(NamedTuple):

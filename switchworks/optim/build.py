@@ -57,6 +57,9 @@ class Updater:
         self.optimizer = optimizer
         self.config = config
 
+    def begin(self, step: int, total_steps: int) -> None:
+        """Before the first backward pass of step number `step`. Here there is nothing to do."""
+
     def accumulate(self) -> None:
         """Add the parameters' gradients to those gathered so far, in float32."""
         self.masters.accumulate()
@@ -73,13 +76,9 @@ class Updater:
         lr = learning_rate(self.config, step, total_steps)
         norm = float(global_norm(list(self.masters.gradients().values())))
         if math.isfinite(norm):
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
+            self._set_rate(lr)
             for names in self.masters.shares():
-                self.masters.ready(names, scale_to_bound(norm, self.config.clip_norm))
-                self.optimizer.step()
-                self.masters.publish(names)
-                self.zero(names)
+                self._move(names, scale_to_bound(norm, self.config.clip_norm))
         return UpdateStats(lr, norm)
 
     def gradients(self) -> dict[str, Tensor]:
@@ -98,6 +97,17 @@ class Updater:
     def float_state(self) -> dict[str, Tensor]:
         """Name -> weight in full precision, for export. The tensors are not copies."""
         return self.masters.float_state()
+
+    def _set_rate(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def _move(self, names: list[str], scale: float) -> None:
+        """Move all that has a gradient, which is `names` once they are ready."""
+        self.masters.ready(names, scale)
+        self.optimizer.step()
+        self.masters.publish(names)
+        self.zero(names)
 
     def state_dict(self) -> State:
         """{"weights": {name: tensor}, "optimizer": {name: {slot: tensor}}}, complete from step 0.

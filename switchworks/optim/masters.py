@@ -47,6 +47,10 @@ class MasterWeights:
         """What an optimizer should update: name -> master."""
         return dict(self._masters)
 
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What the model computes with: name -> parameter."""
+        return dict(self._parameters)
+
     def float_state(self) -> dict[str, Tensor]:
         """Name -> full-precision weight, for export and saving. The tensors are not copies."""
         return {name: master.detach() for name, master in self._masters.items()}

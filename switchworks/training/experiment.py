@@ -85,6 +85,10 @@ class Experiment:
     activation_checkpointing: bool = False
     """Keep only each block's input and its routing, and compute the rest again in the backward
     pass: less memory for about a third more time. The result is the same."""
+    update_in_backward: bool = False
+    """Move each weight in the backward pass, once its gradient is there, and drop the gradient: a
+    model's worth of memory less. For one micro-batch on one rank and without optim.clip_norm. The
+    result is the same; but where a gradient is not finite, some weights have moved already."""
     compile: bool = False
     """Compile forward and backward of a step into one graph each (torch.compile). Starting takes a
     minute or more; docs/speed.md says when that pays. Noise is drawn by other code, so dropout
@@ -137,6 +141,7 @@ class Experiment:
                 "  Leave --freeze out; --lora.also-train names what is trained beside the adapters."
             )
         self._check_compile()
+        self._check_update()
         self._check_best()
         self._check_objective()
         self._check_distil()
@@ -179,6 +184,19 @@ class Experiment:
             raise ConfigError(
                 f"compile beside {', '.join(found)}: a step must be one graph of known shapes.\n"
                 "  Leave out --compile or that."
+            )
+
+    def _check_update(self) -> None:
+        apart = {
+            f"micro_batches = {self.micro_batches}": self.micro_batches > 1,
+            f"optim.clip_norm = {self.optim.clip_norm}": self.optim.clip_norm is not None,
+            f"a mesh of {self.mesh.size} ranks": self.mesh.size > 1,
+        }
+        found = [what for what, there in apart.items() if there]
+        if self.update_in_backward and found:
+            raise ConfigError(
+                f"update_in_backward beside {', '.join(found)}: all gradients have to be there "
+                "before a weight moves.\n  Leave out --update-in-backward or that."
             )
 
     def _check_best(self) -> None:
@@ -270,7 +288,7 @@ MAY_CHANGE = (
     frozenset(_CADENCES)
     | {"data.cache", "data.workers", "data.prefetch", "async_checkpoints"}
     | {"mesh.data", "mesh.expert", "mesh.model", "mesh.shard", "mesh.overlap", "mesh.timeout"}
-    | {"micro_batches"}
+    | {"micro_batches", "update_in_backward"}
 )
 """Settings that a resumed run may change, because they do not change what it computes, but for
 rounding (threads, ranks) and for the noise, of which each rank draws its own."""

@@ -61,7 +61,8 @@ def memory(experiment: Experiment, counts: Shares) -> dict[str, int]:
     """Bytes of one rank that stay allocated through a step, activations not counted.
 
     What is frozen has no gradients and no optimizer state. Its float32 weights stay beside
-    bfloat16 ones, so that they come out of the run as they went in.
+    bfloat16 ones, so that they come out of the run as they went in. With `update_in_backward`
+    gradients come and go, as activations do.
     """
     precision = experiment.precision
     compute = _COMPUTE[machine.fastest_precision() if precision == "auto" else precision]
@@ -73,7 +74,9 @@ def memory(experiment: Experiment, counts: Shares) -> dict[str, int]:
     bytes_of = {
         "weights": parameters * compute,
         "masters": 0 if compute == _MASTER else parameters * _MASTER,
-        "gradients": trainable * (compute if alone else _MASTER),
+        "gradients": 0
+        if experiment.update_in_backward
+        else trainable * (compute if alone else _MASTER),
         "optimizer": trainable * _MASTER * moments,
     }
     return bytes_of | {"total": sum(bytes_of.values())}

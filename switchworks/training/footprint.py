@@ -10,6 +10,7 @@ from torch import Tensor
 
 from switchworks.batch import Batch
 from switchworks.optim.build import UpdateStats
+from switchworks.optim.in_backward import BackwardUpdater
 from switchworks.optim.spread import local
 from switchworks.parallel.trace import Trace, Traffic, Work, tensors_in
 from switchworks.training.experiment import Experiment
@@ -29,7 +30,8 @@ class Footprint:
     masters: int
     """Bytes of float32 weights beside those of 16 bits."""
     gradients: int
-    """Bytes of the gradients that the optimizer reads."""
+    """Bytes of the gradients that the optimizer reads: of all, unless weights move in the backward
+    pass, when it is the most that are there at once."""
     optimizer: int
     """Bytes of the optimizer's state."""
     others: tuple[int, ...]
@@ -91,15 +93,25 @@ def measure_step(state: TrainState, batch: Batch) -> Footprint:
         return update(step, total_steps)
 
     updater.accumulate, updater.step = marked, counted
+    if isinstance(updater, BackwardUpdater):
+        move = updater.move
+
+        def counted_early(names: list[str]) -> None:
+            trace.mark(grads_of_parameters())
+            gradients.append(_bytes_of(updater.gradients().values()))
+            move(names)
+
+        updater.move = counted_early
     try:
         with trace:
             train_step(state, batch)
     finally:
-        updater.accumulate, updater.step = accumulate, update
+        for name in ("accumulate", "step", "move"):
+            vars(updater).pop(name, None)
     passing, others = trace.peaks(len(PHASES))
     return Footprint(
         **held,
-        gradients=gradients[0],
+        gradients=max(gradients),
         others=others,
         passing=passing,
         work=trace.work,

@@ -16,6 +16,7 @@ from switchworks.kernels.one_graph import one_graph
 from switchworks.model import Output, SwitchTransformer
 from switchworks.model.routing import Router
 from switchworks.optim.build import Updater, build_optimizer, dimension_letters
+from switchworks.optim.in_backward import BackwardUpdater
 from switchworks.parallel import ALONE, Ranks, parallelize
 from switchworks.parallel.apply import like
 from switchworks.parallel.first_values import allocate, fill
@@ -167,6 +168,8 @@ def state_of(
         allocate(model, ranks.device)
         weights = {} if empty else fill(model, experiment.seed)
     updater = build_optimizer(model.named_parameters(), letters, experiment.optim, weights)
+    if experiment.update_in_backward:
+        updater = BackwardUpdater(updater.masters, updater.optimizer, updater.config)
     compiled = one_graph(model) if experiment.compile else None
     return TrainState(
         experiment, model, updater, gradients, ranks, adapted=table, compiled=compiled

@@ -3,6 +3,7 @@
 Letters: B sequences, T target length, V vocabulary, E experts.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -57,7 +58,7 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
     Noise (jitter, dropout) is drawn from the seed and the step alone, so a resumed run repeats
     it. With a teacher part of the cross-entropy is with its probabilities for the same rows, see
     `DistilConfig`. Raises DivergenceError before the weights are touched if loss or gradient is
-    not finite.
+    not finite; with `update_in_backward` before a gradient is found that is not, some have moved.
 
     On a mesh `batch` is this rank's part of the batch, and what a step does is the same: each
     rank's loss is its share of the whole batch's, and all numbers returned are the whole batch's.
@@ -70,6 +71,7 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
     counted = ranks.total([float((batch.targets != 0).sum()), float(batch.num_tokens)])
     targets, tokens = max(1, int(counted[0])), int(counted[1])
     parts = experiment.micro_batches * ranks.batch_world
+    state.updater.begin(state.step, experiment.steps)
     totals: list[Tensor] = []
     nats: list[Tensor] = []
     softs: list[Tensor] = []
@@ -81,6 +83,8 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
         losses = output.losses
         loss = share * (learnt + losses.output_z)
         loss = loss + (losses.balance + losses.router_z) / parts
+        if experiment.update_in_backward:  # the only part: now or never
+            _check_loss(state, batch, float(loss.detach()))
         loss.backward()
         if parts > 1 or ranks.mesh is not None:
             state.updater.accumulate()
@@ -91,11 +95,10 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
         del output, learnt, losses, loss  # else these logits live on beside the next part's
     sums = [float(sum(addends)) for addends in (totals, nats, softs)]
     total, cross_entropy, soft = ranks.total(sums)
-    if total - total != 0:  # not finite
-        raise DivergenceError(explain_divergence(state, batch, f"loss {total}"))
+    _check_loss(state, batch, total)
     state.gradients.finish(state.updater.gradients())
     update = state.updater.step(state.step, experiment.steps)
-    if update.grad_norm - update.grad_norm != 0:
+    if not math.isfinite(update.grad_norm):
         raise DivergenceError(explain_divergence(state, batch, f"gradient norm {update.grad_norm}"))
     layers = layer_reports(model, reports, ranks)
     for name, layer in model.switch_layers.items():
@@ -105,6 +108,11 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
     state.tokens += tokens
     soft = soft if _is_taught(experiment) else None
     return StepResult(total, cross_entropy, update, layers, tokens, soft)
+
+
+def _check_loss(state: TrainState, batch: Batch, total: float) -> None:
+    if not math.isfinite(total):
+        raise DivergenceError(explain_divergence(state, batch, f"loss {total}"))
 
 
 def _seed_noise(state: TrainState) -> None:
@@ -150,10 +158,13 @@ def _rows_of(state: TrainState, number: int) -> range:
 
 def explain_divergence(state: TrainState, batch: Batch, what: str) -> str:
     """One to three lines: the step, the first tensor that is not finite, and what to try."""
+    weights = "The weights are as they were before this step"
+    if state.experiment.update_in_backward and what.startswith("gradient"):
+        weights = "Some weights have moved in this step, as update_in_backward has it,"
     return (
         f"Step {state.step + 1}: {what} is not finite; the first offending tensor is "
         f"{_first_nonfinite(state, batch)}.\n"
-        "  The weights are as they were before this step and the last checkpoint is untouched.\n"
+        f"  {weights} and the last checkpoint is untouched.\n"
         "  Try a lower optim.lr, optim.clip_norm 1.0, routing.z_weight 1e-3 or precision float32."
     )
 
