@@ -89,7 +89,8 @@ def _replacements(model: SwitchTransformer) -> Iterator[tuple[nn.Module, str, Ca
         elif type(module) is Experts and _suits(module.w_in[0]) and _suits(module.w_out[0]):
             yield module, "one", partial(_expert, module)
         elif type(module) is RMSNorm and _plain(module.weight):
-            yield module, "forward", partial(_norm, module, torch.tensor([module.epsilon]))
+            epsilon = module.weight.new_tensor([module.epsilon])
+            yield module, "forward", partial(_norm, module, epsilon)
     for block in model.decoder:
         attention = block.self_attention
         if isinstance(attention, Attention) and (joined := _joined(attention)) is not None:

@@ -258,6 +258,8 @@ class QuantisedExperts(Experts, Rounded):
         used = [expert for expert, count in enumerate(counts) if count]
         if not used:
             return tokens.new_zeros(0, self.width)
+        if len(used) == 1:
+            return self._one(used[0], tokens)
         parts = tokens.split([counts[expert] for expert in used])
         return torch.cat([self._one(e, x) for e, x in zip(used, parts, strict=True)])
 
