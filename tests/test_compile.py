@@ -19,6 +19,7 @@ from functools import partial
 import torch
 from switchworks.adapt.config import LoraConfig
 from switchworks.batch import Batch
+from switchworks.optim import in_backward
 from switchworks.recipes.tiny import tiny
 from switchworks.training.state import build_state
 from switchworks.training.step import train_step
@@ -27,7 +28,8 @@ from switchworks.training.step import train_step
 torch.compile = partial(torch.compile, backend="aot_eager")
 torch.set_num_threads(1)
 torch.manual_seed(0)
-precision, lora, strategy, layers = sys.argv[1:]
+precision, lora, strategy, layers, updated = sys.argv[1:]
+in_backward.LARGE, in_backward.TOGETHER = 1000, 5000
 recipe = tiny()
 routing = replace(
     recipe.model.routing, every=1, strategy=strategy, layers=layers, decoder_strategy="switch"
@@ -45,7 +47,8 @@ packed = Batch(
     target_segments=torch.tensor([[1] * 9 + [2] * 5] * 4),
 )
 for compiled in (False, True):
-    state = build_state(replace(recipe, compile=compiled))
+    early = compiled and updated == "early"
+    state = build_state(replace(recipe, compile=compiled, update_in_backward=early))
     print(*(repr(train_step(state, packed).total) for _ in range(3)))
 """
 
@@ -53,10 +56,13 @@ for compiled in (False, True):
 @pytest.mark.parametrize(
     "how",
     [
-        ("float32", "no", "switch", "both"),
-        pytest.param(("bfloat16", "no", "top2", "ffn"), marks=pytest.mark.slow),
-        pytest.param(("float32", "lora", "no_token_left_behind", "ffn"), marks=pytest.mark.slow),
-        pytest.param(("float32", "no", "switch_random", "ffn"), marks=pytest.mark.slow),
+        ("float32", "no", "switch", "both", "late"),
+        pytest.param(("float32", "no", "switch", "ffn", "early"), marks=pytest.mark.slow),
+        pytest.param(("bfloat16", "no", "top2", "ffn", "late"), marks=pytest.mark.slow),
+        pytest.param(
+            ("float32", "lora", "no_token_left_behind", "ffn", "late"), marks=pytest.mark.slow
+        ),
+        pytest.param(("float32", "no", "switch_random", "ffn", "late"), marks=pytest.mark.slow),
     ],
     ids=" ".join,
 )
