@@ -6,7 +6,7 @@ import pytest
 import torch
 from ranks import Case, spawn, whole
 
-from switchworks.model import SwitchTransformer
+from switchworks.model import SwitchTransformer, init
 from switchworks.model.init import truncated_normal_
 from switchworks.parallel import MeshConfig, Ranks, build_mesh, first_values
 from switchworks.parallel.stream import seek
@@ -47,9 +47,11 @@ def test_far_positions_of_a_generator_differ_and_take_no_time():
     [(slice(2, 4), slice(None), slice(None)), (slice(1, 3), slice(8, 16), slice(None)),
      (slice(None), slice(None), slice(16, 32))],
 )  # fmt: skip
-def test_a_part_of_a_truncated_normal_has_the_numbers_of_the_whole(ranges, monkeypatch):
-    """Also those that were drawn again, up to five times in 4096 numbers."""
+@pytest.mark.parametrize("piece", [16 * 64, 2**20])
+def test_a_part_of_a_truncated_normal_has_the_numbers_of_the_whole(ranges, piece, monkeypatch):
+    """Also those that were drawn again, up to five times in 4096 numbers, in pieces or not."""
     monkeypatch.setattr(first_values, "_CHUNK", 1024)
+    monkeypatch.setattr(init, "PIECE", piece)
     whole = torch.empty(4, 16, 64)
     truncated_normal_(whole, 0.5, torch.Generator().manual_seed(7))
     own = torch.empty_like(whole[ranges])

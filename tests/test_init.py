@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from switchworks.model import ModelConfig, RoutingConfig, SwitchFFN, SwitchTransformer
+from switchworks.model import ModelConfig, RoutingConfig, SwitchFFN, SwitchTransformer, init
 from switchworks.model.init import truncated_normal_
 
 CONFIG = ModelConfig(
@@ -99,6 +99,19 @@ def test_no_two_parameters_of_one_shape_start_alike(parameters):
         if name.endswith((".k.weight", ".v.weight"))
     ]
     assert torch.pdist(torch.stack(keys_and_values)).min() > 0
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (300, 7, 48), (5, 4096), (65, 63), (3, 5), (1, 17)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numbers_drawn_in_pieces_are_those_that_torch_draws_of_a_whole(shape, dtype, monkeypatch):
+    """Rows of which some pieces are less than a whole, and rows whose length is no multiple of 16,
+    by which torch would draw other numbers in pieces."""
+    monkeypatch.setattr(init, "PIECE", 1024)
+    ours, theirs = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
+    truncated_normal_(ours, 0.3, torch.Generator().manual_seed(5))
+    generator = torch.Generator().manual_seed(5)
+    torch.nn.init.trunc_normal_(theirs, std=0.3, a=-0.6, b=0.6, generator=generator)
+    assert torch.equal(ours, theirs)
 
 
 def test_a_tenth_of_the_scale_is_a_tenth_of_the_variance():

@@ -35,23 +35,37 @@ import zlib
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from switchworks.model.attention import relative_bucket
 
 if TYPE_CHECKING:
     from switchworks.model.attention import RelativeBias
+    from switchworks.model.config import ModelConfig
     from switchworks.model.switch_ffn import SwitchFFN
     from switchworks.model.transformer import SwitchTransformer
 
 
 SLOPE = 2.0
 """Nats per position by which an aligned relative bias falls off from its neighbour."""
+PIECE = 2**20
+"""Numbers drawn again at a time; a stack of experts is many times that."""
 
 
 def truncated_normal_(weight: Tensor, std: float, generator: torch.Generator | None) -> None:
-    """Fill `weight` with a normal of deviation `std`, values beyond two of them drawn again."""
-    nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)
+    """Fill `weight` with a normal of deviation `std`, values beyond two of them drawn again.
+
+    On a processor the numbers of `torch.nn.init.trunc_normal_`, which draws as many as there are
+    in each round and holds `weight` three times. Sixteen numbers come of each other, so pieces are
+    whole rows where a row is a multiple of that.
+    """
+    row = weight[0].numel()
+    pieces = weight.split(len(weight) if row % 16 else max(1, PIECE // row))
+    weight.normal_(std=std, generator=generator)
+    while any((piece.abs() > 2 * std).any() for piece in pieces):
+        for piece in pieces:
+            again = torch.empty_like(piece).normal_(std=std, generator=generator)
+            piece.copy_(torch.where(piece.abs() > 2 * std, again, piece))
 
 
 def initialise_switch_ffn(
@@ -64,42 +78,35 @@ def initialise_switch_ffn(
         for weight in layer.parameters():
             if weight.dim() == 1:
                 weight.zero_()  # the selection bias
-                continue
-            fan_in = weight.shape[1]  # E D | E D F | E F O
-            truncated_normal_(weight, math.sqrt(scale / fan_in), generator)
+            else:  # fan-in stands second: E D | E D F | E F O
+                truncated_normal_(weight, math.sqrt(scale / weight.shape[1]), generator)
 
 
+@torch.no_grad()
 def initialise(model: "SwitchTransformer", seed: int) -> None:
     """Give every parameter of `model` its first value. Does nothing on the meta device."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if not parameter.is_meta:
-                generator = torch.Generator(parameter.device)
-                generator.manual_seed(seed + zlib.crc32(name.encode()))
-                _fill(name, parameter, model, generator)
-        if model.config.attention_init == "aligned" and not model.embedding.weight.is_meta:
-            _align(model)
+    for name, weight in model.named_parameters():
+        if not weight.is_meta:
+            own = seed + zlib.crc32(name.encode())
+            _fill(name, weight, model.config, torch.Generator(weight.device).manual_seed(own))
+    if model.config.attention_init == "aligned" and not model.embedding.weight.is_meta:
+        _align(model)
 
 
-def _fill(
-    name: str, weight: Tensor, model: "SwitchTransformer", generator: torch.Generator
-) -> None:
-    config = model.config
+def _fill(name: str, weight: Tensor, config: "ModelConfig", generator: torch.Generator) -> None:
     kind = name.removesuffix(".weight").rsplit(".", 1)[-1]
-    inner = config.num_heads * config.d_kv
     normal = {
         "embedding": 1.0,
         "q": (config.d_model * config.d_kv) ** -0.5,
         "k": config.d_model**-0.5,
         "v": config.d_model**-0.5,
-        "o": inner**-0.5,
+        "o": (config.num_heads * config.d_kv) ** -0.5,
     }
     if kind in normal:
         weight.normal_(std=normal[kind], generator=generator)
-    elif kind in ("w_in", "w_gate", "router", "head"):
-        truncated_normal_(weight, math.sqrt(config.init_scale / config.d_model), generator)
-    elif kind == "w_out":
-        truncated_normal_(weight, math.sqrt(config.init_scale / config.d_ff), generator)
+    elif kind in ("w_in", "w_gate", "w_out", "router", "head"):
+        fan_in = config.d_ff if kind == "w_out" else config.d_model
+        truncated_normal_(weight, math.sqrt(config.init_scale / fan_in), generator)
     elif kind == "relative_bias":
         limit = math.sqrt(6 / sum(weight.shape))
         weight.uniform_(-limit, limit, generator=generator)

@@ -107,13 +107,13 @@ def _draw(name: str, part: Part, model: SwitchTransformer, seed: int) -> Tensor:
     if math.prod(part.shape) <= _WHOLE or part.row % 16:
         generator = torch.Generator().manual_seed(seed)
         whole = torch.empty(part.shape)
-        first_values._fill(name, whole, model, generator)
+        first_values._fill(name, whole, model.config, generator)
         if model.config.attention_init == "aligned" and name.endswith("relative_bias.weight"):
             _align_bias(name, whole, model)
         return whole[part.ranges].clone()
     own = torch.empty([span.stop - span.start for span in part.ranges])
     with _OutOfTheWhole(part, seed):
-        first_values._fill(name, own, model, torch.Generator())
+        first_values._fill(name, own, model.config, torch.Generator())
     return own
 
 
@@ -127,8 +127,8 @@ def _align_bias(name: str, whole: Tensor, model: SwitchTransformer) -> None:
 
 
 class _OutOfTheWhole(TorchFunctionMode):
-    """Inside, each in-place draw for a tensor of the part's shape takes the numbers that a draw
-    for the whole would give the part.
+    """Inside, each in-place draw for the part, or for some of its rows after the others, takes the
+    numbers that a draw for the whole would give them.
 
     Draws follow one another as they would for the whole, so that numbers which are drawn again
     (see `truncated_normal_`) become what they would become there.
@@ -136,7 +136,11 @@ class _OutOfTheWhole(TorchFunctionMode):
 
     def __init__(self, part: Part, seed: int) -> None:
         super().__init__()
-        self.part, self.seed, self.draws = part, seed, 0
+        self.part, self.seed = part, seed
+        self.draws, self.row = 0, 0
+        """The part's draws that are over, and rows that are done in the one that goes on."""
+        self.stands: int | None = None
+        """The word of the stream that the generator would give next."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -147,13 +151,21 @@ class _OutOfTheWhole(TorchFunctionMode):
         own, *law = args
         generator = kwargs.pop("generator")
         rows, *columns = self.part.ranges
-        numbers = math.prod(self.part.shape)
-        seek(generator, self.seed, self.draws * numbers + rows.start * self.part.row)
-        self.draws += 1
+        self._go_on(generator, rows.start + self.row, len(own))
         step = max(1, _CHUNK // self.part.row)
         for start in range(0, len(own), step):
             into = own[start : start + step]
             chunk = torch.empty(len(into), *self.part.shape[1:])
             function(chunk, *law, generator=generator, **kwargs)
             into.copy_(chunk[(slice(None), *columns)])
+        self.row += len(own)
+        if self.row == rows.stop - rows.start:
+            self.draws, self.row = self.draws + 1, 0
         return own
+
+    def _go_on(self, generator: torch.Generator, row: int, count: int) -> None:
+        """The generator gives the numbers of this row of the whole next, and then of `count`."""
+        word = self.draws * math.prod(self.part.shape) + row * self.part.row
+        if word != self.stands:  # a jump may take a second
+            seek(generator, self.seed, word)
+        self.stands = word + count * self.part.row
