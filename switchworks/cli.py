@@ -239,7 +239,11 @@ def _generate(words: list[str]) -> int:
         beams=flags.beams, length_penalty=flags.length_penalty, penalty=flags.penalty
     )
     how = Writing(
-        max_length=flags.max_length, sampling=sampling, beams=beams, batch_size=flags.batch_size
+        max_length=flags.max_length,
+        sampling=sampling,
+        beams=beams,
+        batch_size=flags.batch_size,
+        compile=flags.compile,
     )
     weights: dict[str, Any] = {"int8": flags.int8, "dtype": _dtype(flags.precision)}
     if flags.file is None:

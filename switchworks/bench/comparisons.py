@@ -47,6 +47,7 @@ def comparisons(bench: BenchConfig, precision: Precision, *, peers: bool) -> lis
         "layer": _layer,
         "decode": _decode,
         "int8": _int8,
+        "graph": _graph,
         "memory": _memory,
     }
     side = Side(shape=bench.shape, precision=precision)
@@ -158,6 +159,14 @@ def _int8(bench: BenchConfig, side: Side) -> Iterator[Comparison]:
             name = f"decode {label(experts)} int8 {product}, batch {rows}"
             ours, floor = plain.but(int8=product), _INT8.get(rows)
             yield Comparison(name=name, unit="tokens/s", ours=ours, peer=plain, floor=floor)
+
+
+def _graph(bench: BenchConfig, side: Side) -> Iterator[Comparison]:
+    one_graph = side.but(kernels="compiled")
+    for row in (*_decode(bench, one_graph), *_int8(bench, one_graph)):
+        if row.ours.int8 in (None, "packed"):
+            peer = row.peer and row.peer.but(kernels="fast" if _foreign(row) else "compiled")
+            yield replace(row, name=f"{row.name}, one graph", peer=peer)
 
 
 def _decoding(bench: BenchConfig, side: Side, experts: int, rows: int) -> Side:

@@ -10,7 +10,7 @@ from switchworks.config import ConfigError, check_at_least
 from switchworks.model.config import ModelConfig, RoutingConfig
 
 Part = Literal[
-    "train", "adafactor", "kernels", "compile", "tax", "layer", "decode", "int8", "memory"
+    "train", "adafactor", "kernels", "compile", "tax", "layer", "decode", "int8", "graph", "memory"
 ]
 Precision = Literal["float32", "bfloat16"]
 
@@ -88,7 +88,8 @@ class Side:
     new_tokens: int = 64
     """decode: how many tokens are written."""
     kernels: Literal["fast", "reference", "compiled"] = "fast"
-    """ours: with the fast paths of `switchworks.kernels`, as the model is, or as one graph."""
+    """ours: with the fast paths of `switchworks.kernels`, as the model is, or as one graph.
+    In decoding "compiled" is a `TokenGraph`, and the other two are the same."""
     int8: Literal["dynamic", "packed", "unpacked"] | None = None
     """ours, decode: with 8-bit weights and that product of `kernels.products`."""
 
@@ -116,7 +117,8 @@ class BenchConfig:
     paths against the reference. compile: a step as one graph against the reference (not among the
     defaults: each row compiles for a minute or more). tax: sparse against dense. layer: one switch
     layer against one dense FFN. decode: greedy, against transformers; int8: against our own full
-    precision. memory: peaks, each side in a process of its own."""
+    precision. graph: both with a compiled step, int8 against that in full precision (not among the
+    defaults either). memory: peaks, each side in a process of its own."""
     experts: tuple[int, ...] = (0, 8, 64, 128)
     """Models compared; 0 is the dense one."""
     dropout: tuple[float, ...] = (0.0, 0.1)

@@ -13,7 +13,7 @@ from switchworks.bench.peers import LR, build_peer
 from switchworks.bench.timing import Work
 from switchworks.data.config import DataConfig
 from switchworks.device import compute_device
-from switchworks.generate import generate
+from switchworks.generate import TokenGraph, generate
 from switchworks.kernels.quantise import QuantiseConfig, quantise
 from switchworks.model import SwitchFFN, SwitchTransformer
 from switchworks.model.layers import FFN
@@ -104,7 +104,8 @@ def _decoding(side: Side) -> Work:
     if side.int8 is not None:
         model = quantise(model, QuantiseConfig(product=side.int8))
     inputs = random_batch(side.shape).inputs.to(compute_device())
-    return lambda: generate(model, inputs, max_length=side.new_tokens)
+    graph = TokenGraph(model) if side.kernels == "compiled" else None
+    return lambda: generate(model, inputs, max_length=side.new_tokens, graph=graph)
 
 
 def _layer_pass(side: Side) -> Work:

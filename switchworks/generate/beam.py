@@ -20,7 +20,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from switchworks.config import ConfigError
-from switchworks.generate.start import EOS, PAD, start
+from switchworks.generate.start import EOS, PAD, start, steps
+from switchworks.kernels.token_graph import TokenGraph
 from switchworks.model import SwitchTransformer
 from switchworks.model.attention import KeyValues
 from switchworks.model.cache import DecoderCache
@@ -77,12 +78,17 @@ class _Texts:
 
 
 def search(
-    model: SwitchTransformer, inputs: Int[Tensor, "B L"], max_length: int, how: BeamSearch
+    model: SwitchTransformer,
+    inputs: Int[Tensor, "B L"],
+    max_length: int,
+    how: BeamSearch,
+    graph: TokenGraph | None = None,
 ) -> Int[Tensor, "B T"]:
     """The best text found for each of `inputs`, ended by EOS and padded with id 0."""
     logits, cache = start(model, inputs, max_length)
     rows, beams = inputs.shape[0], how.beams
     cache = _repeated(cache, beams)
+    step = steps(model, cache, graph)
     logits = logits.repeat_interleave(beams, dim=0)
     nothing = inputs.new_zeros(rows, beams, max_length)
     # All beams begin alike: only the first counts, or all would go the same way.
@@ -101,7 +107,7 @@ def search(
         if done.all() or written + 1 == max_length:
             break
         _reorder(cache, parents.gather(1, places))
-        logits = model.decode_next(open_.tokens[:, :, written].reshape(-1, 1), cache)
+        logits = step(open_.tokens[:, :, written].reshape(-1, 1))
     best = ended.tokens[:, 0]
     used = (best != PAD).any(dim=0).nonzero()
     return best[:, : int(used.max()) + 1 if len(used) else 1]

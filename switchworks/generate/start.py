@@ -3,10 +3,14 @@
 Letters: B sequences, L input or prompt length, V vocabulary.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from switchworks.kernels.token_graph import TokenGraph
 from switchworks.model import SwitchTransformer
 from switchworks.model.cache import DecoderCache
 
@@ -22,3 +26,10 @@ def start(
     cache = model.start_decoding(model.encode(inputs), max_length)
     first = torch.zeros_like(inputs[:, :1])  # decoding starts from id 0, as in T5
     return model.decode_next(first, cache), cache
+
+
+def steps(
+    model: SwitchTransformer, cache: DecoderCache, graph: TokenGraph | None
+) -> Callable[[Int[Tensor, "B 1"]], Float[Tensor, "B 1 V"]]:
+    """The function from each row's last token to the logits of its next, which extends `cache`."""
+    return partial(model.decode_next, cache=cache) if graph is None else graph.begin(cache)

@@ -18,6 +18,7 @@ from switchworks.generate.fill_in import HOLE, fill, parse_fills
 from switchworks.generate.sampling import Sampling
 from switchworks.generate.start import EOS
 from switchworks.kernels.quantise import quantise
+from switchworks.kernels.token_graph import TokenGraph
 from switchworks.model import SwitchTransformer
 
 
@@ -31,6 +32,8 @@ class Writing:
     beams: BeamSearch = field(default_factory=lambda: BeamSearch(beams=1))
     batch_size: int = 32
     """Texts written at once, those of similar length together."""
+    compile: bool = False
+    """The step of decoding is compiled first, see `TokenGraph`."""
 
     def __post_init__(self) -> None:
         check_at_least(self, "", 1, "max_length", "batch_size")
@@ -139,6 +142,8 @@ def _written(
     written: list[list[int]] = [[] for _ in inputs]
     device = model.embedding.weight.device
     generator = torch.Generator(device).manual_seed(how.sampling.seed)  # one, so that none repeats
+    graph = TokenGraph(model) if how.compile else None
+    most = min(how.batch_size, len(inputs))
     for places in batches_by_length([len(ids) for ids in inputs], how.batch_size):
         batch = pad([torch.tensor(inputs[place], dtype=torch.long) for place in places])
         found = generate(
@@ -147,6 +152,7 @@ def _written(
             max_length=how.max_length,
             sampling=how.sampling,
             beams=how.beams,
+            graph=graph if len(places) == most else None,  # each size would be compiled
             generator=generator,
         )
         for place, ids in zip(places, found.tolist(), strict=True):

@@ -43,7 +43,7 @@ def few_rows(model: SwitchTransformer) -> Iterator[None]:
     Afterwards all is as before, also where another thread decodes at the same time.
     """
     changed: list[tuple[nn.Module, str]] = []
-    for module, name, forward in _replacements(model):
+    for module, name, forward in replacements(model):
         if name not in vars(module):
             setattr(module, name, forward)
             changed.append((module, name))
@@ -82,7 +82,8 @@ def rms_norm(
     return (x * scale).mul_(weight)
 
 
-def _replacements(model: SwitchTransformer) -> Iterator[tuple[nn.Module, str, Callable]]:
+def replacements(model: SwitchTransformer) -> Iterator[tuple[nn.Module, str, Callable]]:
+    """What `few_rows` does to `model`: modules, methods by name, and what takes their place."""
     for module in model.modules():
         if type(module) is nn.Linear and _suits(module.weight):
             yield module, "forward", partial(_linear, module.weight, _shares(module.weight))

@@ -21,11 +21,11 @@ def logits_only(model: SwitchTransformer) -> Iterator[None]:
     Tokens go to the same experts, and plans are reported as ever. Afterwards all is as before, also
     where another thread decodes at the same time: each puts back what it took away.
     """
-    layers = [one for one in model.switch_layers.values() if one.reporter is not _no_statistics]
+    layers = [one for one in model.switch_layers.values() if one.reporter is not no_statistics]
     reporters, cross_entropy = [layer.reporter for layer in layers], model.cross_entropy
     model.cross_entropy = _no_loss
     for layer in layers:
-        layer.reporter = _no_statistics
+        layer.reporter = no_statistics
     try:
         yield
     finally:
@@ -43,8 +43,9 @@ def _no_loss(
     return none, none
 
 
-def _no_statistics(
+def no_statistics(
     _layer: SwitchFFN, logits: Tensor, _probs: Tensor, _choice: Tensor, _real: Tensor, plan: Routes
 ) -> Routing:
+    """In the place of a switch layer's reporter: the plan, and zeros."""
     none, load = logits.new_zeros(()), logits.new_zeros(logits.shape[-1])
     return Routing(none, none, none, load, none, none, none, plan)

@@ -70,18 +70,29 @@ def unpacked(
 
 
 def packed(
-    x: Float[Tensor, "N I"], weight: Int8[Tensor, "O I"], scale: Float[Tensor, "O"]
+    x: Float[Tensor, "N I"],
+    weight: Int8[Tensor, "O I"],
+    scale: Float[Tensor, "O"],
+    ones: Float[Tensor, "O"] | None = None,
 ) -> Float[Tensor, "N O"]:
-    """Weights as they are for few rows of `x`, which are rounded to bfloat16; else widened."""
+    """Weights as they are for few rows of `x`, which are rounded to bfloat16; else widened.
+
+    `ones` are `as_ones(scale)`, for who cannot take them out of a cache.
+    """
     if len(x) > FEW or weight.shape[1] % 32 or not _has_kernels(weight):
         return unpacked(x, weight, scale)
     multiply = torch._weight_int8pack_mm  # pyright: ignore[reportPrivateImportUsage]
-    return (multiply(x.bfloat16(), weight, _ones(len(scale))) * scale).to(x.dtype)
+    ones = _ones(len(scale)) if ones is None else ones
+    return (multiply(x.bfloat16(), weight, ones) * scale).to(x.dtype)
+
+
+def as_ones(scale: Float[Tensor, "O"]) -> Float[Tensor, "O"]:
+    """In place of the scales, which the kernel would round to bfloat16."""
+    return torch.ones(len(scale), dtype=torch.bfloat16, device="cpu")
 
 
 @cache
 def _ones(count: int) -> Tensor:
-    """In place of the scales, which the kernel would round to bfloat16."""
     return torch.ones(count, dtype=torch.bfloat16, device="cpu")
 
 

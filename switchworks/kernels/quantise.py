@@ -147,7 +147,7 @@ class Rounded(nn.Module):
     def __init__(self, how: QuantiseConfig) -> None:
         super().__init__()
         self.how = how
-        self._ordered: dict[tuple[str, int | None], tuple[Tensor, Tensor]] = {}
+        self.ordered: dict[tuple[str, int | None], tuple[Tensor, Tensor]] = {}
         self.inputs: dict[str, int] = {}
         """How many inputs the weights of each name have: packed ones do not tell."""
 
@@ -176,16 +176,16 @@ class Rounded(nn.Module):
         few = how.bits == 4 and how.product == "packed" and 0 < len(x) <= FEW
         if not (few and kernel_takes(whole, how.group, x.shape[1])):
             return how.times(x, whole, scale)
-        if (name, expert) not in self._ordered:
-            self._ordered[name, expert] = kernel_order(whole, scale)
-        return by_kernel(x, *self._ordered[name, expert], how.group)
+        if (name, expert) not in self.ordered:
+            self.ordered[name, expert] = kernel_order(whole, scale)
+        return by_kernel(x, *self.ordered[name, expert], how.group)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Rounded":
-        self._ordered.clear()  # the weights may go to another device
+        self.ordered.clear()  # the weights may go to another device
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        self._ordered.clear()
+        self.ordered.clear()
         super()._load_from_state_dict(*args)
 
 
