@@ -93,6 +93,21 @@ def test_gradients_go_while_the_pass_goes_on(many_moves):
     assert all(p.grad is None for p in early.model.parameters())
 
 
+def test_the_gradients_of_all_stacks_are_made_in_one_memory(monkeypatch):
+    """Where each moves at once; with updates after the pass each has its own."""
+    monkeypatch.setattr(in_backward, "LARGE", 1000)
+    monkeypatch.setattr(in_backward, "TOGETHER", 1)
+    places: dict[bool, list[int]] = {False: [], True: []}
+    for early, found in places.items():
+        learning = state(early, kernels="fast")
+        stacks = [p for p in learning.model.parameters() if p.dim() == 3]
+        for stack in stacks:
+            stack.register_hook(lambda gradient, found=found: found.append(gradient.data_ptr()))
+        train_step(learning, some_batch())
+        assert len(found) == len(stacks) >= 4
+    assert (len(set(places[False])), len(set(places[True]))) == (len(stacks), 1)
+
+
 def test_small_gradients_wait_for_the_end_of_the_pass(monkeypatch):
     monkeypatch.setattr(in_backward, "LARGE", 2**30)
     plain, early = state(False), state(True)

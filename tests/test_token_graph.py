@@ -1,5 +1,6 @@
 """The step of decoding as one graph: the same tokens, and one graph for all lengths."""
 
+import os
 import subprocess
 import sys
 
@@ -199,6 +200,16 @@ def test_the_command_line_writes_the_same_with_and_without_a_graph(tiny_run, tmp
     plain = capsys.readouterr().out
     assert len(plain.splitlines()) == 3
     assert in_a_fresh_python(COMMAND, *words, "--compile") == plain
+
+
+def test_without_a_compiler_the_command_line_says_what_to_do(tiny_run):
+    words = [sys.executable, "-m", "switchworks", "generate", str(tiny_run), "If the", "--compile"]
+    done = subprocess.run(
+        words, env={**os.environ, "CXX": "no-such"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "Install g++" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """From text to text: what `switchworks generate` prints."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -135,6 +136,16 @@ def continue_texts(
     ]
 
 
+def _graph(model: SwitchTransformer, texts: int) -> TokenGraph:
+    """What is compiled by the first batch, whose wait is announced."""
+    print(
+        f"compiling the step of decoding for {texts} at a time: about a minute, less if torch has "
+        "it in its cache",
+        file=sys.stderr,
+    )
+    return TokenGraph(model)
+
+
 def _written(
     model: SwitchTransformer, inputs: Sequence[Sequence[int]], how: Writing
 ) -> list[list[int]]:
@@ -142,8 +153,8 @@ def _written(
     written: list[list[int]] = [[] for _ in inputs]
     device = model.embedding.weight.device
     generator = torch.Generator(device).manual_seed(how.sampling.seed)  # one, so that none repeats
-    graph = TokenGraph(model) if how.compile else None
     most = min(how.batch_size, len(inputs))
+    graph = _graph(model, most) if how.compile else None
     for places in batches_by_length([len(ids) for ids in inputs], how.batch_size):
         batch = pad([torch.tensor(inputs[place], dtype=torch.long) for place in places])
         found = generate(

@@ -44,6 +44,36 @@ def grouped_product(
     return _GroupedProduct.apply(tokens, weights, counts)
 
 
+class Spare:
+    """Memory of a stack's gradient that was used and is given back, for the next one to take.
+
+    Left to the allocator it would be cut up by what else the backward pass needs, and each next
+    stack, the largest tensor there is, would have to be put beside it.
+    """
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+        self._lent = 0
+        """Which memory was taken last."""
+
+    def like(self, stack: Float[Tensor, "E D F"]) -> Float[Tensor, "E D F"]:
+        """Any numbers in the shape of `stack`: in what was given back, if that is as large."""
+        memory, self._memory = self._memory, None
+        if memory is None or memory.numel() != stack.numel() or memory.dtype != stack.dtype:
+            memory = torch.empty_like(stack)
+        self._lent = memory.untyped_storage()._cdata
+        return memory.view(stack.shape)
+
+    def give_back(self, gradient: Tensor) -> None:
+        """For who holds the last reference to a gradient; only what was taken last is kept."""
+        lent = gradient.untyped_storage()._cdata == self._lent
+        if lent and type(gradient) is Tensor:  # and not one that stands for memory in a simulation
+            self._memory, self._lent = gradient, 0
+
+
+spare = Spare()
+
+
 class _GroupedProduct(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -68,7 +98,7 @@ class _GroupedProduct(torch.autograd.Function):
             for expert, rows in _used(ctx.counts):
                 torch.mm(of_answers[rows], weights[expert].mT, out=of_tokens[rows])
         if ctx.needs_input_grad[1]:
-            of_weights = torch.empty_like(weights)
+            of_weights = spare.like(weights)
             for expert, count in enumerate(ctx.counts):
                 if not count:
                     of_weights[expert] = 0

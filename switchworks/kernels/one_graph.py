@@ -15,6 +15,7 @@ from torch import Tensor
 
 from switchworks.kernels.apply import set_attention
 from switchworks.kernels.attention import attend_by, spread_diagonals
+from switchworks.kernels.compiler import require_compiler
 from switchworks.model import Output, SwitchTransformer
 from switchworks.model.attention import attend
 from switchworks.model.layers import SharedDropout
@@ -23,8 +24,11 @@ from switchworks.model.layers import SharedDropout
 def one_graph(model: SwitchTransformer) -> Callable[..., Output]:
     """The forward pass of `model`, compiled at the first call; shapes may not change.
 
-    `model` computes the same as before. Raises torch's errors where it cannot be one graph.
+    `model` computes the same as before. Raises torch's errors where it cannot be one graph, and
+    ConfigError on a processor without a C++ compiler.
     """
+    if next(model.parameters()).device.type == "cpu":
+        require_compiler()
     set_attention(model, partial(attend_by, _with_distances_spread))
     graph = torch.compile(model, fullgraph=True, dynamic=False)
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from switchworks.config import ConfigError
+from switchworks.kernels.compiler import require_compiler
 from switchworks.kernels.few_rows import replacements
 from switchworks.kernels.logits_only import no_statistics
 from switchworks.kernels.products import as_ones, packed
@@ -78,8 +79,9 @@ class TokenGraph:
     def begin(self, cache: DecoderCache) -> Callable[[Int[Tensor, "B 1"]], Float[Tensor, "B 1 V"]]:
         """A function from the tokens after what `cache` has seen to the logits after them.
 
-        It adds them to the cache, as `decode_next` does.
+        It adds them to the cache, as `decode_next` does. Raises ConfigError without a C++ compiler.
         """
+        require_compiler()
         seen = [(layer.k, layer.v, layer.memory) for layer in cache.layers]
         biases = (cache.last_bias, cache.memory_bias, cache.prompt_bias)
         for k, v, memory in seen:
