@@ -94,13 +94,13 @@ class _CrossEntropy(torch.autograd.Function):
     ) -> tuple[Float[Tensor, "N V"], None]:
         logits, targets, normaliser = ctx.saved_tensors
         whole = (of_nats + of_normaliser)[:, None]
-        columns = (logits, targets[:, None], normaliser[:, None], whole, -of_nats[:, None])
+        grads = torch.empty_like(logits)
+        columns = (logits, grads, targets[:, None], normaliser[:, None], whole, -of_nats[:, None])
         parts = zip(*(row_blocks(column, of=logits) for column in columns), strict=True)
-        grads = []
-        for block, target, log_z, share, minus in parts:
+        for block, grad, target, log_z, share, minus in parts:
             probs = widen(block).sub(log_z).exp_()
-            grads.append(probs.mul_(share).scatter_add_(-1, target, minus).to(logits.dtype))
-        return torch.cat(grads), None
+            grad.copy_(probs.mul_(share).scatter_add_(-1, target, minus))
+        return grads, None
 
 
 def row_blocks(rows: Tensor, of: Tensor | None = None) -> tuple[Tensor, ...]:
