@@ -18,6 +18,7 @@ from switchworks.generate.decode import generate
 from switchworks.generate.fill_in import HOLE, fill, parse_fills
 from switchworks.generate.sampling import Sampling
 from switchworks.generate.start import EOS
+from switchworks.kernels.compiler import require_compiler
 from switchworks.kernels.quantise import quantise
 from switchworks.kernels.token_graph import TokenGraph
 from switchworks.model import SwitchTransformer
@@ -138,6 +139,7 @@ def continue_texts(
 
 def _graph(model: SwitchTransformer, texts: int) -> TokenGraph:
     """What is compiled by the first batch, whose wait is announced."""
+    require_compiler()
     print(
         f"compiling the step of decoding for {texts} at a time: about a minute, less if torch has "
         "it in its cache",
