@@ -77,23 +77,21 @@ def packed(
 ) -> Float[Tensor, "N O"]:
     """Weights as they are for few rows of `x`, which are rounded to bfloat16; else widened.
 
-    `ones` are `as_ones(scale)`, for who cannot take them out of a cache.
+    `ones` are those of `ones_for`, for who cannot take them out of a cache.
     """
     if len(x) > FEW or weight.shape[1] % 32 or not _has_kernels(weight):
         return unpacked(x, weight, scale)
     multiply = torch._weight_int8pack_mm  # pyright: ignore[reportPrivateImportUsage]
-    ones = _ones(len(scale)) if ones is None else ones
+    ones = _kept_ones(len(scale)) if ones is None else ones
     return (multiply(x.bfloat16(), weight, ones) * scale).to(x.dtype)
 
 
-def as_ones(scale: Float[Tensor, "O"]) -> Float[Tensor, "O"]:
+def ones_for(outputs: int) -> Float[Tensor, "O"]:
     """In place of the scales, which the kernel would round to bfloat16."""
-    return torch.ones(len(scale), dtype=torch.bfloat16, device="cpu")
+    return torch.ones(outputs, dtype=torch.bfloat16, device="cpu")
 
 
-@cache
-def _ones(count: int) -> Tensor:
-    return torch.ones(count, dtype=torch.bfloat16, device="cpu")
+_kept_ones = cache(ones_for)
 
 
 _HAS_VECTORS = torch.backends.cpu.get_cpu_capability().startswith("AVX")  # no other was measured

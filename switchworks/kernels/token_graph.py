@@ -30,7 +30,7 @@ from switchworks.config import ConfigError
 from switchworks.kernels.compiler import require_compiler
 from switchworks.kernels.few_rows import replacements
 from switchworks.kernels.logits_only import no_statistics
-from switchworks.kernels.products import as_ones, packed
+from switchworks.kernels.products import ones_for, packed
 from switchworks.kernels.quantise import QuantisedExperts, QuantisedLinear, Rounded, TiedHead
 from switchworks.model import SwitchFFN, SwitchTransformer
 from switchworks.model.attention import AttentionOutput, KeyValues, hide
@@ -224,14 +224,14 @@ def _rounded(module: QuantisedLinear | TiedHead) -> None:
     one for 4 bits, whose order of weights is made at the first call, outside."""
     if isinstance(module, TiedHead):
         if module.product is packed:
-            module.product = partial(packed, ones=as_ones(module.of[0].parts("weight")[1]))
+            module.product = partial(packed, ones=ones_for(len(module.of[0].parts("weight")[1])))
     elif module.how.bits == 4:
         outputs = len(module.parts("weight")[0])
         outside = partial(multiply_outside, number=_number(module), outputs=outputs)
         _replace(module, "forward", outside)
     elif module.how.product == "packed":
         whole, scale = module.parts("weight")
-        _replace(module, "times", partial(_times, whole, scale, as_ones(scale)))
+        _replace(module, "times", partial(_times, whole, scale, ones_for(len(scale))))
 
 
 def _times(whole: Tensor, scale: Tensor, ones: Tensor, x: Tensor, _name: str) -> Tensor:
@@ -255,18 +255,13 @@ def multiply_outside(x: Tensor, number: int, outputs: int) -> Tensor:
     return type(_OUTSIDE[number]).forward(_OUTSIDE[number], x)
 
 
-@multiply_outside.register_fake
-def _(x: Tensor, number: int, outputs: int) -> Tensor:
-    return x.new_empty(*x.shape[:-1], outputs)
-
-
 class _Dispatcher:
     """Sends tokens to experts outside the graph."""
 
     def __init__(self, experts: Any) -> None:
         self.number = _number(experts)
-        self.outputs = experts.width if isinstance(experts, QuantisedExperts) else 0
-        self.outputs = self.outputs or experts.w_out.shape[2]
+        rounded = isinstance(experts, QuantisedExperts)
+        self.outputs = experts.width if rounded else experts.w_out.shape[2]
 
     def __call__(
         self, x: Float[Tensor, "G S D"], routes: Routes, experts: Pool, capacity: int | None
@@ -290,15 +285,10 @@ def dispatch_outside(
     return DISPATCHERS["sorted"](x, routes, _OUTSIDE[number], None)
 
 
-@dispatch_outside.register_fake
-def _(
-    x: Tensor,
-    expert: Tensor,
-    slot: Tensor,
-    kept: Tensor,
-    gate: Tensor,
-    token: Tensor | None,
-    number: int,
-    outputs: int,
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], outputs)
+def _only_shaped(x: Tensor, *rest: Any) -> Tensor:
+    """What either of them gives, for tracing: its last argument is how many outputs there are."""
+    return x.new_empty(*x.shape[:-1], rest[-1])
+
+
+multiply_outside.register_fake(_only_shaped)
+dispatch_outside.register_fake(_only_shaped)
