@@ -6,6 +6,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# One more than there are cores: tests that start processes wait for them.
+WORKERS := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .PHONY: setup quickstart test test-slow check format clean
@@ -29,7 +31,7 @@ quickstart: .venv/installed
 	$(BIN)/switchworks train quickstart --run-dir runs/quickstart $(if $(wildcard runs/quickstart/experiment.toml),--resume)
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -m "not gpu and not slow" --numprocesses auto --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -m "not gpu and not slow" --numprocesses $(WORKERS) --dist worksteal $(ARGS)
 
 test-slow: .venv/installed-dev
 	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)

@@ -179,6 +179,16 @@ def test_floors_are_for_the_shape_they_were_set_for():
     assert [row.floor for row in many if "int8" in row.name] == [None] * 9
 
 
+def test_transformers_may_have_a_precision_of_its_own():
+    bench = BenchConfig(parts=("decode", "int8"), experts=(8,), peer_precision="float32")
+    for row in comparisons(bench, "bfloat16", peers=True):
+        assert row.ours.precision == "bfloat16"
+        assert row.peer is not None
+        foreign = row.peer.who != "ours"
+        assert row.peer.precision == ("float32" if foreign else "bfloat16")
+        assert row.name.endswith("peer in float32") == foreign
+
+
 def test_a_side_that_does_not_fit_is_left_out_and_says_so(monkeypatch):
     monkeypatch.setattr("switchworks.bench.measure.available_bytes", lambda: 1000)
     row = measure(comparisons(CONFIG, "float32", peers=True)[0], CONFIG)

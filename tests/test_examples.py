@@ -46,6 +46,7 @@ def held_out(output: str) -> tuple[float, float]:
     return float(found[1]), float(found[2])
 
 
+@pytest.mark.slow
 def test_the_language_model_compiles_into_one_graph():
     """aot_eager traces forward and backward as inductor does, without its C++ compiler."""
     output = run(str(EXAMPLES / "causal_lm.py"), "--steps", "5", "--compile", "aot_eager")

@@ -44,7 +44,7 @@ def experiment(tiny_experiment, tmp_path_factory) -> Experiment:
         task_metrics=("chrf",),
         validation_share=0.2,
         input_length=48,
-        target_length=16,
+        target_length=8,
     )
     model = tiny_experiment.model
     return replace(
@@ -56,7 +56,7 @@ def experiment(tiny_experiment, tmp_path_factory) -> Experiment:
         best=BestConfig(metric="val/loss"),
         validate_every=4,
         evaluate_every=4,
-        evaluate_examples=21,  # no multiple of two
+        evaluate_examples=9,  # no multiple of two
         sample_every=0,
         checkpoint_every=4,
     )
@@ -110,8 +110,6 @@ TEXTS = [
     "a much longer text than all the others",
     "",
     "five",
-    "6",
-    "sev en",
 ]
 
 
@@ -120,9 +118,9 @@ def write_between_steps(rank: int, cases: list[Case]) -> list[tuple[list[float],
     found = []
     for case in cases:
         state = state_of(case)
-        how, losses, said = Answering(input_length=24, max_length=9, batch_size=2), [], []
+        how, losses, said = Answering(input_length=24, max_length=6, batch_size=2), [], []
         for step in range(3):
-            said += write(state.model, ByteTokenizer(), TEXTS, 9, how, state.ranks)
+            said += write(state.model, ByteTokenizer(), TEXTS, 6, how, state.ranks)
             if step < 2:
                 losses.append(train_step(state, batch_of(step, state.ranks)).total)
         found.append((losses, said))
@@ -134,7 +132,7 @@ def test_ranks_that_share_a_model_write_what_one_process_writes(tmp_path):
     both = spawn(2, write_between_steps, tmp_path, cases)
     for number, case in enumerate(cases):
         losses, said = write_between_steps(0, [replace(case, mesh=MeshConfig())])[0]
-        assert len(set(said)) > 4  # they have something to get wrong
+        assert len(set(said)) > 3  # they have something to get wrong
         for rank in both:
             assert rank[number][0] == pytest.approx(losses, rel=1e-10)
             assert rank[number][1] == said

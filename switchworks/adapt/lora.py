@@ -139,7 +139,7 @@ class AdaptedExperts(Experts):
         w_in, w_gate, w_out = whole
         assert w_in is not None
         assert w_out is not None
-        return self._expert(x, w_in, w_gate, w_out)
+        return self.feed_forward(x, w_in, w_gate, w_out)
 
     def _parts(self) -> dict[str, _Part]:
         weights = {"w_in": self.w_in, "w_gate": self.w_gate, "w_out": self.w_out}

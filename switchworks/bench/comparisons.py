@@ -54,6 +54,8 @@ def comparisons(bench: BenchConfig, precision: Precision, *, peers: bool) -> lis
     found = [row for part in bench.parts for row in makers[part](bench, side)]
     if not has_floors(bench.shape, precision):
         found = [replace(row, floor=None) for row in found]
+    if bench.peer_precision == "float32" and precision != "float32":
+        found = [_beside_float32(row) for row in found]
     if not peers:
         found = [replace(row, peer=None) if _foreign(row) else row for row in found]
     return found
@@ -71,6 +73,12 @@ def label(experts: int) -> str:
 
 def _foreign(row: Comparison) -> bool:
     return row.peer is not None and row.peer.who != "ours"
+
+
+def _beside_float32(row: Comparison) -> Comparison:
+    if row.peer is None or not _foreign(row):
+        return row
+    return replace(row, name=f"{row.name}, peer in float32", peer=row.peer.but(precision="float32"))
 
 
 def _train(bench: BenchConfig, side: Side) -> Iterator[Comparison]:

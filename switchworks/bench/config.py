@@ -129,6 +129,8 @@ class BenchConfig:
     shape: Shape = field(default_factory=Shape)
     precision: Literal["float32", "bfloat16", "auto"] = "auto"
     """auto: whichever this machine multiplies faster."""
+    peer_precision: Literal["same", "float32"] = "same"
+    """What transformers computes in. float32: its best where bfloat16 has no instructions."""
     rounds: int = 5
     """How often each pair of sides takes turns."""
     threads: int = 0

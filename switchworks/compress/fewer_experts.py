@@ -21,7 +21,6 @@ from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from switchworks.batch import Batch
@@ -271,6 +270,8 @@ def _alignment(experts: Experts, first: int, other: int) -> Int[Tensor, "F"]:
     products of their weights, in and out. Any order of hidden units computes the same."""
     if first == other:
         return torch.arange(experts.w_in.shape[-1])
+    from scipy.optimize import linear_sum_assignment  # half a second that few commands want
+
     units = [_units(experts, expert) for expert in (first, other)]
     alike = units[0] @ units[1].T  # F F
     return torch.as_tensor(linear_sum_assignment(alike.cpu().numpy(), maximize=True)[1])

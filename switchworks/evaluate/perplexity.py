@@ -7,6 +7,7 @@ import torch
 
 from switchworks.batch import Batch
 from switchworks.data.corpora import HeldOut
+from switchworks.kernels.widened import widened
 from switchworks.model import SwitchTransformer
 from switchworks.parallel import ALONE, Ranks
 
@@ -30,12 +31,13 @@ def mean_nats(model: SwitchTransformer, batches: Iterable[Batch], ranks: Ranks =
     device = model.embedding.weight.device
     nats, tokens = 0.0, 0.0
     try:
-        for batch in batches:
-            batch = batch.to(device)
-            count = int((batch.targets != 0).sum())
-            output = model(**batch.arguments())
-            nats += float(output.losses.cross_entropy) * count
-            tokens += count
+        with widened(model):
+            for batch in batches:
+                batch = batch.to(device)
+                count = int((batch.targets != 0).sum())
+                output = model(**batch.arguments())
+                nats += float(output.losses.cross_entropy) * count
+                tokens += count
     finally:
         model.train(was_training)
     nats, tokens = ranks.total([nats, tokens])

@@ -18,6 +18,7 @@ from switchworks.generate.start import EOS, PAD, start, steps
 from switchworks.kernels.few_rows import few_rows
 from switchworks.kernels.logits_only import logits_only
 from switchworks.kernels.token_graph import TokenGraph
+from switchworks.kernels.widened import widened
 from switchworks.model import SwitchTransformer
 from switchworks.parallel import ALONE, Ranks
 
@@ -70,7 +71,7 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        with logits_only(model), few_rows(model):
+        with logits_only(model), few_rows(model), widened(model):
             if beams is not None:
                 return search(model, inputs, max_length, beams, graph)
             return _decode(model, inputs, max_length, sampling, generator, ranks, graph)

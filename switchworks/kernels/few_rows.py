@@ -10,8 +10,8 @@ Letters: N rows, I inputs, O outputs, C tokens of one expert, S shares, P output
 D model width.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from switchworks.kernels.instead import Replacement, instead
 from switchworks.model import SwitchTransformer
 from switchworks.model.attention import Attention, KeyValues
 from switchworks.model.experts import Experts
@@ -35,23 +36,13 @@ JOINED = 2**18
 won back by the fifth token, the bytes are few."""
 
 
-@contextmanager
-def few_rows(model: SwitchTransformer) -> Iterator[None]:
+def few_rows(model: SwitchTransformer) -> AbstractContextManager[None]:
     """While inside, the matrices of `model` multiply few rows in shares; numbers differ by the
     order of sums.
 
     Afterwards all is as before, also where another thread decodes at the same time.
     """
-    changed: list[tuple[nn.Module, str]] = []
-    for module, name, forward in replacements(model):
-        if name not in vars(module):
-            setattr(module, name, forward)
-            changed.append((module, name))
-    try:
-        yield
-    finally:
-        for module, name in changed:
-            vars(module).pop(name, None)  # gone already if two threads began at once
+    return instead(replacements(model))
 
 
 def in_shares(x: Float[Tensor, "*b I"], shares: Float[Tensor, "S P I"]) -> Float[Tensor, "*b O"]:
@@ -82,7 +73,7 @@ def rms_norm(
     return (x * scale).mul_(weight)
 
 
-def replacements(model: SwitchTransformer) -> Iterator[tuple[nn.Module, str, Callable]]:
+def replacements(model: SwitchTransformer) -> Iterator[Replacement]:
     """What `few_rows` does to `model`: modules, methods by name, and what takes their place."""
     for module in model.modules():
         if type(module) is nn.Linear and _suits(module.weight):

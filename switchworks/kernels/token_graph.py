@@ -16,7 +16,7 @@ is read.
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import partial
-from itertools import count
+from itertools import chain, count
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from switchworks.config import ConfigError
+from switchworks.kernels import few_rows, widened
 from switchworks.kernels.compiler import require_compiler
-from switchworks.kernels.few_rows import replacements
 from switchworks.kernels.logits_only import no_statistics
 from switchworks.kernels.products import ones_for, packed
 from switchworks.kernels.quantise import QuantisedExperts, QuantisedLinear, Rounded, TiedHead
@@ -159,16 +159,27 @@ def _next(
     return twin.logits(x)
 
 
+_METHODS = ("forward", "ask", "one", "feed_forward", "read", "logits")
+"""What other fast paths replace."""
+
+
 def _twin(model: SwitchTransformer) -> SwitchTransformer:
     """Modules that share the tensors of `model` and compute in the ways that a graph wants."""
     shared = [*model.parameters(), *model.buffers()]
     shared += [module.ordered for module in model.modules() if isinstance(module, Rounded)]
     twin = deepcopy(model, {id(one): one for one in shared}).eval()
     for module in twin.modules():
-        for name in ("forward", "ask", "one", "logits"):  # of other fast paths
+        for name in (
+            "forward",
+            "ask",
+            "one",
+            "feed_forward",
+            "read",
+            "logits",
+        ):  # of other fast paths
             vars(module).pop(name, None)
-    for module, name, forward in replacements(twin):
-        if name != "ask":
+    for module, name, forward in chain(few_rows.replacements(twin), widened.replacements(twin)):
+        if name not in ("ask", "read"):
             _replace(module, name, forward)
     for module in twin.modules():
         if type(module) is nn.Linear:

@@ -75,9 +75,16 @@ class Experts(nn.Module):
     def one(self, expert: int, x: Float[Tensor, "C D"]) -> Float[Tensor, "C O"]:
         """What expert number `expert` makes of `x`. The reference for every path."""
         w_gate = None if self.w_gate is None else self.w_gate[expert]
-        return self._expert(x, self.w_in[expert], w_gate, self.w_out[expert])
+        return self.feed_forward(x, self.w_in[expert], w_gate, self.w_out[expert])
 
-    def _expert(self, x: Tensor, w_in: Tensor, w_gate: Tensor | None, w_out: Tensor) -> Tensor:
+    def feed_forward(
+        self,
+        x: Float[Tensor, "*E C D"],
+        w_in: Float[Tensor, "*E D F"],
+        w_gate: Float[Tensor, "*E D F"] | None,
+        w_out: Float[Tensor, "*E F O"],
+    ) -> Float[Tensor, "*E C O"]:
+        """What one expert's weights make of its tokens, or all experts' of equally many each."""
         gate = None if w_gate is None else x @ w_gate
         hidden = activate(x @ w_in, gate, self.activation)
         if self.training and self.dropout > 0:
@@ -87,7 +94,7 @@ class Experts(nn.Module):
     def _run_even(self, tokens: Float[Tensor, "N D"]) -> Float[Tensor, "N O"]:
         """All experts in one batched product; static shapes, so it compiles."""
         slots = tokens.unflatten(0, (self.w_in.shape[0], -1))  # E C D
-        return self._expert(slots, self.w_in, self.w_gate, self.w_out).flatten(0, 1)
+        return self.feed_forward(slots, self.w_in, self.w_gate, self.w_out).flatten(0, 1)
 
     def _run_uneven(
         self, tokens: Float[Tensor, "N D"], counts: Sequence[int]
@@ -109,4 +116,6 @@ class Experts(nn.Module):
         parts = zip(
             tokens.split(list(counts)), self.w_in.unbind(), gates, self.w_out.unbind(), strict=True
         )
-        return torch.cat([self._expert(x, w_in, w_gate, w_out) for x, w_in, w_gate, w_out in parts])
+        return torch.cat(
+            [self.feed_forward(x, w_in, w_gate, w_out) for x, w_in, w_gate, w_out in parts]
+        )
