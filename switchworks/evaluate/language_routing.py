@@ -13,6 +13,7 @@ from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
 from scipy.spatial.distance import squareform
 
 from switchworks.batch import Batch
+from switchworks.kernels.widened import widened
 from switchworks.model import SwitchTransformer
 
 
@@ -59,10 +60,11 @@ def routing_by_language(
     was_training = model.training
     model.eval()
     try:
-        shares = [
-            np.mean([_loads(model, batch) for batch in of_one], axis=0)
-            for of_one in batches.values()
-        ]
+        with widened(model):
+            shares = [
+                np.mean([_loads(model, batch) for batch in of_one], axis=0)
+                for of_one in batches.values()
+            ]
     finally:
         model.train(was_training)
     return LanguageRouting(tuple(batches), layers, np.stack(shares))
