@@ -10,7 +10,7 @@ from switchworks.batch import Batch
 from switchworks.evaluate.perplexity import mean_nats
 from switchworks.generate import BeamSearch, generate
 from switchworks.kernels import widened as kernel
-from switchworks.kernels.widened import MANY, NATIVE, PIECE, product, widened
+from switchworks.kernels.widened import MANY, NATIVE, PIECE, of_one_row, product, widened
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
 from switchworks.model.experts import Experts
 
@@ -73,6 +73,23 @@ def test_a_matrix_of_several_pieces_and_a_rest_is_multiplied_as_one():
     assert len(weight) % (PIECE // 1024)
     exact = x.double() @ weight.double().T
     torch.testing.assert_close(product(x, weight).double(), exact, **half_a_step(exact))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("width", [2, 64, 130])
+def test_a_single_row_is_rounded_by_each_thread_and_once_more(width, threads):
+    torch.manual_seed(0)
+    x, weight = torch.randn(1, width).bfloat16(), torch.randn(width, 40).bfloat16()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        ours = of_one_row(x, weight).double()
+    finally:
+        torch.set_num_threads(before)
+    exact, magnitudes = x.double() @ weight.double(), x.double().abs() @ weight.double().abs()
+    by_threads = 0 if threads == 1 else 2**-9 * magnitudes
+    assert ((ours - exact).abs() <= 2**-8 * exact.abs() + by_threads + 1e-6).all()
 
 
 @torch.no_grad()
