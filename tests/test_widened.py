@@ -10,6 +10,7 @@ from switchworks.batch import Batch
 from switchworks.evaluate.perplexity import mean_nats
 from switchworks.generate import BeamSearch, generate
 from switchworks.kernels import widened as kernel
+from switchworks.kernels.quantise import QuantiseConfig, quantise
 from switchworks.kernels.widened import MANY, NATIVE, PIECE, of_one_row, product, widened
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
 from switchworks.model.experts import Experts
@@ -181,3 +182,16 @@ def test_the_held_out_loss_is_that_of_the_same_weights_in_float32():
     wide.load_state_dict({name: value.float() for name, value in model.state_dict().items()})
     batches = [Batch(inputs=inputs(), targets=inputs())]
     assert mean_nats(model, batches) == pytest.approx(mean_nats(wide, batches), rel=2e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", [QuantiseConfig(product="unpacked"), QuantiseConfig(bits=4)])
+def test_a_rounded_bfloat16_model_scores_as_by_plain_products(how, monkeypatch):
+    model = quantise(SwitchTransformer(CONFIG, seed=1).bfloat16(), how)
+    with widened(model):
+        got = model(inputs(), inputs()).logits.float()
+    monkeypatch.setattr(kernel, "emulated", lambda: False)
+    expected = model(inputs(), inputs()).logits.float()
+    assert not torch.equal(got, expected)
+    off = (got - expected).norm() / expected.norm()
+    assert off < 0.02, off

@@ -31,6 +31,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int8, UInt8
 from torch import Tensor
 
+from switchworks.kernels.widened import is_slow, product
+
 Product = Literal["dynamic", "packed", "unpacked"]
 
 
@@ -65,8 +67,10 @@ def dynamic(
 def unpacked(
     x: Float[Tensor, "N I"], weight: Int8[Tensor, "O I"], scale: Float[Tensor, "O"]
 ) -> Float[Tensor, "N O"]:
-    """Real inputs and widened weights."""
-    return (x @ weight.to(x.dtype).T) * scale.to(x.dtype)
+    """Real inputs and widened weights; on a processor they are widened a piece at a time."""
+    in_pieces = is_slow(x) or (x.dtype == torch.float32 and x.device.type == "cpu")
+    answer = product(x, weight) if in_pieces else x @ weight.to(x.dtype).T
+    return answer * scale.to(x.dtype)
 
 
 def packed(

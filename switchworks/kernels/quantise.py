@@ -27,6 +27,7 @@ from switchworks.kernels.products import (
     to_int4,
     to_int8,
 )
+from switchworks.kernels.widened import is_slow, product
 from switchworks.model import SwitchTransformer
 from switchworks.model.experts import Experts, Inbox
 from switchworks.model.layers import activate
@@ -81,7 +82,8 @@ class QuantiseConfig:
         """x times the transposed weights, in the dtype of x. No gradients."""
         if self.bits == 8:
             return PRODUCTS[self.product](x, whole, scale)
-        return x @ self.widened(whole, scale, x.shape[-1]).to(x.dtype).T
+        weight = self.widened(whole, scale, x.shape[-1])
+        return product(x, weight) if is_slow(x) else x @ weight.to(x.dtype).T
 
 
 def quantise(model: SwitchTransformer, how: QuantiseConfig | None = None) -> SwitchTransformer:

@@ -16,7 +16,7 @@ from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Num
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -51,8 +51,13 @@ def emulated() -> bool:
     return torch.backends.cpu.get_cpu_capability() in ("AVX2", "DEFAULT")
 
 
-def product(x: Float[Tensor, "*b I"], weight: Float[Tensor, "O I"]) -> Float[Tensor, "*b O"]:
-    """`F.linear` in float32, rounded to the dtype of `x`."""
+def is_slow(x: Tensor) -> bool:
+    """Whether products of `x` in its own dtype would be multiplied number by number."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and emulated()
+
+
+def product(x: Float[Tensor, "*b I"], weight: Num[Tensor, "O I"]) -> Float[Tensor, "*b O"]:
+    """`F.linear` in float32, rounded to the dtype of `x`; the weight may have any."""
     outputs, inputs = weight.shape
     rows = x.numel() // inputs
     if rows >= MANY:
@@ -80,12 +85,13 @@ def replacements(model: SwitchTransformer) -> Iterator[Replacement]:
     """What `widened` does to `model`: modules, methods by name, and what takes their place."""
     if not emulated():
         return
+    narrow = any(_suits(weight) for weight in model.parameters())  # with rounded matrices, norms
     for module in model.modules():
         if type(module) is nn.Linear and _suits(module.weight):
             yield module, "forward", partial(_linear, module.weight)
         elif type(module) is Experts and _suits(module.w_in):
             yield module, "feed_forward", partial(_feed_forward, module)
-        elif isinstance(module, AttentionOutput) and _suits(module.o.weight):
+        elif isinstance(module, AttentionOutput) and narrow:
             yield module, "read", partial(_read, module)
     table = model.embedding.weight
     if model.head is None and _suits(table):
