@@ -24,6 +24,7 @@ CONFIG = ModelConfig(
     num_layers=2,
     routing=RoutingConfig(experts=4),
 )
+told_apart = kernel.emulated.__wrapped__  # not kept from one processor to the next
 each_kind = pytest.mark.parametrize(
     "config",
     [
@@ -174,6 +175,21 @@ def test_float32_weights_and_other_processors_are_left_alone(monkeypatch):
     assert list(kernel.replacements(narrow))
     monkeypatch.setattr(kernel, "emulated", lambda: False)
     assert not list(kernel.replacements(narrow))
+
+
+@pytest.mark.parametrize(
+    ("machine", "vectors", "slow"),
+    [
+        ("x86_64", "AVX2", True),
+        ("AMD64", "DEFAULT", True),
+        ("x86_64", "AVX512", False),
+        ("arm64", "DEFAULT", False),
+    ],
+)
+def test_processors_are_told_apart(machine, vectors, slow, monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: vectors)
+    assert told_apart() == slow
 
 
 def test_the_held_out_loss_is_that_of_the_same_weights_in_float32():
