@@ -77,14 +77,9 @@ class Experts(nn.Module):
         w_gate = None if self.w_gate is None else self.w_gate[expert]
         return self.feed_forward(x, self.w_in[expert], w_gate, self.w_out[expert])
 
-    def feed_forward(
-        self,
-        x: Float[Tensor, "*E C D"],
-        w_in: Float[Tensor, "*E D F"],
-        w_gate: Float[Tensor, "*E D F"] | None,
-        w_out: Float[Tensor, "*E F O"],
-    ) -> Float[Tensor, "*E C O"]:
-        """What one expert's weights make of its tokens, or all experts' of equally many each."""
+    def feed_forward(self, x: Tensor, w_in: Tensor, w_gate: Tensor | None, w_out: Tensor) -> Tensor:
+        """What one expert's weights make of its tokens [C D], giving [C O], or those of all experts
+        of equally many each [E C D]."""
         gate = None if w_gate is None else x @ w_gate
         hidden = activate(x @ w_in, gate, self.activation)
         if self.training and self.dropout > 0:
