@@ -111,6 +111,4 @@ class Experts(nn.Module):
         parts = zip(
             tokens.split(list(counts)), self.w_in.unbind(), gates, self.w_out.unbind(), strict=True
         )
-        return torch.cat(
-            [self.feed_forward(x, w_in, w_gate, w_out) for x, w_in, w_gate, w_out in parts]
-        )
+        return torch.cat([self.feed_forward(*part) for part in parts])
