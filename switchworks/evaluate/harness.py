@@ -30,7 +30,7 @@ from switchworks.device import compute_device
 from switchworks.generate import BeamSearch, Sampling, generate
 from switchworks.generate.batches import batches_by_length, pad
 from switchworks.generate.continuation import continuation
-from switchworks.kernels.widened import widened
+from switchworks.kernels.in_float32 import in_float32
 from switchworks.model import SwitchTransformer
 
 
@@ -93,7 +93,7 @@ class Scorer:
             inputs, targets = inputs.to(device), targets.to(device)
             if not targets.shape[1]:
                 continue  # nothing is certain
-            with widened(self.model):
+            with in_float32(self.model):
                 nats, greedy = likelihoods(self.model(inputs, targets).logits, targets)
             for place, values in zip(
                 places, zip(nats.tolist(), greedy.tolist(), strict=True), strict=True

@@ -13,7 +13,7 @@ from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
 from scipy.spatial.distance import squareform
 
 from switchworks.batch import Batch
-from switchworks.kernels.widened import widened
+from switchworks.kernels.in_float32 import in_float32
 from switchworks.model import SwitchTransformer
 
 
@@ -60,7 +60,7 @@ def routing_by_language(
     was_training = model.training
     model.eval()
     try:
-        with widened(model):
+        with in_float32(model):
             shares = [
                 np.mean([_loads(model, batch) for batch in of_one], axis=0)
                 for of_one in batches.values()

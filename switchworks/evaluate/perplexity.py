@@ -7,7 +7,7 @@ import torch
 
 from switchworks.batch import Batch
 from switchworks.data.corpora import HeldOut
-from switchworks.kernels.widened import widened
+from switchworks.kernels.in_float32 import in_float32
 from switchworks.model import SwitchTransformer
 from switchworks.parallel import ALONE, Ranks
 
@@ -31,7 +31,7 @@ def mean_nats(model: SwitchTransformer, batches: Iterable[Batch], ranks: Ranks =
     device = model.embedding.weight.device
     nats, tokens = 0.0, 0.0
     try:
-        with widened(model):
+        with in_float32(model):
             for batch in batches:
                 batch = batch.to(device)
                 count = int((batch.targets != 0).sum())

@@ -19,7 +19,7 @@ from switchworks.batch import Batch
 from switchworks.config import CheckpointError
 from switchworks.data.tokenizer import Tokenizer
 from switchworks.evaluate.token_types import TYPES, TokenTypes
-from switchworks.kernels.widened import widened
+from switchworks.kernels.in_float32 import in_float32
 from switchworks.model import SwitchTransformer
 from switchworks.model.dispatch import rows_of
 from switchworks.model.routing import Routes
@@ -174,7 +174,7 @@ def _choices(
     device = model.embedding.weight.device
     moved = batch.to(device)
     try:
-        with _logits(model) as logits, widened(model):
+        with _logits(model) as logits, in_float32(model):
             output = model(
                 moved.inputs,
                 moved.targets,

@@ -16,9 +16,9 @@ from switchworks.generate.beam import BeamSearch, search
 from switchworks.generate.sampling import Sampling, choose
 from switchworks.generate.start import EOS, PAD, start, steps
 from switchworks.kernels.few_rows import few_rows
+from switchworks.kernels.in_float32 import in_float32
 from switchworks.kernels.logits_only import logits_only
 from switchworks.kernels.token_graph import TokenGraph
-from switchworks.kernels.widened import widened
 from switchworks.model import SwitchTransformer
 from switchworks.parallel import ALONE, Ranks
 
@@ -71,7 +71,7 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        with logits_only(model), few_rows(model), widened(model):
+        with logits_only(model), few_rows(model), in_float32(model):
             if beams is not None:
                 return search(model, inputs, max_length, beams, graph)
             return _decode(model, inputs, max_length, sampling, generator, ranks, graph)

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int8, UInt8
 from torch import Tensor
 
-from switchworks.kernels.widened import is_slow, product
+from switchworks.kernels.in_float32 import is_slow, product
 
 Product = Literal["dynamic", "packed", "unpacked"]
 

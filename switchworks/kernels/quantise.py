@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from switchworks.config import ConfigError
+from switchworks.kernels.in_float32 import is_slow, product
 from switchworks.kernels.products import (
     FEW,
     PRODUCTS,
@@ -27,7 +28,6 @@ from switchworks.kernels.products import (
     to_int4,
     to_int8,
 )
-from switchworks.kernels.widened import is_slow, product
 from switchworks.model import SwitchTransformer
 from switchworks.model.experts import Experts, Inbox
 from switchworks.model.layers import activate

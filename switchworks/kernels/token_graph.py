@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from switchworks.config import ConfigError
-from switchworks.kernels import few_rows, widened
+from switchworks.kernels import few_rows, in_float32
 from switchworks.kernels.compiler import require_compiler
 from switchworks.kernels.logits_only import no_statistics
 from switchworks.kernels.products import ones_for, packed
@@ -178,7 +178,7 @@ def _twin(model: SwitchTransformer) -> SwitchTransformer:
             "logits",
         ):  # of other fast paths
             vars(module).pop(name, None)
-    for module, name, forward in chain(few_rows.replacements(twin), widened.replacements(twin)):
+    for module, name, forward in chain(few_rows.replacements(twin), in_float32.replacements(twin)):
         if name not in ("ask", "read"):
             _replace(module, name, forward)
     for module in twin.modules():

@@ -9,9 +9,9 @@ import torch
 from switchworks.batch import Batch
 from switchworks.evaluate.perplexity import mean_nats
 from switchworks.generate import BeamSearch, generate
-from switchworks.kernels import widened as kernel
+from switchworks.kernels import in_float32 as kernel
+from switchworks.kernels.in_float32 import MANY, NATIVE, PIECE, in_float32, of_one_row, product
 from switchworks.kernels.quantise import QuantiseConfig, quantise
-from switchworks.kernels.widened import MANY, NATIVE, PIECE, of_one_row, product, widened
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
 from switchworks.model.experts import Experts
 
@@ -102,8 +102,7 @@ def test_an_expert_rounds_where_the_plain_one_rounds(tokens, gated):
     experts = Experts(2, 64, 128, gated=gated)
     for weight in experts.parameters():
         weight.normal_(std=0.1)
-    model = torch.nn.Module()
-    model.experts = experts.bfloat16()
+    experts.bfloat16()
     x = torch.randn(tokens, 64).bfloat16()
     expected = experts.one(1, x)
     ours = kernel._feed_forward(
@@ -123,7 +122,7 @@ def test_with_gradients_nothing_changes():
     model(tokens, tokens).losses.total.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    with widened(model):
+    with in_float32(model):
         model(tokens, tokens).losses.total.backward()
     assert expected
     assert all(torch.equal(model.get_parameter(name).grad, g) for name, g in expected.items())
@@ -136,7 +135,7 @@ def test_a_model_scores_the_same_and_is_afterwards_as_it_was(config):
     given = inputs()[:, :0] if config.decoder_only else inputs()
     with torch.no_grad():
         expected = model(given, inputs()).logits.float()
-        with widened(model):
+        with in_float32(model):
             inside = {name: set(vars(module)) for name, module in model.named_modules()}
             got = model(given, inputs()).logits.float()
     assert inside != modules
@@ -204,7 +203,7 @@ def test_the_held_out_loss_is_that_of_the_same_weights_in_float32():
 @pytest.mark.parametrize("how", [QuantiseConfig(product="unpacked"), QuantiseConfig(bits=4)])
 def test_a_rounded_bfloat16_model_scores_as_by_plain_products(how, monkeypatch):
     model = quantise(SwitchTransformer(CONFIG, seed=1).bfloat16(), how)
-    with widened(model):
+    with in_float32(model):
         got = model(inputs(), inputs()).logits.float()
     monkeypatch.setattr(kernel, "emulated", lambda: False)
     expected = model(inputs(), inputs()).logits.float()

@@ -36,7 +36,7 @@ MANY = 256
 """Rows from which the matrix is the small part, and is widened as a whole."""
 
 
-def widened(model: SwitchTransformer) -> AbstractContextManager[None]:
+def in_float32(model: SwitchTransformer) -> AbstractContextManager[None]:
     """While inside, `model` multiplies bfloat16 in float32 where the processor cannot do it fast.
 
     Numbers differ by the order of sums before they are rounded. Gradients go the plain way.
@@ -84,7 +84,7 @@ def of_one_row(x: Float[Tensor, "1 I"], weight: Float[Tensor, "I O"]) -> Float[T
 
 
 def replacements(model: SwitchTransformer) -> Iterator[Replacement]:
-    """What `widened` does to `model`: modules, methods by name, and what takes their place."""
+    """What `in_float32` does to `model`: modules, methods by name, and what takes their place."""
     if not emulated():
         return
     narrow = any(_suits(weight) for weight in model.parameters())  # with rounded matrices, norms
