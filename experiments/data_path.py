@@ -13,9 +13,8 @@ import time
 from itertools import islice
 from pathlib import Path
 
-from switchworks.data.pipeline import Pipeline
-from switchworks.data.prepare import prepare
-from switchworks.recipes.quickstart import quickstart
+from switchworks.data import Pipeline, prepare
+from switchworks.recipes import quickstart
 
 
 def main() -> None:

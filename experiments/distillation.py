@@ -38,7 +38,7 @@ import numpy as np
 from kept import finished, is_finished
 
 from switchworks.compress import fraction_of_gain
-from switchworks.report.runs import Run, read_run
+from switchworks.report import Run, read_run
 
 ABLATION = {
     "plain": ["--distil.soft-weight", "1.0", "--distil.no-initialise"],

@@ -19,10 +19,9 @@ from pathlib import Path
 
 from kept import finished, require_same
 
-from switchworks.checkpoint.model_files import is_model, load, weights_hash
-from switchworks.compress.reduce import reduce_directory
-from switchworks.evaluate.held_out import open_run
-from switchworks.evaluate.perplexity import held_out_losses
+from switchworks.checkpoint import is_model, load, weights_hash
+from switchworks.compress import reduce_directory
+from switchworks.evaluate import held_out_losses, open_run
 
 
 def halves(experts: int) -> list[int]:

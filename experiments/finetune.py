@@ -28,7 +28,7 @@ from statistics import fmean, stdev
 
 from kept import finished
 
-from switchworks.report.runs import read_run
+from switchworks.report import read_run
 
 TASKS = ("docstring_summary", "catalog_translation", "catalog_language")
 """Those whose data every machine has."""

@@ -18,7 +18,7 @@ from statistics import fmean, stdev
 
 from kept import begun, wait_for
 
-from switchworks.report.runs import read_run, when_reached
+from switchworks.report import read_run, when_reached
 
 
 def run(recipes: Sequence[str], seed: int, out: Path, flags: list[str]) -> list[Path]:

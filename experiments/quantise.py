@@ -12,10 +12,9 @@ from pathlib import Path
 
 from kept import require_same
 
-from switchworks.checkpoint.model_files import is_model, load, weight_files, weights_hash
-from switchworks.compress.quantise import quantise_directory
-from switchworks.evaluate.held_out import open_run
-from switchworks.evaluate.perplexity import held_out_losses
+from switchworks.checkpoint import is_model, load, weight_files, weights_hash
+from switchworks.evaluate import held_out_losses, open_run
+from switchworks.quantise import quantise_directory
 
 
 def main() -> None:

@@ -16,9 +16,8 @@ from pathlib import Path
 import torch
 
 from switchworks.batch import Batch
-from switchworks.data.corpora import HeldOut
-from switchworks.evaluate.held_out import open_run
-from switchworks.evaluate.perplexity import mean_nats
+from switchworks.data import HeldOut
+from switchworks.evaluate import mean_nats, open_run
 
 
 def main() -> None:

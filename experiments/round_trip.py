@@ -14,12 +14,15 @@ from pathlib import Path
 
 import sentencepiece
 
-from switchworks.data.catalogs import catalogs, split_sentences
-from switchworks.data.config import DataConfig
-from switchworks.data.languages import english_name
-from switchworks.data.messages import GAP
-from switchworks.data.prepare import cache_folder
-from switchworks.data.tokenizer import load_tokenizer
+from switchworks.data import (
+    GAP,
+    DataConfig,
+    cache_folder,
+    catalogs,
+    english_name,
+    load_tokenizer,
+    split_sentences,
+)
 
 
 def main() -> None:

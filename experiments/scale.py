@@ -4,7 +4,7 @@
     python experiments/scale.py fits     # meshes for devices of 16 and 80 GiB
 
 Each row is what `switchworks explain` prints for the same flags with --search, whose traces stop at
-a small depth (`switchworks.training.search.outline`).
+a small depth (`switchworks.plan.search.outline`).
 """
 
 import csv
@@ -16,11 +16,10 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from switchworks.parallel.config import MeshConfig
-from switchworks.parallel.machines import MACHINES, estimate
+from switchworks.parallel import MeshConfig
+from switchworks.plan import GIB, MACHINES, estimate, outline, propose
 from switchworks.recipes import find_recipe
-from switchworks.training.experiment import Experiment
-from switchworks.training.search import GIB, outline, propose
+from switchworks.training import Experiment
 
 DOCS = Path(__file__).parent.parent / "docs"
 RANKS = [8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]

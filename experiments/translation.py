@@ -22,7 +22,7 @@ from statistics import fmean
 from kept import require_same
 from sacrebleu import corpus_chrf
 
-from switchworks.data.tasks.translation import language_name
+from switchworks.data import language_name
 
 TASK = "catalog_translation"
 STARTS = {"tune": "pre-trained", "scratch": "from scratch"}

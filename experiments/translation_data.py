@@ -14,10 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from switchworks.config import DataError
-from switchworks.data.catalogs import Sentence, catalogs, split_sentences
-from switchworks.data.config import DataConfig
-from switchworks.data.languages import normalise
-from switchworks.data.prepare import cache_folder
+from switchworks.data import (
+    DataConfig,
+    Sentence,
+    cache_folder,
+    catalogs,
+    normalise,
+    split_sentences,
+)
 
 
 def main() -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 from switchworks import RoutingConfig, train
-from switchworks.compress.upcycle import upcycle_directory
-from switchworks.recipes.tiny import tiny
+from switchworks.compress import upcycle_directory
+from switchworks.recipes import tiny
 from switchworks.training import Experiment
 
 

@@ -27,9 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 from switchworks.batch import Batch
 from switchworks.parallel import ALONE, MeshConfig, Ranks, build_mesh
 from switchworks.recipes import find_recipe
-from switchworks.training import Experiment
-from switchworks.training.state import build_state
-from switchworks.training.step import train_step
+from switchworks.training import Experiment, build_state, train_step
 
 WARM_UP = 2
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from switchworks.cli import main
-from switchworks.data.span_corruption import corrupted_lengths, raw_length
+from switchworks.cli.main import main
+from switchworks.data.rows.span_corruption import corrupted_lengths, raw_length
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 import switchworks
-from switchworks import kernels
 from switchworks.batch import Batch
 from switchworks.device import compute_device
-from switchworks.evaluate.held_out import evaluate_run
-from switchworks.kernels.attention import spread_diagonals
-from switchworks.kernels.flex import attend_fused
-from switchworks.kernels.grouped_mm import DeviceDispatcher
+from switchworks.evaluate.run import evaluate_run
+from switchworks.fast.apply import use_fast_kernels
+from switchworks.fast.attention import spread_diagonals
+from switchworks.fast.experts_on_gpu import DeviceDispatcher
+from switchworks.fast.flex import attend_fused
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
 from switchworks.model.attention import BiasParts, attend, hide
 from switchworks.model.layers import SharedDropout
@@ -63,7 +63,7 @@ def test_loss_and_gradients_are_the_processor_s(fast, capacity, decoder_only):
     here, there = (SwitchTransformer(config, seed=3).double() for _ in range(2))
     there.to(GPU)
     if fast:
-        kernels.apply(there)
+        use_fast_kernels(there)
     wanted, found = gradients(here, rows()), gradients(there, rows().to(GPU))
     assert wanted.keys() == found.keys()
     for name, gradient in wanted.items():
@@ -112,7 +112,7 @@ def test_fused_kernels_are_as_near_to_exact_as_plain_ones(capacity):
         model = SwitchTransformer(config, seed=3).to(GPU)
         cast_for_compute(model, torch.bfloat16)
         if fast:
-            kernels.apply(model)
+            use_fast_kernels(model)
             assert all(
                 isinstance(layer.dispatcher, DeviceDispatcher)
                 for layer in model.switch_layers.values()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import switchworks
-from switchworks.cli import VERBS, main
+from switchworks.cli.main import VERBS, main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -17,8 +17,8 @@ def test_the_wheel_works_away_from_the_checkout(tmp_path):
     names = {path.name for path in (tmp_path / "site" / "switchworks").iterdir()}
     assert {"py.typed", "cli.py", "model", "data", "training", "recipes"} <= names
     code = (
-        "import switchworks, switchworks.cli; print(switchworks.__file__); "
-        "raise SystemExit(switchworks.cli.main(['explain', 'tiny']))"
+        "import switchworks, switchworks.cli.main; print(switchworks.__file__); "
+        "raise SystemExit(switchworks.cli.main.main(['explain', 'tiny']))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

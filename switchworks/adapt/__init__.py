@@ -3,8 +3,6 @@
 Read `selection.py` first. All of it is applied from outside to a model that knows nothing of it.
 """
 
-from switchworks.adapt.config import LoraConfig
-from switchworks.adapt.freeze import freeze
-from switchworks.adapt.lora import adapt, merged
+import lazy_loader
 
-__all__ = ["LoraConfig", "adapt", "freeze", "merged"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

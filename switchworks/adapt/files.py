@@ -11,10 +11,18 @@ from torch import Tensor
 from switchworks.adapt.config import LoraConfig
 from switchworks.adapt.lora import MARK, adapt, merged
 from switchworks.adapt.selection import select
-from switchworks.checkpoint.convert import open_model
-from switchworks.checkpoint.files import read_json, verify, whole_directory, write_json
-from switchworks.checkpoint.model_files import save
-from switchworks.checkpoint.tensors import fill, num_bytes, open_safetensors, require_match
+from switchworks.checkpoint import (
+    fill,
+    num_bytes,
+    open_model,
+    open_safetensors,
+    read_json,
+    require_match,
+    save,
+    verify,
+    whole_directory,
+    write_json,
+)
 from switchworks.config import CheckpointError, from_toml, to_toml
 from switchworks.model import SwitchTransformer
 

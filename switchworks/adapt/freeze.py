@@ -12,7 +12,7 @@ from switchworks.config import ConfigError
 from switchworks.model import ModelConfig, SwitchTransformer
 
 
-def freeze(model: SwitchTransformer, entries: Sequence[str]) -> None:
+def freeze_parameters(model: SwitchTransformer, entries: Sequence[str]) -> None:
     """The parameters that `entries` mean (see `select`) require no gradient any more.
 
     Raises ConfigError for an entry that means nothing, or if nothing is left to train.
@@ -43,7 +43,7 @@ def shares(config: ModelConfig, entries: Sequence[str], lora: LoraConfig | None)
     with torch.device("meta"):
         model = SwitchTransformer(config)
     table = adapt(model, lora) if lora is not None else None
-    freeze(model, entries)
+    freeze_parameters(model, entries)
     return Shares(
         parameters=sum(p.numel() for p in model.parameters()),
         adapters=0 if table is None else sum(row.parameters for row in table.rows),

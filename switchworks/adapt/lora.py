@@ -20,11 +20,8 @@ from torch import Tensor, nn
 from switchworks.adapt.config import LoraConfig
 from switchworks.adapt.selection import kinds_of, select
 from switchworks.config import ConfigError
-from switchworks.model import SwitchTransformer
-from switchworks.model.experts import Experts, Inbox
-from switchworks.model.layers import activate
-from switchworks.model.routing import Router
-from switchworks.optim.build import dimension_letters
+from switchworks.model import Experts, Inbox, Router, SwitchTransformer, activate
+from switchworks.optim import dimension_letters
 
 MARK = ".lora."
 """Stands in the name of every adapter: PATH.lora.MATRIX.a and .b adapt PATH.MATRIX."""

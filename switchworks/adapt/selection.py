@@ -7,12 +7,16 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from switchworks.config import ConfigError
-from switchworks.model import SwitchTransformer
-from switchworks.model.attention import Attention, RelativeBias
-from switchworks.model.experts import Experts
-from switchworks.model.layers import FFN, RMSNorm
-from switchworks.model.routing import Router
-from switchworks.model.switch_attention import SwitchAttention
+from switchworks.model import (
+    FFN,
+    Attention,
+    Experts,
+    RelativeBias,
+    RMSNorm,
+    Router,
+    SwitchAttention,
+    SwitchTransformer,
+)
 
 ALL_BUT = "all-but-"
 

@@ -3,7 +3,6 @@
 Read config (what is compared), comparisons (the rows), timing and measure (how), run (all of it).
 """
 
-from switchworks.bench.config import QUICK, BenchConfig, Shape, Side
-from switchworks.bench.run import bench
+import lazy_loader
 
-__all__ = ["QUICK", "BenchConfig", "Shape", "Side", "bench"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

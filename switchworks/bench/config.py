@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from switchworks.config import ConfigError, check_at_least
-from switchworks.model.config import ModelConfig, RoutingConfig
+from switchworks.model import ModelConfig, RoutingConfig
 
 Part = Literal[
     "train", "adafactor", "kernels", "compile", "tax", "layer", "decode", "int8", "graph", "memory"

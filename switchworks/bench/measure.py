@@ -13,8 +13,8 @@ from switchworks.bench.memory import available_bytes, peaks
 from switchworks.bench.sides import build, bytes_needed
 from switchworks.bench.timing import Times, alternate, seconds, spread, take_turns
 from switchworks.device import compute_device
-from switchworks.model.sizes import training_flops_per_token
-from switchworks.training.machine import give_back_memory
+from switchworks.model import training_flops_per_token
+from switchworks.training import give_back_memory
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,7 +45,7 @@ def _main() -> None:
     import torch
 
     from switchworks.bench.sides import build
-    from switchworks.training.machine import keep_freed_memory
+    from switchworks.training import keep_freed_memory
 
     keep_freed_memory()
     torch.set_num_threads(int(sys.argv[2]))

@@ -11,8 +11,7 @@ import torch
 from switchworks.batch import Batch
 from switchworks.bench.config import Side
 from switchworks.bench.timing import Work
-from switchworks.checkpoint.hugging_face import to_hf_state
-from switchworks.checkpoint.hugging_face_config import to_hf_config
+from switchworks.checkpoint import to_hf_config, to_hf_state
 from switchworks.device import compute_device
 from switchworks.model import SwitchTransformer
 

@@ -6,22 +6,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from switchworks import kernels
 from switchworks.batch import Batch
 from switchworks.bench.config import Shape, Side
 from switchworks.bench.peers import LR, build_peer
 from switchworks.bench.timing import Work
-from switchworks.data.config import DataConfig
+from switchworks.data import DataConfig
 from switchworks.device import compute_device
-from switchworks.generate import TokenGraph, generate
-from switchworks.kernels.quantise import QuantiseConfig, quantise
-from switchworks.model import SwitchFFN, SwitchTransformer
-from switchworks.model.layers import FFN
-from switchworks.model.sizes import num_parameters
-from switchworks.optim.config import OptimConfig
-from switchworks.training.experiment import Experiment
-from switchworks.training.state import build_state, cast_for_compute
-from switchworks.training.step import train_step
+from switchworks.fast import TokenGraph, use_fast_kernels
+from switchworks.generate import generate
+from switchworks.model import FFN, SwitchFFN, SwitchTransformer, num_parameters
+from switchworks.optim import OptimConfig
+from switchworks.quantise import QuantiseConfig, quantise
+from switchworks.training import Experiment, build_state, cast_for_compute, train_step
 
 
 def build(side: Side) -> Work:
@@ -119,7 +115,7 @@ def _layer_pass(side: Side) -> Work:
         layer = SwitchFFN(config.d_model, config.d_ff, config.routing)
     cast_for_compute(layer.to(compute_device()), dtype)
     if side.kernels == "fast":
-        kernels.apply(layer)
+        use_fast_kernels(layer)
     x = torch.randn(side.shape.batch_size, side.shape.input_length, config.d_model, dtype=dtype)
     x = x.to(compute_device()).requires_grad_()
 

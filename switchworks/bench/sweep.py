@@ -13,8 +13,8 @@ from switchworks.bench.measure import Row
 from switchworks.bench.memory import available_bytes
 from switchworks.bench.sides import build, bytes_needed
 from switchworks.bench.timing import seconds, spread
-from switchworks.model.sizes import num_parameters
-from switchworks.training.machine import give_back_memory
+from switchworks.model import num_parameters
+from switchworks.training import give_back_memory
 
 EXPERTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SWEEP = Shape(d_model=256, d_ff=512, num_heads=4, layers=2, vocab_size=4096, many_d_ff=None)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from switchworks.training.machine import give_back_memory
+from switchworks.training import give_back_memory
 
 Work = Callable[[], object]
 """Something to time; it ends when its result is there."""

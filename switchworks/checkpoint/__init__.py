@@ -4,8 +4,6 @@ Reading order: files, tensors, training_state, model_files,
 hugging_face_config, hugging_face, convert.
 """
 
-from switchworks.checkpoint.hugging_face import load_hf, save_hf
-from switchworks.checkpoint.model_files import load, save
-from switchworks.checkpoint.training_state import Checkpoints
+import lazy_loader
 
-__all__ = ["Checkpoints", "load", "load_hf", "save", "save_hf"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

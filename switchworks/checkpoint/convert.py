@@ -2,15 +2,17 @@
 
 from pathlib import Path
 
-from switchworks.checkpoint.hugging_face import load_hf, save_hf
-from switchworks.checkpoint.hugging_face_config import Capacity
+from switchworks.checkpoint.hugging_face.config import Capacity
+from switchworks.checkpoint.hugging_face.weights import load_hf, save_hf
 from switchworks.checkpoint.model_files import is_model, load, save
 from switchworks.config import CheckpointError, ConfigError
-from switchworks.data.tokenizer import MODEL_FILE, Tokenizer, load_tokenizer
-from switchworks.model.transformer import SwitchTransformer
+from switchworks.data import MODEL_FILE, Tokenizer, load_tokenizer
+from switchworks.model import SwitchTransformer
 
 
-def convert(source: Path | str, destination: Path | str, *, capacity: Capacity = "paper") -> str:
+def convert_checkpoint(
+    source: Path | str, destination: Path | str, *, capacity: Capacity = "paper"
+) -> str:
     """`destination` holds the model in `source` in the other format; says so in a sentence.
 
     A SentencePiece tokenizer beside the weights goes with them. `capacity` is for reading theirs,

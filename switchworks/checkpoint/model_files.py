@@ -11,22 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from switchworks.checkpoint import tensors
+from switchworks.checkpoint.distributed_io import by_first, shared_directory
 from switchworks.checkpoint.files import MANIFEST, read_manifest, sha256, verify
 from switchworks.checkpoint.tensors import (
     SHARD_BYTES,
-    convert,
+    cast_tensor,
     fill,
     num_bytes,
     open_tensors,
     require_match,
     write_tensors,
 )
-from switchworks.checkpoint.together import by_first, shared_directory
 from switchworks.config import CheckpointError, from_toml, to_toml
-from switchworks.data.tokenizer import MODEL_FILE, SETTINGS_FILE, Tokenizer, load_tokenizer
-from switchworks.kernels.quantise import QuantiseConfig, quantise, rounding_of, widened
-from switchworks.model.config import ModelConfig
-from switchworks.model.transformer import SwitchTransformer
+from switchworks.data import MODEL_FILE, SETTINGS_FILE, Tokenizer, load_tokenizer
+from switchworks.model import ModelConfig, SwitchTransformer
+from switchworks.quantise import QuantiseConfig, quantise, rounding_of, widened
 
 CONFIG = "config.toml"
 QUANTISED = "quantised.toml"
@@ -107,13 +106,13 @@ def load(
     def read(name: str, meta: Tensor) -> Tensor:
         # Copied, because what is read shares memory with the file.
         wide = unrounded if isinstance(meta, nn.Parameter) else None  # rounded ones stay as is
-        return convert(name, stored.read(name), wide).to(device, copy=True)
+        return cast_tensor(name, stored.read(name), wide).to(device, copy=True)
 
     fill(model, read)
     if how is not None and widen:
         model = widened(model)
         for name, parameter in model.named_parameters():
-            parameter.data = convert(name, parameter.data, dtype)
+            parameter.data = cast_tensor(name, parameter.data, dtype)
     return model.eval(), _load_tokenizer(directory, config)
 
 

@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from switchworks.checkpoint.distributed_io import alone, write_parts
 from switchworks.checkpoint.files import read_json, write_json
-from switchworks.checkpoint.together import alone, write_parts
 from switchworks.config import CheckpointError
 
 SHARD_BYTES = 5_000_000_000
@@ -132,7 +132,7 @@ def fill(model: nn.Module, read: Callable[[str, Tensor], Tensor]) -> None:
         setattr(model.get_submodule(owner), leaf, read(name, meta))
 
 
-def convert(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+def cast_tensor(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     """`tensor` in `dtype`, except a router's, which keeps the precision it was stored in."""
     return tensor if dtype is None or name.endswith("router.weight") else tensor.to(dtype)
 

@@ -26,9 +26,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from switchworks.checkpoint.digests import merged, parts_of, require_same
-from switchworks.checkpoint.files import MANIFEST, PARTIAL, read_json, verify, write_json
-from switchworks.checkpoint.tensors import num_bytes, require_match
-from switchworks.checkpoint.together import (
+from switchworks.checkpoint.distributed_io import (
     alone,
     by_first,
     gathered,
@@ -36,6 +34,8 @@ from switchworks.checkpoint.together import (
     shared_directory,
     verify_together,
 )
+from switchworks.checkpoint.files import MANIFEST, PARTIAL, read_json, verify, write_json
+from switchworks.checkpoint.tensors import num_bytes, require_match
 from switchworks.config import CheckpointError
 
 log = logging.getLogger(__name__)

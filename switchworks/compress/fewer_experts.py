@@ -26,8 +26,7 @@ from torch import Tensor
 from switchworks.batch import Batch
 from switchworks.compress.usage import Usage, measure_usage, watch_routers
 from switchworks.config import ConfigError
-from switchworks.model import ModelConfig, SwitchFFN, SwitchTransformer
-from switchworks.model.experts import Experts
+from switchworks.model import Experts, ModelConfig, SwitchFFN, SwitchTransformer
 
 By = Literal["usage", "gates"]
 """What makes an expert worth keeping: how many tokens want it, or the sum of their gates."""

@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from switchworks.batch import Batch
-from switchworks.checkpoint.convert import open_model
-from switchworks.checkpoint.model_files import save
+from switchworks.checkpoint import open_model, save
 from switchworks.compress.fewer_experts import (
     By,
     Fewer,
@@ -16,10 +15,7 @@ from switchworks.compress.fewer_experts import (
     prune_experts,
 )
 from switchworks.config import ConfigError
-from switchworks.data.config import DataConfig
-from switchworks.data.corpora import prepare_corpora
-from switchworks.data.of_run import text_for
-from switchworks.data.tasks import find_tasks
+from switchworks.data import DataConfig, find_tasks, prepare_corpora, text_for
 from switchworks.model import ModelConfig
 
 ROWS = 16

@@ -38,19 +38,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from switchworks.checkpoint.convert import open_model
-from switchworks.checkpoint.model_files import save
-from switchworks.checkpoint.tensors import fill
+from switchworks.checkpoint import fill, open_model, save
 from switchworks.config import ConfigError
-from switchworks.model import RoutingConfig, SwitchTransformer
-from switchworks.model.init import truncated_normal_
+from switchworks.model import RoutingConfig, SwitchTransformer, truncated_normal_
 
 SPREAD = 1e-5
 """Standard deviation of the first router logits: small enough that the loss stays within 1e-5 of
 the dense one, a hundred times what float32 can tell apart in a probability, so that few tie."""
 
 
-def upcycle(
+def upcycle_model(
     model: SwitchTransformer, routing: RoutingConfig, *, noise: float = 0.0, seed: int = 0
 ) -> SwitchTransformer:
     """A sparse model that computes what the dense `model` does, ready to be trained further.
@@ -110,7 +107,7 @@ def upcycle_directory(
     `source` is a directory of Hugging Face's, a model of ours or a run directory with one.
     """
     model, tokenizer = open_model(Path(source))
-    sparse = upcycle(model, routing, noise=noise, seed=seed)
+    sparse = upcycle_model(model, routing, noise=noise, seed=seed)
     save(sparse, destination, tokenizer)
     layers = len(sparse.switch_layers)
     return (

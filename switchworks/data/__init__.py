@@ -1,1 +1,5 @@
 """Text to batches: documents > tokenizer > store > span corruption > packing > Batch."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,5 +1,5 @@
 """Measuring a trained model."""
 
-from switchworks.evaluate.perplexity import mean_nats
+import lazy_loader
 
-__all__ = ["mean_nats"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

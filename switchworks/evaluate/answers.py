@@ -19,11 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from switchworks.config import ConfigError, check_at_least
-from switchworks.data.task_rows import with_eos
-from switchworks.data.tasks import Example, Task
-from switchworks.data.tokenizer import Tokenizer
-from switchworks.generate import BeamSearch, generate
-from switchworks.generate.batches import batches_by_length, pad
+from switchworks.data import Example, Task, Tokenizer, with_eos
+from switchworks.generate import BeamSearch, batches_by_length, generate, pad
 from switchworks.model import SwitchTransformer
 from switchworks.parallel import ALONE, Ranks
 

@@ -23,14 +23,19 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from switchworks.checkpoint.model_files import load
+from switchworks.checkpoint import load
 from switchworks.config import CheckpointError, ConfigError
-from switchworks.data.tokenizer import Tokenizer
+from switchworks.data import Tokenizer
 from switchworks.device import compute_device
-from switchworks.generate import BeamSearch, Sampling, generate
-from switchworks.generate.batches import batches_by_length, pad
-from switchworks.generate.continuation import continuation
-from switchworks.kernels.in_float32 import in_float32
+from switchworks.fast import in_float32
+from switchworks.generate import (
+    BeamSearch,
+    Sampling,
+    batches_by_length,
+    continuation,
+    generate,
+    pad,
+)
 from switchworks.model import SwitchTransformer
 
 

@@ -13,7 +13,7 @@ from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
 from scipy.spatial.distance import squareform
 
 from switchworks.batch import Batch
-from switchworks.kernels.in_float32 import in_float32
+from switchworks.fast import in_float32
 from switchworks.model import SwitchTransformer
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
 from switchworks.config import ConfigError
-from switchworks.data.tasks import Example, Task
+from switchworks.data import Example, Task
 
 Figures = Mapping[str, float]
 Metric = Callable[[Sequence[str], Sequence[Example], tuple[str, ...]], dict[str, float]]

@@ -6,13 +6,13 @@ from collections.abc import Iterable
 import torch
 
 from switchworks.batch import Batch
-from switchworks.data.corpora import HeldOut
-from switchworks.kernels.in_float32 import in_float32
+from switchworks.data import HeldOut
+from switchworks.fast import in_float32
 from switchworks.model import SwitchTransformer
 from switchworks.parallel import ALONE, Ranks
 
 
-def perplexity(loss: float) -> float:
+def measure_perplexity(loss: float) -> float:
     """exp of a loss in nats; infinite where that is more than a float can hold."""
     return math.inf if loss > 700 else math.exp(loss)
 

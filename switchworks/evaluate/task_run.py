@@ -7,12 +7,9 @@ from pathlib import Path
 
 import torch
 
-from switchworks.checkpoint.model_files import load
+from switchworks.checkpoint import load
 from switchworks.config import CheckpointError, ConfigError
-from switchworks.data.config import DataConfig
-from switchworks.data.of_run import data_of_run
-from switchworks.data.task_corpora import places_of, tasks_of
-from switchworks.data.tasks.task import Task
+from switchworks.data import DataConfig, Task, data_of_run, places_of, tasks_of
 from switchworks.device import compute_device
 from switchworks.evaluate.answers import Answering, check_choices
 from switchworks.evaluate.metrics import check_metrics

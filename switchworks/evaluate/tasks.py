@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from switchworks.config import DataError
-from switchworks.data.task_store import Counts, examples_of
-from switchworks.data.tasks import UNKNOWN, Example, Places, Task
-from switchworks.data.tokenizer import Tokenizer
+from switchworks.data import UNKNOWN, Counts, Example, Places, Task, Tokenizer, examples_of
 from switchworks.evaluate.answers import Answering, answer
 from switchworks.evaluate.metrics import averages, judge, score
 from switchworks.model import SwitchTransformer

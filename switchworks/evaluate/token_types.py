@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from switchworks.data.tokenizer import Tokenizer
+from switchworks.data import Tokenizer
 
 TYPES = ("sentinel", "digits", "punctuation", "word start", "continuation", "space", "special")
 """special: padding, end, unknown, and what a decoder reads before its first token. A word starts

@@ -1,8 +1,5 @@
 """Writing text with a trained model."""
 
-from switchworks.generate.beam import BeamSearch
-from switchworks.generate.decode import generate
-from switchworks.generate.sampling import Sampling
-from switchworks.kernels.token_graph import TokenGraph
+import lazy_loader
 
-__all__ = ["BeamSearch", "Sampling", "TokenGraph", "generate"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -20,11 +20,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from switchworks.config import ConfigError
+from switchworks.fast import TokenGraph
 from switchworks.generate.start import EOS, PAD, start, steps
-from switchworks.kernels.token_graph import TokenGraph
-from switchworks.model import SwitchTransformer
-from switchworks.model.attention import KeyValues
-from switchworks.model.cache import DecoderCache
+from switchworks.model import DecoderCache, KeyValues, SwitchTransformer
 
 NEVER = -1e9
 """The score of what may not be chosen. Finite, so that sums of it are no NaN."""

@@ -12,13 +12,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from switchworks.config import ConfigError
+from switchworks.fast import TokenGraph, few_rows, in_float32, logits_only
 from switchworks.generate.beam import BeamSearch, search
 from switchworks.generate.sampling import Sampling, choose
 from switchworks.generate.start import EOS, PAD, start, steps
-from switchworks.kernels.few_rows import few_rows
-from switchworks.kernels.in_float32 import in_float32
-from switchworks.kernels.logits_only import logits_only
-from switchworks.kernels.token_graph import TokenGraph
 from switchworks.model import SwitchTransformer
 from switchworks.parallel import ALONE, Ranks
 

@@ -10,9 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from switchworks.kernels.token_graph import TokenGraph
-from switchworks.model import SwitchTransformer
-from switchworks.model.cache import DecoderCache
+from switchworks.fast import TokenGraph
+from switchworks.model import DecoderCache, SwitchTransformer
 
 PAD, EOS = 0, 1
 

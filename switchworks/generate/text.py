@@ -7,21 +7,20 @@ from pathlib import Path
 
 import torch
 
-from switchworks.checkpoint.model_files import load
+from switchworks.checkpoint import load
 from switchworks.config import CheckpointError, ConfigError, check_at_least
-from switchworks.data.tokenizer import Tokenizer
+from switchworks.data import Tokenizer
 from switchworks.device import compute_device
+from switchworks.fast import TokenGraph, require_compiler
 from switchworks.generate.batches import batches_by_length, pad
 from switchworks.generate.beam import BeamSearch
-from switchworks.generate.continuation import continuation
+from switchworks.generate.continue_text import continuation
 from switchworks.generate.decode import generate
 from switchworks.generate.fill_in import HOLE, fill, parse_fills
 from switchworks.generate.sampling import Sampling
 from switchworks.generate.start import EOS
-from switchworks.kernels.compiler import require_compiler
-from switchworks.kernels.quantise import quantise
-from switchworks.kernels.token_graph import TokenGraph
 from switchworks.model import SwitchTransformer
+from switchworks.quantise import quantise
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,17 +1,89 @@
 """The model on one device. Reading order: config, layers, attention, routing, dispatch, experts,
 switch_ffn, losses, init, transformer, sizes."""
 
+from switchworks.model.attention import (
+    Attend,
+    Attention,
+    AttentionOutput,
+    BiasParts,
+    KeyValues,
+    RelativeBias,
+    attend,
+    hide,
+    join_heads,
+)
+from switchworks.model.blocks import Block, Stack
+from switchworks.model.cache import DecoderCache, LayerCache
 from switchworks.model.config import ModelConfig, RoutingConfig
-from switchworks.model.losses import Losses
+from switchworks.model.dispatch import DISPATCHERS, Dispatcher, rows_of
+from switchworks.model.experts import Experts, Inbox, Pool
+from switchworks.model.init import truncated_normal_
+from switchworks.model.layers import (
+    FFN,
+    Embedding,
+    RMSNorm,
+    SharedDropout,
+    activate,
+    look_up,
+    widen,
+)
+from switchworks.model.losses import Losses, row_blocks
+from switchworks.model.routing import Router, Routes
+from switchworks.model.sizes import (
+    active_parameters,
+    flops_per_sequence,
+    flops_per_token,
+    num_parameters,
+    training_flops_per_token,
+)
+from switchworks.model.switch_attention import SwitchAttention
 from switchworks.model.switch_ffn import Routing, SwitchFFN
-from switchworks.model.transformer import Output, SwitchTransformer
+from switchworks.model.transformer import Output, SwitchTransformer, align_right, shift_right
 
 __all__ = [
+    "DISPATCHERS",
+    "FFN",
+    "Attend",
+    "Attention",
+    "AttentionOutput",
+    "BiasParts",
+    "Block",
+    "DecoderCache",
+    "Dispatcher",
+    "Embedding",
+    "Experts",
+    "Inbox",
+    "KeyValues",
+    "LayerCache",
     "Losses",
     "ModelConfig",
     "Output",
+    "Pool",
+    "RMSNorm",
+    "RelativeBias",
+    "Router",
+    "Routes",
     "Routing",
     "RoutingConfig",
+    "SharedDropout",
+    "Stack",
+    "SwitchAttention",
     "SwitchFFN",
     "SwitchTransformer",
+    "activate",
+    "active_parameters",
+    "align_right",
+    "attend",
+    "flops_per_sequence",
+    "flops_per_token",
+    "hide",
+    "join_heads",
+    "look_up",
+    "num_parameters",
+    "row_blocks",
+    "rows_of",
+    "shift_right",
+    "training_flops_per_token",
+    "truncated_normal_",
+    "widen",
 ]

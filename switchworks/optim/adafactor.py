@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from switchworks.optim.spread import Spread, local, spread_of, zeros_without
+from switchworks.optim.sharded_stats import Spread, local, spread_of, zeros_without
 
 EPS_SQUARE = 1e-30
 """Added to every squared gradient (epsilon1)."""

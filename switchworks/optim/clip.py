@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from switchworks.optim.spread import local, spread_of
+from switchworks.optim.sharded_stats import local, spread_of
 
 
 def global_norm(grads: Sequence[Tensor]) -> Float[Tensor, ""]:

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from switchworks.kernels.grouped import spare
+from switchworks.fast import spare
 from switchworks.optim.build import Updater, UpdateStats
 from switchworks.optim.clip import global_norm
 from switchworks.optim.config import OptimConfig

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from switchworks.optim.spread import local
+from switchworks.optim.sharded_stats import local
 
 _NARROW = (torch.bfloat16, torch.float16)
 _SMALL, _SHARE = 2**16, 2**24

@@ -1,7 +1,5 @@
 """Everything that knows of other devices."""
 
-from switchworks.parallel.apply import parallelize
-from switchworks.parallel.config import MeshConfig
-from switchworks.parallel.mesh import ALONE, Ranks, build_mesh, ranks_of
+import lazy_loader
 
-__all__ = ["ALONE", "MeshConfig", "Ranks", "build_mesh", "parallelize", "ranks_of"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -19,9 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from switchworks.model.dispatch import Dispatcher
-from switchworks.model.experts import Inbox, Pool
-from switchworks.model.routing import Routes
+from switchworks.model import Dispatcher, Inbox, Pool, Routes
 from switchworks.parallel.collectives import arrive, depart, exchange
 
 

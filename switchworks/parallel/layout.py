@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from switchworks.config import ConfigError
-from switchworks.model.config import ModelConfig
+from switchworks.model import ModelConfig
 from switchworks.parallel.config import MeshConfig
 
 WIDTHS = ("H", "F", "V")

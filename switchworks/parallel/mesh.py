@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from switchworks.config import ConfigError
 from switchworks.device import compute_device
-from switchworks.parallel import launch
+from switchworks.parallel import torchrun as launch
 from switchworks.parallel.config import MeshConfig
 
 AXES = ("data", "expert", "model")

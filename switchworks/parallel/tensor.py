@@ -19,12 +19,20 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from switchworks.model import SwitchTransformer
-from switchworks.model.attention import Attention
-from switchworks.model.blocks import Block, Stack
-from switchworks.model.cache import DecoderCache
-from switchworks.model.experts import Experts, Inbox
-from switchworks.model.layers import FFN, Embedding, SharedDropout, look_up, widen
+from switchworks.model import (
+    FFN,
+    Attention,
+    Block,
+    DecoderCache,
+    Embedding,
+    Experts,
+    Inbox,
+    SharedDropout,
+    Stack,
+    SwitchTransformer,
+    look_up,
+    widen,
+)
 from switchworks.parallel.collectives import copy_in, sum_out
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from switchworks.config import ConfigError
 from switchworks.recipes import c4, finetune, mt5, multilingual, quickstart, tiny
 from switchworks.recipes.sizes import MT5, SIZES
-from switchworks.training.experiment import Experiment
+from switchworks.training import Experiment
 
 Recipe = Callable[..., Experiment]
 """Called without arguments, or with `init=` where it has a parameter of that name: the model that

@@ -6,11 +6,11 @@ They read `allenai/c4` from the Hub as a stream; `--data.path` takes a local cop
 micro-batches that one large accelerator can hold.
 """
 
-from switchworks.data.config import DataConfig
+from switchworks.data import DataConfig
 from switchworks.model import ModelConfig
-from switchworks.optim.config import OptimConfig
+from switchworks.optim import OptimConfig
 from switchworks.recipes.sizes import SIZES
-from switchworks.training.experiment import Experiment
+from switchworks.training import Experiment
 
 
 def c4_t5_base() -> Experiment:

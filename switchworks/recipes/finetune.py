@@ -4,12 +4,11 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from switchworks.checkpoint.model_files import is_model, stored_config
-from switchworks.data.config import DataConfig
-from switchworks.optim.config import OptimConfig
+from switchworks.checkpoint import is_model, stored_config
+from switchworks.data import DataConfig
+from switchworks.optim import OptimConfig
 from switchworks.recipes.quickstart import quickstart
-from switchworks.training.experiment import BestConfig, Experiment
-from switchworks.training.run_directory import settings_in
+from switchworks.training import BestConfig, Experiment, settings_in
 
 ROWS = 64
 """Rows of a batch, or the next multiple of the model's routing groups."""

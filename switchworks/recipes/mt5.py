@@ -1,9 +1,9 @@
 """mT5's models. Their corpus is not named here: text and vocabulary are yours."""
 
-from switchworks.data.config import DataConfig
+from switchworks.data import DataConfig
 from switchworks.model import ModelConfig
-from switchworks.optim.config import OptimConfig
-from switchworks.training.experiment import Experiment
+from switchworks.optim import OptimConfig
+from switchworks.training import Experiment
 
 
 def on_own_text(name: str, model: ModelConfig) -> Experiment:

@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from switchworks.data.config import DataConfig
+from switchworks.data import DataConfig
 from switchworks.recipes.quickstart import dense_twin, quickstart
-from switchworks.training.experiment import Experiment
+from switchworks.training import Experiment
 
 
 def multilingual() -> Experiment:

@@ -6,12 +6,11 @@ the same tokens in the same order, and the same first values where they share pa
 
 from dataclasses import replace
 
-from switchworks.compress.config import DistilConfig
-from switchworks.data.config import DataConfig
+from switchworks.data import DataConfig
+from switchworks.distil import DistilConfig
 from switchworks.model import ModelConfig, RoutingConfig
-from switchworks.optim.config import OptimConfig
-from switchworks.training import machine
-from switchworks.training.experiment import Experiment
+from switchworks.optim import OptimConfig
+from switchworks.training import Experiment, machine
 
 
 def quickstart() -> Experiment:

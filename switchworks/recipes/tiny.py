@@ -1,9 +1,9 @@
 """A model that trains in seconds: for tests and for trying the commands."""
 
-from switchworks.data.config import DataConfig
+from switchworks.data import DataConfig
 from switchworks.model import ModelConfig, RoutingConfig
-from switchworks.optim.config import OptimConfig
-from switchworks.training.experiment import Experiment
+from switchworks.optim import OptimConfig
+from switchworks.training import Experiment
 
 
 def tiny() -> Experiment:

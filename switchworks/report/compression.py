@@ -17,25 +17,23 @@ from typing import Any, NamedTuple
 import torch
 
 from switchworks.batch import Batch
-from switchworks.checkpoint.convert import open_model
-from switchworks.checkpoint.files import write_json
-from switchworks.checkpoint.model_files import is_model, load, weight_files
-from switchworks.compress.quantise import grouped
-from switchworks.compress.student import fraction_of_gain
+from switchworks.checkpoint import is_model, load, open_model, weight_files, write_json
 from switchworks.config import CheckpointError, ConfigError
-from switchworks.data.config import DataConfig
-from switchworks.data.corpora import HeldOut, prepare_corpora
-from switchworks.data.of_run import data_of_run
-from switchworks.data.task_corpora import places_of, tasks_of
-from switchworks.data.tokenizer import Tokenizer
+from switchworks.data import (
+    DataConfig,
+    HeldOut,
+    Tokenizer,
+    data_of_run,
+    places_of,
+    prepare_corpora,
+    tasks_of,
+)
 from switchworks.device import compute_device
-from switchworks.evaluate.answers import Answering
-from switchworks.evaluate.perplexity import held_out_losses
-from switchworks.evaluate.tasks import measure, questions_of
+from switchworks.distil import fraction_of_gain
+from switchworks.evaluate import Answering, held_out_losses, measure, questions_of
 from switchworks.generate import generate
-from switchworks.kernels.quantise import rounding_of, tensors_of
-from switchworks.model import SwitchTransformer
-from switchworks.model.sizes import active_parameters, flops_per_token, num_parameters
+from switchworks.model import SwitchTransformer, active_parameters, flops_per_token, num_parameters
+from switchworks.quantise import grouped, rounding_of, tensors_of
 from switchworks.report.compression_page import compression_page
 
 ROWS = 16

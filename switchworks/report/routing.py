@@ -5,14 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from switchworks.checkpoint.convert import open_model
-from switchworks.checkpoint.files import write_json
+from switchworks.checkpoint import open_model, write_json
 from switchworks.config import CheckpointError
-from switchworks.data.config import DataConfig
-from switchworks.data.corpora import prepare_corpora
-from switchworks.data.tokenizer import Tokenizer
+from switchworks.data import DataConfig, Tokenizer, prepare_corpora
 from switchworks.device import compute_device
-from switchworks.evaluate.routing_report import routing_report
+from switchworks.evaluate import routing_report
 from switchworks.model import SwitchTransformer
 from switchworks.report.routing_page import routing_page
 

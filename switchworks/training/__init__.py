@@ -1,15 +1,5 @@
 """Training: Experiment, one step, one loop, hooks, and the run that ties them together."""
 
-from switchworks.training.experiment import Experiment, MeshConfig
-from switchworks.training.loop import LostContactError
-from switchworks.training.run import Interrupted, train
-from switchworks.training.step import DivergenceError
+import lazy_loader
 
-__all__ = [
-    "DivergenceError",
-    "Experiment",
-    "Interrupted",
-    "LostContactError",
-    "MeshConfig",
-    "train",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

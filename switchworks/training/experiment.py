@@ -5,13 +5,13 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from switchworks.adapt.config import LoraConfig
-from switchworks.compress.config import DistilConfig
+from switchworks.adapt import LoraConfig
 from switchworks.config import ConfigError, check_at_least
-from switchworks.data.config import DataConfig
-from switchworks.model.config import ModelConfig
-from switchworks.optim.config import OptimConfig
-from switchworks.parallel.config import MeshConfig
+from switchworks.data import DataConfig
+from switchworks.distil import DistilConfig
+from switchworks.model import ModelConfig
+from switchworks.optim import OptimConfig
+from switchworks.parallel import MeshConfig
 
 
 @dataclass(frozen=True, kw_only=True)

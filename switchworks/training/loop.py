@@ -9,7 +9,8 @@ from types import FrameType
 from typing import Protocol, runtime_checkable
 
 from switchworks.batch import Batch
-from switchworks.parallel import Ranks, launch
+from switchworks.parallel import Ranks
+from switchworks.parallel import torchrun as launch
 from switchworks.training.state import TrainState
 from switchworks.training.step import StepResult, train_step
 

@@ -13,32 +13,38 @@ from typing import Any, TypeVar
 
 import torch
 
-from switchworks.adapt.files import save_adapters
-from switchworks.adapt.lora import merged
+from switchworks.adapt import merged, save_adapters
 from switchworks.batch import Batch
-from switchworks.checkpoint.model_files import save, weights_hash
-from switchworks.checkpoint.together import by_first
-from switchworks.checkpoint.training_state import Checkpoints
-from switchworks.compress.logit_store import LogitStore
+from switchworks.checkpoint import Checkpoints, by_first, save, weights_hash
 from switchworks.config import CheckpointError, ConfigError, DataError
-from switchworks.data.corpora import Corpora, HeldOut, prepare_corpora
-from switchworks.data.mixture import Mixture
-from switchworks.data.pipeline import rows_of_step
-from switchworks.data.serving import badly_served
-from switchworks.data.tokenizer import Tokenizer
-from switchworks.evaluate.tasks import Questions
-from switchworks.model import SwitchTransformer
-from switchworks.model.sizes import active_parameters, flops_per_token, num_parameters
-from switchworks.parallel import Ranks, launch, ranks_of
-from switchworks.parallel.apply import whole
-from switchworks.parallel.watch import watching
+from switchworks.data import (
+    Corpora,
+    HeldOut,
+    Mixture,
+    Tokenizer,
+    badly_served,
+    prepare_corpora,
+    rows_of_step,
+)
+from switchworks.distil import (
+    LogitStore,
+    Teacher,
+    open_logits,
+    open_teacher,
+    require_same_rows,
+    require_same_teacher,
+    weights_of,
+)
+from switchworks.evaluate import Questions
+from switchworks.model import SwitchTransformer, active_parameters, flops_per_token, num_parameters
+from switchworks.parallel import Ranks, ranks_of, watching, whole
+from switchworks.parallel import torchrun as launch
+from switchworks.plan import shares_of
 from switchworks.report import write_report
 from switchworks.training import machine
-from switchworks.training.best import KeepBest
 from switchworks.training.experiment import Experiment
-from switchworks.training.explain import shares_of
-from switchworks.training.first_state import first_state, require_shape
-from switchworks.training.hooks import (
+from switchworks.training.hooks.best import KeepBest
+from switchworks.training.hooks.standard import (
     Progress,
     Samples,
     SaveCheckpoints,
@@ -46,8 +52,19 @@ from switchworks.training.hooks import (
     Validate,
     first_rows,
 )
+from switchworks.training.hooks.tasks import task_hook, to_be_asked
+from switchworks.training.initial_state import first_state, require_shape
 from switchworks.training.loop import Hook, Interrupt, run
 from switchworks.training.recorder import Recorder
+from switchworks.training.resolve import (
+    check_beginning,
+    check_mesh,
+    vocabulary_of,
+    warn_of_warmup,
+    with_precision,
+    with_tokenizer,
+    with_vocabulary,
+)
 from switchworks.training.run_directory import (
     claim,
     launched_by,
@@ -57,25 +74,7 @@ from switchworks.training.run_directory import (
     require_same_text,
     require_writable,
 )
-from switchworks.training.settle import (
-    check_beginning,
-    check_mesh,
-    vocabulary_of,
-    warn_of_warmup,
-    with_precision,
-    with_tokenizer,
-    with_vocabulary,
-)
 from switchworks.training.state import TrainState
-from switchworks.training.task_hook import task_hook, to_be_asked
-from switchworks.training.teacher import (
-    Teacher,
-    open_logits,
-    open_teacher,
-    require_same_rows,
-    require_same_teacher,
-    weights_of,
-)
 
 T = TypeVar("T")
 

@@ -17,11 +17,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from switchworks.checkpoint.model_files import weights_hash
+from switchworks.checkpoint import weights_hash
 from switchworks.config import ConfigError, DataError, differences, from_toml, to_toml
-from switchworks.data.corpora import Corpora
-from switchworks.data.of_run import about_of
-from switchworks.optim.schedule import learning_rate
+from switchworks.data import Corpora, about_of
+from switchworks.optim import learning_rate
 from switchworks.training.experiment import MAY_CHANGE, Experiment
 
 _ENDLESS = ("rsqrt", "constant")

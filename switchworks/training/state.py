@@ -7,20 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from switchworks import kernels
-from switchworks.adapt.freeze import freeze
-from switchworks.adapt.lora import Table, adapt
-from switchworks.compress.logit_store import LogitStore
-from switchworks.kernels.checkpointing import checkpoint_blocks
-from switchworks.kernels.one_graph import one_graph
-from switchworks.model import Output, SwitchTransformer
-from switchworks.model.routing import Router
-from switchworks.optim.build import Updater, build_optimizer, dimension_letters
-from switchworks.optim.in_backward import BackwardUpdater
-from switchworks.parallel import ALONE, Ranks, parallelize
-from switchworks.parallel.apply import like
-from switchworks.parallel.first_values import allocate, fill
-from switchworks.parallel.gradients import GradientSum
+from switchworks.adapt import Table, adapt, freeze_parameters
+from switchworks.distil import LogitStore
+from switchworks.fast import checkpoint_blocks, one_graph, use_fast_kernels
+from switchworks.model import Output, Router, SwitchTransformer
+from switchworks.optim import BackwardUpdater, Updater, build_optimizer, dimension_letters
+from switchworks.parallel import ALONE, GradientSum, Ranks, allocate, fill, like, parallelize
 from switchworks.training.experiment import Experiment
 
 
@@ -140,13 +132,13 @@ def spread_model(
     if model is None:
         model = _fresh_model(experiment, whole=ranks.mesh is None and not empty)
     table = None if experiment.lora is None else adapt(model, experiment.lora, experiment.seed)
-    freeze(model, experiment.freeze)
+    freeze_parameters(model, experiment.freeze)
     if ranks.mesh is None and not model.embedding.weight.is_meta:
         model.to(ranks.device)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     cast_for_compute(model, getattr(torch, experiment.precision))
     if experiment.kernels == "fast":
-        kernels.apply(model, ranks.device)
+        use_fast_kernels(model, ranks.device)
     if experiment.activation_checkpointing:
         checkpoint_blocks(model)
     letters = dimension_letters(model)

@@ -12,13 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from switchworks.batch import Batch
-from switchworks.compress.loss import distillation_loss, stored_distillation_loss
-from switchworks.data.pipeline import rows_of_step
-from switchworks.kernels.logits_only import logits_only
-from switchworks.model import Output, SwitchTransformer
-from switchworks.model.switch_ffn import Routing
-from switchworks.optim.build import UpdateStats
-from switchworks.optim.clip import first_nonfinite
+from switchworks.data import rows_of_step
+from switchworks.distil import distillation_loss, stored_distillation_loss
+from switchworks.fast import logits_only
+from switchworks.model import Output, Routing, SwitchTransformer
+from switchworks.optim import UpdateStats, first_nonfinite
 from switchworks.parallel import Ranks
 from switchworks.training.experiment import Experiment
 from switchworks.training.state import TrainState

@@ -8,7 +8,7 @@ or pt-BR), the `english` sentence, and the `text` in that language.
 
 from collections.abc import Iterator
 
-from switchworks.data import catalogs
+from switchworks.data.sources.catalogs import gettext as catalogs
 from switchworks.data.tasks.sources import Hub, Made, Places, Record
 from switchworks.data.tasks.task import Example, Task
 from switchworks.data.tasks.translation import language_name

@@ -15,9 +15,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from switchworks.data import python_docs
-from switchworks.data.documents import is_validation
-from switchworks.data.prose import paragraphs
+from switchworks.data.sources import python_docs
+from switchworks.data.sources.documents import is_validation
+from switchworks.data.sources.prose import paragraphs
 from switchworks.data.tasks.sources import Made, Places, Record
 from switchworks.data.tasks.task import Example, Task
 

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 
 from switchworks.config import ConfigError, DataError
-from switchworks.data.documents import is_validation
+from switchworks.data.sources.documents import is_validation
 from switchworks.data.tasks.sources import (
     FORMATS,
     Places,

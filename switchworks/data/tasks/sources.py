@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from switchworks.config import DataError
-from switchworks.data.reading import lines_of
+from switchworks.data.sources.files import lines_of
 
 Record = Mapping[str, Any]
 """One row of a dataset: column name -> value."""

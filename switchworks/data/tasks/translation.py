@@ -5,7 +5,7 @@ from functools import partial
 
 from babel import Locale, UnknownLocaleError
 
-from switchworks.data.languages import english_name
+from switchworks.data.sources.catalogs.languages import english_name
 from switchworks.data.tasks.sources import Hub, Record
 from switchworks.data.tasks.task import Example, Task, one_text
 

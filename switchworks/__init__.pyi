@@ -1,0 +1,11 @@
+from .checkpoint import load as load
+from .checkpoint import load_hf as load_hf
+from .checkpoint import save as save
+from .checkpoint import save_hf as save_hf
+from .data import Tokenizer as Tokenizer
+from .model import ModelConfig as ModelConfig
+from .model import RoutingConfig as RoutingConfig
+from .model import SwitchFFN as SwitchFFN
+from .model import SwitchTransformer as SwitchTransformer
+from .training import Experiment as Experiment
+from .training import train as train

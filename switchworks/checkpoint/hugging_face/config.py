@@ -1,0 +1,279 @@
+"""Settings of transformers' T5, mT5 and Switch models as a ModelConfig, and back."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from switchworks.config import CheckpointError, ConfigError
+from switchworks.model import ModelConfig, RoutingConfig
+
+_NAMES = {
+    "vocab_size": "vocab_size",
+    "d_model": "d_model",
+    "d_ff": "d_ff",
+    "d_kv": "d_kv",
+    "num_heads": "num_heads",
+    "num_layers": "num_layers",
+    "num_decoder_layers": "num_decoder_layers",
+    "dropout": "dropout_rate",
+    "norm_epsilon": "layer_norm_epsilon",
+    "relative_buckets": "relative_attention_num_buckets",
+    "relative_max_distance": "relative_attention_max_distance",
+}
+"""Our setting -> theirs, where only the name differs."""
+_ROUTING_NAMES = {
+    "experts": "num_experts",
+    "jitter": "router_jitter_noise",
+    "balance_weight": "router_aux_loss_coef",
+    "z_weight": "router_z_loss_coef",
+}
+_THEIR_DEFAULTS: dict[str, Any] = {
+    "num_decoder_layers": None,
+    "dropout_rate": 0.1,
+    "layer_norm_epsilon": 1e-6,
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+    "router_jitter_noise": 0.01,
+    "router_aux_loss_coef": 0.001,
+    "router_z_loss_coef": 0.001,
+    "expert_capacity": 64,
+}
+"""What transformers takes where an older config.json says nothing."""
+_ACTIVATIONS: dict[str, tuple[Literal["relu", "gelu"], bool]] = {
+    "relu": ("relu", False),
+    "gelu_new": ("gelu", False),
+    "gelu_pytorch_tanh": ("gelu", False),
+    "gated-relu": ("relu", True),
+    "gated-gelu": ("gelu", True),
+    "gated-gelu_new": ("gelu", True),
+    "gated-gelu_pytorch_tanh": ("gelu", True),
+}
+"""Theirs -> (activation, gated). Plain "gelu" is the exact form, which we do not have."""
+_UNLIMITED = 2**31 - 1
+
+
+Capacity = Literal["paper", "hf"]
+"""Whose rule decides how many tokens an expert takes."""
+
+
+def from_hf_config(
+    values: Mapping[str, Any], names: Iterable[str], capacity: Capacity = "paper"
+) -> ModelConfig:
+    """The ModelConfig of a transformers config and the `names` of the tensors beside it.
+
+    `capacity` "paper" keeps our defaults, "hf" takes their fixed number of tokens per expert and
+    sequence, padding among them. Raises CheckpointError naming a setting that we cannot express.
+    """
+    try:
+        return _from_hf_config(values, list(names), capacity)
+    except ConfigError as error:
+        raise CheckpointError(
+            f"config.json describes no model that can be built: {error}"
+        ) from error
+
+
+def _from_hf_config(values: Mapping[str, Any], names: list[str], capacity: Capacity) -> ModelConfig:
+    kind = values.get("model_type")
+    if kind not in ("t5", "mt5", "switch_transformers"):
+        raise CheckpointError(
+            f"model_type = {kind!r} cannot be read.\n"
+            "  Models of type t5, mt5 and switch_transformers can."
+        )
+    _refuse_other_ids(values)
+    sparse = kind == "switch_transformers"
+    activation, gated = _activation(values, "gated-gelu" if kind == "mt5" else "relu", sparse)
+    if sparse:  # its configuration has no word for gates: their weights tell
+        gated = gated or any(name.endswith(".wi_0.weight") for name in names)
+    settings = {ours: _get(values, theirs) for ours, theirs in _NAMES.items()}
+    return ModelConfig(
+        **settings,
+        activation=activation,
+        gated=gated,
+        tied_head=_is_tied(values, kind),
+        routing=_routing(values, names, settings, capacity) if sparse else None,
+    )
+
+
+def to_hf_config(config: ModelConfig) -> dict[str, Any]:
+    """The config.json of `config`. Raises CheckpointError for what transformers cannot express."""
+    if config.decoder_only:
+        raise CheckpointError(
+            "model.decoder_only = true cannot be written for transformers, whose T5 and Switch "
+            "Transformers have an encoder.\n  Use switchworks' own format."
+        )
+    values: dict[str, Any] = {theirs: getattr(config, ours) for ours, theirs in _NAMES.items()}
+    values |= {
+        "num_decoder_layers": config.decoder_layers,
+        "tie_word_embeddings": config.tied_head,
+        "is_encoder_decoder": True,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "decoder_start_token_id": 0,
+    }
+    name = next(
+        name for name, ours in _ACTIVATIONS.items() if ours == (config.activation, config.gated)
+    )
+    if config.routing is None:
+        return values | {
+            "model_type": "t5",
+            "architectures": ["T5ForConditionalGeneration"],
+            "feed_forward_proj": name,
+            "scale_decoder_outputs": config.tied_head,
+        }
+    _refuse_other_routing(config, config.routing)
+    return values | _sparse_values(config, config.routing) | {"dense_act_fn": name}
+
+
+def _get(values: Mapping[str, Any], name: str) -> Any:
+    if name not in values and name not in _THEIR_DEFAULTS:
+        raise CheckpointError(f"config.json does not say {name}.\n  Add it, or fetch it again.")
+    return values.get(name, _THEIR_DEFAULTS.get(name))
+
+
+def _refuse_other_ids(values: Mapping[str, Any]) -> None:
+    for name, ours in (("pad_token_id", 0), ("decoder_start_token_id", 0), ("eos_token_id", 1)):
+        if values.get(name) not in (None, ours, [ours]):
+            raise CheckpointError(
+                f"{name} = {values[name]} cannot be read: here id 0 is padding and starts the "
+                "decoder, and id 1 ends a text.\n  Only such models can be converted."
+            )
+
+
+def _activation(
+    values: Mapping[str, Any], default: str, sparse: bool
+) -> tuple[Literal["relu", "gelu"], bool]:
+    """The activation, and whether the configuration speaks of a gate.
+
+    Switch models say dense_act_fn. Older ones, and all with gates, also have feed_forward_proj.
+    """
+    key = "feed_forward_proj"
+    if sparse and not str(values.get(key, "")).startswith("gated-"):
+        key = "dense_act_fn"
+    name = values.get(key, default)
+    if name not in _ACTIVATIONS:
+        raise CheckpointError(
+            f"{key} = {name!r} cannot be read.\n  Known: {', '.join(_ACTIVATIONS)}."
+        )
+    return _ACTIVATIONS[name]
+
+
+def _is_tied(values: Mapping[str, Any], kind: str) -> bool:
+    """Whether the output is scaled by d_model ** -0.5, which in this family means tied.
+
+    transformers 5 writes tie_word_embeddings = true for every T5, and the truth beside it; mT5
+    never scales.
+    """
+    tied = values.get("tie_word_embeddings", True) is not False
+    if kind == "t5":
+        return bool(values.get("scale_decoder_outputs", tied))
+    return tied and kind != "mt5"
+
+
+def _routing(
+    values: Mapping[str, Any],
+    names: Iterable[str],
+    settings: Mapping[str, Any],
+    capacity: Capacity,
+) -> RoutingConfig | None:
+    """The routing of a Switch model. Which blocks are sparse is read off the tensors' names."""
+    if values.get("router_bias"):
+        raise CheckpointError("router_bias = true cannot be read: our routers have no bias.")
+    found = {
+        match.groups()
+        for name in names
+        if (match := re.match(r"(encoder|decoder)\.block\.(\d+)\..*\.router\.", name))
+    }
+    encoder, decoder = (
+        {int(block) for stack, block in found if stack == which} for which in ("encoder", "decoder")
+    )
+    if not encoder and not decoder:
+        return None
+    layers = settings["num_layers"], settings["num_decoder_layers"] or settings["num_layers"]
+    for every in range(1, max(layers) + 1):
+        if (_sparse_blocks(layers[0], every), _sparse_blocks(layers[1], every)) == (
+            encoder,
+            decoder,
+        ):
+            chosen = {ours: _get(values, theirs) for ours, theirs in _ROUTING_NAMES.items()}
+            if capacity == "hf":
+                chosen |= {
+                    "expert_capacity": _get(values, "expert_capacity"),
+                    "padding_takes_slots": True,
+                }
+            return RoutingConfig(**chosen, every=every)
+    raise CheckpointError(
+        f"Blocks {sorted(encoder)} of the encoder and {sorted(decoder)} of the decoder are sparse, "
+        "which no routing.every describes.\n  It makes the last of every so many blocks sparse, "
+        "in both stacks alike: 1, 3, 5, ... for 2."
+    )
+
+
+def _sparse_blocks(layers: int, every: int) -> set[int]:
+    return {block for block in range(layers) if block % every == every - 1}
+
+
+def _refuse_other_routing(config: ModelConfig, routing: RoutingConfig) -> None:
+    """Raises CheckpointError if the model would compute something else in transformers."""
+    strategies = {routing.strategy, routing.decoder_strategy or routing.strategy}
+    reasons = {
+        "model.gated = true with routing": (config.gated, "whose experts have no gate"),
+        f"routing.strategy = {' and '.join(sorted(strategies))}": (
+            strategies != {"switch"},
+            "which sends each token to one expert",
+        ),
+        f"routing.layers = {routing.layers}": (
+            routing.layers != "ffn",
+            "which has experts in feed-forward layers only",
+        ),
+        f"routing.bias_rate = {routing.bias_rate}": (
+            routing.bias_rate > 0,
+            "whose routers have no selection bias",
+        ),
+        f"routing.expert_capacity = {routing.expert_capacity} over routing.group_sequences = "
+        f"{routing.group_sequences}": (
+            routing.expert_capacity is not None and routing.group_sequences > 1,
+            "which counts in each sequence",
+        ),
+    }
+    for setting, (refused, why) in reasons.items():
+        if refused:
+            raise CheckpointError(
+                f"{setting} cannot be written for transformers, {why}.\n"
+                "  Use switchworks' own format."
+            )
+
+
+def _sparse_values(config: ModelConfig, routing: RoutingConfig) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        theirs: getattr(routing, ours) for ours, theirs in _ROUTING_NAMES.items()
+    }
+    if routing.exploration != "input_jitter":
+        values["router_jitter_noise"] = 0.0
+    for stack, layers in (("encoder", config.num_layers), ("decoder", config.decoder_layers)):
+        count = _num_sparse(layers, _sparse_blocks(layers, routing.every), routing.every)
+        values[f"num_sparse_{stack}_layers"] = count
+        values[f"{stack}_sparse_step"] = layers // count
+    return values | {
+        "model_type": "switch_transformers",
+        "architectures": ["SwitchTransformersForConditionalGeneration"],
+        "expert_capacity": routing.expert_capacity or _UNLIMITED,
+        "router_bias": False,
+        "router_dtype": "float32",
+    }
+
+
+def _num_sparse(layers: int, blocks: set[int], every: int) -> int:
+    """The number of sparse layers to ask transformers for, so that it makes `blocks` sparse.
+
+    Its rule: with step = layers // number, blocks 1, 1 + step, ... or, if step is 1, all. A step
+    of 0, from a number beyond the layers, makes none sparse.
+    """
+    for number in range(1, layers + 2):
+        step = layers // number
+        theirs = {b for b in range(layers) if step == 1 or (step > 1 and b % step == 1)}
+        if theirs == blocks:
+            return number
+    raise CheckpointError(
+        f"routing.every = {every} with {layers} blocks cannot be written for transformers, which "
+        f"would not make {sorted(blocks)} sparse.\n  It can with every 1 or 2."
+    )

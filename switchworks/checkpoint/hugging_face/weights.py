@@ -1,0 +1,229 @@
+"""Hugging Face checkpoints of T5, mT5 and Switch Transformers, in and out.
+
+One table, `RENAMES`, turns our parameter names into theirs; reading asks it which of their
+tensors each of our parameters is made of. `hugging_face_config` maps the settings.
+
+Capacity: theirs is a number of tokens per expert and sequence, whatever its length, in training
+and evaluation, and padding counts. Reading takes it over if asked to, writing if the model has
+one (`routing.expert_capacity`); else it is written so high that nothing is dropped, as our
+evaluation does. What does not carry over: capacity factors, group size, expert dropout and the
+output z-loss. Their balance loss is taken over all layers of a stack at once, ours per layer, so
+its weight means more here.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from switchworks.checkpoint.files import MANIFEST, read_json, verify, whole_directory, write_json
+from switchworks.checkpoint.hugging_face.config import Capacity, from_hf_config, to_hf_config
+from switchworks.checkpoint.tensors import (
+    SHARD_BYTES,
+    Tensors,
+    cast_tensor,
+    fill,
+    num_bytes,
+    of_state,
+    open_tensors,
+    require_match,
+    write_tensors,
+)
+from switchworks.config import CheckpointError, ConfigError
+from switchworks.data import MODEL_FILE, SentencePieceTokenizer, Tokenizer
+from switchworks.model import ModelConfig, SwitchTransformer
+
+RENAMES = (
+    (r"^embedding\.", "shared."),
+    (r"^head\.", "lm_head."),
+    (r"\.relative_bias\.", ".block.0.layer.0.SelfAttention.relative_attention_bias."),
+    (r"\.final_norm\.", ".final_layer_norm."),
+    (r"\.blocks\.(\d+)\.self_norm\.", r".block.\1.layer.0.layer_norm."),
+    (r"\.blocks\.(\d+)\.self_attention\.", r".block.\1.layer.0.SelfAttention."),
+    (r"\.blocks\.(\d+)\.cross_norm\.", r".block.\1.layer.1.layer_norm."),
+    (r"\.blocks\.(\d+)\.cross_attention\.", r".block.\1.layer.1.EncDecAttention."),
+    (r"^encoder\.blocks\.(\d+)\.ffn_norm\.", r"encoder.block.\1.layer.1.layer_norm."),
+    (r"^decoder\.blocks\.(\d+)\.ffn_norm\.", r"decoder.block.\1.layer.2.layer_norm."),
+    (r"^encoder\.blocks\.(\d+)\.ffn\.", r"encoder.block.\1.layer.1.<ffn>."),
+    (r"^decoder\.blocks\.(\d+)\.ffn\.", r"decoder.block.\1.layer.2.<ffn>."),
+    (r"\.router\.", ".router.classifier."),
+    (r"\.experts\.(\w+)$", r".experts.expert_<e>.\1.weight"),
+    (r"\.w_in\.", ".<wi>."),
+    (r"\.w_gate\.", ".wi_0."),
+    (r"\.w_out\.", ".wo."),
+)
+"""Applied in this order. <ffn> is DenseReluDense in T5 and mlp in Switch, <wi> is wi, or wi_1 in
+gated models, and <e> counts the experts, whose matrices we stack and hold transposed."""
+
+_UNUSED = {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"}
+"""In the released T5 checkpoints, but no model reads it."""
+_ALIASES = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+"""The embedding's names: any of them may hold it, and all that do must agree."""
+
+
+def load_hf(
+    source: Path | str | Any,
+    *,
+    capacity: Capacity = "paper",
+    dtype: torch.dtype | None = None,
+) -> SwitchTransformer:
+    """The model in `source`, in evaluation mode.
+
+    `source` is a directory with config.json and weights (safetensors or .bin, whole or in
+    shards) or a live transformers model of T5, mT5 or Switch Transformers, which is copied.
+    `capacity` "paper" drops tokens in training only, by our factor; "hf" as transformers does, by
+    the checkpoint's expert_capacity, so that the outputs are the same also where it drops some.
+    `dtype` None keeps the embedding's; routers keep the precision they are stored in. Raises
+    CheckpointError if a setting cannot be expressed or any tensor is missing, unknown or of
+    another shape.
+    """
+    if capacity not in get_args(Capacity):
+        raise ConfigError(f'capacity = {capacity!r} is not known.\n  Use "paper" or "hf".')
+    if isinstance(source, str | Path):
+        directory = Path(source)
+        values, stored = _read_config(directory), open_tensors(directory)
+    else:
+        directory, values, stored = type(source).__name__, *_of_model(source)
+    config = from_hf_config(values, stored.shapes, capacity)
+    stored = _resolve_aliases(stored, config)
+    with torch.device("meta"):
+        model = SwitchTransformer(config)
+    ffn = "DenseReluDense" if values["model_type"] in ("t5", "mt5") else "mlp"
+    wanted = to_hf_state(model, ffn=ffn)
+    require_match(
+        f"{directory} is not the model that its configuration describes.",
+        wanted={name: tuple(tensor.shape) for name, tensor in wanted.items()},
+        found=stored.shapes,
+        fix="Fetch or write it again; the names are those of transformers.",
+    )
+    _fill_from(model, stored, ffn=ffn, dtype=dtype or stored.read("shared.weight").dtype)
+    return model.eval()
+
+
+def save_hf(
+    model: SwitchTransformer,
+    directory: Path | str,
+    tokenizer: Tokenizer | None = None,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write `model` so that transformers' `from_pretrained` opens it: as T5 or, when sparse, as
+    Switch Transformers.
+
+    A SentencePiece `tokenizer` is written beside it as spiece.model; one of bytes needs no file.
+    Raises CheckpointError for what transformers cannot express, a decoder-only model among it,
+    before anything is written, and for a full disk.
+    """
+    values = to_hf_config(model.config) | {"dtype": _dtype_name(model)}
+    ffn = "DenseReluDense" if model.config.routing is None else "mlp"
+    state = to_hf_state(model, ffn=ffn)
+    if model.config.routing is not None and not model.config.tied_head:
+        # transformers 5 then unties its stacks' embeddings too, so each needs its copy.
+        state |= dict.fromkeys(_ALIASES, model.embedding.weight)
+    otherwise = "Nothing was written; the model itself is untouched."
+    with whole_directory(Path(directory), needs=num_bytes(state), otherwise=otherwise) as partial:
+        write_json(partial / "config.json", values)
+        write_tensors(state, partial, shard_bytes=shard_bytes)
+        if isinstance(tokenizer, SentencePieceTokenizer):
+            (partial / MODEL_FILE).write_bytes(tokenizer.model)
+
+
+def to_hf_state(model: SwitchTransformer, *, ffn: str) -> dict[str, Tensor]:
+    """Every parameter of `model` under transformers' name, in its layout; no data is copied."""
+    return {
+        hf_name: part
+        for name, parameter in model.named_parameters()
+        for hf_name, part in to_hf(name, parameter, gated=model.config.gated, ffn=ffn)
+    }
+
+
+def to_hf(name: str, tensor: Tensor, *, gated: bool, ffn: str) -> Iterator[tuple[str, Tensor]]:
+    """Our parameter `name` as transformers has it: one tensor, or one for each expert.
+
+    Works for whatever has the parameter's shape, its gradient for example.
+    """
+    pattern = name
+    for ours, theirs in RENAMES:
+        pattern = re.sub(ours, theirs, pattern)
+    pattern = pattern.replace("<ffn>", ffn).replace("<wi>", "wi_1" if gated else "wi")
+    if "<e>" not in pattern:
+        yield pattern, tensor
+        return
+    for expert, weight in enumerate(tensor.unbind()):
+        yield pattern.replace("<e>", str(expert)), weight.T
+
+
+def _fill_from(model: SwitchTransformer, stored: Tensors, *, ffn: str, dtype: torch.dtype) -> None:
+    """Every parameter of `model` read from `stored`, one tensor at a time."""
+    gated = model.config.gated
+
+    def read(name: str, meta: Tensor) -> Tensor:
+        parts = [hf_name for hf_name, _ in to_hf(name, meta, gated=gated, ffn=ffn)]
+        if ".experts." not in name:
+            return cast_tensor(name, stored.read(parts[0]), dtype).clone()
+        stack = torch.empty(meta.shape, dtype=dtype)
+        for expert, hf_name in zip(stack, parts, strict=True):
+            expert.copy_(stored.read(hf_name).T)
+        return stack
+
+    with torch.no_grad():
+        fill(model, read)
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    if not (directory / "config.json").is_file():
+        raise CheckpointError(
+            f"{directory} is not a Hugging Face model: it has no config.json.\n"
+            "  Download the model first and give the directory that holds it."
+        )
+    if (directory / MANIFEST).is_file():  # we wrote it, so we can tell whether it is whole
+        verify(directory, allow_foreign=True)
+    return read_json(directory / "config.json")
+
+
+def _of_model(source: Any) -> tuple[dict[str, Any], Tensors]:
+    if not hasattr(source, "config") or not hasattr(source, "state_dict"):
+        raise CheckpointError(
+            f"load_hf was given a {type(source).__name__}.\n"
+            "  It takes a directory or a transformers model."
+        )
+    return source.config.to_dict(), of_state(source.state_dict())
+
+
+def _resolve_aliases(stored: Tensors, config: ModelConfig) -> Tensors:
+    """`stored` with each weight once: the embedding as shared.weight, the head only if untied."""
+    shapes = {name: shape for name, shape in stored.shapes.items() if name not in _UNUSED}
+    names = [*_ALIASES, "lm_head.weight"] if config.tied_head else list(_ALIASES)
+    present = [name for name in names if name in shapes]
+    if not present:
+        return Tensors(shapes, stored.read)
+    source: dict[str, str] = {"shared.weight": present[0]}
+    for name in present[1:]:
+        _require_same(stored, present[0], name)
+    shape = shapes[present[0]]
+    shapes = {name: s for name, s in shapes.items() if name not in names} | {"shared.weight": shape}
+    if not config.tied_head and "lm_head.weight" not in shapes:
+        source["lm_head.weight"] = present[0]  # transformers 5 ties it, unscaled
+        shapes["lm_head.weight"] = shape
+    return Tensors(shapes, lambda name: stored.read(source.get(name) or name))
+
+
+def _require_same(stored: Tensors, first: str, name: str) -> None:
+    if torch.equal(stored.read(name), stored.read(first)):
+        return
+    if name == "lm_head.weight":
+        raise CheckpointError(
+            f"{name} and {first} differ, but the configuration says that they are one.\n"
+            "  A head of its own needs an unscaled output: tie_word_embeddings false."
+        )
+    raise CheckpointError(
+        f"{name} and {first} differ, so the two stacks read different embeddings.\n"
+        "  Here they share one, as in T5; such a model cannot be converted."
+    )
+
+
+def _dtype_name(model: SwitchTransformer) -> str:
+    return str(model.embedding.weight.dtype).removeprefix("torch.")

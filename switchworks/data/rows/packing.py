@@ -1,0 +1,118 @@
+"""Packing: several examples in one row, told apart by segment ids.
+
+Attention may join two positions only if their segment ids are equal, which is the model's mask;
+relative positions are differences, so nothing else needs to know where a segment starts.
+Letters: R rows, L input positions, T target positions.
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from switchworks.config import DataError
+from switchworks.data.rows.span_corruption import SpanCorruption
+
+SHORTEST_PIECE = 4
+"""Fewer tokens of a document than this are left out: one hidden of two or three says nothing."""
+
+
+class Packed(NamedTuple):
+    """Rows of packed examples, int64. Segment ids count from 1 in each row; padding is 0."""
+
+    inputs: Int[np.ndarray, "R L"]
+    targets: Int[np.ndarray, "R T"]
+    input_segments: Int[np.ndarray, "R L"]
+    target_segments: Int[np.ndarray, "R T"]
+
+
+def pack(
+    pieces: Sequence[tuple[np.ndarray, np.ndarray]], input_length: int, target_length: int
+) -> Packed:
+    """The (inputs, targets) `pieces` packed first-fit into as many rows as they need.
+
+    A piece goes to the first row that has room for its inputs and for its targets, with the same
+    segment id in both. Raises DataError for a piece that is longer than a whole row.
+    """
+    rows = _first_fit(pieces, input_length, target_length)
+    packed = Packed(
+        *(
+            np.zeros((len(rows), length), dtype=np.int64)
+            for length in (input_length, target_length) * 2
+        )
+    )
+    for row, members in enumerate(rows):
+        i = t = 0
+        for segment, member in enumerate(members, start=1):
+            inputs, targets = pieces[member]
+            packed.inputs[row, i : i + len(inputs)] = inputs
+            packed.targets[row, t : t + len(targets)] = targets
+            packed.input_segments[row, i : i + len(inputs)] = segment
+            packed.target_segments[row, t : t + len(targets)] = segment
+            i, t = i + len(inputs), t + len(targets)
+    return packed
+
+
+def _first_fit(
+    pieces: Sequence[tuple[np.ndarray, np.ndarray]], input_length: int, target_length: int
+) -> list[list[int]]:
+    """For each row the indices of its pieces, in their order."""
+    rows: list[list[int]] = []
+    room: list[tuple[int, int]] = []
+    for index, (inputs, targets) in enumerate(pieces):
+        need = len(inputs), len(targets)
+        if need[0] > input_length or need[1] > target_length:
+            raise DataError(
+                f"An example of {need[0]} inputs and {need[1]} targets does not fit a row of "
+                f"{input_length} and {target_length}.\n"
+                "  Cut it, or raise data.input_length and data.target_length."
+            )
+        fits = (r for r, free in enumerate(room) if need[0] <= free[0] and need[1] <= free[1])
+        row = next(fits, len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append((input_length, target_length))
+        rows[row].append(index)
+        room[row] = room[row][0] - need[0], room[row][1] - need[1]
+    return rows
+
+
+def cut_into_pieces(
+    bounds: Sequence[int], how: SpanCorruption, input_length: int, target_length: int
+) -> list[tuple[int, int]]:
+    """The (start, stop) of each piece of a window that is corrupted apart; together they fit a row.
+
+    `bounds` are the window's start, the document starts inside it and its end. Pieces of fewer
+    than `SHORTEST_PIECE` tokens are left out. The first piece that no longer fits is cut to what
+    fits and the rest of the window is left out. A window of nothing but shorter pieces is kept
+    as one piece, because a row must hold something.
+    """
+    pieces: list[tuple[int, int]] = []
+    room = input_length, target_length
+    for start, stop in pairwise(bounds):
+        length = min(stop - start, _longest_fitting(stop - start, how, room))
+        if length >= SHORTEST_PIECE:
+            pieces.append((start, start + length))
+            inputs, targets = how.lengths(length)
+            room = room[0] - inputs, room[1] - targets
+        if length < stop - start and stop - start >= SHORTEST_PIECE:
+            break
+    if not pieces:
+        start, stop = bounds[0], bounds[-1]
+        pieces.append((start, start + _longest_fitting(stop - start, how, room)))
+    return pieces
+
+
+def _longest_fitting(length: int, how: SpanCorruption, room: tuple[int, int]) -> int:
+    """The most of `length` tokens whose inputs and targets fit `room`; less than 2 for none."""
+
+    def overflows(candidate: int) -> bool:
+        inputs, targets = how.lengths(candidate)
+        return inputs > room[0] or targets > room[1]
+
+    if length < SHORTEST_PIECE or not overflows(length):
+        return length
+    return bisect_right(range(2, length), False, key=overflows) + 1

@@ -1,0 +1,366 @@
+"""Tokens to batches: any step's batch can be made from (seed, step, rank, world) and nothing else.
+
+So there is no iterator state to save: resume asks for step k, and more or fewer ranks cut the
+same global batch into other shares. Rows of the run are numbered 0, 1, 2, ... across steps;
+row g's place in the corpus and its hidden spans are functions of (seed, g). In each epoch every
+window of the token stream is visited once, in a fresh order, on a freshly shifted grid.
+
+What `grain` does: the shuffle, computed element by element so that no permutation is stored,
+and prefetch. What it does not: its batching and packing hand out a stream whose position is
+state, so rows are gathered by number and packed here, one window to one row.
+Letters: B rows of this rank, L input positions, T target positions, N tokens of a window.
+"""
+
+import logging
+import sys
+from bisect import bisect_right
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain, count
+from typing import Protocol, runtime_checkable
+
+import absl.logging
+import numpy as np
+import torch
+from jaxtyping import Int
+
+from switchworks.batch import Batch
+from switchworks.config import ConfigError, DataError
+from switchworks.data.config import DataConfig
+from switchworks.data.rows.causal import causal_row
+from switchworks.data.rows.packing import SHORTEST_PIECE, Packed, cut_into_pieces, pack
+from switchworks.data.rows.span_corruption import SpanCorruption, corrupt, corrupt_rows, raw_length
+
+
+@contextmanager
+def _without_word_of_jax() -> Iterator[None]:
+    """grain warns on import when JAX, which it can do without, is not installed."""
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("Failed to load jax profiler")
+
+    logger = absl.logging.get_absl_logger()
+    logger.addFilter(wanted)
+    try:
+        yield
+    finally:
+        logger.removeFilter(wanted)
+
+
+with _without_word_of_jax():
+    import grain
+
+VALIDATION_SEED = 20_210_111
+"""Seeds the order and the masks of validation batches, whatever the run's own seed."""
+
+_ORDER, _OFFSET, _MASK = range(3)  # what a random stream is for; part of its seed
+
+
+@runtime_checkable
+class TokenStream(Protocol):
+    """Documents' tokens, one after the other, with random access. A `store.TokenStore` is one."""
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    def tokens(self, start: int, stop: int) -> Int[np.ndarray, " N"]:
+        """The tokens at [start, stop) of the stream."""
+        ...
+
+    def document_bounds(self, start: int, stop: int) -> Int[np.ndarray, " bounds"]:
+        """Sorted offsets strictly inside (start, stop) at which a new document starts."""
+        ...
+
+
+@runtime_checkable
+class SpecialIds(Protocol):
+    """What span corruption needs to know of a tokenizer."""
+
+    eos_id: int
+    num_sentinels: int
+
+    def sentinel(self, index: int) -> int: ...
+
+
+class Pipeline:
+    """The batches of one run, or of its validation, as seen by one rank.
+
+    `raw_length` is the number of tokens a row consumes; `windows` the rows in an epoch.
+    `left_out` is the share of tokens that packing="documents" or, to make room for EOS, the
+    causal objective leaves out of rows, as found in windows spread evenly over the corpus.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        store: TokenStream,
+        tokenizer: SpecialIds,
+        *,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        """`batch_size` is the number of rows on all `world` ranks together.
+
+        Raises ConfigError for lengths, ranks or a seed that cannot work, DataError for a corpus
+        that does not fill one row.
+        """
+        check_shares(batch_size, seed, rank, world)
+        self.config, self.store, self.tokenizer = config, store, tokenizer
+        self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
+        self.corruption = SpanCorruption(
+            noise_density=config.noise_density,
+            mean_span=config.mean_span,
+            sentinels=tuple(tokenizer.sentinel(i) for i in range(tokenizer.num_sentinels)),
+            eos_id=tokenizer.eos_id,
+        )
+        self.raw_length, self.left_out = _row_of(config, store, self.corruption)
+        # One window less than fits leaves the grid at least a window's length to shift in.
+        self.windows = max(1, store.num_tokens // self.raw_length - 1)
+        self._shifts = min(store.num_tokens - self.windows * self.raw_length + 1, self.raw_length)
+        shuffle_seed = int(np.random.SeedSequence([seed, _ORDER]).generate_state(1)[0])
+        self._order = grain.MapDataset.range(self.windows).shuffle(seed=shuffle_seed).repeat()
+
+    def batch(self, step: int) -> Batch:
+        """This rank's rows of the batch at `step`, counted from 0."""
+        return self.rows(rows_of_step(step, self.batch_size, self.rank, self.world))
+
+    def rows(self, rows: Sequence[int]) -> Batch:
+        """The rows of the run with these numbers, whichever steps they belong to."""
+        if self.config.objective == "causal":
+            return self._causal(rows)
+        return self._stream_rows(rows) if self.config.packing == "stream" else self._packed(rows)
+
+    def batches(self, start_step: int = 0) -> Generator[Batch, None, None]:
+        """batch(start_step), batch(start_step + 1), ... without end, made ahead of their use."""
+        return made_ahead(self.batch, start_step, self.config.prefetch)
+
+    def window_of(self, row: int) -> tuple[int, int]:
+        """The (start, stop) in the token stream of row `row` of the run."""
+        epoch = row // self.windows
+        offset = int(np.random.default_rng([self.seed, _OFFSET, epoch]).integers(self._shifts))
+        start = offset + self._order[row] * self.raw_length  # type: ignore[operator]
+        return start, start + self.raw_length
+
+    def _causal(self, rows: Sequence[int]) -> Batch:
+        made = [self._causal_row(row) for row in rows]
+        targets, segments = (torch.from_numpy(np.stack(part)) for part in zip(*made, strict=True))
+        nothing = targets[:, :0]
+        if self.config.packing == "stream":
+            return Batch(inputs=nothing, targets=targets, padding=False)
+        return Batch(
+            inputs=nothing, targets=targets, input_segments=nothing, target_segments=segments
+        )
+
+    def _causal_row(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        start, stop = self.window_of(row)
+        starts = self.store.document_bounds(start, stop) - start
+        return causal_row(self.store.tokens(start, stop), starts, self.tokenizer.eos_id)
+
+    def _stream_rows(self, rows: Sequence[int]) -> Batch:
+        tokens = np.stack([self.store.tokens(*self.window_of(row)) for row in rows])
+        inputs, targets = corrupt_rows(tokens, [self._rng(row) for row in rows], self.corruption)
+        full = (inputs.shape[1], targets.shape[1]) == (
+            self.config.input_length,
+            self.config.target_length,
+        )
+        return Batch(
+            inputs=_padded(inputs, self.config.input_length),
+            targets=_padded(targets, self.config.target_length),
+            padding=not full,
+        )
+
+    def _packed(self, rows: Sequence[int]) -> Batch:
+        packed = [self._packed_row(row) for row in rows]
+        inputs, targets, input_segments, target_segments = (
+            torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*packed, strict=True)
+        )
+        return Batch(
+            inputs=inputs,
+            targets=targets,
+            input_segments=input_segments,
+            target_segments=target_segments,
+        )
+
+    def _packed_row(self, row: int) -> Packed:
+        start, stop = self.window_of(row)
+        lengths = self.config.input_length, self.config.target_length
+        tokens, rng = self.store.tokens(start, stop), self._rng(row)
+        pieces = cut_into_pieces(_bounds(self.store, start, stop), self.corruption, *lengths)
+        pairs = [corrupt(tokens[a - start : b - start], rng, self.corruption) for a, b in pieces]
+        return pack(pairs, *lengths)
+
+    def _rng(self, row: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, _MASK, row])
+
+
+def rows_of_step(step: int, batch_size: int, rank: int, world: int) -> range:
+    """The numbers, in the whole run, of the rows that `rank` has in the batch at `step`."""
+    share = batch_size // world
+    first = step * batch_size + rank * share
+    return range(first, first + share)
+
+
+def made_ahead(
+    make: Callable[[int], Batch], start_step: int, prefetch: int
+) -> Generator[Batch, None, None]:
+    """make(start_step), make(start_step + 1), ... without end.
+
+    `prefetch` batches are made ahead by one thread while the caller works. An error in it is
+    raised at the step whose batch failed. Closing the iterator ends the thread.
+    """
+    if prefetch == 0:
+        yield from map(make, count(start_step))
+        return
+    steps = grain.MapDataset.range(start_step, sys.maxsize).map(make)
+    ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
+    iterator = iter(steps.to_iter_dataset(ahead))
+    try:
+        yield from iterator
+    finally:
+        iterator.close()
+
+
+def _padded(ids: Int[np.ndarray, "B short"], length: int) -> Int[torch.Tensor, "B long"]:
+    return torch.from_numpy(np.pad(ids, ((0, 0), (0, length - ids.shape[1]))))
+
+
+def validation_batches(
+    config: DataConfig,
+    store: TokenStream,
+    tokenizer: SpecialIds,
+    *,
+    batch_size: int,
+    batches: int,
+    rank: int = 0,
+    world: int = 1,
+) -> list[Batch]:
+    """This rank's share of at most `batches` batches of held-out text, the same at every call.
+
+    They depend on the store, the data settings and `batch_size`, the rows on all ranks together,
+    not on a run's seed. There are fewer than `batches` if the store has fewer, but always one,
+    which then repeats text. Raises what `Pipeline` raises.
+    """
+    try:
+        pipeline = Pipeline(
+            config,
+            store,
+            tokenizer,
+            batch_size=batch_size,
+            seed=VALIDATION_SEED,
+            rank=rank,
+            world=world,
+        )
+    except DataError as error:
+        raise DataError(f"Held-out text: {error}\n  Or raise data.validation_share.") from error
+    full = max(1, pipeline.windows // batch_size)
+    return [pipeline.batch(step) for step in range(min(batches, full))]
+
+
+def check_shares(batch_size: int, seed: int, rank: int, world: int) -> None:
+    """Raises ConfigError unless `rank` is one of `world` ranks that can share a batch evenly, or
+    for a seed that is negative."""
+    if seed < 0:
+        raise ConfigError(f"seed = {seed} is negative. Use 0 or more.")
+    if not 0 <= rank < world:
+        raise ConfigError(f"rank = {rank} is not one of the {world} ranks from 0 to {world - 1}.")
+    if batch_size < 1 or batch_size % world:
+        raise ConfigError(
+            f"A batch of {batch_size} rows does not divide over {world} ranks.\n"
+            f"  Use a multiple of {world} rows."
+        )
+
+
+def _row_of(
+    config: DataConfig, store: TokenStream, corruption: SpanCorruption
+) -> tuple[int, float]:
+    """(tokens a row consumes, share of them left out)."""
+    if config.objective == "causal":
+        return _causal_window(config, store)
+    raw = raw_length(config.input_length, config.noise_density, config.mean_span)
+    corruption.counts(raw)  # raises if there are too few sentinels
+    _check_text(store, raw, "input_length", config.input_length)
+    if config.packing == "documents":
+        return _document_window(config, store, corruption, raw)
+    needed = corruption.lengths(raw)[1]
+    if config.target_length < needed:
+        raise ConfigError(
+            f"data.target_length = {config.target_length} is too short for data.input_length = "
+            f"{config.input_length}: rows of {raw} tokens\n"
+            f"  make targets of {needed}. Set --data.target-length {needed}."
+        )
+    return raw, 0.0
+
+
+def _causal_window(config: DataConfig, store: TokenStream) -> tuple[int, float]:
+    """(tokens a row consumes, share of them that EOS push out)."""
+    raw = config.target_length
+    _check_text(store, raw, "target_length", raw)
+    surveyed = _survey(store, raw)
+    return raw, sum(len(bounds) - 2 for bounds in surveyed) / (raw * len(surveyed))
+
+
+def _check_text(store: TokenStream, raw: int, name: str, length: int) -> None:
+    if store.num_tokens < raw:
+        raise DataError(
+            f"The corpus has {store.num_tokens} tokens; one row of data.{name} = {length} needs "
+            f"{raw}.\n  Use a shorter data.{name} or more text."
+        )
+
+
+SURVEYED = 256
+"""At most so many windows, evenly spaced over the corpus, are looked at."""
+FITTING = 0.98
+"""Share of the surveyed windows whose pieces must all fit their row."""
+
+
+def _document_window(
+    config: DataConfig, store: TokenStream, corruption: SpanCorruption, longest: int
+) -> tuple[int, float]:
+    """(window length, share of tokens left out) for packing="documents".
+
+    The longest window, up to `longest`, that fits its row whole in nearly all surveyed places.
+    Each document in a window costs an EOS on both sides and rounds its spans up or down, so how
+    much fits depends on how long the documents are.
+    """
+    row = config.input_length, config.target_length
+    least = corruption.lengths(SHORTEST_PIECE)
+    if row[0] < least[0] or row[1] < least[1]:
+        raise ConfigError(
+            f"data.input_length = {row[0]} and data.target_length = {row[1]} leave no "
+            f"room for a piece of {SHORTEST_PIECE} tokens,\n"
+            f"  which needs {least[0]} and {least[1]}. Raise the shorter one."
+        )
+    surveyed = _survey(store, longest)
+    needs = np.zeros((longest + 1, 2), dtype=np.int64)  # positions by length of piece
+    for length in range(SHORTEST_PIECE, longest + 1):
+        needs[length] = corruption.lengths(length)
+
+    def too_long(raw: int) -> bool:
+        fitting = [needs[np.diff(_first(b, raw))].sum(axis=0) <= row for b in surveyed]
+        return float(np.all(fitting, axis=1).mean()) < FITTING
+
+    lengths = range(SHORTEST_PIECE + 1, longest + 1)
+    raw = SHORTEST_PIECE + bisect_right(lengths, False, key=too_long)
+    pieces = [cut_into_pieces(_first(b, raw).tolist(), corruption, *row) for b in surveyed]
+    kept = sum(stop - start for start, stop in chain.from_iterable(pieces))
+    return raw, 1 - kept / (raw * len(surveyed))
+
+
+def _survey(store: TokenStream, raw: int) -> list[list[int]]:
+    """The `_bounds` of windows of `raw` tokens, spread evenly over the corpus."""
+    places = min(SURVEYED, store.num_tokens // raw)
+    step = (store.num_tokens - raw) // max(1, places - 1)
+    return [_bounds(store, i * step, i * step + raw) for i in range(places)]
+
+
+def _first(bounds: list[int], raw: int) -> np.ndarray:
+    """The bounds of a window's first `raw` tokens."""
+    end = bounds[0] + raw
+    return np.array([*(bound for bound in bounds if bound < end), end])
+
+
+def _bounds(store: TokenStream, start: int, stop: int) -> list[int]:
+    """The borders of the documents' pieces in a window, both its ends included."""
+    return [start, *store.document_bounds(start, stop).tolist(), stop]

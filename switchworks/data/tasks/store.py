@@ -1,0 +1,187 @@
+"""Tokenised examples of a task on disk: memory-mapped, random access, whole once it has its name.
+
+A store holds what a task's text says in full, without EOS, so that other lengths need no other
+store. What had to be left out is counted in it. Letters: N examples.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+
+from switchworks.config import DataError
+from switchworks.data.tasks.own import fingerprint
+from switchworks.data.tasks.sources import Places, digest
+from switchworks.data.tasks.task import UNKNOWN, Example, Task
+from switchworks.data.tokens.build import token_dtype
+from switchworks.data.tokens.store import digest_of
+from switchworks.data.tokens.tokenizer import Tokenizer
+
+EMPTY_SHARE = 1e-3
+"""More training examples without a target than this share are an error: then a column is wrong. A
+few are left out and counted, and so are those of other splits: real datasets have them."""
+
+FORM = 2
+"""Raised when other examples of a split come to be stored, so that no older store is taken."""
+
+BATCH = 4096
+"""Examples tokenised at once."""
+
+
+@dataclass
+class Counts:
+    """What was read of a split."""
+
+    examples: int = 0
+    """Those that can be used."""
+    empty: int = 0
+    """Left out because the target is empty, or has no label."""
+    first_empty: str = ""
+    """Where the first of them is."""
+
+
+class TaskStore:
+    """The examples in `folder`, in the order of the dataset."""
+
+    def __init__(self, folder: Path) -> None:
+        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        self.counts = Counts(**about["counts"])
+        self.ends: Int[np.ndarray, "N 2"] = np.load(folder / "ends.npy", mmap_mode="r")
+        size = int(self.ends[-1, 1]) if len(self.ends) else 0
+        self.ids = np.memmap(folder / "ids.bin", about["dtype"], "r", shape=(size,))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @property
+    def digest(self) -> str:
+        """Hexadecimal; by `digest_of`, of the tokens and of where examples end."""
+        return "".join(
+            digest_of(part.size, lambda start, stop, part=part: part.reshape(-1)[start:stop])
+            for part in (self.ids, self.ends)
+        )
+
+    @property
+    def num_documents(self) -> int:
+        """Examples, by the name that a token store has for them."""
+        return len(self)
+
+    @property
+    def num_tokens(self) -> int:
+        """Of inputs and targets, without EOS."""
+        return len(self.ids)
+
+    def example(self, index: int) -> tuple[Int[np.ndarray, " input"], Int[np.ndarray, " target"]]:
+        """The tokens of inputs and target of one example."""
+        start = int(self.ends[index - 1, 1]) if index else 0
+        middle, stop = (int(end) for end in self.ends[index])
+        tokens = np.asarray(self.ids[start:stop], np.int64)
+        return tokens[: middle - start], tokens[middle - start :]
+
+    def lengths(self) -> Int[np.ndarray, "N 2"]:
+        """The number of tokens of every example's inputs and target."""
+        return np.diff(self.ends.reshape(-1), prepend=0).reshape(-1, 2)
+
+
+def examples_of(
+    task: Task, split: str, places: Places, counts: Counts, *, judged: bool = False
+) -> Iterator[Example]:
+    """The examples of a split that have a target, in order; `counts` grows while they are read.
+
+    They are those to judge answers by if `judged`, else those to train on, or to take the loss of.
+    Raises DataError, with the record's number, for a record that cannot be an example, for a split
+    without any, and when more than EMPTY_SHARE of those to train on have no target.
+    """
+    if split not in task.source.splits:
+        raise DataError(
+            f"Task {task.name!r} has no {split} split. It has: {', '.join(task.source.splits)}."
+        )
+    for number, record in enumerate(task.source.records(split, places), start=1):
+        try:
+            examples = task.examples(record, split, judged=judged)
+        except DataError as error:
+            raise DataError(f"{error}\n  (record {number} of {split})") from error
+        for example in examples:
+            if example.target.strip() and (split == "test" or example.target != UNKNOWN):
+                counts.examples += 1
+                yield example
+            else:
+                counts.empty += 1
+                where = f"record {number} of {split}, with the input {example.inputs[:60]!r}"
+                counts.first_empty = counts.first_empty or where
+    if split == "train" and not judged:
+        _check_empty(task, counts)
+    if not counts.examples:
+        raise DataError(
+            f"Task {task.name!r} has no examples in {split}, of {counts.empty} without a target.\n"
+            "  Of a table that is one file, --data.validation-share says how much training holds "
+            "out, by a hash of the inputs;\n"
+            "  `switchworks evaluate --split all` measures all of it."
+        )
+
+
+def _check_empty(task: Task, counts: Counts) -> None:
+    total = counts.examples + counts.empty
+    if counts.empty > EMPTY_SHARE * total:
+        raise DataError(
+            f"Task {task.name!r}: {counts.empty} of {total} examples of train have an empty "
+            f"target, the first\n  {counts.first_empty}.\n"
+            "  Fill the column in, name another, or take these rows out."
+        )
+
+
+def open_task(task: Task, split: str, places: Places, tokenizer: Tokenizer) -> TaskStore:
+    """The store of a split; made in the cache if it is missing. Raises DataError for bad data."""
+    key = digest(fingerprint(task, split, places), tokenizer.fingerprint, FORM)
+    folder = places.cache / f"task-{task.name}-{split}-{key[:16]}"
+    if not folder.is_dir():
+        counts = Counts()
+        _build(folder, examples_of(task, split, places, counts), tokenizer, counts)
+    return TaskStore(folder)
+
+
+def _build(folder: Path, examples: Iterable[Example], tokenizer: Tokenizer, counts: Counts) -> None:
+    aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    aside.mkdir(parents=True, exist_ok=True)
+    dtype, ends, size = token_dtype(tokenizer), [np.zeros((0, 2), np.int64)], 0
+    try:
+        with (aside / "ids.bin").open("wb") as file:
+            for batch in _batches(examples):
+                parts = _tokens(batch, tokenizer)
+                ends.append(size + np.cumsum([len(part) for part in parts]).reshape(-1, 2))
+                size = int(ends[-1][-1, 1])
+                file.write(np.concatenate(parts).astype(dtype).tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        np.save(aside / "ends.npy", np.concatenate(ends))
+        about = {"dtype": dtype, "counts": asdict(counts)}
+        (aside / "about.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
+        if not folder.is_dir():  # another process may have been faster, with the same result
+            aside.replace(folder)
+    except OSError as error:
+        raise DataError(
+            f"{folder} cannot be written: {error.strerror}.\n"
+            "  Make room, or set --data.cache to another disk."
+        ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
+    waiting = iter(examples)
+    while batch := list(islice(waiting, BATCH)):
+        yield batch
+
+
+def _tokens(batch: list[Example], tokenizer: Tokenizer) -> list[np.ndarray]:
+    """Inputs and target of the first example, of the second, and so on."""
+    threads = os.cpu_count() or 1
+    inputs = tokenizer.encode_batch([example.inputs for example in batch], threads=threads)
+    targets = tokenizer.encode_batch([example.target for example in batch], threads=threads)
+    return [part for pair in zip(inputs, targets, strict=True) for part in pair]

@@ -1,0 +1,136 @@
+"""How well one tokenizer serves each language: characters with pieces, tokens per character.
+
+Byte fallback means that every text can be written, but at a price: a character without a piece of
+its own costs as many tokens as it has UTF-8 bytes, three or four in most scripts.
+
+Letters: V ids.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int
+from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+
+from switchworks.batch import Batch
+from switchworks.data.sources.catalogs.languages import english_name, script_name, script_of
+from switchworks.data.tokens.tokenizer import SentencePieceTokenizer, Tokenizer
+
+SAMPLE_CHARACTERS = 200_000
+"""Of each language so much of its text is looked at, from the beginning."""
+
+LEAST_COVERAGE = 0.98
+MOST_TOKENS = 1.0
+"""Beyond these, the first in covered characters and the second in tokens per character, a
+tokenizer serves a language badly: its text is mostly spelt rather than written."""
+
+_NORMAL, _USER_DEFINED, _BYTE = 1, 4, 6  # SentencePiece's kinds of pieces that stand for text
+
+
+@dataclass(frozen=True)
+class Served:
+    """What one language's text costs, found in `characters` of it."""
+
+    language: str
+    texts: int
+    characters: int
+    tokens: int
+    coverage: float
+    """Share of the characters, white space aside, that are in pieces rather than spelt in bytes."""
+    exact: int
+    """Texts that decoding gives back character for character."""
+
+    @property
+    def tokens_per_character(self) -> float:
+        return self.tokens / max(1, self.characters)
+
+    @property
+    def badly(self) -> bool:
+        """Whether the language gets few words for its tokens."""
+        return self.coverage < LEAST_COVERAGE or self.tokens_per_character > MOST_TOKENS
+
+
+def serve(language: str, texts: Iterable[str], tokenizer: Tokenizer) -> Served:
+    """How `tokenizer` serves the beginning of `texts`."""
+    sample, characters = list[str](), 0
+    for text in texts:
+        if characters >= SAMPLE_CHARACTERS:
+            break
+        sample.append(text)
+        characters += len(text)
+    ids = tokenizer.encode_batch(sample, sentinels=False)
+    return Served(
+        language=language,
+        texts=len(sample),
+        characters=characters,
+        tokens=sum(map(len, ids)),
+        coverage=_coverage(sample, alphabet(tokenizer)),
+        exact=sum(tokenizer.decode(found) == text for found, text in zip(ids, sample, strict=True)),
+    )
+
+
+def _coverage(texts: Iterable[str], known: frozenset[str]) -> float:
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(text)
+    letters = {c: n for c, n in counts.items() if not c.isspace()}
+    return sum(n for c, n in letters.items() if c in known) / max(1, sum(letters.values()))
+
+
+def alphabet(tokenizer: Tokenizer) -> frozenset[str]:
+    """The characters that are in pieces. Of bytes, ASCII: the characters of one byte."""
+    if not isinstance(tokenizer, SentencePieceTokenizer):
+        return frozenset(map(chr, range(128)))
+    pieces = ModelProto.FromString(tokenizer.model).pieces
+    kinds = (_NORMAL, _USER_DEFINED)
+    return frozenset(c for piece in pieces if piece.type in kinds for c in piece.piece)
+
+
+def byte_lengths(tokenizer: Tokenizer) -> Int[np.ndarray, " V"]:
+    """How many UTF-8 bytes of text each id stands for; none for sentinels and special ids."""
+    lengths = np.zeros(tokenizer.vocab_size, np.int64)
+    if not isinstance(tokenizer, SentencePieceTokenizer):
+        lengths[3 : 3 + 256] = 1
+        return lengths
+    for index, piece in enumerate(ModelProto.FromString(tokenizer.model).pieces):
+        if piece.type == _BYTE:
+            lengths[index] = 1
+        elif piece.type in (_NORMAL, _USER_DEFINED):
+            lengths[index] = len(piece.piece.replace("\u2581", " ").encode())
+    lengths[[tokenizer.sentinel(index) for index in range(tokenizer.num_sentinels)]] = 0  # mT5's
+    return lengths
+
+
+def table(served: Mapping[str, Served]) -> str:
+    """What each language costs, and a warning that names those served badly."""
+    head = f"{'code':<12} {'language':<28} {'script':<16} {'texts':>7} {'characters':>11}"
+    lines = [f"{head} {'covered':>8} {'tokens/char':>12} {'exact':>7}"]
+    for name, one in served.items():
+        lines.append(
+            f"{name:<12} {english_name(name)[:28]:<28} {script_name(script_of(name))[:16]:<16} "
+            f"{one.texts:>7,} {one.characters:>11,} {one.coverage:>8.2%} "
+            f"{one.tokens_per_character:>12.3f} {one.exact / max(1, one.texts):>7.1%}"
+        )
+    return "\n".join(lines) + "\n" + badly_served(served)
+
+
+def badly_served(served: Mapping[str, Served]) -> str:
+    """A warning, a line of its own, that names the languages served badly; empty if none is."""
+    bad = [name for name, one in served.items() if one.badly]
+    if not bad:
+        return ""
+    return (
+        f"warning: {', '.join(bad)}: under {LEAST_COVERAGE:.0%} of the characters have pieces, or "
+        f"a character costs over {MOST_TOKENS:.0f} token.\n  A larger vocabulary, a higher "
+        "--data.character-coverage or a lower --data.mixture-exponent serves them better.\n"
+    )
+
+
+def tokens_and_bytes(
+    batches: Sequence[Batch], lengths: Int[np.ndarray, " V"]
+) -> tuple[float, float]:
+    """Target tokens, and the bytes of text they stand for by the `byte_lengths` of each id."""
+    ids = np.concatenate([batch.targets.numpy().ravel() for batch in batches])
+    return float((ids != 0).sum()), float(lengths[ids].sum())

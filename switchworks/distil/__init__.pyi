@@ -1,0 +1,14 @@
+from .config import DistilConfig as DistilConfig
+from .loss import distillation_loss as distillation_loss
+from .loss import stored_distillation_loss as stored_distillation_loss
+from .precompute import teach as teach
+from .store import LogitStore as LogitStore
+from .student import dense_teacher as dense_teacher
+from .student import fraction_of_gain as fraction_of_gain
+from .student import initialise_from_teacher as initialise_from_teacher
+from .teacher import Teacher as Teacher
+from .teacher import open_logits as open_logits
+from .teacher import open_teacher as open_teacher
+from .teacher import require_same_rows as require_same_rows
+from .teacher import require_same_teacher as require_same_teacher
+from .teacher import weights_of as weights_of

@@ -1,0 +1,13 @@
+from .adafactor import Adafactor as Adafactor
+from .build import Updater as Updater
+from .build import UpdateStats as UpdateStats
+from .build import build_optimizer as build_optimizer
+from .build import dimension_letters as dimension_letters
+from .clip import first_nonfinite as first_nonfinite
+from .clip import global_norm as global_norm
+from .clip import scale_to_bound as scale_to_bound
+from .config import OptimConfig as OptimConfig
+from .in_backward import BackwardUpdater as BackwardUpdater
+from .masters import MasterWeights as MasterWeights
+from .schedule import learning_rate as learning_rate
+from .sharded_stats import local as local

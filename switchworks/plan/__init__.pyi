@@ -1,0 +1,16 @@
+from .explain import as_text as as_text
+from .explain import count as count
+from .explain import explain_experiment as explain_experiment
+from .explain import shares_of as shares_of
+from .machines import MACHINES as MACHINES
+from .machines import estimate as estimate
+from .machines import find_machine as find_machine
+from .picture import draw_mesh as draw_mesh
+from .search import GIB as GIB
+from .search import outline as outline
+from .search import propose as propose
+from .verdict import find_meshes as find_meshes
+from .verdict import make_plan as make_plan
+from .verdict import search_figures as search_figures
+from .verdict import search_text as search_text
+from .weights import layout_table as layout_table

@@ -1,0 +1,129 @@
+"""From what a rank does in a step to how long that takes: a formula, not a measurement.
+
+    computing  = sum over operations of max(FLOPs / (efficiency x peak), bytes / memory bandwidth)
+    travelling = sum over collectives of bytes sent / link + calls x latency
+    step       = computing + travelling           if nothing overlaps
+               = max(computing, travelling)       if all of it does
+
+A rank sends (n - 1) / n of what an all-gather, a reduce-scatter or an all-to-all over n ranks
+holds, and twice that for a sum. The link is that inside a node if all n ranks are in one.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from switchworks.config import ConfigError, from_toml
+from switchworks.plan.trace import Traffic, Work
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What one device can do, as its maker says. Bytes per second are those of one direction."""
+
+    name: str
+    flops: float
+    """Matrix products in bfloat16, operations per second."""
+    memory_gib: float
+    memory_bandwidth: float
+    """Bytes per second."""
+    node: int
+    """Devices joined by the fast link."""
+    near: float
+    """Bytes per second a device sends inside a node."""
+    far: float
+    """Bytes per second a device sends out of it."""
+    latency: float = 2e-5
+    """Seconds before a collective moves anything."""
+    efficiency: float = 0.5
+    """Share of `flops` that products reach."""
+
+    def __post_init__(self) -> None:
+        for name in ("flops", "memory_gib", "memory_bandwidth", "node", "near", "far"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} = {getattr(self, name)} of a machine must be positive.")
+        if not 0 < self.efficiency <= 1:
+            raise ConfigError(f"efficiency = {self.efficiency} must lie in (0, 1].")
+
+
+MACHINES = {
+    "tpuv3": Machine(
+        name="TPUv3-like core",
+        flops=61.5e12,
+        memory_gib=16.0,
+        memory_bandwidth=450e9,
+        node=2048,
+        near=140e9,
+        far=3e9,
+    ),
+    "a100": Machine(
+        name="A100 80 GB, 8 to a node",
+        flops=312e12,
+        memory_gib=80.0,
+        memory_bandwidth=2.0e12,
+        node=8,
+        near=300e9,
+        far=25e9,
+    ),
+    "h100": Machine(
+        name="H100 80 GB, 8 to a node",
+        flops=989e12,
+        memory_gib=80.0,
+        memory_bandwidth=3.35e12,
+        node=8,
+        near=450e9,
+        far=50e9,
+    ),
+}
+"""tpuv3 is half a chip (123 TFLOP/s, 32 GiB, 900 GB/s, four links of 70 GB/s) in a pod of 1024.
+The others: dense bfloat16, NVLink in one direction, one network card of 200 or 400 Gb/s each."""
+
+
+def find_machine(name: str) -> Machine:
+    """A preset, or the machine in a TOML file with the settings of `Machine`."""
+    if name in MACHINES:
+        return MACHINES[name]
+    if Path(name).suffix == ".toml":
+        return from_toml(Machine, Path(name))
+    raise ConfigError(
+        f"There is no machine {name!r}. Machines: {', '.join(MACHINES)}.\n"
+        "  Your own: a .toml file with name, flops, memory_gib, memory_bandwidth, node, near, far."
+    )
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of a step by the formula above."""
+
+    computing: float
+    travelling: float
+    by_traffic: tuple[float, ...]
+    """Seconds of each kind of collective, in the order they were given."""
+
+    @property
+    def step(self) -> float:
+        """If nothing overlaps."""
+        return self.computing + self.travelling
+
+    @property
+    def overlapped(self) -> float:
+        """If travelling hides behind computing, or the other way round."""
+        return max(self.computing, self.travelling)
+
+
+def estimate(machine: Machine, work: Mapping[Work, int], traffic: Iterable[Traffic]) -> Estimate:
+    """How long `work` and `traffic` of one rank take."""
+    peak, bandwidth = machine.efficiency * machine.flops, machine.memory_bandwidth
+    computing = sum(
+        times * max(kind.flops / peak, kind.moved / bandwidth) for kind, times in work.items()
+    )
+    travelling = tuple(seconds(machine, item) for item in traffic)
+    return Estimate(computing, sum(travelling), travelling)
+
+
+def seconds(machine: Machine, traffic: Traffic) -> float:
+    """How long one kind of collective takes. The first rank's group stands for all."""
+    if traffic.ranks == 1:
+        return 0.0
+    link = machine.near if traffic.far < machine.node else machine.far
+    return traffic.sent / link + traffic.calls * machine.latency

@@ -1,0 +1,298 @@
+"""Documents from files, folders, globs and datasets, whole or in shards; bad input is named."""
+
+import gzip
+import json
+from itertools import chain
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from switchworks.config import ConfigError, DataError
+from switchworks.data.config import DataConfig
+from switchworks.data.sources.documents import is_validation, open_documents
+from switchworks.data.sources.files import DOCUMENT_CHARACTERS, Report
+
+TEXTS = [f"document {n} says hello \u00e9" for n in range(10)]
+
+
+def read(path, *, shard=0, num_shards=1, report=None, cache, **settings) -> list[str]:
+    config = DataConfig(path=str(path), **settings)
+    return list(open_documents(config, cache).documents(shard, num_shards, report=report))
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "cache"
+
+
+def write(path, data: bytes):
+    """`data` at `path`, compressed as its name asks."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".gz":
+        data = gzip.compress(data)
+    elif path.suffix == ".zst":
+        data = zstandard.ZstdCompressor().compress(data)
+    path.write_bytes(data)
+    return path
+
+
+def jsonl(texts=TEXTS, key="text") -> bytes:
+    return "".join(json.dumps({key: text, "n": 1}) + "\n" for text in texts).encode()
+
+
+def parquet(texts=TEXTS) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"text": texts, "n": list(range(len(texts)))}), sink)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
+@pytest.mark.parametrize(("kind", "make"), [(".jsonl", jsonl), (".parquet", parquet)])
+def test_records_are_read_however_they_are_compressed(tmp_path, kind, make, compression, cache):
+    path = write(tmp_path / f"data{kind}{compression}", make())
+    assert read(path, cache=cache) == TEXTS
+
+
+@pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
+def test_a_text_file_is_one_document(tmp_path, compression, cache):
+    path = write(tmp_path / f"a.txt{compression}", "\ufeffone\n\ntwo \u00e9\n".encode())
+    assert read(path, cache=cache) == ["one\n\ntwo \u00e9"]
+
+
+def test_a_folder_is_read_recursively_in_order_of_paths(tmp_path, cache):
+    write(tmp_path / "b" / "z.jsonl", jsonl(["third"]))
+    write(tmp_path / "b" / "a.txt.gz", b"second")
+    write(tmp_path / "a.txt", b"first")
+    write(tmp_path / "picture.png", b"\0\0")
+    assert read(tmp_path, cache=cache) == ["first", "second", "third"]
+
+
+def test_a_glob_names_some_files(tmp_path, cache):
+    for name in ("a1.txt", "a2.txt", "b1.txt"):
+        write(tmp_path / name, name.encode())
+    assert read(tmp_path / "a*.txt", cache=cache) == ["a1.txt", "a2.txt"]
+
+
+def test_compressed_streams_end_to_end_are_one_file(tmp_path, cache):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"one ") + gzip.compress(b"two"))
+    compress = zstandard.ZstdCompressor().compress
+    (tmp_path / "b.txt.zst").write_bytes(compress(b"three ") + compress(b"four"))
+    assert read(tmp_path, cache=cache) == ["one two", "three four"]
+
+
+def test_a_long_text_is_cut_at_blank_lines(tmp_path, cache):
+    paragraphs = [f"paragraph {n} " + "x" * 1000 for n in range(200)]
+    path = write(tmp_path / "book.txt", "\n\n".join(paragraphs).encode())
+    documents = read(path, cache=cache)
+    assert len(documents) == 4
+    assert all(len(document) <= DOCUMENT_CHARACTERS for document in documents)
+    assert "\n\n".join(documents).split("\n\n") == paragraphs
+
+
+def test_one_line_of_ten_megabytes_is_cut_and_nothing_is_lost(tmp_path, cache):
+    words = "word " * 2_000_000
+    documents = read(write(tmp_path / "line.txt", words.encode()), cache=cache)
+    assert max(map(len, documents)) <= DOCUMENT_CHARACTERS
+    assert "".join(documents) == words
+    unbroken = write(tmp_path / "unbroken.txt", "\u00e9".encode() * 500_000)
+    assert "".join(read(unbroken, cache=cache)) == "\u00e9" * 500_000
+
+
+def test_a_jsonl_line_of_ten_megabytes_is_one_document(tmp_path, cache):
+    text = "word " * 2_000_000
+    assert read(write(tmp_path / "a.jsonl", jsonl([text, "b"])), cache=cache) == [text, "b"]
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 3, 4, 7])
+def test_shards_share_out_the_documents(tmp_path, num_shards, cache):
+    for n in range(3):
+        write(tmp_path / f"{n}.jsonl", jsonl([f"{n} {text}" for text in TEXTS]))
+    parts = [read(tmp_path, shard=s, num_shards=num_shards, cache=cache) for s in range(num_shards)]
+    assert sorted(chain(*parts)) == sorted(read(tmp_path, cache=cache))
+    assert all(parts)
+
+
+def test_the_first_documents_are_the_same_however_many_share_them_out(tmp_path, cache):
+    for n, text in enumerate(TEXTS):
+        write(tmp_path / f"{n}.txt", text.encode())
+    assert read(tmp_path, documents=3, cache=cache) == TEXTS[:3]
+    parts = [read(tmp_path, documents=3, shard=n, num_shards=2, cache=cache) for n in range(2)]
+    assert parts == [[TEXTS[0], TEXTS[2]], [TEXTS[1]]]
+    few, all_of_them = (DataConfig(path=str(tmp_path), documents=most) for most in (3, None))
+    known = {open_documents(config, cache).fingerprint() for config in (few, all_of_them)}
+    assert len(known) == 2
+    with pytest.raises(ConfigError, match="leaves no text"):
+        DataConfig(documents=0)
+
+
+def test_bad_lines_are_counted_and_the_first_are_named(tmp_path, cache):
+    lines = b'{"text": "good"}\nnot json\n[1]\n{"other": "x"}\n{"text": 3}\n\n{"text": "last"}\n'
+    path, report = write(tmp_path / "a.jsonl", lines), Report()
+    assert read(path, report=report, cache=cache) == ["good", "last"]
+    assert report.bad_lines == {
+        "not JSON": 1,
+        "not an object": 1,
+        "no key 'text'": 1,
+        "'text' is not a string": 1,
+    }
+    assert report.examples[0] == f"{path}:2 (not JSON)"
+    assert (report.documents, report.characters) == (2, 8)
+
+
+def test_bad_lines_are_logged(tmp_path, caplog, cache):
+    report = Report()
+    path = write(tmp_path / "a.jsonl", b'{"text": "good"}\nnot json\n')
+    read(path, report=report, cache=cache)
+    report.log()
+    assert f"1 lines were left out: 1 not JSON. First: {path}:2 (not JSON)" in caplog.text
+
+
+def test_bad_lines_are_counted_once_however_many_shards_read_them(tmp_path, cache):
+    path = write(tmp_path / "a.jsonl", jsonl() + b"not json\n")
+    total = Report()
+    for shard in range(3):
+        report = Report()
+        read(path, shard=shard, num_shards=3, report=report, cache=cache)
+        total.merge(report)
+    assert (total.documents, total.num_bad_lines) == (10, 1)
+
+
+def test_only_bad_lines_is_an_error_that_lists_the_keys(tmp_path, cache):
+    path = write(tmp_path / "a.jsonl", jsonl(key="content"))
+    with pytest.raises(DataError, match=r"(?s)none of its 10 lines.*keys found: content, n"):
+        read(path, cache=cache)
+
+
+def test_half_a_surrogate_pair_in_json_does_not_stop_the_reading(tmp_path, cache):
+    path = write(tmp_path / "a.jsonl", rb'{"text": "a \ud800 b"}')
+    assert read(path, cache=cache) == ["a ? b"]
+
+
+BAD_FILES = {
+    "binary.txt": (b"abc\0def", r"binary\.txt is binary, not text: byte 3 is zero"),
+    "latin.txt": (
+        b"x" * 70_000 + b"\xe9 caf",
+        r"latin\.txt is not UTF-8: byte 70000 is 0xe9",
+    ),
+    "cut.txt": ("caf\u00e9".encode()[:-1], r"cut\.txt is not UTF-8: byte 3 is 0xc3"),
+    "torn.parquet": (parquet()[:200], r"torn\.parquet cannot be read as Parquet"),
+    "name.txt.gz": (None, r"name\.txt\.gz is damaged, or is not what its name says"),
+    "name.txt.zst": (None, r"name\.txt\.zst is damaged, or is not what its name says"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_file_that_cannot_be_read_is_named_with_the_reason(tmp_path, name, cache):
+    data, message = BAD_FILES[name]
+    path = tmp_path / name
+    path.write_bytes(b"this is plain text, not compressed" if data is None else data)
+    with pytest.raises(DataError, match=message):
+        read(path, cache=cache)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_compressed_file_that_breaks_off_is_named(tmp_path, suffix, cache):
+    text = "".join(str(n * n) for n in range(30_000)).encode()
+    path = write(tmp_path / f"a.txt{suffix}", text)
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(DataError, match=r"a\.txt\.\w+ breaks off in the middle"):
+        read(path, cache=cache)
+
+
+def test_a_path_that_is_not_there_is_named(tmp_path, cache):
+    with pytest.raises(DataError, match=r"nowhere does not exist"):
+        read(tmp_path / "nowhere", cache=cache)
+
+
+def test_a_folder_without_text_is_named_with_what_is_readable(tmp_path, cache):
+    write(tmp_path / "a.png", b"x")
+    with pytest.raises(DataError, match=r"(?s)holds no text files.*\.txt, \.jsonl, \.parquet"):
+        read(tmp_path, cache=cache)
+
+
+def test_a_glob_that_matches_nothing_is_named(tmp_path, cache):
+    with pytest.raises(DataError, match=r"No text file matches '.*\*\.txt'"):
+        read(tmp_path / "*.txt", cache=cache)
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path, cache):
+    with pytest.raises(DataError, match=r"a\.pdf is not a text file by its name"):
+        read(write(tmp_path / "a.pdf", b"x"), cache=cache)
+
+
+def test_a_folder_in_which_every_file_is_empty_is_refused(tmp_path, cache):
+    write(tmp_path / "a.txt", b"")
+    with pytest.raises(DataError, match=r"no text to train on: .*a\.txt is empty"):
+        read(tmp_path, cache=cache)
+
+
+def test_a_parquet_column_that_is_not_there_is_answered_with_those_that_are(tmp_path, cache):
+    path = write(tmp_path / "a.parquet", parquet())
+    with pytest.raises(DataError, match=r"(?s)no column 'body'. It has: text, n\..*--data\.column"):
+        read(path, column="body", cache=cache)
+    with pytest.raises(DataError, match=r"column 'n' holds int64, not text"):
+        read(path, column="n", cache=cache)
+
+
+@pytest.fixture
+def local_dataset(tmp_path, monkeypatch):
+    """A folder of Parquet files that `datasets` opens offline."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    for n in range(2):
+        write(tmp_path / "set" / f"train-{n}.parquet", parquet(TEXTS[n * 5 : n * 5 + 5]))
+    write(tmp_path / "set" / "validation-0.parquet", parquet(["held out"]))
+    return tmp_path / "set"
+
+
+def hub(folder, **settings) -> DataConfig:
+    return DataConfig(source="hub", dataset=str(folder), **settings)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("num_shards", [1, 2, 3])
+def test_a_dataset_is_read_whole_and_in_shards(local_dataset, streaming, num_shards, cache):
+    source = open_documents(hub(local_dataset, streaming=streaming), cache)
+    parts = [list(source.documents(shard, num_shards)) for shard in range(num_shards)]
+    assert sorted(chain(*parts)) == sorted(TEXTS)
+    assert all(parts)
+
+
+def test_a_dataset_may_bring_its_own_held_out_split(local_dataset, cache):
+    source = open_documents(hub(local_dataset, validation_split="validation"), cache)
+    held_out = source.held_out()
+    assert held_out is not None
+    assert list(held_out.documents()) == ["held out"]
+    assert open_documents(hub(local_dataset), cache).held_out() is None
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_dataset_column_that_is_not_there_is_answered_with_those_that_are(
+    local_dataset, streaming, cache
+):
+    source = open_documents(hub(local_dataset, column="body", streaming=streaming), cache)
+    with pytest.raises(DataError, match=r"no column 'body'. It has: text, n\."):
+        next(source.documents())
+
+
+def test_a_dataset_that_cannot_be_opened_is_named(tmp_path, cache):
+    source = open_documents(hub(tmp_path / "none"), cache)
+    with pytest.raises(DataError, match=r"(?s)none', config None, split 'train' cannot be opened"):
+        next(source.documents())
+
+
+def test_the_fingerprint_changes_with_the_file(tmp_path, cache):
+    path = write(tmp_path / "a.txt", b"one")
+    config = DataConfig(path=str(path))
+    before = open_documents(config, cache).fingerprint()
+    assert open_documents(config, cache).fingerprint() == before
+    path.write_bytes(b"other")
+    assert open_documents(config, cache).fingerprint() != before
+
+
+def test_the_share_held_out_is_about_what_was_asked_for_and_never_changes():
+    chosen = [n for n in range(5000) if is_validation(f"text {n}", 0.02)]
+    assert 60 < len(chosen) < 140
+    assert chosen[:3] == [n for n in range(chosen[2] + 1) if is_validation(f"text {n}", 0.02)]
+    assert set(chosen) <= {n for n in range(5000) if is_validation(f"text {n}", 0.05)}
