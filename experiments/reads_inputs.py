@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from switchworks.batch import Batch
-from switchworks.data import HeldOut
+from switchworks.data import ValidationSet
 from switchworks.evaluate import mean_nats, open_run
 
 
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--corpora", nargs="+", help="of a mixture; default: all")
     parser.add_argument("--rows", type=int, default=64, help="of each corpus")
     known = parser.parse_args()
-    held_out: HeldOut | None = None
+    held_out: ValidationSet | None = None
     print("| run | own inputs | another row's | worth |\n| --- | ---: | ---: | ---: |")
     for path in known.runs:
         model, corpora = open_run(path)
@@ -37,7 +37,7 @@ def main() -> None:
         print(f"| {path} | {own:.3f} | {other:.3f} | {other - own:.3f} |", flush=True)
 
 
-def chosen(held_out: HeldOut, names: list[str] | None) -> Iterable[Batch]:
+def chosen(held_out: ValidationSet, names: list[str] | None) -> Iterable[Batch]:
     """The first batch of each corpus, or of those named."""
     return [held_out.batches[name][0] for name in names or held_out.batches]
 

@@ -25,7 +25,7 @@ import torch.multiprocessing
 from torch.profiler import ProfilerActivity, profile
 
 from switchworks.batch import Batch
-from switchworks.parallel import ALONE, MeshConfig, Ranks, build_mesh
+from switchworks.parallel import SINGLE, MeshConfig, Ranks, build_mesh
 from switchworks.recipes import find_recipe
 from switchworks.training import Experiment, build_state, train_step
 
@@ -71,7 +71,7 @@ def one_rank(
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     mesh = MeshConfig()
-    ranks = ALONE
+    ranks = SINGLE
     if together:
         mesh = MeshConfig(**{flags.axis: world}, overlap=flags.overlap)
         dist.init_process_group("gloo", rank=rank, world_size=world)

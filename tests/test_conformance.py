@@ -220,9 +220,9 @@ def test_5_ours_cached_decoding_agrees_with_a_full_pass(build):
     model = load_hf(build(expert_capacity=2))
     inputs, targets = some_ids(2, 13), some_ids(2, 16, seed=1)
     full = model(inputs, targets)
-    cache = model.start_decoding(model.encode(inputs), 16)
+    cache = model.init_cache(model.encode(inputs), 16)
     tokens = nn.functional.pad(targets[:, :-1], (1, 0))
-    steps = [model.decode_next(token, cache) for token in tokens.split(1, dim=1)]
+    steps = [model.decode_step(token, cache) for token in tokens.split(1, dim=1)]
     torch.testing.assert_close(torch.cat(steps, dim=1), full.logits, rtol=0, atol=1e-5)
     assert all(report.dropped == 0 for report in full.routing)
 

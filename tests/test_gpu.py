@@ -14,7 +14,7 @@ from switchworks.fast.attention import spread_diagonals
 from switchworks.fast.experts_on_gpu import DeviceDispatcher
 from switchworks.fast.flex import attend_fused
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
-from switchworks.model.attention import BiasParts, attend, hide
+from switchworks.model.attention import FactoredBias, attend, mask_to_bias
 from switchworks.model.layers import SharedDropout
 from switchworks.training import train
 from switchworks.training.state import build_state, cast_for_compute
@@ -127,11 +127,11 @@ def test_fused_attention_on_the_gpu_is_attention():
     draw = torch.Generator().manual_seed(0)
     made = [torch.randn(2, 3, size, 16, generator=draw).to(GPU) for size in (20, 24, 24)]
     distances = torch.randn(3, 43, generator=draw).to(GPU)
-    hidden = hide(torch.arange(24, device=GPU)[None, None, None] < 18, torch.float32)
+    hidden = mask_to_bias(torch.arange(24, device=GPU)[None, None, None] < 18, torch.float32)
     inputs = [one.requires_grad_() for one in (*made, distances)]
     whole = spread_diagonals(distances, 24)[None] + hidden
     found = []
-    for form, bias in ((attend, whole), (attend_fused, BiasParts(distances, hidden))):
+    for form, bias in ((attend, whole), (attend_fused, FactoredBias(distances, hidden))):
         y = form(*inputs[:3], bias, SharedDropout(0.0))
         found.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
     for ours, theirs in zip(found[1], found[0], strict=True):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from switchworks.adapt.config import LoraConfig
 from switchworks.adapt.selection import kinds_of, select
 from switchworks.config import ConfigError
-from switchworks.model import Experts, Inbox, Router, SwitchTransformer, activate
+from switchworks.model import ExpertInput, Experts, Router, SwitchTransformer, activate
 from switchworks.optim import dimension_letters
 
 MARK = ".lora."
@@ -113,7 +113,7 @@ class AdaptedExperts(Experts):
         self.lora = nn.ModuleDict(pairs)
         self.scale = pairs["w_in"].scale
 
-    def forward(self, inbox: Inbox) -> Float[Tensor, "N F"]:
+    def forward(self, inbox: ExpertInput) -> Float[Tensor, "N F"]:
         """Each expert's answer to its tokens, in the same order."""
         if inbox.counts is None:
             slots = inbox.tokens.unflatten(0, (self.w_in.shape[0], -1))  # E C D

@@ -54,12 +54,12 @@ def select(model: SwitchTransformer, entries: Sequence[str], setting: str) -> se
     near names, for an entry that means nothing in this model.
     """
     kinds = kinds_of(model)
-    spared, named = set[str](), set[str]()
+    no_decay, named = set[str](), set[str]()
     for entry in entries:
         plain = entry.removeprefix(ALL_BUT)
-        (named if plain == entry else spared).update(_meant(plain, kinds, setting))
+        (named if plain == entry else no_decay).update(_meant(plain, kinds, setting))
     every = set(kinds) if any(entry.startswith(ALL_BUT) for entry in entries) else set[str]()
-    return (every - spared) | named
+    return (every - no_decay) | named
 
 
 def _meant(entry: str, kinds: Mapping[str, str], setting: str) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from switchworks.bench.config import BenchConfig, Precision, Shape, Side
+from switchworks.bench.config import BenchConfig, Precision, Shape, Workload
 
 Unit = Literal["tokens/s", "ms", "MB"]
 
@@ -30,8 +30,8 @@ class Comparison:
     name: str
     unit: Unit
     """tokens/s: the ratio is ours over the peer's, more is better. ms, MB: less is better."""
-    ours: Side
-    peer: Side | None
+    ours: Workload
+    peer: Workload | None
     """None: there is nobody to compare with, ours is measured alone."""
     floor: float | None = None
 
@@ -50,7 +50,7 @@ def comparisons(bench: BenchConfig, precision: Precision, *, peers: bool) -> lis
         "graph": _graph,
         "memory": _memory,
     }
-    side = Side(shape=bench.shape, precision=precision)
+    side = Workload(shape=bench.shape, precision=precision)
     found = [row for part in bench.parts for row in makers[part](bench, side)]
     if not has_floors(bench.shape, precision):
         found = [replace(row, floor=None) for row in found]
@@ -72,7 +72,7 @@ def label(experts: int) -> str:
 
 
 def _foreign(row: Comparison) -> bool:
-    return row.peer is not None and row.peer.who != "ours"
+    return row.peer is not None and row.peer.system != "ours"
 
 
 def _beside_float32(row: Comparison) -> Comparison:
@@ -81,7 +81,7 @@ def _beside_float32(row: Comparison) -> Comparison:
     return replace(row, name=f"{row.name}, peer in float32", peer=row.peer.but(precision="float32"))
 
 
-def _train(bench: BenchConfig, side: Side) -> Iterator[Comparison]:
+def _train(bench: BenchConfig, side: Workload) -> Iterator[Comparison]:
     for rate in bench.dropout:
         for experts in bench.experts:
             floor = 3.0 if rate else 2.2 if experts else 2.0
@@ -90,7 +90,7 @@ def _train(bench: BenchConfig, side: Side) -> Iterator[Comparison]:
             yield from _against_peers(bench, name, ours, floor)
 
 
-def _adafactor(bench: BenchConfig, side: Side) -> Iterator[Comparison]:
+def _adafactor(bench: BenchConfig, side: Workload) -> Iterator[Comparison]:
     for experts in bench.experts:
         if experts < 128:
             ours = side.but(experts=experts, optimizer="adafactor")
@@ -98,12 +98,12 @@ def _adafactor(bench: BenchConfig, side: Side) -> Iterator[Comparison]:
 
 
 def _against_peers(
-    bench: BenchConfig, name: str, ours: Side, floor: float | None
+    bench: BenchConfig, name: str, ours: Workload, floor: float | None
 ) -> Iterator[Comparison]:
-    def row(who: str) -> Comparison:
-        full = name if who == "peer" else f"{name}, compiled peer"
+    def row(system: str) -> Comparison:
+        full = name if system == "peer" else f"{name}, compiled peer"
         return Comparison(
-            name=full, unit="tokens/s", ours=ours, peer=ours.but(who=who), floor=floor
+            name=full, unit="tokens/s", ours=ours, peer=ours.but(system=system), floor=floor
         )
 
     yield row("peer")
@@ -111,15 +111,15 @@ def _against_peers(
         yield row("compiled peer")
 
 
-def _kernels(bench: BenchConfig, side: Side) -> Iterator[Comparison]:
+def _kernels(bench: BenchConfig, side: Workload) -> Iterator[Comparison]:
     return _over_reference(bench, "fast paths", side)
 
 
-def _compile(bench: BenchConfig, side: Side) -> Iterator[Comparison]:
+def _compile(bench: BenchConfig, side: Workload) -> Iterator[Comparison]:
     return _over_reference(bench, "one graph", side.but(kernels="compiled"))
 
 
-def _over_reference(bench: BenchConfig, what: str, side: Side) -> Iterator[Comparison]:
+def _over_reference(bench: BenchConfig, what: str, side: Workload) -> Iterator[Comparison]:
     for experts in [experts for experts in bench.experts if experts <= 8]:
         for rate in bench.dropout:
             ours = side.but(experts=experts, dropout=rate)
@@ -127,7 +127,7 @@ def _over_reference(bench: BenchConfig, what: str, side: Side) -> Iterator[Compa
             yield Comparison(name=name, unit="ms", ours=ours, peer=ours.but(kernels="reference"))
 
 
-def _tax(bench: BenchConfig, side: Side) -> Iterator[Comparison]:
+def _tax(bench: BenchConfig, side: Workload) -> Iterator[Comparison]:
     for experts in _sparse(bench):
         for parts in (1, 4):
             shape = replace(side.shape, batch_size=side.shape.batch_size * parts)
@@ -138,9 +138,9 @@ def _tax(bench: BenchConfig, side: Side) -> Iterator[Comparison]:
             )
 
 
-def _layer(bench: BenchConfig, side: Side) -> Iterator[Comparison]:
+def _layer(bench: BenchConfig, side: Workload) -> Iterator[Comparison]:
     for experts in _sparse(bench):
-        ours = side.but(does="layer", experts=experts)
+        ours = side.but(kind="layer", experts=experts)
         name = f"switch layer {label(experts)} over FFN"
         floor = _LAYER.get(experts)
         yield Comparison(name=name, unit="ms", ours=ours, peer=ours.but(experts=0), floor=floor)
@@ -151,7 +151,7 @@ def _sparse(bench: BenchConfig) -> list[int]:
     return [experts for experts in bench.experts if 0 < experts < 128]
 
 
-def _decode(bench: BenchConfig, side: Side) -> Iterator[Comparison]:
+def _decode(bench: BenchConfig, side: Workload) -> Iterator[Comparison]:
     for experts in [experts for experts in bench.experts if experts < 128]:
         for rows in bench.decode_batches:
             ours = _decoding(bench, side, experts, rows)
@@ -159,7 +159,7 @@ def _decode(bench: BenchConfig, side: Side) -> Iterator[Comparison]:
             yield from _against_peers(bench, f"decode {label(experts)}, batch {rows}", ours, floor)
 
 
-def _int8(bench: BenchConfig, side: Side) -> Iterator[Comparison]:
+def _int8(bench: BenchConfig, side: Workload) -> Iterator[Comparison]:
     rows = min(bench.decode_batches, default=1)
     for experts in [experts for experts in bench.experts if experts < 128]:
         plain = _decoding(bench, side, experts, rows)
@@ -169,22 +169,22 @@ def _int8(bench: BenchConfig, side: Side) -> Iterator[Comparison]:
             yield Comparison(name=name, unit="tokens/s", ours=ours, peer=plain, floor=floor)
 
 
-def _graph(bench: BenchConfig, side: Side) -> Iterator[Comparison]:
-    one_graph = side.but(kernels="compiled")
-    for row in (*_decode(bench, one_graph), *_int8(bench, one_graph)):
+def _graph(bench: BenchConfig, side: Workload) -> Iterator[Comparison]:
+    compile_step = side.but(kernels="compiled")
+    for row in (*_decode(bench, compile_step), *_int8(bench, compile_step)):
         if row.ours.int8 in (None, "packed"):
             peer = row.peer and row.peer.but(kernels="fast" if _foreign(row) else "compiled")
             yield replace(row, name=f"{row.name}, one graph", peer=peer)
 
 
-def _decoding(bench: BenchConfig, side: Side, experts: int, rows: int) -> Side:
+def _decoding(bench: BenchConfig, side: Workload, experts: int, rows: int) -> Workload:
     shape = replace(
         side.shape, batch_size=rows, input_length=min(DECODE_LENGTH, side.shape.input_length)
     )
-    return side.but(does="decode", experts=experts, shape=shape, new_tokens=bench.new_tokens)
+    return side.but(kind="decode", experts=experts, shape=shape, new_tokens=bench.new_tokens)
 
 
-def _memory(bench: BenchConfig, side: Side) -> Iterator[Comparison]:
+def _memory(bench: BenchConfig, side: Workload) -> Iterator[Comparison]:
     experts = max([experts for experts in bench.experts if experts < 128], default=0)
     floors: dict[Literal["adamw", "adafactor"], float] = {"adamw": 0.8, "adafactor": 0.6}
     for optimizer, floor in floors.items():
@@ -193,5 +193,5 @@ def _memory(bench: BenchConfig, side: Side) -> Iterator[Comparison]:
         for early in (False, True):
             name = f"peak memory {label(experts)}, {optimizer}"
             name += ", updated in backward" * early
-            ours, peer = plain.but(update_in_backward=early), plain.but(who="peer")
+            ours, peer = plain.but(update_in_backward=early), plain.but(system="peer")
             yield Comparison(name=name, unit="MB", ours=ours, peer=peer, floor=floor)

@@ -70,12 +70,12 @@ class Shape:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Side:
+class Workload:
     """One of the two things a comparison measures: complete, and plain enough for JSON."""
 
-    who: Literal["ours", "peer", "compiled peer"] = "ours"
+    system: Literal["ours", "peer", "compiled peer"] = "ours"
     """peer: transformers, with the same weights."""
-    does: Literal["train", "decode", "layer"] = "train"
+    kind: Literal["train", "decode", "layer"] = "train"
     """layer: one feed-forward layer alone, forward and backward."""
     experts: int = 0
     shape: Shape = field(default_factory=Shape)
@@ -89,18 +89,18 @@ class Side:
     """decode: how many tokens are written."""
     kernels: Literal["fast", "reference", "compiled"] = "fast"
     """ours: with the fast paths of `switchworks.kernels`, as the model is, or as one graph.
-    In decoding "compiled" is a `TokenGraph`, and the other two are the same."""
+    In decoding "compiled" is a `CompiledDecoder`, and the other two are the same."""
     int8: Literal["dynamic", "packed", "unpacked"] | None = None
     """ours, decode: with 8-bit weights and that product of `kernels.products`."""
 
     @property
     def tokens(self) -> int:
         """Tokens that one call processes: read in training, written in decoding."""
-        if self.does == "decode":
+        if self.kind == "decode":
             return self.shape.batch_size * self.new_tokens
         return self.shape.tokens
 
-    def but(self, **changes: object) -> "Side":
+    def but(self, **changes: object) -> "Workload":
         """The same side with some settings changed."""
         return replace(self, **changes)  # type: ignore[arg-type]
 

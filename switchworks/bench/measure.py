@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from switchworks.bench.comparisons import SHARE, Comparison, has_floors, label
-from switchworks.bench.config import BenchConfig, Precision, Side
+from switchworks.bench.config import BenchConfig, Precision, Workload
 from switchworks.bench.memory import available_bytes, peaks
 from switchworks.bench.sides import build, bytes_needed
 from switchworks.bench.timing import Times, alternate, seconds, spread, take_turns
@@ -64,7 +64,7 @@ def measure(row: Comparison, bench: BenchConfig) -> Row:
 def share_of_limit(row: Comparison, measured: Row, limit: float) -> Row | None:
     """The share of `limit` (FLOP/s) that a plain training step reaches; None for other rows."""
     side = row.ours
-    plain = side.does == "train" and row.unit == "tokens/s" and side.optimizer == "adamw"
+    plain = side.kind == "train" and row.unit == "tokens/s" and side.optimizer == "adamw"
     if not plain or side.dropout or measured.ours is None or "compiled" in row.name:
         return None
     shape = side.shape
@@ -100,7 +100,7 @@ def matrix_limit(size: int, precision: Precision, rounds: int = 5) -> float:
     return 2 * size**3 / min(seconds(lambda: F.linear(a, b)) for _ in range(rounds))
 
 
-def _paired(row: Comparison, peer: Side, rounds: int) -> Row:
+def _paired(row: Comparison, peer: Workload, rounds: int) -> Row:
     both, free = bytes_needed(row.ours) + bytes_needed(peer), available_bytes()
     together = free is None or both < 0.7 * free
     if together:
@@ -110,7 +110,7 @@ def _paired(row: Comparison, peer: Side, rounds: int) -> Row:
     return _row(row, peer, times, "" if together else "built in turns, for want of memory")
 
 
-def _row(row: Comparison, peer: Side, times: Times, note: str) -> Row:
+def _row(row: Comparison, peer: Workload, times: Times, note: str) -> Row:
     ours, theirs = times.medians
     ratios = times.ratios()
     if row.unit == "tokens/s":

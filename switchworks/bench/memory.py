@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from switchworks.bench.config import Side
+from switchworks.bench.config import Workload
 from switchworks.config import from_dict, to_dict
 
 STEPS = 3
@@ -23,7 +23,7 @@ class Peaks(NamedTuple):
     """In the steps that follow."""
 
 
-def peaks(side: Side, threads: int) -> Peaks:
+def peaks(side: Workload, threads: int) -> Peaks:
     """What a fresh process needs that builds `side` and takes a few steps.
 
     Everything counts: Python, torch and, for a peer, transformers. Raises RuntimeError with the
@@ -49,7 +49,7 @@ def _main() -> None:
 
     keep_freed_memory()
     torch.set_num_threads(int(sys.argv[2]))
-    work = build(from_dict(Side, json.loads(sys.argv[1])))
+    work = build(from_dict(Workload, json.loads(sys.argv[1])))
     built = _peak()
     _forget_peak()
     for _ in range(STEPS):

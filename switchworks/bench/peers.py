@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from switchworks.batch import Batch
-from switchworks.bench.config import Side
+from switchworks.bench.config import Workload
 from switchworks.bench.timing import Work
 from switchworks.checkpoint import to_hf_config, to_hf_state
 from switchworks.device import compute_device
@@ -43,24 +43,24 @@ def peer_model(model: SwitchTransformer, *, expert_capacity: int | None = None) 
     return peer
 
 
-def build_peer(side: Side, model: SwitchTransformer, batch: Batch) -> Work:
+def build_peer(side: Workload, model: SwitchTransformer, batch: Batch) -> Work:
     """A training step or a greedy decoding by transformers."""
     routing = model.config.routing
     capacity = None
-    if routing is not None and side.does == "train":
+    if routing is not None and side.kind == "train":
         factor = routing.capacity_factor or 1.0
         capacity = int(factor * side.shape.input_length / routing.experts) + 1
     device = compute_device()
     peer, batch = peer_model(model, expert_capacity=capacity).to(device), batch.to(device)
-    if side.does == "decode":
+    if side.kind == "decode":
         return _decoding(side, peer, batch)
     return _training_step(side, peer, batch)
 
 
-def _training_step(side: Side, peer: Any, batch: Batch) -> Work:
+def _training_step(side: Workload, peer: Any, batch: Batch) -> Work:
     peer.train()
     optimizer = _optimizer(side, peer)
-    call = torch.compile(peer) if side.who == "compiled peer" else peer
+    call = torch.compile(peer) if side.system == "compiled peer" else peer
     extra = {"output_router_logits": True} if side.experts else {}  # else it has no balance loss
     parts, device = batch.split(side.micro_batches), batch.inputs.device.type
 
@@ -78,7 +78,7 @@ def _training_step(side: Side, peer: Any, batch: Batch) -> Work:
     return step
 
 
-def _optimizer(side: Side, peer: Any) -> torch.optim.Optimizer:
+def _optimizer(side: Workload, peer: Any) -> torch.optim.Optimizer:
     if side.optimizer == "adamw":
         return torch.optim.AdamW(peer.parameters(), lr=LR, fused=True, weight_decay=0.0)
     from transformers.optimization import Adafactor
@@ -92,9 +92,9 @@ def _optimizer(side: Side, peer: Any) -> torch.optim.Optimizer:
     )
 
 
-def _decoding(side: Side, peer: Any, batch: Batch) -> Work:
+def _decoding(side: Workload, peer: Any, batch: Batch) -> Work:
     peer = peer.eval().to(getattr(torch, side.precision))
-    if side.who == "compiled peer":
+    if side.system == "compiled peer":
         peer.forward = torch.compile(peer.forward)
 
     def decode() -> Any:

@@ -1,4 +1,4 @@
-"""From a `Side` to something that can be timed. transformers' sides are in `peers.py`."""
+"""From a `Workload` to something that can be timed. transformers' sides are in `peers.py`."""
 
 from collections.abc import Callable
 
@@ -7,12 +7,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from switchworks.batch import Batch
-from switchworks.bench.config import Shape, Side
+from switchworks.bench.config import Shape, Workload
 from switchworks.bench.peers import LR, build_peer
 from switchworks.bench.timing import Work
 from switchworks.data import DataConfig
 from switchworks.device import compute_device
-from switchworks.fast import TokenGraph, use_fast_kernels
+from switchworks.fast import CompiledDecoder, use_fast_kernels
 from switchworks.generate import generate
 from switchworks.model import FFN, SwitchFFN, SwitchTransformer, num_parameters
 from switchworks.optim import OptimConfig
@@ -20,30 +20,32 @@ from switchworks.quantise import QuantiseConfig, quantise
 from switchworks.training import Experiment, build_state, cast_for_compute, train_step
 
 
-def build(side: Side) -> Work:
+def build(side: Workload) -> Work:
     """What `side` says, ready to be called: a training step, a decoding or a layer's pass."""
-    if side.who != "ours":
+    if side.system != "ours":
         model, batch = new_model(side), random_batch(side.shape)
         return build_peer(side, model, batch)
-    builders: dict[str, Callable[[Side], Work]] = {
+    builders: dict[str, Callable[[Workload], Work]] = {
         "train": _training_step,
         "decode": _decoding,
         "layer": _layer_pass,
     }
-    return builders[side.does](side)
+    return builders[side.kind](side)
 
 
-def bytes_needed(side: Side) -> int:
+def bytes_needed(side: Workload) -> int:
     """About what `side` holds in memory: weights, gradients and optimizer state."""
-    if side.does == "layer":
+    if side.kind == "layer":
         return 0
-    each = 4 if side.does == "decode" else {"adamw": 16, "adafactor": 8}[side.optimizer]
-    if side.precision == "bfloat16" and side.who == "ours":  # weights and gradients in 16 bits too
-        each += 2 if side.does == "decode" else 4 * (side.micro_batches > 1)
+    each = 4 if side.kind == "decode" else {"adamw": 16, "adafactor": 8}[side.optimizer]
+    if (
+        side.precision == "bfloat16" and side.system == "ours"
+    ):  # weights and gradients in 16 bits too
+        each += 2 if side.kind == "decode" else 4 * (side.micro_batches > 1)
     return each * num_parameters(side.shape.model(side.experts))
 
 
-def new_model(side: Side) -> SwitchTransformer:
+def new_model(side: Workload) -> SwitchTransformer:
     """The model of `side` with the weights of seed 0, the same for every side.
 
     No greedy decoding ends early: the row of EOS is zero, so that its score is 0 and another's
@@ -68,7 +70,7 @@ def random_batch(shape: Shape) -> Batch:
     )
 
 
-def _training_step(side: Side) -> Work:
+def _training_step(side: Workload) -> Work:
     """The step that `switchworks train` takes, with bound, statistics and all."""
     shape = side.shape
     experiment = Experiment(
@@ -94,17 +96,17 @@ def _training_step(side: Side) -> Work:
     return lambda: train_step(state, batch).total
 
 
-def _decoding(side: Side) -> Work:
+def _decoding(side: Workload) -> Work:
     model = new_model(side).eval().to(compute_device())
     cast_for_compute(model, getattr(torch, side.precision))
     if side.int8 is not None:
         model = quantise(model, QuantiseConfig(product=side.int8))
     inputs = random_batch(side.shape).inputs.to(compute_device())
-    graph = TokenGraph(model) if side.kernels == "compiled" else None
+    graph = CompiledDecoder(model) if side.kernels == "compiled" else None
     return lambda: generate(model, inputs, max_length=side.new_tokens, graph=graph)
 
 
-def _layer_pass(side: Side) -> Work:
+def _layer_pass(side: Workload) -> Work:
     """Forward and backward of a switch layer, or of the dense FFN of equal FLOPs."""
     config, dtype = side.shape.model(side.experts), getattr(torch, side.precision)
     torch.manual_seed(0)

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 
 import torch
 
-from switchworks.bench.config import BenchConfig, Precision, Shape, Side
+from switchworks.bench.config import BenchConfig, Precision, Shape, Workload
 from switchworks.bench.measure import Row
 from switchworks.bench.memory import available_bytes
 from switchworks.bench.sides import build, bytes_needed
@@ -29,7 +29,7 @@ def sweep(bench: BenchConfig, precision: Precision) -> list[Row]:
     slow spell meets all alike.
     """
     shape = SWEEP if bench.shape == Shape() else replace(bench.shape, many_d_ff=None)
-    sides = [Side(shape=shape, precision=precision, experts=experts) for experts in EXPERTS]
+    sides = [Workload(shape=shape, precision=precision, experts=experts) for experts in EXPERTS]
     sides = _that_fit(sides)
     taken: dict[int, list[float]] = {side.experts: [] for side in sides}
     for _ in range(bench.rounds):
@@ -47,7 +47,7 @@ def sweep(bench: BenchConfig, precision: Precision) -> list[Row]:
     ]
 
 
-def traffic(side: Side) -> float:
+def traffic(side: Workload) -> float:
     """Bytes of weights, gradients and AdamW state that a training step moves.
 
     Per weight and in bytes, in float32: read forward and backward 8, gradient written and its norm
@@ -67,12 +67,12 @@ def copy_bandwidth(megabytes: int = 256) -> float:
     return 2 * source.nbytes / min(seconds(lambda: target.copy_(source)) for _ in range(5))
 
 
-def _that_fit(sides: list[Side]) -> list[Side]:
+def _that_fit(sides: list[Workload]) -> list[Workload]:
     free = available_bytes()
     return [side for side in sides if free is None or bytes_needed(side) < 0.7 * free]
 
 
-def _row(side: Side, taken: list[float], line: float, bandwidth: float) -> Row:
+def _row(side: Workload, taken: list[float], line: float, bandwidth: float) -> Row:
     middle = statistics.median(taken)
     return Row(
         name=f"step time E={side.experts}",

@@ -1,6 +1,6 @@
 from .convert import convert_checkpoint as convert_checkpoint
 from .convert import open_model as open_model
-from .distributed_io import by_first as by_first
+from .distributed_io import on_rank_zero as on_rank_zero
 from .files import copy_whole as copy_whole
 from .files import read_json as read_json
 from .files import verify as verify
@@ -15,7 +15,7 @@ from .model_files import is_model as is_model
 from .model_files import load as load
 from .model_files import save as save
 from .model_files import stored_config as stored_config
-from .model_files import stored_rounding as stored_rounding
+from .model_files import stored_quantisation as stored_quantisation
 from .model_files import weight_files as weight_files
 from .model_files import weights_hash as weights_hash
 from .tensors import fill as fill

@@ -26,7 +26,7 @@ def convert_checkpoint(
                 f"--capacity {capacity} is for reading Hugging Face's format, but {source} holds "
                 "a model of ours.\n  Its routing.expert_capacity, if set, is written as it is."
             )
-        model, tokenizer = load(source, widen=True)
+        model, tokenizer = load(source, to_float32=True)
         save_hf(model, destination, tokenizer)
         return f"{destination} holds the model for transformers: from_pretrained opens it."
     model, tokenizer = open_model(source, capacity)
@@ -45,7 +45,7 @@ def open_model(
     if not source.exists():
         raise CheckpointError(f"{source} does not exist.")
     if is_model(source):
-        return load(source, widen=True)
+        return load(source, to_float32=True)
     if (source / "experiment.toml").is_file():
         raise CheckpointError(
             f"{source} is a run that has not ended: it has no model/ yet.\n"

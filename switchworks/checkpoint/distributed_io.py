@@ -20,23 +20,23 @@ from switchworks.checkpoint.files import entries, file_names, verify, whole_dire
 T = TypeVar("T")
 
 
-def alone() -> bool:
+def is_single() -> bool:
     """Whether this process is the only one of its run."""
     return not (dist.is_available() and dist.is_initialized())
 
 
 def own_group() -> ProcessGroup | None:
     """All ranks once more, to talk beside what they talk of otherwise."""
-    if alone():
+    if is_single():
         return None
     group = dist.new_group(backend="gloo")
     assert isinstance(group, ProcessGroup)
     return group
 
 
-def by_first(action: Callable[[], T], group: ProcessGroup | None = None) -> T:
+def on_rank_zero(action: Callable[[], T], group: ProcessGroup | None = None) -> T:
     """What `action` returns to the first rank, on all of them; and so if it raises."""
-    if alone():
+    if is_single():
         return action()
     told: list[Any] = [None, None]
     if dist.get_rank() == 0:
@@ -50,9 +50,9 @@ def by_first(action: Callable[[], T], group: ProcessGroup | None = None) -> T:
     return told[0]
 
 
-def gathered(value: T, group: ProcessGroup | None = None) -> list[T]:
+def all_gather(value: T, group: ProcessGroup | None = None) -> list[T]:
     """What each rank has, on all of them."""
-    if alone():
+    if is_single():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value, group=group)
@@ -76,30 +76,32 @@ def shared_directory(
     stack = ExitStack()
     more = {} if more is None else more
     directory = whole_directory(path, needs=needs, otherwise=otherwise, more=more)
-    partial = by_first(lambda: stack.enter_context(directory), group)
+    partial = on_rank_zero(lambda: stack.enter_context(directory), group)
     failure: BaseException | None = None
     try:
         yield partial
     except BaseException as error:  # what torch raises for a failed save is no Exception
         failure = error
     failure = _first_failure(failure, group)
-    if failure is None and not alone():
-        own = by_first(lambda: file_names(partial), group)[dist.get_rank() :: dist.get_world_size()]
+    if failure is None and not is_single():
+        own = on_rank_zero(lambda: file_names(partial), group)[
+            dist.get_rank() :: dist.get_world_size()
+        ]
         more["files"] = {}
-        for share in gathered(_caught(lambda: entries(partial, own)), group):
+        for share in all_gather(_caught(lambda: entries(partial, own)), group):
             if isinstance(share, Exception):
                 failure = failure or share
             else:
                 more["files"] |= share
-    by_first(lambda: _leave(stack, failure), group)
+    on_rank_zero(lambda: _leave(stack, failure), group)
     if failure is not None:
         raise failure
 
 
 def verify_together(directory: Path, group: ProcessGroup | None = None) -> None:
     """`verify`, of which each rank does its share. Raises on all what it raises on one."""
-    share = (0, 1) if alone() else (dist.get_rank(), dist.get_world_size())
-    found = gathered(_caught(lambda: verify(directory, share=share)), group)
+    share = (0, 1) if is_single() else (dist.get_rank(), dist.get_world_size())
+    found = all_gather(_caught(lambda: verify(directory, share=share)), group)
     for failure in found:
         if failure is not None:
             raise failure
@@ -123,7 +125,7 @@ def _leave(stack: ExitStack, failure: BaseException | None) -> None:
 def _first_failure(
     failure: BaseException | None, group: ProcessGroup | None
 ) -> BaseException | None:
-    return next((found for found in gathered(failure, group) if found is not None), None)
+    return next((found for found in all_gather(failure, group) if found is not None), None)
 
 
 def write_parts(tensors: Mapping[str, Tensor], files: list[list[str]], directory: Path) -> None:
@@ -137,4 +139,4 @@ def write_parts(tensors: Mapping[str, Tensor], files: list[list[str]], directory
         str(directory), numbers, save_distributed=True, enable_consolidation=True
     )
     save(dict(tensors), storage_writer=writer)
-    by_first(lambda: shutil.rmtree(directory / "sharded"))
+    on_rank_zero(lambda: shutil.rmtree(directory / "sharded"))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from switchworks.checkpoint import tensors
-from switchworks.checkpoint.distributed_io import by_first, shared_directory
+from switchworks.checkpoint.distributed_io import on_rank_zero, shared_directory
 from switchworks.checkpoint.files import MANIFEST, read_manifest, sha256, verify
 from switchworks.checkpoint.tensors import (
     SHARD_BYTES,
@@ -25,7 +25,7 @@ from switchworks.checkpoint.tensors import (
 from switchworks.config import CheckpointError, from_toml, to_toml
 from switchworks.data import MODEL_FILE, SETTINGS_FILE, Tokenizer, load_tokenizer
 from switchworks.model import ModelConfig, SwitchTransformer
-from switchworks.quantise import QuantiseConfig, quantise, rounding_of, widened
+from switchworks.quantise import QuantiseConfig, quantise, quantise_config_of, widened
 
 CONFIG = "config.toml"
 QUANTISED = "quantised.toml"
@@ -53,7 +53,7 @@ def save(
     otherwise = "Nothing was written; the model itself is untouched."
     with shared_directory(Path(directory), needs=num_bytes(state), otherwise=otherwise) as partial:
         write_tensors(state, partial, shard_bytes=shard_bytes)
-        by_first(lambda: _describe(partial, model, tokenizer))
+        on_rank_zero(lambda: _describe(partial, model, tokenizer))
 
 
 def _state(model: SwitchTransformer) -> dict[str, Tensor]:
@@ -63,7 +63,7 @@ def _state(model: SwitchTransformer) -> dict[str, Tensor]:
 
 def _describe(directory: Path, model: SwitchTransformer, tokenizer: Tokenizer | None) -> None:
     (directory / CONFIG).write_text(to_toml(model.config), encoding="utf-8")
-    if (how := rounding_of(model)) is not None:
+    if (how := quantise_config_of(model)) is not None:
         (directory / QUANTISED).write_text(to_toml(how), encoding="utf-8")
     if tokenizer is not None:
         tokenizer.save(directory)
@@ -74,13 +74,13 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     *,
-    widen: bool = False,
+    to_float32: bool = False,
 ) -> tuple[SwitchTransformer, Tokenizer | None]:
     """The model, in evaluation mode, and the tokenizer in `path`, None if it has none.
 
     `path` is a directory that `save` wrote or a run directory with one in `model/`. `dtype` None
     keeps the stored one; routers always do. A model in 8 or 4 bits stays so, computes in float32 if
-    `dtype` is None, and reads and decodes only; with `widen` it becomes an ordinary one that
+    `dtype` is None, and reads and decodes only; with `to_float32` it becomes an ordinary one that
     computes the same. Raises CheckpointError if
     a file is missing, torn or changed, or if weights, configuration and tokenizer do not fit
     together.
@@ -89,7 +89,7 @@ def load(
     verify(directory, allow_foreign=True)
     config = from_toml(ModelConfig, directory / CONFIG)
     stored = open_tensors(directory)
-    how = stored_rounding(directory)
+    how = stored_quantisation(directory)
     with torch.device("meta"):
         model = SwitchTransformer(config)
         if how is not None:
@@ -109,7 +109,7 @@ def load(
         return cast_tensor(name, stored.read(name), wide).to(device, copy=True)
 
     fill(model, read)
-    if how is not None and widen:
+    if how is not None and to_float32:
         model = widened(model)
         for name, parameter in model.named_parameters():
             parameter.data = cast_tensor(name, parameter.data, dtype)
@@ -121,7 +121,7 @@ def stored_config(path: Path | str) -> ModelConfig:
     return from_toml(ModelConfig, _model_directory(Path(path)) / CONFIG)
 
 
-def stored_rounding(path: Path) -> QuantiseConfig | None:
+def stored_quantisation(path: Path) -> QuantiseConfig | None:
     """How the model in `path` is rounded; None if it is not."""
     file = _place(path) / QUANTISED
     return from_toml(QuantiseConfig, file) if file.is_file() else None

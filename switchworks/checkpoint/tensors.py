@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from switchworks.checkpoint.distributed_io import alone, write_parts
+from switchworks.checkpoint.distributed_io import is_single, write_parts
 from switchworks.checkpoint.files import read_json, write_json
 from switchworks.config import CheckpointError
 
@@ -45,7 +45,7 @@ def write_tensors(
     time, and only those that are views or not on the CPU. On several ranks each writes its parts.
     """
     shards = list(_shards(tensors, shard_bytes))
-    if not alone():
+    if not is_single():
         write_parts(tensors, shards, directory)
         return
     if len(shards) == 1:

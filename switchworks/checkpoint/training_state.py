@@ -27,9 +27,9 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from switchworks.checkpoint.digests import merged, parts_of, require_same
 from switchworks.checkpoint.distributed_io import (
-    alone,
-    by_first,
-    gathered,
+    all_gather,
+    is_single,
+    on_rank_zero,
     own_group,
     shared_directory,
     verify_together,
@@ -93,7 +93,7 @@ class Checkpoints:
         self, step: int, tensors: dict[str, Tensor], plain: dict[str, Any], path: Path
     ) -> None:
         group, more = self._group, {}
-        by_first(lambda: self._clear(path), group)
+        on_rank_zero(lambda: self._clear(path), group)
         with shared_directory(
             path,
             needs=num_bytes(tensors),
@@ -101,10 +101,10 @@ class Checkpoints:
             more=more,
             group=group,
         ) as partial:
-            by_first(lambda: write_json(partial / VALUES, plain), group)
+            on_rank_zero(lambda: write_json(partial / VALUES, plain), group)
             _write_tensors(tensors, partial, group)
-            more["tensors"] = merged(gathered(parts_of(tensors), group))
-        by_first(lambda: self._prune(step), group)
+            more["tensors"] = merged(all_gather(parts_of(tensors), group))
+        on_rank_zero(lambda: self._prune(step), group)
 
     def latest(self) -> Path | None:
         """The newest whole checkpoint, every byte checked; a damaged one is skipped and logged.
@@ -112,14 +112,14 @@ class Checkpoints:
         None if there is none at all. Raises CheckpointError if all that there are are damaged.
         """
         self.wait()
-        found = by_first(self.steps)
+        found = on_rank_zero(self.steps)
         damage: list[str] = []
         for step in sorted(found, reverse=True):
             try:
                 verify_together(found[step])
             except CheckpointError as error:
                 damage.append(str(error))
-                if alone() or dist.get_rank() == 0:
+                if is_single() or dist.get_rank() == 0:
                     log.warning("%s is skipped because it is damaged: %s", found[step], error)
             else:
                 self._verified = found[step]
@@ -152,10 +152,10 @@ class Checkpoints:
             fix="Resume with the settings the run was started with.",
         )
         _no_warning_of_being_alone()
-        load_tensors(dict(leaves.tensors), storage_reader=reader, no_dist=alone())
+        load_tensors(dict(leaves.tensors), storage_reader=reader, no_dist=is_single())
         digests = read_json(path / MANIFEST).get("tensors")
         if digests is not None:  # earlier versions wrote none
-            require_same(str(path), digests, merged(gathered(parts_of(leaves.tensors))))
+            require_same(str(path), digests, merged(all_gather(parts_of(leaves.tensors))))
         for name, (owner, key) in leaves.places.items():
             value = stored["values"][name]
             owner[key] = tuple(value) if isinstance(owner[key], tuple) else value
@@ -258,7 +258,7 @@ def _write_tensors(
 ) -> None:
     # One thread: torch loses an error, such as a full disk, that a second one meets.
     writer = FileSystemWriter(directory, thread_count=1)
-    save_tensors(dict(tensors), storage_writer=writer, process_group=group, no_dist=alone())
+    save_tensors(dict(tensors), storage_writer=writer, process_group=group, no_dist=is_single())
 
 
 def _stored_layout(

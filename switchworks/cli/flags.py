@@ -188,9 +188,9 @@ class EvaluateFlags:
 
     def check(self, *, tasks: bool) -> None:
         """Raises ConfigError for a flag that does nothing, where tasks are measured or not."""
-        of_answers = ("split", "decode", "examples", "input_length", "max_length", "predictions")
+        grad_out = ("split", "decode", "examples", "input_length", "max_length", "predictions")
         of_tasks = ("task_folder", "task_labels", "task_metrics", "beams", "batch_size")
-        for name in (*of_answers, *of_tasks):
+        for name in (*grad_out, *of_tasks):
             check_idle(self, name, "--tasks", there=tasks)
         for name in ("length_penalty", "penalty"):
             check_idle(self, name, "--beams", there=self.beams > 1)

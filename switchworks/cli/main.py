@@ -154,12 +154,12 @@ def _train(words: list[str]) -> int:
 
 def _prepare(words: list[str]) -> int:
     experiment, more = parse_experiment("prepare", words, PrepareFlags)
-    from switchworks.data import Mixture, prepare_corpora
+    from switchworks.data import Mixture, open_dataset
 
     shard = None if more.shard is None else parse_shard(more.shard)
     with_logits = experiment.distil is not None and experiment.distil.store is not None
     prepares_logits(more, with_logits)
-    corpora = prepare_corpora(experiment.data, vocab_size=experiment.model.vocab_size, shard=shard)
+    corpora = open_dataset(experiment.data, vocab_size=experiment.model.vocab_size, shard=shard)
     by_language = corpora.by_language and corpora.complete
     if not by_language:  # a table says it in a line each
         print(corpora)
@@ -173,9 +173,9 @@ def _prepare(words: list[str]) -> int:
         assert isinstance(batches, Mixture)
         print(corpora.summary(batches, experiment.steps))
     if with_logits:
-        from switchworks.distil import teach
+        from switchworks.distil import precompute_teacher
 
-        print(teach(experiment, top_k=more.top_k, dtype=more.logits))
+        print(precompute_teacher(experiment, top_k=more.top_k, dtype=more.logits))
     return 0
 
 
@@ -221,7 +221,7 @@ def _planned(experiment: "Experiment", more: ExplainFlags) -> dict[str, Any]:
 def _generate(words: list[str]) -> int:
     flags = parse_flags(GenerateFlags, "generate", words)
     check_writable(flags.output)
-    from switchworks.generate import BeamSearch, Sampling, Writing, answer, answer_lines
+    from switchworks.generate import BeamSearch, GenerationConfig, Sampling, complete, complete_file
 
     if (flags.text is None) == (flags.file is None):
         raise ConfigError(
@@ -234,7 +234,7 @@ def _generate(words: list[str]) -> int:
     beams = BeamSearch(
         beams=flags.beams, length_penalty=flags.length_penalty, penalty=flags.penalty
     )
-    how = Writing(
+    how = GenerationConfig(
         max_length=flags.max_length,
         sampling=sampling,
         beams=beams,
@@ -243,9 +243,9 @@ def _generate(words: list[str]) -> int:
     )
     weights: dict[str, Any] = {"int8": flags.int8, "dtype": _dtype(flags.precision)}
     if flags.file is None:
-        print(*answer(flags.path, [flags.text or ""], how, **weights))
+        print(*complete(flags.path, [flags.text or ""], how, **weights))
     else:
-        answers = answer_lines(flags.path, flags.file, how, flags.output, **weights)
+        answers = complete_file(flags.path, flags.file, how, flags.output, **weights)
         print(f"{len(answers)} texts  {flags.output}" if flags.output else "\n".join(answers))
     return 0
 
@@ -295,13 +295,19 @@ def _evaluate(words: list[str]) -> int:
 
 
 def _evaluate_tasks(flags: EvaluateFlags, data: DataConfig, command: str) -> int:
-    from switchworks.evaluate import Answering, as_json, as_table, evaluate_tasks, write_predictions
+    from switchworks.evaluate import (
+        DecodingConfig,
+        as_json,
+        as_table,
+        evaluate_tasks,
+        write_predictions,
+    )
     from switchworks.generate import BeamSearch
 
     beams = BeamSearch(
         beams=flags.beams, length_penalty=flags.length_penalty, penalty=flags.penalty
     )
-    how = Answering(
+    how = DecodingConfig(
         decode=flags.decode,
         input_length=flags.input_length or data.input_length,
         max_length=flags.max_length,

@@ -15,7 +15,7 @@ from switchworks.compress.fewer_experts import (
     prune_experts,
 )
 from switchworks.config import ConfigError
-from switchworks.data import DataConfig, find_tasks, prepare_corpora, text_for
+from switchworks.data import DataConfig, find_tasks, open_dataset, text_for
 from switchworks.model import ModelConfig
 
 ROWS = 16
@@ -52,7 +52,7 @@ def reduce_directory(
             "  Put the model's spiece.model beside its weights."
         )
     data = text_to_count(source, model.config, text, only)
-    corpora = prepare_corpora(data, vocab_size=model.config.vocab_size)
+    corpora = open_dataset(data, vocab_size=model.config.vocab_size)
     pipeline = corpora.training(batch_size=ROWS, seed=0)
     seen = [pipeline.batch(step) for step in range(batches)]
     reduce = prune_experts if how == "prune" else merge_experts

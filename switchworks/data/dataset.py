@@ -24,9 +24,14 @@ from switchworks.data.rows.mixture import Mixture, naming, rates
 from switchworks.data.rows.pipeline import Pipeline, validation_batches
 from switchworks.data.sources.documents import Documents, open_documents
 from switchworks.data.sources.per_language import languages_of, names_languages, unusable
-from switchworks.data.tokens.coverage import Served, byte_lengths, serve, tokens_and_bytes
+from switchworks.data.tokens.coverage import (
+    Coverage,
+    byte_lengths,
+    measure_coverage,
+    tokens_and_bytes,
+)
 from switchworks.data.tokens.prepare import (
-    Prepared,
+    PreparedCorpus,
     cache_folder,
     prepare,
     spread,
@@ -36,7 +41,7 @@ from switchworks.data.tokens.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class ValidationSet:
     """Held-out batches of each corpus by its name, and the share each loss has in the mean."""
 
     batches: Mapping[str, list[Batch]]
@@ -51,12 +56,12 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
-class Corpora:
+class TextDataset:
     """One tokenizer, and the tokens of each corpus by its name; "" names one that is alone."""
 
     config: DataConfig
     tokenizer: Tokenizer
-    parts: Mapping[str, Prepared]
+    parts: Mapping[str, PreparedCorpus]
     sources: Mapping[str, Documents] = field(default_factory=dict)
     """Where the text of a mixture's corpora comes from."""
 
@@ -126,7 +131,9 @@ class Corpora:
         weights = np.array(list(self.rates.values()))
         return Mixture(self.config, stores, self.tokenizer, weights, **where)
 
-    def held_out(self, *, batch_size: int, batches: int, rank: int = 0, world: int = 1) -> HeldOut:
+    def held_out(
+        self, *, batch_size: int, batches: int, rank: int = 0, world: int = 1
+    ) -> ValidationSet:
         """At most `batches` batches, shared out equally over the corpora, one at least for each.
 
         In the mean of the corpora's losses each weighs as much as it gives rows to train on, so
@@ -146,14 +153,15 @@ class Corpora:
                     world=world,
                 )
         lengths = byte_lengths(self.tokenizer)
-        return HeldOut(
+        return ValidationSet(
             found, self.rates, {n: tokens_and_bytes(own, lengths) for n, own in found.items()}
         )
 
-    def served(self) -> dict[str, Served]:
+    def served(self) -> dict[str, Coverage]:
         """How the tokenizer serves each corpus of a mixture by languages."""
         return {
-            name: serve(name, self.sources[name].documents(), self.tokenizer) for name in self.parts
+            name: measure_coverage(name, self.sources[name].documents(), self.tokenizer)
+            for name in self.parts
         }
 
     def summary(self, batches: Mixture, steps: int) -> str:
@@ -175,13 +183,13 @@ class Corpora:
         )
 
 
-def prepare_corpora(
+def open_dataset(
     config: DataConfig,
     *,
     vocab_size: int,
     shard: tuple[int, int] | None = None,
     quiet: bool = False,
-) -> Corpora:
+) -> TextDataset:
     """The tokenizer and the stores of every corpus; what is missing is made, the rest is opened.
 
     Arguments and errors are those of `prepare`, which see to one corpus after the other. A
@@ -193,7 +201,7 @@ def prepare_corpora(
         return prepare_tasks(config, vocab_size=vocab_size, quiet=quiet)
     if not config.is_mixture:
         alone = prepare(config, vocab_size=vocab_size, shard=shard, quiet=quiet)
-        return Corpora(config, alone.tokenizer, {"": alone})
+        return TextDataset(config, alone.tokenizer, {"": alone})
     own = config.of_corpora or languages_of(config, cache_folder(config))
     sources: dict[str, Documents] = {}
     for name, settings in own.items():  # all are looked at before any work is done on one
@@ -202,7 +210,7 @@ def prepare_corpora(
     tokenizer = config.tokenizer
     if tokenizer == "train":
         tokenizer = str(_trained(config, list(sources.values()), vocab_size, quiet))
-    parts: dict[str, Prepared] = {}
+    parts: dict[str, PreparedCorpus] = {}
     for name, settings in own.items():
         settings = replace(settings, tokenizer=tokenizer)
         with naming(name):
@@ -210,10 +218,12 @@ def prepare_corpora(
                 settings, vocab_size=vocab_size, shard=shard, quiet=quiet, name=name
             )
     kept = parts if config.mixture else _long_enough(config, parts)
-    return Corpora(config, next(iter(kept.values())).tokenizer, kept, sources)
+    return TextDataset(config, next(iter(kept.values())).tokenizer, kept, sources)
 
 
-def _long_enough(config: DataConfig, parts: Mapping[str, Prepared]) -> Mapping[str, Prepared]:
+def _long_enough(
+    config: DataConfig, parts: Mapping[str, PreparedCorpus]
+) -> Mapping[str, PreparedCorpus]:
     """The languages whose text fills a row on both sides; the others are named in the log.
 
     All of them while shards are missing. Raises DataError if none is left, or for one that was
@@ -221,7 +231,7 @@ def _long_enough(config: DataConfig, parts: Mapping[str, Prepared]) -> Mapping[s
     """
     if any(part.missing for part in parts.values()):
         return parts
-    kept: dict[str, Prepared] = {}
+    kept: dict[str, PreparedCorpus] = {}
     for name, part in parts.items():
         for store in (part.train, part.validation):
             try:

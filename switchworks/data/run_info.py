@@ -9,7 +9,7 @@ from switchworks.config import CheckpointError, ConfigError, from_dict, read_tom
 from switchworks.data.config import DataConfig
 
 
-def data_of_run(path: Path) -> DataConfig | None:
+def run_data_config(path: Path) -> DataConfig | None:
     """The data settings of the run in the directory `path`; None if it is none."""
     file = path / "experiment.toml"
     if not file.is_file():
@@ -20,7 +20,7 @@ def data_of_run(path: Path) -> DataConfig | None:
     return from_dict(DataConfig, values["data"], where="data.")
 
 
-def about_of(path: Path) -> dict[str, Any]:
+def run_metadata(path: Path) -> dict[str, Any]:
     """What the run in `path` says of itself; nothing if it has not begun."""
     file = path / "about.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -33,7 +33,7 @@ def text_for(path: Path, *, decoder_only: bool, text: str | None = None) -> Data
     A model that is in no run reads T5's rows, or 512 tokens of a text. Raises CheckpointError if it
     is given no text.
     """
-    data = data_of_run(path)
+    data = run_data_config(path)
     if data is None and text is None:
         raise CheckpointError(
             f"{path} is not a run directory, so it does not say which text it was trained on.\n"

@@ -1,7 +1,7 @@
 from .config import DistilConfig as DistilConfig
 from .loss import distillation_loss as distillation_loss
 from .loss import stored_distillation_loss as stored_distillation_loss
-from .precompute import teach as teach
+from .precompute import precompute_teacher as precompute_teacher
 from .store import LogitStore as LogitStore
 from .student import dense_teacher as dense_teacher
 from .student import fraction_of_gain as fraction_of_gain

@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from switchworks.distil.store import Taught
-from switchworks.model import row_blocks, widen
+from switchworks.distil.store import TeacherTargets
+from switchworks.model import row_blocks, to_float32
 
 
 def distillation_loss(
@@ -35,7 +35,7 @@ def distillation_loss(
 
 def stored_distillation_loss(
     student_logits: Float[Tensor, "B T V"],
-    taught: Taught,
+    taught: TeacherTargets,
     targets: Int[Tensor, "B T"],
     temperature: float = 1.0,
 ) -> Float[Tensor, ""]:
@@ -69,7 +69,7 @@ class _StoredCrossEntropy(torch.autograd.Function):
         for ours, some, theirs in zip(
             *(row_blocks(x, of=student) for x in (student, ids, logs)), strict=True
         ):
-            wide = widen(ours).div(temperature)
+            wide = to_float32(ours).div(temperature)
             outcomes = torch.cat([wide.gather(-1, some), _of_others(wide, some)], dim=-1)
             # Where the teacher has no mass left the student's log is -inf, and 0 * -inf is nan.
             outcomes.sub_(wide.logsumexp(dim=-1, keepdim=True)).clamp_(min=_LEAST)
@@ -79,15 +79,15 @@ class _StoredCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, of_nats: Float[Tensor, "N"]
+        ctx: Any, grad_nll: Float[Tensor, "N"]
     ) -> tuple[Float[Tensor, "N V"], None, None, None]:
         student, ids, logs = ctx.saved_tensors
-        columns = (student, ids, logs, of_nats[:, None] / ctx.temperature)
+        columns = (student, ids, logs, grad_nll[:, None] / ctx.temperature)
         grads = []
         for ours, some, theirs, share in zip(
             *(row_blocks(column, of=student) for column in columns), strict=True
         ):
-            wide = widen(ours).div(ctx.temperature)
+            wide = to_float32(ours).div(ctx.temperature)
             probs = wide.softmax(dim=-1)
             taught = theirs.exp().to(probs)
             rest = wide.sub_(_of_others(wide, some)).exp_().nan_to_num_(0.0, posinf=0.0)
@@ -130,13 +130,13 @@ class _SoftCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_nats: Float[Tensor, "N"]) -> tuple[Float[Tensor, "N V"], None, None]:
+    def backward(ctx: Any, grad_nll: Float[Tensor, "N"]) -> tuple[Float[Tensor, "N V"], None, None]:
         (gradient,) = ctx.saved_tensors
-        shares = row_blocks(of_nats[:, None] / ctx.temperature, of=gradient)
+        shares = row_blocks(grad_nll[:, None] / ctx.temperature, of=gradient)
         parts = zip(row_blocks(gradient), shares, strict=True)
-        return torch.cat([(widen(kept) * share).to(kept) for kept, share in parts]), None, None
+        return torch.cat([(to_float32(kept) * share).to(kept) for kept, share in parts]), None, None
 
 
 def _soften(logits: Float[Tensor, "N V"], temperature: float) -> Float[Tensor, "N V"]:
     """In float32 over the temperature; the logits themselves where that is what they are."""
-    return widen(logits) if temperature == 1 else widen(logits).div(temperature)
+    return to_float32(logits) if temperature == 1 else to_float32(logits).div(temperature)

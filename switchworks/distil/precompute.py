@@ -9,23 +9,23 @@ import torch
 from switchworks.batch import Batch
 from switchworks.checkpoint import weights_hash
 from switchworks.config import ConfigError
-from switchworks.data import prepare_corpora
+from switchworks.data import open_dataset
 from switchworks.device import compute_device
 from switchworks.distil.store import Dtype, LogitStore, LogitWriter, is_store
 from switchworks.distil.teacher import about_store, open_teacher
-from switchworks.fast import logits_only, use_fast_kernels
+from switchworks.fast import skip_losses, use_fast_kernels
 from switchworks.model import SwitchTransformer
 from switchworks.training import (
     Experiment,
     cast_for_compute,
     forward,
     machine,
-    with_precision,
-    with_vocabulary,
+    resolve_precision,
+    resolve_vocabulary,
 )
 
 
-def teach(experiment: Experiment, *, top_k: int = 32, dtype: Dtype = "float16") -> str:
+def precompute_teacher(experiment: Experiment, *, top_k: int = 32, dtype: Dtype = "float16") -> str:
     """`experiment.distil.store` holds the teacher's probabilities for every row of `experiment`.
 
     What an earlier call left is gone on with; says what there is, in a few lines. The rows are
@@ -44,11 +44,11 @@ def teach(experiment: Experiment, *, top_k: int = 32, dtype: Dtype = "float16") 
     folder = Path(distil.store)
     if experiment.precision == "auto" and is_store(folder):
         experiment = replace(experiment, precision=LogitStore(folder).info.precision)
-    experiment = with_precision(experiment, folder)
+    experiment = resolve_precision(experiment, folder)
     teacher = open_teacher(experiment)
     assert teacher is not None
-    corpora = prepare_corpora(experiment.data, vocab_size=experiment.model.vocab_size)
-    experiment = with_vocabulary(experiment, teacher.model.config.vocab_size)
+    corpora = open_dataset(experiment.data, vocab_size=experiment.model.vocab_size)
+    experiment = resolve_vocabulary(experiment, teacher.model.config.vocab_size)
     teacher.require_same_ids(corpora.tokenizer, experiment.model.vocab_size)
     weights = weights_hash(Path(teacher.path))
     info = about_store(experiment, corpora.tokenizer, top_k, dtype, weights)
@@ -77,7 +77,7 @@ def _write(
         parts = [batch.take(torch.arange(skipped, size))] if skipped else None
         before = writer.written
         for part in parts or batch.split(experiment.micro_batches):
-            with logits_only(model):
+            with skip_losses(model):
                 logits = forward(model, part).logits
             writer.add(part, logits)
         if writer.written != before:

@@ -45,7 +45,7 @@ PART_ROWS = 4096
 Dtype = Literal["float16", "float32"]
 
 
-class Taught(NamedTuple):
+class TeacherTargets(NamedTuple):
     """A teacher's probabilities for the targets of a batch."""
 
     ids: Int[Tensor, "B T k"]
@@ -130,7 +130,7 @@ class LogitStore:
         """On the disk."""
         return sum(path.stat().st_size for path in self.folder.iterdir() if path.is_file())
 
-    def taught(self, rows: Sequence[int], batch: Batch) -> Taught:
+    def taught(self, rows: Sequence[int], batch: Batch) -> TeacherTargets:
         """The teacher's probabilities for `batch`, whose rows have these consecutive numbers.
 
         What stands at padding means nothing. Raises DataError for a row that is not in the store,
@@ -151,9 +151,11 @@ class LogitStore:
             logs[place : place + count][real] = part.logs
             place, first = place + count, stop
         device = targets.device
-        return Taught(ids.to(device), logs.log_softmax(dim=-1).to(device))
+        return TeacherTargets(ids.to(device), logs.log_softmax(dim=-1).to(device))
 
-    def _read(self, path: Path, place: int, count: int, hashes: np.ndarray, row: int) -> "Taught":
+    def _read(
+        self, path: Path, place: int, count: int, hashes: np.ndarray, row: int
+    ) -> "TeacherTargets":
         """N k and N k+1 of `count` rows from the `place`-th of a part; their hashes must agree."""
         file = self._file(path)
         found = file.get_slice("hashes")[place : place + count]
@@ -166,7 +168,7 @@ class LogitStore:
         ends = file.get_slice("ends")
         begin = int(ends[place - 1 : place][0]) if place else 0
         end = int(ends[place + count - 1 : place + count][0])
-        return Taught(
+        return TeacherTargets(
             torch.from_numpy(file.get_slice("ids")[begin:end].astype(np.int64)),
             torch.from_numpy(file.get_slice("logs")[begin:end].astype(np.float32)),
         )

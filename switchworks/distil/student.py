@@ -8,7 +8,7 @@ from torch import nn
 
 from switchworks.batch import Batch
 from switchworks.compress import dense_equivalent, merge_experts, prune_experts
-from switchworks.model import FFN, AttentionOutput, Experts, ModelConfig, Router, SwitchTransformer
+from switchworks.model import FFN, AttentionBase, Experts, ModelConfig, Router, SwitchTransformer
 
 
 class Inherited(NamedTuple):
@@ -75,7 +75,7 @@ def _laid_out_otherwise(student: SwitchTransformer, teacher: ModelConfig) -> set
     ours = student.config
     kinds: tuple[type[nn.Module], ...] = ()
     if (ours.num_heads, ours.d_kv) != (teacher.num_heads, teacher.d_kv):
-        kinds += (AttentionOutput,)
+        kinds += (AttentionBase,)
     if (ours.activation, ours.gated) != (teacher.activation, teacher.gated):
         kinds += (FFN,)
     return {

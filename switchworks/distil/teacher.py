@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from switchworks.batch import Batch
 from switchworks.checkpoint import is_model, open_model, weights_hash
 from switchworks.config import CheckpointError, ConfigError, DataError, to_dict
-from switchworks.data import Tokenizer, about_of
+from switchworks.data import Tokenizer, run_metadata
 from switchworks.distil.store import LogitStore, StoreInfo, info_differences
 from switchworks.model import SwitchTransformer
 from switchworks.training import Experiment
@@ -78,7 +78,7 @@ def weights_of(teacher: Teacher | LogitStore) -> str:
 
 def require_same_teacher(teacher: Teacher | LogitStore, run_dir: Path) -> None:
     """Raises CheckpointError if the run in `run_dir` began with other weights in that place."""
-    before = about_of(run_dir).get("teacher_weights")
+    before = run_metadata(run_dir).get("teacher_weights")
     if before is not None and before != weights_of(teacher):
         where = teacher.info.teacher if isinstance(teacher, LogitStore) else teacher.path
         raise CheckpointError(

@@ -1,4 +1,4 @@
-from .answers import Answering as Answering
+from .answers import DecodingConfig as DecodingConfig
 from .language_routing import LanguageRouting as LanguageRouting
 from .language_routing import routing_by_language as routing_by_language
 from .metrics import averages as averages
@@ -11,7 +11,7 @@ from .run import evaluate_run as evaluate_run
 from .run import open_run as open_run
 from .task_run import evaluate_tasks as evaluate_tasks
 from .task_run import named_tasks as named_tasks
-from .tasks import Questions as Questions
+from .tasks import EvalSet as EvalSet
 from .tasks import TaskResult as TaskResult
 from .tasks import as_json as as_json
 from .tasks import as_table as as_table

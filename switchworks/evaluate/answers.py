@@ -22,11 +22,11 @@ from switchworks.config import ConfigError, check_at_least
 from switchworks.data import Example, Task, Tokenizer, with_eos
 from switchworks.generate import BeamSearch, batches_by_length, generate, pad
 from switchworks.model import SwitchTransformer
-from switchworks.parallel import ALONE, Ranks
+from switchworks.parallel import SINGLE, Ranks
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answering:
+class DecodingConfig:
     """How tasks are answered."""
 
     decode: Literal["greedy", "rank"] = "greedy"
@@ -58,8 +58,8 @@ def answer(
     tokenizer: Tokenizer,
     task: Task,
     examples: Sequence[Example],
-    how: Answering,
-    ranks: Ranks = ALONE,
+    how: DecodingConfig,
+    ranks: Ranks = SINGLE,
 ) -> list[str]:
     """The model's answer to each example, in their order. Raises ConfigError for a task that
     cannot be asked this way.
@@ -79,8 +79,8 @@ def write(
     tokenizer: Tokenizer,
     inputs: Sequence[str],
     max_length: int,
-    how: Answering,
-    ranks: Ranks = ALONE,
+    how: DecodingConfig,
+    ranks: Ranks = SINGLE,
 ) -> list[str]:
     """What the model writes for each input, in at most `max_length` tokens."""
     tokens = encode_all(tokenizer, inputs, how.input_length)
@@ -89,10 +89,10 @@ def write(
     written: dict[int, list[int]] = {}
     for places in _own_batches([len(ids) for ids in tokens], size, ranks):
         batch = pad([tokens[place] for place in places])
-        batch = F.pad(batch, (0, ranks.highest(batch.shape[1]) - batch.shape[1])).to(device)
+        batch = F.pad(batch, (0, ranks.all_max(batch.shape[1]) - batch.shape[1])).to(device)
         ids = generate(model, batch, max_length=max_length, beams=how.beams, ranks=ranks)
         written |= zip(places, ids.tolist(), strict=True)
-    found = {place: ids for share in ranks.all(written) for place, ids in share.items()}
+    found = {place: ids for share in ranks.all_gather(written) for place, ids in share.items()}
     return [tokenizer.decode(found[place]) for place in range(len(inputs))]
 
 
@@ -113,7 +113,7 @@ def choose(
     tokenizer: Tokenizer,
     task: Task,
     examples: Sequence[Example],
-    how: Answering,
+    how: DecodingConfig,
 ) -> list[str]:
     """The choice with the highest likelihood for each input; of equals the first."""
     check_choices(task, examples)
@@ -138,7 +138,7 @@ def log_likelihoods(
     model: SwitchTransformer,
     tokenizer: Tokenizer,
     pairs: Sequence[tuple[str, str]],
-    how: Answering,
+    how: DecodingConfig,
 ) -> list[float]:
     """ln p(target, EOS | input) of each (input, target), in nats, not divided by the length."""
     inputs = encode_all(tokenizer, [one for one, _ in pairs], how.input_length)
@@ -177,7 +177,7 @@ def encode_all(
     ]
 
 
-def _longest(tokenizer: Tokenizer, task: Task, how: Answering) -> int:
+def _longest(tokenizer: Tokenizer, task: Task, how: DecodingConfig) -> int:
     """With a closed set of labels nothing longer can be right: two tokens more than the longest
     with its EOS are enough to see that an answer is not one of them."""
     if not task.labels:

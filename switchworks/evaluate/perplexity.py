@@ -6,10 +6,10 @@ from collections.abc import Iterable
 import torch
 
 from switchworks.batch import Batch
-from switchworks.data import HeldOut
+from switchworks.data import ValidationSet
 from switchworks.fast import in_float32
 from switchworks.model import SwitchTransformer
-from switchworks.parallel import ALONE, Ranks
+from switchworks.parallel import SINGLE, Ranks
 
 
 def measure_perplexity(loss: float) -> float:
@@ -18,7 +18,7 @@ def measure_perplexity(loss: float) -> float:
 
 
 @torch.no_grad()
-def mean_nats(model: SwitchTransformer, batches: Iterable[Batch], ranks: Ranks = ALONE) -> float:
+def mean_nats(model: SwitchTransformer, batches: Iterable[Batch], ranks: Ranks = SINGLE) -> float:
     """Mean nats per target token over all `batches` together, padding not counted.
 
     Of several `ranks` each has its part of every batch.
@@ -40,12 +40,12 @@ def mean_nats(model: SwitchTransformer, batches: Iterable[Batch], ranks: Ranks =
                 tokens += count
     finally:
         model.train(was_training)
-    nats, tokens = ranks.total([nats, tokens])
+    nats, tokens = ranks.all_sum([nats, tokens])
     return nats / max(1.0, tokens)
 
 
 def held_out_losses(
-    model: SwitchTransformer, held_out: HeldOut, ranks: Ranks = ALONE
+    model: SwitchTransformer, held_out: ValidationSet, ranks: Ranks = SINGLE
 ) -> tuple[float, dict[str, float]]:
     """(mean by the corpora's shares, loss of each corpus by its name), in nats per target token.
 

@@ -10,7 +10,7 @@ import torch
 
 from switchworks.checkpoint import load
 from switchworks.config import CheckpointError
-from switchworks.data import Corpora, about_of, data_of_run, prepare_corpora, text_for
+from switchworks.data import TextDataset, open_dataset, run_data_config, run_metadata, text_for
 from switchworks.device import compute_device
 from switchworks.evaluate.perplexity import held_out_losses, measure_perplexity
 from switchworks.model import SwitchTransformer
@@ -54,14 +54,14 @@ def evaluate_run(
 
 def open_run(
     path: Path, text: str | None = None, dtype: torch.dtype | None = None
-) -> tuple[SwitchTransformer, Corpora]:
+) -> tuple[SwitchTransformer, TextDataset]:
     """The model in `path` and the text it was trained on, or `text` in its place.
 
     Where that text is not what it was, the log says so.
     Raises CheckpointError if there is no model, if it has no tokenizer, or if nothing says what to
     read.
     """
-    if text is None and data_of_run(path) is None:
+    if text is None and run_data_config(path) is None:
         text_for(path, decoder_only=False)  # says what is missing
     model, tokenizer = load(path, compute_device(), dtype)
     if tokenizer is None:
@@ -72,8 +72,8 @@ def open_run(
     data = text_for(path, decoder_only=model.config.decoder_only, text=text)
     if text is not None:  # nothing of it is trained on here: all of it may be measured
         data = replace(data, validation_share=NEARLY_ALL)
-    corpora = prepare_corpora(data, vocab_size=model.config.vocab_size)
-    if text is None and (other := corpora.other_than(about_of(path))) is not None:
+    corpora = open_dataset(data, vocab_size=model.config.vocab_size)
+    if text is None and (other := corpora.other_than(run_metadata(path))) is not None:
         logging.getLogger(__name__).warning(
             "The text here is not what %s was trained on (%s): it may have been trained on what "
             "is held out here.",

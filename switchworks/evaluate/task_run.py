@@ -9,9 +9,9 @@ import torch
 
 from switchworks.checkpoint import load
 from switchworks.config import CheckpointError, ConfigError
-from switchworks.data import DataConfig, Task, data_of_run, places_of, tasks_of
+from switchworks.data import DataConfig, Task, places_of, run_data_config, tasks_of
 from switchworks.device import compute_device
-from switchworks.evaluate.answers import Answering, check_choices
+from switchworks.evaluate.answers import DecodingConfig, check_choices
 from switchworks.evaluate.metrics import check_metrics
 from switchworks.evaluate.tasks import TaskResult, measure, questions_of
 
@@ -33,7 +33,7 @@ def named_tasks(
     are all its own, by name, and accuracy of any text if none is. Raises ConfigError for both at
     once where the run's are others than that.
     """
-    data = data_of_run(path) or DataConfig()
+    data = run_data_config(path) or DataConfig()
     named = tuple(name for entry in tasks for name in entry.split(",") if name)
     if named:
         room = data.input_length or DataConfig().input_length  # causal text has none for inputs
@@ -70,7 +70,7 @@ def _judged_by(data: DataConfig, own: set[str], named: set[str]) -> DataConfig:
 def evaluate_tasks(
     path: Path,
     data: DataConfig,
-    how: Answering,
+    how: DecodingConfig,
     *,
     split: str = "validation",
     dtype: torch.dtype | None = None,

@@ -8,14 +8,14 @@ from typing import Any
 
 from switchworks.config import DataError
 from switchworks.data import UNKNOWN, Counts, Example, Places, Task, Tokenizer, examples_of
-from switchworks.evaluate.answers import Answering, answer
+from switchworks.evaluate.answers import DecodingConfig, answer
 from switchworks.evaluate.metrics import averages, judge, score
 from switchworks.model import SwitchTransformer
-from switchworks.parallel import ALONE, Ranks
+from switchworks.parallel import SINGLE, Ranks
 
 
 @dataclass(frozen=True)
-class Questions:
+class EvalSet:
     """The examples of a split that a task is measured on, out of `total`."""
 
     task: Task
@@ -30,7 +30,7 @@ class Questions:
 class TaskResult:
     """What a model made of a task."""
 
-    questions: Questions
+    questions: EvalSet
     predictions: tuple[str, ...]
     figures: Mapping[str, float]
     """Out of 100."""
@@ -59,7 +59,7 @@ class TaskResult:
         }
 
 
-def questions_of(task: Task, split: str, places: Places, most: int = 0) -> Questions:
+def questions_of(task: Task, split: str, places: Places, most: int = 0) -> EvalSet:
     """The examples of a split, or at most `most` of them, evenly spread over it. Those of one group
     are judged together and stay together, so of groups there may be a few more or less.
 
@@ -76,7 +76,7 @@ def questions_of(task: Task, split: str, places: Places, most: int = 0) -> Quest
     unanswered, total = counts.empty + len(read) - len(found), len(found)
     if most and total > most:
         found = _spread(found, most)
-    return Questions(task, split, tuple(found), total, unanswered)
+    return EvalSet(task, split, tuple(found), total, unanswered)
 
 
 def _spread(examples: list[Example], most: int) -> list[Example]:
@@ -94,9 +94,9 @@ def _spread(examples: list[Example], most: int) -> list[Example]:
 def measure(
     model: SwitchTransformer,
     tokenizer: Tokenizer,
-    questions: Questions,
-    how: Answering,
-    ranks: Ranks = ALONE,
+    questions: EvalSet,
+    how: DecodingConfig,
+    ranks: Ranks = SINGLE,
 ) -> TaskResult:
     """The model's answers to `questions`, judged. Several `ranks` ask together, see `answer`."""
     predictions = answer(model, tokenizer, questions.task, questions.examples, how, ranks)
@@ -106,7 +106,7 @@ def measure(
     return TaskResult(questions, tuple(predictions), figures, cut)
 
 
-def as_json(results: Sequence[TaskResult], how: Answering, model: str, command: str) -> dict:
+def as_json(results: Sequence[TaskResult], how: DecodingConfig, model: str, command: str) -> dict:
     """Everything needed to know what was measured, and how to do it again."""
     return {
         "model": model,

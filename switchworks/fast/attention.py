@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from switchworks.model import BiasParts, SharedDropout, attend
+from switchworks.model import FactoredBias, SharedDropout, attend
 
 BLOCK = 2**21
 """Scores computed at once: 8 MB in float32, of which backward has five at a time."""
@@ -38,7 +38,7 @@ def attend_by(
     q: Float[Tensor, "B H L K"],
     k: Float[Tensor, "B H M K"],
     v: Float[Tensor, "B H M K"],
-    bias: Float[Tensor, "#B #H #L M"] | BiasParts | None,
+    bias: Float[Tensor, "#B #H #L M"] | FactoredBias | None,
     dropout: SharedDropout,
 ) -> Float[Tensor, "B H L K"]:
     """What `attend` gives, with the same gradients of q, k, v and the distances in `bias`.
@@ -52,7 +52,7 @@ def attend_by(
         return attend(q, k, v, bias, dropout)
     if dropout.training and dropout.rate > 0:
         v = v * dropout(v.new_ones(*k.shape[:2], 1, k.shape[2])).mT  # as the reference draws it
-    if isinstance(bias, BiasParts):
+    if isinstance(bias, FactoredBias):
         return kernel(q, k, v, bias.distances, bias.hidden)
     return kernel(q, k, v, None, bias)
 
@@ -83,23 +83,23 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, of_answer: Float[Tensor, "B H L K"]) -> tuple[Tensor | None, ...]:
         q, k, v, distances, hidden = ctx.saved_tensors
         heads, wide = q.shape[1], _wide(q.dtype)
-        of_q = torch.empty_like(q)
-        of_k, of_v = (x.new_zeros(x.shape, dtype=wide).flatten(0, 1) for x in (k, v))
+        grad_q = torch.empty_like(q)
+        grad_k, grad_v = (x.new_zeros(x.shape, dtype=wide).flatten(0, 1) for x in (k, v))
         bias = _Bias(distances, hidden, q, k)
         for rows, queries in blocks(q, k):
             stack = slice(rows.start * heads, rows.stop * heads)
             part, given = (x[rows, :, queries].flatten(0, 1) for x in (q, of_answer))
             keys, values = k[rows].flatten(0, 1), v[rows].flatten(0, 1)
             weights = _scores(part, keys, bias.block(rows, queries), heads).softmax(dim=-1)
-            _accumulate(of_v[stack], weights.to(q.dtype).mT, given)
-            of_weights = (given @ values.mT).to(wide)
-            of_scores = torch._softmax_backward_data(of_weights, weights, -1, wide)  # pyright: ignore[reportPrivateImportUsage]
-            bias.accumulate(of_scores)
-            of_scores = of_scores.to(q.dtype)
-            of_q[rows, :, queries] = (of_scores @ keys).unflatten(0, (-1, heads))
-            _accumulate(of_k[stack], of_scores.mT, part)
-        of_k, of_v = (x.unflatten(0, (-1, heads)).to(k.dtype) for x in (of_k, of_v))
-        return of_q, of_k, of_v, bias.gradient(), None
+            _accumulate(grad_v[stack], weights.to(q.dtype).mT, given)
+            grad_weights = (given @ values.mT).to(wide)
+            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, wide)  # pyright: ignore[reportPrivateImportUsage]
+            bias.accumulate(grad_scores)
+            grad_scores = grad_scores.to(q.dtype)
+            grad_q[rows, :, queries] = (grad_scores @ keys).unflatten(0, (-1, heads))
+            _accumulate(grad_k[stack], grad_scores.mT, part)
+        grad_k, grad_v = (x.unflatten(0, (-1, heads)).to(k.dtype) for x in (grad_k, grad_v))
+        return grad_q, grad_k, grad_v, bias.gradient(), None
 
 
 def in_blocks(
@@ -171,7 +171,7 @@ class _Bias:
         self.queries = slice(0, 0)
         self.spread: Tensor | None = None
         self.summed: Tensor | None = None
-        self.of_distances = (
+        self.grad_distances = (
             None if distances is None else torch.zeros_like(distances, dtype=self.dtype)
         )
 
@@ -186,25 +186,25 @@ class _Bias:
         hidden = hidden.to(self.dtype)
         return hidden if self.spread is None else self.spread + hidden
 
-    def accumulate(self, of_scores: Float[Tensor, "bH l M"]) -> None:
+    def accumulate(self, grad_scores: Float[Tensor, "bH l M"]) -> None:
         """Add what the scores of the block last asked for have to say."""
         if self.summed is not None:
-            by_row = of_scores.unflatten(0, (-1, len(self.summed)))
+            by_row = grad_scores.unflatten(0, (-1, len(self.summed)))
             self.summed += by_row[0] if len(by_row) == 1 else by_row.sum(dim=0)
 
     def gradient(self) -> Float[Tensor, "H N"] | None:
         """The gradient of the distances, when all blocks have been."""
-        if self.distances is None or self.of_distances is None:
+        if self.distances is None or self.grad_distances is None:
             return None
         self._turn_to(slice(0, 0))
-        return self.of_distances.to(self.distances.dtype)
+        return self.grad_distances.to(self.distances.dtype)
 
     def _turn_to(self, queries: slice) -> None:
         """Be done with the queries before, and spread the distances of these."""
-        if self.distances is None or self.of_distances is None:
+        if self.distances is None or self.grad_distances is None:
             return
         if self.summed is not None:
-            self._of(self.of_distances, self.queries).add_(sum_diagonals(self.summed))
+            self._of(self.grad_distances, self.queries).add_(sum_diagonals(self.summed))
         self.queries, self.spread, self.summed = queries, None, None
         if queries.stop > queries.start:
             taken = self._of(self.distances, queries).to(self.dtype)

@@ -19,7 +19,7 @@ from switchworks.fast.compiler import require_compiler
 from switchworks.model import Output, SharedDropout, SwitchTransformer, attend
 
 
-def one_graph(model: SwitchTransformer) -> Callable[..., Output]:
+def compile_step(model: SwitchTransformer) -> Callable[..., Output]:
     """The forward pass of `model`, compiled at the first call; shapes may not change.
 
     `model` computes the same as before. Raises torch's errors where it cannot be one graph, and

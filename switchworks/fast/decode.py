@@ -33,17 +33,17 @@ from switchworks.fast.compiler import require_compiler
 from switchworks.fast.skip_losses import no_statistics
 from switchworks.model import (
     DISPATCHERS,
-    AttentionOutput,
+    AttentionBase,
     DecoderCache,
+    ExpertBank,
     KeyValues,
     LayerCache,
-    Pool,
     Routes,
     SharedDropout,
     SwitchFFN,
     SwitchTransformer,
-    hide,
-    widen,
+    mask_to_bias,
+    to_float32,
 )
 from switchworks.quantise import (
     QuantisedExperts,
@@ -58,8 +58,8 @@ SIZES = 32
 """Numbers of texts for which one model may be compiled."""
 
 
-class TokenGraph:
-    """What `model.decode_next` does for one token of each text, compiled when it is first called.
+class CompiledDecoder:
+    """What `model.decode_step` does for one token of each text, compiled when it is first called.
 
     The same numbers but for the order of sums. It shares the weights of `model` and sees those
     change. It is of the modules that were there when it was made, so it is made after casting,
@@ -76,7 +76,7 @@ class TokenGraph:
                     "  Decode without it."
                 )
         self._of = _tensors(model)
-        self._model = _twin(model)
+        self._model = _traced_copy(model)
         self._graph = torch.compile(  # type: ignore[call-overload]
             _next,
             fullgraph=True,
@@ -86,14 +86,14 @@ class TokenGraph:
             recompile_limit=SIZES,
         )
 
-    def is_of(self, model: SwitchTransformer) -> bool:
+    def matches(self, model: SwitchTransformer) -> bool:
         """Whether `model` still has the tensors that this graph was made of."""
         return self._of == _tensors(model)
 
     def begin(self, cache: DecoderCache) -> Callable[[Int[Tensor, "B 1"]], Float[Tensor, "B 1 V"]]:
         """A function from the tokens after what `cache` has seen to the logits after them.
 
-        It adds them to the cache, as `decode_next` does. Raises ConfigError without a C++ compiler.
+        It adds them to the cache, as `decode_step` does. Raises ConfigError without a C++ compiler.
         """
         require_compiler()
         seen = [(layer.k, layer.v, layer.memory) for layer in cache.layers]
@@ -159,11 +159,11 @@ def _next(
     memory_bias: Float[Tensor, "B 1 1 M"] | None,
     prompt_bias: Float[Tensor, "B 1 1 L"] | None,
 ) -> Float[Tensor, "B 1 V"]:
-    """`decode_next` for the token at `position`, with shapes that do not depend on it."""
+    """`decode_step` for the token at `position`, with shapes that do not depend on it."""
     room = last_bias.shape[-1]
     place = torch.arange(room) + (room - 1 - position)
     bias = last_bias.index_select(-1, place.clamp(max=room - 1))
-    bias = bias + hide(place < room, bias.dtype)
+    bias = bias + mask_to_bias(place < room, bias.dtype)
     if prompt_bias is not None:
         bias = bias + F.pad(prompt_bias, (0, room - prompt_bias.shape[-1]))
     layers: list[LayerCache] = [_Seen(k, v, memory, position) for k, v, memory in seen]
@@ -173,11 +173,11 @@ def _next(
     return twin.logits(x)
 
 
-_METHODS = ("forward", "ask", "one", "feed_forward", "read", "logits")
+_METHODS = ("forward", "qkv", "one", "feed_forward", "attend_out", "logits")
 """What other fast paths replace."""
 
 
-def _twin(model: SwitchTransformer) -> SwitchTransformer:
+def _traced_copy(model: SwitchTransformer) -> SwitchTransformer:
     """Modules that share the tensors of `model` and compute in the ways that a graph wants."""
     shared = [*model.parameters(), *model.buffers()]
     shared += [module.ordered for module in model.modules() if isinstance(module, Rounded)]
@@ -185,24 +185,24 @@ def _twin(model: SwitchTransformer) -> SwitchTransformer:
     for module in twin.modules():
         for name in (
             "forward",
-            "ask",
+            "qkv",
             "one",
             "feed_forward",
-            "read",
+            "attend_out",
             "logits",
         ):  # of other fast paths
             vars(module).pop(name, None)
     for module, name, forward in chain(
         few_rows.replacements(twin), emulated_bfloat16.replacements(twin)
     ):
-        if name not in ("ask", "read"):
+        if name not in ("qkv", "attend_out"):
             _replace(module, name, forward)
     for module in twin.modules():
         if type(module) is nn.Linear:
             _replace(module, "forward", partial(_linear, module.weight, module.forward))
         elif isinstance(module, QuantisedLinear | TiedHead):
             _rounded(module)
-        elif isinstance(module, AttentionOutput):
+        elif isinstance(module, AttentionBase):
             module.attend = attend_once
         elif isinstance(module, SwitchFFN):
             module.dispatcher = _Dispatcher(module.experts)
@@ -218,7 +218,7 @@ def _replace(module: nn.Module, method: str, by: Callable) -> None:
 
 def one_row(x: Float[Tensor, "*b I"], weight: Float[Tensor, "O I"]) -> Float[Tensor, "*b O"]:
     """`F.linear` of a single row, as a sum that a graph reads each weight for once."""
-    answers = (widen(weight) * widen(x.flatten())).sum(dim=-1)
+    answers = (to_float32(weight) * to_float32(x.flatten())).sum(dim=-1)
     return answers.to(x.dtype).view(*x.shape[:-1], -1)
 
 
@@ -239,11 +239,11 @@ def attend_once(
     _dropout: SharedDropout,
 ) -> Float[Tensor, "B H 1 K"]:
     """`attend` for one query of each text, without dropout, as sums that a graph makes loops of."""
-    scores = (widen(q) * widen(k)).sum(dim=-1)
+    scores = (to_float32(q) * to_float32(k)).sum(dim=-1)
     if bias is not None:
         scores = scores + bias[:, :, 0]
     weights = scores.softmax(dim=-1)[..., None]
-    return (weights * widen(v)).sum(dim=2, keepdim=True).to(q.dtype)
+    return (weights * to_float32(v)).sum(dim=2, keepdim=True).to(q.dtype)
 
 
 def _rounded(module: QuantisedLinear | TiedHead) -> None:
@@ -291,7 +291,7 @@ class _Dispatcher:
         self.outputs = experts.width if rounded else experts.w_out.shape[2]
 
     def __call__(
-        self, x: Float[Tensor, "G S D"], routes: Routes, experts: Pool, capacity: int | None
+        self, x: Float[Tensor, "G S D"], routes: Routes, experts: ExpertBank, capacity: int | None
     ) -> Float[Tensor, "G S O"]:
         return dispatch_outside(x, *routes, self.number, self.outputs)
 

@@ -32,8 +32,8 @@ class _LookUp(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_found: Float[Tensor, "... D"]) -> tuple[Float[Tensor, "V D"], None]:
+    def backward(ctx: Any, grad_out: Float[Tensor, "... D"]) -> tuple[Float[Tensor, "V D"], None]:
         (ids,) = ctx.saved_tensors
-        sums = of_found.new_zeros(ctx.rows, of_found.shape[-1], dtype=torch.float32)
-        sums.index_add_(0, ids.flatten(), of_found.flatten(0, -2).float())
-        return sums.to(of_found.dtype), None
+        sums = grad_out.new_zeros(ctx.rows, grad_out.shape[-1], dtype=torch.float32)
+        sums.index_add_(0, ids.flatten(), grad_out.flatten(0, -2).float())
+        return sums.to(grad_out.dtype), None

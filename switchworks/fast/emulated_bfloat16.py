@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from switchworks.fast import small_batch as few_rows
 from switchworks.fast.instead import Replacement, instead
 from switchworks.model import (
-    AttentionOutput,
+    AttentionBase,
     Experts,
     KeyValues,
     SwitchTransformer,
@@ -98,8 +98,8 @@ def replacements(model: SwitchTransformer) -> Iterator[Replacement]:
             yield module, "forward", partial(_linear, module.weight)
         elif type(module) is Experts and _suits(module.w_in):
             yield module, "feed_forward", partial(_feed_forward, module)
-        elif isinstance(module, AttentionOutput) and narrow:
-            yield module, "read", partial(_read, module)
+        elif isinstance(module, AttentionBase) and narrow:
+            yield module, "attend_out", partial(_read, module)
     table = model.embedding.weight
     if model.head is None and _suits(table):
         yield model, "logits", partial(_logits, model)
@@ -142,13 +142,13 @@ def _by_expert(x: Float[Tensor, "*E C I"], weight: Float[Tensor, "*E I O"]) -> T
 
 
 def _read(
-    module: AttentionOutput,
+    module: AttentionBase,
     query: Float[Tensor, "B H L K"],
     memory: KeyValues,
     bias: Float[Tensor, "#B #H #L M"] | None,
 ) -> Float[Tensor, "B L D"]:
     if torch.is_grad_enabled():
-        return AttentionOutput.read(module, query, memory, bias)
+        return AttentionBase.attend_out(module, query, memory, bias)
     k, v = memory.k.float(), memory.v.float()
     heads = attend(query.float(), k, v, bias, module.dropout)
     return module.o(join_heads(heads).to(query.dtype))

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from switchworks.fast import noise
-from switchworks.model import Experts, Inbox, activate
+from switchworks.model import ExpertInput, Experts, activate
 
 
-def answer(experts: Experts, inbox: Inbox) -> Float[Tensor, "N O"]:
+def answer(experts: Experts, inbox: ExpertInput) -> Float[Tensor, "N O"]:
     """What `experts` answers to `inbox`. Tokens with a count each go through grouped products;
     equally many for all, and passes without gradients, go the model's own way."""
     tokens, counts = inbox
@@ -88,22 +88,22 @@ class _GroupedProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, of_answers: Float[Tensor, "N F"]
+        ctx: Any, grad_out: Float[Tensor, "N F"]
     ) -> tuple[Float[Tensor, "N D"] | None, Float[Tensor, "E D F"] | None, None]:
         tokens, weights = ctx.saved_tensors
-        of_tokens, of_weights = None, None
+        grad_tokens, grad_weights = None, None
         if ctx.needs_input_grad[0]:
-            of_tokens = torch.empty_like(tokens)
+            grad_tokens = torch.empty_like(tokens)
             for expert, rows in _used(ctx.counts):
-                torch.mm(of_answers[rows], weights[expert].mT, out=of_tokens[rows])
+                torch.mm(grad_out[rows], weights[expert].mT, out=grad_tokens[rows])
         if ctx.needs_input_grad[1]:
-            of_weights = spare.like(weights)
+            grad_weights = spare.like(weights)
             for expert, count in enumerate(ctx.counts):
                 if not count:
-                    of_weights[expert] = 0
+                    grad_weights[expert] = 0
             for expert, rows in _used(ctx.counts):
-                torch.mm(tokens[rows].mT, of_answers[rows], out=of_weights[expert])
-        return of_tokens, of_weights, None
+                torch.mm(tokens[rows].mT, grad_out[rows], out=grad_weights[expert])
+        return grad_tokens, grad_weights, None
 
 
 def _used(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:

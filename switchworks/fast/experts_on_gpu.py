@@ -13,7 +13,15 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from switchworks.model import DISPATCHERS, Experts, Inbox, Pool, Routes, activate, rows_of
+from switchworks.model import (
+    DISPATCHERS,
+    ExpertBank,
+    ExpertInput,
+    Experts,
+    Routes,
+    activate,
+    rows_of,
+)
 
 ALIGNMENT = 16
 """Bytes that the kernel wants rows and columns of a weight to be multiples of."""
@@ -27,7 +35,7 @@ class DeviceDispatcher:
     """
 
     def __call__(
-        self, x: Float[Tensor, "G S D"], routes: Routes, experts: Pool, capacity: int | None
+        self, x: Float[Tensor, "G S D"], routes: Routes, experts: ExpertBank, capacity: int | None
     ) -> Float[Tensor, "G S O"]:
         if not (isinstance(experts, Experts) and aligned(experts)):
             return DISPATCHERS["chosen"](x, routes, experts, capacity)
@@ -38,14 +46,14 @@ class DeviceDispatcher:
         tokens = rows_of(routes, size)
         tokens = order if tokens is None else tokens.index_select(0, order)
         inbox = _only(kept, x.flatten(0, 1).index_select(0, tokens))
-        answers = _only(kept, experts(Inbox(inbox, _counts(key, experts.num_experts))))
+        answers = _only(kept, experts(ExpertInput(inbox, _counts(key, experts.num_experts))))
         gates = routes.gate.flatten().index_select(0, order)
         answers = answers * gates[:, None].to(x.dtype)
         empty = answers.new_zeros(groups * size, answers.shape[-1])
         return empty.index_add(0, tokens, answers).view(groups, size, -1)
 
 
-def answer(experts: Experts, inbox: Inbox) -> Float[Tensor, "N O"]:
+def answer(experts: Experts, inbox: ExpertInput) -> Float[Tensor, "N O"]:
     """What `experts` answers to `inbox`; anything at all in rows that no count claims."""
     tokens, counts = inbox
     if counts is None or not aligned(experts):

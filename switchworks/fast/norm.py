@@ -42,20 +42,20 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, of_y: Float[Tensor, "N D"]
+        ctx: Any, grad_y: Float[Tensor, "N D"]
     ) -> tuple[Float[Tensor, "N D"], Float[Tensor, "D"], None]:
         x, weight, scale = ctx.saved_tensors
-        of_x = torch.empty_like(x)
-        of_weight = torch.zeros(weight.shape, dtype=scale.dtype, device=x.device)
+        grad_x = torch.empty_like(x)
+        grad_weight = torch.zeros(weight.shape, dtype=scale.dtype, device=x.device)
         wide_weight = weight.to(scale.dtype)
         for rows in _rows(x):
             unit = x[rows].to(scale.dtype) * scale[rows]
-            grad = of_y[rows].to(scale.dtype)
-            of_weight += (grad * unit).sum(dim=0)
+            grad = grad_y[rows].to(scale.dtype)
+            grad_weight += (grad * unit).sum(dim=0)
             grad = grad * wide_weight
             along = (grad * unit).mean(dim=-1, keepdim=True)
-            of_x[rows] = (grad - unit.mul_(along)).mul_(scale[rows]).to(x.dtype)
-        return of_x, of_weight.to(weight.dtype), None
+            grad_x[rows] = (grad - unit.mul_(along)).mul_(scale[rows]).to(x.dtype)
+        return grad_x, grad_weight.to(weight.dtype), None
 
 
 def _rows(x: Float[Tensor, "N D"]) -> list[slice]:

@@ -14,7 +14,7 @@ from switchworks.model import Routes, Routing, SwitchFFN, SwitchTransformer
 
 
 @contextmanager
-def logits_only(model: SwitchTransformer) -> Iterator[None]:
+def skip_losses(model: SwitchTransformer) -> Iterator[None]:
     """While inside, `model` computes the same logits, and every loss and statistic it gives is 0.
 
     Tokens go to the same experts, and plans are reported as ever. Afterwards all is as before, also

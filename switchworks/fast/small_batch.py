@@ -42,7 +42,9 @@ def few_rows(model: SwitchTransformer) -> AbstractContextManager[None]:
     return instead(replacements(model))
 
 
-def in_shares(x: Float[Tensor, "*b I"], shares: Float[Tensor, "S P I"]) -> Float[Tensor, "*b O"]:
+def split_n_linear(
+    x: Float[Tensor, "*b I"], shares: Float[Tensor, "S P I"]
+) -> Float[Tensor, "*b O"]:
     """`F.linear` of few rows with a matrix whose outputs are in shares. No gradients."""
     count, _, inputs = shares.shape
     rows = x.numel() // inputs
@@ -83,7 +85,7 @@ def replacements(model: SwitchTransformer) -> Iterator[Replacement]:
     for block in model.decoder:
         attention = block.self_attention
         if isinstance(attention, Attention) and (joined := _joined(attention)) is not None:
-            yield attention, "ask", partial(_ask, attention, joined)
+            yield attention, "qkv", partial(_ask, attention, joined)
     table = model.embedding.weight
     if model.head is None and _suits(table):
         yield model, "logits", partial(_logits, model, _shares(table))
@@ -108,7 +110,7 @@ def _few(x: Tensor) -> bool:
 
 
 def _linear(weight: Tensor, shares: Tensor, x: Tensor) -> Tensor:
-    return in_shares(x, shares) if _few(x) else F.linear(x, weight)
+    return split_n_linear(x, shares) if _few(x) else F.linear(x, weight)
 
 
 def _joined(attention: Attention) -> Float[Tensor, "S P I"] | None:
@@ -125,8 +127,8 @@ def _ask(
     attention: Attention, joined: Tensor, x: Tensor, real: Tensor | None = None
 ) -> tuple[Tensor, KeyValues, None]:
     if x.shape[1] != 1 or not _few(x):
-        return Attention.ask(attention, x, real)
-    three = in_shares(x, joined).view(len(x), 3, attention.num_heads, 1, -1)
+        return Attention.qkv(attention, x, real)
+    three = split_n_linear(x, joined).view(len(x), 3, attention.num_heads, 1, -1)
     q, k, v = three.unbind(dim=1)
     return q, KeyValues(k, v), None
 

@@ -6,6 +6,6 @@ from .decode import generate as generate
 from .fill_in import fill as fill
 from .fill_in import parse_fills as parse_fills
 from .sampling import Sampling as Sampling
-from .text import Writing as Writing
-from .text import answer as answer
-from .text import answer_lines as answer_lines
+from .text import GenerationConfig as GenerationConfig
+from .text import complete as complete
+from .text import complete_file as complete_file

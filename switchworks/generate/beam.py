@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from switchworks.config import ConfigError
-from switchworks.fast import TokenGraph
+from switchworks.fast import CompiledDecoder
 from switchworks.generate.start import EOS, PAD, start, steps
 from switchworks.model import DecoderCache, KeyValues, SwitchTransformer
 
@@ -80,7 +80,7 @@ def search(
     inputs: Int[Tensor, "B L"],
     max_length: int,
     how: BeamSearch,
-    graph: TokenGraph | None = None,
+    graph: CompiledDecoder | None = None,
 ) -> Int[Tensor, "B T"]:
     """The best text found for each of `inputs`, ended by EOS and padded with id 0."""
     logits, cache = start(model, inputs, max_length)

@@ -12,12 +12,12 @@ from jaxtyping import Int
 from torch import Tensor
 
 from switchworks.config import ConfigError
-from switchworks.fast import TokenGraph, few_rows, in_float32, logits_only
+from switchworks.fast import CompiledDecoder, few_rows, in_float32, skip_losses
 from switchworks.generate.beam import BeamSearch, search
 from switchworks.generate.sampling import Sampling, choose
 from switchworks.generate.start import EOS, PAD, start, steps
 from switchworks.model import SwitchTransformer
-from switchworks.parallel import ALONE, Ranks
+from switchworks.parallel import SINGLE, Ranks
 
 
 @torch.no_grad()
@@ -28,8 +28,8 @@ def generate(
     max_length: int = 128,
     sampling: Sampling | None = None,
     beams: BeamSearch | None = None,
-    graph: TokenGraph | None = None,
-    ranks: Ranks = ALONE,
+    graph: CompiledDecoder | None = None,
+    ranks: Ranks = SINGLE,
     generator: torch.Generator | None = None,
 ) -> Int[Tensor, "B T"]:
     """The tokens `model` writes for `inputs`, each row ended by EOS and then padded with 0.
@@ -60,7 +60,7 @@ def generate(
         )
     if beams is not None and ranks.mesh is not None:
         raise ConfigError("beams are for a model on one rank. Leave them out, or load it there.")
-    if graph is not None and not graph.is_of(model):
+    if graph is not None and not graph.matches(model):
         raise ConfigError("The graph is of another model, or was made before this one was changed.")
     check_shape(model, inputs)
     if generator is None:
@@ -68,7 +68,7 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        with logits_only(model), few_rows(model), in_float32(model):
+        with skip_losses(model), few_rows(model), in_float32(model):
             if beams is not None:
                 return search(model, inputs, max_length, beams, graph)
             return _decode(model, inputs, max_length, sampling, generator, ranks, graph)
@@ -96,14 +96,14 @@ def _decode(
     sampling: Sampling,
     generator: torch.Generator,
     ranks: Ranks,
-    graph: TokenGraph | None,
+    graph: CompiledDecoder | None,
 ) -> Tensor:
     logits, cache = start(model, inputs, max_length)
     step = steps(model, cache, graph)
     token = choose(logits[:, -1], sampling, generator)
     written = [token]
     ended = token == EOS
-    while len(written) < max_length and ranks.highest(int(not ended.all())):
+    while len(written) < max_length and ranks.all_max(int(not ended.all())):
         logits = step(token[:, None])
         token = choose(logits[:, -1], sampling, generator).masked_fill(ended, PAD)
         ended = ended | (token == EOS)

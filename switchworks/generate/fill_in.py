@@ -10,12 +10,12 @@ from collections.abc import Mapping
 HOLE = re.compile(r"<extra_id_(\d+)>")
 
 
-def parse_fills(answer: str) -> dict[int, str]:
+def parse_fills(complete: str) -> dict[int, str]:
     """Hole number -> text. Text before the first hole belongs to none and is left out.
 
     If a hole is named twice the first answer counts.
     """
-    parts = HOLE.split(answer)
+    parts = HOLE.split(complete)
     fills: dict[int, str] = {}
     for number, text in zip(parts[1::2], parts[2::2], strict=True):
         fills.setdefault(int(number), text.strip())

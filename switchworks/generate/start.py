@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from switchworks.fast import TokenGraph
+from switchworks.fast import CompiledDecoder
 from switchworks.model import DecoderCache, SwitchTransformer
 
 PAD, EOS = 0, 1
@@ -21,14 +21,14 @@ def start(
 ) -> tuple[Float[Tensor, "B 1 V"], DecoderCache]:
     """The logits of the first token for each of `inputs`, and a cache for `max_length` tokens."""
     if model.config.decoder_only:
-        return model.read_prompts(inputs, max_length)
-    cache = model.start_decoding(model.encode(inputs), max_length)
+        return model.prefill(inputs, max_length)
+    cache = model.init_cache(model.encode(inputs), max_length)
     first = torch.zeros_like(inputs[:, :1])  # decoding starts from id 0, as in T5
-    return model.decode_next(first, cache), cache
+    return model.decode_step(first, cache), cache
 
 
 def steps(
-    model: SwitchTransformer, cache: DecoderCache, graph: TokenGraph | None
+    model: SwitchTransformer, cache: DecoderCache, graph: CompiledDecoder | None
 ) -> Callable[[Int[Tensor, "B 1"]], Float[Tensor, "B 1 V"]]:
     """The function from each row's last token to the logits of its next, which extends `cache`."""
-    return partial(model.decode_next, cache=cache) if graph is None else graph.begin(cache)
+    return partial(model.decode_step, cache=cache) if graph is None else graph.begin(cache)

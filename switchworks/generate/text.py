@@ -11,7 +11,7 @@ from switchworks.checkpoint import load
 from switchworks.config import CheckpointError, ConfigError, check_at_least
 from switchworks.data import Tokenizer
 from switchworks.device import compute_device
-from switchworks.fast import TokenGraph, require_compiler
+from switchworks.fast import CompiledDecoder, require_compiler
 from switchworks.generate.batches import batches_by_length, pad
 from switchworks.generate.beam import BeamSearch
 from switchworks.generate.continue_text import continuation
@@ -24,7 +24,7 @@ from switchworks.quantise import quantise
 
 
 @dataclass(frozen=True, kw_only=True)
-class Writing:
+class GenerationConfig:
     """How texts are written."""
 
     max_length: int = 128
@@ -34,16 +34,16 @@ class Writing:
     batch_size: int = 32
     """Texts written at once, those of similar length together."""
     compile: bool = False
-    """The step of decoding is compiled first, see `TokenGraph`."""
+    """The step of decoding is compiled first, see `CompiledDecoder`."""
 
     def __post_init__(self) -> None:
         check_at_least(self, "", 1, "max_length", "batch_size")
 
 
-def answer(
+def complete(
     path: Path,
     texts: Sequence[str],
-    how: Writing,
+    how: GenerationConfig,
     *,
     int8: bool = False,
     dtype: torch.dtype | None = None,
@@ -67,10 +67,10 @@ def answer(
     return write(model, tokenizer, texts, how)
 
 
-def answer_lines(
+def complete_file(
     path: Path,
     source: Path,
-    how: Writing,
+    how: GenerationConfig,
     output: Path | None = None,
     *,
     int8: bool = False,
@@ -90,7 +90,7 @@ def answer_lines(
     if not places:
         raise ConfigError(f"{source} holds no text.\n  --file takes one text in each line.")
     answers = [""] * len(lines)
-    found = answer(path, [lines[place] for place in places], how, int8=int8, dtype=dtype)
+    found = complete(path, [lines[place] for place in places], how, int8=int8, dtype=dtype)
     for place, text in zip(places, found, strict=True):
         answers[place] = " ".join(text.splitlines())
     if output is not None:
@@ -105,9 +105,9 @@ def _lines(text: str) -> list[str]:
 
 
 def fill_texts(
-    model: SwitchTransformer, tokenizer: Tokenizer, texts: Sequence[str], how: Writing
+    model: SwitchTransformer, tokenizer: Tokenizer, texts: Sequence[str], how: GenerationConfig
 ) -> list[str]:
-    """`texts` with every hole <extra_id_N> filled in square brackets; see `answer`."""
+    """`texts` with every hole <extra_id_N> filled in square brackets; see `complete`."""
     if not all(text.strip() for text in texts):
         raise ConfigError('There is no text to fill in. Example: "The <extra_id_0> of the list."')
     texts = [text if HOLE.search(text) else f"{text.rstrip()} <extra_id_0>" for text in texts]
@@ -119,7 +119,7 @@ def fill_texts(
 
 
 def continue_texts(
-    model: SwitchTransformer, tokenizer: Tokenizer, texts: Sequence[str], how: Writing
+    model: SwitchTransformer, tokenizer: Tokenizer, texts: Sequence[str], how: GenerationConfig
 ) -> list[str]:
     """Each text and what a decoder-only model writes after it. An empty one begins a new text."""
     if any(HOLE.search(text) for text in texts):
@@ -136,7 +136,7 @@ def continue_texts(
     ]
 
 
-def _graph(model: SwitchTransformer, texts: int) -> TokenGraph:
+def _graph(model: SwitchTransformer, texts: int) -> CompiledDecoder:
     """What is compiled by the first batch, whose wait is announced."""
     require_compiler()
     print(
@@ -144,11 +144,11 @@ def _graph(model: SwitchTransformer, texts: int) -> TokenGraph:
         "it in its cache",
         file=sys.stderr,
     )
-    return TokenGraph(model)
+    return CompiledDecoder(model)
 
 
 def _written(
-    model: SwitchTransformer, inputs: Sequence[Sequence[int]], how: Writing
+    model: SwitchTransformer, inputs: Sequence[Sequence[int]], how: GenerationConfig
 ) -> list[list[int]]:
     """The tokens that the model writes for each of `inputs`, in their order."""
     written: list[list[int]] = [[] for _ in inputs]

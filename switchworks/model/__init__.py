@@ -4,19 +4,19 @@ switch_ffn, losses, init, transformer, sizes."""
 from switchworks.model.attention import (
     Attend,
     Attention,
-    AttentionOutput,
-    BiasParts,
+    AttentionBase,
+    FactoredBias,
     KeyValues,
     RelativeBias,
     attend,
-    hide,
     join_heads,
+    mask_to_bias,
 )
 from switchworks.model.blocks import Block, Stack
 from switchworks.model.cache import DecoderCache, LayerCache
 from switchworks.model.config import ModelConfig, RoutingConfig
 from switchworks.model.dispatch import DISPATCHERS, Dispatcher, rows_of
-from switchworks.model.experts import Experts, Inbox, Pool
+from switchworks.model.experts import ExpertBank, ExpertInput, Experts
 from switchworks.model.init import truncated_normal_
 from switchworks.model.layers import (
     FFN,
@@ -25,7 +25,7 @@ from switchworks.model.layers import (
     SharedDropout,
     activate,
     look_up,
-    widen,
+    to_float32,
 )
 from switchworks.model.losses import Losses, row_blocks
 from switchworks.model.routing import Router, Routes
@@ -45,20 +45,20 @@ __all__ = [
     "FFN",
     "Attend",
     "Attention",
-    "AttentionOutput",
-    "BiasParts",
+    "AttentionBase",
     "Block",
     "DecoderCache",
     "Dispatcher",
     "Embedding",
+    "ExpertBank",
+    "ExpertInput",
     "Experts",
-    "Inbox",
+    "FactoredBias",
     "KeyValues",
     "LayerCache",
     "Losses",
     "ModelConfig",
     "Output",
-    "Pool",
     "RMSNorm",
     "RelativeBias",
     "Router",
@@ -76,14 +76,14 @@ __all__ = [
     "attend",
     "flops_per_sequence",
     "flops_per_token",
-    "hide",
     "join_heads",
     "look_up",
+    "mask_to_bias",
     "num_parameters",
     "row_blocks",
     "rows_of",
     "shift_right",
+    "to_float32",
     "training_flops_per_token",
     "truncated_normal_",
-    "widen",
 ]

@@ -18,9 +18,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from switchworks.model.config import ModelConfig
-from switchworks.model.layers import SharedDropout, look_up, widen
+from switchworks.model.layers import SharedDropout, look_up, to_float32
 
-HIDDEN = -1e9
+MASKED = -1e9
 """Added to the score of a key that must not be seen. Finite, so that a query which sees no key
 at all (a padded row) gets a meaningless average and not NaN."""
 
@@ -49,7 +49,7 @@ def relative_bucket(
     return bucket + torch.where(away < exact, away, far)
 
 
-class BiasParts(NamedTuple):
+class FactoredBias(NamedTuple):
     """The bias of self-attention not yet put together, for kernels that do so block by block.
 
     Stands for the tensor [#B, H, L, M] of `distances[:, m - l + L - 1] + hidden`, of which nothing
@@ -59,7 +59,7 @@ class BiasParts(NamedTuple):
     distances: Float[Tensor, "H L_plus_M_minus_1"]
     """The bias of each distance m - l between query and key, from 1 - L to M - 1."""
     hidden: Float[Tensor, "#B 1 #L M"] | None = None
-    """What `hide` says; without a gradient."""
+    """What `mask_to_bias` says; without a gradient."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -76,7 +76,7 @@ class RelativeBias(nn.Module):
 
     letters = {"weight": "_ H"}  # noqa: RUF012
     in_parts = False
-    """Set from outside where attention has a kernel for `BiasParts`; without gradients there is
+    """Set from outside where attention has a kernel for `FactoredBias`; without gradients there is
     the tensor all the same."""
 
     def __init__(self, config: ModelConfig, *, bidirectional: bool) -> None:
@@ -87,12 +87,12 @@ class RelativeBias(nn.Module):
 
     def forward(
         self, num_queries: int, num_keys: int, first: int = 0
-    ) -> Float[Tensor, "1 H L M"] | BiasParts:
+    ) -> Float[Tensor, "1 H L M"] | FactoredBias:
         """The bias for queries at positions first, first + 1, ... and keys from position 0."""
         device = self.weight.device
         if self.in_parts and torch.is_grad_enabled():
             distances = torch.arange(1 - num_queries - first, num_keys - first, device=device)
-            return BiasParts(self._of(distances[None])[:, 0])
+            return FactoredBias(self._of(distances[None])[:, 0])
         queries = torch.arange(first, first + num_queries, device=device)
         keys = torch.arange(num_keys, device=device)
         return self._of(keys[None] - queries[:, None])[None]
@@ -107,7 +107,7 @@ class RelativeBias(nn.Module):
         return look_up(self.weight, bucket).permute(2, 0, 1)
 
 
-def visible(
+def segment_mask(
     query_segments: Int[Tensor, "B L"], key_segments: Int[Tensor, "B M"]
 ) -> Bool[Tensor, "B 1 L M"]:
     """True where query and key belong to the same example."""
@@ -120,9 +120,9 @@ def causal(num_queries: int, num_keys: int, device: torch.device) -> Bool[Tensor
     return ones.tril(diagonal=num_keys - num_queries)[None, None]
 
 
-def hide(mask: Bool[Tensor, "..."], dtype: torch.dtype) -> Float[Tensor, "..."]:
+def mask_to_bias(mask: Bool[Tensor, "..."], dtype: torch.dtype) -> Float[Tensor, "..."]:
     """0 where `mask` is True and a large negative number elsewhere, to be added to scores."""
-    hidden = max(HIDDEN, torch.finfo(dtype).min / 2)  # float16 ends at -65504
+    hidden = max(MASKED, torch.finfo(dtype).min / 2)  # float16 ends at -65504
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, hidden)
 
 
@@ -144,7 +144,7 @@ def attend(
     scores = q @ k.mT
     if bias is not None:
         scores = scores + bias
-    weights = widen(scores).softmax(dim=-1).to(q.dtype)
+    weights = to_float32(scores).softmax(dim=-1).to(q.dtype)
     return dropout(weights) @ v
 
 
@@ -159,7 +159,7 @@ class KeyValues(NamedTuple):
     v: Float[Tensor, "B H M K"]
 
 
-class AttentionOutput(nn.Module):
+class AttentionBase(nn.Module):
     """What every attention ends with: heads that read, and one matrix that mixes them."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -169,17 +169,17 @@ class AttentionOutput(nn.Module):
         self.dropout = SharedDropout(config.dropout)
         self.attend: Attend = attend
 
-    def read(
+    def attend_out(
         self,
         query: Float[Tensor, "B H L K"],
         memory: KeyValues,
-        bias: Float[Tensor, "#B #H #L M"] | BiasParts | None,
+        bias: Float[Tensor, "#B #H #L M"] | FactoredBias | None,
     ) -> Float[Tensor, "B L D"]:
         """What each query reads from `memory`."""
         return self.o(join_heads(self.attend(query, memory.k, memory.v, bias, self.dropout)))
 
 
-class Attention(AttentionOutput):
+class Attention(AttentionBase):
     """Multi-head attention from `x` to `memory`. H in the letters stands for H * K rows."""
 
     letters = {  # noqa: RUF012
@@ -201,7 +201,7 @@ class Attention(AttentionOutput):
         heads = self.num_heads
         return KeyValues(split_heads(self.k(memory), heads), split_heads(self.v(memory), heads))
 
-    def ask(
+    def qkv(
         self, x: Float[Tensor, "B L D"], real: Bool[Tensor, "B L"] | None = None
     ) -> tuple[Float[Tensor, "B H L K"], KeyValues, None]:
         """Queries, keys and values of `x`, for self-attention. `real` makes no difference here."""
@@ -211,10 +211,10 @@ class Attention(AttentionOutput):
         self,
         x: Float[Tensor, "B L D"],
         memory: KeyValues,
-        bias: Float[Tensor, "#B #H #L M"] | BiasParts | None,
+        bias: Float[Tensor, "#B #H #L M"] | FactoredBias | None,
     ) -> Float[Tensor, "B L D"]:
         """What each position of `x` reads from `memory`."""
-        return self.read(split_heads(self.q(x), self.num_heads), memory, bias)
+        return self.attend_out(split_heads(self.q(x), self.num_heads), memory, bias)
 
 
 def split_heads(x: Float[Tensor, "B M HK"], num_heads: int) -> Float[Tensor, "B H M K"]:

@@ -12,7 +12,7 @@ from typing import cast
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from switchworks.model.attention import Attention, BiasParts, KeyValues, RelativeBias
+from switchworks.model.attention import Attention, FactoredBias, KeyValues, RelativeBias
 from switchworks.model.cache import DecoderCache, LayerCache
 from switchworks.model.config import ModelConfig
 from switchworks.model.layers import FFN, RMSNorm, SharedDropout
@@ -47,7 +47,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B L D"],
-        bias: Float[Tensor, "#B H L M"] | BiasParts,
+        bias: Float[Tensor, "#B H L M"] | FactoredBias,
         *,
         segments: Int[Tensor, "B L"] | None,
         past: LayerCache | None = None,
@@ -60,16 +60,16 @@ class Block(nn.Module):
         them.
         """
         real = None if segments is None else segments != 0
-        query, keys, asked = self.self_attention.ask(self.self_norm(x), real)
+        query, keys, attention_routing = self.self_attention.qkv(self.self_norm(x), real)
         keys = keys if past is None else past.extend(keys)
-        x = x + self.dropout(self.self_attention.read(query, keys, bias))
+        x = x + self.dropout(self.self_attention.attend_out(query, keys, bias))
         if self.cross_attention is not None and self.cross_norm is not None:
             assert memory is not None
             memory = self.project(memory) if isinstance(memory, Tensor) else memory
             read = self.cross_attention(self.cross_norm(x), memory, memory_bias)
             x = x + self.dropout(read)
-        x, fed = self._feed_forward(x, real)
-        return x, [report for report in (asked, fed) if report is not None]
+        x, ffn_routing = self._feed_forward(x, real)
+        return x, [report for report in (attention_routing, ffn_routing) if report is not None]
 
     def project(self, states: Float[Tensor, "B M D"]) -> KeyValues:
         """Keys and values of the encoder's states, for a decoder block's cross-attention."""
@@ -100,7 +100,7 @@ class Stack(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B L D"],
-        bias: Float[Tensor, "#B H L M"] | BiasParts,
+        bias: Float[Tensor, "#B H L M"] | FactoredBias,
         *,
         segments: Int[Tensor, "B L"] | None,
         memory: Float[Tensor, "B M2 D"] | None = None,

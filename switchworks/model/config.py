@@ -14,7 +14,7 @@ StrategyName = Literal[
 ]
 """The keys of `routing.STRATEGIES`, which says what each does."""
 
-LOOKS_AHEAD = {
+NON_CAUSAL = {
     "switch_max": "a later token with a higher probability takes an earlier one's slot",
     "switch_random": "which tokens get a slot is drawn from all of the group, later ones too",
     "no_token_left_behind": "second wishes are served after all first ones, later tokens' too",
@@ -118,9 +118,9 @@ class RoutingConfig:
         is dropped what it is to predict.
         """
         strategy = self.decoder_strategy or self.strategy
-        if strategy in LOOKS_AHEAD:
+        if strategy in NON_CAUSAL:
             raise ConfigError(
-                f"routing.strategy = {strategy} cannot route a decoder: {LOOKS_AHEAD[strategy]}.\n"
+                f"routing.strategy = {strategy} cannot route a decoder: {NON_CAUSAL[strategy]}.\n"
                 "  Keep it for the encoder and set routing.decoder_strategy to switch or top2."
             )
         return replace(self, strategy=strategy, decoder_strategy=None)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from switchworks.model.experts import Inbox, Pool
+from switchworks.model.experts import ExpertBank, ExpertInput
 from switchworks.model.routing import Routes
 
 
@@ -27,7 +27,7 @@ class Dispatcher(Protocol):
         self,
         x: Float[Tensor, "G S D"],
         routes: Routes,
-        experts: Pool,
+        experts: ExpertBank,
         capacity: int | None,
     ) -> Float[Tensor, "G S O"]:
         """The sum of gate * expert(x) over a token's kept assignments, in `x`'s dtype; 0 for a
@@ -39,7 +39,7 @@ class EinsumDispatcher:
     """One-hot masks and einsums, slow and obvious. Slots not filled hold zeros."""
 
     def __call__(
-        self, x: Float[Tensor, "G S D"], routes: Routes, experts: Pool, capacity: int | None
+        self, x: Float[Tensor, "G S D"], routes: Routes, experts: ExpertBank, capacity: int | None
     ) -> Float[Tensor, "G S O"]:
         num_experts, size = experts.num_experts, x.shape[1]
         capacity = size if capacity is None else capacity
@@ -50,7 +50,7 @@ class EinsumDispatcher:
         token = torch.arange(size, device=x.device) if routes.token is None else routes.token
         token = F.one_hot(token, size).expand(len(x), -1, -1).to(x.dtype)  # G A S
         inbox = torch.einsum("gsd,gas,gaec->egcd", x, token, mask)
-        outbox = experts(Inbox(inbox.flatten(0, 2), None))
+        outbox = experts(ExpertInput(inbox.flatten(0, 2), None))
         outbox = outbox.view(num_experts, x.shape[0], capacity, -1)
         answers = torch.einsum("egcd,gaec,ga->gad", outbox, mask, routes.gate.to(x.dtype))
         return torch.einsum("gad,gas->gsd", answers, token).to(x.dtype)
@@ -63,7 +63,7 @@ class PaddedDispatcher:
     """
 
     def __call__(
-        self, x: Float[Tensor, "G S D"], routes: Routes, experts: Pool, capacity: int | None
+        self, x: Float[Tensor, "G S D"], routes: Routes, experts: ExpertBank, capacity: int | None
     ) -> Float[Tensor, "G S O"]:
         groups, size, width = x.shape
         num_experts = experts.num_experts
@@ -76,7 +76,7 @@ class PaddedDispatcher:
         rows = x.flatten(0, 1)
         rows = rows if tokens is None else rows.index_select(0, tokens)
         inbox = x.new_zeros(nowhere + 1, width).index_copy_(0, place, rows)
-        outbox = experts(Inbox(inbox[:-1], None))
+        outbox = experts(ExpertInput(inbox[:-1], None))
         answers = torch.cat([outbox, outbox.new_zeros(1, outbox.shape[-1])]).index_select(0, place)
         answers = answers * routes.gate.flatten()[:, None].to(x.dtype)
         if tokens is not None:
@@ -94,7 +94,7 @@ class SortedDispatcher:
     """
 
     def __call__(
-        self, x: Float[Tensor, "G S D"], routes: Routes, experts: Pool, capacity: int | None
+        self, x: Float[Tensor, "G S D"], routes: Routes, experts: ExpertBank, capacity: int | None
     ) -> Float[Tensor, "G S O"]:
         groups, size, _ = x.shape
         if groups * size == 1 and routes.token is None:
@@ -102,7 +102,7 @@ class SortedDispatcher:
         order = sort_by_expert(routes, experts.num_experts)
         tokens = rows_of(routes, size)
         tokens = order.assignment if tokens is None else tokens[order.assignment]
-        answers = experts(Inbox(x.flatten(0, 1).index_select(0, tokens), order.counts))
+        answers = experts(ExpertInput(x.flatten(0, 1).index_select(0, tokens), order.counts))
         gates = routes.gate.flatten().index_select(0, order.assignment)
         answers = answers * gates[:, None].to(x.dtype)
         empty = answers.new_zeros(groups * size, answers.shape[-1])
@@ -111,13 +111,13 @@ class SortedDispatcher:
         return write(0, tokens, answers).view(groups, size, -1)
 
     def _only_one(
-        self, x: Float[Tensor, "1 1 D"], routes: Routes, experts: Pool
+        self, x: Float[Tensor, "1 1 D"], routes: Routes, experts: ExpertBank
     ) -> Float[Tensor, "1 1 O"]:
         """The same for a single token, as decoding one text has them: nothing to sort."""
         kept = int(routes.kept)
         counts = [0] * experts.num_experts
         counts[int(routes.expert)] = kept
-        answers = experts(Inbox(x[0, :kept], counts)) * routes.gate[:, :kept].mT.to(x.dtype)
+        answers = experts(ExpertInput(x[0, :kept], counts)) * routes.gate[:, :kept].mT.to(x.dtype)
         return F.pad(answers, (0, 0, 0, 1 - kept))[None]  # 0 for padding
 
 
@@ -153,7 +153,7 @@ class ChosenDispatcher:
     """
 
     def __call__(
-        self, x: Float[Tensor, "G S D"], routes: Routes, experts: Pool, capacity: int | None
+        self, x: Float[Tensor, "G S D"], routes: Routes, experts: ExpertBank, capacity: int | None
     ) -> Float[Tensor, "G S O"]:
         chosen = DISPATCHERS["sorted" if capacity is None else "padded"]
         return chosen(x, routes, experts, capacity)

@@ -20,7 +20,7 @@ from switchworks.model.config import check_activation
 from switchworks.model.layers import activate
 
 
-class Inbox(NamedTuple):
+class ExpertInput(NamedTuple):
     """Tokens sorted by the expert that is to see them."""
 
     tokens: Float[Tensor, "N D"]
@@ -30,12 +30,12 @@ class Inbox(NamedTuple):
 
 
 @runtime_checkable
-class Pool(Protocol):
+class ExpertBank(Protocol):
     """Whoever answers for all E experts: an `Experts`, or those of several ranks together."""
 
     num_experts: int
 
-    def __call__(self, inbox: Inbox) -> Float[Tensor, "N O"]:
+    def __call__(self, inbox: ExpertInput) -> Float[Tensor, "N O"]:
         """Each expert's answer to its tokens, in the same order."""
         ...
 
@@ -65,7 +65,7 @@ class Experts(nn.Module):
         self.w_gate = nn.Parameter(torch.empty(experts, d_model, d_ff)) if gated else None
         self.w_out = nn.Parameter(torch.empty(experts, d_ff, d_out or d_model))
 
-    def forward(self, inbox: Inbox) -> Float[Tensor, "N O"]:
+    def forward(self, inbox: ExpertInput) -> Float[Tensor, "N O"]:
         """Each expert's answer to its tokens, in the same order."""
         if inbox.counts is None:
             return self._run_even(inbox.tokens)

@@ -23,12 +23,12 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*b D"]) -> Float[Tensor, "*b D"]:
         """`x` with mean square 1 along D, scaled; the statistics are taken in float32 or wider."""
-        wide = widen(x)
+        wide = to_float32(x)
         unit = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.epsilon)
         return unit.to(self.weight.dtype) * self.weight
 
 
-def widen(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+def to_float32(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """`x` in float32, unless its dtype is wider: what must not be computed in 16 bits."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 

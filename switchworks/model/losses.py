@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from switchworks.model.layers import widen
+from switchworks.model.layers import to_float32
 
 BLOCK = 2**18
 """Logits widened at once."""
@@ -82,7 +82,9 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Float[Tensor, "N V"], targets: Int[Tensor, "N"]
     ) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:
-        normaliser = torch.cat([widen(block).logsumexp(dim=-1) for block in row_blocks(logits)])
+        normaliser = torch.cat(
+            [to_float32(block).logsumexp(dim=-1) for block in row_blocks(logits)]
+        )
         picked = logits.gather(-1, targets[:, None]).squeeze(-1).to(normaliser.dtype)
         ctx.save_for_backward(logits, targets, normaliser)
         return normaliser - picked, normaliser
@@ -90,15 +92,15 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, of_nats: Float[Tensor, "N"], of_normaliser: Float[Tensor, "N"]
+        ctx: Any, grad_nll: Float[Tensor, "N"], grad_normaliser: Float[Tensor, "N"]
     ) -> tuple[Float[Tensor, "N V"], None]:
         logits, targets, normaliser = ctx.saved_tensors
-        whole = (of_nats + of_normaliser)[:, None]
+        whole = (grad_nll + grad_normaliser)[:, None]
         grads = torch.empty_like(logits)
-        columns = (logits, grads, targets[:, None], normaliser[:, None], whole, -of_nats[:, None])
+        columns = (logits, grads, targets[:, None], normaliser[:, None], whole, -grad_nll[:, None])
         parts = zip(*(row_blocks(column, of=logits) for column in columns), strict=True)
         for block, grad, target, log_z, share, minus in parts:
-            probs = widen(block).sub(log_z).exp_()
+            probs = to_float32(block).sub(log_z).exp_()
             grad.copy_(probs.mul_(share).scatter_add_(-1, target, minus))
         return grads, None
 

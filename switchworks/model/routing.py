@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from switchworks.model.config import RoutingConfig
-from switchworks.model.layers import widen
+from switchworks.model.layers import to_float32
 
 
 class Routes(NamedTuple):
@@ -47,7 +47,7 @@ class Routes(NamedTuple):
         return seen.scatter_reduce_(1, self.token, self.kept.to(seen.dtype), "amax").bool()
 
 
-class Rules(NamedTuple):
+class RoutingLimits(NamedTuple):
     """What a strategy has to keep to."""
 
     capacity: int | None
@@ -59,7 +59,7 @@ class Rules(NamedTuple):
     """top2 keeps a second expert of gate g with probability min(1, g / threshold)."""
     ntlb_rounds: int = 4
     """no_token_left_behind offers a token so many experts."""
-    picks: Int[Tensor, "G"] | None = None
+    group_capacity: Int[Tensor, "G"] | None = None
     """expert_choice: the capacity counted from the real tokens of each group alone; None: all."""
 
 
@@ -87,7 +87,7 @@ class Router(nn.Module):
 
     def forward(self, x: Float[Tensor, "G S D"]) -> Float[Tensor, "G S E"]:
         """Logits in float32, or wider if `x` is. In training a noisy copy of `x` is scored."""
-        wide = widen(x)
+        wide = to_float32(x)
         if self.training:
             wide = self._explore(wide)
         # Autocast would turn this product into bfloat16 again.
@@ -109,7 +109,7 @@ class Router(nn.Module):
         return probs.argmax(dim=-1)
 
     @torch.no_grad()
-    def nudge(self, load: Float[Tensor, "E"]) -> None:
+    def update_bias(self, load: Float[Tensor, "E"]) -> None:
         """Move the selection bias by `bias_rate` towards experts with less than their share.
 
         Balancing without a loss (arXiv 2408.15664): call it once per optimizer step with the
@@ -172,12 +172,12 @@ def route(
     return Routes(expert, slot, kept, gate)
 
 
-def switch(probs: Tensor, choice: Tensor, real: Tensor, rules: Rules) -> Routes:
+def switch(probs: Tensor, choice: Tensor, real: Tensor, rules: RoutingLimits) -> Routes:
     """One expert per token, first come first served (section 2.1)."""
     return route(probs, real, rules.capacity, choice=choice)
 
 
-def switch_max(probs: Tensor, choice: Tensor, real: Tensor, rules: Rules) -> Routes:
+def switch_max(probs: Tensor, choice: Tensor, real: Tensor, rules: RoutingLimits) -> Routes:
     """`switch`, but full experts drop their least likely tokens and not their last.
 
     Mesh-TF `switch_max`; batch-prioritised routing (arXiv 2106.05974).
@@ -187,17 +187,17 @@ def switch_max(probs: Tensor, choice: Tensor, real: Tensor, rules: Rules) -> Rou
     return route(probs, real, rules.capacity, choice=choice, order=order)
 
 
-def switch_random(probs: Tensor, choice: Tensor, real: Tensor, rules: Rules) -> Routes:
+def switch_random(probs: Tensor, choice: Tensor, real: Tensor, rules: RoutingLimits) -> Routes:
     """`switch`, but in training full experts serve a random selection of their tokens."""
     order = torch.rand(real.shape, device=real.device).argsort(dim=1) if rules.training else None
     return route(probs, real, rules.capacity, choice=choice, order=order)
 
 
-def top2(probs: Tensor, choice: Tensor, real: Tensor, rules: Rules) -> Routes:
+def top2(probs: Tensor, choice: Tensor, real: Tensor, rules: RoutingLimits) -> Routes:
     """Two experts per token, gates scaled to sum to 1: the paper's MoE baseline (Mesh-TF
     `_top_2_gating`).
 
-    In training a weak second expert is asked only now and then (see `Rules`); in evaluation
+    In training a weak second expert is asked only now and then (see `RoutingLimits`); in evaluation
     always. Slots go to all first choices of a group, then to second ones; where routing has to
     be causal, token after token.
     """
@@ -220,7 +220,9 @@ def top2(probs: Tensor, choice: Tensor, real: Tensor, rules: Rules) -> Routes:
     return Routes(expert, slot, kept, gate.flatten(1), place % tokens)
 
 
-def no_token_left_behind(probs: Tensor, choice: Tensor, real: Tensor, rules: Rules) -> Routes:
+def no_token_left_behind(
+    probs: Tensor, choice: Tensor, real: Tensor, rules: RoutingLimits
+) -> Routes:
     """`switch`, then whoever found its expert full tries its next likeliest (appendix B).
 
     Mesh-TF `_ntlb_gating`: some rounds over the tokens still without an expert; those served in
@@ -244,11 +246,11 @@ def no_token_left_behind(probs: Tensor, choice: Tensor, real: Tensor, rules: Rul
     return Routes(expert, slot, kept, gate)
 
 
-def expert_choice(probs: Tensor, choice: Tensor, real: Tensor, rules: Rules) -> Routes:
+def expert_choice(probs: Tensor, choice: Tensor, real: Tensor, rules: RoutingLimits) -> Routes:
     """Each expert takes the tokens most likely to want it (arXiv 2202.09368).
 
     A token may get several experts or none. How many an expert takes is counted from the real
-    tokens (`rules.picks`), so padding changes nothing.
+    tokens (`rules.group_capacity`), so padding changes nothing.
     """
     assert rules.capacity is not None
     groups, tokens, experts = probs.shape
@@ -258,8 +260,8 @@ def expert_choice(probs: Tensor, choice: Tensor, real: Tensor, rules: Rules) -> 
     gate = scores.gather(1, token)
     number = torch.arange(slots, device=probs.device)
     kept = gate >= 0  # not padding
-    if rules.picks is not None:
-        kept = kept & (number < rules.picks[:, None])[..., None]
+    if rules.group_capacity is not None:
+        kept = kept & (number < rules.group_capacity[:, None])[..., None]
     return Routes(
         expert=torch.arange(experts, device=probs.device)
         .repeat_interleave(slots)
@@ -271,7 +273,7 @@ def expert_choice(probs: Tensor, choice: Tensor, real: Tensor, rules: Rules) -> 
     )
 
 
-Strategy = Callable[[Tensor, Tensor, Tensor, Rules], Routes]
+Strategy = Callable[[Tensor, Tensor, Tensor, RoutingLimits], Routes]
 """(probs [G S E], choice [G S], real [G S], rules) -> the plan."""
 
 STRATEGIES: dict[str, Strategy] = {

@@ -10,12 +10,12 @@ Letters: B sequences, H heads, L length, K head width, D model width.
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from switchworks.model.attention import AttentionOutput, KeyValues, split_heads
+from switchworks.model.attention import AttentionBase, KeyValues, split_heads
 from switchworks.model.config import ModelConfig
 from switchworks.model.switch_ffn import Routing, switch_ffn
 
 
-class SwitchAttention(AttentionOutput):
+class SwitchAttention(AttentionBase):
     """Self-attention whose queries and keys come from the experts of a switch layer.
 
     The hidden layer of an expert is `d_ff` wide with a ReLU; its second matrix gives the query and
@@ -30,7 +30,7 @@ class SwitchAttention(AttentionOutput):
         self.scale = config.d_kv**-0.5
         self.switch = switch_ffn(config, causal=causal, d_out=2 * config.num_heads * config.d_kv)
 
-    def ask(
+    def qkv(
         self, x: Float[Tensor, "B L D"], real: Bool[Tensor, "B L"] | None
     ) -> tuple[Float[Tensor, "B H L K"], KeyValues, Routing]:
         """Queries, keys and values of `x`, and the router's report."""

@@ -20,7 +20,7 @@ from switchworks.model.dispatch import DISPATCHERS, Dispatcher
 from switchworks.model.experts import Experts
 from switchworks.model.init import initialise_switch_ffn
 from switchworks.model.losses import balance_loss, expert_load, router_z_loss
-from switchworks.model.routing import STRATEGIES, Router, Routes, Rules
+from switchworks.model.routing import STRATEGIES, Router, Routes, RoutingLimits
 
 
 class Routing(NamedTuple):
@@ -108,13 +108,13 @@ class SwitchFFN(nn.Module):
         y = self.dispatcher(tokens, routes, self.experts, capacity)
         return y.view(*x.shape[:2], -1), self.reporter(self, logits, probs, choice, real, routes)
 
-    def _rules(self, capacity: int | None, real: Tensor) -> Rules:
-        config, picks = self.config, None
+    def _rules(self, capacity: int | None, real: Tensor) -> RoutingLimits:
+        config, group_capacity = self.config, None
         if config.strategy == "expert_choice":
             slots = [config.capacity(n, training=self.training) for n in real.sum(dim=1).tolist()]
-            picks = torch.tensor(slots, device=real.device)
+            group_capacity = torch.tensor(slots, device=real.device)
         limits = config.second_threshold, config.ntlb_rounds
-        return Rules(capacity, self.causal, self.training, *limits, picks)
+        return RoutingLimits(capacity, self.causal, self.training, *limits, group_capacity)
 
     def _groups(self, x: Tensor) -> tuple[int, int | None]:
         """Number of groups in the batch, and slots per expert in each."""

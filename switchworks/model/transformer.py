@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from switchworks.config import ConfigError
-from switchworks.model.attention import causal, hide, visible
+from switchworks.model.attention import causal, mask_to_bias, segment_mask
 from switchworks.model.blocks import Stack
 from switchworks.model.cache import DecoderCache, LayerCache
 from switchworks.model.config import ModelConfig
@@ -142,22 +142,24 @@ class SwitchTransformer(nn.Module):
         x = self.dropout(self.embedding(inputs))
         bias = self.encoder.relative_bias(inputs.shape[1], inputs.shape[1])
         if segments is not None:
-            seen = visible(segments, segments)
+            seen = segment_mask(segments, segments)
             if self.config.routing is not None and self.config.routing.padding_takes_slots:
                 # Whose slots padding takes depends on what it reads: in transformers, the text.
                 seen = seen | (segments == 0)[:, None, :, None]
                 seen = seen & (segments != 0)[:, None, None]
-            bias = bias + hide(seen, bias.dtype)
+            bias = bias + mask_to_bias(seen, bias.dtype)
         x, routing = self.encoder(x, bias, segments=segments)
         return Memory(x, segments, routing)
 
-    def start_decoding(self, memory: Memory, max_length: int) -> DecoderCache:
+    def init_cache(self, memory: Memory, max_length: int) -> DecoderCache:
         """An empty cache for up to `max_length` tokens: cross-attention is projected once."""
         states, segments = memory.states, memory.segments
-        hidden = None if segments is None else hide((segments != 0)[:, None, None], states.dtype)
+        hidden = (
+            None if segments is None else mask_to_bias((segments != 0)[:, None, None], states.dtype)
+        )
         return self._cache(states, max_length, memory_bias=hidden)
 
-    def read_prompts(
+    def prefill(
         self, prompts: Int[Tensor, "B L"], max_length: int
     ) -> tuple[Float[Tensor, "B 1 V"], DecoderCache]:
         """Decoder-only: the logits of what follows each prompt, read in one pass, and the cache.
@@ -169,21 +171,23 @@ class SwitchTransformer(nn.Module):
         segments = (tokens != 0).to(tokens.dtype)
         x = self.embedding(shift_right(tokens, segments))
         room = tokens.shape[1] + max_length - 1
-        cache = self._cache(x, room, prompt_bias=hide((segments != 0)[:, None, None], x.dtype))
-        return self._decode_next(x, cache, segments)[:, -1:], cache
+        cache = self._cache(
+            x, room, prompt_bias=mask_to_bias((segments != 0)[:, None, None], x.dtype)
+        )
+        return self._decode_step(x, cache, segments)[:, -1:], cache
 
-    def decode_next(
+    def decode_step(
         self, tokens: Int[Tensor, "B T"], cache: DecoderCache
     ) -> Float[Tensor, "B T V"]:
         """Logits for the positions after `tokens`, which follow what `cache` has already seen."""
-        return self._decode_next(self.embedding(tokens), cache, None)
+        return self._decode_step(self.embedding(tokens), cache, None)
 
-    def _decode_next(self, x: Tensor, cache: DecoderCache, segments: Tensor | None) -> Tensor:
+    def _decode_step(self, x: Tensor, cache: DecoderCache, segments: Tensor | None) -> Tensor:
         first, count = cache.layers[0].length, x.shape[1]
         bias = cache.last_bias[..., -first - 1 :]
         if count > 1:
             bias = self.decoder.relative_bias(count, first + count, first)
-            bias = bias + hide(causal(count, first + count, x.device), bias.dtype)
+            bias = bias + mask_to_bias(causal(count, first + count, x.device), bias.dtype)
         if cache.prompt_bias is not None:
             written = first + count - cache.prompt_bias.shape[-1]
             bias = bias + F.pad(cache.prompt_bias, (0, written))
@@ -240,13 +244,13 @@ class SwitchTransformer(nn.Module):
         seen = causal(length, length, tokens.device)
         memory_bias = None
         if segments is not None:
-            seen = seen & visible(segments, segments)
+            seen = seen & segment_mask(segments, segments)
         if segments is not None and memory is not None:
             keys = memory.segments
             if keys is None:
                 keys = torch.ones(memory.states.shape[:2], dtype=segments.dtype).to(x.device)
-            memory_bias = hide(visible(segments, keys), x.dtype)
-        bias = self.decoder.relative_bias(length, length) + hide(seen, x.dtype)
+            memory_bias = mask_to_bias(segment_mask(segments, keys), x.dtype)
+        bias = self.decoder.relative_bias(length, length) + mask_to_bias(seen, x.dtype)
         states = None if memory is None else memory.states
         return self.decoder(x, bias, segments=segments, memory=states, memory_bias=memory_bias)
 

@@ -3,9 +3,9 @@ from .build import Updater as Updater
 from .build import UpdateStats as UpdateStats
 from .build import build_optimizer as build_optimizer
 from .build import dimension_letters as dimension_letters
+from .clip import clip_coefficient as clip_coefficient
 from .clip import first_nonfinite as first_nonfinite
 from .clip import global_norm as global_norm
-from .clip import scale_to_bound as scale_to_bound
 from .config import OptimConfig as OptimConfig
 from .in_backward import BackwardUpdater as BackwardUpdater
 from .masters import MasterWeights as MasterWeights

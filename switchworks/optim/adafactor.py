@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from switchworks.optim.sharded_stats import Spread, local, spread_of, zeros_without
+from switchworks.optim.sharded_stats import Sharding, local, sharding_of, zeros_without
 
 EPS_SQUARE = 1e-30
 """Added to every squared gradient (epsilon1)."""
@@ -106,7 +106,7 @@ class Adafactor(torch.optim.Optimizer):
                 if len(alike) == 1:
                     grad = alike[0].grad
                     assert grad is not None
-                    rule = rule._replace(spread=spread_of(alike[0]).moved(dims))
+                    rule = rule._replace(spread=sharding_of(alike[0]).moved(dims))
                     parts = {name: local(tensor) for name, tensor in states[0].items()}
                     _update(local(alike[0]), local(grad), parts, dims, rule, scratch)
                 else:
@@ -128,7 +128,7 @@ class _Rule(NamedTuple):
     """What weight decay leaves of a parameter: 1 - lr * weight_decay."""
     apart: bool
     """Whether each index of the first dimension is scaled and clipped by itself."""
-    spread: Spread = Spread((), ())
+    spread: Sharding = Sharding((), ())
     """Which ranks have the rest of the parameter."""
 
     def mean(self, x: Tensor) -> Tensor:
@@ -240,7 +240,7 @@ def _update_together(
     grads = join([parameter.grad for parameter in parameters if parameter.grad is not None])
     if dims is not None and not rule.apart:
         dims = (dims[0] + 1, dims[1] + 1)
-    whole = spread_of(weights).moved(dims)
+    whole = sharding_of(weights).moved(dims)
     _update(weights, grads, joined, dims, rule._replace(apart=True, spread=whole), scratch)
 
     def parts(x: Tensor) -> list[Tensor]:

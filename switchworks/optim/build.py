@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from switchworks.config import CheckpointError
 from switchworks.optim.adafactor import EPS_SCALE, Adafactor
-from switchworks.optim.clip import first_nonfinite, global_norm, scale_to_bound
+from switchworks.optim.clip import clip_coefficient, first_nonfinite, global_norm
 from switchworks.optim.config import OptimConfig
 from switchworks.optim.masters import MasterWeights
 from switchworks.optim.schedule import learning_rate
@@ -37,7 +37,7 @@ class Kind(NamedTuple):
     """A low-rank matrix that stands beside a frozen one."""
 
     @property
-    def spared(self) -> bool:
+    def no_decay(self) -> bool:
         """Whether weight decay passes it over."""
         return self.bias or self.vector
 
@@ -71,14 +71,14 @@ class Updater:
         not finite, weights, state and gradients stay as they are, for the caller to look at. A
         parameter without a gradient is left alone, and so is its state.
         """
-        if self.masters.gathering:
+        if self.masters.accumulating:
             self.accumulate()
         lr = learning_rate(self.config, step, total_steps)
         norm = float(global_norm(list(self.masters.gradients().values())))
         if math.isfinite(norm):
             self._set_rate(lr)
             for names in self.masters.shares():
-                self._move(names, scale_to_bound(norm, self.config.clip_norm))
+                self._move(names, clip_coefficient(norm, self.config.clip_norm))
         return UpdateStats(lr, norm)
 
     def gradients(self) -> dict[str, Tensor]:
@@ -104,9 +104,9 @@ class Updater:
 
     def _move(self, names: list[str], scale: float) -> None:
         """Move all that has a gradient, which is `names` once they are ready."""
-        self.masters.ready(names, scale)
+        self.masters.prepare_grads(names, scale)
         self.optimizer.step()
-        self.masters.publish(names)
+        self.masters.copy_to_model(names)
         self.zero(names)
 
     def state_dict(self) -> State:
@@ -138,7 +138,7 @@ class Updater:
         _check_fit(ours, theirs)
         for name, tensor in ours.items():
             tensor.copy_(theirs[name])
-        self.masters.publish()
+        self.masters.copy_to_model()
 
 
 def build_optimizer(
@@ -192,7 +192,7 @@ def _optimizer(
             "params": parameters,
             "stacked": kind.stacked,
             "scale_floor": _floor(kind, config),
-            "weight_decay": 0.0 if kind.spared else config.weight_decay,
+            "weight_decay": 0.0 if kind.no_decay else config.weight_decay,
         }
         for kind, parameters in groups.items()
     ]
@@ -217,7 +217,7 @@ def _floor(kind: Kind, config: OptimConfig) -> float:
 def _adamw(groups: Mapping[Kind, list[nn.Parameter]], config: OptimConfig) -> torch.optim.Optimizer:
     """torch's fused AdamW, its state made now, so that `state_dict` is complete before a step."""
     param_groups = [
-        {"params": parameters, "weight_decay": 0.0 if kind.spared else config.weight_decay}
+        {"params": parameters, "weight_decay": 0.0 if kind.no_decay else config.weight_decay}
         for kind, mixed in groups.items()
         for parameters in _by_mesh(mixed)
     ]

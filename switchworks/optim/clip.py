@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from switchworks.optim.sharded_stats import local, spread_of
+from switchworks.optim.sharded_stats import local, sharding_of
 
 
 def global_norm(grads: Sequence[Tensor]) -> Float[Tensor, ""]:
@@ -47,10 +47,10 @@ def _norm_over_ranks(grads: Sequence[Tensor]) -> Float[Tensor, ""]:
 
 
 def _groups(grad: Tensor) -> list[dist.ProcessGroup]:
-    return [group for groups in spread_of(grad).groups for group in groups]
+    return [group for groups in sharding_of(grad).groups for group in groups]
 
 
-def scale_to_bound(norm: float, max_norm: float | None) -> float:
+def clip_coefficient(norm: float, max_norm: float | None) -> float:
     """What gradients of global norm `norm` are to be multiplied by to have one of `max_norm` at
     most: 1 if they have, if there is no bound, and if the norm is not finite."""
     if max_norm is None or not math.isfinite(norm) or norm <= max_norm:

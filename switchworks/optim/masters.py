@@ -41,7 +41,7 @@ class MasterWeights:
         self._narrow = [
             name for name, master in self._masters.items() if master is not self._parameters[name]
         ]
-        self.publish()
+        self.copy_to_model()
 
     def named(self) -> dict[str, nn.Parameter]:
         """What an optimizer should update: name -> master."""
@@ -73,7 +73,7 @@ class MasterWeights:
             parameter.grad = None
 
     @property
-    def gathering(self) -> bool:
+    def accumulating(self) -> bool:
         """Whether masters of 16-bit parameters have gradients."""
         return any(self._masters[name].grad is not None for name in self._narrow)
 
@@ -94,7 +94,7 @@ class MasterWeights:
         16-bit parameters, so many at once that their float32 gradients take about 64 MB. An
         optimizer moves whatever has a gradient: once gradients were accumulated there is one list.
         """
-        if self.gathering:
+        if self.accumulating:
             return [list(self._masters)]
         large = [name for name in self._narrow if self._masters[name].numel() > _SMALL]
         shares, size = [[name for name in self._masters if name not in set(large)]], _SHARE
@@ -107,7 +107,7 @@ class MasterWeights:
         return shares
 
     @torch.no_grad()
-    def ready(self, names: Iterable[str], scale: float) -> None:
+    def prepare_grads(self, names: Iterable[str], scale: float) -> None:
         """The masters of `names` have their whole gradients, in float32 and times `scale`."""
         for name in names:
             parameter, master = self._parameters[name], self._masters[name]
@@ -123,7 +123,7 @@ class MasterWeights:
             self._parameters[name].grad = None
 
     @torch.no_grad()
-    def publish(self, names: Iterable[str] | None = None) -> None:
+    def copy_to_model(self, names: Iterable[str] | None = None) -> None:
         """Round the masters of `names`, or all, into the model: one cast per weight."""
         for name in self._masters if names is None else names:
             parameter, master = self._parameters[name], self._masters[name]

@@ -21,7 +21,7 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-class Spread(NamedTuple):
+class Sharding(NamedTuple):
     """How a tensor is spread over ranks, evenly and in contiguous ranges."""
 
     shape: tuple[int, ...]
@@ -34,12 +34,12 @@ class Spread(NamedTuple):
         """Whether this rank has all of it."""
         return not any(self.groups)
 
-    def moved(self, dims: tuple[int, int] | None) -> "Spread":
+    def moved(self, dims: tuple[int, int] | None) -> "Sharding":
         """That of `tensor.movedim(dims, (-2, -1))`; None: the same."""
         if dims is None:
             return self
         order = [dim for dim in range(len(self.shape)) if dim not in dims] + list(dims)
-        return Spread(
+        return Sharding(
             tuple(self.shape[dim] for dim in order), tuple(self.groups[dim] for dim in order)
         )
 
@@ -66,7 +66,7 @@ class Spread(NamedTuple):
         return total.div_(math.prod(self.shape[first : x.dim()]))
 
 
-def spread_of(tensor: Tensor) -> Spread:
+def sharding_of(tensor: Tensor) -> Sharding:
     """How `tensor` is spread; a plain tensor is not."""
     groups: list[list[ProcessGroup]] = [[] for _ in range(tensor.dim())]
     if isinstance(tensor, DTensor):
@@ -76,7 +76,7 @@ def spread_of(tensor: Tensor) -> Spread:
                 groups[placement.dim].append(tensor.device_mesh.get_group(axis))
             else:
                 assert isinstance(placement, Replicate), placement
-    return Spread(tuple(tensor.shape), tuple(map(tuple, groups)))
+    return Sharding(tuple(tensor.shape), tuple(map(tuple, groups)))
 
 
 def zeros_without(tensor: Tensor, dim: int, order: Sequence[int]) -> Tensor:

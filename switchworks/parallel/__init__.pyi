@@ -6,8 +6,8 @@ from .gradients import GradientSum as GradientSum
 from .layout import Place as Place
 from .layout import check_fit as check_fit
 from .layout import places as places
-from .mesh import ALONE as ALONE
 from .mesh import AXES as AXES
+from .mesh import SINGLE as SINGLE
 from .mesh import Ranks as Ranks
 from .mesh import batch_axis as batch_axis
 from .mesh import build_mesh as build_mesh

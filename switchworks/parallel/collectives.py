@@ -1,7 +1,7 @@
 """Sums and exchanges over ranks with gradients.
 
 Two sums are all that splitting a layer's width needs (Megatron-LM, section 3): before its first
-product `copy_in`, after its second `sum_out`.
+product `copy_to_tp`, after its second `reduce_from_tp`.
 """
 
 from collections.abc import Sequence
@@ -15,18 +15,18 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 
-class _CopyIn(torch.autograd.Function):
+class _CopyToTP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, of_x: Tensor) -> tuple[Tensor, None]:
-        return _summed(of_x, ctx.group), None
+    def backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor, None]:
+        return _summed(grad_x, ctx.group), None
 
 
-class _SumOut(torch.autograd.Function):
+class _ReduceFromTP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
         return _summed(x, group)
@@ -36,14 +36,14 @@ class _SumOut(torch.autograd.Function):
         return of_sum, None
 
 
-def copy_in(x: Float[Tensor, "..."], group: ProcessGroup) -> Float[Tensor, "..."]:
+def copy_to_tp(x: Float[Tensor, "..."], group: ProcessGroup) -> Float[Tensor, "..."]:
     """`x`, whose gradient is the sum over ranks that each go on with a part of the width."""
-    return _CopyIn.apply(x, group)
+    return _CopyToTP.apply(x, group)
 
 
-def sum_out(x: Float[Tensor, "..."], group: ProcessGroup) -> Float[Tensor, "..."]:
+def reduce_from_tp(x: Float[Tensor, "..."], group: ProcessGroup) -> Float[Tensor, "..."]:
     """The sum of `x` over ranks that all go on with it and so have the same gradient."""
-    return _SumOut.apply(x, group)
+    return _ReduceFromTP.apply(x, group)
 
 
 def exchange(
@@ -63,7 +63,7 @@ def exchange(
     )
 
 
-class Flight:
+class AsyncAllToAll:
     """Rows that are on their way to other ranks, and later their gradients on the way back."""
 
     def __init__(
@@ -73,10 +73,10 @@ class Flight:
         self.send = None if send is None else list(send)
         self.receive = None if receive is None else list(receive)
         self.rows: Tensor
-        """What comes; not to be read before `arrive`."""
+        """What comes; not to be read before `finish`."""
         self._under_way: tuple[Any, Tensor, Tensor]
 
-    def take_off(self, rows: Tensor, *, back: bool) -> Tensor:
+    def start(self, rows: Tensor, *, back: bool) -> Tensor:
         """Where `rows` will be on the other side."""
         going, coming = (self.receive, self.send) if back else (self.send, self.receive)
         rows = rows.contiguous()
@@ -85,7 +85,7 @@ class Flight:
         self._under_way = work, rows, space  # both are kept until they have landed
         return space
 
-    def land(self) -> Tensor:
+    def finish(self) -> Tensor:
         """The rows, once they are there."""
         work, _, space = self._under_way
         work.wait()
@@ -93,50 +93,50 @@ class Flight:
         return space
 
 
-class _Depart(torch.autograd.Function):
+class _Start(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, flight: Flight) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, flight: AsyncAllToAll) -> Tensor:
         ctx.flight = flight
-        return flight.take_off(rows, back=False)
+        return flight.start(rows, back=False)
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
-        return ctx.flight.land(), None
+        return ctx.flight.finish(), None
 
 
-class _Arrive(torch.autograd.Function):
+class _Finish(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, flight: Flight) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, flight: AsyncAllToAll) -> Tensor:
         ctx.flight = flight
-        flight.land()
+        flight.finish()
         return rows.view_as(rows)
 
     @staticmethod
     def backward(ctx: Any, of_rows: Tensor) -> tuple[Tensor, None]:
-        ctx.flight.take_off(of_rows, back=True)
-        return of_rows, None  # only has the shape; what `_Depart` returns is what travelled
+        ctx.flight.start(of_rows, back=True)
+        return of_rows, None  # only has the shape; what `_Start` returns is what travelled
 
 
-def depart(
+def start(
     rows: Float[Tensor, "N D"],
     group: ProcessGroup,
     *,
     send: Sequence[int] | None = None,
     receive: Sequence[int] | None = None,
-) -> Flight:
-    """Begin to `exchange` rows; `arrive` ends it. What is computed between the two hides it.
+) -> AsyncAllToAll:
+    """Begin to `exchange` rows; `finish` ends it. What is computed between the two hides it.
 
-    The gradient of what is computed after `arrive` begins its way back as soon as it is there, and
+    The gradient of what is computed after `finish` begins its way back as soon as it is there, and
     is waited for where the rows came from.
     """
-    flight = Flight(group, send, receive)
-    flight.rows = _Depart.apply(rows, flight)
+    flight = AsyncAllToAll(group, send, receive)
+    flight.rows = _Start.apply(rows, flight)
     return flight
 
 
-def arrive(flight: Flight) -> Float[Tensor, "M D"]:
+def finish(flight: AsyncAllToAll) -> Float[Tensor, "M D"]:
     """The rows that have come."""
-    return _Arrive.apply(flight.rows, flight)
+    return _Finish.apply(flight.rows, flight)
 
 
 def _summed(x: Tensor, group: ProcessGroup) -> Tensor:

@@ -19,8 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from switchworks.model import Dispatcher, Inbox, Pool, Routes
-from switchworks.parallel.collectives import arrive, depart, exchange
+from switchworks.model import Dispatcher, ExpertBank, ExpertInput, Routes
+from switchworks.parallel.collectives import exchange, finish, start
 
 
 class AllToAllDispatcher:
@@ -32,7 +32,7 @@ class AllToAllDispatcher:
         self.parts = parts
 
     def __call__(
-        self, x: Float[Tensor, "G S D"], routes: Routes, experts: Pool, capacity: int | None
+        self, x: Float[Tensor, "G S D"], routes: Routes, experts: ExpertBank, capacity: int | None
     ) -> Float[Tensor, "G S O"]:
         return self.dispatcher(x, routes, RemoteExperts(experts, self.group, self.parts), capacity)
 
@@ -44,14 +44,14 @@ class RemoteExperts:
     the experts.
     """
 
-    def __init__(self, experts: Pool, group: ProcessGroup, parts: int = 1) -> None:
+    def __init__(self, experts: ExpertBank, group: ProcessGroup, parts: int = 1) -> None:
         self.experts = experts
         self.group = group
         self.parts = parts
         self.ranks = dist.get_world_size(group)
         self.num_experts = experts.num_experts
 
-    def __call__(self, inbox: Inbox) -> Float[Tensor, "N O"]:
+    def __call__(self, inbox: ExpertInput) -> Float[Tensor, "N O"]:
         """Each expert's answer to its tokens, in the same order."""
         if inbox.counts is None:
             return self._ask_even(inbox.tokens)
@@ -61,14 +61,14 @@ class RemoteExperts:
         """Every rank sends each expert the same number of slots."""
         slots = tokens.unflatten(0, (self.num_experts, -1))  # E n D
         going = [self._send(part.flatten(0, 1)) for part in slots.chunk(self.parts, dim=1)]
-        coming = [self._send(self._answer_even(arrive())) for arrive in going]
-        answers = [arrive().unflatten(0, (self.num_experts, -1)) for arrive in coming]
+        coming = [self._send(self._answer_even(finish())) for finish in going]
+        answers = [finish().unflatten(0, (self.num_experts, -1)) for finish in coming]
         return _joined(answers, dim=1).flatten(0, 1)
 
     def _answer_even(self, arrived: Float[Tensor, "M D"]) -> Float[Tensor, "M O"]:
         own = self.num_experts // self.ranks
         by_rank = arrived.view(self.ranks, own, -1, arrived.shape[-1])  # P e n D
-        answers = self.experts(Inbox(by_rank.transpose(0, 1).flatten(0, 2), None))
+        answers = self.experts(ExpertInput(by_rank.transpose(0, 1).flatten(0, 2), None))
         answers = answers.view(own, self.ranks, -1, answers.shape[-1]).transpose(0, 1)
         return answers.flatten(0, 2)
 
@@ -86,17 +86,17 @@ class RemoteExperts:
         ways = [(sends.sum(dim=1).tolist(), comes.sum(dim=1).tolist()) for sends, comes in splits]
         going = [self._send(part, *way) for part, way in zip(parts, ways, strict=True)]
         coming = [
-            self._send(self._answer_uneven(arrive(), comes), *reversed(way))
-            for arrive, (_, comes), way in zip(going, splits, ways, strict=True)
+            self._send(self._answer_uneven(finish(), comes), *reversed(way))
+            for finish, (_, comes), way in zip(going, splits, ways, strict=True)
         ]
-        answers = _joined([arrive() for arrive in coming], dim=0)
+        answers = _joined([finish() for finish in coming], dim=0)
         return answers if order is None else answers[_back(order)]
 
     def _answer_uneven(
         self, arrived: Float[Tensor, "M D"], come: Int[Tensor, "P e"]
     ) -> Float[Tensor, "M O"]:
         order = _by_expert(come)
-        answers = self.experts(Inbox(arrived[order], come.sum(dim=0).tolist()))
+        answers = self.experts(ExpertInput(arrived[order], come.sum(dim=0).tolist()))
         return answers[_back(order)]
 
     def _send(
@@ -109,8 +109,8 @@ class RemoteExperts:
         if self.parts == 1:  # nothing is done in the meantime
             come = exchange(rows, self.group, send=send, receive=receive)
             return lambda: come
-        flight = depart(rows, self.group, send=send, receive=receive)
-        return lambda: arrive(flight)
+        flight = start(rows, self.group, send=send, receive=receive)
+        return lambda: finish(flight)
 
 
 def _shares(counts: Int[Tensor, "P e"], parts: int) -> list[Int[Tensor, "P e"]]:

@@ -48,12 +48,12 @@ class Ranks:
         self.batch_rank = 0 if self.batch is None else self.batch.get_local_rank()
         """Which part of a batch is its own."""
         self.batch_world = 1 if self.batch is None else self.batch.size()
-        self.first = mesh is None or mesh.get_rank() == 0
+        self.is_main = mesh is None or mesh.get_rank() == 0
         """Whether it is the one that talks and writes."""
         self.device = compute_device() if mesh is None else torch.device(mesh.device_type)
         """Where its model computes."""
 
-    def total(self, values: Sequence[float]) -> list[float]:
+    def all_sum(self, values: Sequence[float]) -> list[float]:
         """The sum of each value over the parts of a batch."""
         if self.batch is None:
             return list(values)
@@ -61,7 +61,7 @@ class Ranks:
         dist.all_reduce(sums, group=self.batch.get_group())
         return sums.tolist()
 
-    def highest(self, value: int) -> int:
+    def all_max(self, value: int) -> int:
         """The largest value that any rank has."""
         if self.mesh is None:
             return value
@@ -69,7 +69,7 @@ class Ranks:
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
         return int(found)
 
-    def all(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """What every rank has, in their order."""
         if self.mesh is None:
             return [value]
@@ -77,13 +77,13 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Returns when all ranks are here."""
         if self.mesh is not None:
             dist.barrier()
 
 
-ALONE = Ranks()
+SINGLE = Ranks()
 
 
 @contextmanager
@@ -96,7 +96,7 @@ def ranks_of(config: MeshConfig, world: int) -> Iterator[Ranks]:
     if world != config.size:
         raise ConfigError(_wrong_world(config, world))
     if config.size == 1:
-        yield ALONE
+        yield SINGLE
         return
     device = compute_device().type
     begun = not dist.is_initialized()

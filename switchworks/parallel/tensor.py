@@ -25,15 +25,15 @@ from switchworks.model import (
     Block,
     DecoderCache,
     Embedding,
+    ExpertInput,
     Experts,
-    Inbox,
     SharedDropout,
     Stack,
     SwitchTransformer,
     look_up,
-    widen,
+    to_float32,
 )
-from switchworks.parallel.collectives import copy_in, sum_out
+from switchworks.parallel.collectives import copy_to_tp, reduce_from_tp
 
 
 @contextmanager
@@ -69,7 +69,7 @@ def split_width(model: SwitchTransformer, group: ProcessGroup) -> None:
         _look_up_by_parts(model.embedding, group)
         _score_by_parts(model, group)
     if model.encoder is not None:  # read by every cross-attention, and summed once for all
-        _after(model.encoder.final_norm, lambda x: copy_in(x, group))
+        _after(model.encoder.final_norm, lambda x: copy_to_tp(x, group))
 
 
 def _split_stack(stack: Stack, group: ProcessGroup) -> None:
@@ -80,13 +80,13 @@ def _split_stack(stack: Stack, group: ProcessGroup) -> None:
 
 def _split_block(block: Block, group: ProcessGroup) -> None:
     assert isinstance(block.self_attention, Attention)
-    _after(block.self_norm, lambda x: copy_in(x, group))
+    _after(block.self_norm, lambda x: copy_to_tp(x, group))
     _split_attention(block.self_attention, group)
     if block.cross_attention is not None and block.cross_norm is not None:
-        _after(block.cross_norm, lambda x: copy_in(x, group))
+        _after(block.cross_norm, lambda x: copy_to_tp(x, group))
         _split_attention(block.cross_attention, group)
     if isinstance(block.ffn, FFN):
-        _after(block.ffn_norm, lambda x: copy_in(x, group))
+        _after(block.ffn_norm, lambda x: copy_to_tp(x, group))
         _split_ffn(block.ffn, group)
     else:
         _split_experts(block.ffn.experts, group)
@@ -97,7 +97,7 @@ def _split_attention(attention: Attention, group: ProcessGroup) -> None:
     attention.num_heads //= dist.get_world_size(group)
     for projection in (attention.q, attention.k, attention.v, attention.o):
         compute_with_own_part(projection)
-    _after(attention.o, lambda x: sum_out(x, group))
+    _after(attention.o, lambda x: reduce_from_tp(x, group))
     attention.dropout = DropoutOfAPart(attention.dropout.rate, group, dim=1)
 
 
@@ -106,7 +106,7 @@ def _split_ffn(ffn: FFN, group: ProcessGroup) -> None:
     for linear in (ffn.w_in, ffn.w_gate, ffn.w_out):
         if linear is not None:
             compute_with_own_part(linear)
-    _after(ffn.w_out, lambda x: sum_out(x, group))
+    _after(ffn.w_out, lambda x: reduce_from_tp(x, group))
     ffn.dropout = DropoutOfAPart(ffn.dropout.rate, group, dim=-1)
 
 
@@ -115,10 +115,10 @@ def _split_experts(experts: Experts, group: ProcessGroup) -> None:
     the copy is made here and not after the norm."""
     run = experts.forward
 
-    def forward(inbox: Inbox) -> Tensor:
-        copied = Inbox(copy_in(inbox.tokens, group), inbox.counts)
+    def forward(inbox: ExpertInput) -> Tensor:
+        copied = ExpertInput(copy_to_tp(inbox.tokens, group), inbox.counts)
         with _own_noise(experts, group):
-            return sum_out(run(copied), group)
+            return reduce_from_tp(run(copied), group)
 
     experts.forward = forward
 
@@ -161,30 +161,30 @@ def _look_up_by_parts(embedding: Embedding, group: ProcessGroup) -> None:
     def forward(ids: Int[Tensor, "..."]) -> Tensor:
         table = _local(embedding.weight)
         own, has = _own_ids(ids, len(table), group)
-        return sum_out(look_up(table, own) * has[..., None], group)
+        return reduce_from_tp(look_up(table, own) * has[..., None], group)
 
     embedding.forward = forward
 
 
 def _score_by_parts(model: SwitchTransformer, group: ProcessGroup) -> None:
     """Each rank scores the words it has, and the loss is taken over all parts."""
-    _after(model.decoder.final_norm, lambda x: copy_in(x, group))
+    _after(model.decoder.final_norm, lambda x: copy_to_tp(x, group))
     if model.head is not None:
         compute_with_own_part(model.head)
     else:
         scale = model.config.d_model**-0.5
         model.logits = lambda x: F.linear(x * scale, _local(model.embedding.weight))
     model.cross_entropy = lambda logits, targets: cross_entropy_by_parts(logits, targets, group)
-    decode_next, read_prompts = model.decode_next, model.read_prompts
+    decode_step, prefill = model.decode_step, model.prefill
 
     def next_words(tokens: Tensor, cache: DecoderCache) -> Tensor:
-        return join_words(decode_next(tokens, cache), group)
+        return join_words(decode_step(tokens, cache), group)
 
     def first_words(prompts: Tensor, max_length: int) -> tuple[Tensor, DecoderCache]:
-        logits, cache = read_prompts(prompts, max_length)
+        logits, cache = prefill(prompts, max_length)
         return join_words(logits, group), cache
 
-    model.decode_next, model.read_prompts = next_words, first_words
+    model.decode_step, model.prefill = next_words, first_words
 
 
 def join_words(logits: Float[Tensor, "B T v"], group: ProcessGroup) -> Float[Tensor, "B T V"]:
@@ -201,13 +201,13 @@ def cross_entropy_by_parts(
 
     Only three numbers per position are exchanged, never the logits.
     """
-    wide = widen(logits)
+    wide = to_float32(logits)
     peak = wide.detach().amax(dim=-1)
     dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
-    total = sum_out((wide - peak[..., None]).exp().sum(dim=-1), group)
+    total = reduce_from_tp((wide - peak[..., None]).exp().sum(dim=-1), group)
     normaliser = total.log() + peak
     own, has = _own_ids(targets, logits.shape[-1], group)
-    picked = sum_out(wide.gather(-1, own[..., None]).squeeze(-1) * has, group)
+    picked = reduce_from_tp(wide.gather(-1, own[..., None]).squeeze(-1) * has, group)
     real = targets != 0
     count = real.sum().clamp(min=1)
     nats = ((normaliser - picked) * real).sum() / count

@@ -27,7 +27,7 @@ _DEEP = 6
 """Innermost frames among which a wait in torch.distributed is looked for."""
 
 
-class Sight(NamedTuple):
+class RankStatus(NamedTuple):
     """What a rank last told of itself."""
 
     beat: int
@@ -40,7 +40,7 @@ class Sight(NamedTuple):
     """Whether that is to wait for others."""
 
 
-class Watch:
+class Watchdog:
     """One rank's eye on all of them. `reached` is to be called after every step."""
 
     def __init__(
@@ -87,7 +87,7 @@ class Watch:
 
     def _tell(self) -> None:
         self._beat += 1
-        where, waits = doing(sys._current_frames().get(self._watched))
+        where, waits = current_frame(sys._current_frames().get(self._watched))
         self.store.set(f"rank {self.rank}", json.dumps([self._beat, self.step, where, waits]))
 
     def _give_up(self) -> None:
@@ -95,20 +95,22 @@ class Watch:
         if self._closed.wait(2.5 * self.pause):  # time for those who live to tell something new
             return
         self._tell()
-        message = verdict(before, self._look(), self.timeout)
+        message = diagnose(before, self._look(), self.timeout)
         if self.store.add("said", 1) == 1:
             print(f"error: {message}", file=sys.stderr, flush=True)
         self.leave(1)
 
-    def _look(self) -> list[Sight | None]:
+    def _look(self) -> list[RankStatus | None]:
         keys = [f"rank {rank}" for rank in range(self.world)]
         return [
-            Sight(*json.loads(self.store.get(key))) if self.store.check([key]) else None
+            RankStatus(*json.loads(self.store.get(key))) if self.store.check([key]) else None
             for key in keys
         ]
 
 
-def verdict(before: list[Sight | None], after: list[Sight | None], timeout: float) -> str:
+def diagnose(
+    before: list[RankStatus | None], after: list[RankStatus | None], timeout: float
+) -> str:
     """Who hangs at which step, from what ranks told at two times. At most eight are named."""
     silent = [rank for rank, pair in enumerate(zip(before, after, strict=True)) if _same(*pair)]
     awake = {rank: sight for rank, sight in enumerate(after) if sight and rank not in silent}
@@ -132,11 +134,11 @@ def verdict(before: list[Sight | None], after: list[Sight | None], timeout: floa
     return "\n  ".join(lines)
 
 
-def _same(before: Sight | None, after: Sight | None) -> bool:
+def _same(before: RankStatus | None, after: RankStatus | None) -> bool:
     return after is None or (before is not None and before.beat == after.beat)
 
 
-def doing(frame: FrameType | None) -> tuple[str, bool]:
+def current_frame(frame: FrameType | None) -> tuple[str, bool]:
     """Where a thread is, and whether it waits there for other ranks. A backward pass that is in no
     Python code does: what it computes by itself ends."""
     inner: list[FrameType] = []
@@ -167,7 +169,7 @@ def watching(step: int, timeout: float) -> "Iterator[Callable[[int], None]]":
         yield lambda step: None
         return
     own = dist.PrefixStore(f"watch of attempt {launch.attempt()}", store)
-    watch = Watch(own, launch.rank(), launch.world(), timeout, step=step)
+    watch = Watchdog(own, launch.rank(), launch.world(), timeout, step=step)
     try:
         yield watch.reached
     finally:

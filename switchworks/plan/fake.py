@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from switchworks.parallel import ALONE, MeshConfig, Ranks, build_mesh
+from switchworks.parallel import SINGLE, MeshConfig, Ranks, build_mesh
 from switchworks.plan.trace import tensors_in
 
 
@@ -26,7 +26,7 @@ from switchworks.plan.trace import tensors_in
 def fake_ranks(config: MeshConfig) -> Iterator[Ranks]:
     """The ranks of `config`, of which this process is the first and the others do not exist."""
     if config.size == 1:
-        yield ALONE
+        yield SINGLE
         return
     assert not dist.is_initialized(), "a simulation needs a process of its own"
     dist.init_process_group("fake", rank=0, world_size=config.size, store=FakeStore())

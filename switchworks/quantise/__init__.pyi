@@ -8,6 +8,6 @@ from .modules import QuantisedLinear as QuantisedLinear
 from .modules import Rounded as Rounded
 from .modules import TiedHead as TiedHead
 from .modules import quantise as quantise
-from .modules import rounding_of as rounding_of
+from .modules import quantise_config_of as quantise_config_of
 from .modules import tensors_of as tensors_of
 from .modules import widened as widened

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from switchworks.checkpoint import merged_names, open_model, save, stored_rounding
+from switchworks.checkpoint import merged_names, open_model, save, stored_quantisation
 from switchworks.config import ConfigError
 from switchworks.quantise.modules import QuantiseConfig, Scheme, TensorBits, quantise, tensors_of
 
@@ -18,7 +18,7 @@ def quantise_directory(
     the scheme has not.
     """
     source = Path(source)
-    if (before := stored_rounding(source)) is not None:
+    if (before := stored_quantisation(source)) is not None:
         raise ConfigError(
             f"The model in {source} is rounded already, to {before.scheme}.\n"
             "  Round the one it was made from."

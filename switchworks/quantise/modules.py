@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from switchworks.config import ConfigError
 from switchworks.fast import is_slow, product
-from switchworks.model import Experts, Inbox, SwitchTransformer, activate
+from switchworks.model import ExpertInput, Experts, SwitchTransformer, activate
 from switchworks.quantise.matmul import (
     FEW,
     PRODUCTS,
@@ -90,7 +90,7 @@ def quantise(model: SwitchTransformer, how: QuantiseConfig | None = None) -> Swi
     None: to 8 bits, with inputs rounded too where the processor has instructions for that. Raises
     ConfigError if it is rounded already, or if a weight is not finite.
     """
-    if (before := rounding_of(model)) is not None:
+    if (before := quantise_config_of(model)) is not None:
         raise ConfigError(
             f"The model is rounded already, to {before.scheme}.\n"
             "  Use it as it is, or round the one it was made from."
@@ -115,7 +115,7 @@ def quantise(model: SwitchTransformer, how: QuantiseConfig | None = None) -> Swi
     return model.eval()
 
 
-def rounding_of(model: SwitchTransformer) -> QuantiseConfig | None:
+def quantise_config_of(model: SwitchTransformer) -> QuantiseConfig | None:
     """How `model` is rounded; None if it is not."""
     found: Any = model.embedding
     return found.how if isinstance(found, QuantisedEmbedding) else None
@@ -250,7 +250,7 @@ class QuantisedExperts(Experts, Rounded):
         for name, stack in list(experts.named_parameters()):
             self.keep(name, stack.mT)
 
-    def forward(self, inbox: Inbox) -> Float[Tensor, "N O"]:
+    def forward(self, inbox: ExpertInput) -> Float[Tensor, "N O"]:
         """Each expert's answer to its tokens, in the same order."""
         tokens = inbox.tokens
         even = [len(tokens) // self.num_experts] * self.num_experts

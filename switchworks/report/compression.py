@@ -21,19 +21,19 @@ from switchworks.checkpoint import is_model, load, open_model, weight_files, wri
 from switchworks.config import CheckpointError, ConfigError
 from switchworks.data import (
     DataConfig,
-    HeldOut,
     Tokenizer,
-    data_of_run,
+    ValidationSet,
+    open_dataset,
     places_of,
-    prepare_corpora,
+    run_data_config,
     tasks_of,
 )
 from switchworks.device import compute_device
 from switchworks.distil import fraction_of_gain
-from switchworks.evaluate import Answering, held_out_losses, measure, questions_of
+from switchworks.evaluate import DecodingConfig, held_out_losses, measure, questions_of
 from switchworks.generate import generate
 from switchworks.model import SwitchTransformer, active_parameters, flops_per_token, num_parameters
-from switchworks.quantise import grouped, rounding_of, tensors_of
+from switchworks.quantise import grouped, quantise_config_of, tensors_of
 from switchworks.report.compression_page import compression_page
 
 ROWS = 16
@@ -68,7 +68,7 @@ def write_compression(
         )
     data = _text_of(paths)
     opened = _same_tokens([_open(path) for path in paths])
-    corpora = prepare_corpora(data, vocab_size=opened[0].model.config.vocab_size)
+    corpora = open_dataset(data, vocab_size=opened[0].model.config.vocab_size)
     held_out = corpora.held_out(batch_size=ROWS, batches=batches)
     models = [_about(one, held_out, data) for one in opened]
     for about, speeds in zip(models, _speeds(opened, held_out), strict=True):
@@ -105,7 +105,7 @@ def _home(path: Path) -> Path:
 def _text_of(paths: Sequence[Path]) -> DataConfig:
     """The text of the first run directory among them, read with that run's own tokenizer."""
     for path in paths:
-        if (data := data_of_run(path)) is not None:
+        if (data := run_data_config(path)) is not None:
             return replace(data, tokenizer=str(path))
     raise ConfigError(
         "None of the models is in a run directory, so nothing says which text to measure them on.\n"
@@ -139,9 +139,9 @@ def _same_tokens(opened: list[_Model]) -> list[_Model]:
     return opened
 
 
-def _about(one: _Model, held_out: HeldOut, data: DataConfig) -> dict[str, Any]:
+def _about(one: _Model, held_out: ValidationSet, data: DataConfig) -> dict[str, Any]:
     """All that is measured of one model, as plain values."""
-    config, rounding = one.model.config, rounding_of(one.model)
+    config, rounding = one.model.config, quantise_config_of(one.model)
     print(f"reading held-out text with {one.path}", flush=True)
     loss, _ = held_out_losses(one.model, held_out)
     return {
@@ -168,7 +168,7 @@ def _kind(model: SwitchTransformer) -> str:
 
 def _score(one: _Model, data: DataConfig) -> float:
     """Mean over the tasks, out of 100."""
-    how, places = Answering(examples=EXAMPLES, input_length=data.input_length), places_of(data)
+    how, places = DecodingConfig(examples=EXAMPLES, input_length=data.input_length), places_of(data)
     return fmean(
         measure(
             one.model, one.tokenizer, questions_of(task, "validation", places, EXAMPLES), how
@@ -177,7 +177,7 @@ def _score(one: _Model, data: DataConfig) -> float:
     )
 
 
-def _speeds(opened: Sequence[_Model], held_out: HeldOut) -> list[dict[str, float]]:
+def _speeds(opened: Sequence[_Model], held_out: ValidationSet) -> list[dict[str, float]]:
     """Tokens per second of every model, read and written, on the same rows."""
     batch = next(iter(held_out.batches.values()))[0].to(compute_device())
     models = [one.model for one in opened]

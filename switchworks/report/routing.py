@@ -7,7 +7,7 @@ from typing import Any
 
 from switchworks.checkpoint import open_model, write_json
 from switchworks.config import CheckpointError
-from switchworks.data import DataConfig, Tokenizer, prepare_corpora
+from switchworks.data import DataConfig, Tokenizer, open_dataset
 from switchworks.device import compute_device
 from switchworks.evaluate import routing_report
 from switchworks.model import SwitchTransformer
@@ -38,7 +38,7 @@ def write_routing_report(
                 "  Give two states of one model."
             )
     data = replace(data, tokenizer=str(path))
-    corpora = prepare_corpora(data, vocab_size=model.config.vocab_size)
+    corpora = open_dataset(data, vocab_size=model.config.vocab_size)
     held_out = corpora.held_out(batch_size=batch_size, batches=batches)
     text = data.named
     named = {name or "text": rows for name, rows in held_out.batches.items()}

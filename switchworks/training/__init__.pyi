@@ -4,8 +4,8 @@ from .experiment import MeshConfig as MeshConfig
 from .loop import LostContactError as LostContactError
 from .machine import give_back_memory as give_back_memory
 from .machine import keep_freed_memory as keep_freed_memory
-from .resolve import with_precision as with_precision
-from .resolve import with_vocabulary as with_vocabulary
+from .resolve import resolve_precision as resolve_precision
+from .resolve import resolve_vocabulary as resolve_vocabulary
 from .run import Interrupted as Interrupted
 from .run import train as train
 from .run_directory import settings_in as settings_in

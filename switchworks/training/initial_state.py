@@ -8,7 +8,7 @@ import torch
 from switchworks.batch import Batch
 from switchworks.checkpoint import Checkpoints, load, require_match, stored_config
 from switchworks.config import CheckpointError
-from switchworks.data import Corpora, Tokenizer
+from switchworks.data import TextDataset, Tokenizer
 from switchworks.distil import (
     DistilConfig,
     LogitStore,
@@ -26,12 +26,12 @@ COUNTED, TOGETHER = 512, 16
 """Rows by whose tokens the teacher's experts are weighed, and how many of them at once."""
 
 
-def first_state(
+def initial_state(
     experiment: Experiment,
     checkpoints: Checkpoints | None,
     init: Path | str | None,
     taught_by: Teacher | LogitStore | None,
-    corpora: Corpora,
+    corpora: TextDataset,
     ranks: Ranks,
 ) -> TrainState:
     """Where the run starts, in order of precedence: checkpoint, `init`, the teacher's weights as
@@ -60,7 +60,7 @@ def first_state(
     return state
 
 
-def rows_to_count(corpora: Corpora, seed: int) -> list[Batch]:
+def rows_to_count(corpora: TextDataset, seed: int) -> list[Batch]:
     """The first COUNTED rows of the run, in small batches: by their tokens experts are weighed.
 
     All of the run's, not one rank's: on a mesh every rank has to begin with the same weights.
@@ -87,7 +87,7 @@ def _first_model(
 ) -> SwitchTransformer:
     if init is None:
         return SwitchTransformer(experiment.model, seed=experiment.seed)
-    model, own = load(Path(init), widen=True)
+    model, own = load(Path(init), to_float32=True)
     if own is not None and own.fingerprint != tokenizer.fingerprint:
         raise CheckpointError(
             f"{init} was trained with another tokenizer: its embeddings stand for other pieces.\n"

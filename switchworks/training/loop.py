@@ -43,7 +43,7 @@ class Interrupt:
 
     def agree(self, ranks: Ranks) -> None:
         """Afterwards all `ranks` know of a signal that one of them got. They call it together."""
-        number = ranks.highest(0 if self.signal is None else self.signal.value)
+        number = ranks.all_max(0 if self.signal is None else self.signal.value)
         if number:
             self.agreed = signal.Signals(number)
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from switchworks.checkpoint import MAX_SPARE_ROWS, stored_config
 from switchworks.config import ConfigError
-from switchworks.data import Corpora
+from switchworks.data import TextDataset
 from switchworks.parallel import torchrun as launch
 from switchworks.training import machine
 from switchworks.training.experiment import Experiment
 from switchworks.training.run_directory import settings_in
 
 
-def with_vocabulary(experiment: Experiment, vocab_size: int) -> Experiment:
+def resolve_vocabulary(experiment: Experiment, vocab_size: int) -> Experiment:
     """`experiment` with the tokenizer's vocabulary: the tokenizer decides, and says so."""
     if experiment.model.vocab_size == vocab_size:
         return experiment
@@ -25,7 +25,7 @@ def with_vocabulary(experiment: Experiment, vocab_size: int) -> Experiment:
     return replace(experiment, model=replace(experiment.model, vocab_size=vocab_size))
 
 
-def with_tokenizer(experiment: Experiment, init: Path | str | None) -> Experiment:
+def resolve_tokenizer(experiment: Experiment, init: Path | str | None) -> Experiment:
     """`experiment` with the tokenizer of the model it begins with, if it is to learn tasks and
     names no other: a tokenizer made from the tasks' text would not fit that model."""
     data = experiment.data
@@ -34,7 +34,7 @@ def with_tokenizer(experiment: Experiment, init: Path | str | None) -> Experimen
     return replace(experiment, data=replace(data, tokenizer=str(init)))
 
 
-def with_precision(experiment: Experiment, run_dir: Path) -> Experiment:
+def resolve_precision(experiment: Experiment, run_dir: Path) -> Experiment:
     """`experiment` with "auto" settled: as the run in `run_dir` has it, or by this machine.
 
     Says so where bfloat16 was asked for and is many times slower here than float32.
@@ -68,7 +68,7 @@ def warn_of_warmup(experiment: Experiment) -> None:
         )
 
 
-def vocabulary_of(corpora: Corpora, init: Path | str | None, taught: int | None) -> int:
+def resolve_vocab_size(corpora: TextDataset, init: Path | str | None, taught: int | None) -> int:
     """Rows of the embedding: the tokenizer's ids, and what `init` or else the teacher, of which
     `taught` are known, has to spare beyond them."""
     rows = ids = corpora.tokenizer.vocab_size

@@ -15,15 +15,15 @@ import torch
 
 from switchworks.adapt import merged, save_adapters
 from switchworks.batch import Batch
-from switchworks.checkpoint import Checkpoints, by_first, save, weights_hash
+from switchworks.checkpoint import Checkpoints, on_rank_zero, save, weights_hash
 from switchworks.config import CheckpointError, ConfigError, DataError
 from switchworks.data import (
-    Corpora,
-    HeldOut,
     Mixture,
+    TextDataset,
     Tokenizer,
-    badly_served,
-    prepare_corpora,
+    ValidationSet,
+    open_dataset,
+    poorly_covered,
     rows_of_step,
 )
 from switchworks.distil import (
@@ -35,7 +35,7 @@ from switchworks.distil import (
     require_same_teacher,
     weights_of,
 )
-from switchworks.evaluate import Questions
+from switchworks.evaluate import EvalSet
 from switchworks.model import SwitchTransformer, active_parameters, flops_per_token, num_parameters
 from switchworks.parallel import Ranks, ranks_of, watching, whole
 from switchworks.parallel import torchrun as launch
@@ -46,24 +46,24 @@ from switchworks.training.experiment import Experiment
 from switchworks.training.hooks.best import KeepBest
 from switchworks.training.hooks.standard import (
     Progress,
+    ReportProgress,
     Samples,
     SaveCheckpoints,
-    Tell,
     Validate,
     first_rows,
 )
-from switchworks.training.hooks.tasks import task_hook, to_be_asked
-from switchworks.training.initial_state import first_state, require_shape
+from switchworks.training.hooks.tasks import task_hook, tasks_to_evaluate
+from switchworks.training.initial_state import initial_state, require_shape
 from switchworks.training.loop import Hook, Interrupt, run
 from switchworks.training.recorder import Recorder
 from switchworks.training.resolve import (
     check_beginning,
     check_mesh,
-    vocabulary_of,
+    resolve_precision,
+    resolve_tokenizer,
+    resolve_vocab_size,
+    resolve_vocabulary,
     warn_of_warmup,
-    with_precision,
-    with_tokenizer,
-    with_vocabulary,
 )
 from switchworks.training.run_directory import (
     claim,
@@ -106,8 +106,8 @@ def train(
         torch.set_num_threads(experiment.threads)
     run_dir = Path(run_dir or Path("runs") / experiment.name)
     resume = resume or (launch.attempt() > 0 and launched_by(run_dir) == launch.name())
-    experiment = with_tokenizer(experiment, init)
-    with ranks_of(experiment.mesh, launch.world()) as ranks, _silent_unless(ranks.first):
+    experiment = resolve_tokenizer(experiment, init)
+    with ranks_of(experiment.mesh, launch.world()) as ranks, _silent_unless(ranks.is_main):
         check_mesh(experiment)
         stopped = _train(experiment, run_dir, resume, init, ranks)
     if stopped is not None:
@@ -119,22 +119,22 @@ def _train(
     experiment: Experiment, run_dir: Path, resume: bool, init: Path | str | None, ranks: Ranks
 ) -> "Interrupted | None":
     """Run it; what a signal made of it, if one came. Raised later, when all ranks have parted."""
-    experiment = with_precision(experiment, run_dir)
-    experiment = replace(experiment, precision=ranks.all(experiment.precision)[0])
+    experiment = resolve_precision(experiment, run_dir)
+    experiment = replace(experiment, precision=ranks.all_gather(experiment.precision)[0])
     # Before text is read, which may take long; the vocabulary is not known yet.
     may_resume(run_dir, experiment, resume=resume, ignoring=frozenset({"model.vocab_size"}))
-    if ranks.first:
+    if ranks.is_main:
         require_writable(run_dir)
     if init is not None:
         require_shape(experiment, init)
     logits = open_logits(experiment)
     teacher = open_teacher(experiment) if logits is None else None
     corpora = _in_turn(
-        ranks, lambda: prepare_corpora(experiment.data, vocab_size=experiment.model.vocab_size)
+        ranks, lambda: open_dataset(experiment.data, vocab_size=experiment.model.vocab_size)
     )
     rows = None if logits is None else logits.info.vocab_size
     rows = rows if teacher is None else teacher.model.config.vocab_size
-    experiment = with_vocabulary(experiment, vocabulary_of(corpora, init, rows))
+    experiment = resolve_vocabulary(experiment, resolve_vocab_size(corpora, init, rows))
     if teacher is not None:
         teacher.require_same_ids(corpora.tokenizer, experiment.model.vocab_size)
     part = {"rank": ranks.batch_rank, "world": ranks.batch_world}
@@ -146,8 +146,8 @@ def _train(
     if mixture is not None:
         print(corpora.summary(mixture, experiment.steps))
     resuming = may_resume(run_dir, experiment, resume=resume)
-    if ranks.first and not resuming and corpora.by_language and experiment.data.source != "hub":
-        print(badly_served(corpora.served()), end="")
+    if ranks.is_main and not resuming and corpora.by_language and experiment.data.source != "hub":
+        print(poorly_covered(corpora.served()), end="")
     if resuming:
         require_same_beginning(run_dir, init)
         require_same_text(run_dir, corpora)
@@ -158,20 +158,20 @@ def _train(
         experiment.keep_checkpoints,
         background=experiment.async_checkpoints,
     )
-    state = first_state(
+    state = initial_state(
         experiment, checkpoints if resuming else None, init, teacher or logits, corpora, ranks
     )
     if state.adapted is not None:
         print(state.adapted)
     print(made_longer(run_dir, experiment) if resuming else "", end="")
     held_out = _held_out(state, corpora)
-    asked = to_be_asked(experiment, corpora)
-    ranks.wait()  # until all have looked at the directory as it was
-    if ranks.first:
+    asked = tasks_to_evaluate(experiment, corpora)
+    ranks.barrier()  # until all have looked at the directory as it was
+    if ranks.is_main:
         # Only now, when nothing can be wrong with the settings any more.
         claim(run_dir, experiment, _about(experiment, corpora, teacher or logits, init))
     interrupt = Interrupt()
-    recorder = Recorder(run_dir if ranks.first else None, state.step)
+    recorder = Recorder(run_dir if ranks.is_main else None, state.step)
     watch = watching(state.step, experiment.mesh.timeout)
     with closing(recorder), interrupt.listening(), watch as reached:
         hooks = _hooks(state, recorder, corpora, mixture, held_out, asked)
@@ -179,7 +179,7 @@ def _train(
         if keeper is not None:
             hooks.append(keeper)
         hooks.append(SaveCheckpoints(checkpoints, experiment.checkpoint_every))  # knows the best
-        hooks.append(Tell(reached))
+        hooks.append(ReportProgress(reached))
         with closing(pipeline.batches(state.step)) as batches:
             run(state, batches, hooks, interrupt)
     if interrupt.agreed is not None:
@@ -188,7 +188,7 @@ def _train(
         export(state, run_dir, corpora.tokenizer)
     else:
         keeper.write_model(state, run_dir)
-    if ranks.first:
+    if ranks.is_main:
         write_report([run_dir])
     return None
 
@@ -211,7 +211,7 @@ def _in_turn(ranks: Ranks, make: Callable[[], T]) -> T:
             made = make()
         except (ConfigError, DataError, CheckpointError) as error:
             failure = error
-    for found in ranks.all(failure):
+    for found in ranks.all_gather(failure):
         if found is not None:
             raise found
     return make() if made is None else made
@@ -237,7 +237,7 @@ def export(state: TrainState, directory: Path, tokenizer: Tokenizer) -> None:
     if lora is not None and state.adapted is not None:
         also = state.adapted.also
         weights = {name: whole(weight) for name, weight in weights.items()}
-        by_first(lambda: save_adapters(directory / "adapters", weights, lora, also))
+        on_rank_zero(lambda: save_adapters(directory / "adapters", weights, lora, also))
         weights = merged(weights, lora)
     with torch.device("meta"):
         model = SwitchTransformer(state.experiment.model)
@@ -245,7 +245,7 @@ def export(state: TrainState, directory: Path, tokenizer: Tokenizer) -> None:
     save(model, directory / "model", tokenizer=tokenizer)
 
 
-def _held_out(state: TrainState, corpora: Corpora) -> HeldOut | None:
+def _held_out(state: TrainState, corpora: TextDataset) -> ValidationSet | None:
     """The batches that a run measures its loss on and fills; None if it does neither."""
     experiment = state.experiment
     if not (experiment.validate_every or experiment.sample_every):
@@ -256,17 +256,17 @@ def _held_out(state: TrainState, corpora: Corpora) -> HeldOut | None:
         rank=state.ranks.batch_rank,
         world=state.ranks.batch_world,
     )
-    sizes = {name: tuple(state.ranks.total(size)) for name, size in found.sizes.items()}
+    sizes = {name: tuple(state.ranks.all_sum(size)) for name, size in found.sizes.items()}
     return replace(found, sizes=sizes)
 
 
 def _hooks(
     state: TrainState,
     recorder: Recorder,
-    corpora: Corpora,
+    corpora: TextDataset,
     mixture: Mixture | None,
-    held_out: HeldOut | None,
-    asked: Sequence[Questions],
+    held_out: ValidationSet | None,
+    asked: Sequence[EvalSet],
 ) -> list[Hook]:
     experiment = state.experiment
     hooks: list[Hook] = [Progress(recorder, experiment.log_every, state)]
@@ -281,7 +281,7 @@ def _hooks(
 
 
 def _keeper(
-    state: TrainState, recorder: Recorder, checkpoints: Checkpoints, corpora: Corpora
+    state: TrainState, recorder: Recorder, checkpoints: Checkpoints, corpora: TextDataset
 ) -> KeepBest | None:
     """What looks after the best weights, if the experiment wants them."""
     best = state.experiment.chosen_best
@@ -294,7 +294,7 @@ def _keeper(
     return KeepBest(best, recorder, checkpoints, state, write)
 
 
-def _sample_rows(held_out: HeldOut) -> Batch:
+def _sample_rows(held_out: ValidationSet) -> Batch:
     """SAMPLE_ROWS rows, of as many corpora as there are so many."""
     each = -(-SAMPLE_ROWS // len(held_out.batches))
     rows = [first_rows(batches[0], each) for batches in held_out.batches.values()]
@@ -303,7 +303,7 @@ def _sample_rows(held_out: HeldOut) -> Batch:
 
 def _about(
     experiment: Experiment,
-    corpora: Corpora,
+    corpora: TextDataset,
     teacher: Teacher | LogitStore | None,
     init: Path | str | None,
 ) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any
 
 from switchworks.checkpoint import weights_hash
 from switchworks.config import ConfigError, DataError, differences, from_toml, to_toml
-from switchworks.data import Corpora, about_of
+from switchworks.data import TextDataset, run_metadata
 from switchworks.optim import learning_rate
 from switchworks.training.experiment import MAY_CHANGE, Experiment
 
@@ -104,7 +104,7 @@ def claim(path: Path, experiment: Experiment, about: Mapping[str, Any] | None = 
     """
     path.mkdir(parents=True, exist_ok=True)
     if about is not None:
-        before = about_of(path) if (path / "experiment.toml").exists() else {}
+        before = run_metadata(path) if (path / "experiment.toml").exists() else {}
         began = {name: before[name] for name in _BEGAN if name in before}
         sitting = {name: about[name] for name in _SITTING if name in about}
         sittings = [*before.get("sittings", []), sitting]
@@ -119,7 +119,7 @@ _SITTING = ("command", "started", "machine", "threads", "torch", "version")
 
 def launched_by(path: Path) -> str | None:
     """The name of torchrun's launch that last trained in `path`; None if there was none."""
-    return about_of(path).get("launch")
+    return run_metadata(path).get("launch")
 
 
 def require_same_beginning(path: Path, init: Path | str | None) -> None:
@@ -127,7 +127,7 @@ def require_same_beginning(path: Path, init: Path | str | None) -> None:
 
     Without `init` it goes on whatever it began with.
     """
-    about = about_of(path)
+    about = run_metadata(path)
     if init is None or "init" not in about:  # an older version did not note it
         return
     if about["init"] is None:
@@ -142,9 +142,9 @@ def require_same_beginning(path: Path, init: Path | str | None) -> None:
         )
 
 
-def require_same_text(path: Path, corpora: Corpora) -> None:
+def require_same_text(path: Path, corpora: TextDataset) -> None:
     """Raises DataError if `corpora` is not the text, as tokens, that the run in `path` read."""
-    if (other := corpora.other_than(about_of(path))) is not None:
+    if (other := corpora.other_than(run_metadata(path))) is not None:
         raise DataError(
             f"The text here is not what {path} was trained on: {other}.\n"
             "  Files, the tokenizer or packages with an embedded corpus have changed since.\n"

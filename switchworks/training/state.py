@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from switchworks.adapt import Table, adapt, freeze_parameters
 from switchworks.distil import LogitStore
-from switchworks.fast import checkpoint_blocks, one_graph, use_fast_kernels
+from switchworks.fast import checkpoint_blocks, compile_step, use_fast_kernels
 from switchworks.model import Output, Router, SwitchTransformer
 from switchworks.optim import BackwardUpdater, Updater, build_optimizer, dimension_letters
-from switchworks.parallel import ALONE, GradientSum, Ranks, allocate, fill, like, parallelize
+from switchworks.parallel import SINGLE, GradientSum, Ranks, allocate, fill, like, parallelize
 from switchworks.training.experiment import Experiment
 
 
@@ -36,7 +36,7 @@ class TrainState:
     updater: Updater
     gradients: GradientSum
     """Makes the gradients of this rank's rows those of the whole batch."""
-    ranks: Ranks = ALONE
+    ranks: Ranks = SINGLE
     """Those that train together."""
     step: int = 0
     """Steps done."""
@@ -87,7 +87,7 @@ def build_state(
     experiment: Experiment,
     model: SwitchTransformer | None = None,
     teacher: SwitchTransformer | None = None,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE,
     logits: LogitStore | None = None,
     *,
     empty: bool = False,
@@ -113,7 +113,7 @@ def build_state(
     return state
 
 
-class Spread(NamedTuple):
+class Sharding(NamedTuple):
     """A model that is cast, frozen and spread over ranks, and may still be without memory."""
 
     model: SwitchTransformer
@@ -126,7 +126,7 @@ class Spread(NamedTuple):
 
 def spread_model(
     experiment: Experiment, model: SwitchTransformer | None, ranks: Ranks, *, empty: bool = False
-) -> Spread:
+) -> Sharding:
     """The first half of `build_state`: after it, a model on the meta device is there still."""
     assert experiment.precision != "auto", "train() settles it first"
     if model is None:
@@ -145,14 +145,14 @@ def spread_model(
     mesh = experiment.mesh
     gradients = parallelize(model, ranks.mesh, letters, shard=mesh.shard, overlap=mesh.overlap)
     if model.embedding.weight.is_meta:
-        return Spread(model, letters, gradients, {}, table)
+        return Sharding(model, letters, gradients, {}, table)
     for name, parameter in model.named_parameters():
         weights[name] = like(weights[name], parameter)  # one after the other, so that wholes go
-    return Spread(model, letters, gradients, weights, table)
+    return Sharding(model, letters, gradients, weights, table)
 
 
 def state_of(
-    experiment: Experiment, spread: Spread, ranks: Ranks, *, empty: bool = False
+    experiment: Experiment, spread: Sharding, ranks: Ranks, *, empty: bool = False
 ) -> TrainState:
     """The second half: memory and first values where there are none yet, and the optimizer."""
     model, letters, gradients, weights, table = spread
@@ -162,7 +162,7 @@ def state_of(
     updater = build_optimizer(model.named_parameters(), letters, experiment.optim, weights)
     if experiment.update_in_backward:
         updater = BackwardUpdater(updater.masters, updater.optimizer, updater.config)
-    compiled = one_graph(model) if experiment.compile else None
+    compiled = compile_step(model) if experiment.compile else None
     return TrainState(
         experiment, model, updater, gradients, ranks, adapted=table, compiled=compiled
     )

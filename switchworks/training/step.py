@@ -14,7 +14,7 @@ from torch import Tensor
 from switchworks.batch import Batch
 from switchworks.data import rows_of_step
 from switchworks.distil import distillation_loss, stored_distillation_loss
-from switchworks.fast import logits_only
+from switchworks.fast import skip_losses
 from switchworks.model import Output, Routing, SwitchTransformer
 from switchworks.optim import UpdateStats, first_nonfinite
 from switchworks.parallel import Ranks
@@ -66,7 +66,7 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
     model.train()
     _seed_noise(state)
     batch = batch.to(model.embedding.weight.device)
-    counted = ranks.total([float((batch.targets != 0).sum()), float(batch.num_tokens)])
+    counted = ranks.all_sum([float((batch.targets != 0).sum()), float(batch.num_tokens)])
     targets, tokens = max(1, int(counted[0])), int(counted[1])
     parts = experiment.micro_batches * ranks.batch_world
     state.updater.begin(state.step, experiment.steps)
@@ -77,7 +77,7 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
     for number, part in enumerate(batch.split(experiment.micro_batches), start=1):
         state.gradients.expect(last=number == experiment.micro_batches)
         share = int((part.targets != 0).sum()) / targets
-        output, learnt, soft = _learn(state, part, number)
+        output, learnt, soft = _forward_and_loss(state, part, number)
         losses = output.losses
         loss = share * (learnt + losses.output_z)
         loss = loss + (losses.balance + losses.router_z) / parts
@@ -92,7 +92,7 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
         reports.append(output._replace(logits=output.logits.new_zeros(0, 0, 0)))
         del output, learnt, losses, loss  # else these logits live on beside the next part's
     sums = [float(sum(addends)) for addends in (totals, nats, softs)]
-    total, cross_entropy, soft = ranks.total(sums)
+    total, cross_entropy, soft = ranks.all_sum(sums)
     _check_loss(state, batch, total)
     state.gradients.finish(state.updater.gradients())
     update = state.updater.step(state.step, experiment.steps)
@@ -101,10 +101,10 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
     layers = layer_reports(model, reports, ranks)
     for name, layer in model.switch_layers.items():
         if layer.router.weight.requires_grad:  # else it is frozen, its selection bias too
-            layer.router.nudge(torch.tensor(layers[name].load))
+            layer.router.update_bias(torch.tensor(layers[name].load))
     state.step += 1
     state.tokens += tokens
-    soft = soft if _is_taught(experiment) else None
+    soft = soft if _uses_teacher(experiment) else None
     return StepResult(total, cross_entropy, update, layers, tokens, soft)
 
 
@@ -119,14 +119,16 @@ def _seed_noise(state: TrainState) -> None:
     torch.manual_seed((state.experiment.seed << 32) + (state.ranks.batch_rank << 48) + state.step)
 
 
-def _learn(state: TrainState, batch: Batch, number: int) -> tuple[Output, Tensor, Tensor]:
+def _forward_and_loss(
+    state: TrainState, batch: Batch, number: int
+) -> tuple[Output, Tensor, Tensor]:
     """The model's answer, the mean nats it is to learn from, and those with the teacher alone.
 
     The first are the text's and the teacher's in the mixture of `DistilConfig`; without a teacher,
     or with one without weight, which then does not run, they are the text's, and the others 0.
     `batch` is the `number`-th part of the rank's.
     """
-    distil = state.experiment.distil if _is_taught(state.experiment) else None
+    distil = state.experiment.distil if _uses_teacher(state.experiment) else None
     # The teacher first: of its work only the logits remain while the model's activations pile up.
     taught = None if distil is None else _teacher_logits(state, batch)
     output = forward(state.model if state.compiled is None else state.compiled, batch)
@@ -142,7 +144,7 @@ def _learn(state: TrainState, batch: Batch, number: int) -> tuple[Output, Tensor
     return output, (1 - distil.soft_weight) * hard + distil.soft_weight * soft, soft
 
 
-def _is_taught(experiment: Experiment) -> bool:
+def _uses_teacher(experiment: Experiment) -> bool:
     return experiment.distil is not None and experiment.distil.soft_weight > 0
 
 
@@ -208,7 +210,7 @@ def _first_nonfinite(state: TrainState, batch: Batch) -> str:
 
 def _first_found(state: TrainState, name: str | None) -> str | None:
     """What the first rank that found something found."""
-    return next((found for found in state.ranks.all(name) if found is not None), None)
+    return next((found for found in state.ranks.all_gather(name) if found is not None), None)
 
 
 def forward(model: Callable[..., Output], batch: Batch) -> Output:
@@ -220,7 +222,7 @@ def _teacher_logits(state: TrainState, batch: Batch) -> Float[Tensor, "B T V"] |
     """What the teacher, if there is one, makes of the same rows."""
     if state.teacher is None:
         return None
-    with torch.no_grad(), logits_only(state.teacher):
+    with torch.no_grad(), skip_losses(state.teacher):
         return forward(state.teacher, batch).logits
 
 
@@ -232,7 +234,7 @@ def layer_reports(
     names = list(model.switch_layers)
     sums = [_summed([output.routing[i] for output in outputs]) for i in range(len(names))]
     width = len(sums[0]) if sums else 0
-    flat = ranks.total([value for layer in sums for value in layer])
+    flat = ranks.all_sum([value for layer in sums for value in layer])
     parts = len(outputs) * ranks.batch_world
     return {
         name: _report_of(flat[number * width : (number + 1) * width], parts)

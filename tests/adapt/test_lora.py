@@ -16,7 +16,7 @@ from switchworks.batch import Batch
 from switchworks.cli.main import main
 from switchworks.config import CheckpointError, ConfigError
 from switchworks.model import RoutingConfig, SwitchTransformer
-from switchworks.model.experts import Inbox
+from switchworks.model.experts import ExpertInput
 from switchworks.plan.explain import explain_experiment
 from switchworks.recipes.tiny import tiny
 from switchworks.training import Interrupted, train
@@ -71,7 +71,7 @@ def test_each_expert_has_a_pair_of_its_own(gated, counts):
     x = torch.randn(8, 32, dtype=torch.float64)
     sizes = [2] * 4 if counts is None else list(counts)
     slow = torch.cat([experts.one(e, part) for e, part in enumerate(x.split(sizes))])
-    torch.testing.assert_close(experts(Inbox(x, counts)), slow)
+    torch.testing.assert_close(experts(ExpertInput(x, counts)), slow)
 
 
 def test_a_merged_model_computes_what_the_adapted_one_does():

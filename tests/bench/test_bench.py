@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from switchworks.bench import BenchConfig, Shape, Side, bench
+from switchworks.bench import BenchConfig, Shape, Workload, bench
 from switchworks.bench import peers as peers_module
 from switchworks.bench.comparisons import comparisons
 from switchworks.bench.measure import Row, matrix_limit, measure, share_of_limit
@@ -34,7 +34,7 @@ TINY = Shape(
     input_length=12,
     target_length=8,
 )
-SIDE = Side(shape=TINY)
+SIDE = Workload(shape=TINY)
 CONFIG = BenchConfig(
     experts=(0, 4),
     dropout=(0.0,),
@@ -68,15 +68,15 @@ def test_both_sides_have_the_same_weights(experts):
 def test_both_sides_take_the_same_steps(optimizer, kernels, parts, apart):
     """Losses of a dense model before each of four steps, so of three updates."""
     ours = SIDE.but(optimizer=optimizer, kernels=kernels, micro_batches=parts)
-    losses = [[work() for _ in range(4)] for work in (build(ours), build(ours.but(who="peer")))]
+    losses = [[work() for _ in range(4)] for work in (build(ours), build(ours.but(system="peer")))]
     assert losses[0] == pytest.approx(losses[1], rel=apart)
     assert losses[0][3] < losses[0][0] * (1 - 5e-4)
 
 
 @pytest.mark.parametrize("experts", [0, 4])
 def test_both_sides_write_the_same_tokens_and_equally_many(experts):
-    ours = SIDE.but(does="decode", experts=experts, new_tokens=6)
-    written, theirs = build(ours)(), build(ours.but(who="peer"))()
+    ours = SIDE.but(kind="decode", experts=experts, new_tokens=6)
+    written, theirs = build(ours)(), build(ours.but(system="peer"))()
     assert isinstance(written, torch.Tensor)
     assert isinstance(theirs, torch.Tensor)
     assert written.shape == (4, 6)
@@ -97,8 +97,8 @@ def test_the_widest_models_are_narrower_so_that_the_peer_fits():
 
 
 def test_a_side_survives_the_way_to_another_process():
-    side = SIDE.but(who="peer", experts=4, optimizer="adafactor", int8="packed")
-    assert from_dict(Side, json.loads(json.dumps(to_dict(side)))) == side
+    side = SIDE.but(system="peer", experts=4, optimizer="adafactor", int8="packed")
+    assert from_dict(Workload, json.loads(json.dumps(to_dict(side)))) == side
 
 
 def test_sides_take_turns_after_a_first_call_that_does_not_count():
@@ -184,7 +184,7 @@ def test_transformers_may_have_a_precision_of_its_own():
     for row in comparisons(bench, "bfloat16", peers=True):
         assert row.ours.precision == "bfloat16"
         assert row.peer is not None
-        foreign = row.peer.who != "ours"
+        foreign = row.peer.system != "ours"
         assert row.peer.precision == ("float32" if foreign else "bfloat16")
         assert row.name.endswith("peer in float32") == foreign
 

@@ -120,9 +120,9 @@ def test_decoding_one_token_after_another_never_drops(theirs):
     for capacity in ("paper", "hf"):
         model = load_hf(theirs, capacity=capacity)
         memory = load_hf(theirs).encode(inputs)  # not limited, for both
-        cache = model.start_decoding(memory, 9)
+        cache = model.init_cache(memory, 9)
         steps[capacity] = torch.cat(
-            [model.decode_next(token, cache) for token in read.split(1, dim=1)], dim=1
+            [model.decode_step(token, cache) for token in read.split(1, dim=1)], dim=1
         )
     torch.testing.assert_close(steps["hf"], steps["paper"], rtol=0, atol=1e-5)
     full = load_hf(theirs)(inputs, targets).logits

@@ -20,7 +20,7 @@ from switchworks.batch import Batch
 from switchworks.cli.main import main
 from switchworks.config import ConfigError, DataError
 from switchworks.data.config import DataConfig
-from switchworks.data.dataset import HeldOut, prepare_corpora
+from switchworks.data.dataset import ValidationSet, open_dataset
 from switchworks.data.rows.mixture import BLOCK, Mixture, rates
 from switchworks.data.sources.documents import open_documents
 from switchworks.data.sources.per_language import languages_of
@@ -151,7 +151,7 @@ def test_languages_kept_by_the_flag_but_under_one_row_are_left_out_with_the_reas
     (texts / "gd.txt").write_text("Halo.\nTapadh leat.\n", encoding="utf-8")
     config = of(texts, min_sentences=1, validation_share=0.2, **ROWS_OF_BYTES)
     with caplog.at_level(logging.WARNING):
-        corpora = prepare_corpora(config, vocab_size=384, quiet=True)
+        corpora = open_dataset(config, vocab_size=384, quiet=True)
     assert "gd" not in corpora.parts
     assert "he" in corpora.parts
     assert "gd is left out, train text: The corpus has" in caplog.text
@@ -161,7 +161,7 @@ def test_a_language_under_one_row_that_was_asked_for_by_name_is_refused(texts):
     (texts / "gd.txt").write_text("Halo.\nTapadh leat.\n", encoding="utf-8")
     config = of(texts, "he", "gd", min_sentences=1, validation_share=0.2, **ROWS_OF_BYTES)
     with pytest.raises(DataError, match=r"\(gd\) cannot be used: of its text to train on: The "):
-        prepare_corpora(config, vocab_size=384, quiet=True)
+        open_dataset(config, vocab_size=384, quiet=True)
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_a_mixture_of_languages_goes_on_at_any_step_as_if_never_stopped(texts, t
     config = of(texts, tokenizer="bytes", input_length=64, target_length=14, validation_share=0.2)
     config = replace(config, cache=str(tmp_path / "cache"), prefetch=0)
     first, second = (
-        prepare_corpora(config, vocab_size=384, quiet=True).training(batch_size=4, seed=1)
+        open_dataset(config, vocab_size=384, quiet=True).training(batch_size=4, seed=1)
         for _ in range(2)
     )
     ahead = first.batches()
@@ -288,7 +288,7 @@ def test_bits_per_byte_of_guessing_bytes_is_eight():
     from switchworks.data.tokens.tokenizer import ByteTokenizer
 
     size = tokens_and_bytes([Batch(inputs=targets, targets=targets)], byte_lengths(ByteTokenizer()))
-    held_out = HeldOut({}, {}, {"de": size})
+    held_out = ValidationSet({}, {}, {"de": size})
     assert held_out.bits_per_byte("de", math.log(256)) == pytest.approx(8.0)
 
 

@@ -25,8 +25,8 @@ from switchworks.batch import Batch
 from switchworks.cli.main import main
 from switchworks.config import ConfigError, DataError, from_toml
 from switchworks.data.config import DataConfig
-from switchworks.data.dataset import draw, prepare_corpora
-from switchworks.data.rows.mixture import BLOCK, Mixture, Turns, rates
+from switchworks.data.dataset import draw, open_dataset
+from switchworks.data.rows.mixture import BLOCK, Mixture, MixtureSchedule, rates
 from switchworks.data.rows.pipeline import Pipeline, validation_batches
 from switchworks.data.rows.span_corruption import raw_length
 from switchworks.data.sources.documents import Files
@@ -76,22 +76,22 @@ SHARES = np.array([0.41, 0.3, 0.2, 0.07, 0.02])
 
 
 def test_every_block_keeps_the_rates_to_one_row_by_largest_remainder() -> None:
-    turns = Turns(np.array([0.41, 0.3, 0.29]), seed=0, block=10)
+    turns = MixtureSchedule(np.array([0.41, 0.3, 0.29]), seed=0, block=10)
     assert turns.counts.tolist() == [4, 3, 3]  # 4.1, 3.0 and 2.9
     for many in (2, 107, 1000):
         shares = rates((np.arange(many) + 1.0).tolist())
-        counts = Turns(shares, seed=0).counts
+        counts = MixtureSchedule(shares, seed=0).counts
         assert counts.sum() == BLOCK
         assert np.abs(counts - shares * BLOCK).max() < 1
 
 
 def test_the_smallest_corpus_has_a_row_in_every_block() -> None:
-    turns = Turns(np.array([1 - 2e-9, 1e-9, 1e-9]), seed=0, block=50)
+    turns = MixtureSchedule(np.array([1 - 2e-9, 1e-9, 1e-9]), seed=0, block=50)
     assert turns.counts.tolist() == [48, 1, 1]
 
 
 def test_whose_turn_it_is_agrees_with_counting_all_rows_before() -> None:
-    turns = Turns(SHARES, seed=3, block=64)
+    turns = MixtureSchedule(SHARES, seed=3, block=64)
     seen = np.zeros(5, dtype=np.int64)
     for row in range(5 * 64 + 17):
         np.testing.assert_array_equal(turns.before(row), seen)
@@ -101,11 +101,11 @@ def test_whose_turn_it_is_agrees_with_counting_all_rows_before() -> None:
 
 
 def test_the_turn_of_a_row_far_on_is_known_without_those_before() -> None:
-    turns = Turns(SHARES, seed=3)
+    turns = MixtureSchedule(SHARES, seed=3)
     far = 10**12 + 12_345
     block, place = divmod(far, BLOCK)
     corpus, number = turns.of(far)
-    inside = Turns(SHARES, seed=3)
+    inside = MixtureSchedule(SHARES, seed=3)
     earlier = sum(inside.of(block * BLOCK + i)[0] == corpus for i in range(place))
     assert number == block * inside.counts[corpus] + earlier
 
@@ -113,7 +113,7 @@ def test_the_turn_of_a_row_far_on_is_known_without_those_before() -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_after_any_number_of_rows_every_corpus_is_near_its_share(seed: int) -> None:
     """Not further than 1 + K times its rate; drawn one by one it would be some 16 rows here."""
-    turns = Turns(SHARES, seed=seed, block=1000)
+    turns = MixtureSchedule(SHARES, seed=seed, block=1000)
     exact = turns.counts / 1000
     for row in range(2500):
         off = np.abs(turns.before(row) - row * exact)
@@ -121,10 +121,13 @@ def test_after_any_number_of_rows_every_corpus_is_near_its_share(seed: int) -> N
 
 
 def test_the_order_of_turns_changes_with_block_and_seed() -> None:
-    def order(turns: Turns, block: int) -> tuple[int, ...]:
+    def order(turns: MixtureSchedule, block: int) -> tuple[int, ...]:
         return tuple(turns.of(block * 64 + i)[0] for i in range(64))
 
-    turns, other = Turns(SHARES, seed=0, block=64), Turns(SHARES, seed=1, block=64)
+    turns, other = (
+        MixtureSchedule(SHARES, seed=0, block=64),
+        MixtureSchedule(SHARES, seed=1, block=64),
+    )
     assert len({order(turns, 0), order(turns, 1), order(other, 0), order(other, 1)}) == 4
 
 
@@ -314,10 +317,10 @@ def config(folders) -> DataConfig:
 
 
 def test_each_corpus_has_a_store_and_held_out_text_of_its_own(config) -> None:
-    corpora = prepare_corpora(config, vocab_size=512, quiet=True)
+    corpora = open_dataset(config, vocab_size=512, quiet=True)
     for name, alone in config.of_corpora.items():
         path = alone.path
-        part = prepare_corpora(alone, vocab_size=512, quiet=True).parts[""]
+        part = open_dataset(alone, vocab_size=512, quiet=True).parts[""]
         assert corpora.parts[name].folder == part.folder  # the very one the text has alone
         text = "".join(file.read_text().strip() for file in Path(path).iterdir())
         assert part.train.num_tokens + part.validation.num_tokens == len(text.encode())
@@ -336,7 +339,7 @@ def test_a_mixture_may_have_data_sets_beside_folders(folders, tmp_path, monkeypa
         streaming=streaming,
     )
     assert [own.dataset_config for own in config.of_corpora.values()] == [None, "default", None]
-    corpora = prepare_corpora(config, vocab_size=384, quiet=True)
+    corpora = open_dataset(config, vocab_size=384, quiet=True)
     assert list(corpora.parts) == ["a", "b", "c"]
     for name, said in (("a", "one "), ("b", "two ")):
         store = corpora.parts[name].train
@@ -347,23 +350,23 @@ def test_a_mixture_may_have_data_sets_beside_folders(folders, tmp_path, monkeypa
 @pytest.mark.parametrize("by", ["tokens", "documents"])
 def test_rates_are_by_the_tokens_or_the_documents_to_train_on(config, by) -> None:
     settings = replace(config, mixture_by=by, mixture_exponent=1.0)
-    corpora = prepare_corpora(settings, vocab_size=512, quiet=True)
+    corpora = open_dataset(settings, vocab_size=512, quiet=True)
     stores = [part.train for part in corpora.parts.values()]
     sizes = [s.num_tokens if by == "tokens" else s.num_documents for s in stores]
     expected = {"en": sizes[0] / sum(sizes), "qq": sizes[1] / sum(sizes)}
     assert corpora.rates == pytest.approx(expected)
     capped = replace(settings, mixture_cap=min(sizes))
-    assert prepare_corpora(capped, vocab_size=512).rates == pytest.approx({"en": 0.5, "qq": 0.5})
+    assert open_dataset(capped, vocab_size=512).rates == pytest.approx({"en": 0.5, "qq": 0.5})
 
 
 def test_one_tokenizer_learns_from_all_corpora(config, folders) -> None:
     settings = replace(config, tokenizer="train")
-    corpora = prepare_corpora(settings, vocab_size=600, quiet=True)
+    corpora = open_dataset(settings, vocab_size=600, quiet=True)
     assert {part.tokenizer.fingerprint for part in corpora.parts.values()} == {
         corpora.tokenizer.fingerprint
     }
     english = replace(settings, mixture=(), path=str(folders / "en"))
-    alone = prepare_corpora(english, vocab_size=600, quiet=True).tokenizer
+    alone = open_dataset(english, vocab_size=600, quiet=True).tokenizer
     capitals = (folders / "qq").iterdir()
     text = next(capitals).read_text()
     assert len(corpora.tokenizer.encode(text)) < 0.8 * len(alone.encode(text))
@@ -387,12 +390,12 @@ def test_a_corpus_that_is_not_there_is_named_before_any_is_tokenised(config, tmp
     broken = (config.mixture[0], f"gd={tmp_path / 'nowhere'}")
     settings = replace(config, mixture=broken, cache=str(tmp_path / "cache"))
     with pytest.raises(DataError, match=r"Corpus 'gd': .*nowhere does not exist"):
-        prepare_corpora(settings, vocab_size=512, quiet=True)
+        open_dataset(settings, vocab_size=512, quiet=True)
     assert not (tmp_path / "cache").exists()
 
 
 def test_held_out_batches_are_shared_out_over_the_corpora(config) -> None:
-    corpora = prepare_corpora(config, vocab_size=512, quiet=True)
+    corpora = open_dataset(config, vocab_size=512, quiet=True)
     for asked, each in ((1, 1), (4, 2), (5, 3)):
         held_out = corpora.held_out(batch_size=2, batches=asked)
         assert [len(batches) for batches in held_out.batches.values()] == [each, each]
@@ -406,7 +409,7 @@ def test_held_out_batches_are_shared_out_over_the_corpora(config) -> None:
 def test_held_out_text_under_one_row_is_refused_by_the_corpus_name(config, tmp_path) -> None:
     (tmp_path / "gd.txt").write_text("Tha mi gu math. " * 20)
     settings = replace(config, mixture=(config.mixture[0], f"gd={tmp_path / 'gd.txt'}"))
-    corpora = prepare_corpora(settings, vocab_size=512, quiet=True)
+    corpora = open_dataset(settings, vocab_size=512, quiet=True)
     corpora.training(batch_size=2, seed=0)
     with pytest.raises(DataError, match=r"Corpus 'gd': Held-out text: .*(.|\n)*validation_share"):
         corpora.held_out(batch_size=2, batches=1)
@@ -433,7 +436,7 @@ def _validations(run_dir: Path) -> list[dict]:
 
 
 def test_a_run_notes_the_loss_of_each_corpus_and_their_mean_by_rates(run_of_two, config) -> None:
-    shares = prepare_corpora(config, vocab_size=512, quiet=True).rates
+    shares = open_dataset(config, vocab_size=512, quiet=True).rates
     lines = _validations(run_of_two)
     assert [line["step"] for line in lines] == [2, 4, 6]
     for line in lines:
@@ -444,7 +447,7 @@ def test_a_run_notes_the_loss_of_each_corpus_and_their_mean_by_rates(run_of_two,
 
 def test_a_run_notes_how_often_each_corpus_was_read(run_of_two, config) -> None:
     experiment = from_toml(Experiment, run_of_two / "experiment.toml")
-    corpora = prepare_corpora(config, vocab_size=512, quiet=True)
+    corpora = open_dataset(config, vocab_size=512, quiet=True)
     last = _validations(run_of_two)[-1]
     row = raw_length(64, 0.15, 3.0)
     rows = sum(

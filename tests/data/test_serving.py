@@ -9,7 +9,13 @@ import pytest
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from switchworks.data.sources.catalogs.gettext import catalogs, split_sentences
-from switchworks.data.tokens.coverage import Served, alphabet, byte_lengths, serve, table
+from switchworks.data.tokens.coverage import (
+    Coverage,
+    alphabet,
+    byte_lengths,
+    measure_coverage,
+    table,
+)
 from switchworks.data.tokens.tokenizer import (
     ByteTokenizer,
     SentencePieceTokenizer,
@@ -92,24 +98,24 @@ def test_bytes_stand_for_one_byte_each():
 def test_coverage_is_the_share_of_characters_that_are_in_pieces(trained):
     assert "e" in alphabet(trained)
     assert "\u0f56" not in alphabet(trained)
-    served = serve("bo", ["ee \u0f56\u0f56 e"], trained)
+    served = measure_coverage("bo", ["ee \u0f56\u0f56 e"], trained)
     assert served.coverage == pytest.approx(3 / 5)  # spaces left aside
-    assert serve("bo", ["e\ne\te\u00a0e\n"], trained).coverage == 1.0
+    assert measure_coverage("bo", ["e\ne\te\u00a0e\n"], trained).coverage == 1.0
     assert served.exact == served.texts == 1
     assert served.tokens >= 2 * 3  # three bytes for each character without a piece
 
 
 def test_a_language_served_badly_is_named_in_a_warning(trained, sentences):
-    bad = serve("bo", ["\u0f56\u0f7c\u0f51\u0f0b\u0f61\u0f72\u0f42"], trained)
-    good = serve("de", sentences["de"], trained)
-    assert bad.badly
-    assert not good.badly
+    bad = measure_coverage("bo", ["\u0f56\u0f7c\u0f51\u0f0b\u0f61\u0f72\u0f42"], trained)
+    good = measure_coverage("de", sentences["de"], trained)
+    assert bad.is_poor
+    assert not good.is_poor
     said = table({"bo": bad, "de": good})
     assert "warning: bo: under 98%" in said
     assert "warning" not in table({"de": good})
 
 
 def test_the_table_has_a_line_for_each_language():
-    served = Served(language="he", texts=2, characters=10, tokens=5, coverage=0.995, exact=1)
+    served = Coverage(language="he", texts=2, characters=10, tokens=5, coverage=0.995, exact=1)
     line = table({"he": served}).splitlines()[1]
     assert line.split() == ["he", "Hebrew", "Hebrew", "2", "10", "99.50%", "0.500", "50.0%"]

@@ -14,7 +14,7 @@ import torch
 from switchworks.batch import Batch
 from switchworks.config import ConfigError, DataError
 from switchworks.data.config import DataConfig
-from switchworks.data.dataset import prepare_corpora
+from switchworks.data.dataset import open_dataset
 from switchworks.data.tasks import Places, find_tasks
 from switchworks.data.tasks.rows import OPEN_ROWS, TaskMixture, TaskRows, plan_rows, row_rates
 from switchworks.data.tasks.store import open_task
@@ -155,7 +155,7 @@ def test_the_summary_says_what_is_cut_and_left_out(tmp_path):
     path = tmp_path / "t.jsonl"
     pairs = [(f"x{i}", "" if i == 5 else "y" * (9 if i < 3 else 2)) for i in range(2000)]
     path.write_text("".join(json.dumps({"a": a, "b": b}) + "\n" for a, b in pairs))
-    corpora = prepare_corpora(settings(tmp_path, tasks=(f"t={path}",)), vocab_size=384)
+    corpora = open_dataset(settings(tmp_path, tasks=(f"t={path}",)), vocab_size=384)
     said = corpora.summary(corpora.training(batch_size=2, seed=0), 10)
     assert "0/3" in said
     assert "Targets longer than data.target_length = 8 lose their end" in said
@@ -262,7 +262,7 @@ def test_without_cap_and_temperature_examples_and_tokens_are_the_same_mixture(tm
 
 def test_held_out_examples_are_the_same_for_any_seed_and_weighed_as_in_training(tmp_path):
     entries = (write_task(tmp_path, "one", 300), write_task(tmp_path, "two", 100))
-    corpora = prepare_corpora(settings(tmp_path, tasks=entries), vocab_size=384)
+    corpora = open_dataset(settings(tmp_path, tasks=entries), vocab_size=384)
     held_out = corpora.held_out(batch_size=2, batches=4)
     assert [len(batches) for batches in held_out.batches.values()] == [2, 2]
     assert held_out.shares == pytest.approx(corpora.rates)
@@ -282,7 +282,7 @@ def test_a_tokenizer_trained_here_learns_from_the_tasks(tmp_path):
     path = tmp_path / "t.jsonl"
     path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     config = settings(tmp_path, tasks=(f"t={path}",), tokenizer="train")
-    corpora = prepare_corpora(config, vocab_size=640, quiet=True)
+    corpora = open_dataset(config, vocab_size=640, quiet=True)
     assert len(corpora.tokenizer.encode("the expression")) < 6
 
 

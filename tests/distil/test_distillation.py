@@ -19,10 +19,10 @@ from switchworks.checkpoint.training_state import Checkpoints
 from switchworks.cli.main import main
 from switchworks.compress import dense_teacher, fraction_of_gain, initialise_from_teacher
 from switchworks.config import CheckpointError, ConfigError, from_toml
-from switchworks.data.dataset import prepare_corpora
+from switchworks.data.dataset import open_dataset
 from switchworks.data.tokens.tokenizer import train_sentencepiece
 from switchworks.distil.config import DistilConfig
-from switchworks.distil.precompute import teach
+from switchworks.distil.precompute import precompute_teacher
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
 from switchworks.recipes.tiny import tiny
 from switchworks.training import Experiment, train
@@ -377,7 +377,7 @@ def test_a_run_can_begin_with_the_average_of_the_teacher_s_experts(student, tmp_
 
 def test_a_teacher_s_experts_are_weighed_by_the_same_rows_on_every_rank(student, tiny_run):
     data = replace(student.data, tokenizer=str(tiny_run))
-    corpora = prepare_corpora(data, vocab_size=student.model.vocab_size)
+    corpora = open_dataset(data, vocab_size=student.model.vocab_size)
     seen = Batch.join(rows_to_count(corpora, student.seed))
     assert len(seen.inputs) == COUNTED
     of_ranks = [
@@ -417,7 +417,7 @@ def test_a_dense_language_model_learns_from_a_sparse_one_live_and_from_a_store(
     assert fresh == [f"decoder.blocks.1.ffn.{matrix}.weight" for matrix in ("w_in", "w_out")]
     assert not any("encoder" in name for name in copied)
     stored = replace(live, distil=replace(distil, store=str(tmp_path / "store")))
-    teach(stored, top_k=384, dtype="float32")
+    precompute_teacher(stored, top_k=384, dtype="float32")
     learnt = train(stored, tmp_path / "stored")
     losses = [
         [line["train/soft"] for line in lines_of(run_dir) if "train/soft" in line]
@@ -436,7 +436,7 @@ def test_a_student_is_taught_a_task_live_and_from_a_store(student, tiny_run, tmp
     short = {"steps": 2, "sample_every": 0, "log_every": 1, "validate_every": 2}
     live = replace(student, data=data, evaluate_every=2, micro_batches=1, **short)
     stored = replace(live, distil=replace(live.distil, store=str(tmp_path / "store")))
-    teach(stored, top_k=384, dtype="float32")
+    precompute_teacher(stored, top_k=384, dtype="float32")
     lines = [lines_of(train(one, tmp_path / name)) for name, one in (("a", live), ("b", stored))]
     soft = [[line["train/soft"] for line in some if "train/soft" in line] for some in lines]
     assert len(soft[0]) == 2

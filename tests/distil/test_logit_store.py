@@ -14,12 +14,12 @@ from switchworks.cli.main import main
 from switchworks.config import CheckpointError, ConfigError, DataError
 from switchworks.distil.config import DistilConfig
 from switchworks.distil.loss import distillation_loss, stored_distillation_loss
-from switchworks.distil.precompute import teach
+from switchworks.distil.precompute import precompute_teacher
 from switchworks.distil.store import (
     LogitStore,
     LogitWriter,
     StoreInfo,
-    Taught,
+    TeacherTargets,
     hashes_of,
     likeliest,
 )
@@ -60,7 +60,7 @@ def some_batch(seed: int = 0, rows: int = 4) -> Batch:
     return Batch(inputs=inputs, targets=targets)
 
 
-def stored(tmp_path: Path, logits: torch.Tensor, batch: Batch, **values) -> Taught:
+def stored(tmp_path: Path, logits: torch.Tensor, batch: Batch, **values) -> TeacherTargets:
     """What a student reads of `logits` that were written for `batch`."""
     writer = LogitWriter(tmp_path / "store", info(**values))
     writer.add(batch, logits)
@@ -91,7 +91,7 @@ def test_the_gradient_of_a_stored_loss_is_what_autograd_finds(block, tmp_path, m
     monkeypatch.setattr("switchworks.model.losses.BLOCK", block)
     batch = some_batch()
     taught = stored(tmp_path, torch.randn(4, 5, 11), batch, top_k=3, temperature=2.0)
-    taught = Taught(taught.ids, taught.logs.double())
+    taught = TeacherTargets(taught.ids, taught.logs.double())
     ours = torch.randn(4, 5, 11, dtype=torch.float64, requires_grad=True)
     loss = stored_distillation_loss(ours, taught, batch.targets, 2.0)
     probs = (ours / 2).softmax(-1)
@@ -243,7 +243,7 @@ def student(tiny_experiment, tiny_run, tmp_path_factory) -> Experiment:
     given = {"name": "student", "steps": 6, "micro_batches": 2, "checkpoint_every": 3}
     given |= {"validate_every": 6, "sample_every": 0, "log_every": 1}
     experiment = replace(tiny_experiment, model=model, distil=distil, **given)
-    teach(experiment, top_k=384, dtype="float32")
+    precompute_teacher(experiment, top_k=384, dtype="float32")
     return experiment
 
 
@@ -273,7 +273,7 @@ def test_a_student_of_all_stored_ids_learns_what_one_beside_its_teacher_does(
 
 def test_a_student_of_few_stored_ids_ends_close_to_it(student, student_run, tmp_path):
     few = replace(student, distil=replace(student.distil, store=str(tmp_path / "few")))
-    teach(few, top_k=24)
+    precompute_teacher(few, top_k=24)
     run_dir = train(few, tmp_path / "run")
     losses = [
         json.loads(p.read_text().splitlines()[-1])["val/loss"]

@@ -9,7 +9,7 @@ from switchworks.config import ConfigError
 from switchworks.data.tasks import TASKS, Example, Hub, Task
 from switchworks.data.tokens.tokenizer import ByteTokenizer
 from switchworks.evaluate.answers import (
-    Answering,
+    DecodingConfig,
     answer,
     log_likelihoods,
     write,
@@ -18,7 +18,7 @@ from switchworks.generate import generate
 from switchworks.generate.batches import batches_by_length
 
 TEXTS = ["a", "a much longer text than that", "ab", "some text", "x" * 60]
-HOW = Answering(input_length=48, max_length=6, batch_size=2)
+HOW = DecodingConfig(input_length=48, max_length=6, batch_size=2)
 FREE = Task(name="free", source=Hub(dataset=None, folder="free"), to_text=lambda record: [])
 
 
@@ -53,7 +53,7 @@ def test_likelihoods_are_those_of_one_pair_alone_in_float64(byte_model):
 
 
 def test_ranking_takes_the_choice_of_the_highest_likelihood(byte_model):
-    how = Answering(decode="rank", input_length=48, batch_size=4)
+    how = DecodingConfig(decode="rank", input_length=48, batch_size=4)
     examples = asked(*TEXTS)
     answers = answer(byte_model, ByteTokenizer(), FREE, examples, how)
     for example, chosen in zip(examples, answers, strict=True):
@@ -63,14 +63,14 @@ def test_ranking_takes_the_choice_of_the_highest_likelihood(byte_model):
 
 
 def test_a_task_without_a_closed_set_cannot_be_ranked(byte_model):
-    how = Answering(decode="rank")
+    how = DecodingConfig(decode="rank")
     with pytest.raises(ConfigError, match="'free' has no closed set of answers to rank"):
         answer(byte_model, ByteTokenizer(), FREE, [Example(inputs="a", target="b")], how)
 
 
 def test_labels_bound_how_much_is_written(byte_model):
     # The longest label of RTE has 14 bytes: 17 tokens are enough to see that it is something else.
-    how = Answering(input_length=48, max_length=100, batch_size=8)
+    how = DecodingConfig(input_length=48, max_length=100, batch_size=8)
     written = answer(byte_model, ByteTokenizer(), TASKS["glue_rte"], asked("a"), how)
     assert len(written[0]) <= 17
     free = answer(byte_model, ByteTokenizer(), FREE, asked("a"), how)
@@ -80,4 +80,4 @@ def test_labels_bound_how_much_is_written(byte_model):
 @pytest.mark.parametrize("name", ["input_length", "max_length", "batch_size"])
 def test_lengths_that_hold_nothing_are_refused(name):
     with pytest.raises(ConfigError, match=f"{name} = 0 must be at least"):
-        Answering(**{name: 0})
+        DecodingConfig(**{name: 0})

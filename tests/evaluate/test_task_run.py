@@ -23,7 +23,7 @@ from switchworks.cli.main import main
 from switchworks.cli.parsing import parse_experiment, parse_flags
 from switchworks.config import ConfigError, DataError, from_toml, to_toml
 from switchworks.data.tasks import find_tasks
-from switchworks.evaluate.answers import Answering
+from switchworks.evaluate.answers import DecodingConfig
 from switchworks.evaluate.task_run import evaluate_tasks, named_tasks
 from switchworks.training import Experiment, train
 from switchworks.training.loop import Interrupt
@@ -86,7 +86,7 @@ def test_every_task_s_metrics_are_reported_every_n_steps(run_dir):
 def test_the_settings_written_are_enough_to_evaluate_the_run(run_dir, experiment):
     assert from_toml(Experiment, run_dir / "experiment.toml") == experiment
     data = named_tasks(run_dir, (), None)
-    (result,) = evaluate_tasks(run_dir, data, Answering(input_length=48, examples=12))
+    (result,) = evaluate_tasks(run_dir, data, DecodingConfig(input_length=48, examples=12))
     last = lines_of(run_dir / "metrics.jsonl")[-1]
     assert result.figures == {"accuracy": last["task/colours/accuracy"]}
     assert (len(result.predictions), result.questions.total > 12) == (12, True)
@@ -285,9 +285,9 @@ def test_bad_tables_end_the_command_with_status_2(table, tmp_path, capsys):
 
 def test_a_model_directory_needs_tasks_with_names(tiny_run):
     with pytest.raises(ConfigError, match="There is no task to evaluate"):
-        evaluate_tasks(tiny_run, named_tasks(tiny_run / "model", (), None), Answering())
+        evaluate_tasks(tiny_run, named_tasks(tiny_run / "model", (), None), DecodingConfig())
     with pytest.raises(ConfigError, match="There is no task 'rte'"):
-        evaluate_tasks(tiny_run, named_tasks(tiny_run, ("rte,qqp",), None), Answering())
+        evaluate_tasks(tiny_run, named_tasks(tiny_run, ("rte,qqp",), None), DecodingConfig())
 
 
 def test_labels_and_metrics_of_a_run_are_for_its_own_tables(run_dir, table):
@@ -320,12 +320,12 @@ def test_of_several_tasks_those_without_the_split_are_left_out_and_named(
     (tmp_path / "glue_rte").mkdir()
     (tmp_path / "glue_rte" / "validation.csv").write_text("sentence1,sentence2,label\na,b,1\n")
     data = named_tasks(tiny_run, ("dpr", "glue_rte"), tmp_path)
-    (only,) = evaluate_tasks(tiny_run, data, Answering(max_length=2))
+    (only,) = evaluate_tasks(tiny_run, data, DecodingConfig(max_length=2))
     assert only.name == "glue_rte"
     assert "dpr has no validation split (it has: train, test) and is left out" in caplog.text
     alone = named_tasks(tiny_run, ("dpr",), tmp_path)
     with pytest.raises(DataError, match=r"'dpr' has no validation split. It has: train, test"):
-        evaluate_tasks(tiny_run, alone, Answering())
+        evaluate_tasks(tiny_run, alone, DecodingConfig())
 
 
 def test_evaluate_measures_all_of_another_table_by_the_labels_it_is_given(
@@ -345,7 +345,7 @@ def test_a_split_whose_labels_are_withheld_is_refused(tiny_run, tmp_path):
     (tmp_path / "glue_rte" / "test.csv").write_text("sentence1,sentence2,label\na,b,-1\n")
     data = named_tasks(tiny_run, ("glue_rte",), tmp_path)
     with pytest.raises(DataError, match="has no labels: they are withheld"):
-        evaluate_tasks(tiny_run, data, Answering(), split="test")
+        evaluate_tasks(tiny_run, data, DecodingConfig(), split="test")
 
 
 def test_what_cannot_be_ranked_is_refused_before_anything_is_answered(run_dir, monkeypatch):
@@ -353,7 +353,7 @@ def test_what_cannot_be_ranked_is_refused_before_anything_is_answered(run_dir, m
     monkeypatch.setattr("switchworks.evaluate.task_run.measure", lambda *one: asked.append(one))
     data = replace(named_tasks(run_dir, (), None), task_labels=())
     with pytest.raises(ConfigError, match="'colours' has no closed set of answers to rank"):
-        evaluate_tasks(run_dir, data, Answering(decode="rank"))
+        evaluate_tasks(run_dir, data, DecodingConfig(decode="rank"))
     assert not asked
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from switchworks.fast.small_batch import FEW, few_rows, in_shares, product, rms_norm
+from switchworks.fast.small_batch import FEW, few_rows, product, rms_norm, split_n_linear
 from switchworks.generate import BeamSearch, generate
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
 from switchworks.model.layers import RMSNorm
@@ -41,7 +41,7 @@ def inputs(rows: int = 3) -> torch.Tensor:
 def test_a_product_in_shares_of_the_outputs_is_the_product(shape):
     torch.manual_seed(0)
     x, weight = torch.randn(*shape, 128), torch.randn(512, 128)
-    ours, exact = in_shares(x, weight.view(8, 64, 128)), x.double() @ weight.double().T
+    ours, exact = split_n_linear(x, weight.view(8, 64, 128)), x.double() @ weight.double().T
     assert ours.shape == (*shape, 512)
     assert ours.is_contiguous()
     torch.testing.assert_close(ours.double(), exact, **CLOSE)
@@ -52,7 +52,9 @@ def test_rows_taken_from_the_middle_of_others_are_read_where_they_lie():
     torch.manual_seed(0)
     many, weight = torch.randn(6, 3, 256), torch.randn(512, 128)
     for x in (many[2:4, 1, 128:], many[1, :, :128], many.mT[1, :128, :2].T):
-        torch.testing.assert_close(in_shares(x, weight.view(8, 64, 128)), x @ weight.T, **CLOSE)
+        torch.testing.assert_close(
+            split_n_linear(x, weight.view(8, 64, 128)), x @ weight.T, **CLOSE
+        )
         by_inputs = product(x, weight.T.contiguous())
         torch.testing.assert_close(by_inputs, x @ weight.T, **CLOSE)
 

@@ -11,7 +11,7 @@ from switchworks.fast.apply import use_fast_kernels
 from switchworks.fast.attention import spread_diagonals
 from switchworks.fast.flex import attend_fused
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
-from switchworks.model.attention import BiasParts, attend, hide
+from switchworks.model.attention import FactoredBias, attend, mask_to_bias
 from switchworks.model.layers import SharedDropout
 
 NO_DROPOUT = SharedDropout(0.0)
@@ -53,7 +53,7 @@ def test_fused_attention_is_attention(mask, biased, calls):
     if hidden is not None:
         whole = hidden if whole is None else whole + hidden
     expected = attend(q, k, v, whole, NO_DROPOUT)
-    y = attend_fused(q, k, v, BiasParts(distances, hidden) if biased else hidden, NO_DROPOUT)
+    y = attend_fused(q, k, v, FactoredBias(distances, hidden) if biased else hidden, NO_DROPOUT)
     assert calls == [(3, 2, 5, 16)]
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(gradients(y, inputs), gradients(expected, inputs), strict=True):
@@ -73,7 +73,7 @@ def test_a_query_that_sees_nothing_has_no_gradient_where_no_loss_asks_about_it()
     q, k, v = wide()
     seen = torch.ones(3, 1, 5, 7, dtype=torch.bool)
     seen[1, :, 2:] = False
-    hidden = hide(seen, torch.float32)
+    hidden = mask_to_bias(seen, torch.float32)
     y = attend_fused(q, k, v, hidden, NO_DROPOUT)
     expected = attend(q, k, v, hidden, NO_DROPOUT)
     asked = seen[..., :1].float()

@@ -14,7 +14,7 @@ from switchworks.fast.apply import use_fast_kernels
 from switchworks.fast.experts import answer, grouped_product
 from switchworks.model import ModelConfig, RoutingConfig, SwitchFFN, SwitchTransformer
 from switchworks.model.dispatch import DISPATCHERS
-from switchworks.model.experts import Experts, Inbox
+from switchworks.model.experts import ExpertInput, Experts
 
 COUNTS = [3, 0, 5, 1]
 
@@ -31,7 +31,7 @@ def learnt(module: Experts, run) -> list[Tensor]:
     """The answer, and the gradients of tokens and weights."""
     torch.manual_seed(1)
     tokens = torch.randn(9, 6, dtype=torch.float64).requires_grad_()
-    y = run(Inbox(tokens, COUNTS))
+    y = run(ExpertInput(tokens, COUNTS))
     grads = torch.autograd.grad(y, [tokens, *module.parameters()], torch.randn_like(y))
     return [y, *grads]
 
@@ -80,10 +80,10 @@ def test_dropout_in_experts_drops_its_share_and_keeps_the_mean():
         module.w_in.fill_(1.0)
         module.w_out.fill_(1.0)
     tokens = torch.ones(4000, 6, dtype=torch.float64).requires_grad_()
-    y = answer(module, Inbox(tokens, [1000] * 4)).detach()
+    y = answer(module, ExpertInput(tokens, [1000] * 4)).detach()
     assert y.mean() == pytest.approx(48, rel=0.02)
     assert not (y == 48).all()
-    assert (answer(module.eval(), Inbox(tokens, [1000] * 4)) == 48).all()
+    assert (answer(module.eval(), ExpertInput(tokens, [1000] * 4)) == 48).all()
 
 
 @pytest.mark.parametrize("strategy", ["switch", "switch_max", "top2", "no_token_left_behind"])
@@ -185,8 +185,8 @@ def test_a_gpu_s_kernel_takes_counts_that_were_read_too_and_experts_without_toke
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter)
     tokens = torch.randn(9, 8)
-    expected = Experts.forward(module, Inbox(tokens, COUNTS))
-    y = grouped_mm.answer(module, Inbox(tokens, COUNTS))
+    expected = Experts.forward(module, ExpertInput(tokens, COUNTS))
+    y = grouped_mm.answer(module, ExpertInput(tokens, COUNTS))
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-4)
     y.square().sum().backward()
     assert module.w_in.grad[1].count_nonzero() == 0

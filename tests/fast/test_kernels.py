@@ -12,7 +12,14 @@ from switchworks.fast.apply import use_fast_kernels
 from switchworks.fast.attention import attend_in_blocks, spread_diagonals, sum_diagonals
 from switchworks.fast.norm import rms_norm
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
-from switchworks.model.attention import BiasParts, RelativeBias, attend, causal, hide, visible
+from switchworks.model.attention import (
+    FactoredBias,
+    RelativeBias,
+    attend,
+    causal,
+    mask_to_bias,
+    segment_mask,
+)
 from switchworks.model.layers import RMSNorm, SharedDropout, look_up
 
 NO_DROPOUT = SharedDropout(0.0)
@@ -46,10 +53,10 @@ def masks(B=3, L=5, M=7) -> dict[str, Tensor | None]:
     padded[1, M // 2 + 1 :], packed[:, M // 2 :] = 0, 2
     seen = {
         "padding": (padded != 0)[:, None, None],
-        "packing": visible(packed[:, :L], packed),
+        "packing": segment_mask(packed[:, :L], packed),
         "causal": causal(L, M, torch.device("cpu")),
     }
-    return {"none": None} | {name: hide(mask, torch.float64) for name, mask in seen.items()}
+    return {"none": None} | {name: mask_to_bias(mask, torch.float64) for name, mask in seen.items()}
 
 
 def gradients(y: Tensor, inputs: list[Tensor]) -> list[Tensor]:
@@ -68,7 +75,7 @@ def test_attention_in_blocks_is_attention(mask, biased, block):
     whole = spread_diagonals(distances, 7)[None] if biased else None
     if hidden is not None:
         whole = hidden if whole is None else whole + hidden
-    parts = BiasParts(distances, hidden) if biased else hidden
+    parts = FactoredBias(distances, hidden) if biased else hidden
     expected, y = attend(q, k, v, whole, NO_DROPOUT), attend_in_blocks(q, k, v, parts, NO_DROPOUT)
     # The reference takes its softmax in float32, whatever it is given.
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
@@ -85,7 +92,7 @@ def test_its_gradients_are_the_slopes_of_its_values(mask, monkeypatch):
     hidden = masks(B=2, L=2, M=3)[mask]
 
     def call(q: Tensor, k: Tensor, v: Tensor, distances: Tensor) -> Tensor:
-        return attend_in_blocks(q, k, v, BiasParts(distances, hidden), NO_DROPOUT)
+        return attend_in_blocks(q, k, v, FactoredBias(distances, hidden), NO_DROPOUT)
 
     assert torch.autograd.gradcheck(call, (q, k, v, distances))
 
@@ -95,8 +102,8 @@ def test_a_query_that_sees_no_key_gets_what_the_reference_gives_it_and_so_do_its
     distances = torch.randn(2, 11, requires_grad=True)
     seen = torch.ones(3, 1, 5, 7, dtype=torch.bool)
     seen[1, :, 2:] = False
-    hidden = hide(seen, torch.float32)
-    y = attend_in_blocks(q, k, v, BiasParts(distances, hidden), NO_DROPOUT)
+    hidden = mask_to_bias(seen, torch.float32)
+    y = attend_in_blocks(q, k, v, FactoredBias(distances, hidden), NO_DROPOUT)
     expected = attend(q, k, v, spread_diagonals(distances, 7)[None] + hidden, NO_DROPOUT)
     torch.testing.assert_close(y, expected)
     inputs = [q, k, v, distances]
@@ -143,13 +150,13 @@ def test_a_bias_in_parts_is_the_bias(bidirectional):
     whole = bias(5, 9, first=4)
     bias.in_parts = True
     parts = bias(5, 9, first=4)
-    assert isinstance(parts, BiasParts)
+    assert isinstance(parts, FactoredBias)
     assert torch.equal(spread_diagonals(parts.distances[:, : 5 + 9 - 1], 9)[None], whole)
 
 
 def test_masks_add_up_in_a_bias_in_parts():
     one, two = torch.randn(1, 1, 2, 3), torch.randn(4, 1, 1, 3)
-    parts = BiasParts(torch.zeros(2, 4)) + one + two
+    parts = FactoredBias(torch.zeros(2, 4)) + one + two
     assert parts.hidden is not None
     assert torch.equal(parts.hidden, one + two)
 
@@ -204,8 +211,8 @@ def kept_bytes(work) -> dict[tuple[int, ...], int]:
 def test_attention_in_blocks_keeps_nothing_of_the_size_of_its_scores():
     q, k, v = heads(L=40, M=40)
     distances = torch.randn(2, 79, dtype=torch.float64, requires_grad=True)
-    hidden = hide(torch.ones(3, 1, 40, 40, dtype=torch.bool), torch.float64)
-    parts = BiasParts(distances, hidden)
+    hidden = mask_to_bias(torch.ones(3, 1, 40, 40, dtype=torch.bool), torch.float64)
+    parts = FactoredBias(distances, hidden)
     kept = kept_bytes(lambda: attend_in_blocks(q, k, v, parts, NO_DROPOUT))
     assert all(len(shape) < 4 or shape[1] == 1 or shape[-1] == 4 for shape in kept)
     whole = spread_diagonals(distances, 40)[None] + hidden

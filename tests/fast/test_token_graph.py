@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from switchworks.cli.main import main
 from switchworks.config import ConfigError
 from switchworks.fast.decode import attend_once, one_row
-from switchworks.generate import TokenGraph, generate
+from switchworks.generate import CompiledDecoder, generate
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
-from switchworks.model.attention import attend, hide
+from switchworks.model.attention import attend, mask_to_bias
 from switchworks.model.layers import SharedDropout
 from switchworks.quantise.modules import quantise
 
@@ -143,7 +143,7 @@ def test_the_product_of_one_row_is_the_product(dtype):
 @pytest.mark.parametrize("rows", [1, 3])
 def test_one_query_attends_as_many_do(rows):
     q, k, v = torch.randn(rows, 4, 1, 8), torch.randn(rows, 4, 7, 8), torch.randn(rows, 4, 7, 8)
-    hidden = hide(torch.arange(7)[None, None, None] < 5, q.dtype)
+    hidden = mask_to_bias(torch.arange(7)[None, None, None] < 5, q.dtype)
     none = SharedDropout(0.0)
     for bias in (None, hidden, hidden + torch.randn(1, 4, 1, 7), hidden.expand(rows, 1, 1, 7)):
         expected = attend(q, k, v, bias, none)
@@ -153,27 +153,27 @@ def test_one_query_attends_as_many_do(rows):
 def test_a_graph_of_another_model_is_refused():
     model, other = (SwitchTransformer(CONFIG, seed=seed) for seed in (0, 1))
     with pytest.raises(ConfigError, match="of another model"):
-        generate(model, torch.tensor([[5, 1]]), graph=TokenGraph(other))
+        generate(model, torch.tensor([[5, 1]]), graph=CompiledDecoder(other))
 
 
 def test_a_graph_made_before_the_weights_were_rounded_is_refused():
     model = SwitchTransformer(CONFIG)
-    graph = TokenGraph(model)
-    assert graph.is_of(model)
-    assert not graph.is_of(quantise(model))
+    graph = CompiledDecoder(model)
+    assert graph.matches(model)
+    assert not graph.matches(quantise(model))
 
 
 def test_a_model_that_is_on_no_processor_has_no_graph():
     with torch.device("meta"):
         model = SwitchTransformer(CONFIG)
     with pytest.raises(ConfigError, match="on a processor, and this one is on meta"):
-        TokenGraph(model)
+        CompiledDecoder(model)
 
 
 def test_making_a_graph_leaves_the_model_as_it_was_and_holds_no_second_copy():
     model = SwitchTransformer(CONFIG).train()
     before = {name: set(vars(module)) for name, module in model.named_modules()}
-    graph = TokenGraph(model)
+    graph = CompiledDecoder(model)
     assert {name: set(vars(module)) for name, module in model.named_modules()} == before
     assert model.training
     theirs = {weight.data_ptr() for weight in graph._model.parameters()}

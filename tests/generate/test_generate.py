@@ -5,13 +5,13 @@ import torch
 
 from switchworks.config import ConfigError
 from switchworks.data.tokens.tokenizer import ByteTokenizer
-from switchworks.fast.skip_losses import logits_only
+from switchworks.fast.skip_losses import skip_losses
 from switchworks.generate import Sampling, generate
 from switchworks.generate.beam import BeamSearch
 from switchworks.generate.decode import check_shape
 from switchworks.generate.fill_in import fill, parse_fills
 from switchworks.generate.sampling import choose
-from switchworks.generate.text import Writing, fill_texts
+from switchworks.generate.text import GenerationConfig, fill_texts
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
 
 
@@ -67,7 +67,7 @@ def test_a_sequence_is_answered_the_same_alone_and_in_a_batch(model):
 def test_switch_layers_count_nothing_while_decoding_and_everything_again_afterwards(model, beams):
     loads = []
     layer = model.switch_layers["decoder.0"]
-    hook = layer.register_forward_hook(lambda _layer, _x, answer: loads.append(answer[1].load))
+    hook = layer.register_forward_hook(lambda _layer, _x, complete: loads.append(complete[1].load))
     generate(model, some_inputs(), max_length=3, beams=beams)
     hook.remove()
     assert torch.cat(loads).tolist() == [0.0] * 4 * len(loads)
@@ -79,7 +79,7 @@ def test_logits_only_leaves_out_losses_and_statistics_and_changes_no_logit_and_n
     torch.manual_seed(0)  # the router's jitter
     whole = model(some_inputs(), some_inputs())
     torch.manual_seed(0)
-    with logits_only(model):
+    with skip_losses(model):
         bare = model(some_inputs(), some_inputs())
     assert torch.equal(bare.logits, whole.logits)
     assert bare.losses.total == 0 < model(some_inputs(), some_inputs()).losses.total
@@ -89,7 +89,7 @@ def test_logits_only_leaves_out_losses_and_statistics_and_changes_no_logit_and_n
 
 
 def test_of_two_that_want_logits_only_the_last_to_leave_leaves_the_model_whole(model):
-    first, second = logits_only(model), logits_only(model)
+    first, second = skip_losses(model), skip_losses(model)
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
@@ -179,7 +179,7 @@ def test_a_length_penalty_beyond_reason_is_refused(power):
 
 
 def test_texts_of_several_batches_are_drawn_with_other_numbers(byte_model):
-    how = Writing(max_length=8, sampling=Sampling(temperature=1.0, seed=3), batch_size=1)
+    how = GenerationConfig(max_length=8, sampling=Sampling(temperature=1.0, seed=3), batch_size=1)
     texts = fill_texts(byte_model, ByteTokenizer(), ["The <extra_id_0> is"] * 4, how)
     assert len(set(texts)) > 1
     assert texts == fill_texts(byte_model, ByteTokenizer(), ["The <extra_id_0> is"] * 4, how)
@@ -191,8 +191,8 @@ def test_no_room_to_write_is_refused(model):
 
 
 def test_fills_are_read_by_their_number():
-    answer = "lost <extra_id_1> of the <extra_id_0> big <extra_id_1> again"
-    assert parse_fills(answer) == {1: "of the", 0: "big"}
+    complete = "lost <extra_id_1> of the <extra_id_0> big <extra_id_1> again"
+    assert parse_fills(complete) == {1: "of the", 0: "big"}
 
 
 def test_a_hole_without_a_fill_stays():

@@ -9,9 +9,9 @@ from switchworks.model.attention import (
     RelativeBias,
     attend,
     causal,
-    hide,
+    mask_to_bias,
     relative_bucket,
-    visible,
+    segment_mask,
 )
 from switchworks.model.layers import SharedDropout
 
@@ -77,7 +77,7 @@ def test_the_bias_of_later_queries_is_a_part_of_the_whole():
 
 def test_positions_see_their_own_segment_only():
     rows = torch.tensor([[1, 1, 2, 0]])
-    assert visible(rows, rows)[0, 0].int().tolist() == [
+    assert segment_mask(rows, rows)[0, 0].int().tolist() == [
         [1, 1, 0, 0],
         [1, 1, 0, 0],
         [0, 0, 1, 0],
@@ -98,7 +98,10 @@ def test_the_last_query_stands_at_the_last_key():
 
 
 def test_hidden_keys_get_no_weight_and_visible_ones_no_change():
-    assert hide(torch.tensor([True, False]), torch.float32).softmax(-1).tolist() == [1.0, 0.0]
+    assert mask_to_bias(torch.tensor([True, False]), torch.float32).softmax(-1).tolist() == [
+        1.0,
+        0.0,
+    ]
 
 
 def some_heads(dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
@@ -127,7 +130,7 @@ def test_the_kernel_used_without_gradients_computes_the_same(with_bias):
 @pytest.mark.parametrize("gradients", [True, False])
 def test_a_query_that_sees_no_key_gets_a_finite_answer(gradients):
     q, k, v, _ = some_heads(torch.float32)
-    nothing = hide(torch.zeros(1, 1, 4, 5, dtype=torch.bool), torch.float32)
+    nothing = mask_to_bias(torch.zeros(1, 1, 4, 5, dtype=torch.bool), torch.float32)
     with torch.set_grad_enabled(gradients):
         assert attend(q, k, v, nothing, NO_DROPOUT).isfinite().all()
 

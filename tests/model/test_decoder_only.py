@@ -86,8 +86,8 @@ def test_a_token_changes_nothing_at_its_own_position_or_before(config, changed, 
 def test_prompts_read_at_once_and_then_token_by_token_equal_one_full_pass(config, steps):
     model, tokens = evaluated(config), text(2, 9)
     full = logits_of(model, tokens)
-    first, cache = model.read_prompts(tokens[:, :3], max_length=7)
-    rest = [model.decode_next(part, cache) for part in tokens[:, 3:8].split(steps, dim=1)]
+    first, cache = model.prefill(tokens[:, :3], max_length=7)
+    rest = [model.decode_step(part, cache) for part in tokens[:, 3:8].split(steps, dim=1)]
     assert_close(torch.cat([first, *rest], dim=1), full[:, 3:])
 
 
@@ -101,8 +101,8 @@ def test_a_token_changes_nothing_before_it_in_the_cache_either(config, grad):
     answers = []
     with torch.set_grad_enabled(grad):
         for these in (tokens, other):
-            _, cache = model.read_prompts(these[:, :2], max_length=8)
-            answers.append(model.decode_next(these[:, 2:], cache))
+            _, cache = model.prefill(these[:, :2], max_length=8)
+            answers.append(model.decode_step(these[:, 2:], cache))
     assert_close(answers[0][:, :4], answers[1][:, :4])
     assert not torch.allclose(answers[0][:, 4:], answers[1][:, 4:])
 
@@ -223,12 +223,12 @@ def test_a_continuation_is_the_same_alone_and_padded_in_a_batch(config, width, l
 def test_padding_before_a_prompt_does_not_move_its_logits():
     """Greedy choices could agree by luck; the numbers do not."""
     model, prompts = evaluated(SPARSE), prompts_of_different_lengths()
-    together, cache = model.read_prompts(padded_rows(prompts, 30, left=False), 3)
-    next_together = model.decode_next(torch.full((4, 1), 9), cache)
+    together, cache = model.prefill(padded_rows(prompts, 30, left=False), 3)
+    next_together = model.decode_step(torch.full((4, 1), 9), cache)
     for row, prompt in enumerate(prompts):
-        alone, cache = model.read_prompts(prompt, 3)
+        alone, cache = model.prefill(prompt, 3)
         assert_close(together[row], alone[0])
-        assert_close(next_together[row], model.decode_next(torch.full((1, 1), 9), cache)[0])
+        assert_close(next_together[row], model.decode_step(torch.full((1, 1), 9), cache)[0])
 
 
 def test_padding_before_a_prompt_takes_no_slot_of_an_expert():
@@ -236,7 +236,7 @@ def test_padding_before_a_prompt_takes_no_slot_of_an_expert():
     model, seen = evaluated(replace(SPARSE, routing=routing)), []
     for layer in model.switch_layers.values():
         layer.register_forward_hook(lambda _layer, _inputs, output: seen.append(output[1]))
-    model.read_prompts(torch.tensor([[0, 0, 0, 7, 8]]), 3)
+    model.prefill(torch.tensor([[0, 0, 0, 7, 8]]), 3)
     assert [report.routes.kept.sum().item() for report in seen] == [3, 3, 3]  # 0 7 8
 
 

@@ -9,10 +9,10 @@ import torch
 from switchworks.cli.main import main
 from switchworks.config import ConfigError, to_toml
 from switchworks.data.config import DataConfig
-from switchworks.data.dataset import prepare_corpora
+from switchworks.data.dataset import open_dataset
 from switchworks.data.tasks import Example, Hub, Task
 from switchworks.data.tokens.tokenizer import ByteTokenizer
-from switchworks.evaluate.answers import Answering, answer, log_likelihoods, write
+from switchworks.evaluate.answers import DecodingConfig, answer, log_likelihoods, write
 from switchworks.evaluate.task_run import named_tasks
 from switchworks.generate import BeamSearch, generate
 from switchworks.model import SwitchTransformer
@@ -20,7 +20,7 @@ from switchworks.recipes.tiny import tiny
 
 TOKENIZER = ByteTokenizer()
 TEXTS = ["a", "a much longer text than that", "ab", "x" * 60]
-HOW = Answering(input_length=48, max_length=6, batch_size=2)
+HOW = DecodingConfig(input_length=48, max_length=6, batch_size=2)
 FLAGS = ["--model.decoder-only", "--data.objective", "causal", "--threads", "1"]
 
 
@@ -68,7 +68,7 @@ def test_answers_are_ranked_too(byte_decoder):
         to_text=lambda record: [],
         labels=("yes", "no"),
     )
-    how = Answering(decode="rank", input_length=48)
+    how = DecodingConfig(decode="rank", input_length=48)
     (chosen,) = answer(byte_decoder, TOKENIZER, task, [Example(inputs="a", target="yes")], how)
     nats = log_likelihoods(byte_decoder, TOKENIZER, [("a", "yes"), ("a", "no")], how)
     assert chosen == ("yes" if nats[0] >= nats[1] else "no")
@@ -83,7 +83,7 @@ def test_rows_are_a_prompt_and_its_target_and_only_targets_count(table, byte_dec
         input_length=32,
         target_length=8,
     )
-    batch = prepare_corpora(data, vocab_size=384).training(batch_size=4, seed=0).batch(0)
+    batch = open_dataset(data, vocab_size=384).training(batch_size=4, seed=0).batch(0)
     assert (batch.inputs.shape, batch.targets.shape) == ((4, 32), (4, 8))
     assert batch.input_segments is None
     texts = [TOKENIZER.decode(row) for row in batch.targets.tolist()]

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from switchworks.model.experts import Experts, Inbox
+from switchworks.model.experts import ExpertInput, Experts
 
 KINDS = [
     {"activation": "relu", "gated": False},
@@ -47,14 +47,14 @@ def test_a_gated_expert_multiplies_the_activated_gate_with_the_hidden_values():
 @pytest.mark.parametrize("counts", [[4, 4, 4], None])
 def test_the_batched_path_equals_one_expert_after_another(kind, counts):
     experts, x = new_experts(**kind), torch.randn(12, 5, dtype=torch.float64)
-    torch.testing.assert_close(experts(Inbox(x, counts)), one_by_one(experts, x, [4, 4, 4]))
+    torch.testing.assert_close(experts(ExpertInput(x, counts)), one_by_one(experts, x, [4, 4, 4]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("counts", [[1, 7, 4], [0, 12, 0], [5, 0, 0], [0, 0, 0]])
 def test_uneven_shares_and_experts_without_tokens_are_no_different(kind, counts):
     experts, x = new_experts(**kind), torch.randn(sum(counts), 5, dtype=torch.float64)
-    torch.testing.assert_close(experts(Inbox(x, counts)), one_by_one(experts, x, counts))
+    torch.testing.assert_close(experts(ExpertInput(x, counts)), one_by_one(experts, x, counts))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -64,8 +64,8 @@ def test_the_gradients_of_every_path_agree(kind):
     inputs = [x, *experts.parameters()]
     paths = [
         one_by_one(experts, x, [4, 4, 4]),
-        experts(Inbox(x, None)),
-        experts(Inbox(x, [4, 4, 4])),
+        experts(ExpertInput(x, None)),
+        experts(ExpertInput(x, [4, 4, 4])),
     ]
     reference, *others = [torch.autograd.grad((y * weights).sum(), inputs) for y in paths]
     for gradients in others:
@@ -75,7 +75,7 @@ def test_the_gradients_of_every_path_agree(kind):
 def test_an_expert_without_tokens_has_a_gradient_of_zero_and_not_none():
     """None would make data-parallel training wait for a gradient that never comes."""
     experts = new_experts()
-    experts(Inbox(torch.randn(6, 5, dtype=torch.float64), [6, 0, 0])).sum().backward()
+    experts(ExpertInput(torch.randn(6, 5, dtype=torch.float64), [6, 0, 0])).sum().backward()
     assert experts.w_in.grad is not None
     assert experts.w_in.grad[0].abs().sum() > 0
     assert experts.w_in.grad[1:].abs().sum() == 0
@@ -84,7 +84,7 @@ def test_an_expert_without_tokens_has_a_gradient_of_zero_and_not_none():
 def test_the_finite_differences_of_a_gated_expert_agree():
     experts = new_experts(activation="gelu", gated=True, d_model=2, d_ff=3)
     x = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: experts(Inbox(x, [1, 0, 3])), x)
+    assert torch.autograd.gradcheck(lambda x: experts(ExpertInput(x, [1, 0, 3])), x)
 
 
 def identity_experts(dropout: float) -> Experts:
@@ -98,7 +98,7 @@ def identity_experts(dropout: float) -> Experts:
 @pytest.mark.parametrize("counts", [None, [50, 50]])
 def test_expert_dropout_zeroes_hidden_activations_in_training(counts):
     """Fedus et al. 2021, section 2.4; Mesh-TF `moe_dropout_rate`, element by element."""
-    y = identity_experts(dropout=0.4)(Inbox(torch.ones(100, 64), counts))
+    y = identity_experts(dropout=0.4)(ExpertInput(torch.ones(100, 64), counts))
     torch.testing.assert_close(y.unique(), torch.tensor([0, 1 / 0.6]))
     assert (y == 0).float().mean().item() == pytest.approx(0.4, abs=0.05)
     assert (y[0] != y[1]).any()  # tokens do not share a mask
@@ -110,19 +110,19 @@ def test_expert_dropout_stands_between_the_two_matrices(counts):
     dropped is dropped from all of a token's outputs alike."""
     experts = identity_experts(dropout=0.4)
     torch.nn.init.ones_(experts.w_out)
-    y = experts(Inbox(torch.ones(100, 64), counts))
+    y = experts(ExpertInput(torch.ones(100, 64), counts))
     torch.testing.assert_close(y, y[:, :1].expand_as(y))
     assert 30 < y.min() < y.max() < 100  # 64, give or take: some hidden values, not all or none
 
 
 def test_expert_dropout_is_for_training_only():
     experts, x = identity_experts(dropout=0.4).eval(), torch.ones(10, 64)
-    assert torch.equal(experts(Inbox(x, None)), x)
+    assert torch.equal(experts(ExpertInput(x, None)), x)
 
 
 def test_bfloat16_experts_stay_near_their_float64_selves():
     experts, x = new_experts(), torch.randn(12, 5, dtype=torch.float64)
-    exact = experts(Inbox(x, [3, 9, 0]))
-    rounded = experts.bfloat16()(Inbox(x.bfloat16(), [3, 9, 0]))
+    exact = experts(ExpertInput(x, [3, 9, 0]))
+    rounded = experts.bfloat16()(ExpertInput(x.bfloat16(), [3, 9, 0]))
     assert rounded.dtype == torch.bfloat16
     assert F.mse_loss(rounded.double(), exact) < 1e-3 * exact.square().mean()

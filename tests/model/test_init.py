@@ -214,7 +214,7 @@ def test_an_aligned_decoder_first_reads_the_token_it_holds(aligned):
 
     def found(model: SwitchTransformer) -> float:
         attention = model.decoder.blocks[0].cross_attention
-        query, keys, _ = attention.ask(x)
+        query, keys, _ = attention.qkv(x)
         return (query @ keys.k.mT).argmax(-1).eq(torch.arange(16)).float().mean().item()
 
     assert found(aligned) > 0.6

@@ -98,12 +98,12 @@ def test_finite_differences_agree_with_the_gradient_of_the_router_losses(loss):
     logits = torch.randn(2, 6, 3, dtype=torch.float64).requires_grad_()
     real = torch.rand(2, 6) < 0.8
 
-    def of_logits(logits: torch.Tensor) -> torch.Tensor:
+    def grad_logits(logits: torch.Tensor) -> torch.Tensor:
         if loss == "router_z":
             return router_z_loss(logits, real)
         return balance(logits.softmax(-1), real)
 
-    assert torch.autograd.gradcheck(of_logits, logits)
+    assert torch.autograd.gradcheck(grad_logits, logits)
 
 
 def test_two_groups_with_opposite_imbalance_do_not_cancel():

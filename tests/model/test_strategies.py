@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from switchworks.config import ConfigError
 from switchworks.model import ModelConfig, RoutingConfig, SwitchFFN, SwitchTransformer
-from switchworks.model.config import LOOKS_AHEAD
+from switchworks.model.config import NON_CAUSAL
 from switchworks.model.dispatch import DISPATCHERS, EinsumDispatcher
-from switchworks.model.routing import STRATEGIES, Router, Routes, Rules
+from switchworks.model.routing import STRATEGIES, Router, Routes, RoutingLimits
 from switchworks.model.sizes import flops_per_sequence, num_parameters
 
 D = 8
-IN_DECODERS = [name for name in STRATEGIES if name not in LOOKS_AHEAD]
+IN_DECODERS = [name for name in STRATEGIES if name not in NON_CAUSAL]
 every_strategy = pytest.mark.parametrize("name", STRATEGIES)
 
 
@@ -27,7 +27,7 @@ def probabilities(*rows: list[float]) -> torch.Tensor:
 def plan(name: str, probs: torch.Tensor, capacity: int | None, real=None, **rules: Any) -> Routes:
     """What strategy `name` makes of `probs`, each token wanting the likeliest expert."""
     real = torch.ones(probs.shape[:2], dtype=torch.bool) if real is None else real
-    return STRATEGIES[name](probs, probs.argmax(-1), real, Rules(capacity, **rules))
+    return STRATEGIES[name](probs, probs.argmax(-1), real, RoutingLimits(capacity, **rules))
 
 
 def assignments(routes: Routes) -> list[set[tuple[int, int]]]:
@@ -163,13 +163,15 @@ def test_top2_asks_a_second_expert_as_often_as_its_gate_says():
 def test_experts_choose_their_likeliest_tokens(case):
     """arXiv 2202.09368: the transpose of token choice. Padding is never chosen."""
     probs, real, capacity = case
-    picks = 1 + capacity // 2
+    group_capacity = 1 + capacity // 2
     expected = set()
     for e in range(probs.shape[-1]):
         candidates = [t for t in range(probs.shape[1]) if real[0, t]]
         candidates.sort(key=lambda t, e=e: -float(probs[0, t, e]))
-        expected |= {(t, e) for t in candidates[: min(picks, capacity)]}
-    routes = plan("expert_choice", probs, capacity, real, picks=torch.tensor([picks]))
+        expected |= {(t, e) for t in candidates[: min(group_capacity, capacity)]}
+    routes = plan(
+        "expert_choice", probs, capacity, real, group_capacity=torch.tensor([group_capacity])
+    )
     assert assignments(routes) == [expected]
 
 
@@ -266,7 +268,7 @@ def test_in_a_decoder_no_token_feels_a_later_one(name, factor, first):
     torch.testing.assert_close(layer(other)[0][:, :first], layer(x)[0][:, :first])
 
 
-@pytest.mark.parametrize("name", LOOKS_AHEAD)
+@pytest.mark.parametrize("name", NON_CAUSAL)
 def test_what_looks_ahead_is_refused_in_decoders_with_the_reason(name):
     with pytest.raises(
         ConfigError, match=rf"{name} cannot route a decoder: (?s:.*)later.*\n.*top2"
@@ -280,7 +282,7 @@ def test_what_looks_ahead_is_refused_in_decoders_with_the_reason(name):
     assert used == {"encoder.1": name, "decoder.1": "switch"}
 
 
-@pytest.mark.parametrize("name", LOOKS_AHEAD)
+@pytest.mark.parametrize("name", NON_CAUSAL)
 def test_what_is_refused_does_look_ahead(name):
     """The reason given is true: some later token changes an earlier token's answer."""
     torch.manual_seed(0)
@@ -376,8 +378,8 @@ def test_over_the_batch_groups_of_opposite_imbalance_cancel_and_by_group_they_do
 def test_the_selection_bias_moves_towards_experts_with_too_little_by_its_rate():
     """arXiv 2408.15664, algorithm 1: b_i += u * sign(mean load - load_i)."""
     router = a_router(bias_rate=0.25)
-    router.nudge(torch.tensor([0.7, 0.1, 0.2, 0.0]))
-    router.nudge(torch.tensor([0.25, 0.25, 0.25, 0.25]))
+    router.update_bias(torch.tensor([0.7, 0.1, 0.2, 0.0]))
+    router.update_bias(torch.tensor([0.25, 0.25, 0.25, 0.25]))
     assert router.selection_bias.tolist() == [-0.25, 0.25, 0.25, 0.25]
 
 
@@ -399,7 +401,7 @@ def test_nudging_evens_out_a_crowded_layer_without_any_loss():
     x = torch.randn(4, 64, D) + 1.0
     before = layer(x)[1].load.max()
     for _ in range(100):
-        layer.router.nudge(layer(x)[1].load)
+        layer.router.update_bias(layer(x)[1].load)
     assert before > 0.5
     assert layer(x)[1].load.max() < 0.3
 
@@ -425,7 +427,7 @@ def test_one_vector_serves_as_key_and_value_and_all_carry_the_gate():
     config = tiny(RoutingConfig(experts=4, layers="attention", jitter=0.0))
     attention = SwitchTransformer(config).encoder.blocks[1].self_attention
     x = torch.randn(1, 5, D)
-    query, memory, routing = attention.ask(x, None)
+    query, memory, routing = attention.qkv(x, None)
     assert memory.k is memory.v
     routes, experts = routing.routes, attention.switch.experts
     for t in range(5):
@@ -450,7 +452,7 @@ KINDS = [
     for layers in ("ffn", "attention", "both")
 ] + [
     RoutingConfig(experts=4, strategy=strategy, decoder_strategy="switch")
-    for strategy in LOOKS_AHEAD
+    for strategy in NON_CAUSAL
 ]
 every_kind = pytest.mark.parametrize("routing", KINDS, ids=lambda r: f"{r.strategy}-{r.layers}")
 
@@ -463,9 +465,9 @@ def test_decoding_with_the_cache_gives_the_logits_of_the_full_pass(routing):
     with torch.no_grad():
         expected = model(inputs, targets).logits
         memory = model.encode(inputs)
-        cache = model.start_decoding(memory, 6)
+        cache = model.init_cache(memory, 6)
         previous = torch.cat([torch.zeros(3, 1, dtype=torch.long), targets[:, :-1]], dim=1)
-        steps = [model.decode_next(previous[:, t : t + 1], cache) for t in range(6)]
+        steps = [model.decode_step(previous[:, t : t + 1], cache) for t in range(6)]
     torch.testing.assert_close(torch.cat(steps, dim=1), expected, atol=1e-5, rtol=1e-5)
 
 

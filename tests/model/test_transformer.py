@@ -9,7 +9,7 @@ import torch
 
 from switchworks.config import ConfigError
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
-from switchworks.model.attention import hide
+from switchworks.model.attention import mask_to_bias
 from switchworks.model.layers import SharedDropout
 from switchworks.model.transformer import Output, _check, shift_right
 
@@ -156,19 +156,19 @@ def test_decoding_step_by_step_equals_teacher_forcing(config, steps):
     """With padded inputs; `steps` tokens at a time."""
     model, inputs, targets = evaluated(config), padded(tokens(2, 5), 8), tokens(2, 6)
     memory = model.encode(inputs)
-    cache = model.start_decoding(memory, max_length=6)
+    cache = model.init_cache(memory, max_length=6)
     read = shift_right(targets, None).split(steps, dim=1)
-    logits = torch.cat([model.decode_next(part, cache) for part in read], dim=1)
+    logits = torch.cat([model.decode_step(part, cache) for part in read], dim=1)
     assert_close(logits, model(inputs, targets).logits)
 
 
 def test_a_token_is_decoded_without_another_look_at_the_table_of_biases():
     """What it depends on, the distance, is the same from any position: one look for all."""
     model = evaluated(SPARSE)
-    cache = model.start_decoding(model.encode(tokens(2, 5)), max_length=6)
+    cache = model.init_cache(model.encode(tokens(2, 5)), max_length=6)
     del model.decoder.relative_bias
     for token in shift_right(tokens(2, 6), None).split(1, dim=1):
-        model.decode_next(token, cache)
+        model.decode_step(token, cache)
 
 
 @every_kind
@@ -177,9 +177,9 @@ def test_decoding_without_gradients_equals_teacher_forcing_with_them(config):
     model, inputs, targets = evaluated(config), tokens(2, 5), tokens(2, 6)
     expected = model(inputs, targets).logits
     with torch.no_grad():
-        cache = model.start_decoding(model.encode(inputs, padding=False), max_length=6)
+        cache = model.init_cache(model.encode(inputs, padding=False), max_length=6)
         steps = shift_right(targets, None).split(1, dim=1)
-        logits = torch.cat([model.decode_next(step, cache) for step in steps], dim=1)
+        logits = torch.cat([model.decode_step(step, cache) for step in steps], dim=1)
     assert_close(logits, expected)
 
 
@@ -196,9 +196,9 @@ def test_cached_decoding_drops_nothing_however_crowded_an_expert_is():
     crowd(model)
     whole = model(inputs, targets)
     assert all(report.dropped == 0 for report in whole.routing)
-    cache = model.start_decoding(model.encode(inputs), max_length=9)
+    cache = model.init_cache(model.encode(inputs), max_length=9)
     steps = shift_right(targets, None).split(1, dim=1)
-    logits = torch.cat([model.decode_next(step, cache) for step in steps], dim=1)
+    logits = torch.cat([model.decode_step(step, cache) for step in steps], dim=1)
     assert_close(logits, whole.logits)
 
 
@@ -416,7 +416,7 @@ def test_segment_ids_on_one_side_only_are_refused():
 
 def test_a_float16_model_masks_without_overflow():
     """Its largest number is 65504; -1e9 would be infinite."""
-    hidden = hide(torch.tensor([True, False]), torch.float16)
+    hidden = mask_to_bias(torch.tensor([True, False]), torch.float16)
     assert hidden.isfinite().all()
     assert hidden[0] == 0
     assert hidden[1] < -30000

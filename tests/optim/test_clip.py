@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from switchworks.optim import first_nonfinite, global_norm, scale_to_bound
+from switchworks.optim import clip_coefficient, first_nonfinite, global_norm
 
 
 def test_the_global_norm_is_that_of_all_gradients_as_one_vector():
@@ -32,7 +32,7 @@ def test_gradients_times_the_scale_are_those_that_torch_clips():
     for parameter, grad in zip(parameters, ours, strict=True):
         parameter.grad = grad.clone()
     theirs = torch.nn.utils.clip_grad_norm_(parameters, 0.5)
-    scale = scale_to_bound(float(global_norm(ours)), 0.5)
+    scale = clip_coefficient(float(global_norm(ours)), 0.5)
     torch.testing.assert_close(global_norm(ours), theirs)
     for parameter, grad in zip(parameters, ours, strict=True):
         torch.testing.assert_close(grad * scale, parameter.grad, rtol=1e-5, atol=0.0)
@@ -43,7 +43,7 @@ def test_gradients_times_the_scale_are_those_that_torch_clips():
     [(0.5, 1.0), (1.0, 1.0), (9.0, None), (float("nan"), 1.0), (float("inf"), 1.0)],
 )
 def test_gradients_within_the_bound_or_not_finite_keep_every_bit(norm, bound):
-    assert scale_to_bound(norm, bound) == 1.0
+    assert clip_coefficient(norm, bound) == 1.0
 
 
 def test_the_first_tensor_with_nan_or_infinity_is_named():

@@ -15,7 +15,7 @@ def move(masters: MasterWeights, by: float) -> None:
     with torch.no_grad():
         for master in masters.named().values():
             master += by
-    masters.publish()
+    masters.copy_to_model()
 
 
 def test_steps_too_small_for_bfloat16_add_up_in_the_master():
@@ -97,11 +97,11 @@ def test_a_tied_parameter_has_one_master_that_takes_both_gradients():
 
 
 @pytest.mark.parametrize("gathered", [True, False])
-def test_zero_forgets_gradients_before_and_after_they_are_gathered(gathered):
+def test_zero_forgets_gradients_before_and_after_they_are_gathered(all_gather):
     weight = narrow(0.0)
     masters = MasterWeights([("w", weight)])
     weight.grad = torch.ones_like(weight)
-    if gathered:
+    if all_gather:
         masters.accumulate()
     masters.zero()
     masters.accumulate()
@@ -119,7 +119,7 @@ def test_a_single_gradient_waits_in_16_bits_until_its_share_is_updated():
     for parameter in parameters.values():
         parameter.grad = torch.full_like(parameter, 0.5)
     assert {g.dtype for g in masters.gradients().values()} == {torch.bfloat16}
-    masters.ready(["a"], 0.5)
+    masters.prepare_grads(["a"], 0.5)
     found = masters.gradients()
     assert parameters["a"].grad is None
     assert torch.equal(found["a"], torch.full((70_000,), 0.25))

@@ -102,7 +102,7 @@ def largest_tensor(rank: int) -> int:
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 
-    class Watch(TorchDispatchMode):
+    class Watchdog(TorchDispatchMode):
         most = 0
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -114,6 +114,6 @@ def largest_tensor(rank: int) -> int:
 
     first_values._WHOLE = 64
     ranks = Ranks(build_mesh(wide().mesh))
-    with Watch() as watch:
+    with Watchdog() as watch:
         build_state(wide().experiment(), ranks=ranks)
     return watch.most

@@ -7,12 +7,12 @@ import pytest
 import torch.distributed as dist
 
 from switchworks.parallel import torchrun as launch
-from switchworks.parallel.watchdog import Sight, Watch, verdict
+from switchworks.parallel.watchdog import RankStatus, Watchdog, diagnose
 
 
 def watched(store: dist.Store, rank: int, left: list[int], *steps: float) -> None:
     """A rank in a thread of this process whose steps take so many seconds."""
-    watch = Watch(store, rank, 2, timeout=1.0, step=40, leave=lambda status: left.append(rank))
+    watch = Watchdog(store, rank, 2, timeout=1.0, step=40, leave=lambda status: left.append(rank))
     for step, seconds in enumerate(steps, start=41):
         time.sleep(seconds)
         watch.reached(step)
@@ -45,12 +45,12 @@ def test_steps_that_end_in_time_are_left_alone(capsys):
     assert capsys.readouterr().err == ""
 
 
-LIVELY = Sight(3, 17, "distributed_c10d.py:2810 (all_reduce), called from step.py:85", True)
+LIVELY = RankStatus(3, 17, "distributed_c10d.py:2810 (all_reduce), called from step.py:85", True)
 
 
 def test_a_rank_that_tells_nothing_any_more_is_the_one_to_blame():
-    stopped = Sight(1, 16, "layers.py:9 (forward)", False)
-    message = verdict([LIVELY, stopped], [LIVELY._replace(beat=5), stopped], 60)
+    stopped = RankStatus(1, 16, "layers.py:9 (forward)", False)
+    message = diagnose([LIVELY, stopped], [LIVELY._replace(beat=5), stopped], 60)
     assert "step 18 has not ended for 60 seconds" in message
     assert "rank 1 does not answer" in message
     assert "last heard of in step 17, at layers.py:9 (forward)" in message
@@ -58,13 +58,13 @@ def test_a_rank_that_tells_nothing_any_more_is_the_one_to_blame():
 
 
 def test_a_rank_that_never_told_anything_is_named_too():
-    assert "rank 1 does not answer" in verdict([LIVELY, None], [LIVELY, None], 60)
+    assert "rank 1 does not answer" in diagnose([LIVELY, None], [LIVELY, None], 60)
 
 
 def test_of_many_waiting_ranks_eight_are_named():
     others = [LIVELY._replace(beat=5)] * 20
-    busy = Sight(5, 17, "recorder.py:57 (write)", False)
-    message = verdict([LIVELY] * 21, [*others, busy], 60)
+    busy = RankStatus(5, 17, "recorder.py:57 (write)", False)
+    message = diagnose([LIVELY] * 21, [*others, busy], 60)
     assert "rank 20 hangs in step 18, at recorder.py:57 (write)" in message
     assert "rank 0, 1, 2, 3, 4, 5, 6, 7, ..., in step 18" in message
 

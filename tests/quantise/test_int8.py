@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
-from switchworks.model.experts import Experts, Inbox
+from switchworks.model.experts import ExpertInput, Experts
 from switchworks.quantise.matmul import (
     FEW,
     PRODUCTS,
@@ -119,8 +119,8 @@ def new_experts(gated: bool) -> Experts:
 def test_experts_in_8_bits_answer_nearly_as_before(product, gated, counts):
     experts, x = new_experts(gated), torch.randn(6 if counts else 8, 32)
     with torch.no_grad():
-        expected = experts(Inbox(x, counts))
-        y = QuantisedExperts(experts, QuantiseConfig(product=product))(Inbox(x, counts))
+        expected = experts(ExpertInput(x, counts))
+        y = QuantisedExperts(experts, QuantiseConfig(product=product))(ExpertInput(x, counts))
     assert y.shape == expected.shape
     assert (y - expected).norm() < 0.02 * expected.norm()
 
@@ -130,10 +130,12 @@ def test_experts_without_tokens_are_not_called(monkeypatch):
     monkeypatch.setattr(
         QuantisedExperts, "_one", lambda self, expert, x: called.append(expert) or x[:, :8]
     )
-    QuantisedExperts(new_experts(False), QuantiseConfig())(Inbox(torch.randn(3, 32), [0, 2, 0, 1]))
+    QuantisedExperts(new_experts(False), QuantiseConfig())(
+        ExpertInput(torch.randn(3, 32), [0, 2, 0, 1])
+    )
     assert called == [1, 3]
     nothing = QuantisedExperts(new_experts(False), QuantiseConfig())(
-        Inbox(torch.randn(0, 32), [0] * 4)
+        ExpertInput(torch.randn(0, 32), [0] * 4)
     )
     assert nothing.shape == (0, 8)
 
@@ -202,5 +204,5 @@ def test_the_reference_experts_answer_the_same_with_and_without_gradients():
     experts, x = new_experts(True), torch.randn(6, 32)
     for counts in ([3, 0, 2, 1], [0, 0, 0, 6]):
         with torch.no_grad():
-            quiet = experts(Inbox(x, counts))
-        assert torch.equal(quiet, experts(Inbox(x, counts)))
+            quiet = experts(ExpertInput(x, counts))
+        assert torch.equal(quiet, experts(ExpertInput(x, counts)))

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 import switchworks
-from switchworks.checkpoint.model_files import stored_rounding
+from switchworks.checkpoint.model_files import stored_quantisation
 from switchworks.cli.main import main
 from switchworks.config import CheckpointError, ConfigError
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
-from switchworks.model.experts import Experts, Inbox
+from switchworks.model.experts import ExpertInput, Experts
 from switchworks.model.sizes import num_parameters
 from switchworks.quantise.convert import quantise_directory
 from switchworks.quantise.matmul import FEW, from_int4, to_int4
@@ -23,7 +23,7 @@ from switchworks.quantise.modules import (
     QuantisedExperts,
     QuantisedLinear,
     quantise,
-    rounding_of,
+    quantise_config_of,
     tensors_of,
     widened,
 )
@@ -158,7 +158,7 @@ def test_every_expert_in_4_bits_has_an_order_of_its_own():
     x, counts = torch.randn(6, 32), [3, 0, 2, 1]
     how = [QuantiseConfig(bits=4, product=product) for product in ("packed", "unpacked")]
     with torch.no_grad():
-        ours, reference = (QuantisedExperts(experts, each)(Inbox(x, counts)) for each in how)
+        ours, reference = (QuantisedExperts(experts, each)(ExpertInput(x, counts)) for each in how)
     assert 0 < (ours - reference).norm() < 0.01 * reference.norm()
 
 
@@ -198,7 +198,7 @@ def test_a_rounded_model_comes_back_from_its_file_bit_for_bit(scheme, config, tm
     model = quantise(SwitchTransformer(config, seed=1), QuantiseConfig.of(scheme))
     switchworks.save(model, tmp_path / "m")
     back, _ = switchworks.load(tmp_path / "m")
-    assert rounding_of(back) == QuantiseConfig.of(scheme)
+    assert quantise_config_of(back) == QuantiseConfig.of(scheme)
     ours, theirs = back.state_dict(), model.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
@@ -261,7 +261,7 @@ def test_a_model_stored_in_bfloat16_is_rounded_and_the_rest_widened(name, tmp_pa
     switchworks.save(model, tmp_path / "m")
     quantise_directory(tmp_path / "m", tmp_path / "rounded", "int8")
     rounded, _ = switchworks.load(tmp_path / "rounded")
-    wide, _ = switchworks.load(tmp_path / "rounded", widen=True)
+    wide, _ = switchworks.load(tmp_path / "rounded", to_float32=True)
     for one in (rounded, wide):
         assert {parameter.dtype for parameter in one.parameters()} == {torch.float32}
     torch.testing.assert_close(logits(wide), logits(rounded), rtol=1e-4, atol=1e-4)
@@ -315,7 +315,7 @@ def test_the_command_lists_every_tensor_with_its_bits(tiny_run, tmp_path, capsys
     assert f"{total / 1e6:,.2f} MB" in said
     assert "encoder.blocks.1.ffn.experts.w_in" in said
     assert "router" in said
-    assert stored_rounding(Path(out)) == QuantiseConfig(product="dynamic")
+    assert stored_quantisation(Path(out)) == QuantiseConfig(product="dynamic")
 
 
 def test_generate_reads_a_rounded_model(rounded, capsys):
@@ -333,7 +333,7 @@ def test_a_rounded_model_loses_experts_like_any_other(rounded, corpus, tmp_path)
     assert main([*words, "--text", str(corpus)]) == 0
     model, _ = switchworks.load(tmp_path / "two")
     assert model.config.routing.experts == 2
-    assert rounding_of(model) is None
+    assert quantise_config_of(model) is None
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from switchworks.model import ModelConfig, RoutingConfig
 from switchworks.model.init import initialise
 from switchworks.model.transformer import SwitchTransformer
 from switchworks.optim.config import OptimConfig
-from switchworks.parallel import ALONE, MeshConfig, Ranks, build_mesh
+from switchworks.parallel import SINGLE, MeshConfig, Ranks, build_mesh
 from switchworks.training import Experiment
 from switchworks.training.state import TrainState, build_state
 from switchworks.training.step import train_step
@@ -124,7 +124,7 @@ class Case:
         )
 
 
-def batch_of(step: int, ranks: Ranks = ALONE) -> Batch:
+def batch_of(step: int, ranks: Ranks = SINGLE) -> Batch:
     """This rank's rows of the batch at `step`: rows of unequal lengths, one without any target."""
     generator = torch.Generator().manual_seed(step)
     inputs = torch.randint(1, WORDS, (ROWS, INPUTS), generator=generator)
@@ -138,7 +138,7 @@ def batch_of(step: int, ranks: Ranks = ALONE) -> Batch:
 def state_of(case: Case) -> TrainState:
     """Step 0, in all digits of the case's precision."""
     experiment = case.experiment()
-    ranks = ALONE if case.mesh.size == 1 else Ranks(build_mesh(case.mesh))
+    ranks = SINGLE if case.mesh.size == 1 else Ranks(build_mesh(case.mesh))
     model = SwitchTransformer(experiment.model)
     if case.precision == "float64":
         initialise(model.double(), experiment.seed)

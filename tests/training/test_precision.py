@@ -6,7 +6,7 @@ import pytest
 
 from switchworks.recipes.tiny import tiny
 from switchworks.training import machine
-from switchworks.training.resolve import with_precision
+from switchworks.training.resolve import resolve_precision
 from switchworks.training.run_directory import claim, settings_in
 
 AUTO = replace(tiny(), precision="auto")
@@ -25,24 +25,24 @@ def test_the_gain_of_bfloat16_is_measured_and_decides():
 @pytest.mark.parametrize(("gain", "chosen"), [(0.01, "float32"), (3.0, "bfloat16")])
 def test_auto_becomes_what_is_faster_here(monkeypatch, tmp_path, gain, chosen):
     machine_with_gain(monkeypatch, gain)
-    assert with_precision(AUTO, tmp_path).precision == chosen
+    assert resolve_precision(AUTO, tmp_path).precision == chosen
 
 
 def test_a_run_keeps_the_precision_it_began_with_on_any_machine(monkeypatch, tmp_path):
     machine_with_gain(monkeypatch, 3.0)
-    claim(tmp_path, with_precision(AUTO, tmp_path))
+    claim(tmp_path, resolve_precision(AUTO, tmp_path))
     machine_with_gain(monkeypatch, 0.01)
-    assert with_precision(AUTO, tmp_path) == settings_in(tmp_path)
+    assert resolve_precision(AUTO, tmp_path) == settings_in(tmp_path)
 
 
 def test_bfloat16_asked_for_where_it_is_slow_is_done_with_a_warning(monkeypatch, tmp_path, capsys):
     machine_with_gain(monkeypatch, 0.01)
     asked = replace(tiny(), precision="bfloat16")
-    assert with_precision(asked, tmp_path) is asked
+    assert resolve_precision(asked, tmp_path) is asked
     assert "100 times slower" in capsys.readouterr().err
 
 
 def test_float32_asked_for_is_not_second_guessed(monkeypatch, tmp_path, capsys):
     machine_with_gain(monkeypatch, 3.0)
-    assert with_precision(tiny(), tmp_path).precision == "float32"
+    assert resolve_precision(tiny(), tmp_path).precision == "float32"
     assert capsys.readouterr() == ("", "")

@@ -12,7 +12,7 @@ import switchworks
 from switchworks.adapt.config import LoraConfig
 from switchworks.config import ConfigError
 from switchworks.data.tokens.tokenizer import ByteTokenizer
-from switchworks.evaluate.answers import Answering, write
+from switchworks.evaluate.answers import DecodingConfig, write
 from switchworks.generate import generate
 from switchworks.model import SwitchTransformer
 from switchworks.model.init import initialise
@@ -118,7 +118,7 @@ def write_between_steps(rank: int, cases: list[Case]) -> list[tuple[list[float],
     found = []
     for case in cases:
         state = state_of(case)
-        how, losses, said = Answering(input_length=24, max_length=6, batch_size=2), [], []
+        how, losses, said = DecodingConfig(input_length=24, max_length=6, batch_size=2), [], []
         for step in range(3):
             said += write(state.model, ByteTokenizer(), TEXTS, 6, how, state.ranks)
             if step < 2:

@@ -62,7 +62,7 @@ def rates(
     return weights / weights.sum()
 
 
-class Turns:
+class MixtureSchedule:
     """Which corpus each row of a run comes from, and its number among that corpus's rows."""
 
     def __init__(self, rates: Float[np.ndarray, " K"], *, seed: int, block: int = BLOCK) -> None:
@@ -135,7 +135,7 @@ class Mixture:
         self.parts = {
             name: _part(name, config, store, tokenizer, seed) for name, store in stores.items()
         }
-        self.turns = Turns(rates, seed=seed)
+        self.turns = MixtureSchedule(rates, seed=seed)
 
     def batch(self, step: int) -> Batch:
         """This rank's rows of the batch at `step`, counted from 0."""

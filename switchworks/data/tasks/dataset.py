@@ -1,4 +1,4 @@
-"""All that a run over tasks reads, in the shape that runs over text have: `Corpora`."""
+"""All that a run over tasks reads, in the shape that runs over text have: `TextDataset`."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from pathlib import Path
 from switchworks.batch import Batch
 from switchworks.config import ConfigError, DataError
 from switchworks.data.config import DataConfig
-from switchworks.data.dataset import Corpora, HeldOut
+from switchworks.data.dataset import TextDataset, ValidationSet
 from switchworks.data.rows.pipeline import VALIDATION_SEED
 from switchworks.data.tasks import Places, Task, find_tasks
 from switchworks.data.tasks.own import fingerprint
@@ -40,7 +40,7 @@ class PreparedTask:
 
 
 @dataclass(frozen=True)
-class TaskCorpora(Corpora):
+class TaskDataset(TextDataset):
     """One tokenizer, and the tokens of each task by its name."""
 
     parts: Mapping[str, PreparedTask]  # type: ignore[assignment]
@@ -80,7 +80,9 @@ class TaskCorpora(Corpora):
             world=world,
         )
 
-    def held_out(self, *, batch_size: int, batches: int, rank: int = 0, world: int = 1) -> HeldOut:
+    def held_out(
+        self, *, batch_size: int, batches: int, rank: int = 0, world: int = 1
+    ) -> ValidationSet:
         """Validation examples of each task as batches, for the loss; metrics are for `evaluate`.
 
         In the mean every task weighs as much as it does in training; of those without a training
@@ -99,7 +101,7 @@ class TaskCorpora(Corpora):
         part = {"rank": rank, "world": world}
         rows = {n: self._batches(n, store, batch_size, each, **part) for n, store in found.items()}
         lengths = byte_lengths(self.tokenizer)
-        return HeldOut(
+        return ValidationSet(
             rows,
             {name: shares[name] / total for name in found},
             {name: tokens_and_bytes(own, lengths) for name, own in rows.items()},
@@ -167,7 +169,7 @@ def tasks_of(config: DataConfig) -> tuple[Task, ...]:
     return find_tasks(config.tasks, metrics=config.task_metrics, labels=config.task_labels)
 
 
-def prepare_tasks(config: DataConfig, *, vocab_size: int, quiet: bool = False) -> TaskCorpora:
+def prepare_tasks(config: DataConfig, *, vocab_size: int, quiet: bool = False) -> TaskDataset:
     """The tokenizer and the tokens of every task; what is missing is made, the rest is opened.
 
     A tokenizer trained here learns from the tasks' own text; a model that is fine-tuned needs its
@@ -182,7 +184,7 @@ def prepare_tasks(config: DataConfig, *, vocab_size: int, quiet: bool = False) -
             for split in ("train", "validation")
         )
         parts[task.name] = PreparedTask(task, train, validation)
-    return TaskCorpora(config, tokenizer, parts)
+    return TaskDataset(config, tokenizer, parts)
 
 
 def _tokenizer(

@@ -3,7 +3,7 @@
 A row holds one example, padded, or several of one task, packed. Which examples share a row is
 settled once per run, by a shuffle and first fit among a few open rows; each epoch shuffles the
 rows. So row g of a task follows from (seed, g), as everything here does: whose turn it is comes
-from `mixture.Turns`, and there is no state to save.
+from `mixture.MixtureSchedule`, and there is no state to save.
 
 A task's rate is its share of the examples drawn (or of the tokens). Rows are what turns deal out,
 and a row of short examples holds more of them, so a task's share of the rows is its rate divided
@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from switchworks.batch import Batch
 from switchworks.config import ConfigError, DataError
 from switchworks.data.config import DataConfig
-from switchworks.data.rows.mixture import Mixture, Turns, rates
+from switchworks.data.rows.mixture import Mixture, MixtureSchedule, rates
 from switchworks.data.rows.packing import pack
 from switchworks.data.rows.pipeline import check_shares, grain
 from switchworks.data.tasks.store import TaskStore
@@ -209,7 +209,7 @@ class TaskMixture(Mixture):
         self.parts = self.tasks  # type: ignore[assignment]
         parts = list(self.tasks.values())
         self.shares = task_rates(config, parts)
-        self.turns = Turns(row_rates(config, self.shares, parts), seed=seed)
+        self.turns = MixtureSchedule(row_rates(config, self.shares, parts), seed=seed)
 
 
 def rows_of_tasks(

@@ -30,7 +30,7 @@ _NORMAL, _USER_DEFINED, _BYTE = 1, 4, 6  # SentencePiece's kinds of pieces that 
 
 
 @dataclass(frozen=True)
-class Served:
+class Coverage:
     """What one language's text costs, found in `characters` of it."""
 
     language: str
@@ -47,12 +47,12 @@ class Served:
         return self.tokens / max(1, self.characters)
 
     @property
-    def badly(self) -> bool:
+    def is_poor(self) -> bool:
         """Whether the language gets few words for its tokens."""
         return self.coverage < LEAST_COVERAGE or self.tokens_per_character > MOST_TOKENS
 
 
-def serve(language: str, texts: Iterable[str], tokenizer: Tokenizer) -> Served:
+def measure_coverage(language: str, texts: Iterable[str], tokenizer: Tokenizer) -> Coverage:
     """How `tokenizer` serves the beginning of `texts`."""
     sample, characters = list[str](), 0
     for text in texts:
@@ -61,7 +61,7 @@ def serve(language: str, texts: Iterable[str], tokenizer: Tokenizer) -> Served:
         sample.append(text)
         characters += len(text)
     ids = tokenizer.encode_batch(sample, sentinels=False)
-    return Served(
+    return Coverage(
         language=language,
         texts=len(sample),
         characters=characters,
@@ -103,7 +103,7 @@ def byte_lengths(tokenizer: Tokenizer) -> Int[np.ndarray, " V"]:
     return lengths
 
 
-def table(served: Mapping[str, Served]) -> str:
+def table(served: Mapping[str, Coverage]) -> str:
     """What each language costs, and a warning that names those served badly."""
     head = f"{'code':<12} {'language':<28} {'script':<16} {'texts':>7} {'characters':>11}"
     lines = [f"{head} {'covered':>8} {'tokens/char':>12} {'exact':>7}"]
@@ -113,12 +113,12 @@ def table(served: Mapping[str, Served]) -> str:
             f"{one.texts:>7,} {one.characters:>11,} {one.coverage:>8.2%} "
             f"{one.tokens_per_character:>12.3f} {one.exact / max(1, one.texts):>7.1%}"
         )
-    return "\n".join(lines) + "\n" + badly_served(served)
+    return "\n".join(lines) + "\n" + poorly_covered(served)
 
 
-def badly_served(served: Mapping[str, Served]) -> str:
+def poorly_covered(served: Mapping[str, Coverage]) -> str:
     """A warning, a line of its own, that names the languages served badly; empty if none is."""
-    bad = [name for name, one in served.items() if one.badly]
+    bad = [name for name, one in served.items() if one.is_poor]
     if not bad:
         return ""
     return (

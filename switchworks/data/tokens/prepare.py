@@ -42,7 +42,7 @@ SAMPLED_FILES = 32
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedCorpus:
     """A tokenizer and the tokens it made. `report` counts what this call read, if it built."""
 
     tokenizer: Tokenizer
@@ -90,11 +90,11 @@ def prepare(
     shard: tuple[int, int] | None = None,
     quiet: bool = False,
     name: str = "",
-) -> Prepared:
+) -> PreparedCorpus:
     """The tokenizer and the stores for `config`; what is missing is made, the rest is opened.
 
     The text is that of one corpus, to which progress refers by `name`; a mixture of several is
-    for `corpora.prepare_corpora`.
+    for `corpora.open_dataset`.
     `vocab_size` is the size of a tokenizer trained here, sentinels included. `shard` = (i, n)
     builds the i-th of n shards only, so that n jobs can share the work; the first of them to
     come trains the tokenizer while the others wait for it. Raises DataError for bad input.
@@ -124,7 +124,7 @@ def prepare(
             if not missing_shards(folder):
                 finish_store(folder, validation_share=config.validation_share)
         report.log()
-    return Prepared(tokenizer, folder, report)
+    return PreparedCorpus(tokenizer, folder, report)
 
 
 def cache_folder(config: DataConfig) -> Path:

@@ -14,7 +14,7 @@ from math import isnan
 from pathlib import Path
 from typing import Any
 
-from switchworks.checkpoint import Checkpoints, by_first, copy_whole, write_json
+from switchworks.checkpoint import Checkpoints, copy_whole, on_rank_zero, write_json
 from switchworks.config import CheckpointError, ConfigError
 from switchworks.training.experiment import BestConfig
 from switchworks.training.recorder import Recorder
@@ -97,7 +97,7 @@ class KeepBest:
         if best is None or best.step == state.step:
             self.export(state, run_dir)
         else:
-            by_first(lambda: self._copy(best.step, run_dir))
+            on_rank_zero(lambda: self._copy(best.step, run_dir))
         if best is None:
             print(f"warning: {self._absent()}\n  model/ is that of the last step, {state.step}.")
             return
@@ -109,7 +109,7 @@ class KeepBest:
             "last_step": state.step,
             "ended_early": state.ended,
         }
-        by_first(lambda: write_json(run_dir / "best.json", about))
+        on_rank_zero(lambda: write_json(run_dir / "best.json", about))
         print(
             f"model/ is that of step {best.step}, the best by {self.config.metric} "
             f"({best.value:.4g}); the last step was {state.step}"
@@ -119,7 +119,7 @@ class KeepBest:
         """What the first rank has, so that all ranks keep and end alike."""
         value = self.recorder.at(state.step).get(self.config.metric)
         if value is not None:
-            value = state.ranks.all(value)[0]
+            value = state.ranks.all_gather(value)[0]
         if value is not None and type(value) not in (int, float):
             raise ConfigError(
                 f"best.metric = {self.config.metric} is not one number: {str(value)[:60]}.\n"
@@ -159,7 +159,7 @@ class KeepBest:
     def _prune(self, current: int) -> None:
         """Delete what neither `current` nor any kept checkpoint would be the best of."""
         self.checkpoints.wait()  # the one that is being written will be kept too
-        by_first(lambda: self._delete_all_but(current))
+        on_rank_zero(lambda: self._delete_all_but(current))
 
     def _delete_all_but(self, current: int) -> None:
         found = re.compile(r"step_(\d{8,})")

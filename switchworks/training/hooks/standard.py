@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from switchworks.batch import Batch
 from switchworks.checkpoint import Checkpoints
-from switchworks.data import HeldOut, Mixture, Tokenizer
+from switchworks.data import Mixture, Tokenizer, ValidationSet
 from switchworks.evaluate import held_out_losses, measure_perplexity
 from switchworks.generate import continuation, fill, generate, parse_fills
 from switchworks.training.recorder import Recorder
@@ -120,7 +120,7 @@ class Validate:
         self,
         recorder: Recorder,
         every: int,
-        held_out: HeldOut,
+        held_out: ValidationSet,
         mixture: Mixture | None = None,
     ) -> None:
         self.recorder = recorder
@@ -250,8 +250,8 @@ class Samples:
     def _generate(self, state: TrainState, inputs: Tensor, max_length: int) -> list[list[int]]:
         """Ranks go on equally long, with texts equally wide."""
         ranks, device = state.ranks, state.model.embedding.weight.device
-        inputs = F.pad(inputs, (0, ranks.highest(inputs.shape[1]) - inputs.shape[1])).to(device)
-        most = ranks.highest(max_length)
+        inputs = F.pad(inputs, (0, ranks.all_max(inputs.shape[1]) - inputs.shape[1])).to(device)
+        most = ranks.all_max(max_length)
         return generate(state.model, inputs, max_length=most, ranks=ranks).tolist()
 
 
@@ -309,7 +309,7 @@ class SaveCheckpoints:
         self.checkpoints.save(state.step, state.state_dict(), state.about())
 
 
-class Tell:
+class ReportProgress:
     """`reached` hears of every step that is done, with all that comes after it."""
 
     def __init__(self, reached: Callable[[int], None]) -> None:

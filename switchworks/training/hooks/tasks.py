@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from statistics import fmean
 
-from switchworks.data import Corpora, TaskCorpora, Tokenizer, places_of
+from switchworks.data import TaskDataset, TextDataset, Tokenizer, places_of
 from switchworks.evaluate import (
-    Answering,
-    Questions,
+    DecodingConfig,
+    EvalSet,
     TaskResult,
     averages,
     check_metrics,
@@ -30,9 +30,9 @@ class EvaluateTasks:
         self,
         recorder: Recorder,
         every: int,
-        questions: Sequence[Questions],
+        questions: Sequence[EvalSet],
         tokenizer: Tokenizer,
-        how: Answering,
+        how: DecodingConfig,
     ) -> None:
         self.recorder = recorder
         self.every = every
@@ -80,13 +80,13 @@ def figures_of(results: Sequence[TaskResult]) -> dict[str, float]:
     return figures | {f"task/{name}": value for name, value in averages(scores).items()}
 
 
-def to_be_asked(experiment: Experiment, corpora: Corpora) -> list[Questions]:
+def tasks_to_evaluate(experiment: Experiment, corpora: TextDataset) -> list[EvalSet]:
     """The questions of those tasks of a run that have a validation split; none of plain text.
 
     Raises ConfigError for a metric that means nothing for them, DataError for data that cannot be
     used.
     """
-    if not isinstance(corpora, TaskCorpora) or not experiment.evaluate_every:
+    if not isinstance(corpora, TaskDataset) or not experiment.evaluate_every:
         return []
     places = places_of(experiment.data)
     questions = [
@@ -100,10 +100,10 @@ def to_be_asked(experiment: Experiment, corpora: Corpora) -> list[Questions]:
 
 
 def task_hook(
-    experiment: Experiment, questions: Sequence[Questions], tokenizer: Tokenizer, recorder: Recorder
+    experiment: Experiment, questions: Sequence[EvalSet], tokenizer: Tokenizer, recorder: Recorder
 ) -> EvaluateTasks:
     """The hook that asks `questions`."""
-    how = Answering(
+    how = DecodingConfig(
         input_length=experiment.data.input_length, max_length=experiment.data.target_length
     )
     return EvaluateTasks(recorder, experiment.evaluate_every, questions, tokenizer, how)
