@@ -215,7 +215,7 @@ def start(words: Sequence[str]) -> None:
 
 
 def start_ranks(world: int, words: Sequence[str], folder: Path) -> None:
-    from ranks import spawn
+    from support.ranks import spawn
 
     spawn(world, start_rank, folder, words)
 

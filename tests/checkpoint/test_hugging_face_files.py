@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from switchworks import load_hf, save_hf
+from switchworks.checkpoint.hugging_face import weights as hugging_face
 from switchworks.checkpoint.hugging_face.weights import to_hf_state
-from switchworks.checkpoint.hugging_face.weights import weights as hugging_face
 from switchworks.checkpoint.tensors import Tensors, open_tensors, require_match, write_tensors
 from switchworks.config import CheckpointError
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
@@ -239,7 +239,7 @@ MEASURE = """
 import sys
 from pathlib import Path
 from switchworks import load_hf
-from switchworks.checkpoint.hugging_face.weights import weights as hugging_face
+from switchworks.checkpoint.hugging_face import weights as hugging_face
 from switchworks.checkpoint.tensors import Tensors, open_tensors
 
 def anonymous():  # memory that no file backs, which the system cannot take back

@@ -11,6 +11,7 @@ from babel.messages.mofile import write_mo
 from babel.messages.pofile import read_po
 
 from switchworks.config import DataError
+from switchworks.data.sources.catalogs import gettext as corpus
 from switchworks.data.sources.catalogs.gettext import (
     Refusals,
     Sentence,

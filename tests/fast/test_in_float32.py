@@ -8,6 +8,7 @@ import torch
 
 from switchworks.batch import Batch
 from switchworks.evaluate.perplexity import mean_nats
+from switchworks.fast import emulated_bfloat16 as kernel
 from switchworks.fast.emulated_bfloat16 import MANY, NATIVE, PIECE, in_float32, of_one_row, product
 from switchworks.generate import BeamSearch, generate
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer

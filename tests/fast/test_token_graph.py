@@ -10,8 +10,9 @@ import torch.nn.functional as F
 
 from switchworks.cli.main import main
 from switchworks.config import ConfigError
+from switchworks.fast import CompiledDecoder
 from switchworks.fast.decode import attend_once, one_row
-from switchworks.generate import CompiledDecoder, generate
+from switchworks.generate import generate
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
 from switchworks.model.attention import attend, mask_to_bias
 from switchworks.model.layers import SharedDropout

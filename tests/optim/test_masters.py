@@ -97,11 +97,11 @@ def test_a_tied_parameter_has_one_master_that_takes_both_gradients():
 
 
 @pytest.mark.parametrize("gathered", [True, False])
-def test_zero_forgets_gradients_before_and_after_they_are_gathered(all_gather):
+def test_zero_forgets_gradients_before_and_after_they_are_gathered(gathered):
     weight = narrow(0.0)
     masters = MasterWeights([("w", weight)])
     weight.grad = torch.ones_like(weight)
-    if all_gather:
+    if gathered:
         masters.accumulate()
     masters.zero()
     masters.accumulate()
