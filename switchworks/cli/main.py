@@ -164,9 +164,9 @@ def _prepare(words: list[str]) -> int:
     if not by_language:  # a table says it in a line each
         print(corpora)
     if by_language:
-        from switchworks.data import mc4_table, table
+        from switchworks.data import coverage_table, mc4_table
 
-        print(table(corpora.served()), end="")
+        print(coverage_table(corpora.coverage()), end="")
         print(mc4_table(corpora.parts))
     if (experiment.data.is_mixture or experiment.data.tasks) and corpora.complete:
         batches = corpora.training(batch_size=experiment.batch_size, seed=experiment.seed)
