@@ -56,9 +56,7 @@ def dpr(record: Record) -> Example:
     pronoun, candidates = record["pronoun"], texts(record, "candidates")
     sentence = re.sub(rf" ({pronoun})( |\.|,)", r" *\1*\2", record["sentence"], count=1)
     return Example(
-        inputs=f"{PREFIX} {sentence}",
-        target=label_of(record, candidates),
-        choices=candidates,
+        inputs=f"{PREFIX} {sentence}", target=label_of(record, candidates), choices=candidates
     )
 
 
