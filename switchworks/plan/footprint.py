@@ -90,14 +90,14 @@ def measure_step(state: TrainState, batch: Batch) -> Footprint:
 
     updater.accumulate, updater.step = marked, counted
     if isinstance(updater, BackwardUpdater):
-        move = updater.move
+        move = updater.update
 
         def counted_early(names: list[str]) -> None:
             trace.mark(grads_of_parameters())
             gradients.append(_bytes_of(updater.gradients().values()))
             move(names)
 
-        updater.move = counted_early
+        updater.update = counted_early
     try:
         with trace:
             train_step(state, batch)

@@ -90,14 +90,14 @@ def test_every_parameter_of_the_model_has_as_many_letters_as_dimensions():
 
 
 def test_stacks_of_experts_are_told_from_other_tensors_by_their_letters():
-    optimizer = updater_of(Net(), ADAFACTOR).optimizer
+    optimizer = updater_of(Net(), ADAFACTOR).optimizers[0]
     stacked = {tuple(p.shape): g["stacked"] for g in optimizer.param_groups for p in g["params"]}
     assert stacked == {(6, 5): False, (5,): False, (3, 5, 6): True, (8, 4): False}
 
 
 @BOTH
 def test_vectors_and_relative_biases_are_spared_weight_decay(config):
-    optimizer = updater_of(Net(), replace(config, weight_decay=0.1)).optimizer
+    optimizer = updater_of(Net(), replace(config, weight_decay=0.1)).optimizers[0]
     decay = {tuple(p.shape): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     assert decay == {(6, 5): 0.1, (5,): 0.0, (3, 5, 6): 0.1, (8, 4): 0.0}
 
@@ -202,13 +202,13 @@ def test_micro_batches_take_the_step_of_the_whole_batch(config):
 
 @BOTH
 @pytest.mark.parametrize("clip_norm", [None, 0.1])
-def test_a_step_of_one_backward_pass_is_the_same_share_by_share(config, clip_norm, monkeypatch):
-    """Gradients that stay in bfloat16 until their share is updated give the same weights."""
+def test_a_step_of_one_backward_pass_is_the_same_bucket_by_bucket(config, clip_norm, monkeypatch):
+    """Gradients that stay in bfloat16 until their bucket is updated give the same weights."""
     config, models = replace(config, clip_norm=clip_norm), (Net(), Net())
     whole, shared = (updater_of(model, config, weights=cast(model)) for model in models)
     monkeypatch.setattr("switchworks.optim.masters._SMALL", 0)
-    monkeypatch.setattr("switchworks.optim.masters._SHARE", 20)
-    assert len(shared.masters.shares()) > 2
+    monkeypatch.setattr("switchworks.optim.masters._BUCKET", 20)
+    assert len(shared.masters.buckets()) > 2
     for step in range(3):
         for model in models:
             model(inputs(step).bfloat16()).backward()
