@@ -102,7 +102,7 @@ def measure_step(state: TrainState, batch: Batch) -> Footprint:
         with trace:
             train_step(state, batch)
     finally:
-        for name in ("accumulate", "step", "move"):
+        for name in ("accumulate", "step", "update"):
             vars(updater).pop(name, None)
     passing, others = trace.peaks(len(PHASES))
     return Footprint(
