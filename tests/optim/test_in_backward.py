@@ -22,6 +22,7 @@ from switchworks.training.step import DivergenceError, train_step
 OPTIMIZERS = {
     "adafactor": OptimConfig(warmup_steps=10, lr=0.1),
     "adamw": OptimConfig(name="adamw", lr=1e-2, schedule="constant", warmup_steps=0),
+    "muon": OptimConfig(name="muon", lr=1e-2, schedule="constant", warmup_steps=0),
 }
 
 
