@@ -182,21 +182,13 @@ def _flat(state: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
 
 
 def _check_fit(current: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
-    unknown = [name for name in stored if name not in current]
-    for name, tensor in current.items():
-        if name not in stored:
-            has = f", but has {unknown[0]}" if unknown else ""
-            raise CheckpointError(f"The checkpoint has no {name}{has}.\n  {_OTHER_RUN}")
-        if tensor.shape != stored[name].shape:
+    def shape(tensors: Mapping[str, Tensor], name: str) -> str:
+        return f"of shape {tuple(tensors[name].shape)}" if name in tensors else "absent"
+
+    for name in [*current, *stored]:
+        here, there = shape(current, name), shape(stored, name)
+        if here != there:
             raise CheckpointError(
-                f"{name} has shape {tuple(stored[name].shape)} in the checkpoint and "
-                f"{tuple(tensor.shape)} here.\n"
-                "  It comes from a model of another size: use the settings it was made with."
+                f"{name} is {there} in the checkpoint and {here} here.\n"
+                "  It comes from another model or optimizer: use the settings it was made with."
             )
-    if unknown:
-        raise CheckpointError(
-            f"The checkpoint has {unknown[0]}, which this run does not have.\n  {_OTHER_RUN}"
-        )
-
-
-_OTHER_RUN = "It comes from another model or optimizer: use the settings it was made with."
