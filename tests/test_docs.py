@@ -14,9 +14,9 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 
 def functions_of(file: str) -> set[str]:
-    """The names of the test functions of `tests/file`; none if there is no such file."""
-    path = ROOT / "tests" / file
-    if not path.exists():
+    """The names of the test functions of `file`, below tests/; none if there is no such file."""
+    path = next((ROOT / "tests").rglob(file), None)
+    if path is None:
         return set()
     tree = ast.parse(path.read_text(encoding="utf-8"))
     return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
