@@ -36,7 +36,7 @@ from switchworks.config import CheckpointError
 
 log = logging.getLogger(__name__)
 
-ABOUT = "about.json"
+COUNTERS = "counters.json"
 
 
 class Checkpoints:
@@ -88,7 +88,7 @@ class Checkpoints:
             more=more,
             group=group,
         ) as partial:
-            on_rank_zero(lambda: (partial / ABOUT).write_text(about, encoding="utf-8"), group)
+            on_rank_zero(lambda: (partial / COUNTERS).write_text(about, encoding="utf-8"), group)
             _write_tensors(tensors, partial, group)
             more["tensors"] = combine_digests(all_gather(digest_parts(tensors), group))
         on_rank_zero(lambda: self._prune(step), group)
@@ -140,7 +140,7 @@ class Checkpoints:
         _read_tensors(tensors, path)
         digests = combine_digests(all_gather(digest_parts(tensors)))
         require_same(str(path), read_json(path / MANIFEST)["tensors"], digests)
-        return read_json(path / ABOUT)["about"]
+        return read_json(path / COUNTERS)["about"]
 
     def steps(self) -> dict[int, Path]:
         """Step -> directory of every checkpoint, damaged or not."""
