@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from switchworks.config import DataError
-from switchworks.report.charts import COLOURS, Curve, curves_of, line_chart
+from switchworks.report.charts import COLOURS, Curve, Kind, curves_of, line_chart
 from switchworks.report.figures import by_corpus, compact, figures, gains, recorded, speedups
 from switchworks.report.html import (
     card,
@@ -139,13 +139,14 @@ def _definition_of_speedup(runs: Sequence[Run]) -> str:
 
 def _losses(runs: Sequence[Run], against: str, unit: int | float) -> list[Curve]:
     """Training and validation loss of every run; x in units of `unit`."""
-    curves = []
-    alone = len(runs) == 1
+    curves: list[Curve] = []
+    single = len(runs) == 1
+    kinds: dict[str, Kind] = {"training": "noisy" if single else "smooth", "validation": "points"}
     for colour, run in enumerate(runs):
-        for name, kind in (("training", "noisy" if alone else "smooth"), ("validation", "points")):
+        for name, kind in kinds.items():
             x, y = run.series("train/loss" if name == "training" else "val/loss", against)
-            label = name if alone else f"{run.name}, {name}"
-            place = len(curves) if alone else colour  # a colour for each curve, or for each run
+            label = name if single else f"{run.name}, {name}"
+            place = len(curves) if single else colour  # a colour for each curve, or for each run
             curves.append(Curve(x=x / unit, y=y, label=label, colour=place, kind=kind))
     return curves
 
