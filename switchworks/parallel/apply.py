@@ -67,7 +67,7 @@ def parallelize(
     return GradientSum(model, dict(sorted(groups.items())))
 
 
-def like(weight: Tensor, placed: Tensor) -> Tensor:
+def shard_like(weight: Tensor, placed: Tensor) -> Tensor:
     """This rank's part of `weight`, a whole tensor, in the places of `placed`."""
     if not isinstance(placed, DTensor):
         return weight
@@ -75,7 +75,7 @@ def like(weight: Tensor, placed: Tensor) -> Tensor:
     return distribute_tensor(weight, mesh, placements, src_data_rank=None)
 
 
-def whole(weight: Tensor) -> Tensor:
+def gather_full(weight: Tensor) -> Tensor:
     """All of `weight`, of which every rank has a part. To be called by all of them."""
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
@@ -142,7 +142,7 @@ def _shard_fully(model: SwitchTransformer, where: Mapping[str, Place], mesh: Dev
                 _shard([cross.k, cross.v], batch, options)
             _shard([block], batch, options)
     fully_shard(model, mesh=batch, **options)
-    for beside_forward in ("encode", "start_decoding", "read_prompts", "decode_next"):
+    for beside_forward in ("encode", "init_cache", "prefill", "decode_step"):
         register_fsdp_forward_method(model, beside_forward)
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -36,7 +36,7 @@ from switchworks.distil import (
 )
 from switchworks.evaluate import EvalSet
 from switchworks.model import SwitchTransformer, active_parameters, flops_per_token, num_parameters
-from switchworks.parallel import Ranks, ranks_of, watching, whole
+from switchworks.parallel import Ranks, gather_full, ranks_of, watching
 from switchworks.parallel import torchrun as launch
 from switchworks.plan import shares_of
 from switchworks.report import write_report
@@ -235,7 +235,7 @@ def export(state: TrainState, directory: Path, tokenizer: Tokenizer) -> None:
     weights, lora = state.updater.float_state(), state.experiment.lora
     if lora is not None and state.adapted is not None:
         also = state.adapted.also
-        weights = {name: whole(weight) for name, weight in weights.items()}
+        weights = {name: gather_full(weight) for name, weight in weights.items()}
         on_rank_zero(lambda: save_adapters(directory / "adapters", weights, lora, also))
         weights = merged(weights, lora)
     with torch.device("meta"):
