@@ -14,7 +14,7 @@ from pathlib import Path
 
 from switchworks import Experiment, train
 from switchworks.data import SOURCES, Report, TextConfig, TextSource
-from switchworks.recipes import tiny
+from switchworks.recipes import RECIPES
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ SOURCES["sums"] = Sums
 
 def recipe() -> Experiment:
     """The recipe `tiny` on sums."""
-    base = tiny()
+    base = RECIPES["tiny"]()
     data = replace(base.data, source="sums", dataset="100", validation_share=0.1)
     return replace(base, name="sums", data=data)
 
