@@ -93,7 +93,7 @@ class TextDataset:
         text = json.dumps([self.tokenizer.fingerprint, stores])
         return blake2b(text.encode(), digest_size=16).hexdigest()
 
-    def other_than(self, metadata: Mapping[str, Any]) -> str | None:
+    def difference(self, metadata: Mapping[str, Any]) -> str | None:
         """How this text differs from that of the run with this about.json; None: it is the same, or
         the run has none."""
         if not metadata or metadata["text_digest"] == self.digest:
