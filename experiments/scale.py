@@ -4,7 +4,7 @@
     python experiments/scale.py fits     # meshes for devices of 16 and 80 GiB
 
 Each row is what `switchworks explain` prints for the same flags with --search, whose traces stop at
-a small depth (`switchworks.plan.search.outline`).
+a small depth (`simulate_with_depth`).
 """
 
 import csv
@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from switchworks.parallel import MeshConfig
-from switchworks.plan import GIB, MACHINES, estimate, outline, propose
+from switchworks.plan import GIB, MACHINES, estimate, propose, simulate_with_depth
 from switchworks.recipes import find_recipe
 from switchworks.training import Experiment
 
@@ -50,7 +50,7 @@ def curve(name: str) -> Iterator[dict[str, float | int | str]]:
     """A row for each number of ranks."""
     for ranks in RANKS:
         experiment = at(name, ranks)
-        footprint, mesh = outline(experiment), experiment.mesh
+        footprint, mesh = simulate_with_depth(experiment), experiment.mesh
         row: dict[str, float | int | str] = {
             "recipe": name,
             "ranks": ranks,
@@ -59,9 +59,9 @@ def curve(name: str) -> Iterator[dict[str, float | int | str]]:
             "sent_gib": round(sum(item.sent for item in footprint.traffic) / GIB, 3),
         }
         for machine in ("tpuv3", "h100"):
-            cost = estimate(MACHINES[machine], footprint.work, footprint.traffic)
-            row[f"{machine}_computing_s"] = round(cost.computing, 3)
-            row[f"{machine}_travelling_s"] = round(cost.travelling, 3)
+            cost = estimate(MACHINES[machine], footprint.operations, footprint.traffic)
+            row[f"{machine}_compute_s"] = round(cost.compute, 3)
+            row[f"{machine}_communication_s"] = round(cost.communication, 3)
         yield row
 
 
@@ -74,7 +74,7 @@ def draw(rows: list[dict[str, float | int | str]], file: Path) -> None:
         ranks = [int(row["ranks"]) for row in mine]
         for machine, style in (("h100", "-"), ("tpuv3", "--")):
             total = [
-                float(row[f"{machine}_computing_s"]) + float(row[f"{machine}_travelling_s"])
+                float(row[f"{machine}_compute_s"]) + float(row[f"{machine}_communication_s"])
                 for row in mine
             ]
             time.plot(ranks, total, style, color=colour, label=f"{name}, {machine}", marker=".")
