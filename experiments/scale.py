@@ -1,4 +1,4 @@
-"""The tables and curves of docs/scale.md, on paper: traced shapes and a formula, nothing is timed.
+"""The tables and curves of docs/scale.md, from traced shapes and a formula: nothing is timed.
 
     python experiments/scale.py curves   # docs/scale.csv and docs/scale.png
     python experiments/scale.py fits     # meshes for devices of 16 and 80 GiB
@@ -24,19 +24,25 @@ from switchworks.training import Experiment
 DOCS = Path(__file__).parent.parent / "docs"
 RANKS = [8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
 ROWS = {"c4_switch_c": 32, "c4_xxl_128": 16}
-"""Rows of 512 + 114 tokens that each part of the batch has, whatever the number of ranks."""
+"""Rows of 512 + 114 tokens of each rank of the batch axis, whatever the number of ranks."""
 WIDTH = {"c4_switch_c": 1, "c4_xxl_128": 8}
 """Ranks of the model axis."""
 
 
 def lean(name: str) -> Experiment:
-    """The recipe with what saves memory."""
+    """The recipe with the settings that save memory."""
     recipe = find_recipe(name)()
-    return replace(recipe, kernels="fast", activation_checkpointing=True, micro_batches=1)
+    return replace(
+        recipe,
+        precision="bfloat16",
+        kernels="fast",
+        activation_checkpointing=True,
+        micro_batches=1,
+    )
 
 
 def at(name: str, ranks: int) -> Experiment:
-    """The recipe on so many ranks: experts first, then data, the width as it is."""
+    """The recipe on `ranks` ranks: first as many experts as there are, then data."""
     recipe, model = lean(name), WIDTH[name]
     assert recipe.model.routing is not None
     expert = min(ranks // model, recipe.model.routing.experts)
@@ -69,7 +75,7 @@ def draw(rows: list[dict[str, float | int | str]], file: Path) -> None:
     figure = Figure(figsize=(10, 3.8))
     FigureCanvasAgg(figure)
     time, sent = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)
-    for name, colour in zip(ROWS, ("#0072b2", "#d55e00"), strict=True):
+    for name, colour in zip(ROWS, ("#0072b2", "#d55e00"), strict=False):
         mine = [row for row in rows if row["recipe"] == name]
         ranks = [int(row["ranks"]) for row in mine]
         for machine, style in (("h100", "-"), ("tpuv3", "--")):
@@ -91,14 +97,15 @@ def draw(rows: list[dict[str, float | int | str]], file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
-def main(what: str) -> None:
-    if what == "fits":
-        for name in ROWS:
-            for machine, memory in (("tpuv3", 16.0), ("h100", 80.0)):
-                for devices in (1024, 2048):
-                    found = propose(lean(name), devices, memory, MACHINES[machine])
-                    print(name, machine, devices, "none" if found is None else found.flags)
-        return
+def print_fitting_meshes() -> None:
+    for name in ROWS:
+        for machine, memory in (("tpuv3", 16.0), ("h100", 80.0)):
+            for devices in (1024, 2048):
+                candidate = propose(lean(name), devices, memory, MACHINES[machine])
+                print(name, machine, devices, "none" if candidate is None else candidate.flags)
+
+
+def write_curves() -> None:
     rows: list[dict[str, float | int | str]] = []
     for name in ROWS:
         for row in curve(name):
@@ -112,4 +119,7 @@ def main(what: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*(sys.argv[1:] or ["curves"]))
+    if sys.argv[1:] == ["fits"]:
+        print_fitting_meshes()
+    else:
+        write_curves()

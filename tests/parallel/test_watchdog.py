@@ -71,15 +71,15 @@ def test_of_many_waiting_ranks_eight_are_named():
 
 @pytest.fixture
 def agent(monkeypatch):
-    """The store of torchrun's agent, and what it tells its workers."""
+    """The store of torchrun's agent, and the environment it gives its workers."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    told = {
+    environment = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "WORLD_SIZE": "2",
     }
-    for name, value in told.items():
+    for name, value in environment.items():
         monkeypatch.setenv(name, value)
     torchrun._shared_store.cache_clear()
     yield store
