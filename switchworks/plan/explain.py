@@ -50,9 +50,9 @@ def memory(experiment: Experiment, counts: Shares) -> dict[str, int]:
     Frozen weights have no gradients and no optimizer state; under bfloat16 they keep their masters,
     so that a run exports them as they were. With `update_in_backward` no gradients stay.
     """
-    precision = experiment.precision
+    precision, optim = experiment.precision, experiment.optim
     compute = _BYTES[machine.fastest_precision() if precision == "auto" else precision]
-    moments = 2 if experiment.optim.name == "adamw" else int(experiment.optim.betas[0] > 0)
+    moments = {"adamw": 2, "muon": 1}.get(optim.name, int(optim.betas[0] > 0))
     share = parameters_per_rank(experiment) / num_parameters(experiment.model)
     parameters, trainable = round(counts.parameters * share), round(counts.trainable * share)
     # Without micro-batches or other ranks nothing is summed: gradients keep the model's dtype.

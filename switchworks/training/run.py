@@ -23,7 +23,6 @@ from switchworks.data import (
     Tokenizer,
     ValidationSet,
     open_dataset,
-    poorly_covered,
     rows_of_step,
 )
 from switchworks.distil import (
@@ -146,8 +145,8 @@ def _train(
     if mixture is not None:
         print(corpora.summary(mixture, experiment.steps))
     resuming = may_resume(run_dir, experiment, resume=resume)
-    if ranks.is_main and not resuming and corpora.by_language and experiment.data.source != "hub":
-        print(poorly_covered(corpora.served()), end="")
+    if ranks.is_main and not resuming:
+        print(corpora.coverage_warning(), end="")
     if resuming:
         require_same_beginning(run_dir, init)
         require_same_text(run_dir, corpora)

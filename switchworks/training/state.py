@@ -171,7 +171,7 @@ def state_of(
         weights = {} if empty else initialise_shards(model, experiment.seed)
     updater = build_optimizer(model.named_parameters(), letters, experiment.optim, weights)
     if experiment.update_in_backward:
-        updater = BackwardUpdater(updater.masters, updater.optimizer, updater.config)
+        updater = BackwardUpdater(updater.masters, updater.optimizers, updater.config)
     compiled = compile_step(model) if experiment.compile else None
     return TrainState(
         experiment, model, updater, gradients, ranks, adapted=table, compiled=compiled

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Shard
 
-from switchworks.cli.flags import ExplainFlags
+from switchworks.cli.explain import ExplainFlags
 from switchworks.cli.main import main
 from switchworks.cli.parsing import parse_experiment
 from switchworks.config import ConfigError
