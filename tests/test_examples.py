@@ -114,3 +114,12 @@ def test_the_three_lines_are_marked_in_every_example_of_the_layer():
         assert sum("import" in line for line in marked) == 1, file
         assert sum("SwitchFFN(" in line for line in marked) == 1, file
         assert sum("y, routing = " in line for line in marked) == 1, file
+
+
+def test_a_data_source_of_one_s_own_is_trained_on(tmp_path):
+    run_dir = load_example("own_data_source").main([str(tmp_path / "run"), "--steps", "4"])
+    about = json.loads((run_dir / "about.json").read_text())
+    sums = [f"{a} and {b} make {a + b}." for a in range(100) for b in range(100)]
+    held_out_text = (run_dir / "metrics.jsonl").read_text()
+    assert 0.75 * len("\n".join(sums)) < about["train_tokens"] < len("\n".join(sums))
+    assert '"val/loss"' in held_out_text
