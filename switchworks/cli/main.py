@@ -171,9 +171,9 @@ def _prepare(words: list[str]) -> int:
     if (experiment.data.is_mixture or experiment.data.tasks) and corpora.complete:
         batches = corpora.training(batch_size=experiment.batch_size, seed=experiment.seed)
         assert isinstance(batches, Mixture)
-        print(corpora.summary(batches, experiment.steps))
+        print(corpora.summary(batches, experiment.resolved("bfloat16").num_steps))
     if with_logits:
-        from switchworks.distil import precompute_teacher
+        from switchworks.training import precompute_teacher
 
         print(precompute_teacher(experiment, top_k=more.top_k, dtype=more.logits))
     return 0

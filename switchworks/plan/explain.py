@@ -5,7 +5,7 @@ from typing import Any
 from switchworks.adapt import Shares, shares
 from switchworks.model import active_parameters, flops_per_sequence, flops_per_token, num_parameters
 from switchworks.plan.weights import numbers_of_a_rank
-from switchworks.training import Experiment, machine
+from switchworks.training import Experiment
 
 _MASTER, _COMPUTE = 4, {"float64": 8, "float32": 4, "bfloat16": 2}
 """Bytes per number."""
@@ -17,6 +17,7 @@ def explain_experiment(experiment: Experiment) -> dict[str, Any]:
     FLOPs are of the forward pass (a training step takes three times as many), counted as the
     paper's Table 9 counts them; bytes are those of one rank.
     """
+    experiment = experiment.resolved("bfloat16")  # "auto" is, on machines that are good at it
     model, data = experiment.model, experiment.data
     parameters = num_parameters(model)
     counts = shares_of(experiment)
@@ -33,7 +34,7 @@ def explain_experiment(experiment: Experiment) -> dict[str, Any]:
         "tokens_per_step": tokens,
         "training_flops_per_step": 3 * per_token * tokens,
         "steps": experiment.steps,
-        "training_tokens": experiment.steps * tokens,
+        "training_tokens": experiment.num_steps * tokens,
         "mesh": {
             "data": experiment.mesh.data,
             "expert": experiment.mesh.expert,
@@ -58,8 +59,7 @@ def memory(experiment: Experiment, counts: Shares) -> dict[str, int]:
     bfloat16 ones, so that they come out of the run as they went in. With `update_in_backward`
     gradients come and go, as activations do.
     """
-    precision = experiment.precision
-    compute = _COMPUTE[machine.fastest_precision() if precision == "auto" else precision]
+    compute = _COMPUTE[experiment.precision]
     moments = 2 if experiment.optim.name == "adamw" else int(experiment.optim.betas[0] > 0)
     share = numbers_of_a_rank(experiment) / num_parameters(experiment.model)
     parameters, trainable = round(counts.parameters * share), round(counts.trainable * share)

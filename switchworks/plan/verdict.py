@@ -202,9 +202,7 @@ def find_meshes(
 
 def _settled(experiment: Experiment) -> Experiment:
     """Machines are described in bfloat16, which "auto" is on all of them."""
-    return (
-        replace(experiment, precision="bfloat16") if experiment.precision == "auto" else experiment
-    )
+    return experiment.resolved("bfloat16")
 
 
 def _chosen(experiment: Experiment, ranks: int, memory: float, machine: Machine) -> Experiment:

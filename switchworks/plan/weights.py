@@ -29,7 +29,7 @@ class Weight(NamedTuple):
 
 def weights_of(experiment: Experiment) -> list[Weight]:
     """Every weight of the model, those of its blocks together, in the model's order."""
-    precision = "bfloat16" if experiment.precision == "auto" else experiment.precision
+    precision = experiment.resolved("bfloat16").precision
     with torch.device("meta"):
         model = SwitchTransformer(experiment.model)
     cast_for_compute(model, getattr(torch, precision))
