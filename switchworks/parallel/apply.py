@@ -142,7 +142,7 @@ def _shard_fully(model: SwitchTransformer, where: Mapping[str, Place], mesh: Dev
                 _shard([cross.k, cross.v], batch, options)
             _shard([block], batch, options)
     fully_shard(model, mesh=batch, **options)
-    for beside_forward in ("encode", "start_decoding", "read_prompts", "decode_next"):
+    for beside_forward in ("encode", "init_cache", "prefill", "decode_step"):
         register_fsdp_forward_method(model, beside_forward)
     for module in model.modules():
         if isinstance(module, FSDPModule):
