@@ -96,3 +96,11 @@ def test_the_three_lines_are_marked_in_every_example():
         assert sum("import" in line for line in marked) == 1, file
         assert sum("SwitchFFN(" in line for line in marked) == 1, file
         assert sum("y, routing = " in line for line in marked) == 1, file
+
+
+def test_the_logger_of_ones_own_has_every_number_of_the_run(corpus, tmp_path):
+    output = run(str(EXAMPLES / "own_logger.py"), str(corpus), str(tmp_path / "run"))
+    lines = (tmp_path / "run" / "metrics.csv").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "step,name,value"
+    assert [line.split(",")[0] for line in lines if ",val/loss," in line] == ["10", "20"]
+    assert "validation losses: [" in output

@@ -1,6 +1,7 @@
 """The protocol of a logger, and the table of those that `--log` names."""
 
 import importlib
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -75,6 +76,8 @@ def _make(name: str) -> Logger:
             f"log: there is no logger {name!r}. Loggers: {', '.join(LOGGERS)}.\n"
             "  Your own: module:class with the methods start, log and close."
         )
+    if (here := str(Path.cwd())) not in sys.path:  # as `python` does, and installed commands do not
+        sys.path.insert(0, here)
     try:
         return getattr(importlib.import_module(module), attribute)()
     except (ImportError, AttributeError) as error:
