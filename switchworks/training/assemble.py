@@ -21,7 +21,6 @@ from switchworks.data import (
     TextDataset,
     ValidationSet,
     open_dataset,
-    poorly_covered,
     rows_of_step,
     run_metadata,
 )
@@ -110,8 +109,8 @@ def assemble(
     resuming = may_resume(run_dir, experiment, resume=resume)
     if resuming:
         require_same_run(run_dir, init, dataset, None if teacher is None else teacher.weights)
-    elif ranks.is_main and dataset.by_language and experiment.data.source != "hub":
-        print(poorly_covered(dataset.served()), end="")
+    elif ranks.is_main:
+        print(dataset.coverage_warning(), end="")
     checkpoints = Checkpoints(
         run_dir / "checkpoints",
         experiment.keep_checkpoints,

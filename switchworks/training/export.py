@@ -19,10 +19,10 @@ def export(state: TrainState, directory: Path, tokenizer: Tokenizer) -> None:
     weights, lora = state.updater.float_state(), state.experiment.lora
     if lora is not None and state.adapted is not None:
         from switchworks.adapt import merged, save_adapters
-        from switchworks.parallel import whole
+        from switchworks.parallel import gather_full
 
         also = state.adapted.also
-        weights = {name: whole(weight) for name, weight in weights.items()}
+        weights = {name: gather_full(weight) for name, weight in weights.items()}
         on_rank_zero(lambda: save_adapters(directory / "adapters", weights, lora, also))
         weights = merged(weights, lora)
     with torch.device("meta"):

@@ -146,7 +146,7 @@ def require_same_run(
             f"{path} began with {begun}, and those in {init} are others.\n"
             "  Leave --init out to continue, or choose another --run-dir."
         )
-    if (difference := dataset.other_than(about)) is not None:
+    if (difference := dataset.difference(about)) is not None:
         raise DataError(
             f"The text here is not what {path} was trained on: {difference}.\n"
             "  Files, the tokenizer or packages with an embedded corpus have changed since.\n"

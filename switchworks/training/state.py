@@ -145,13 +145,14 @@ def spread_model(
     if ranks.mesh is None:
         gradients = GradientSum(model, {})
     else:
-        from switchworks.parallel import like, parallelize
+        from switchworks.parallel import parallelize, shard_like
 
         mesh = experiment.mesh
         gradients = parallelize(model, ranks.mesh, letters, shard=mesh.shard, overlap=mesh.overlap)
         if not model.embedding.weight.is_meta:
             for name, parameter in model.named_parameters():
-                weights[name] = like(weights[name], parameter)  # one by one: frees full tensors
+                # One by one, so that each full tensor is freed before the next one is sharded.
+                weights[name] = shard_like(weights[name], parameter)
     if model.embedding.weight.is_meta:
         weights = {}
     return Sharding(model, letters, gradients, weights, table)
@@ -163,15 +164,15 @@ def state_of(
     """Second half of `build_state`: allocates and initialises a meta model; makes the optimizer."""
     model, letters, gradients, weights, table = spread
     if model.embedding.weight.is_meta:
-        from switchworks.parallel import allocate, fill
+        from switchworks.parallel import allocate_shards, initialise_shards
 
-        allocate(model, ranks.device)
-        weights = {} if empty else fill(model, experiment.seed)
+        allocate_shards(model, ranks.device)
+        weights = {} if empty else initialise_shards(model, experiment.seed)
     updater = build_optimizer(model.named_parameters(), letters, experiment.optim, weights)
     if experiment.update_in_backward:
         from switchworks.optim import BackwardUpdater
 
-        updater = BackwardUpdater(updater.masters, updater.optimizer, updater.config)
+        updater = BackwardUpdater(updater.masters, updater.optimizers, updater.config)
     state = TrainState(experiment, model, updater, gradients, ranks, adapted=table)
     if experiment.compile:
         from switchworks.fast import compile_step

@@ -14,7 +14,6 @@ from switchworks.cli.main import main
 from switchworks.config import CheckpointError, ConfigError, DataError
 from switchworks.distil.config import DistilConfig
 from switchworks.distil.loss import distillation_loss, stored_distillation_loss
-from switchworks.training.distillation import precompute_teacher
 from switchworks.distil.store import (
     LogitStore,
     LogitWriter,
@@ -26,6 +25,7 @@ from switchworks.distil.store import (
 from switchworks.model import SwitchTransformer
 from switchworks.recipes.tiny import tiny
 from switchworks.training import Experiment, train
+from switchworks.training.distillation import precompute_teacher
 
 DENSE = """
 from dataclasses import replace

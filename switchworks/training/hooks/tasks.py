@@ -47,7 +47,7 @@ class EvaluateTasks:
         self.recorder.write(state, task_metrics(self.results))
         for result in self.results:
             figures = "  ".join(f"{name} {value:.1f}" for name, value in result.figures.items())
-            target, prediction = result.questions.examples[0].target, result.predictions[0]
+            target, prediction = result.eval_set.examples[0].target, result.predictions[0]
             print(
                 f"step {state.step}  {result.name}  {figures}  "
                 f"(for {_shortened(target)} it wrote {_shortened(prediction)})",
