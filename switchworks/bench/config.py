@@ -88,8 +88,8 @@ class Workload:
     new_tokens: int = 64
     """decode: how many tokens are written."""
     kernels: Literal["fast", "reference", "compiled"] = "fast"
-    """ours: with the fast paths of `switchworks.fast`, without, or compiled to one graph. In decoding
-    "compiled" is a `CompiledDecoder`, and the other two are the same."""
+    """ours: with the fast paths of `switchworks.fast`, without, or as one compiled graph. In
+    decoding "compiled" is a `CompiledDecoder`, and the other two are the same."""
     int8: Literal["dynamic", "packed", "unpacked"] | None = None
     """ours, decode: with 8-bit weights and that product of `quantise/matmul.py`."""
 
