@@ -26,14 +26,14 @@ class PrepareFlags:
 def run(words: list[str]) -> int:
     """Prepare the data of a recipe, print a summary of it, and store the teacher's targets."""
     experiment, flags = parse_experiment("prepare", words, PrepareFlags)
-    from switchworks.data import Mixture, mc4_table, open_dataset, table
+    from switchworks.data import Mixture, coverage_table, mc4_table, open_dataset
 
     shard = None if flags.shard is None else parse_shard(flags.shard)
     stores_teacher = experiment.distil is not None and experiment.distil.store is not None
     _check_teacher_flags(flags, stores_teacher)
     dataset = open_dataset(experiment.data, vocab_size=experiment.model.vocab_size, shard=shard)
     if dataset.by_language and dataset.complete:
-        print(table(dataset.served()), end="")
+        print(coverage_table(dataset.coverage()), end="")
         print(mc4_table(dataset.parts))
     else:
         print(dataset)

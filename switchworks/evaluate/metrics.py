@@ -369,7 +369,7 @@ def averages(scores: Mapping[str, float]) -> dict[str, float]:
         if all(task in scores for together in tasks for task in together):
             parts = [fmean(scores[task] for task in together) for together in tasks]
             means[name] = fmean(parts)
-            wnli = scores.get("glue_wnli_simple", scores.get("glue_wnli"))
+            wnli = scores.get("glue_wnli")
             if name == "glue" and wnli is not None:
                 means["glue_with_wnli"] = fmean([*parts, wnli])
     return means

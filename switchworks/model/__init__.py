@@ -17,7 +17,7 @@ from switchworks.model.cache import DecoderCache, LayerCache
 from switchworks.model.config import ModelConfig, RoutingConfig
 from switchworks.model.dispatch import DISPATCHERS, Dispatcher, rows_of
 from switchworks.model.experts import ExpertBank, ExpertInput, Experts
-from switchworks.model.init import truncated_normal_
+from switchworks.model.init import fill_shard, truncated_normal_
 from switchworks.model.layers import (
     FFN,
     Embedding,
@@ -74,6 +74,7 @@ __all__ = [
     "active_parameters",
     "align_right",
     "attend",
+    "fill_shard",
     "flops_per_sequence",
     "flops_per_token",
     "join_heads",

@@ -23,7 +23,7 @@ from switchworks.model import SwitchTransformer
 from switchworks.parallel.config import MeshConfig
 from switchworks.parallel.expert import AllToAllDispatcher
 from switchworks.parallel.gradients import GradientSum
-from switchworks.parallel.layout import Place, check_fit, places
+from switchworks.parallel.layout import WeightLayout, check_fit, weight_layouts
 from switchworks.parallel.mesh import batch_axis
 from switchworks.parallel.tensor import compute_with_own_part, split_width
 
@@ -51,7 +51,7 @@ def parallelize(
     config = MeshConfig(**sizes, shard=shard, overlap=overlap)
     check_fit(model.config, config)
     shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
-    where = places(letters, shapes, config)
+    where = weight_layouts(letters, shapes, config)
     for name, place in where.items():
         _split_weight(model, name, place, mesh)
     _share_experts(model, mesh, config)
@@ -67,7 +67,7 @@ def parallelize(
     return GradientSum(model, dict(sorted(groups.items())))
 
 
-def like(weight: Tensor, placed: Tensor) -> Tensor:
+def shard_like(weight: Tensor, placed: Tensor) -> Tensor:
     """This rank's part of `weight`, a whole tensor, in the places of `placed`."""
     if not isinstance(placed, DTensor):
         return weight
@@ -75,12 +75,12 @@ def like(weight: Tensor, placed: Tensor) -> Tensor:
     return distribute_tensor(weight, mesh, placements, src_data_rank=None)
 
 
-def whole(weight: Tensor) -> Tensor:
+def gather_full(weight: Tensor) -> Tensor:
     """All of `weight`, of which every rank has a part. To be called by all of them."""
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
-def _split_weight(model: nn.Module, name: str, place: Place, mesh: DeviceMesh) -> None:
+def _split_weight(model: nn.Module, name: str, place: WeightLayout, mesh: DeviceMesh) -> None:
     """Over the expert and the model axis."""
     axes = {"expert": place.expert, "model": place.model}
     axes = {axis: dim for axis, dim in axes.items() if dim is not None}
@@ -117,7 +117,9 @@ def _share_experts(model: SwitchTransformer, mesh: DeviceMesh, config: MeshConfi
             layer.dispatcher = AllToAllDispatcher(layer.dispatcher, group, config.overlap)
 
 
-def _shard_fully(model: SwitchTransformer, where: Mapping[str, Place], mesh: DeviceMesh) -> None:
+def _shard_fully(
+    model: SwitchTransformer, where: Mapping[str, WeightLayout], mesh: DeviceMesh
+) -> None:
     """FSDP2: a block's weights are gathered when it is computed, and so are the rest, at the root.
 
     Weights are grouped by when they are needed: cross-attention's keys and values are projected
@@ -142,7 +144,7 @@ def _shard_fully(model: SwitchTransformer, where: Mapping[str, Place], mesh: Dev
                 _shard([cross.k, cross.v], batch, options)
             _shard([block], batch, options)
     fully_shard(model, mesh=batch, **options)
-    for beside_forward in ("encode", "start_decoding", "read_prompts", "decode_next"):
+    for beside_forward in ("encode", "init_cache", "prefill", "decode_step"):
         register_fsdp_forward_method(model, beside_forward)
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from switchworks.adapt import merged, save_adapters
+from switchworks.adapt import merged, save_adapters, shares
 from switchworks.batch import Batch
 from switchworks.checkpoint import Checkpoints, on_rank_zero, save, weights_hash
 from switchworks.config import CheckpointError, ConfigError, DataError
@@ -23,7 +23,6 @@ from switchworks.data import (
     Tokenizer,
     ValidationSet,
     open_dataset,
-    poorly_covered,
     rows_of_step,
 )
 from switchworks.distil import (
@@ -37,9 +36,8 @@ from switchworks.distil import (
 )
 from switchworks.evaluate import EvalSet
 from switchworks.model import SwitchTransformer, active_parameters, flops_per_token, num_parameters
-from switchworks.parallel import Ranks, ranks_of, watching, whole
+from switchworks.parallel import Ranks, gather_full, ranks_of, watching
 from switchworks.parallel import torchrun as launch
-from switchworks.plan import shares_of
 from switchworks.report import write_report
 from switchworks.training import machine
 from switchworks.training.experiment import Experiment
@@ -99,13 +97,14 @@ def train(
     with the same arguments, and only the first one talks and writes metrics.
     """
     check_beginning(experiment, init)
-    shares_of(experiment)  # what a freeze or lora cannot mean is said before text is read
+    # A freeze or lora that cannot be is refused before text is read.
+    shares(experiment.model, experiment.freeze, experiment.lora)
     warn_of_warmup(experiment)
     machine.keep_freed_memory()
     if experiment.threads:
         torch.set_num_threads(experiment.threads)
     run_dir = Path(run_dir or Path("runs") / experiment.name)
-    resume = resume or (launch.attempt() > 0 and launched_by(run_dir) == launch.name())
+    resume = resume or (launch.attempt() > 0 and launched_by(run_dir) == launch.run_id())
     experiment = resolve_tokenizer(experiment, init)
     with ranks_of(experiment.mesh, launch.world()) as ranks, _silent_unless(ranks.is_main):
         check_mesh(experiment)
@@ -146,8 +145,8 @@ def _train(
     if mixture is not None:
         print(corpora.summary(mixture, experiment.steps))
     resuming = may_resume(run_dir, experiment, resume=resume)
-    if ranks.is_main and not resuming and corpora.by_language and experiment.data.source != "hub":
-        print(poorly_covered(corpora.served()), end="")
+    if ranks.is_main and not resuming:
+        print(corpora.coverage_warning(), end="")
     if resuming:
         require_same_beginning(run_dir, init)
         require_same_text(run_dir, corpora)
@@ -236,7 +235,7 @@ def export(state: TrainState, directory: Path, tokenizer: Tokenizer) -> None:
     weights, lora = state.updater.float_state(), state.experiment.lora
     if lora is not None and state.adapted is not None:
         also = state.adapted.also
-        weights = {name: whole(weight) for name, weight in weights.items()}
+        weights = {name: gather_full(weight) for name, weight in weights.items()}
         on_rank_zero(lambda: save_adapters(directory / "adapters", weights, lora, also))
         weights = merged(weights, lora)
     with torch.device("meta"):
@@ -311,14 +310,16 @@ def _about(
     about: dict[str, Any] = {
         "parameters": num_parameters(config),
         "active_parameters": active_parameters(config),
-        "trainable_parameters": shares_of(experiment).trainable,
+        "trainable_parameters": shares(
+            experiment.model, experiment.freeze, experiment.lora
+        ).trainable,
         "flops_per_token": flops_per_token(config, data.input_length, data.target_length),
         "machine": machine.describe(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "version": version("switchworks"),
         "command": shlex.join([_program(), *sys.argv[1:]]),
-        "launch": launch.name(),
+        "launch": launch.run_id(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "vocabulary": corpora.tokenizer.vocab_size,
         "train_tokens": corpora.train_tokens,

@@ -144,7 +144,7 @@ def require_same_beginning(path: Path, init: Path | str | None) -> None:
 
 def require_same_text(path: Path, corpora: TextDataset) -> None:
     """Raises DataError if `corpora` is not the text, as tokens, that the run in `path` read."""
-    if (other := corpora.other_than(run_metadata(path))) is not None:
+    if (other := corpora.difference(run_metadata(path))) is not None:
         raise DataError(
             f"The text here is not what {path} was trained on: {other}.\n"
             "  Files, the tokenizer or packages with an embedded corpus have changed since.\n"

@@ -282,7 +282,7 @@ def test_the_glue_average_counts_mnli_once_and_wnli_apart():
     assert averages(scores) == {}
     scores |= {"glue_mnli": 60.0, "glue_mnli_mismatched": 20.0}
     assert averages(scores) == {"glue": pytest.approx((7 * 80 + 40) / 8)}
-    both = averages(scores | {"glue_wnli_simple": 10.0})
+    both = averages(scores | {"glue_wnli": 10.0})
     assert both["glue"] == pytest.approx(75.0)
     assert both["glue_with_wnli"] == pytest.approx((7 * 80 + 40 + 10) / 9)
 
