@@ -163,7 +163,7 @@ def _int8(bench: BenchConfig, side: Workload) -> Iterator[Comparison]:
     rows = min(bench.decode_batches, default=1)
     for experts in [experts for experts in bench.experts if experts < 128]:
         plain = _decoding(bench, side, experts, rows)
-        for product in ("dynamic", "packed", "unpacked"):
+        for product in ("int8_dynamic", "int8_kernel", "dequantised"):
             name = f"decode {label(experts)} int8 {product}, batch {rows}"
             ours, floor = plain.but(int8=product), _INT8.get(rows)
             yield Comparison(name=name, unit="tokens/s", ours=ours, peer=plain, floor=floor)
@@ -172,7 +172,7 @@ def _int8(bench: BenchConfig, side: Workload) -> Iterator[Comparison]:
 def _graph(bench: BenchConfig, side: Workload) -> Iterator[Comparison]:
     compile_step = side.but(kernels="compiled")
     for row in (*_decode(bench, compile_step), *_int8(bench, compile_step)):
-        if row.ours.int8 in (None, "packed"):
+        if row.ours.int8 in (None, "int8_kernel"):
             peer = row.peer and row.peer.but(kernels="fast" if _foreign(row) else "compiled")
             yield replace(row, name=f"{row.name}, one graph", peer=peer)
 

@@ -90,8 +90,8 @@ class Workload:
     kernels: Literal["fast", "reference", "compiled"] = "fast"
     """ours: with the fast paths of `switchworks.kernels`, as the model is, or as one graph.
     In decoding "compiled" is a `CompiledDecoder`, and the other two are the same."""
-    int8: Literal["dynamic", "packed", "unpacked"] | None = None
-    """ours, decode: with 8-bit weights and that product of `kernels.products`."""
+    int8: Literal["int8_dynamic", "int8_kernel", "dequantised"] | None = None
+    """ours, decode: with 8-bit weights and that product of `quantise.matmul`."""
 
     @property
     def tokens(self) -> int:

@@ -102,8 +102,8 @@ def _decoding(side: Workload) -> Work:
     if side.int8 is not None:
         model = quantise(model, QuantiseConfig(product=side.int8))
     inputs = random_batch(side.shape).inputs.to(compute_device())
-    graph = CompiledDecoder(model) if side.kernels == "compiled" else None
-    return lambda: generate(model, inputs, max_length=side.new_tokens, graph=graph)
+    compiled = CompiledDecoder(model) if side.kernels == "compiled" else None
+    return lambda: generate(model, inputs, max_length=side.new_tokens, compiled=compiled)
 
 
 def _layer_pass(side: Workload) -> Work:

@@ -27,7 +27,6 @@ from switchworks.checkpoint import load
 from switchworks.config import CheckpointError, ConfigError
 from switchworks.data import Tokenizer
 from switchworks.device import compute_device
-from switchworks.fast import in_float32
 from switchworks.generate import (
     BeamSearch,
     Sampling,
@@ -98,8 +97,7 @@ class Scorer:
             inputs, targets = inputs.to(device), targets.to(device)
             if not targets.shape[1]:
                 continue  # nothing is certain
-            with in_float32(self.model):
-                nats, greedy = likelihoods(self.model(inputs, targets).logits, targets)
+            nats, greedy = likelihoods(self.model(inputs, targets).logits, targets)
             for place, values in zip(
                 places, zip(nats.tolist(), greedy.tolist(), strict=True), strict=True
             ):

@@ -13,7 +13,6 @@ from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
 from scipy.spatial.distance import squareform
 
 from switchworks.batch import Batch
-from switchworks.fast import in_float32
 from switchworks.model import SwitchTransformer
 
 
@@ -60,11 +59,10 @@ def routing_by_language(
     was_training = model.training
     model.eval()
     try:
-        with in_float32(model):
-            shares = [
-                np.mean([_loads(model, batch) for batch in of_one], axis=0)
-                for of_one in batches.values()
-            ]
+        shares = [
+            np.mean([_loads(model, batch) for batch in of_one], axis=0)
+            for of_one in batches.values()
+        ]
     finally:
         model.train(was_training)
     return LanguageRouting(tuple(batches), layers, np.stack(shares))

@@ -7,7 +7,6 @@ import torch
 
 from switchworks.batch import Batch
 from switchworks.data import ValidationSet
-from switchworks.fast import in_float32
 from switchworks.model import SwitchTransformer
 from switchworks.parallel import SINGLE, Ranks
 
@@ -31,13 +30,12 @@ def mean_nats(model: SwitchTransformer, batches: Iterable[Batch], ranks: Ranks =
     device = model.embedding.weight.device
     nats, tokens = 0.0, 0.0
     try:
-        with in_float32(model):
-            for batch in batches:
-                batch = batch.to(device)
-                count = int((batch.targets != 0).sum())
-                output = model(**batch.arguments())
-                nats += float(output.losses.cross_entropy) * count
-                tokens += count
+        for batch in batches:
+            batch = batch.to(device)
+            count = int((batch.targets != 0).sum())
+            output = model(**batch.arguments())
+            nats += float(output.losses.cross_entropy) * count
+            tokens += count
     finally:
         model.train(was_training)
     nats, tokens = ranks.all_sum([nats, tokens])

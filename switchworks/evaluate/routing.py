@@ -19,7 +19,6 @@ from switchworks.batch import Batch
 from switchworks.config import CheckpointError
 from switchworks.data import Tokenizer
 from switchworks.evaluate.token_types import TYPES, TokenTypes
-from switchworks.fast import in_float32
 from switchworks.model import Routes, SwitchTransformer, align_right, rows_of, shift_right
 
 IDLE = 0.1
@@ -171,7 +170,7 @@ def _choices(
     device = model.embedding.weight.device
     moved = batch.to(device)
     try:
-        with _logits(model) as logits, in_float32(model):
+        with _logits(model) as logits:
             output = model(
                 moved.inputs,
                 moved.targets,

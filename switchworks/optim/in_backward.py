@@ -13,7 +13,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from switchworks.fast import spare
 from switchworks.optim.build import Updater, UpdateStats
 from switchworks.optim.clip import global_norm
 from switchworks.optim.config import OptimConfig
@@ -73,8 +72,6 @@ class BackwardUpdater(Updater):
         self._norms.append(float(global_norm([gradients[name] for name in names])))
         if math.isfinite(sum(self._norms)):
             self._move(names, scale=1.0)
-            for name in names:
-                spare.give_back(gradients[name])
 
     def arrived(self, name: str, parameter: nn.Parameter) -> None:
         """The gradient of `parameter` is whole."""

@@ -51,11 +51,11 @@ class RemoteExperts:
         self.ranks = dist.get_world_size(group)
         self.num_experts = experts.num_experts
 
-    def __call__(self, inbox: ExpertInput) -> Float[Tensor, "N O"]:
+    def __call__(self, inputs: ExpertInput) -> Float[Tensor, "N O"]:
         """Each expert's answer to its tokens, in the same order."""
-        if inbox.counts is None:
-            return self._ask_even(inbox.tokens)
-        return self._ask_uneven(inbox.tokens, torch.tensor(inbox.counts))
+        if inputs.tokens_per_expert is None:
+            return self._ask_even(inputs.tokens)
+        return self._ask_uneven(inputs.tokens, torch.tensor(inputs.tokens_per_expert))
 
     def _ask_even(self, tokens: Float[Tensor, "N D"]) -> Float[Tensor, "N O"]:
         """Every rank sends each expert the same number of slots."""

@@ -59,11 +59,12 @@ def test_training_can_be_dropless_too():
 def test_the_last_block_of_every_run_is_sparse(every, sparse):
     """Fedus et al. 2021, table 9, "expert frequency"; 0-based 1, 3, 5, ... as in flaxformer."""
     config = ModelConfig(num_layers=6, routing=RoutingConfig(every=every))
-    assert [layer for layer in range(6) if config.is_sparse(layer)] == sparse
+    for decoder in (False, True):
+        assert [n for n in range(6) if config.is_sparse(n, decoder=decoder)] == sparse
 
 
 def test_a_model_without_routing_has_no_sparse_block():
-    assert not any(ModelConfig().is_sparse(layer) for layer in range(6))
+    assert not any(ModelConfig().is_sparse(layer, decoder=False) for layer in range(6))
 
 
 def test_the_decoder_is_as_deep_as_the_encoder_unless_told_otherwise():
