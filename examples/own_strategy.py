@@ -13,8 +13,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from switchworks.model import STRATEGIES, Routes, RoutingConfig, RoutingLimits, Strategy, queue
-from switchworks.model import SwitchFFN
+from switchworks.model import (
+    STRATEGIES,
+    Routes,
+    RoutingConfig,
+    RoutingLimits,
+    Strategy,
+    SwitchFFN,
+    queue,
+)
 
 K = 2
 
@@ -67,7 +74,9 @@ def main(words: Sequence[str] | None = None) -> tuple[float, float]:
     parser.add_argument("--steps", type=int, default=60)
     steps = parser.parse_args(words).steps
     balanced, plain = fullest(0.02, steps), fullest(0.0, steps)
-    print(f"the fullest expert has {balanced:.2f} of an even share with the bias, {plain:.2f} without")
+    print(
+        f"the fullest expert has {balanced:.2f} of an even share with the bias, {plain:.2f} without"
+    )
     return balanced, plain
 
 

@@ -95,7 +95,7 @@ def _optimizer(side: Workload, peer: Any) -> torch.optim.Optimizer:
 def _decoding(side: Workload, peer: Any, batch: Batch) -> Work:
     peer = peer.eval().to(getattr(torch, side.precision))
     if side.system == "compiled peer":
-        peer.forward = torch.compile(peer.forward)
+        peer.compile()
 
     def decode() -> Any:
         return peer.generate(batch.inputs, max_new_tokens=side.new_tokens, do_sample=False)

@@ -165,7 +165,9 @@ def _merge(
     return both.best(config.beams)[0]
 
 
-def _is_done(open_: _Hypotheses, ended: _Hypotheses, length: int, config: BeamSearch) -> Bool[Tensor, "B"]:
+def _is_done(
+    open_: _Hypotheses, ended: _Hypotheses, length: int, config: BeamSearch
+) -> Bool[Tensor, "B"]:
     worst = ended.scores[:, -1]
     enough = worst > NEVER / 2
     if config.early_stopping:

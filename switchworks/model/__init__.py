@@ -6,51 +6,69 @@ losses, init, switch_attention, blocks, cache, decoding, transformer, sizes.
 
 from typing import NamedTuple
 
-from switchworks.model.attention import (
-    Attend,
-    Attention,
-    AttentionBase,
-    Bias,
-    FactoredBias,
-    KeyValues,
-    PositionEncoding,
-    RelativeBias,
-    attend,
-    mask_to_bias,
-)
-from switchworks.model.blocks import Block, Stack
-from switchworks.model.cache import DecoderCache, LayerCache
-from switchworks.model.config import ModelConfig, RoutingConfig, Sampling
-from switchworks.model.decoding import EOS, PAD, Step, check_inputs, decode, first_logits
-from switchworks.model.dispatch import DISPATCHERS, Dispatcher, rows_of
-from switchworks.model.experts import ExpertBank, ExpertInput, Experts, ExpertWeights, run_experts
-from switchworks.model.init import truncated_normal_
-from switchworks.model.layers import (
-    FFN,
-    Embedding,
-    Linear,
-    Matmul,
-    RMSNorm,
-    SharedDropout,
-    activate,
-    compute_dtype,
-    look_up,
-    normalise,
-    to_float32,
-)
-from switchworks.model.losses import Losses, row_blocks
-from switchworks.model.routing import Router
-from switchworks.model.sizes import (
-    active_parameters,
-    flops_per_sequence,
-    flops_per_token,
-    num_parameters,
-    training_flops_per_token,
-)
-from switchworks.model.strategies import STRATEGIES, Routes, RoutingLimits, Strategy, queue
-from switchworks.model.switch_attention import SwitchAttention
-from switchworks.model.switch_ffn import Routing, SwitchFFN
-from switchworks.model.transformer import Output, SwitchTransformer, align_right, shift_right
+from switchworks.model.attention import Attend as Attend
+from switchworks.model.attention import Attention as Attention
+from switchworks.model.attention import AttentionBase as AttentionBase
+from switchworks.model.attention import Bias as Bias
+from switchworks.model.attention import FactoredBias as FactoredBias
+from switchworks.model.attention import KeyValues as KeyValues
+from switchworks.model.attention import PositionEncoding as PositionEncoding
+from switchworks.model.attention import RelativeBias as RelativeBias
+from switchworks.model.attention import attend as attend
+from switchworks.model.attention import mask_to_bias as mask_to_bias
+from switchworks.model.blocks import Block as Block
+from switchworks.model.blocks import Stack as Stack
+from switchworks.model.cache import DecoderCache as DecoderCache
+from switchworks.model.cache import LayerCache as LayerCache
+from switchworks.model.config import ModelConfig as ModelConfig
+from switchworks.model.config import RoutingConfig as RoutingConfig
+from switchworks.model.config import Sampling as Sampling
+from switchworks.model.decoding import EOS as EOS
+from switchworks.model.decoding import PAD as PAD
+from switchworks.model.decoding import Step as Step
+from switchworks.model.decoding import check_inputs as check_inputs
+from switchworks.model.decoding import decode as decode
+from switchworks.model.decoding import first_logits as first_logits
+from switchworks.model.dispatch import DISPATCHERS as DISPATCHERS
+from switchworks.model.dispatch import Dispatcher as Dispatcher
+from switchworks.model.dispatch import rows_of as rows_of
+from switchworks.model.experts import ExpertBank as ExpertBank
+from switchworks.model.experts import ExpertInput as ExpertInput
+from switchworks.model.experts import Experts as Experts
+from switchworks.model.experts import ExpertWeights as ExpertWeights
+from switchworks.model.experts import run_experts as run_experts
+from switchworks.model.init import truncated_normal_ as truncated_normal_
+from switchworks.model.layers import FFN as FFN
+from switchworks.model.layers import Embedding as Embedding
+from switchworks.model.layers import Linear as Linear
+from switchworks.model.layers import Matmul as Matmul
+from switchworks.model.layers import RMSNorm as RMSNorm
+from switchworks.model.layers import SharedDropout as SharedDropout
+from switchworks.model.layers import activate as activate
+from switchworks.model.layers import compute_dtype as compute_dtype
+from switchworks.model.layers import look_up as look_up
+from switchworks.model.layers import normalise as normalise
+from switchworks.model.layers import to_float32 as to_float32
+from switchworks.model.losses import Losses as Losses
+from switchworks.model.losses import row_blocks as row_blocks
+from switchworks.model.routing import Router as Router
+from switchworks.model.sizes import active_parameters as active_parameters
+from switchworks.model.sizes import flops_per_sequence as flops_per_sequence
+from switchworks.model.sizes import flops_per_token as flops_per_token
+from switchworks.model.sizes import num_parameters as num_parameters
+from switchworks.model.sizes import training_flops_per_token as training_flops_per_token
+from switchworks.model.strategies import STRATEGIES as STRATEGIES
+from switchworks.model.strategies import Routes as Routes
+from switchworks.model.strategies import RoutingLimits as RoutingLimits
+from switchworks.model.strategies import Strategy as Strategy
+from switchworks.model.strategies import queue as queue
+from switchworks.model.switch_attention import SwitchAttention as SwitchAttention
+from switchworks.model.switch_ffn import Routing as Routing
+from switchworks.model.switch_ffn import SwitchFFN as SwitchFFN
+from switchworks.model.transformer import Output as Output
+from switchworks.model.transformer import SwitchTransformer as SwitchTransformer
+from switchworks.model.transformer import align_right as align_right
+from switchworks.model.transformer import shift_right as shift_right
 
 
 class Seam(NamedTuple):
@@ -69,9 +87,15 @@ SEAMS = (
     Seam(SharedDropout, "draw", "(ones, rate) -> zeros and 1 / (1 - rate)", "tensor"),
     Seam(Embedding, "look_up", "(table, ids) -> rows", "tensor"),
     Seam(RelativeBias, "look_up", "(table, buckets) -> numbers per head", "tensor"),
-    Seam(RelativeBias, "factored", "True: forward may give a FactoredBias", "kernels, compile_step"),
-    Seam(AttentionBase, "attend", "see `attention.attend`", "attention, flex, compile_step, decode"),
-    Seam(Experts, "run", "(experts, inputs, weights) -> outputs", "experts, experts_on_gpu, tensor"),
+    Seam(
+        RelativeBias, "factored", "True: forward may give a FactoredBias", "kernels, compile_step"
+    ),
+    Seam(
+        AttentionBase, "attend", "see `attention.attend`", "attention, flex, compile_step, decode"
+    ),
+    Seam(
+        Experts, "run", "(experts, inputs, weights) -> outputs", "experts, experts_on_gpu, tensor"
+    ),
     Seam(Experts, "matmul", "(x [*E C I], weight [*E I O]) -> [*E C O]", "small_batch, lora"),
     Seam(SwitchFFN, "dispatcher", "a `Dispatcher`", "kernels, decode, parallel.expert"),
     Seam(SwitchFFN, "reporter", "see `switch_ffn.statistics`", "skip_losses, decode"),

@@ -63,7 +63,10 @@ class Block(nn.Module):
         real = None if segments is None else segments != 0
         query, keys, attention_routing = self.self_attention.qkv(self.self_norm(x), real)
         first = 0 if past is None else past.length
-        query, keys = positions.rotate(query, first), keys._replace(k=positions.rotate(keys.k, first))
+        query, keys = (
+            positions.rotate(query, first),
+            keys._replace(k=positions.rotate(keys.k, first)),
+        )
         keys = keys if past is None else past.extend(keys)
         x = x + self.dropout(self.self_attention.attend_out(query, keys, bias))
         if self.cross_attention is not None and self.cross_norm is not None:

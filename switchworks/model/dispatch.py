@@ -102,7 +102,9 @@ class SortedDispatcher:
         order = sort_by_expert(routes, experts.num_experts)
         tokens = rows_of(routes, size)
         tokens = order.assignment if tokens is None else tokens[order.assignment]
-        answers = experts(ExpertInput(x.flatten(0, 1).index_select(0, tokens), order.tokens_per_expert))
+        answers = experts(
+            ExpertInput(x.flatten(0, 1).index_select(0, tokens), order.tokens_per_expert)
+        )
         gates = routes.gate.flatten().index_select(0, order.assignment)
         answers = answers * gates[:, None].to(x.dtype)
         empty = answers.new_zeros(groups * size, answers.shape[-1])

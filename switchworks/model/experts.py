@@ -20,7 +20,6 @@ from switchworks.model.config import check_activation
 from switchworks.model.layers import Matmul, activate
 
 
-
 class ExpertInput(NamedTuple):
     """Tokens sorted by expert."""
 

@@ -12,7 +12,6 @@ Letters: G groups, S tokens per group, E experts, C slots per expert, A assignme
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -65,6 +64,11 @@ Plan = Callable[[Tensor, Tensor, Tensor, RoutingLimits], Routes]
 wants most, `real` is False at padding."""
 
 
+def softmax(logits: Float[Tensor, "G S E"]) -> Float[Tensor, "G S E"]:
+    """Probabilities over the experts."""
+    return logits.softmax(dim=-1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Strategy:
     """One way to route, and what the rest of the package has to know about it."""
@@ -79,7 +83,7 @@ class Strategy:
     """Whether the gates of a token are scaled to sum to 1."""
     experts_choose: bool = False
     """Experts pick tokens: load is even by construction, and capacity is what they pick."""
-    score: Callable[[Tensor], Tensor] = partial(torch.softmax, dim=-1)
+    score: Callable[[Tensor], Tensor] = softmax
     """From router logits [G S E] to the probabilities that gates come from: a softmax over the
     experts, or torch.sigmoid, for each by itself."""
 

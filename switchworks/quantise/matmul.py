@@ -144,7 +144,9 @@ def int4_kernel_order(
 ) -> tuple[UInt8[Tensor, "O P"], Float[Tensor, "G O 2"]]:
     """The same weights in the order of that kernel, and the scale and offset of every group."""
     reorder = torch._convert_weight_to_int4pack_for_cpu  # pyright: ignore[reportPrivateImportUsage]
-    return reorder(unpack_int4(qweight).int(), 1), torch.stack([scale.T, torch.zeros_like(scale.T)], -1).contiguous()
+    return reorder(unpack_int4(qweight).int(), 1), torch.stack(
+        [scale.T, torch.zeros_like(scale.T)], -1
+    ).contiguous()
 
 
 def int4_kernel(

@@ -241,9 +241,7 @@ class QuantisedEmbedding(Embedding):
 class QuantisedTiedHead(nn.Module):
     """A head that multiplies by the vectors of the embedding, whose scales are its channels'."""
 
-    def __init__(
-        self, embedding: QuantisedEmbedding, scale: float, config: QuantiseConfig
-    ) -> None:
+    def __init__(self, embedding: QuantisedEmbedding, scale: float, config: QuantiseConfig) -> None:
         super().__init__()
         self.table = [embedding]  # in a list: its tensors are the embedding's, not the head's
         self.scale = scale

@@ -137,7 +137,9 @@ def test_the_product_of_one_row_is_the_product(dtype):
     exact = F.linear(x.double(), weight.double())
     assert one_row_linear(x, weight).dtype == dtype
     precise = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
-    torch.testing.assert_close(one_row_linear(x, weight).double(), exact, rtol=precise, atol=precise)
+    torch.testing.assert_close(
+        one_row_linear(x, weight).double(), exact, rtol=precise, atol=precise
+    )
 
 
 @torch.no_grad()

@@ -39,9 +39,7 @@ def learnt(module: Experts, run) -> list[Tensor]:
 def test_the_answer_and_all_gradients_are_those_of_one_product_per_expert(settings):
     module = experts(**settings)
     expected = learnt(module, run_experts)
-    for got, wanted in zip(
-        learnt(module, run_grouped), expected, strict=True
-    ):
+    for got, wanted in zip(learnt(module, run_grouped), expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
 
 

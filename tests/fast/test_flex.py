@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from switchworks.fast.apply import use_fast_kernels
 from test_kernels import gradients, heads, masks
 from torch import Tensor
 from torch.nn.attention import flex_attention as torch_flex
 
 from switchworks.fast import flex
-from switchworks.fast.apply import use_fast_kernels
 from switchworks.fast.attention import spread_diagonals
 from switchworks.fast.flex import attend_fused
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer

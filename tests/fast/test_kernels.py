@@ -9,7 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from switchworks.fast import attention
 from switchworks.fast.attention import attend_in_blocks, spread_diagonals, sum_diagonals
-from switchworks.fast.kernels import resolve_kernels, use_fast_kernels
+from switchworks.fast.kernels import use_fast_kernels
 from switchworks.fast.norm import rms_norm
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
 from switchworks.model.attention import (
@@ -20,7 +20,7 @@ from switchworks.model.attention import (
     mask_to_bias,
     segment_mask,
 )
-from switchworks.model.layers import RMSNorm, SharedDropout, look_up
+from switchworks.model.layers import RMSNorm, SharedDropout
 
 NO_DROPOUT = SharedDropout(0.0)
 CONFIG = ModelConfig(

@@ -10,11 +10,10 @@ from hypothesis import strategies as st
 
 from switchworks.config import ConfigError
 from switchworks.model import ModelConfig, RoutingConfig, SwitchFFN, SwitchTransformer
-
 from switchworks.model.dispatch import DISPATCHERS, EinsumDispatcher
 from switchworks.model.routing import Router
-from switchworks.model.strategies import STRATEGIES, Routes, RoutingLimits
 from switchworks.model.sizes import flops_per_sequence, num_parameters
+from switchworks.model.strategies import STRATEGIES, Routes, RoutingLimits
 
 D = 8
 NON_CAUSAL = [name for name, each in STRATEGIES.items() if each.looks_ahead]

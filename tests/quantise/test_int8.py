@@ -49,7 +49,9 @@ def test_a_weight_is_off_by_half_a_step_of_its_channel_at_most():
 def test_integers_are_multiplied_exactly():
     """At the ends of the range too, where 16 bits in between would overflow."""
     x, weight = torch.full((3, 300), 127.0), torch.full((5, 300), -127, dtype=torch.int8)
-    assert torch.equal(int8_dynamic(x, weight, torch.ones(5)), torch.full((3, 5), -127.0 * 127 * 300))
+    assert torch.equal(
+        int8_dynamic(x, weight, torch.ones(5)), torch.full((3, 5), -127.0 * 127 * 300)
+    )
 
 
 @each_product
@@ -71,7 +73,7 @@ def test_a_product_is_within_the_bound_of_its_rounding(product):
 @pytest.mark.parametrize("outputs", [1, 33, 64])
 def test_few_rows_by_weights_as_they_are_are_off_by_what_bfloat16_rounds(rows, outputs):
     """|dx| <= |x| / 2^9 for every input and |dy| <= |y| / 2^9 for every answer, beside the product
-    with dequantised weights in float64. Channels of any size, and of zeros, have their own scale."""
+    with dequantised weights in float64. Channels of any size, and zeros, have a scale each."""
     torch.manual_seed(0)
     x, weight = torch.randn(rows, 96), torch.randn(outputs, 96)
     weight *= torch.logspace(-6, 3, outputs)[:, None]
@@ -197,9 +199,7 @@ def test_decoding_in_8_bits_goes_token_by_token_as_all_at_once(product):
 
 
 def test_the_default_is_what_the_processor_has_instructions_for():
-    assert best_product() == (
-        "int8_dynamic" if torch.cpu._is_vnni_supported() else "int8_kernel"
-    )
+    assert best_product() == ("int8_dynamic" if torch.cpu._is_vnni_supported() else "int8_kernel")
 
 
 def test_the_reference_experts_answer_the_same_with_and_without_gradients():

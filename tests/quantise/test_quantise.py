@@ -17,15 +17,15 @@ from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
 from switchworks.model.experts import ExpertInput, Experts
 from switchworks.model.sizes import num_parameters
 from switchworks.quantise.convert import quantise_directory
-from switchworks.quantise.matmul import FEW, from_int4, to_int4
+from switchworks.quantise.matmul import MAX_ROWS, from_int4, to_int4
 from switchworks.quantise.modules import (
     QuantiseConfig,
     QuantisedExperts,
     QuantisedLinear,
+    dequantise,
     quantise,
     quantise_config_of,
     tensors_of,
-    dequantise,
 )
 
 CONFIG = ModelConfig(
@@ -114,7 +114,7 @@ def test_a_product_with_4_bits_is_the_product_with_the_dequantise_weights():
 
 @with_kernels
 @pytest.mark.parametrize("group", [32, 64])
-@pytest.mark.parametrize("rows", [1, 3, FEW])
+@pytest.mark.parametrize("rows", [1, 3, MAX_ROWS])
 def test_few_rows_by_4_bits_as_they_are_are_off_by_what_bfloat16_rounds(rows, group):
     """Inputs, weights and answers lose 2^-9 of themselves each, beside a product in float64."""
     torch.manual_seed(0)
@@ -133,7 +133,7 @@ def test_few_rows_by_4_bits_as_they_are_are_off_by_what_bfloat16_rounds(rows, gr
 
 @pytest.mark.parametrize(
     ("rows", "outputs", "inputs", "group"),
-    [(FEW + 1, 16, 64, 32), (2, 15, 64, 32), (2, 16, 40, 32), (2, 16, 64, 16), (0, 16, 64, 32)],
+    [(MAX_ROWS + 1, 16, 64, 32), (2, 15, 64, 32), (2, 16, 40, 32), (2, 16, 64, 16), (0, 16, 64, 32)],
 )
 def test_what_the_kernel_for_4_bits_does_not_take_is_dequantise(rows, outputs, inputs, group):
     layer = QuantisedLinear(torch.randn(outputs, inputs), QuantiseConfig(bits=4, group=group))
