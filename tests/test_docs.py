@@ -14,12 +14,11 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 
 def functions_of(file: str) -> set[str]:
-    """The names of the test functions of `tests/file`; none if there is no such file."""
-    path = ROOT / "tests" / file
-    if not path.exists():
-        return set()
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    """The names of the test functions of `file`, wherever below tests/; none if there is no such
+    file."""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "tests").rglob(file)]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    return {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
 
 
 def named_in(page: Path) -> set[tuple[str, str]]:

@@ -1,14 +1,19 @@
 """Every example runs and learns."""
 
 import importlib.util
+import json
 import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+
+from switchworks import train
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -90,8 +95,21 @@ def test_the_vision_transformer_learns(capsys):
     assert "load per layer" in capsys.readouterr().out
 
 
-def test_the_three_lines_are_marked_in_every_example():
-    for file in EXAMPLES.glob("*.py"):
+def test_an_optimizer_of_ones_own_trains_and_resumes(corpus, tmp_path):
+    recipe = load_example("own_optimizer").lion_tiny()
+    recipe = replace(recipe, sample_every=0, data=replace(recipe.data, path=str(corpus)))
+    run_dir = train(recipe, tmp_path / "run")
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    losses = [row["train/loss"] for row in map(json.loads, lines) if "train/loss" in row]
+    assert losses[-1] < losses[0] - 1.0
+    shutil.rmtree(run_dir / "checkpoints/step_00000060")
+    train(recipe, run_dir, resume=True)
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    assert [row["train/loss"] for row in map(json.loads, lines) if "train/loss" in row] == losses
+
+
+def test_the_three_lines_are_marked_in_every_example_of_the_layer():
+    for file in map(EXAMPLES.joinpath, ("causal_lm.py", "vision_transformer.py")):
         marked = [line for line in file.read_text().splitlines() if line.endswith("# <-")]
         assert sum("import" in line for line in marked) == 1, file
         assert sum("SwitchFFN(" in line for line in marked) == 1, file

@@ -12,7 +12,7 @@ from switchworks.adapt.config import LoraConfig
 from switchworks.adapt.lora import MARK, adapt, merged
 from switchworks.adapt.selection import select
 from switchworks.checkpoint import (
-    fill,
+    materialise,
     num_bytes,
     open_model,
     open_safetensors,
@@ -76,7 +76,7 @@ def merge_adapters(model: SwitchTransformer, directory: Path) -> SwitchTransform
             "  Merge them into the very model that --init named."
         )
     whole = merged(base | {name: stored.read(name) for name in stored.shapes}, config)
-    fill(bare, lambda name, _: whole[name])
+    materialise(bare, lambda name, _: whole[name])
     return bare.eval()
 
 

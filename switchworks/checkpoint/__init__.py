@@ -1,7 +1,7 @@
 """Checkpoints: training state, model files, and Hugging Face's format.
 
-Reading order: files, tensors, training_state, model_files,
-hugging_face_config, hugging_face, convert.
+Reading order: files, tensors, model_files, distributed_io, digests, training_state,
+hugging_face/config, hugging_face/weights, convert.
 """
 
 import lazy_loader

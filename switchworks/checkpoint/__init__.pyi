@@ -18,7 +18,7 @@ from .model_files import stored_config as stored_config
 from .model_files import stored_quantisation as stored_quantisation
 from .model_files import weight_files as weight_files
 from .model_files import weights_hash as weights_hash
-from .tensors import fill as fill
+from .tensors import materialise as materialise
 from .tensors import merged_names as merged_names
 from .tensors import num_bytes as num_bytes
 from .tensors import open_safetensors as open_safetensors

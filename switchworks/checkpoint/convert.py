@@ -1,4 +1,4 @@
-"""From Hugging Face's format to ours or back, whichever the source calls for."""
+"""Conversion between switchworks' and Hugging Face's formats, in the direction the source needs."""
 
 from pathlib import Path
 
@@ -13,18 +13,18 @@ from switchworks.model import SwitchTransformer
 def convert_checkpoint(
     source: Path | str, destination: Path | str, *, capacity: Capacity = "paper"
 ) -> str:
-    """`destination` holds the model in `source` in the other format; says so in a sentence.
+    """Write the model in `source` to `destination` in the other format; returns a sentence on it.
 
-    A SentencePiece tokenizer beside the weights goes with them. `capacity` is for reading theirs,
-    see `load_hf`. Raises CheckpointError if the model cannot be read or expressed, or if
+    A SentencePiece tokenizer beside the weights is copied. `capacity` is for reading Hugging Face's
+    format, see `load_hf`. Raises CheckpointError if the model cannot be read or expressed, or if
     `destination` holds other files.
     """
     source = Path(source)
     if is_model(source):
         if capacity != "paper":
             raise ConfigError(
-                f"--capacity {capacity} is for reading Hugging Face's format, but {source} holds "
-                "a model of ours.\n  Its routing.expert_capacity, if set, is written as it is."
+                f"--capacity {capacity} is for reading Hugging Face's format, but {source} is in "
+                "switchworks'.\n  Its routing.expert_capacity, if set, is written as it is."
             )
         model, tokenizer = load(source, to_float32=True)
         save_hf(model, destination, tokenizer)
@@ -38,9 +38,9 @@ def convert_checkpoint(
 def open_model(
     source: Path, capacity: Capacity = "paper"
 ) -> tuple[SwitchTransformer, Tokenizer | None]:
-    """The model in `source`, in whichever format it is, and the tokenizer beside it if any.
+    """The model in `source`, of either format, and the tokenizer beside it if any.
 
-    Of a rounded one the ordinary model that computes the same.
+    A quantised model is dequantised: the ordinary model that computes the same.
     """
     if not source.exists():
         raise CheckpointError(f"{source} does not exist.")

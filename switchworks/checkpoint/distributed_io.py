@@ -1,6 +1,6 @@
-"""Directories that several ranks write as one, and what only the first of them does.
+"""Directories that all ranks write together, and actions of rank 0 alone.
 
-Without a process group everything is as if there were one rank. Ranks have to share the disk.
+Without a process group everything works as on one rank. Ranks have to share the disk.
 """
 
 import shutil
@@ -12,8 +12,6 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from switchworks.checkpoint.files import entries, file_names, verify, whole_directory
 
@@ -25,8 +23,8 @@ def is_single() -> bool:
     return not (dist.is_available() and dist.is_initialized())
 
 
-def own_group() -> ProcessGroup | None:
-    """All ranks once more, to talk beside what they talk of otherwise."""
+def gloo_group() -> ProcessGroup | None:
+    """A new group of all ranks, for collectives beside those of other groups; None on one rank."""
     if is_single():
         return None
     group = dist.new_group(backend="gloo")
@@ -35,23 +33,23 @@ def own_group() -> ProcessGroup | None:
 
 
 def on_rank_zero(action: Callable[[], T], group: ProcessGroup | None = None) -> T:
-    """What `action` returns to the first rank, on all of them; and so if it raises."""
+    """Run `action` on rank 0 and return its result, or raise its error, on all ranks."""
     if is_single():
         return action()
-    told: list[Any] = [None, None]
+    message: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
-            told[0] = action()
+            message[0] = action()
         except Exception as error:
-            told[1] = error
-    dist.broadcast_object_list(told, group=group)
-    if told[1] is not None:
-        raise told[1]
-    return told[0]
+            message[1] = error
+    dist.broadcast_object_list(message, group=group)
+    if message[1] is not None:
+        raise message[1]
+    return message[0]
 
 
 def all_gather(value: T, group: ProcessGroup | None = None) -> list[T]:
-    """What each rank has, on all of them."""
+    """The value of every rank, in rank order, on all of them."""
     if is_single():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -68,43 +66,58 @@ def shared_directory(
     more: dict[str, Any] | None = None,
     group: ProcessGroup | None = None,
 ) -> Iterator[Path]:
-    """`whole_directory` for all ranks at once: whole when each has written its part, else gone.
+    """`whole_directory` for all ranks at once: complete when each has written its part, else gone.
 
-    Each hashes its share of the files. Raises on all ranks what it raises on one, and the first
-    error that any of them meets inside.
+    Each hashes its share of the files. An error on any rank is raised on all of them.
     """
-    stack = ExitStack()
-    more = {} if more is None else more
+    stack, more = ExitStack(), {} if more is None else more
     directory = whole_directory(path, needs=needs, otherwise=otherwise, more=more)
     partial = on_rank_zero(lambda: stack.enter_context(directory), group)
     failure: BaseException | None = None
     try:
         yield partial
-    except BaseException as error:  # what torch raises for a failed save is no Exception
+    except BaseException as error:  # torch's CheckpointException is no Exception
         failure = error
-    failure = _first_failure(failure, group)
+    # From here on no rank may leave early, or the others would wait for it in a collective.
+    failure = _first_error(all_gather(failure, group))
     if failure is None and not is_single():
-        own = on_rank_zero(lambda: file_names(partial), group)[
-            dist.get_rank() :: dist.get_world_size()
-        ]
-        more["files"] = {}
-        for share in all_gather(_caught(lambda: entries(partial, own)), group):
-            if isinstance(share, Exception):
-                failure = failure or share
-            else:
-                more["files"] |= share
+        names = on_rank_zero(lambda: file_names(partial), group)
+        names = names[dist.get_rank() :: dist.get_world_size()]
+        listings = all_gather(_caught(lambda: entries(partial, names)), group)
+        failure = _first_error(listings)
+        more["files"] = {
+            name: entry
+            for listing in listings
+            if isinstance(listing, dict)
+            for name, entry in listing.items()
+        }
     on_rank_zero(lambda: _leave(stack, failure), group)
     if failure is not None:
         raise failure
 
 
-def verify_together(directory: Path, group: ProcessGroup | None = None) -> None:
-    """`verify`, of which each rank does its share. Raises on all what it raises on one."""
+def verify_shared(directory: Path, group: ProcessGroup | None = None) -> None:
+    """`verify`, each rank reading its share of the files. An error is raised on all of them."""
     share = (0, 1) if is_single() else (dist.get_rank(), dist.get_world_size())
-    found = all_gather(_caught(lambda: verify(directory, share=share)), group)
-    for failure in found:
-        if failure is not None:
-            raise failure
+    results = all_gather(_caught(lambda: verify(directory, share=share)), group)
+    if (failure := _first_error(results)) is not None:
+        raise failure
+
+
+def write_parts(tensors: Mapping[str, Tensor], files: list[list[str]], directory: Path) -> None:
+    """Write sharded `tensors` to safetensors files, each with the names listed for it.
+
+    No rank ever holds a whole tensor: each writes its parts, and rank 0 joins them on the disk.
+    """
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    numbers = {name: number for number, names in enumerate(files, start=1) for name in names}
+    writer = HuggingFaceStorageWriter(
+        str(directory), numbers, save_distributed=True, enable_consolidation=True
+    )
+    save(dict(tensors), storage_writer=writer)
+    on_rank_zero(lambda: shutil.rmtree(directory / "sharded"))
 
 
 def _caught(action: Callable[[], T]) -> T | Exception:
@@ -114,29 +127,13 @@ def _caught(action: Callable[[], T]) -> T | Exception:
         return error
 
 
+def _first_error(results: list[Any]) -> BaseException | None:
+    return next((result for result in results if isinstance(result, BaseException)), None)
+
+
 def _leave(stack: ExitStack, failure: BaseException | None) -> None:
-    """End the block: it seals the directory, or deletes it and may know a better word for why."""
+    """End the block: it seals the directory, or deletes it and may raise a clearer error."""
     if failure is None:
         stack.close()
     else:
         stack.__exit__(type(failure), failure, failure.__traceback__)
-
-
-def _first_failure(
-    failure: BaseException | None, group: ProcessGroup | None
-) -> BaseException | None:
-    return next((found for found in all_gather(failure, group) if found is not None), None)
-
-
-def write_parts(tensors: Mapping[str, Tensor], files: list[list[str]], directory: Path) -> None:
-    """Write `tensors`, of which each rank has a part, to safetensors files with these names in.
-
-    No rank ever holds a whole tensor: each writes its parts, and the first puts them together on
-    the disk.
-    """
-    numbers = {name: number for number, names in enumerate(files, start=1) for name in names}
-    writer = HuggingFaceStorageWriter(
-        str(directory), numbers, save_distributed=True, enable_consolidation=True
-    )
-    save(dict(tensors), storage_writer=writer)
-    on_rank_zero(lambda: shutil.rmtree(directory / "sharded"))

@@ -1,8 +1,8 @@
-"""Directories that are either whole or not there.
+"""Directories that are complete or absent, never half-written.
 
-Everything is written into a hidden sibling, flushed to the disk, listed in `manifest.json` with
-a size and a hash per file, and only then renamed to its real name. Whoever finds the real name
-finds all of it, also after a power cut, a killed process or a full disk.
+Files are written into a hidden sibling directory, flushed to the disk, listed in `manifest.json`
+with a size and a hash each, and only then renamed to the real name. A directory of that name is
+complete, also after a power cut, a killed process or a full disk.
 """
 
 import errno
@@ -20,14 +20,14 @@ from switchworks.config import CheckpointError
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
-"""Ends the name of a directory that is being written. Nothing ever reads one."""
+"""Suffix of a directory that is being written. Nothing ever reads one."""
 REPLACED = ".replaced"
-"""Ends the name of a whole directory that is about to be replaced by a newer one."""
+"""Suffix of a complete directory that is about to be replaced by a newer one."""
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_ROOM_WORDS = ("No space left", "quota exceeded", "File too large", "unexpected pos")
-"""How the writers of torch and safetensors report the same: as text, without the error number.
-"unexpected pos" is torch's zip writer after a write that came out short."""
+"""In errors of torch and safetensors, which have no error number. "unexpected pos" is torch's zip
+writer after a short write."""
 
 
 @contextmanager
@@ -36,11 +36,11 @@ def whole_directory(
 ) -> Iterator[Path]:
     """Yields an empty directory to write into, which is `path` once the block has ended.
 
-    A `path` that exists and is a whole directory of this kind is replaced. If the block or the
-    writing fails nothing has changed and nothing is left over. `needs` is about how many bytes
-    will be written; `otherwise` says, for the error, what the user still has then; `more`, as it is
-    when the block ends, stands in the manifest besides. Raises CheckpointError for a full disk, any
-    other failure to write, or a `path` with foreign files.
+    A `path` that exists and is a directory of this kind is replaced. If the block or the writing
+    fails nothing has changed and nothing is left over. `needs`: about how many bytes will be
+    written. `otherwise`: what the user still has then, for the error message. `more`, read when
+    the block ends, is added to the manifest. Raises CheckpointError for a full disk, any other
+    failure to write, or a `path` with foreign files.
     """
     partial = path.with_name(f".{path.name}{PARTIAL}")
     try:
@@ -51,8 +51,10 @@ def whole_directory(
             raise OSError(errno.ENOSPC, f"{free} bytes are free")
         partial.mkdir()
         yield partial
-        seal(partial, more or {})
-        _put(partial, path)
+        # The order is the guarantee: files, then their hashes, then the manifest, then the
+        # directories' entries reach the disk, and only after them the name that readers look for.
+        _seal(partial, more or {})
+        _move_into_place(partial, path)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if _no_room(error):
@@ -63,8 +65,8 @@ def whole_directory(
 
 
 def copy_whole(source: Path, destination: Path) -> None:
-    """`destination` holds what the whole directory `source` does. Raises CheckpointError if a file
-    of it is missing or has changed, or if `destination` cannot be written."""
+    """Copy the complete directory `source`. Raises CheckpointError if a file of it is missing or
+    has changed, or if `destination` cannot be written."""
     verify(source)
     files = read_manifest(source)
     needs = sum(entry["bytes"] for entry in files.values())
@@ -75,10 +77,10 @@ def copy_whole(source: Path, destination: Path) -> None:
             shutil.copy2(source / name, partial / name)
 
 
-def seal(directory: Path, more: Mapping[str, Any]) -> None:
-    """Flush `directory` to the disk and list its files in the manifest, beside what `more` says.
+def _seal(directory: Path, more: Mapping[str, Any]) -> None:
+    """Flush `directory` to the disk and write its manifest, with the entries of `more`.
 
-    Files that `more` lists under "files" are taken to be flushed and hashed already.
+    Files that `more` lists under "files" are flushed and hashed already.
     """
     known = more.get("files", {})
     rest = entries(directory, [name for name in file_names(directory) if name not in known])
@@ -92,7 +94,7 @@ def seal(directory: Path, more: Mapping[str, Any]) -> None:
 
 
 def entries(directory: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """What the manifest says of each of these files, once they are flushed to the disk."""
+    """Flush these files to the disk; returns their entries of the manifest."""
     for name in names:
         _flush(directory / name)
     with ThreadPoolExecutor() as pool:
@@ -110,10 +112,10 @@ def verify(
 
     Raises CheckpointError naming the first that is missing, torn (of another size) or changed
     (of another hash), or, unless `allow_foreign`, that the manifest does not list. With a `share`
-    (i, n) only every nth file is read, from the ith on.
+    (i, n) only every nth file is hashed, from the ith on.
     """
     listing = read_manifest(directory)
-    for name, entry in listing.items():
+    for name, entry in listing.items():  # sizes first: they cost nothing to read
         file = directory / name
         if not file.is_file():
             raise CheckpointError(f"{file} is missing: {directory} is incomplete.{_FIX}")
@@ -128,9 +130,9 @@ def verify(
             "  Move it elsewhere."
         )
     with ThreadPoolExecutor() as pool:
-        own = list(listing)[share[0] :: share[1]]
-        hashes = pool.map(lambda name: sha256(directory / name), own)
-        for name, digest in zip(own, hashes, strict=True):
+        names = list(listing)[share[0] :: share[1]]
+        hashes = pool.map(lambda name: sha256(directory / name), names)
+        for name, digest in zip(names, hashes, strict=True):
             if digest != listing[name]["sha256"]:
                 raise CheckpointError(
                     f"{directory / name} has changed since it was written: its sha256 is not "
@@ -151,7 +153,7 @@ def read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """`values` as readable JSON in `path`, flushed to the disk. Floats come back bit for bit."""
+    """Write `values` to `path` as readable JSON, flushed to the disk. Floats keep all digits."""
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     _flush(path)
 
@@ -173,7 +175,7 @@ _FIX = "\n  Use another checkpoint, or write this one again."
 
 
 def _prepare(path: Path, partial: Path) -> None:
-    """Clear what an interrupted save left, and refuse to replace what is not ours."""
+    """Remove what an interrupted save left, and refuse to replace foreign files."""
     replaced = path.with_name(f".{path.name}{REPLACED}")
     if replaced.exists() and not path.exists():
         replaced.rename(path)
@@ -191,8 +193,9 @@ def _prepare(path: Path, partial: Path) -> None:
         )
 
 
-def _put(partial: Path, path: Path) -> None:
-    """Rename `partial` to `path`; what was there is deleted last."""
+def _move_into_place(partial: Path, path: Path) -> None:
+    """Rename `partial` to `path`. The old directory is set aside first and deleted last, so that
+    one of the two exists at any moment; `_prepare` and `read_manifest` know of the name aside."""
     replaced = path.with_name(f".{path.name}{REPLACED}")
     shutil.rmtree(replaced, ignore_errors=True)
     if path.exists():
@@ -224,9 +227,9 @@ def _flush(path: Path) -> None:
 
 
 def _no_room(error: BaseException) -> bool:
-    """Whether `error`, or one of those it wraps, says that the disk is full."""
+    """Whether `error`, or one that it wraps, means that the disk is full."""
     inner: list[BaseException | None] = [error.__cause__, error.__context__]
-    # torch.distributed.checkpoint gathers rank -> (error, stack) in its own exception.
+    # torch.distributed.checkpoint collects rank -> (error, stack) in its own exception.
     failures = getattr(error, "failures", None)
     if isinstance(failures, dict):
         inner += [failure[0] for failure in failures.values()]

@@ -1,7 +1,7 @@
 """Named tensors in files, and the check that two sets of names and shapes agree.
 
-The files are named as Hugging Face names them: `model.safetensors`, or numbered shards and an
-index. Reading is lazy: a tensor's bytes are touched when it is asked for.
+The files have Hugging Face's names: `model.safetensors`, or numbered shards and an index. Reading
+is lazy: a tensor's bytes are read when it is used.
 """
 
 import pickle
@@ -28,11 +28,11 @@ class Tensors(NamedTuple):
 
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[str], Tensor]
-    """The tensor of that name; it may share memory with a file or a model, so copy it."""
+    """The tensor of a name; it may share memory with a file or a model, so copy it."""
 
 
-def of_state(state: Mapping[str, Tensor]) -> Tensors:
-    """Those of a state dict."""
+def from_state_dict(state: Mapping[str, Tensor]) -> Tensors:
+    """The tensors of a state dict, not copied."""
     return Tensors({name: tuple(t.shape) for name, t in state.items()}, state.__getitem__)
 
 
@@ -51,17 +51,17 @@ def write_tensors(
     if len(shards) == 1:
         _write(tensors, directory / "model.safetensors")
         return
-    places: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         _write({name: tensors[name] for name in names}, directory / file)
-        places |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": num_bytes(tensors)}, "weight_map": places}
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": num_bytes(tensors)}, "weight_map": weight_map}
     write_json(directory / "model.safetensors.index.json", index)
 
 
 def num_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """Bytes that all of them take."""
+    """Total size in bytes."""
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
@@ -81,7 +81,7 @@ def open_tensors(directory: Path) -> Tensors:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The files that `open_tensors` reads, of others that may be there none."""
+    """The files in `directory` that `open_tensors` reads."""
     for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
         index, single = directory / f"{stem}.{ending}.index.json", directory / f"{stem}.{ending}"
         if index.exists():
@@ -93,7 +93,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def require_match(
-    what: str,
+    problem: str,
     *,
     wanted: Mapping[str, object],
     found: Mapping[str, object],
@@ -102,38 +102,37 @@ def require_match(
     """Returns if both map the same names to the same shapes.
 
     Raises CheckpointError that lists what is missing, unknown or of another shape; it starts with
-    `what` and ends with `fix`. Names that differ in numbers only share an entry; of the entries
-    the first ten of each kind are shown and the others counted.
+    `problem` and ends with `fix`. Names that differ in numbers only share an entry; the first ten
+    entries of each kind are shown and the others counted.
     """
     complaints: list[str] = []
     if missing := [name for name in wanted if name not in found]:
-        complaints.append(f"missing: {_some(merged_names(missing))}")
+        complaints.append(f"missing: {_listed(merged_names(missing))}")
     if unknown := [name for name in found if name not in wanted]:
-        complaints.append(f"unknown: {_some(merged_names(unknown))}")
+        complaints.append(f"unknown: {_listed(merged_names(unknown))}")
     wrong: dict[str, list[str]] = {}
     for name, shape in wanted.items():
         if name in found and found[name] != shape:
-            says = f" is {_shown(found[name])} and should be {_shown(shape)}"
-            wrong.setdefault(says, []).append(name)
+            text = f" is {_shape_text(found[name])} and should be {_shape_text(shape)}"
+            wrong.setdefault(text, []).append(name)
     if wrong:
-        entries = [name + says for says, names in wrong.items() for name in merged_names(names)]
-        complaints.append(f"of another shape: {_some(entries)}")
+        entries = [name + text for text, names in wrong.items() for name in merged_names(names)]
+        complaints.append(f"of another shape: {_listed(entries)}")
     if complaints:
-        raise CheckpointError("\n  ".join([what, *complaints, fix]))
+        raise CheckpointError("\n  ".join([problem, *complaints, fix]))
 
 
-def fill(model: nn.Module, read: Callable[[str, Tensor], Tensor]) -> None:
-    """Every parameter and buffer of `model`, on the meta device, becomes `read(name, meta)`."""
-    for name, meta in list(model.named_parameters()):
+def materialise(model: nn.Module, read: Callable[[str, Tensor], Tensor]) -> None:
+    """Replace each parameter and buffer of a `model` on the meta device by `read(name, meta)`."""
+    for name, meta in [*model.named_parameters(), *model.named_buffers()]:
         owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(read(name, meta)))
-    for name, meta in list(model.named_buffers()):
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, read(name, meta))
+        value = read(name, meta)
+        value = nn.Parameter(value) if isinstance(meta, nn.Parameter) else value
+        setattr(model.get_submodule(owner), leaf, value)
 
 
 def cast_tensor(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """`tensor` in `dtype`, except a router's, which keeps the precision it was stored in."""
+    """`tensor` in `dtype`, except a router's weight, which keeps its stored precision."""
     return tensor if dtype is None or name.endswith("router.weight") else tensor.to(dtype)
 
 
@@ -150,21 +149,21 @@ def _shards(tensors: Mapping[str, Tensor], limit: int) -> Iterator[list[str]]:
 
 
 def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
-    own: dict[str, Tensor] = {}
+    plain: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
-        plain = tensor.detach().cpu().contiguous()
-        # safetensors writes no tensor that shares its memory with another.
-        shared = plain.untyped_storage().nbytes() != plain.nbytes or plain.data_ptr() in seen
-        own[name] = plain.clone() if shared else plain
-        seen.add(own[name].data_ptr())
-    save_file(own, path, metadata={"format": "pt"})  # transformers refuses files without it
+        value = tensor.detach().cpu().contiguous()
+        # safetensors refuses tensors that share memory: views, and a tied weight's second name.
+        shared = value.untyped_storage().nbytes() != value.nbytes or value.data_ptr() in seen
+        plain[name] = value.clone() if shared else value
+        seen.add(plain[name].data_ptr())
+    save_file(plain, path, metadata={"format": "pt"})  # transformers refuses files without it
 
 
 def open_safetensors(files: list[Path]) -> Tensors:
-    """Those in `files` together. Raises CheckpointError for a file that is missing or torn."""
+    """The tensors of all `files`. Raises CheckpointError for a file that is missing or torn."""
     shapes: dict[str, tuple[int, ...]] = {}
-    places: dict[str, Any] = {}
+    handles: dict[str, Any] = {}
     for file in files:
         try:
             handle = safe_open(file, framework="pt")
@@ -172,8 +171,8 @@ def open_safetensors(files: list[Path]) -> Tensors:
             raise _unreadable(file, error) from error
         for name in handle.keys():  # noqa: SIM118  not a mapping
             shapes[name] = tuple(handle.get_slice(name).get_shape())
-            places[name] = handle
-    return Tensors(shapes, lambda name: places[name].get_tensor(name))
+            handles[name] = handle
+    return Tensors(shapes, lambda name: handles[name].get_tensor(name))
 
 
 def _open_bin(files: list[Path]) -> Tensors:
@@ -183,7 +182,7 @@ def _open_bin(files: list[Path]) -> Tensors:
             state |= _load_bin(file)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise _unreadable(file, error) from error
-    return of_state(state)
+    return from_state_dict(state)
 
 
 def _load_bin(file: Path) -> dict[str, Tensor]:
@@ -204,28 +203,28 @@ def _unreadable(file: Path, error: Exception) -> CheckpointError:
     )
 
 
-def _some(items: list[str], limit: int = 10) -> str:
+def _listed(items: list[str], limit: int = 10) -> str:
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
     return ", ".join(items[:limit]) + more
 
 
 def merged_names(names: list[str]) -> list[str]:
-    """`names`, those that differ in numbers only as one: encoder.block.{1,3}.x (2 tensors)."""
-    alike: dict[str, list[str]] = {}
+    """`names`, with those that differ in numbers only as one: encoder.block.{1,3}.x (2 tensors)."""
+    patterns: dict[str, list[str]] = {}
     for name in names:
-        alike.setdefault(re.sub(r"\d+", "#", name), []).append(name)
+        patterns.setdefault(re.sub(r"\d+", "#", name), []).append(name)
     return [
         group[0] if len(group) == 1 else f"{_pattern(group)} ({len(group)} tensors)"
-        for group in alike.values()
+        for group in patterns.values()
     ]
 
 
 def _pattern(names: list[str]) -> str:
     """The common form of `names`, with the numbers that occur at each place."""
     words = re.split(r"\d+", names[0])
-    numbers = zip(*(map(int, re.findall(r"\d+", name)) for name in names), strict=True)
-    places = [_numbers(sorted(set(column))) for column in numbers]
-    return "".join(word + place for word, place in zip(words, [*places, ""], strict=True))
+    columns = zip(*(map(int, re.findall(r"\d+", name)) for name in names), strict=True)
+    numbers = [_numbers(sorted(set(column))) for column in columns]
+    return "".join(word + number for word, number in zip(words, [*numbers, ""], strict=True))
 
 
 def _numbers(numbers: list[int]) -> str:
@@ -238,5 +237,5 @@ def _numbers(numbers: list[int]) -> str:
     return "{" + ",".join(map(str, numbers)) + "}"
 
 
-def _shown(shape: object) -> str:
+def _shape_text(shape: object) -> str:
     return str(list(shape)) if isinstance(shape, tuple) else str(shape)

@@ -1,4 +1,8 @@
-"""TODO face."""
+"""The command line. Each verb is a file: its flags, and `run`, which carries it out.
+
+Start with `main.py`, which finds the verb and prints errors in plain words. `parsing.py` turns
+words into flags and settings, `decoding.py` holds the flags that several verbs share.
+"""
 
 import lazy_loader
 

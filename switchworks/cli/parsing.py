@@ -1,4 +1,4 @@
-"""How words become settings, and complaints about words one plain message.
+"""From words to flags and settings, and checks of flags that several verbs share.
 
 `parse_experiment` puts a verb's own flags beside every setting of a recipe.
 """
@@ -6,8 +6,9 @@
 import contextlib
 import inspect
 import io
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -25,31 +26,33 @@ HELP = ("-h", "--help")
 
 
 class UsageError(Exception):
-    """Words that are no flags; says so at length."""
+    """Words that are no flags; the message is tyro's and goes to the user as it is."""
 
 
 def parse_flags(kind: type[T], verb: str, words: list[str]) -> T:
-    return parsed_by_tyro(kind, prog=f"switchworks {verb}", args=words)
+    """The flags of `verb`, an instance of the dataclass `kind`."""
+    return parse_with_tyro(kind, prog=f"switchworks {verb}", args=words)
 
 
-def parsed_by_tyro(kind: type[T], **settings: Any) -> T:
-    """What `tyro.cli` makes of it; prints help and leaves if that is asked for.
+def parse_with_tyro(kind: type[T], **settings: Any) -> T:
+    """The result of `tyro.cli`; `--help` prints and raises SystemExit.
 
-    Raises a setting's own ConfigError, DataError or CheckpointError, and UsageError with what tyro
-    has to say of words that are no flags: processes under torchrun would each print it.
+    Raises the ConfigError, DataError or CheckpointError of a setting, and UsageError for words that
+    are no flags: under torchrun each process would print tyro's message.
     """
-    said = io.StringIO()
+    stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(stderr):
             return tyro.cli(kind, **settings)
     except SystemExit as end:
+        # tyro turns a ValueError of a dataclass into SystemExit; ours is in the chain behind it.
         cause: BaseException | None = end
         while cause is not None:
             if isinstance(cause, ConfigError | DataError | CheckpointError):
                 raise cause from None
             cause = cause.__context__
         if end.code:
-            raise UsageError(said.getvalue().rstrip()) from None
+            raise UsageError(stderr.getvalue().rstrip()) from None
         raise
 
 
@@ -64,86 +67,126 @@ def parse_experiment(verb: str, words: list[str], kind: type[T]) -> "tuple[Exper
             f"switchworks {verb} needs the name of a recipe first, for example quickstart.\n"
             "  `switchworks recipes` lists them."
         )
-    from switchworks.adapt import LoraConfig
-    from switchworks.distil import DistilConfig
-    from switchworks.recipes import find_recipe
-    from switchworks.training import BestConfig, Experiment
+    from switchworks.training import Experiment
 
-    find = find_recipe(words[0])
-    recipe = find(init=_beginning(verb, words)) if _begins_with_a_model(find) else find()
-    # Flags set what is there, and any recipe may have these.
-    optional = {"distil": DistilConfig(teacher=""), "lora": LoraConfig(), "best": BestConfig()}
-    for name, settings in optional.items():
-        asked = any(word.startswith(f"--{name}.") for word in words)
-        if asked and getattr(recipe, name) is None:
-            recipe = replace(recipe, **{name: settings})
-        words, without = _without(words, name)
-        if without:
-            recipe = replace(recipe, **{name: None})
-    words, dense = _without(words, "routing", "model.routing")
-    if dense:
-        recipe = replace(recipe, model=replace(recipe.model, routing=None))
-    _refuse_routing(words, dense=recipe.model.routing is None)
+    recipe, words = _recipe(verb, words)
 
     @dataclass(frozen=True)
     class Arguments:
         experiment: Annotated[Experiment, tyro.conf.arg(name="")]
         flags: Annotated[Any, tyro.conf.arg(name="", constructor=kind)]
 
-    parsed = parsed_by_tyro(
+    parsed = parse_with_tyro(
         Arguments,
         prog=f"switchworks {verb} {words[0]}",
-        args=[spelled(word) for word in words[1:]],
+        args=[expand(word) for word in words[1:]],
         default=Arguments(experiment=recipe, flags=kind()),
         config=(tyro.conf.AvoidSubcommands,),
     )
     return parsed.experiment, parsed.flags
 
 
-def _begins_with_a_model(recipe: Callable[..., Any]) -> bool:
-    """Whether a recipe takes its shape from the model that --init names."""
-    return "init" in inspect.signature(recipe).parameters
+def _recipe(verb: str, words: list[str]) -> "tuple[Experiment, list[str]]":
+    """The experiment that the flags are applied to, and the words that are left for tyro.
+
+    tyro sets fields of what is there: a group of settings that a recipe leaves out is put in when
+    one of its flags is given, and taken out by `--GROUP none`.
+    """
+    from switchworks.adapt import LoraConfig
+    from switchworks.distil import DistilConfig
+    from switchworks.recipes import find_recipe
+    from switchworks.training import BestConfig
+
+    find = find_recipe(words[0])
+    takes_init = "init" in inspect.signature(find).parameters
+    recipe = find(init=_initial_model(verb, words)) if takes_init else find()
+    optional = {"distil": DistilConfig(teacher=""), "lora": LoraConfig(), "best": BestConfig()}
+    for name, settings in optional.items():
+        given = any(word.startswith(f"--{name}.") for word in words)
+        if given and getattr(recipe, name) is None:
+            recipe = replace(recipe, **{name: settings})
+        words, removed = _without(words, name)
+        if removed:
+            recipe = replace(recipe, **{name: None})
+    words, dense = _without(words, "routing", "model.routing")
+    if dense:
+        recipe = replace(recipe, model=replace(recipe.model, routing=None))
+    _check_routing(words, dense=recipe.model.routing is None)
+    return recipe, words
 
 
-def _beginning(verb: str, words: Sequence[str]) -> Path | None:
-    """What --init names. Other flags are set on top of what the recipe makes of it."""
+def _initial_model(verb: str, words: Sequence[str]) -> Path | None:
+    """The value of --init, for recipes whose settings depend on the model they start from."""
     values = [word.partition("=")[2] for word in words if word.startswith("--init=")]
     values += [word for flag, word in pairwise(words) if flag == "--init"]
     if not values and verb == "train" and not set(HELP) & set(words):
         raise ConfigError(
-            f"{words[0]} begins with a trained model: add --init PATH, a run or model directory.\n"
-            "  To train from first values all the same, say --init none."
+            f"{words[0]} starts from a trained model: add --init PATH, a run or model directory.\n"
+            "  To train from initial values all the same, say --init none."
         )
     return None if not values or values[-1] in ("none", "None") else Path(values[-1])
 
 
 def _without(words: list[str], *names: str) -> tuple[list[str], bool]:
-    """`words` but for `--NAME none`, which leaves a whole group of settings out, and whether it was
-    there."""
-    left, found = list(words), False
+    """`words` without `--NAME none`, and whether that was among them."""
+    left, removed = list(words), False
     for name in names:
         for pair in ([f"--{name}", "none"], [f"--{name}=none"]):
             for place in range(len(left) - len(pair), -1, -1):
                 if left[place : place + len(pair)] == pair:
                     del left[place : place + len(pair)]
-                    found = True
-    return left, found
+                    removed = True
+    return left, removed
 
 
-def _refuse_routing(words: Sequence[str], *, dense: bool) -> None:
-    asked = [word for word in words if word.startswith(("--routing.", "--model.routing."))]
-    if dense and asked:
+def _check_routing(words: Sequence[str], *, dense: bool) -> None:
+    given = [word for word in words if word.startswith(("--routing.", "--model.routing."))]
+    if dense and given:
         raise ConfigError(
-            f"{words[0]} is a dense model, so {asked[0]} has nothing to set.\n"
+            f"{words[0]} is a dense model, so {given[0]} has nothing to set.\n"
             "  Use its sparse twin: the name without _dense, or a size such as switch-base-8."
         )
 
 
-def spelled(word: str) -> str:
-    """--routing.X is short for --model.routing.X, and none is how nothing is said."""
+def expand(word: str) -> str:
+    """--routing.X stands for --model.routing.X, and none for Python's None."""
     if word.startswith("--routing."):
         word = word.replace("--routing.", "--model.routing.", 1)
     flag, equals, value = word.partition("=")
     if equals and flag.startswith("--") and value == "none":
         return f"{flag}=None"
     return "None" if word == "none" else word
+
+
+def flag_name(field: str) -> str:
+    """task_labels -> --task-labels."""
+    return f"--{field.replace('_', '-')}"
+
+
+def check_needed(flags: Any, name: str, owner: str, *, given: bool) -> None:
+    """Raises ConfigError if the flag `name` is set, but not `owner`, without which it is unused."""
+    default = next(field.default for field in fields(flags) if field.name == name)
+    if getattr(flags, name) != default and not given:
+        raise ConfigError(
+            f"{flag_name(name)} needs {owner}.\n  Add {owner}, or leave {flag_name(name)} out."
+        )
+
+
+def check_picture(path: Path | None) -> None:
+    """Raises ConfigError for a picture in a format that is not drawn."""
+    if path is not None and path.suffix not in (".svg", ".png", ".pdf"):
+        raise ConfigError(f"--picture {path} must end in .svg, .png or .pdf.")
+
+
+def check_writable(*files: Path | None) -> None:
+    """Makes the folders of `files`; raises ConfigError before any work if one cannot be written."""
+    for file in files:
+        if file is None:
+            continue
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{file} cannot be written: {error}.") from error
+        if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+            reason = "is a folder" if file.is_dir() else "may not be written here"
+            raise ConfigError(f"{file} {reason}.\n  Name another file.")

@@ -27,7 +27,7 @@ def reduce_directory(
     destination: Path | str,
     keep: int,
     *,
-    how: Literal["prune", "merge"],
+    method: Literal["prune", "merge"],
     by: By = "usage",
     text: str | None = None,
     only: tuple[str, ...] = (),
@@ -55,7 +55,7 @@ def reduce_directory(
     corpora = open_dataset(data, vocab_size=model.config.vocab_size)
     pipeline = corpora.training(batch_size=ROWS, seed=0)
     seen = [pipeline.batch(step) for step in range(batches)]
-    reduce = prune_experts if how == "prune" else merge_experts
+    reduce = prune_experts if method == "prune" else merge_experts
     fewer = reduce(model, seen, keep, by=by)
     result = dense_equivalent(fewer.model) if keep == 1 else fewer.model
     save(result, destination, tokenizer)

@@ -38,7 +38,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from switchworks.checkpoint import fill, open_model, save
+from switchworks.checkpoint import materialise, open_model, save
 from switchworks.config import ConfigError
 from switchworks.model import RoutingConfig, SwitchTransformer, truncated_normal_
 
@@ -90,7 +90,7 @@ def upcycle_model(
         stack = dense[source].detach().T.mul(factor).repeat(routing.experts, 1, 1)
         return _disturb(stack, noise, generator) if noise else stack
 
-    fill(sparse, first_value)
+    materialise(sparse, first_value)
     return sparse.train(model.training)
 
 

@@ -1,73 +1,48 @@
-"""Where text comes from and how it becomes batches: the settings of `data/`."""
+"""How text becomes batches: the settings of `data/`, with those of its sources."""
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from switchworks.config import ConfigError, check_at_least
+from switchworks.data.sources import SOURCES, source_class
+from switchworks.data.sources.config import TextConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(TextConfig):
     """The text, its tokenizer and the objective that makes training examples from it."""
 
-    path: str | None = None
-    """Own text: a file, a folder or a glob of .txt, .jsonl or .parquet, each also .gz or .zst.
-    When given, `source` is not used."""
     mixture: tuple[str, ...] = ()
-    """Several corpora instead of one, each as NAME=PATH, with PATH as above, or as
-    NAME=hub:DATASET or NAME=hub:DATASET:CONFIG: en=texts/en c4=hub:allenai/c4:en. One tokenizer
-    serves all; each has its own held-out text and its own loss."""
+    """Several corpora instead of one, each as NAME=PATH, with PATH as `path`, or as
+    NAME=hub:DATASET or NAME=hub:DATASET:CONFIG: en=texts/en c4=hub:allenai/c4:en. All have one
+    tokenizer; each has its own validation text and its own loss."""
     mixture_exponent: float = 0.3
     """A corpus of size n gives rows in proportion to n ** this: 1 is by size, 0 equally often.
     mT5 used 0.3, which shows small languages more often than their size would."""
     mixture_by: Literal["tokens", "documents"] = "tokens"
-    """What the size of a corpus is. mT5 counted documents."""
+    """The unit of a corpus's size. mT5 counted documents."""
     mixture_cap: int | None = None
     """A larger corpus counts as one of this size, as in T5's mixtures of tasks."""
-    languages: tuple[str, ...] = ()
-    """One corpus for each of these languages, mixed as above: codes such as de pt-BR zh-Hans, or
-    all. Of `path`, a folder with LANG/... or LANG.txt; of a dataset whose configs are mC4's codes;
-    or of `catalogs`, where none named means all."""
-    min_sentences: int = 20
-    """A language with fewer sentences is left out of all, and refused where it was named."""
-    source: Literal["python_docs", "catalogs", "hub"] = "python_docs"
-    """The embedded corpus, English or in a hundred languages, or a Hugging Face dataset named by
-    the next four settings."""
-    dataset: str | None = None
-    """Name on the Hub, or a local folder that `datasets.load_dataset` opens."""
-    dataset_config: str | None = None
-    split: str = "train"
-    validation_split: str | None = None
-    """A dataset's own held-out split. Without one, documents are held out by their hash."""
-    streaming: bool = False
-    column: str = "text"
-    """The column (Parquet, Hub) or key (JSONL) that holds the text."""
-    validation_share: float = 0.02
-    """Share of the documents held out, chosen by a hash of the document's text."""
-    documents: int | None = None
-    """At most so many documents of each corpus are read, from its beginning: a part of what is too
-    large to read whole. None: all."""
 
     tokenizer: str = "train"
     """"train" makes a SentencePiece model from the text, "bytes" needs none (ByT5's ids), and
     anything else is the path of a `spiece.model`, of a folder that holds one or of a run."""
     character_coverage: float = 0.9999
-    """Share of the text's characters that a tokenizer trained here has pieces for. The others are
-    spelt in bytes."""
+    """Share of the text's characters that have pieces in a tokenizer trained here. The others are
+    encoded in bytes."""
     cache: str | None = None
     """Folder for tokenizers and token stores. None: $SWITCHWORKS_CACHE, else
     ~/.cache/switchworks."""
-    workers: int = 0
-    """Processes that tokenise. 0: one per core."""
 
     objective: Literal["span_corruption", "causal"] = "span_corruption"
-    """"span_corruption" hides spans of the text, which the model writes (T5). "causal" has the
-    model predict every token from those before it, for decoder-only models."""
+    """"span_corruption" hides spans of the text, which the model predicts (T5). "causal": every
+    token is predicted from those before it, for decoder-only models."""
     input_length: int = 512
-    """L: encoder positions per row, the closing EOS included. "causal" has none: 0. For tasks and a
-    decoder-only model, those of the prompt."""
+    """L: encoder positions per row, the closing EOS included. "causal" has none: 0. For tasks of a
+    decoder-only model, positions of the prompt."""
     target_length: int = 114
     """T: decoder positions per row, the closing EOS included; for "causal" the whole row."""
     noise_density: float = 0.15
@@ -76,9 +51,8 @@ class DataConfig:
     """Mean length, in tokens, of a hidden span."""
     packing: Literal["stream", "documents"] = "stream"
     """"stream": a row is a window over the concatenated documents, corrupted as one, as T5 does.
-    "documents": the documents in the window are corrupted apart and packed with segment ids, so
-    that nothing is seen across their borders. "causal" takes the same windows for both; with
-    "documents" no position sees another document."""
+    "documents": the documents in the window are corrupted separately and packed with segment ids,
+    so that no position attends to another document. "causal" takes the same windows for both."""
 
     tasks: tuple[str, ...] = ()
     """Train on tasks instead of text: glue_mnli, super_glue, ..., your own table as
@@ -86,8 +60,8 @@ class DataConfig:
     task_folder: str | None = None
     """Folder with local copies of the tasks' datasets, one folder per task. None: the Hub."""
     task_rates: Literal["examples", "tokens", "equal"] = "examples"
-    """What a task's share of the training is in proportion to. "examples" is T5's, and shares
-    count examples; with "tokens" they count tokens."""
+    """A task's share of the training is in proportion to its number of examples (T5) or tokens, and
+    is a share of the examples or tokens; or all are equal."""
     task_cap: int | None = 1 << 19
     """A task with more examples counts as one with so many, as in T5's mixtures."""
     task_temperature: float = 1.0
@@ -96,21 +70,24 @@ class DataConfig:
     """"packed": a row holds as many examples of one task as fit. "padded": one, as decoder-only
     models need it. "auto" packs for models with an encoder."""
     task_metrics: tuple[str, ...] = ("accuracy",)
-    """How answers to tasks from tables are judged."""
+    """The metrics of tasks from tables."""
     task_labels: tuple[str, ...] = ()
     """The only targets that tasks from tables may have. Empty: any."""
     prefetch: int = 4
-    """Batches made ahead of the step that needs them. 0: none, made in the calling thread."""
+    """Batches prepared ahead of the step that needs them. 0: none, made in the calling thread."""
 
     def __post_init__(self) -> None:
         self._check_mixture()
         self._check_tasks()
-        self._check_languages()
-        if self.source == "hub" and self.path is None and not self.mixture and not self.dataset:
+        self.check_text()
+        if not 0.9 <= self.character_coverage <= 1:
             raise ConfigError(
-                "data.source = 'hub' needs the name of a dataset.\n"
-                "  Set it, for example --data.dataset allenai/c4 --data.dataset-config en."
+                f"data.character_coverage = {self.character_coverage} is not a share between 0.9 "
+                "and 1.\n  SentencePiece advises 0.9995 where characters are many."
             )
+        source = source_class(self)
+        if not self.mixture and not self.tasks:
+            source.check(self)
         self._check_causal()
         if not 0 < self.noise_density < 1:
             raise ConfigError(
@@ -122,38 +99,29 @@ class DataConfig:
                 f"data.mean_span = {self.mean_span} is not a length of one token or more. T5 uses "
                 "3.0."
             )
-        check_at_least(self, "data.", 0, "prefetch", "workers", "input_length")
-        check_at_least(self, "data.", 1, "target_length", "min_sentences")
-        if self.documents is not None and self.documents < 1:
-            raise ConfigError(f"data.documents = {self.documents} leaves no text. Use 1 or more.")
-        if not 0 < self.validation_share < 1:
-            raise ConfigError(
-                f"data.validation_share = {self.validation_share} is not a share between 0 and 1."
-            )
+        check_at_least(self, "data.", 0, "prefetch", "input_length")
+        check_at_least(self, "data.", 1, "target_length")
 
     @property
-    def of_corpora(self) -> dict[str, "DataConfig"]:
+    def corpora(self) -> "Mapping[str, DataConfig]":
         """The settings of each corpus of the mixture by its name, in the order given."""
-        return {name: self._of_one(place) for name, place in map(_named, self.mixture)}
-
-    def _of_one(self, place: str) -> "DataConfig":
-        if not place.startswith(_HUB):
-            return replace(self, mixture=(), path=place)
-        dataset, _, config = place.removeprefix(_HUB).partition(":")
-        return replace(
-            self, mixture=(), source="hub", dataset=dataset, dataset_config=config or None
-        )
+        return {
+            name: replace(
+                self, mixture=(), source=source, **SOURCES[source].mixture_settings(argument)
+            )
+            for name, source, argument in map(_parse_entry, self.mixture)
+        }
 
     @property
     def is_mixture(self) -> bool:
         """Whether there are several corpora: named ones, or one for each language."""
-        embedded = self.path is None and self.source == "catalogs"
-        return bool(self.mixture or self.languages or embedded)
+        return bool(self.mixture or self.languages or source_class(self).always_by_language)
 
     @property
     def named(self) -> str:
-        """What is read, in a few words: names of tasks, corpora or languages, or the place."""
-        names = self.tasks or tuple(name for name, _ in map(_named, self.mixture)) or self.languages
+        """What is read, in a few words: names of tasks, corpora or languages, or the path."""
+        corpora = tuple(name for name, _, _ in map(_parse_entry, self.mixture))
+        names = self.tasks or corpora or self.languages
         return ", ".join(names) or self.path or self.dataset or self.source
 
     @property
@@ -163,33 +131,9 @@ class DataConfig:
             return self.objective != "causal"
         return self.task_packing == "packed"
 
-    def _check_languages(self) -> None:
-        if not 0.9 <= self.character_coverage <= 1:
-            raise ConfigError(
-                f"data.character_coverage = {self.character_coverage} is not a share between 0.9 "
-                "and 1.\n  SentencePiece advises 0.9995 where characters are many."
-            )
-        if not self.languages:
-            return
-        if "all" in self.languages and len(self.languages) > 1:
-            raise ConfigError(
-                f"data.languages = {' '.join(self.languages)}: all is every language there is.\n"
-                "  Say all and no more, or name some."
-            )
-        if self.mixture:
-            raise ConfigError(
-                "data.mixture and data.languages both say which corpora there are.\n"
-                "  Keep one of them; --data.languages, with nothing after it, names none."
-            )
-        if self.path is None and self.source == "python_docs":
-            raise ConfigError(
-                f"data.languages = {' '.join(self.languages)}, but python_docs is English.\n"
-                "  Set --data.source catalogs, or --data.path to a folder with LANG/ or LANG.txt."
-            )
-
     def _check_mixture(self) -> None:
         check_rates(self.mixture_exponent, self.mixture_cap)
-        names = [_named(entry)[0] for entry in self.mixture]
+        names = [_parse_entry(entry)[0] for entry in self.mixture]
         for name in names:
             if names.count(name) > 1:
                 raise ConfigError(
@@ -201,8 +145,13 @@ class DataConfig:
             if self.mixture and value is not None:
                 raise ConfigError(
                     f"data.mixture and data.{setting} = {value!r} both say where text comes from."
-                    f"\n  Keep one of them; --data.{setting} none takes the second away."
+                    f"\n  Keep one of them; --data.{setting} none removes the second."
                 )
+        if self.mixture and self.languages:
+            raise ConfigError(
+                "data.mixture and data.languages both say which corpora there are.\n"
+                "  Keep one of them; --data.languages, with nothing after it, names none."
+            )
 
     def _check_tasks(self) -> None:
         if not self.task_temperature >= 1:
@@ -268,15 +217,15 @@ def check_rates(exponent: float, cap: int | float | None) -> None:
         )
 
 
-_HUB = "hub:"
-
-
-def _named(entry: str) -> tuple[str, str]:
-    name, equals, path = entry.partition("=")
-    given = path.removeprefix(_HUB).partition(":")[0] if path.startswith(_HUB) else path
-    if not (equals and given and re.fullmatch(r"[\w.-]+", name)):
+def _parse_entry(entry: str) -> tuple[str, str, str]:
+    """(name, source, argument) of NAME=PATH, or of NAME=SOURCE:ARGUMENT. Raises ConfigError."""
+    name, equals, value = entry.partition("=")
+    prefix, colon, argument = value.partition(":")
+    source = prefix if colon and prefix in SOURCES else "files"
+    argument = argument if source == prefix else value
+    if not (equals and argument.partition(":")[0] and re.fullmatch(r"[\w.-]+", name)):
         raise ConfigError(
             f"data.mixture has {entry!r}, which is neither NAME=PATH nor NAME=hub:DATASET.\n"
             "  Example: en=texts/en. Names have letters, digits, '.', '_' and '-'."
         )
-    return name, path
+    return name, source, argument

@@ -1,4 +1,4 @@
-"""What a finished run read, and what a model on disk is to read: settings from a directory."""
+"""The data settings and metadata of a run directory, and the text to measure a model on."""
 
 import json
 from dataclasses import replace
@@ -10,28 +10,28 @@ from switchworks.data.config import DataConfig
 
 
 def run_data_config(path: Path) -> DataConfig | None:
-    """The data settings of the run in the directory `path`; None if it is none."""
+    """The data settings of the run directory `path`; None if it is not a run directory."""
     file = path / "experiment.toml"
     if not file.is_file():
         return None
     values = read_toml(file)
     if "data" not in values:
-        raise ConfigError(f"{file} says nothing of [data], so it is no run's.")
+        raise ConfigError(f"{file} has no [data], so it is not that of a run.")
     return from_dict(DataConfig, values["data"], where="data.")
 
 
 def run_metadata(path: Path) -> dict[str, Any]:
-    """What the run in `path` says of itself; nothing if it has not begun."""
+    """The about.json of the run in `path`; empty if the run has not begun."""
     file = path / "about.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 def text_for(path: Path, *, decoder_only: bool, text: str | None = None) -> DataConfig:
-    """The text of the run in `path`, or the file, folder or glob `text` in its place, read with the
-    model's own tokenizer in rows of the run's length.
+    """Settings to read the text of the run in `path`, or else the file, folder or glob `text`, with
+    the model's own tokenizer in rows of the run's length.
 
-    A model that is in no run reads T5's rows, or 512 tokens of a text. Raises CheckpointError if it
-    is given no text.
+    For a model outside a run directory rows are T5's, or of 512 tokens if it is decoder-only.
+    Raises CheckpointError if it is given no text.
     """
     data = run_data_config(path)
     if data is None and text is None:
@@ -47,6 +47,6 @@ def text_for(path: Path, *, decoder_only: bool, text: str | None = None) -> Data
     if text is None:
         return data
     rows = {}
-    if data.objective == "causal":  # of tasks it may have inputs, of text it has none
+    if data.objective == "causal":  # prompts of tasks are inputs; text has none
         rows = {"input_length": 0, "target_length": data.input_length + data.target_length}
     return replace(data, path=text, mixture=(), dataset=None, languages=(), tasks=(), **rows)

@@ -35,7 +35,7 @@ from torch import Tensor
 from switchworks.batch import Batch
 from switchworks.checkpoint import read_json
 from switchworks.config import ConfigError, DataError
-from switchworks.data import write_json
+from switchworks.data import atomic_write_json
 
 VERSION = 1
 FILE = "store.json"
@@ -214,7 +214,7 @@ class LogitWriter:
             )
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / FILE, {"version": VERSION, **asdict(info)})
+            atomic_write_json(folder / FILE, {"version": VERSION, **asdict(info)})
         parts = parts_in(folder)
         self.written = parts[-1][1] if parts else 0
         """Rows on the disk."""

@@ -9,12 +9,12 @@ from .perplexity import measure_perplexity as measure_perplexity
 from .routing import routing_report as routing_report
 from .run import evaluate_run as evaluate_run
 from .run import open_run as open_run
-from .task_run import evaluate_tasks as evaluate_tasks
-from .task_run import named_tasks as named_tasks
 from .tasks import EvalSet as EvalSet
 from .tasks import TaskResult as TaskResult
 from .tasks import as_json as as_json
 from .tasks import as_table as as_table
+from .tasks import evaluate_tasks as evaluate_tasks
 from .tasks import measure as measure
+from .tasks import named_tasks as named_tasks
 from .tasks import questions_of as questions_of
 from .tasks import write_predictions as write_predictions

@@ -1,9 +1,9 @@
-"""A model's answers to tasks: written token by token, or chosen among the possible ones.
+"""A model's answers to tasks: generated, or ranked among the possible ones.
 
 Inputs are answered in batches of similar length, the longest first, so that little is padding and
-a batch too large for the memory shows at once. No token is dropped in evaluation, so an answer
-does not depend on its neighbours. A decoder-only model reads the input and its EOS as a prompt, and
-what it writes then is the answer, as in training.
+a batch too large for the memory fails at once. Evaluation drops no token, so an answer does not
+depend on the rest of its batch. A decoder-only model reads the input and its EOS as a prompt and
+continues it with the answer, as in training.
 
 Letters: B sequences, T target length, V vocabulary.
 """
@@ -30,18 +30,18 @@ class DecodingConfig:
     """How tasks are answered."""
 
     decode: Literal["greedy", "rank"] = "greedy"
-    """"greedy" writes the likeliest token after the other. "rank" takes the likeliest of the
-    task's labels or the example's choices."""
+    """"greedy" generates the answer token by token. "rank" takes the likeliest of the task's labels
+    or the example's choices."""
     input_length: int = 512
     """Longer inputs lose their end."""
     max_length: int = 128
-    """Tokens written at most."""
+    """Tokens generated at most."""
     beams: BeamSearch = BeamSearch(beams=1)  # noqa: RUF009  it is frozen
-    """How likely texts are looked for; with one beam greedily."""
+    """Beam search; with one beam decoding is greedy."""
     batch_size: int = 32
     """Sequences answered at once."""
     examples: int = 0
-    """At most so many of a split, evenly spread over it. 0: all."""
+    """Examples of a split at most, evenly spread over it. 0: all."""
 
     def __post_init__(self) -> None:
         check_at_least(self, "", 2, "input_length")
@@ -58,20 +58,18 @@ def answer(
     tokenizer: Tokenizer,
     task: Task,
     examples: Sequence[Example],
-    how: DecodingConfig,
+    config: DecodingConfig,
     ranks: Ranks = SINGLE,
 ) -> list[str]:
-    """The model's answer to each example, in their order. Raises ConfigError for a task that
-    cannot be asked this way.
+    """The model's answer to each example, in their order.
 
-    Several `ranks` that have parts of the model ask together; each writes some of the answers and
-    gets all of them.
+    Of `ranks` that hold parts of the model, all call this together: each generates a share of the
+    answers and returns all of them. Raises ConfigError for a task that cannot be ranked.
     """
-    if how.decode == "rank":
-        return choose(model, tokenizer, task, examples, how)
-    return write(
-        model, tokenizer, [e.inputs for e in examples], _longest(tokenizer, task, how), how, ranks
-    )
+    if config.decode == "rank":
+        return choose(model, tokenizer, task, examples, config)
+    inputs = [example.inputs for example in examples]
+    return write(model, tokenizer, inputs, _max_length(tokenizer, task, config), config, ranks)
 
 
 def write(
@@ -79,33 +77,36 @@ def write(
     tokenizer: Tokenizer,
     inputs: Sequence[str],
     max_length: int,
-    how: DecodingConfig,
+    config: DecodingConfig,
     ranks: Ranks = SINGLE,
 ) -> list[str]:
-    """What the model writes for each input, in at most `max_length` tokens."""
-    tokens = encode_all(tokenizer, inputs, how.input_length)
+    """The text generated for each input, of at most `max_length` tokens."""
+    tokens = encode_all(tokenizer, inputs, config.input_length)
     device = model.embedding.weight.device
-    size = max(1, min(how.batch_size, -(-len(inputs) // ranks.batch_world)))
-    written: dict[int, list[int]] = {}
-    for places in _own_batches([len(ids) for ids in tokens], size, ranks):
+    size = max(1, min(config.batch_size, -(-len(inputs) // ranks.batch_world)))
+    share: dict[int, list[int]] = {}
+    for places in _batches_of_rank([len(ids) for ids in tokens], size, ranks):
         batch = pad([tokens[place] for place in places])
         batch = F.pad(batch, (0, ranks.all_max(batch.shape[1]) - batch.shape[1])).to(device)
-        ids = generate(model, batch, max_length=max_length, beams=how.beams, ranks=ranks)
-        written |= zip(places, ids.tolist(), strict=True)
-    found = {place: ids for share in ranks.all_gather(written) for place, ids in share.items()}
-    return [tokenizer.decode(found[place]) for place in range(len(inputs))]
+        ids = generate(model, batch, max_length=max_length, beams=config.beams, ranks=ranks)
+        share |= zip(places, ids.tolist(), strict=True)
+    written = {place: ids for part in ranks.all_gather(share) for place, ids in part.items()}
+    return [tokenizer.decode(written[place]) for place in range(len(inputs))]
 
 
-def _own_batches(lengths: Sequence[int], size: int, ranks: Ranks) -> list[list[int]]:
-    """This rank's batches: as many as any other's and as many rows in each, so that all call the
-    model equally often. What is missing for that is asked twice."""
+def _batches_of_rank(lengths: Sequence[int], size: int, ranks: Ranks) -> list[list[int]]:
+    """The batches that this rank generates, as places in `lengths`.
+
+    Collectives inside the model need all ranks to call it equally often with equally many rows, so
+    the last batch is filled up with its last row and the last batch is repeated.
+    """
     batches = list(batches_by_length(lengths, size))
     if ranks.mesh is None or not batches:
         return batches
     batches[-1] += batches[-1][-1:] * (size - len(batches[-1]))
     rounds = -(-len(batches) // ranks.batch_world)
-    own = [step * ranks.batch_world + ranks.batch_rank for step in range(rounds)]
-    return [batches[min(place, len(batches) - 1)] for place in own]
+    numbers = [step * ranks.batch_world + ranks.batch_rank for step in range(rounds)]
+    return [batches[min(number, len(batches) - 1)] for number in numbers]
 
 
 def choose(
@@ -113,15 +114,14 @@ def choose(
     tokenizer: Tokenizer,
     task: Task,
     examples: Sequence[Example],
-    how: DecodingConfig,
+    config: DecodingConfig,
 ) -> list[str]:
     """The choice with the highest likelihood for each input; of equals the first."""
     check_choices(task, examples)
     choices = [example.choices or task.labels for example in examples]
-    pairs = [(e.inputs, one) for e, of in zip(examples, choices, strict=True) for one in of]
-    found = iter(log_likelihoods(model, tokenizer, pairs, how))
-    scores = [[next(found) for _ in of] for of in choices]
-    return [of[int(np.argmax(row))] for of, row in zip(choices, scores, strict=True)]
+    pairs = [(e.inputs, choice) for e, row in zip(examples, choices, strict=True) for choice in row]
+    scores = iter(log_likelihoods(model, tokenizer, pairs, config))
+    return [row[int(np.argmax([next(scores) for _ in row]))] for row in choices]
 
 
 def check_choices(task: Task, examples: Sequence[Example]) -> None:
@@ -138,31 +138,31 @@ def log_likelihoods(
     model: SwitchTransformer,
     tokenizer: Tokenizer,
     pairs: Sequence[tuple[str, str]],
-    how: DecodingConfig,
+    config: DecodingConfig,
 ) -> list[float]:
     """ln p(target, EOS | input) of each (input, target), in nats, not divided by the length."""
-    inputs = encode_all(tokenizer, [one for one, _ in pairs], how.input_length)
-    targets = encode_all(tokenizer, [two for _, two in pairs], None)
+    inputs = encode_all(tokenizer, [text for text, _ in pairs], config.input_length)
+    targets = encode_all(tokenizer, [target for _, target in pairs], None)
     device, was_training = model.embedding.weight.device, model.training
     lengths = [len(a) + len(b) for a, b in zip(inputs, targets, strict=True)]
-    found = [0.0] * len(pairs)
+    likelihoods = [0.0] * len(pairs)
     model.eval()
     try:
-        for places in batches_by_length(lengths, how.batch_size):
+        for places in batches_by_length(lengths, config.batch_size):
             target = pad([targets[place] for place in places]).to(device)
             batch = pad([inputs[place] for place in places]).to(device)
             nats = target_log_probabilities(model(batch, target).logits, target)
             for place, value in zip(places, nats.tolist(), strict=True):
-                found[place] = value
+                likelihoods[place] = value
     finally:
         model.train(was_training)
-    return found
+    return likelihoods
 
 
 def target_log_probabilities(
     logits: Float[Tensor, "B T V"], targets: Int[Tensor, "B T"]
 ) -> Float[Tensor, "B"]:
-    """The sum over each row's targets, padding (id 0) not counted, in float32."""
+    """The sum over each row's targets, padding (id 0) excluded, in float32."""
     logs = logits.float().log_softmax(dim=-1).gather(-1, targets[..., None]).squeeze(-1)
     return logs.masked_fill(targets == 0, 0.0).sum(dim=-1)
 
@@ -170,17 +170,19 @@ def target_log_probabilities(
 def encode_all(
     tokenizer: Tokenizer, texts: Sequence[str], length: int | None
 ) -> list[Int[Tensor, "_"]]:
-    """Each text's ids with EOS, in at most `length` positions, cut as in training."""
+    """Each text's ids with EOS, cut to `length` positions as in training."""
     encoded = tokenizer.encode_batch(texts, threads=torch.get_num_threads())
     return [
         torch.from_numpy(with_eos(ids, length or len(ids) + 1, tokenizer.eos_id)) for ids in encoded
     ]
 
 
-def _longest(tokenizer: Tokenizer, task: Task, how: DecodingConfig) -> int:
-    """With a closed set of labels nothing longer can be right: two tokens more than the longest
-    with its EOS are enough to see that an answer is not one of them."""
+def _max_length(tokenizer: Tokenizer, task: Task, config: DecodingConfig) -> int:
+    """Tokens to generate: with labels two more than the longest label and its EOS.
+
+    An answer that is longer is no label, however it goes on.
+    """
     if not task.labels:
-        return how.max_length
+        return config.max_length
     longest = max(len(ids) for ids in tokenizer.encode_batch(list(task.labels)))
-    return min(how.max_length, longest + 3)
+    return min(config.max_length, longest + 3)

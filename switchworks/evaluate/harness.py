@@ -5,17 +5,16 @@
 
     lm_eval.simple_evaluate(harness_model("runs/quickstart_lm"), tasks=["arc_easy"])
 
-An encoder-decoder model reads the context, with EOS, in its encoder, and what is scored or written
-is its decoder's; context and continuation are tokenised apart. A decoder-only model reads both as
-one text, tokenised together, unless a token would lie across the seam. Neither is asked for EOS
-after a continuation. Contexts that are too long lose their beginning, as in the harness's own
-models.
+An encoder-decoder model reads the context, with EOS, in its encoder, and its decoder scores or
+writes the continuation; the two are tokenised separately. A decoder-only model reads both as one
+text, tokenised together, unless a token would span the boundary. EOS is not scored after a
+continuation. Contexts that are too long lose their beginning, as in the harness's own models.
 
-`lm_eval` is not a dependency. It is imported by `harness_model` only.
+`lm_eval` is not a dependency; only `harness_model` imports it.
 Letters: B sequences, T tokens of a continuation, V vocabulary.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,10 +22,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from switchworks.checkpoint import load
-from switchworks.config import CheckpointError, ConfigError
+from switchworks.config import ConfigError, check_at_least
 from switchworks.data import Tokenizer
-from switchworks.device import compute_device
+from switchworks.evaluate.run import load_with_tokenizer
 from switchworks.generate import (
     BeamSearch,
     Sampling,
@@ -37,6 +35,9 @@ from switchworks.generate import (
 )
 from switchworks.model import SwitchTransformer
 
+Windows = Callable[[list[int], int, int], Iterable[tuple[list[int], list[int]]]]
+"""(ids, prefix id, window size) -> (context, predicted) ids of each window."""
+
 
 class Pair(NamedTuple):
     """A context and what is scored after it, as ids."""
@@ -46,7 +47,7 @@ class Pair(NamedTuple):
 
 
 class Scorer:
-    """The three questions of the harness, in text and without it."""
+    """The three kinds of requests of the harness, as functions of texts and ids."""
 
     def __init__(
         self,
@@ -57,17 +58,14 @@ class Scorer:
         max_length: int = 512,
         max_gen_toks: int = 128,
     ) -> None:
-        """`max_length`: tokens read at most; a decoder-only model's continuation is among them."""
-        for name, value in (("batch_size", batch_size), ("max_gen_toks", max_gen_toks)):
-            if value < 1:
-                raise ConfigError(f"{name} = {value} must be at least 1.")
-        if max_length < 2:
-            raise ConfigError(f"max_length = {max_length} must be at least 2.")
+        """`max_length`: tokens read at most, a decoder-only model's continuation included."""
         self.model, self.tokenizer = model.eval(), tokenizer
         self.batch_size, self.max_length, self.max_gen_toks = batch_size, max_length, max_gen_toks
+        check_at_least(self, "", 1, "batch_size", "max_gen_toks")
+        check_at_least(self, "", 2, "max_length")
 
     @property
-    def alone(self) -> bool:
+    def decoder_only(self) -> bool:
         """Whether there is no encoder."""
         return self.model.config.decoder_only
 
@@ -76,37 +74,45 @@ class Scorer:
         stripped = context.rstrip()
         text = context[len(stripped) :] + text
         before = self.tokenizer.encode(stripped) if stripped else []
-        if not (self.alone and before):
+        if not (self.decoder_only and before):
             return Pair(before, self.tokenizer.encode(text))
-        whole = self.tokenizer.encode(stripped + text)
-        if whole[: len(before)] != before or len(whole) == len(before):
-            # They grow together at the seam ("under" + "stand"), so each is read for itself.
+        joined = self.tokenizer.encode(stripped + text)
+        if joined[: len(before)] != before or len(joined) == len(before):
+            # A token spans the boundary ("under" + "stand"), so each side is tokenised by itself.
             return Pair(before, self.tokenizer.encode(text))
-        return Pair(before, whole[len(before) :])
+        return Pair(before, joined[len(before) :])
 
     @torch.no_grad()
     def score(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
-        """For each pair ln p(continuation | context) in nats, and whether it is the greedy one."""
-        found = [(0.0, True)] * len(pairs)
-        kept = [(self._cut(pair), pair.continuation) for pair in pairs]
-        lengths = [len(context) + len(text) for context, text in kept]
-        device = self.model.embedding.weight.device
-        for places in batches_by_length(lengths, self.batch_size):
-            inputs = pad([torch.tensor(kept[place][0], dtype=torch.long) for place in places])
-            targets = pad([torch.tensor(kept[place][1], dtype=torch.long) for place in places])
-            inputs, targets = inputs.to(device), targets.to(device)
-            if not targets.shape[1]:
-                continue  # nothing is certain
-            nats, greedy = likelihoods(self.model(inputs, targets).logits, targets)
-            for place, values in zip(
-                places, zip(nats.tolist(), greedy.tolist(), strict=True), strict=True
-            ):
-                found[place] = values
-        return found
+        """ln p(continuation | context) in nats of each pair, and whether it is the greedy one.
 
-    def rolling(self, text: str, windows: Any) -> float:
-        """ln p(text) in nats, each token predicted once. `windows` cuts (ids, prefix id, size) into
-        the harness's pairs of ids; its prefix, id 0, is how decoding starts anyway."""
+        An empty continuation has probability 1.
+        """
+        scores = [(0.0, True)] * len(pairs)
+        contexts = [self._context(pair) for pair in pairs]
+        lengths = [
+            len(context) + len(pair.continuation)
+            for context, pair in zip(contexts, pairs, strict=True)
+        ]
+        for places in batches_by_length(lengths, self.batch_size):
+            targets = self._batch([pairs[place].continuation for place in places])
+            if not targets.shape[1]:
+                continue
+            inputs = self._batch([contexts[place] for place in places])
+            nats, greedy = likelihoods(self.model(inputs, targets).logits, targets)
+            values = zip(nats.tolist(), greedy.tolist(), strict=True)
+            for place, value in zip(places, values, strict=True):
+                scores[place] = value
+        return scores
+
+    def rolling(self, text: str, windows: Windows) -> float:
+        """ln p(text) in nats, each token predicted once.
+
+        `windows` cuts the ids into the harness's disjoint pairs: each window predicts the tokens
+        that no earlier one did, and the rest of it is context. One position is left for what
+        precedes the first token. The harness's prefix token is id 0 here and removed again, since
+        a decoder starts from id 0 anyway.
+        """
         pairs = [
             Pair([token for token in context if token != 0], list(predicted))
             for context, predicted in windows(self.tokenizer.encode(text), 0, self.max_length - 1)
@@ -114,55 +120,59 @@ class Scorer:
         return sum(nats for nats, _ in self.score(pairs))
 
     def write(self, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
-        """What is written after each context, up to the first of its stop texts."""
+        """The text generated after each context, up to the first of its stop texts."""
         answers = [""] * len(requests)
-        asked: dict[str, list[int]] = {}
+        groups: dict[str, list[int]] = {}  # requests with the same settings share batches
         for place, (_, settings) in enumerate(requests):
-            asked.setdefault(repr(sorted(settings.items())), []).append(place)
-        for group in asked.values():  # those of the same settings are written together
-            how = _Writing.of(requests[group[0]][1], self.max_gen_toks)
-            prompts = [self._prompt(requests[place][0], how.length) for place in group]
+            groups.setdefault(repr(sorted(settings.items())), []).append(place)
+        for group in groups.values():
+            config = _Settings.parse(requests[group[0]][1], self.max_gen_toks)
+            prompts = [self._prompt(requests[place][0], config.length) for place in group]
             for places in batches_by_length([len(ids) for ids in prompts], self.batch_size):
-                texts = self._write([prompts[place] for place in places], how)
+                texts = self._write([prompts[place] for place in places], config)
                 for place, text in zip(places, texts, strict=True):
-                    answers[group[place]] = until(text, how.stops)
+                    answers[group[place]] = until(text, config.stops)
         return answers
 
-    def _write(self, prompts: Sequence[list[int]], how: "_Writing") -> list[str]:
-        inputs = pad([torch.tensor(prompt, dtype=torch.long) for prompt in prompts])
+    def _write(self, prompts: Sequence[list[int]], config: "_Settings") -> list[str]:
         written = generate(
             self.model,
-            inputs.to(self.model.embedding.weight.device),
-            max_length=how.length,
-            sampling=how.sampling,
-            beams=how.beams,
+            self._batch(prompts),
+            max_length=config.length,
+            sampling=config.sampling,
+            beams=config.beams,
         ).tolist()
-        if not self.alone:
+        if not self.decoder_only:
             return [self.tokenizer.decode(ids) for ids in written]
         pairs = zip(prompts, written, strict=True)
         return [continuation(self.tokenizer, prompt, ids) for prompt, ids in pairs]
 
+    def _batch(self, rows: Sequence[list[int]]) -> Int[Tensor, "B _"]:
+        """`rows` padded to one length, on the model's device."""
+        ids = pad([torch.tensor(row, dtype=torch.long) for row in rows])
+        return ids.to(self.model.embedding.weight.device)
+
     def _prompt(self, context: str, length: int) -> list[int]:
-        room = self.max_length - (length if self.alone else 0)
+        room = self.max_length - (length if self.decoder_only else 0)
         if room < 1:
             raise ConfigError(
                 f"max_gen_toks = {length} leave no room for a prompt in max_length = "
                 f"{self.max_length}.\n  Raise max_length, or write less."
             )
-        return self._end_of(self.tokenizer.encode(context.rstrip()), room)
+        return self._last(self.tokenizer.encode(context.rstrip()), room)
 
-    def _cut(self, pair: Pair) -> list[int]:
-        used = len(pair.continuation) if self.alone else 0
-        return self._end_of(pair.context, self.max_length - used)
+    def _context(self, pair: Pair) -> list[int]:
+        used = len(pair.continuation) if self.decoder_only else 0
+        return self._last(pair.context, self.max_length - used)
 
-    def _end_of(self, ids: list[int], room: int) -> list[int]:
-        """The last `room` tokens, for an encoder EOS among them."""
-        if self.alone:
+    def _last(self, ids: list[int], room: int) -> list[int]:
+        """The last `room` tokens; for an encoder with EOS as the last of them."""
+        if self.decoder_only:
             return ids[max(0, len(ids) - room) :] if room > 0 else []
         return [*ids[max(0, len(ids) - room + 1) :], self.tokenizer.eos_id]
 
 
-class _Writing(NamedTuple):
+class _Settings(NamedTuple):
     """The harness's settings of generation, as ours."""
 
     length: int
@@ -171,20 +181,16 @@ class _Writing(NamedTuple):
     beams: BeamSearch
 
     @staticmethod
-    def of(settings: Mapping[str, Any], length: int) -> "_Writing":
-        """Raises ConfigError for a setting that is not known here."""
+    def parse(settings: Mapping[str, Any], length: int) -> "_Settings":
+        """Raises ConfigError for an unknown setting."""
         left = dict(settings)
         stops = left.pop("until", ()) or ()
-        samples = left.pop("do_sample", False)
-        temperature, top_k, top_p = (
-            left.pop(name, None) for name in ("temperature", "top_k", "top_p")
-        )
+        samples, temperature = left.pop("do_sample", False), left.pop("temperature", None)
+        top_k, top_p = left.pop("top_k", None), left.pop("top_p", None)
+        sampling = Sampling()
         if samples:
-            sampling = Sampling(
-                temperature=1.0 if temperature is None else temperature, top_k=top_k, top_p=top_p
-            )
-        else:
-            sampling = Sampling()
+            temperature = 1.0 if temperature is None else temperature
+            sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
         beams = BeamSearch(
             beams=left.pop("num_beams", 1), length_penalty=left.pop("length_penalty", 1.0)
         )
@@ -194,9 +200,8 @@ class _Writing(NamedTuple):
                 f"The harness asks for {', '.join(map(repr, left))}, which is not known "
                 "here.\n  Leave it out of the task's generation_kwargs, or of --gen_kwargs."
             )
-        return _Writing(
-            length, (stops,) if isinstance(stops, str) else tuple(stops), sampling, beams
-        )
+        stops = (stops,) if isinstance(stops, str) else tuple(stops)
+        return _Settings(length, stops, sampling, beams)
 
 
 def likelihoods(
@@ -220,7 +225,7 @@ def until(text: str, stops: Iterable[str]) -> str:
 def harness_model(path: Path | str, **settings: int) -> Any:
     """The model in `path` as an `lm_eval.api.model.LM`; `settings` are those of `Scorer`.
 
-    Raises ConfigError if lm-eval is not installed, CheckpointError if the model cannot read text.
+    Raises ConfigError if lm-eval is not installed, CheckpointError if there is no tokenizer.
     """
     try:
         from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
@@ -230,38 +235,32 @@ def harness_model(path: Path | str, **settings: int) -> Any:
         )
     except ImportError as error:
         raise ConfigError(
-            f"lm-eval, which is to ask the questions, cannot be imported: {error}.\n"
+            f"lm-eval, which asks the questions, cannot be imported: {error}.\n"
             "  Install it beside switchworks: pip install lm-eval"
         ) from error
-    model, tokenizer = load(Path(path), compute_device())
-    if tokenizer is None:
-        raise CheckpointError(
-            f"{path} holds a model without a tokenizer, so it cannot read text.\n"
-            "  Save it with one: switchworks.save(model, directory, tokenizer)."
-        )
-    scorer = Scorer(model, tokenizer, **settings)
+    scorer = Scorer(*load_with_tokenizer(Path(path)), **settings)
 
     def windows(ids: list[int], prefix: int, size: int) -> Iterable[tuple[list[int], list[int]]]:
         return map(make_disjoint_window, get_rolling_token_windows(ids, prefix, size, 1))
 
     class HarnessModel(LM):
-        """`scorer` as the harness wants it: a list of requests, each with its `args`."""
+        """`scorer` behind the harness's interface: lists of requests, each with its `args`."""
 
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-            found = scorer.score([scorer.pair(*request.args) for request in requests])
-            return self._noted("loglikelihood", requests, found)
+            scores = scorer.score([scorer.pair(*request.args) for request in requests])
+            return self._cache("loglikelihood", requests, scores)
 
         def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-            found = [scorer.rolling(request.args[0], windows) for request in requests]
-            return self._noted("loglikelihood_rolling", requests, found)
+            scores = [scorer.rolling(request.args[0], windows) for request in requests]
+            return self._cache("loglikelihood_rolling", requests, scores)
 
         def generate_until(self, requests: list[Any]) -> list[str]:
-            found = scorer.write([request.args for request in requests])
-            return self._noted("generate_until", requests, found)
+            texts = scorer.write([request.args for request in requests])
+            return self._cache("generate_until", requests, texts)
 
-        def _noted(self, kind: str, requests: list[Any], found: list[Any]) -> list[Any]:
-            for request, answer in zip(requests, found, strict=True):
-                self.cache_hook.add_partial(kind, request.args, answer)
-            return found
+        def _cache(self, kind: str, requests: list[Any], answers: list[Any]) -> list[Any]:
+            for request, result in zip(requests, answers, strict=True):
+                self.cache_hook.add_partial(kind, request.args, result)
+            return answers
 
     return HarnessModel()

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float
-from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
-from scipy.spatial.distance import squareform
 
 from switchworks.batch import Batch
 from switchworks.model import SwitchTransformer
@@ -26,23 +24,31 @@ class LanguageRouting:
     """Sums to 1 over the experts."""
 
     def distances(self) -> Float[np.ndarray, "K K"]:
-        """How differently two languages are routed: 0 alike, 1 with no expert in common.
+        """Jensen-Shannon distance of the routing of two languages: 0 equal, 1 disjoint experts.
 
-        The Jensen-Shannon divergence of their shares, in bits, as a mean over the layers, and of
-        that the square root, which is a metric.
+        The square root, which is a metric, of the Jensen-Shannon divergence in bits, averaged over
+        the layers.
         """
         p, q = np.broadcast_arrays(self.shares[:, None], self.shares[None, :])  # K K N E
         bits = (_bits(p, (p + q) / 2) + _bits(q, (p + q) / 2)) / 2  # K K N
         return np.sqrt(np.clip(bits.mean(axis=-1), 0.0, 1.0))
 
     def tree(self) -> Float[np.ndarray, "merges four"]:
-        """Languages merged by average distance, as `scipy.cluster.hierarchy` writes it, so that
-        neighbours are as like each other as the merges allow. Needs two languages or more."""
+        """Hierarchical clustering by average distance, as a linkage matrix of scipy.
+
+        Leaves are ordered so that neighbours are as similar as the tree allows. Needs two languages
+        or more.
+        """
+        from scipy.cluster.hierarchy import linkage, optimal_leaf_ordering
+        from scipy.spatial.distance import squareform
+
         condensed = squareform(self.distances(), checks=False)
         return optimal_leaf_ordering(linkage(condensed, method="average"), condensed)
 
     def order(self) -> list[int]:
-        """The languages in the order of the tree's leaves."""
+        """Places of the languages in the order of the tree's leaves."""
+        from scipy.cluster.hierarchy import leaves_list
+
         return [0] if len(self.languages) == 1 else leaves_list(self.tree()).tolist()
 
 
@@ -50,18 +56,17 @@ class LanguageRouting:
 def routing_by_language(
     model: SwitchTransformer, batches: Mapping[str, Sequence[Batch]]
 ) -> LanguageRouting:
-    """Where `model` sends the tokens of each language, whose text is `batches` by its name.
+    """The experts that tokens of each language choose; `batches` has its text by its name.
 
-    Evaluation's routing: no jitter, and what a token wants, before any is dropped. All batches of
-    a language weigh the same. The model's training mode is restored afterwards.
+    In evaluation mode, without jitter and before any token is dropped. All batches of a language
+    weigh the same. The model's mode is restored.
     """
     layers = tuple(model.switch_layers)
     was_training = model.training
     model.eval()
     try:
         shares = [
-            np.mean([_loads(model, batch) for batch in of_one], axis=0)
-            for of_one in batches.values()
+            np.mean([_loads(model, batch) for batch in rows], axis=0) for rows in batches.values()
         ]
     finally:
         model.train(was_training)
@@ -75,8 +80,8 @@ def _loads(model: SwitchTransformer, batch: Batch) -> Float[np.ndarray, "N E"]:
 
 
 def _bits(
-    p: Float[np.ndarray, "K K N E"], of: Float[np.ndarray, "K K N E"]
+    p: Float[np.ndarray, "K K N E"], q: Float[np.ndarray, "K K N E"]
 ) -> Float[np.ndarray, "K K N"]:
-    """The divergence of `p` from `of`, which is positive wherever `p` is."""
-    ratio = np.divide(p, of, out=np.ones(p.shape), where=p > 0)
+    """Kullback-Leibler divergence of `p` from `q`, in bits; q > 0 wherever p > 0."""
+    ratio = np.divide(p, q, out=np.ones(p.shape), where=p > 0)
     return (p * np.log2(ratio)).sum(axis=-1)

@@ -1,8 +1,9 @@
-"""How answers to a task are judged: from predictions and examples to figures out of 100.
+"""Metrics of tasks: from predictions and examples to figures out of 100.
 
 The definitions are those of T5's evaluation, which follow each benchmark's own script; the
-arithmetic is left to scikit-learn, scipy, sacrebleu and rouge-score. One thing differs: T5 takes
-ROUGE's mean over bootstrap samples, here it is the plain mean, which does not depend on chance.
+arithmetic is that of scikit-learn, scipy, sacrebleu and rouge-score, imported by the metrics that
+use them. One thing differs: T5 takes ROUGE's mean over bootstrap samples, here it is the plain
+mean, which is not random.
 """
 
 import math
@@ -15,23 +16,22 @@ from statistics import fmean
 from switchworks.config import ConfigError
 from switchworks.data import Example, Task
 
-Figures = Mapping[str, float]
-Metric = Callable[[Sequence[str], Sequence[Example], tuple[str, ...]], dict[str, float]]
+Texts = Sequence[str]
+Examples = Sequence[Example]
+Labels = tuple[str, ...]
+Figures = dict[str, float]
+Metric = Callable[[Texts, Examples, Labels], Figures]
 """(predictions, examples, the task's labels) -> figure by name."""
 
 
-def accuracy(
-    predictions: Sequence[str], examples: Sequence[Example], labels: tuple[str, ...]
-) -> dict[str, float]:
-    """Share of the answers that are one of the right ones, letter by letter."""
+def accuracy(predictions: Texts, examples: Examples, labels: Labels) -> Figures:
+    """Share of the predictions that equal a right answer exactly."""
     pairs = zip(predictions, examples, strict=True)
     return {"accuracy": 100 * fmean(answer in map(str.strip, e.answers) for answer, e in pairs)}
 
 
-def f1_binary(
-    predictions: Sequence[str], examples: Sequence[Example], labels: tuple[str, ...]
-) -> dict[str, float]:
-    """F1 of the second label. An answer that is no label counts as the wrong one of the two."""
+def f1_binary(predictions: Texts, examples: Examples, labels: Labels) -> Figures:
+    """F1 of the second label. A prediction that is no label counts as the wrong one of the two."""
     from sklearn.metrics import f1_score
 
     truth = [labels.index(example.target) for example in examples]
@@ -43,9 +43,7 @@ def f1_binary(
     return {"f1": 100 * float(value)}
 
 
-def f1_macro(
-    predictions: Sequence[str], examples: Sequence[Example], labels: tuple[str, ...]
-) -> dict[str, float]:
+def f1_macro(predictions: Texts, examples: Examples, labels: Labels) -> Figures:
     """The plain mean of every label's F1."""
     from sklearn.metrics import f1_score
 
@@ -55,10 +53,8 @@ def f1_macro(
     return {"f1": 100 * float(score)}
 
 
-def matthews(
-    predictions: Sequence[str], examples: Sequence[Example], labels: tuple[str, ...]
-) -> dict[str, float]:
-    """Matthews' correlation; answers that are no label are a class of their own."""
+def matthews(predictions: Texts, examples: Examples, labels: Labels) -> Figures:
+    """Matthews' correlation; predictions that are no label are a class of their own."""
     from sklearn.metrics import matthews_corrcoef
 
     truth, answers = _numbers(predictions, examples, labels)
@@ -67,10 +63,8 @@ def matthews(
     return {"matthews": 100 * float(matthews_corrcoef(truth, answers))}
 
 
-def _numbers(
-    predictions: Sequence[str], examples: Sequence[Example], labels: tuple[str, ...]
-) -> tuple[list[int], list[int]]:
-    """Labels by their number; -1 is no label."""
+def _numbers(predictions: Texts, examples: Examples, labels: Labels) -> tuple[list[int], list[int]]:
+    """Indices of targets and predictions among `labels`; -1 is no label."""
 
     def number(label: str) -> int:
         return labels.index(label) if label in labels else -1
@@ -78,18 +72,14 @@ def _numbers(
     return [number(e.target) for e in examples], [number(p) for p in predictions]
 
 
-def pearson(
-    predictions: Sequence[str], examples: Sequence[Example], labels: tuple[str, ...]
-) -> dict[str, float]:
-    """Pearson's correlation. What is no number counts as -1, as in T5."""
+def pearson(predictions: Texts, examples: Examples, labels: Labels) -> Figures:
+    """Pearson's correlation. A prediction that is no number counts as -1, as in T5."""
     from scipy.stats import pearsonr
 
     return {"pearson": _correlation(pearsonr, predictions, examples)}
 
 
-def spearman(
-    predictions: Sequence[str], examples: Sequence[Example], labels: tuple[str, ...]
-) -> dict[str, float]:
+def spearman(predictions: Texts, examples: Examples, labels: Labels) -> Figures:
     """Spearman's correlation of ranks; equal numbers share their mean rank."""
     from scipy.stats import spearmanr
 
@@ -97,13 +87,13 @@ def spearman(
 
 
 def _correlation(
-    of: Callable[..., tuple[float, float]], predictions: Sequence[str], examples: Sequence[Example]
+    correlate: Callable[..., tuple[float, float]], predictions: Texts, examples: Examples
 ) -> float:
     answers = [_float(answer) for answer in predictions]
     truth = [_float(example.target) for example in examples]
     if len(set(answers)) == 1 or len(set(truth)) == 1:
-        return 0.0  # undefined: a constant goes along with nothing
-    return 100 * float(of(truth, answers)[0])
+        return 0.0  # undefined for a constant
+    return 100 * float(correlate(truth, answers)[0])
 
 
 def _float(text: str) -> float:
@@ -114,23 +104,17 @@ def _float(text: str) -> float:
     return number if math.isfinite(number) else -1.0
 
 
-def squad(
-    predictions: Sequence[str], examples: Sequence[Example], labels: tuple[str, ...]
-) -> dict[str, float]:
+def squad(predictions: Texts, examples: Examples, labels: Labels) -> Figures:
     """Exact match and F1 over words by SQuAD's normalisation, the best over the right answers."""
-    return _best(predictions, [example.answers for example in examples], squad_normal)
+    return _best(predictions, examples, squad_normal)
 
 
-def trivia_qa(
-    predictions: Sequence[str], examples: Sequence[Example], labels: tuple[str, ...]
-) -> dict[str, float]:
-    """The same by TriviaQA's, in which punctuation separates words."""
-    return _best(predictions, [example.answers for example in examples], trivia_qa_normal)
+def trivia_qa(predictions: Texts, examples: Examples, labels: Labels) -> Figures:
+    """As `squad`, by TriviaQA's normalisation, in which punctuation separates words."""
+    return _best(predictions, examples, trivia_qa_normal)
 
 
-def squad_once(
-    predictions: Sequence[str], examples: Sequence[Example], labels: tuple[str, ...]
-) -> dict[str, float]:
+def squad_once(predictions: Texts, examples: Examples, labels: Labels) -> Figures:
     """`squad` with the first example of each group (ReCoRD: one per query)."""
     first: dict[str | None, int] = {}
     for index, example in enumerate(examples):
@@ -139,9 +123,7 @@ def squad_once(
     return squad([predictions[i] for i in kept], [examples[i] for i in kept], labels)
 
 
-def group_exact_match(
-    predictions: Sequence[str], examples: Sequence[Example], labels: tuple[str, ...]
-) -> dict[str, float]:
+def group_exact_match(predictions: Texts, examples: Examples, labels: Labels) -> Figures:
     """Share of the groups in which every answer is right (MultiRC: of the questions)."""
     right: dict[str | None, bool] = {}
     for answer, example in zip(predictions, examples, strict=True):
@@ -149,12 +131,10 @@ def group_exact_match(
     return {"exact_match": 100 * fmean(right.values())}
 
 
-def referent(
-    predictions: Sequence[str], examples: Sequence[Example], labels: tuple[str, ...]
-) -> dict[str, float]:
-    """Accuracy of "this is whom the pronoun means", which an answer says by naming it (WSC).
+def referent(predictions: Texts, examples: Examples, labels: Labels) -> Figures:
+    """Accuracy of "the pronoun refers to this candidate", said by naming the candidate (WSC).
 
-    An answer of no word but determiners says nothing, and is never right.
+    A prediction of determiners alone names nothing and is never right.
     """
     pairs = zip(predictions, examples, strict=True)
     right = (
@@ -175,15 +155,15 @@ _DETERMINERS = frozenset(
 
 
 def names(answer: str, candidate: str) -> bool:
-    """Whether `answer` names `candidate`: the words of one are all among the other's.
+    """Whether all words of `answer` are among those of `candidate`, or the other way round.
 
-    Case and determiners aside; somebody's thing is not somebody. T5's rule.
+    T5's rule: case and determiners do not count, and a possessive matches only a possessive.
     """
-    said, meant = _bare(answer), _bare(candidate)
-    if ("'" in said) != ("'" in meant):
+    texts = _bare(answer), _bare(candidate)
+    if ("'" in texts[0]) != ("'" in texts[1]):
         return False
-    said_words, meant_words = set(said.split(" ")), set(meant.split(" "))
-    return said_words <= meant_words or meant_words <= said_words
+    words = [set(text.split(" ")) for text in texts]
+    return words[0] <= words[1] or words[1] <= words[0]
 
 
 def _bare(text: str) -> str:
@@ -191,13 +171,11 @@ def _bare(text: str) -> str:
     return " ".join(word for word in words if word not in _DETERMINERS)
 
 
-def rouge(
-    predictions: Sequence[str], examples: Sequence[Example], labels: tuple[str, ...]
-) -> dict[str, float]:
+def rouge(predictions: Texts, examples: Examples, labels: Labels) -> Figures:
     """F of ROUGE-1, ROUGE-2 and ROUGE-L over sentences: T5's settings, without stemming.
 
-    Of several right answers the best counts. Words are of the letters a to z and digits alone, as
-    in rouge-score: other scripts want chrF.
+    Against several right answers the best counts. rouge-score's words consist of the letters a to z
+    and digits: use chrF for other scripts.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -214,9 +192,7 @@ def _by_sentence(text: str) -> str:
     return text.replace(" . ", " .\n")
 
 
-def bleu(
-    predictions: Sequence[str], examples: Sequence[Example], labels: tuple[str, ...]
-) -> dict[str, float]:
+def bleu(predictions: Texts, examples: Examples, labels: Labels) -> Figures:
     """sacrebleu's BLEU of the whole set with its international tokenizer, as in T5."""
     from sacrebleu import corpus_bleu
 
@@ -224,28 +200,26 @@ def bleu(
     return {"bleu": float(score.score)}
 
 
-def chrf(
-    predictions: Sequence[str], examples: Sequence[Example], labels: tuple[str, ...]
-) -> dict[str, float]:
+def chrf(predictions: Texts, examples: Examples, labels: Labels) -> Figures:
     """sacrebleu's chrF2 of the whole set."""
     from sacrebleu import corpus_chrf
 
     return {"chrf": float(corpus_chrf(list(predictions), _reference_sets(examples)).score)}
 
 
-def _reference_sets(examples: Sequence[Example]) -> list[list[str]]:
-    """The first reference of every example, the second of every one, ...; repeated where fewer."""
+def _reference_sets(examples: Examples) -> list[list[str]]:
+    """sacrebleu's layout: all first references, all second ones, ...; the last one repeated."""
     most = max(len(example.answers) for example in examples)
     return [[e.answers[min(i, len(e.answers) - 1)] for e in examples] for i in range(most)]
 
 
 def squad_normal(text: str) -> str:
-    """Lower case, without punctuation, articles and superfluous space."""
+    """Lower case, without punctuation, articles and repeated spaces."""
     return _normal(text, string.punctuation, "")
 
 
 def trivia_qa_normal(text: str) -> str:
-    """The same, but punctuation, typographic quotes included, becomes space."""
+    """As `squad_normal`, but punctuation, typographic quotes included, becomes space."""
     return _normal(text, string.punctuation + "\u2018\u2019\u00b4`_", " ")
 
 
@@ -254,22 +228,18 @@ def _normal(text: str, punctuation: str, instead: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
-def _best(
-    predictions: Sequence[str],
-    answers: Sequence[tuple[str, ...]],
-    normal: Callable[[str], str],
-) -> dict[str, float]:
+def _best(predictions: Texts, examples: Examples, normal: Callable[[str], str]) -> Figures:
     exact, overlap = [], []
-    for prediction, right in zip(predictions, answers, strict=True):
-        said, meant = normal(prediction), [normal(answer) for answer in right]
-        exact.append(any(said == answer for answer in meant))
-        overlap.append(max(word_f1(said, answer) for answer in meant))
+    for prediction, example in zip(predictions, examples, strict=True):
+        text, answers = normal(prediction), [normal(answer) for answer in example.answers]
+        exact.append(text in answers)
+        overlap.append(max(word_f1(text, answer) for answer in answers))
     return {"em": 100 * fmean(exact), "f1": 100 * fmean(overlap)}
 
 
-def word_f1(said: str, meant: str) -> float:
-    """F1 of the words, each as often as it occurs. 0 if they share none, be both empty."""
-    a, b = said.split(), meant.split()
+def word_f1(prediction: str, answer: str) -> float:
+    """F1 of the words, counted with repetitions. 0 if no word is shared, even by empty texts."""
+    a, b = prediction.split(), answer.split()
     shared = sum((Counter(a) & Counter(b)).values())
     return 0.0 if shared == 0 else 2 * shared / (len(a) + len(b))
 
@@ -277,20 +247,8 @@ def word_f1(said: str, meant: str) -> float:
 METRICS: Mapping[str, Metric] = {
     metric.__name__: metric
     for metric in (
-        accuracy,
-        f1_binary,
-        f1_macro,
-        matthews,
-        pearson,
-        spearman,
-        squad,
-        trivia_qa,
-        squad_once,
-        group_exact_match,
-        referent,
-        rouge,
-        bleu,
-        chrf,
+        *(accuracy, f1_binary, f1_macro, matthews, pearson, spearman, squad, trivia_qa),
+        *(squad_once, group_exact_match, referent, rouge, bleu, chrf),
     )
 }
 """Every metric by name."""
@@ -315,89 +273,85 @@ AVERAGES: Mapping[str, tuple[tuple[str, ...], ...]] = {
 """Benchmarks as means of their tasks' scores; tasks in one bracket are averaged first."""
 
 
-def _numbers_only(task: Task, examples: Sequence[Example]) -> bool:
+def _numeric(task: Task, examples: Examples) -> bool:
     try:
         return all(math.isfinite(float(example.target)) for example in examples)
     except ValueError:
         return False
 
 
-def _grouped(task: Task, examples: Sequence[Example]) -> bool:
+def _grouped(task: Task, examples: Examples) -> bool:
     return all(example.group is not None for example in examples)
 
 
-def _labelled(task: Task, examples: Sequence[Example]) -> bool:
-    return bool(task.labels)
-
-
-def _of_two(task: Task, examples: Sequence[Example]) -> bool:
-    return len(task.labels) == 2
-
-
-def _candidates(task: Task, examples: Sequence[Example]) -> bool:
+def _with_candidates(task: Task, examples: Examples) -> bool:
     return all(example.label is not None for example in examples)
 
 
-def _latin(task: Task, examples: Sequence[Example]) -> bool:
+def _latin(task: Task, examples: Examples) -> bool:
     return any(re.search("[a-z0-9]", right.lower()) for e in examples for right in e.answers)
 
 
-WANTS: Mapping[str, tuple[Callable[[Task, Sequence[Example]], bool], str]] = {
-    "f1_binary": (_of_two, "two labels (data.task_labels)"),
-    "f1_macro": (_labelled, "labels (data.task_labels)"),
-    "matthews": (_labelled, "labels (data.task_labels)"),
-    "pearson": (_numbers_only, "targets that are numbers"),
-    "spearman": (_numbers_only, "targets that are numbers"),
+REQUIREMENTS: Mapping[str, tuple[Callable[[Task, Examples], bool], str]] = {
+    "f1_binary": (lambda task, _: len(task.labels) == 2, "two labels (data.task_labels)"),
+    "f1_macro": (lambda task, _: bool(task.labels), "labels (data.task_labels)"),
+    "matthews": (lambda task, _: bool(task.labels), "labels (data.task_labels)"),
+    "pearson": (_numeric, "targets that are numbers"),
+    "spearman": (_numeric, "targets that are numbers"),
     "squad_once": (_grouped, "a group for every example"),
     "group_exact_match": (_grouped, "a group for every example"),
-    "referent": (_candidates, "to know whether each candidate is meant (Example.label)"),
-    "rouge": (_latin, "words of the letters a to z; other scripts want chrf"),
+    "referent": (_with_candidates, "examples that say if the candidate is meant (Example.label)"),
+    "rouge": (_latin, "words of the letters a to z; other scripts: use chrf"),
 }
-"""What a metric cannot do without: a test of it, and in words."""
+"""Conditions of a metric: a test, and in words."""
 
-
-TOLD_BY_SEVERAL: Mapping[str, tuple[str, ...]] = {
+ALTERNATIVES: Mapping[str, tuple[str, ...]] = {
     "f1": ("f1_binary", "f1_macro", "squad", "squad_once", "trivia_qa"),
     "accuracy": ("accuracy", "referent"),
 }
-"""Figures that several metrics tell, of which a task may have one."""
+"""Figures that several metrics compute, of which a task may have one."""
 
 
-def check_metrics(task: Task, examples: Sequence[Example]) -> None:
-    """Raises ConfigError if a metric of the task is unknown, means nothing for `examples` or tells
-    a figure of the same name as another, or if there is none."""
+def check_metrics(task: Task, examples: Examples) -> None:
+    """Raises ConfigError unless the task's metrics can judge `examples`.
+
+    There has to be one; each has to be known and its requirements met, and no two may compute a
+    figure of the same name.
+    """
     if not task.metrics:
         raise ConfigError(f"Task {task.name!r} has no metric. One is {', '.join(METRICS)}.")
-    for figure, telling in TOLD_BY_SEVERAL.items():
-        if len(same := [name for name in task.metrics if name in telling]) > 1:
+    for figure, metrics in ALTERNATIVES.items():
+        if len(same := [name for name in task.metrics if name in metrics]) > 1:
             raise ConfigError(
-                f"Task {task.name!r} has the metrics {' and '.join(same)}, which both tell "
+                f"Task {task.name!r} has the metrics {' and '.join(same)}, which both compute "
                 f"{figure!r}.\n  Take one of them."
             )
     for name in task.metrics:
         if name not in METRICS:
             raise ConfigError(
-                f"Task {task.name!r} has the metric {name!r}, which there is not.\n"
+                f"Task {task.name!r} has the metric {name!r}, which does not exist.\n"
                 f"  Metrics: {', '.join(METRICS)}."
             )
-        has, what = WANTS.get(name, (None, ""))
-        if has is not None and not has(task, examples):
-            raise ConfigError(f"Task {task.name!r} cannot be judged by {name}, which wants {what}.")
+        is_met, condition = REQUIREMENTS.get(name, (None, ""))
+        if is_met is not None and not is_met(task, examples):
+            raise ConfigError(
+                f"Task {task.name!r} cannot be judged by {name}, which needs {condition}."
+            )
 
 
-def judge(task: Task, predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
+def judge(task: Task, predictions: Texts, examples: Examples) -> dict[str, float]:
     """The task's figures for these answers, each out of 100. Raises what `check_metrics` raises."""
     check_metrics(task, examples)
-    said = [prediction.strip() for prediction in predictions]
-    figures: dict[str, float] = {}
+    stripped = [prediction.strip() for prediction in predictions]
+    figures: Figures = {}
     for name in task.metrics:
-        figures |= METRICS[name](said, examples, task.labels)
+        figures |= METRICS[name](stripped, examples, task.labels)
     return figures
 
 
-def score(task: Task, figures: Figures) -> float:
-    """One number for a task: the mean of its figures; of summaries ROUGE-2, of closed-book
-    questions and SQuAD the exact match, as the paper has it."""
+def score(task: Task, figures: Mapping[str, float]) -> float:
+    """One number for a task: the mean of its figures; as in the paper ROUGE-2 for summaries and
+    exact match for closed-book questions and SQuAD."""
     if "rouge2" in figures:
         return figures["rouge2"]
     if set(task.metrics) <= {"squad", "trivia_qa"}:
@@ -406,14 +360,16 @@ def score(task: Task, figures: Figures) -> float:
 
 
 def averages(scores: Mapping[str, float]) -> dict[str, float]:
-    """The benchmarks of AVERAGES all of whose tasks have a score. WNLI is reported, if measured,
-    in "glue_with_wnli", which is the paper's list."""
-    found: dict[str, float] = {}
+    """The benchmarks of AVERAGES all of whose tasks have a score.
+
+    "glue" is without WNLI; "glue_with_wnli", the paper's list, is there if WNLI is measured.
+    """
+    means: Figures = {}
     for name, tasks in AVERAGES.items():
         if all(task in scores for together in tasks for task in together):
             parts = [fmean(scores[task] for task in together) for together in tasks]
-            found[name] = fmean(parts)
-            wnli = scores.get("glue_wnli_simple", scores.get("glue_wnli"))
+            means[name] = fmean(parts)
+            wnli = scores.get("glue_wnli")
             if name == "glue" and wnli is not None:
-                found["glue_with_wnli"] = fmean([*parts, wnli])
-    return found
+                means["glue_with_wnli"] = fmean([*parts, wnli])
+    return means

@@ -1,4 +1,4 @@
-"""Held-out loss: the number the paper calls negative log perplexity, with its sign turned."""
+"""Validation loss: the paper's negative log perplexity with its sign turned."""
 
 import math
 from collections.abc import Iterable
@@ -18,12 +18,10 @@ def measure_perplexity(loss: float) -> float:
 
 @torch.no_grad()
 def mean_nats(model: SwitchTransformer, batches: Iterable[Batch], ranks: Ranks = SINGLE) -> float:
-    """Mean nats per target token over all `batches` together, padding not counted.
+    """Mean cross-entropy in nats per target token over all `batches`, padding excluded.
 
-    Of several `ranks` each has its part of every batch.
-
-    No dropout, no jitter, no dropped token, no z-loss and no balance loss enter it. The model's
-    training mode is restored afterwards.
+    In evaluation mode: no dropout, no jitter, no dropped token; z-loss and balance loss are not
+    added. Each of several `ranks` passes its part of every batch. The model's mode is restored.
     """
     was_training = model.training
     model.eval()
@@ -45,9 +43,9 @@ def mean_nats(model: SwitchTransformer, batches: Iterable[Batch], ranks: Ranks =
 def held_out_losses(
     model: SwitchTransformer, held_out: ValidationSet, ranks: Ranks = SINGLE
 ) -> tuple[float, dict[str, float]]:
-    """(mean by the corpora's shares, loss of each corpus by its name), in nats per target token.
+    """(mean weighted by the corpora's shares, corpus -> loss), in nats per target token.
 
-    Nothing is in the second for a corpus without a name, which is alone.
+    The dictionary is empty where there is one corpus, which has no name.
     """
     losses = {name: mean_nats(model, batches, ranks) for name, batches in held_out.batches.items()}
     overall = sum(held_out.shares[name] * loss for name, loss in losses.items())

@@ -1,6 +1,6 @@
 """Which experts handle what: the choices of a trained router, counted by label and token type.
 
-A decoder's layer is told by the token it reads at a position, not by the one it predicts there.
+In a decoder's layer a position counts as the token that is read there, not as the one predicted.
 
 Letters: N positions, E experts, C categories (labels or token types), T token types.
 """
@@ -22,12 +22,12 @@ from switchworks.evaluate.token_types import TYPES, TokenTypes
 from switchworks.model import Routes, SwitchTransformer, align_right, rows_of, shift_right
 
 IDLE = 0.1
-"""An expert with less than this share of the even load is called idle; with none at all, dead."""
+"""Share of the even load below which an expert is called idle; with no token at all it is dead."""
 
 
 @dataclass
 class _Layer:
-    """What one switch layer did with all positions so far."""
+    """Sums over all positions so far of one switch layer's choices."""
 
     by_label: Float[Tensor, "C E"]
     by_type: Float[Tensor, "T E"]
@@ -38,7 +38,7 @@ class _Layer:
     changed: Float[Tensor, "T"] = field(
         default_factory=lambda: torch.zeros(len(TYPES), dtype=torch.float64)
     )
-    """Positions by type whose experts the other model does not choose."""
+    """Positions by type at which the other model chooses other experts."""
     positions: Float[Tensor, "T"] = field(
         default_factory=lambda: torch.zeros(len(TYPES), dtype=torch.float64)
     )
@@ -53,14 +53,14 @@ def routing_report(
     *,
     against: SwitchTransformer | None = None,
 ) -> dict[str, Any]:
-    """Plain numbers about every switch layer of `model` on `batches`, labelled by their names.
+    """Figures of every switch layer of `model` on `batches` by label, as plain values.
 
-    Per layer: the load of the experts, by label and by token type; how even it is (entropy, in
-    nats, of log E at most); how unsure the router is of a token; experts that are dead or idle; how
-    much a label and a token's type tell about the expert (mutual information, in nats). With
-    `against`, an earlier or later state of the same model: the share of positions whose expert is
-    another one, and the Jensen-Shannon divergence of the loads. Nothing is dropped by default, as
-    in any evaluation. Raises CheckpointError for a dense model, or one that cannot be compared.
+    Per layer: the load of the experts, by label and by token type; its entropy in nats, at most
+    log E; the mean entropy of the router's probabilities; dead and idle experts; the mutual
+    information between expert and label, and expert and token type, in nats. With `against`,
+    another state of the same model: the share of positions whose expert differs, and the
+    Jensen-Shannon divergence of the loads. As in any evaluation nothing is dropped by default.
+    Raises CheckpointError for a dense model, or one that cannot be compared.
     """
     _check(model, against)
     types, labels = TokenTypes(tokenizer, model.config.vocab_size), list(batches)
@@ -88,7 +88,12 @@ def jensen_shannon(p: Float[Tensor, "E"], q: Float[Tensor, "E"]) -> float:
 
 
 def mutual_information(counts: Float[Tensor, "C E"]) -> float:
-    """Nats that a token's category tells about its expert: 0 if nothing, log min(C, E) at most."""
+    """Mutual information between a token's category and its expert, in nats.
+
+    0 if they are independent, log min(C, E) at most. The estimate from counts: few tokens bias it
+    upwards by about (C - 1)(E - 1) / 2N.
+    """
+    # I(C; E) = H(C) + H(E) - H(C, E), each entropy of the marginal or joint shares.
     joint = counts / counts.sum().clamp(min=1)
     return _entropy(joint.sum(dim=1)) + _entropy(joint.sum(dim=0)) - _entropy(joint.flatten())
 
@@ -103,8 +108,8 @@ def _check(model: SwitchTransformer, against: SwitchTransformer | None) -> None:
     if against is None:
         return
     ours, theirs = (
-        {name: layer.config.experts for name, layer in one.switch_layers.items()}
-        for one in (model, against)
+        {name: layer.config.experts for name, layer in each.switch_layers.items()}
+        for each in (model, against)
     )
     if ours != theirs or model.config.vocab_size != against.config.vocab_size:
         raise CheckpointError(
@@ -121,34 +126,33 @@ def _count(
     label: int,
     layers: Mapping[str, _Layer],
 ) -> None:
-    """Add a batch to what is known of each layer."""
-    read = {name: _read(model, batch, name) for name in layers}
+    """Add a batch to the sums of each layer."""
     others = {} if against is None else _choices(against, batch)
     for name, (chosen, logits, routing) in _choices(model, batch).items():
-        ids, real = read[name]
-        kinds, layer = types(ids).flatten(), layers[name]
-        mine, keep = chosen.double(), real.flatten()
+        ids, real = _read(model, batch, name)
+        layer, keep = layers[name], real.flatten()  # no padding
+        kinds, mine = types(ids).flatten()[keep], chosen[keep]
         probs = logits.flatten(0, -2)[keep].double().softmax(dim=-1)
         count = int(keep.sum())
         layer.tokens += count
         layer.entropy += float(torch.special.entr(probs).sum())
         layer.confidence += float(probs.max(dim=-1).values.sum())
         layer.dropped += float(routing.dropped) * count
-        layer.by_label[label] += mine[keep].sum(dim=0)
-        layer.by_type.index_add_(0, kinds[keep], mine[keep])
+        layer.by_label[label] += mine.double().sum(dim=0)
+        layer.by_type.index_add_(0, kinds, mine.double())
         if name in others:
-            theirs = others[name][0]
-            differs = (theirs != chosen).any(dim=-1)[keep].double()
-            layer.changed.index_add_(0, kinds[keep], differs)
-            layer.positions.index_add_(0, kinds[keep], torch.ones_like(differs))
-            load = theirs[keep].double().sum(dim=0)
+            theirs = others[name][0][keep]
+            differs = (theirs != mine).any(dim=-1).double()
+            layer.changed.index_add_(0, kinds, differs)
+            layer.positions.index_add_(0, kinds, torch.ones_like(differs))
+            load = theirs.double().sum(dim=0)
             layer.other_load = load if layer.other_load is None else layer.other_load + load
 
 
 def _read(
     model: SwitchTransformer, batch: Batch, name: str
 ) -> tuple[Int[Tensor, "B L"], Bool[Tensor, "B L"]]:
-    """The tokens that the layer `name` reads, and which of its positions are no padding."""
+    """The tokens that the layer `name` reads, and which of its positions are not padding."""
     if name.startswith("encoder"):
         segments = batch.inputs if batch.input_segments is None else batch.input_segments
         return batch.inputs, segments != 0
@@ -164,20 +168,12 @@ def _read(
 def _choices(
     model: SwitchTransformer, batch: Batch
 ) -> dict[str, tuple[Bool[Tensor, "N E"], Tensor, Any]]:
-    """Of each layer: which experts see each position, the router's logits, and its report."""
+    """Layer -> which experts get each position, the router's logits, and its statistics."""
     was_training = model.training
     model.eval()
-    device = model.embedding.weight.device
-    moved = batch.to(device)
     try:
         with _logits(model) as logits:
-            output = model(
-                moved.inputs,
-                moved.targets,
-                input_segments=moved.input_segments,
-                target_segments=moved.target_segments,
-                padding=moved.padding,
-            )
+            output = model(**batch.to(model.embedding.weight.device).arguments())
     finally:
         model.train(was_training)
     return {
@@ -188,7 +184,7 @@ def _choices(
 
 @contextmanager
 def _logits(model: SwitchTransformer) -> Iterator[dict[str, Float[Tensor, "G S E"]]]:
-    """While inside, what each router answers is kept by its layer's name."""
+    """Layer -> the output of its router in the last forward pass inside the context."""
     kept: dict[str, Tensor] = {}
 
     def keeper(name: str) -> Any:
@@ -206,7 +202,7 @@ def _logits(model: SwitchTransformer) -> Iterator[dict[str, Float[Tensor, "G S E
 
 
 def _members(routes: Routes, logits: Float[Tensor, "G S E"]) -> Bool[Tensor, "N E"]:
-    """Which experts each position is given to, by any strategy."""
+    """Which experts each position is sent to, for any strategy."""
     groups, size, experts = logits.shape
     tokens = rows_of(routes, size)
     if tokens is None:
@@ -239,14 +235,14 @@ def _figures(layer: _Layer, labels: Sequence[str]) -> dict[str, Any]:
         "by_type": _rows(TYPES, layer.by_type),
     }
     if layer.other_load is not None:
-        there = layer.positions > 0
+        seen = layer.positions > 0
         figures["drift"] = {
             "changed": float(layer.changed.sum() / layer.positions.sum().clamp(min=1)),
             "jensen_shannon": jensen_shannon(load, _share(layer.other_load)),
             "changed_by_type": {
                 name: float(layer.changed[at] / layer.positions[at])
                 for at, name in enumerate(TYPES)
-                if there[at]
+                if seen[at]
             },
             "other_load": _plain(_share(layer.other_load)),
         }
@@ -254,7 +250,7 @@ def _figures(layer: _Layer, labels: Sequence[str]) -> dict[str, Any]:
 
 
 def _rows(names: Sequence[str], counts: Float[Tensor, "C E"]) -> dict[str, Any]:
-    """Of each category that occurs, how many choices its tokens make and how these are spread."""
+    """Category -> the number of choices of its tokens, and the load; categories that occur."""
     return {
         name: {"routed": int(row.sum()), "load": _plain(_share(row))}
         for name, row in zip(names, counts, strict=True)

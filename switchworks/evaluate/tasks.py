@@ -1,17 +1,38 @@
-"""Tasks measured: examples, answers, figures, and all of it as a table, JSON and JSON lines."""
+"""Tasks measured: examples, answers and figures, as a table, JSON and JSON lines.
+
+`evaluate_tasks` is `switchworks evaluate PATH --tasks ...`; training measures with `measure`.
+"""
 
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from switchworks.config import DataError
-from switchworks.data import UNKNOWN, Counts, Example, Places, Task, Tokenizer, examples_of
-from switchworks.evaluate.answers import DecodingConfig, answer
-from switchworks.evaluate.metrics import averages, judge, score
+import torch
+
+from switchworks.config import ConfigError, DataError
+from switchworks.data import (
+    UNKNOWN,
+    Counts,
+    DataConfig,
+    Example,
+    Places,
+    Task,
+    Tokenizer,
+    examples_of,
+    places_of,
+    run_data_config,
+    tasks_of,
+)
+from switchworks.evaluate.answers import DecodingConfig, answer, check_choices
+from switchworks.evaluate.metrics import averages, check_metrics, judge, score
+from switchworks.evaluate.run import load_with_tokenizer
 from switchworks.model import SwitchTransformer
 from switchworks.parallel import SINGLE, Ranks
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -23,36 +44,36 @@ class EvalSet:
     examples: tuple[Example, ...]
     total: int
     unanswered: int = 0
-    """Left out because they have no target, or their label is withheld."""
+    """Examples left out because they have no target, or their label is withheld."""
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What a model made of a task."""
+    """A model's answers to a task, and their figures."""
 
-    questions: EvalSet
+    eval_set: EvalSet
     predictions: tuple[str, ...]
     figures: Mapping[str, float]
     """Out of 100."""
     cut: int
-    """Inputs longer than the limit, which lost their end."""
+    """Number of inputs longer than the limit, which lost their end."""
 
     @property
     def name(self) -> str:
-        return self.questions.task.name
+        return self.eval_set.task.name
 
     @property
     def score(self) -> float:
         """The figures as one number; see `metrics.score`."""
-        return score(self.questions.task, self.figures)
+        return score(self.eval_set.task, self.figures)
 
-    def about(self) -> dict[str, Any]:
-        """As plain values."""
+    def as_dict(self) -> dict[str, Any]:
+        """The result without its examples, as plain values."""
         return {
-            "split": self.questions.split,
+            "split": self.eval_set.split,
             "examples": len(self.predictions),
-            "of": self.questions.total,
-            "without_target": self.questions.unanswered,
+            "of": self.eval_set.total,
+            "without_target": self.eval_set.unanswered,
             "inputs_cut": self.cut,
             "score": self.score,
             "metrics": dict(self.figures),
@@ -60,91 +81,179 @@ class TaskResult:
 
 
 def questions_of(task: Task, split: str, places: Places, most: int = 0) -> EvalSet:
-    """The examples of a split, or at most `most` of them, evenly spread over it. Those of one group
-    are judged together and stay together, so of groups there may be a few more or less.
+    """The examples of a split, or at most `most` of them, evenly spread over it.
 
-    Raises DataError if there is no such split, no data, or if its labels are withheld.
+    Examples of one group are judged together and stay together, so of groups there may be a few
+    more or less. Raises DataError if there is no such split, no data, or if its labels are
+    withheld.
     """
     counts = Counts()
     read = list(examples_of(task, split, places, counts, judged=True))
-    found = [example for example in read if example.target != UNKNOWN]
-    if not found:
+    examples = [example for example in read if example.target != UNKNOWN]
+    if not examples:
         raise DataError(
             f"The {split} split of task {task.name!r} has no labels: they are withheld.\n"
             "  Use --split validation."
         )
-    unanswered, total = counts.empty + len(read) - len(found), len(found)
+    unanswered, total = counts.empty + len(read) - len(examples), len(examples)
     if most and total > most:
-        found = _spread(found, most)
-    return EvalSet(task, split, tuple(found), total, unanswered)
+        examples = _spread(examples, most)
+    return EvalSet(task, split, tuple(examples), total, unanswered)
 
 
 def _spread(examples: list[Example], most: int) -> list[Example]:
-    """About `most` of more `examples`, evenly spread: whole groups, where there are groups."""
+    """About `most` of `examples`, evenly spread: whole groups, where there are groups."""
     if all(example.group is None for example in examples):
         return [examples[place * len(examples) // most] for place in range(most)]
     groups: dict[str | None, list[Example]] = {}
     for example in examples:
         groups.setdefault(example.group, []).append(example)
-    together, number = list(groups.values()), max(1, most * len(groups) // len(examples))
-    places = (place * len(together) // number for place in range(number))
-    return [example for place in places for example in together[place]]
+    members, number = list(groups.values()), max(1, most * len(groups) // len(examples))
+    places = (place * len(members) // number for place in range(number))
+    return [example for place in places for example in members[place]]
 
 
 def measure(
     model: SwitchTransformer,
     tokenizer: Tokenizer,
-    questions: EvalSet,
-    how: DecodingConfig,
+    eval_set: EvalSet,
+    config: DecodingConfig,
     ranks: Ranks = SINGLE,
 ) -> TaskResult:
-    """The model's answers to `questions`, judged. Several `ranks` ask together, see `answer`."""
-    predictions = answer(model, tokenizer, questions.task, questions.examples, how, ranks)
-    figures = judge(questions.task, predictions, questions.examples)
-    encoded = tokenizer.encode_batch([example.inputs for example in questions.examples])
-    cut = sum(len(ids) >= how.input_length for ids in encoded)
-    return TaskResult(questions, tuple(predictions), figures, cut)
+    """The model's answers to `eval_set`, judged. All `ranks` call it together, see `answer`."""
+    predictions = answer(model, tokenizer, eval_set.task, eval_set.examples, config, ranks)
+    figures = judge(eval_set.task, predictions, eval_set.examples)
+    encoded = tokenizer.encode_batch([example.inputs for example in eval_set.examples])
+    cut = sum(len(ids) >= config.input_length for ids in encoded)
+    return TaskResult(eval_set, tuple(predictions), figures, cut)
 
 
-def as_json(results: Sequence[TaskResult], how: DecodingConfig, model: str, command: str) -> dict:
-    """Everything needed to know what was measured, and how to do it again."""
+def named_tasks(
+    path: Path,
+    tasks: Sequence[str],
+    folder: Path | None,
+    *,
+    labels: tuple[str, ...] = (),
+    metrics: tuple[str, ...] = (),
+) -> DataConfig:
+    """The data settings to evaluate with: those of the run in `path`, if it is one.
+
+    `tasks`, if any are named, replace the run's; `folder` holds local copies of their datasets.
+    `labels` and `metrics` are those of tables. By default tables with the names of the run's tables
+    have the run's labels and metrics, and others accuracy of any text; raises ConfigError for
+    tables of both kinds at once, unless those are the same.
+    """
+    data = run_data_config(path) or DataConfig()
+    named = tuple(name for entry in tasks for name in entry.split(",") if name)
+    if named:
+        length = data.input_length or DataConfig().input_length  # that of causal text is 0
+        if not (labels and metrics):
+            data = _with_default_metrics(data, _tables(data.tasks), _tables(named))
+        data = replace(data, tasks=named, mixture=(), input_length=length, task_packing="auto")
+    if labels:
+        data = replace(data, task_labels=labels)
+    if metrics:
+        data = replace(data, task_metrics=metrics)
+    if folder is not None:
+        data = replace(data, task_folder=str(folder))
+    return data
+
+
+def _tables(entries: Sequence[str]) -> set[str]:
+    """Names of the entries that are tables, NAME=PATH:INPUT:TARGET."""
+    return {entry.partition("=")[0] for entry in entries if "=" in entry}
+
+
+def _with_default_metrics(data: DataConfig, known: set[str], named: set[str]) -> DataConfig:
+    """Settings of a run with the tables `known`, with labels and metrics for the tables `named`."""
+    new = named - known
+    plain = replace(data, task_labels=(), task_metrics=DataConfig.task_metrics)
+    if new and new != named and plain != data:
+        raise ConfigError(
+            f"{', '.join(sorted(named - new))} has the labels and metrics of the run, "
+            f"{', '.join(sorted(new))} has not.\n"
+            "  Measure them one after the other, or say for both: --task-labels, --task-metrics."
+        )
+    return plain if new else data
+
+
+def evaluate_tasks(
+    path: Path,
+    data: DataConfig,
+    config: DecodingConfig,
+    *,
+    split: str = "validation",
+    dtype: torch.dtype | None = None,
+) -> list[TaskResult]:
+    """The model in `path` measured on the tasks of `data`, in `dtype` or as it is stored.
+
+    Tasks without the split are left out with a warning. Raises CheckpointError if there is no
+    tokenizer, and before anything is answered ConfigError or DataError for tasks that cannot be
+    read or judged.
+    """
+    places, tasks = places_of(data), _with_split(tasks_of(data), split)
+    eval_sets = [questions_of(task, split, places, config.examples) for task in tasks]
+    if not eval_sets:
+        raise ConfigError("There is no task to evaluate. Name one: --tasks glue_rte.")
+    for eval_set in eval_sets:
+        check_metrics(eval_set.task, eval_set.examples)
+        if config.decode == "rank":
+            check_choices(eval_set.task, eval_set.examples)
+    model, tokenizer = load_with_tokenizer(path, dtype)
+    return [measure(model, tokenizer, eval_set, config) for eval_set in eval_sets]
+
+
+def _with_split(tasks: Sequence[Task], split: str) -> list[Task]:
+    """The tasks that have `split`; all if none has, so that reading them raises the error."""
+    kept = [task for task in tasks if split in task.source.splits]
+    for task in tasks:
+        if kept and task not in kept:
+            have = ", ".join(task.source.splits)
+            _log.warning("%s has no %s split (it has: %s) and is left out", task.name, split, have)
+    return kept or list(tasks)
+
+
+def as_json(
+    results: Sequence[TaskResult], config: DecodingConfig, model: str, command: str
+) -> dict[str, Any]:
+    """The results with the settings and the command that give them again."""
     return {
         "model": model,
         "command": command,
-        "decode": how.decode,
-        **(asdict(how.beams) if how.beams.beams > 1 else {}),
-        "input_length": how.input_length,
-        "max_length": how.max_length,
-        "tasks": {result.name: result.about() for result in results},
+        "decode": config.decode,
+        **(asdict(config.beams) if config.beams.beams > 1 else {}),
+        "input_length": config.input_length,
+        "max_length": config.max_length,
+        "tasks": {result.name: result.as_dict() for result in results},
         "averages": averages({result.name: result.score for result in results}),
     }
 
 
 def as_table(results: Sequence[TaskResult]) -> str:
-    """One line for each task, and one for each average that all tasks are there for."""
-    wide = max(len("super_glue"), *(len(result.name) for result in results))
-    lines = [f"{'task':<{wide}} {'split':<10} {'examples':>13} {'score':>7}  metrics"]
+    """One line for each task, and one for each benchmark whose tasks are all there."""
+    width = max(len("super_glue"), *(len(result.name) for result in results))
+    lines = [f"{'task':<{width}} {'split':<10} {'examples':>13} {'score':>7}  metrics"]
     for result in results:
-        asked, total = len(result.predictions), result.questions.total
-        number = f"{asked:,}" if asked == total else f"{asked:,} of {total:,}"
+        count, total = len(result.predictions), result.eval_set.total
+        number = f"{count:,}" if count == total else f"{count:,} of {total:,}"
         figures = "  ".join(f"{name} {value:.2f}" for name, value in result.figures.items())
         cut = f"  ({result.cut:,} inputs cut)" if result.cut else ""
-        if result.questions.unanswered:
-            cut += f"  ({result.questions.unanswered:,} without a target left out)"
+        if result.eval_set.unanswered:
+            cut += f"  ({result.eval_set.unanswered:,} without a target left out)"
         lines.append(
-            f"{result.name:<{wide}} {result.questions.split:<10} {number:>13} "
+            f"{result.name:<{width}} {result.eval_set.split:<10} {number:>13} "
             f"{result.score:>7.2f}  {figures}{cut}"
         )
     for name, value in averages({result.name: result.score for result in results}).items():
-        lines.append(f"{name:<{wide}} {'average':<10} {'':>13} {value:>7.2f}")
+        lines.append(f"{name:<{width}} {'average':<10} {'':>13} {value:>7.2f}")
     return "\n".join(lines)
 
 
 def write_predictions(path: Path, results: Iterable[TaskResult]) -> None:
-    """One JSON object per line: the task, the input, every right answer and the model's."""
+    """Write a JSON object per line: the task, the input, every right answer and the model's."""
     with path.open("w", encoding="utf-8") as file:
         for result in results:
-            pairs = zip(result.questions.examples, result.predictions, strict=True)
+            pairs = zip(result.eval_set.examples, result.predictions, strict=True)
             for example, prediction in pairs:
                 line = {
                     "task": result.name,

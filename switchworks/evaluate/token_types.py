@@ -1,4 +1,4 @@
-"""What kind of token each position of a text holds: sentinel, digits, the start of a word, ..."""
+"""The type of the token at each position of a text: sentinel, digits, the start of a word, ..."""
 
 from functools import cached_property
 
@@ -9,34 +9,34 @@ from torch import Tensor
 from switchworks.data import Tokenizer
 
 TYPES = ("sentinel", "digits", "punctuation", "word start", "continuation", "space", "special")
-"""special: padding, end, unknown, and what a decoder reads before its first token. A word starts
-after a space or at the beginning; letters after anything else continue it."""
+"""special: padding, EOS, unknown and the decoder's start token. A word starts after a space or at
+the beginning of a text; letters after anything else continue it."""
 
 _SENTINEL, _DIGITS, _PUNCTUATION, _START, _CONTINUATION, _SPACE, _SPECIAL = range(len(TYPES))
 
 _HALF = "\N{REPLACEMENT CHARACTER}"
-"""The piece of a byte that is a part of a letter."""
+"""The piece of a byte that is part of a letter."""
 
 
 class TokenTypes:
     """The types of the tokens of one tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer, rows: int) -> None:
-        """`rows`: of the embedding; ids beyond the tokenizer's are special."""
+        """`rows` is the number of rows of the embedding; ids above the tokenizer's are special."""
         self.tokenizer = tokenizer
         self.rows = rows
 
     def __call__(self, ids: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:
         """For each position an index into `TYPES`."""
-        types = self._alone[ids]
+        types = self._types[ids]
         before = torch.full_like(types, 1)
         before[:, 1:] = self._opens[ids[:, :-1]]
         starts = (types == _CONTINUATION) & (before == 1)
         return torch.where(starts, _START, types)
 
     @cached_property
-    def _alone(self) -> Int[Tensor, "V"]:
-        """The type of each id by itself: letters without a space in front are a continuation."""
+    def _types(self) -> Int[Tensor, "V"]:
+        """The type of each id without context: letters without a leading space continue a word."""
         return torch.tensor([self._type(token) for token in range(self.rows)])
 
     @cached_property
@@ -50,7 +50,8 @@ class TokenTypes:
         return self.tokenizer.piece(token) if token < self.tokenizer.size else ""
 
     def _type(self, token: int) -> int:
-        sentinels = {self.tokenizer.sentinel(index) for index in (0, self._last)}
+        last = self.tokenizer.num_sentinels - 1  # ids may fall or rise from the first to the last
+        sentinels = {self.tokenizer.sentinel(index) for index in (0, last)}
         if min(sentinels) <= token <= max(sentinels):
             return _SENTINEL
         piece = self._piece(token)
@@ -64,7 +65,3 @@ class TokenTypes:
         if any(char.isalnum() for char in text) or text == _HALF:
             return _START if piece[0].isspace() else _CONTINUATION
         return _PUNCTUATION
-
-    @property
-    def _last(self) -> int:
-        return self.tokenizer.num_sentinels - 1

@@ -37,6 +37,7 @@ from switchworks.model.experts import ExpertInput as ExpertInput
 from switchworks.model.experts import Experts as Experts
 from switchworks.model.experts import ExpertWeights as ExpertWeights
 from switchworks.model.experts import run_experts as run_experts
+from switchworks.model.init import fill_shard as fill_shard
 from switchworks.model.init import truncated_normal_ as truncated_normal_
 from switchworks.model.layers import FFN as FFN
 from switchworks.model.layers import Embedding as Embedding

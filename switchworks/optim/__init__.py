@@ -1,6 +1,8 @@
-"""T5's Adafactor, AdamW, learning-rate schedules as functions of the step, clipping, masters.
+"""Optimizers (Adafactor, AdamW, Muon), float32 masters, gradient clipping, learning-rate schedules.
 
-Read `build.py` first: its Updater is all that training uses.
+Read `build.py` first: training uses its `Updater` alone. An optimizer is one function in one file,
+listed in `OPTIMIZERS`; add your own with `OPTIMIZERS["mine"] = build_mine` (examples/
+own_optimizer.py) and choose it with `OptimConfig(name="mine")`.
 """
 
 import lazy_loader

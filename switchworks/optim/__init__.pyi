@@ -2,12 +2,16 @@ from .adafactor import Adafactor as Adafactor
 from .build import Updater as Updater
 from .build import UpdateStats as UpdateStats
 from .build import build_optimizer as build_optimizer
-from .build import dimension_letters as dimension_letters
 from .clip import clip_coefficient as clip_coefficient
 from .clip import first_nonfinite as first_nonfinite
 from .clip import global_norm as global_norm
+from .config import OPTIMIZERS as OPTIMIZERS
 from .config import OptimConfig as OptimConfig
+from .config import optimizer_builder as optimizer_builder
+from .groups import ParameterGroup as ParameterGroup
+from .groups import dimension_letters as dimension_letters
 from .in_backward import BackwardUpdater as BackwardUpdater
 from .masters import MasterWeights as MasterWeights
+from .muon import Muon as Muon
 from .schedule import learning_rate as learning_rate
 from .sharded_stats import local as local

@@ -3,10 +3,10 @@
 torch.optim.Adafactor is another optimizer: it caps the learning rate at 1/sqrt(step), factors
 every tensor over its last two dimensions, and scales and clips a stack of experts as one.
 
-Memory traffic is the cost here, not arithmetic. So tensors are gone through in blocks that fit
-the processor's cache, temporaries are of a block's size and reused, and factors that are constant
-along a row are applied to row sums instead of elements. Small tensors, where calling an operation
-costs more than its arithmetic, are updated together with others of their shape.
+Memory traffic is the cost here, not arithmetic. So tensors are processed in blocks that fit the
+CPU's cache, temporaries have a block's size and are reused, and factors that are constant along a
+row are applied to row sums instead of elements. Small tensors, where calling an operation costs
+more than its arithmetic, are updated together with others of their shape.
 
 Letters: a matrix is D F; *E are the dimensions before the matrix, experts first if it is a stack.
 """
@@ -18,17 +18,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from switchworks.optim.config import OptimConfig
+from switchworks.optim.groups import ParameterGroup
 from switchworks.optim.sharded_stats import Sharding, local, sharding_of, zeros_without
 
 EPS_SQUARE = 1e-30
 """Added to every squared gradient (epsilon1)."""
 EPS_SCALE = 1e-3
-"""Least root mean square a parameter is taken to have (epsilon2), unless its group says else."""
+"""Lower limit on the root mean square (RMS) in a parameter's scale (epsilon2), the default of
+"scale_floor"."""
 _BLOCK = 2**20
-"""Numbers per block on the CPU: 4 MB of each of parameter, gradient and temporary."""
+"""Elements per block on the CPU: 4 MB of each of parameter, gradient and temporary."""
 
 _SMALL = 2**15
-"""Numbers up to which tensors of one shape are updated together."""
+"""Elements up to which tensors of one shape are updated together."""
 
 
 class Adafactor(torch.optim.Optimizer):
@@ -37,15 +40,15 @@ class Adafactor(torch.optim.Optimizer):
     A parameter W with gradient G moves by lr * max(RMS(W), scale_floor) * clip(G / sqrt(V)), where
     V is a running mean of G ** 2 + 1e-30 with decay 1 - (t + 1) ** -decay_exponent (0 at t = 0). V
     is kept as row and column means over the two largest dimensions if the second largest is at
-    least `min_factored_dim`, else whole. clip divides by max(1, RMS / clip_update).
+    least `min_factored_dim`, else per element. clip divides by max(1, RMS / clip_update).
 
     In a parameter group with `stacked=True` the first dimension of every tensor counts experts:
     it is never factored, and with `per_expert` (T5X) each expert is scaled and clipped by itself;
-    without (Mesh TensorFlow) the whole stack as one.
+    without (Mesh TensorFlow) the stack as one tensor.
 
     Parameters are float32 or float64 and the state has their dtype: in bfloat16 most updates would
     round to nothing, see `MasterWeights`. The state exists from the start. A DTensor is updated as
-    the whole tensor would be: each rank moves its part, and statistics are summed over ranks.
+    the whole tensor would be: each rank updates its part, and statistics are summed over ranks.
     """
 
     def __init__(
@@ -86,7 +89,7 @@ class Adafactor(torch.optim.Optimizer):
                     f"Adafactor updates float32 parameters, not {parameter.dtype}.\n"
                     "  Give it the masters of switchworks.optim.masters.MasterWeights."
                 )
-            self.state[parameter] = _first_state(parameter, group)
+            self.state[parameter] = _initial_state(parameter, group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -97,46 +100,69 @@ class Adafactor(torch.optim.Optimizer):
                 loss = closure()
         scratch = _Scratch()
         for group in self.param_groups:
-            moving = [parameter for parameter in group["params"] if parameter.grad is not None]
-            for alike in _alike(moving, self.state):
-                states = [self.state[parameter] for parameter in alike]
+            with_grad = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for batch in _batches(with_grad, self.state):
+                states = [self.state[parameter] for parameter in batch]
                 step = int(states[0]["step"]) + 1
                 torch._foreach_add_([state["step"] for state in states], 1)  # pyright: ignore[reportPrivateImportUsage]
-                rule, dims = _rule(group, step), _dims_of(alike[0], group)
-                if len(alike) == 1:
-                    grad = alike[0].grad
+                rule, dims = _rule(group, step), _dims_of(batch[0], group)
+                if len(batch) == 1:
+                    grad = batch[0].grad
                     assert grad is not None
-                    rule = rule._replace(spread=sharding_of(alike[0]).moved(dims))
+                    rule = rule._replace(sharding=sharding_of(batch[0]).move_to_end(dims))
                     parts = {name: local(tensor) for name, tensor in states[0].items()}
-                    _update(local(alike[0]), local(grad), parts, dims, rule, scratch)
+                    _update(local(batch[0]), local(grad), parts, dims, rule, scratch)
                 else:
-                    _update_together(alike, states, dims, rule, scratch)
+                    _update_together(batch, states, dims, rule, scratch)
         return loss
 
 
+def build_adafactor(
+    groups: Sequence[ParameterGroup], config: OptimConfig
+) -> list[torch.optim.Optimizer]:
+    """Adafactor for `groups`, with the floors of `config` for adapters and relative biases."""
+    floors = {"adapter": config.adapter_floor, "relative_bias": config.relative_bias_floor}
+    param_groups = [
+        group.settings()
+        | {"stacked": group.stacked, "scale_floor": floors.get(group.kind, EPS_SCALE)}
+        for group in groups
+    ]
+    optimizer = Adafactor(
+        param_groups,
+        lr=config.lr,
+        beta1=config.betas[0],
+        decay_exponent=config.decay_exponent,
+        clip_update=config.clip_update,
+        parameter_scale=config.parameter_scale,
+        min_factored_dim=config.min_factored_dim,
+        per_expert=config.per_expert,
+    )
+    return [optimizer]
+
+
 class _Rule(NamedTuple):
-    """The numbers of one step of one parameter."""
+    """The settings of one step of one parameter."""
 
     lr: float
     mixing: float
-    """Share of the new squares in the running mean: 1 - decay."""
+    """Weight of the new squares in the running mean: 1 - decay."""
     beta1: float
     clip_update: float
     parameter_scale: bool
     scale_floor: float
-    keep: float
-    """What weight decay leaves of a parameter: 1 - lr * weight_decay."""
-    apart: bool
+    decay: float
+    """Factor of weight decay on a parameter: 1 - lr * weight_decay."""
+    per_index: bool
     """Whether each index of the first dimension is scaled and clipped by itself."""
-    spread: Sharding = Sharding((), ())
+    sharding: Sharding = Sharding((), ())
     """Which ranks have the rest of the parameter."""
 
     def mean(self, x: Tensor) -> Tensor:
-        """The mean over what is scaled and clipped together, in a shape that multiplies `x`."""
-        return self.spread.mean(x, 1 if self.apart else 0)
+        """The mean over what is scaled and clipped together, broadcastable to `x`."""
+        return self.sharding.mean(x, 1 if self.per_index else 0)
 
     def factor(self, update_square: Tensor, parameter_square: Tensor | None) -> Tensor:
-        """What to multiply an update by, from its mean square and that of the parameter."""
+        """The factor on an update, from its mean square and that of the parameter."""
         clip = (update_square.sqrt() / self.clip_update).clamp_(min=1.0)
         if parameter_square is None:
             return -self.lr / clip
@@ -144,7 +170,7 @@ class _Rule(NamedTuple):
 
 
 class _Scratch:
-    """Memory for temporaries, grown to the largest asked for and used again and again."""
+    """Reusable memory for temporaries, as large as the largest so far."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
@@ -161,7 +187,7 @@ class _Scratch:
 def factored_dims(
     shape: Sequence[int], *, stacked: bool, min_factored_dim: int
 ) -> tuple[int, int] | None:
-    """The two largest dimensions, in ascending order; None if V is kept whole.
+    """The two largest dimensions, in ascending order; None if V is kept per element.
 
     The first dimension of a stack does not count. Of equal sizes the earlier one counts as larger.
     """
@@ -177,7 +203,7 @@ def _dims_of(parameter: Tensor, group: dict[str, Any]) -> tuple[int, int] | None
     )
 
 
-def _first_state(parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+def _initial_state(parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
     """Step 0: "row" and "column", or "square"; and "momentum" if there is any."""
     state = {"step": torch.zeros((), dtype=torch.int64)}
     dims = _dims_of(parameter, group)
@@ -193,7 +219,7 @@ def _first_state(parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _rule(group: dict[str, Any], step: int) -> _Rule:
-    """The numbers of step number `step`, counted from 1."""
+    """The rule of step number `step`, counted from 1."""
     return _Rule(
         lr=group["lr"],
         mixing=step ** -group["decay_exponent"],
@@ -201,16 +227,16 @@ def _rule(group: dict[str, Any], step: int) -> _Rule:
         clip_update=group["clip_update"],
         parameter_scale=group["parameter_scale"],
         scale_floor=group["scale_floor"],
-        keep=1.0 - group["lr"] * group["weight_decay"],
-        apart=group["stacked"] and group["per_expert"],
+        decay=1.0 - group["lr"] * group["weight_decay"],
+        per_index=group["stacked"] and group["per_expert"],
     )
 
 
-def _alike(
+def _batches(
     parameters: list[Tensor], states: Mapping[Any, dict[str, Tensor]]
 ) -> Iterable[list[Tensor]]:
-    """`parameters` in lists, each to be updated together: small ones of one shape, dtype, device
-    and step. Any other stands alone, and so does one that is spread over devices."""
+    """`parameters` in lists to be updated together: small ones of one shape, dtype, device and
+    step. Any other, and a DTensor, is in a list alone."""
     lists: dict[tuple[Any, ...], list[Tensor]] = {}
     for number, parameter in enumerate(parameters):
         small = parameter.numel() <= _SMALL and type(parameter) in (Tensor, nn.Parameter)
@@ -224,32 +250,32 @@ def _update_together(
     parameters: list[Tensor],
     states: list[dict[str, Tensor]],
     dims: tuple[int, int] | None,
-    rule: "_Rule",
-    scratch: "_Scratch",
+    rule: _Rule,
+    scratch: _Scratch,
 ) -> None:
-    """One step of several tensors of one shape, as of one whose first dimension counts them.
+    """One step of several tensors of one shape, joined to one tensor.
 
-    A small tensor costs what its twenty operations cost to call, about as much as a hundred
-    thousand numbers: so they are called once for all. Where experts are scaled by themselves the
-    experts of all stacks follow one another.
+    For a small tensor the twenty calls of an update cost more than their arithmetic, about as much
+    as a hundred thousand elements. So the tensors are stacked, to be scaled and clipped per index
+    of the first dimension; stacks of experts that are scaled per expert are concatenated.
     """
-    join = torch.cat if rule.apart else torch.stack
+    join = torch.cat if rule.per_index else torch.stack
     names = [name for name in states[0] if name != "step"]
     joined = {name: join([state[name] for state in states]) for name in names}
     weights = join([parameter.detach() for parameter in parameters])
     grads = join([parameter.grad for parameter in parameters if parameter.grad is not None])
-    if dims is not None and not rule.apart:
+    if dims is not None and not rule.per_index:
         dims = (dims[0] + 1, dims[1] + 1)
-    whole = sharding_of(weights).moved(dims)
-    _update(weights, grads, joined, dims, rule._replace(apart=True, spread=whole), scratch)
+    sharding = sharding_of(weights).move_to_end(dims)
+    _update(weights, grads, joined, dims, rule._replace(per_index=True, sharding=sharding), scratch)
 
-    def parts(x: Tensor) -> list[Tensor]:
-        return list(x.chunk(len(parameters)) if rule.apart else x.unbind())
+    def split(x: Tensor) -> list[Tensor]:
+        return list(x.chunk(len(parameters)) if rule.per_index else x.unbind())
 
     copy = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
-    copy([parameter.detach() for parameter in parameters], parts(weights))
+    copy([parameter.detach() for parameter in parameters], split(weights))
     for name in names:
-        copy([state[name] for state in states], parts(joined[name]))
+        copy([state[name] for state in states], split(joined[name]))
 
 
 def _update(
@@ -262,17 +288,19 @@ def _update(
 ) -> None:
     momentum = state.get("momentum")
     if dims is None:
-        _update_whole(parameter, grad, state["square"], momentum, rule, scratch)
+        _update_unfactored(parameter, grad, state["square"], momentum, rule, scratch)
         return
     p, g, row, column = parameter, grad, state["row"], state["column"]
     p, g = p.movedim(dims, (-2, -1)), g.movedim(dims, (-2, -1))
     m = None if momentum is None else momentum.movedim(dims, (-2, -1))
-    for part in _blocks(p) if rule.apart else [slice(None)]:  # a few experts, while in the cache
-        m_part = None if m is None else m[part]
-        _update_factored(p[part], g[part], row[part], column[part], m_part, rule, scratch)
+    # Experts that are scaled by themselves need nothing of each other: a few of them at a time run
+    # through all passes of the update while they are in the cache.
+    for block in _blocks(p) if rule.per_index else [slice(None)]:
+        m_block = None if m is None else m[block]
+        _update_factored(p[block], g[block], row[block], column[block], m_block, rule, scratch)
 
 
-def _update_whole(
+def _update_unfactored(
     p: Float[Tensor, "*E"],
     g: Float[Tensor, "*E"],
     square: Float[Tensor, "*E"],
@@ -280,7 +308,7 @@ def _update_whole(
     rule: _Rule,
     scratch: _Scratch,
 ) -> None:
-    """One step with a second moment per number."""
+    """One step with a second moment per element."""
     square.lerp_(scratch.product(g, g).add_(EPS_SQUARE), rule.mixing)
     update = square.rsqrt().mul_(g)
     p_square = rule.mean(scratch.product(p, p)) if rule.parameter_scale else None
@@ -299,26 +327,29 @@ def _update_factored(
 ) -> None:
     """One step with row and column means of the second moment.
 
-    The update is g * r * c. Only g * c is formed element by element, block after block; r enters
-    the row sums of its squares and, with scale and clipping, the last multiplication.
+    V[i, j] is row[i] * column[j] / mean(row), so the update is u = g * r * c with
+    r = (row / mean(row)) ** -1/2 and c = column ** -1/2.
     """
     blocks = _blocks(p)
     _mix_squares(g, row, column, blocks, rule, scratch)
-    r = (row / rule.spread.mean_over(row.sum(dim=-1, keepdim=True), -2)).rsqrt_()
+    r = (row / rule.sharding.mean_over(row.sum(dim=-1, keepdim=True), -2)).rsqrt_()
     c = column.rsqrt().unsqueeze(-2)
+    # First pass: the mean squares of update and parameter, which decide clipping and scale. r is
+    # constant along a row, so g * c alone is formed, and r multiplies the row's mean square.
     u_square = torch.empty_like(row)
     p_square = torch.empty_like(row) if rule.parameter_scale else None
     update = g
     for block in blocks:
-        update = scratch.product(g[block], _at(c, block))
+        update = scratch.product(g[block], _columns_at(c, block))
         u_square[block] = _row_mean_square(update, rule)
         if p_square is not None:
             p_square[block] = _row_mean_square(p[block], rule)
     p_square = None if p_square is None else rule.mean(p_square)
     factor = r * rule.factor(rule.mean(u_square * r.square()), p_square)
+    # Second pass: g * c again, which costs less than memory for it, times one factor per row.
     for block in blocks:
         if len(blocks) > 1:  # else the scratch memory still holds it
-            update = scratch.product(g[block], _at(c, block))
+            update = scratch.product(g[block], _columns_at(c, block))
         m_block = None if m is None else m[block]
         _move(p[block], m_block, update, factor[block].unsqueeze(-1), rule)
 
@@ -331,21 +362,21 @@ def _mix_squares(
     rule: _Rule,
     scratch: _Scratch,
 ) -> None:
-    """Mix the new squared gradients into the running row and column means."""
+    """Mix the squared gradients into the running row and column means."""
     new_row, new_column = torch.empty_like(row), torch.zeros_like(column)
     for block in blocks:
         squares = scratch.product(g[block], g[block])
         new_row[block] = squares.sum(dim=-1)
         into = new_column if g.dim() == 2 else new_column[block]
         into += squares.sum(dim=-2)
-    row.lerp_(rule.spread.mean_over(new_row, -1).add_(EPS_SQUARE), rule.mixing)
-    column.lerp_(rule.spread.mean_over(new_column, -2).add_(EPS_SQUARE), rule.mixing)
+    row.lerp_(rule.sharding.mean_over(new_row, -1).add_(EPS_SQUARE), rule.mixing)
+    column.lerp_(rule.sharding.mean_over(new_column, -2).add_(EPS_SQUARE), rule.mixing)
 
 
 def _move(p: Tensor, m: Tensor | None, update: Tensor, factor: Tensor, rule: _Rule) -> None:
-    """Move `p` by update * factor, or by the momentum that takes this in."""
-    if rule.keep != 1.0:
-        p.mul_(rule.keep)
+    """Add update * factor to `p`, or to the momentum and the momentum to `p`."""
+    if rule.decay != 1.0:
+        p.mul_(rule.decay)
     if m is None:
         p.addcmul_(update, factor)
     else:
@@ -354,17 +385,17 @@ def _move(p: Tensor, m: Tensor | None, update: Tensor, factor: Tensor, rule: _Ru
 
 
 def _blocks(x: Float[Tensor, "*E D F"]) -> list[slice]:
-    """Slices of the first dimension, of about _BLOCK numbers each; on a GPU one slice."""
+    """Slices of the first dimension, of about _BLOCK elements each; on a GPU one slice."""
     length = x.shape[0]
     step = max(1, _BLOCK * length // x.numel()) if x.device.type == "cpu" else length
     return [slice(start, start + step) for start in range(0, length, step)]
 
 
-def _at(c: Float[Tensor, "*E 1 F"], block: slice) -> Float[Tensor, "*e 1 F"]:
-    """The column factors that belong to a block: all of them if blocks are rows of one matrix."""
+def _columns_at(c: Float[Tensor, "*E 1 F"], block: slice) -> Float[Tensor, "*e 1 F"]:
+    """The column factors of a block: all of them if blocks are rows of one matrix."""
     return c if c.dim() == 2 else c[block]
 
 
 def _row_mean_square(x: Float[Tensor, "*E D F"], rule: _Rule) -> Float[Tensor, "*E D"]:
     """This rank's share of each row's mean square."""
-    return torch.linalg.vector_norm(x, dim=-1).square_() / rule.spread.shape[-1]
+    return torch.linalg.vector_norm(x, dim=-1).square_() / rule.sharding.shape[-1]

@@ -1,16 +1,21 @@
-"""From a model's parameters and an OptimConfig to one object that takes steps."""
+"""From a model's parameters and an OptimConfig to one object that takes steps.
+
+`build_optimizer` groups the parameters (`groups.py`) and gives them to the optimizer of that name.
+"""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from switchworks.config import CheckpointError
-from switchworks.optim.adafactor import EPS_SCALE, Adafactor
+from switchworks.config import CheckpointError, ConfigError
 from switchworks.optim.clip import clip_coefficient, first_nonfinite, global_norm
-from switchworks.optim.config import OptimConfig
+from switchworks.optim.config import OptimConfig, optimizer_builder
+from switchworks.optim.groups import group_parameters
 from switchworks.optim.masters import MasterWeights
 from switchworks.optim.schedule import learning_rate
 
@@ -21,55 +26,42 @@ class UpdateStats(NamedTuple):
     """What one step did."""
 
     lr: float
+    """The scheduled learning rate; a group's rate is a factor on it."""
     grad_norm: float
     """Norm of all gradients together, before clipping. If not finite, nothing was updated."""
 
 
-class Kind(NamedTuple):
-    """What of a parameter the optimizers care about."""
-
-    stacked: bool
-    """A stack of experts."""
-    bias: bool
-    """A table of relative positions."""
-    vector: bool
-    adapter: bool
-    """A low-rank matrix that stands beside a frozen one."""
-
-    @property
-    def no_decay(self) -> bool:
-        """Whether weight decay passes it over."""
-        return self.bias or self.vector
-
-
 class Updater:
-    """Masters, optimizer, clipping and schedule as one: gradients in, updated weights out.
+    """Masters, optimizers, clipping and schedule as one: gradients in, updated weights out.
 
-    Call `accumulate()` after each micro-batch's backward pass and `step()` after the last. Where
-    there is only one, `step()` alone takes its gradients out of the 16-bit parameters, a few at a
-    time, so that no float32 copy of all of them is ever there.
+    Call `accumulate()` after each micro-batch's backward pass and `step()` after the last. With a
+    single micro-batch call `step()` alone: it casts 16-bit gradients to float32 bucket by bucket,
+    so that a float32 copy of all of them never exists.
     """
 
     def __init__(
-        self, masters: MasterWeights, optimizer: torch.optim.Optimizer, config: OptimConfig
+        self,
+        masters: MasterWeights,
+        optimizers: Sequence[torch.optim.Optimizer],
+        config: OptimConfig,
     ) -> None:
         self.masters = masters
-        self.optimizer = optimizer
+        self.optimizers = optimizers
         self.config = config
 
     def begin(self, step: int, total_steps: int) -> None:
-        """Before the first backward pass of step number `step`. Here there is nothing to do."""
+        """Call before the first backward pass of step number `step`. Does nothing here."""
 
     def accumulate(self) -> None:
-        """Add the parameters' gradients to those gathered so far, in float32."""
+        """Add the parameters' gradients to the accumulated ones, in float32."""
         self.masters.accumulate()
 
     def step(self, step: int, total_steps: int) -> UpdateStats:
-        """Take step number `step` (from 0) of `total_steps` with the gradients gathered so far.
+        """Take step number `step` (from 0) of `total_steps` with the accumulated gradients.
 
         Afterwards the model holds the new weights and the gradients are gone. If their norm is
-        not finite, weights, state and gradients stay as they are, for the caller to look at. A
-        parameter without a gradient is left alone, and so is its state.
+        not finite, weights, state and gradients stay as they are, for the caller to inspect. A
+        parameter without a gradient keeps its value and its state.
         """
         if self.masters.accumulating:
             self.accumulate()
@@ -77,16 +69,16 @@ class Updater:
         norm = float(global_norm(list(self.masters.gradients().values())))
         if math.isfinite(norm):
             self._set_rate(lr)
-            for names in self.masters.shares():
-                self._move(names, clip_coefficient(norm, self.config.clip_norm))
+            for names in self.masters.buckets():
+                self._update(names, clip_coefficient(norm, self.config.clip_norm))
         return UpdateStats(lr, norm)
 
     def gradients(self) -> dict[str, Tensor]:
-        """Name -> gradient gathered so far. The tensors are those in use."""
+        """Name -> accumulated gradient. The tensors are not copies."""
         return self.masters.gradients()
 
     def zero(self, names: Iterable[str] | None = None) -> None:
-        """Forget the gradients of `names`, or all."""
+        """Drop the gradients of `names`, or all."""
         self.masters.zero(names)
 
     def first_nonfinite_gradient(self) -> str | None:
@@ -99,27 +91,29 @@ class Updater:
         return self.masters.float_state()
 
     def _set_rate(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["rate"]
 
-    def _move(self, names: list[str], scale: float) -> None:
-        """Move all that has a gradient, which is `names` once they are ready."""
+    def _update(self, names: list[str], scale: float) -> None:
+        """Update `names` by their gradients times `scale`. No other master may have a gradient."""
         self.masters.prepare_grads(names, scale)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.masters.copy_to_model(names)
         self.zero(names)
 
     def state_dict(self) -> State:
         """{"weights": {name: tensor}, "optimizer": {name: {slot: tensor}}}, complete from step 0.
 
-        A frozen parameter is among the weights and has no slots.
-
-        The tensors are those in use, not copies. The learning rate is not in it: it follows from
-        the step.
+        A frozen parameter is among the weights and has no slots. The tensors are not copies. The
+        learning rate is not included: it follows from the step.
         """
-        state = self.optimizer.state
+        state: dict[Tensor, dict[str, Any]] = {}
+        for optimizer in self.optimizers:
+            state |= optimizer.state
         slots = {
-            name: dict(state[master])
+            name: dict(state.get(master, {}))
             for name, master in self.masters.named().items()
             if master.requires_grad
         }
@@ -127,17 +121,16 @@ class Updater:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Go on from `state`, bit for bit; its tensors are copied.
+        """Copy `state` in; training then continues bit for bit.
 
-        Also to be called when the tensors of `state_dict()` were filled in place, so that a 16-bit
-        model follows its masters.
-
-        Raises CheckpointError, with nothing changed, if a name or a shape does not fit.
+        Call it also after the tensors of `state_dict()` were filled in place, so that a 16-bit
+        model follows its masters. Raises CheckpointError, with nothing changed, if a name or a
+        shape does not fit.
         """
-        ours, theirs = _flat(self.state_dict()), _flat(state)
-        _check_fit(ours, theirs)
-        for name, tensor in ours.items():
-            tensor.copy_(theirs[name])
+        current, stored = _flat(self.state_dict()), _flat(state)
+        _check_fit(current, stored)
+        for name, tensor in current.items():
+            tensor.copy_(stored[name])
         self.masters.copy_to_model()
 
 
@@ -149,125 +142,53 @@ def build_optimizer(
 ) -> Updater:
     """An Updater for the parameters, with the optimizer, schedule and clipping of `config`.
 
-    `letters` gives a parameter's dimensions by its name ("E D F", see `dimension_letters`): three
-    or more that begin with E make a stack of experts; "_" marks a table of relative positions,
-    which like a vector is spared weight decay; R, a rank, marks an adapter. A name without letters
-    is judged by its shape. A parameter that requires no gradient is not the optimizer's and has no
-    state, only its weight. `weights`: float32 values the masters begin with, see `MasterWeights`.
+    `letters` maps a parameter's name to its dimension letters ("E D F", see `dimension_letters`
+    and `groups.py`). A frozen parameter goes to no optimizer and has no state, only its weight.
+    `weights`: float32 values the masters start from, see `MasterWeights`.
+
+    A function listed in `OPTIMIZERS` gets groups of masters, each `settings()` of which is a
+    parameter group for torch, and returns one torch optimizer or several that together have every
+    parameter. All of an optimizer's state consists of tensors and exists from the start; `step()`
+    reads the group's "lr" and passes over parameters without a gradient. On a mesh parameters are
+    DTensors. Raises ConfigError if a parameter is in no optimizer or in two.
     """
     masters = MasterWeights(named_parameters, weights)
-    groups: dict[Kind, list[nn.Parameter]] = {}
-    for name, master in masters.named().items():
-        if not master.requires_grad:
-            continue
-        dims = letters.get(name, "").split()
-        kind = Kind(
-            stacked=len(dims) > 2 and dims[0] == "E",
-            bias="_" in dims,
-            vector=master.dim() < 2,
-            adapter="R" in dims,
-        )
-        groups.setdefault(kind, []).append(master)
-    return Updater(masters, _optimizer(groups, config), config)
+    groups = group_parameters(masters.named(), letters, config)
+    optimizers = optimizer_builder(config.name)(groups, config)
+    _check_complete(masters, optimizers, config.name)
+    return Updater(masters, optimizers, config)
 
 
-def dimension_letters(model: nn.Module) -> dict[str, str]:
-    """Full parameter name -> dimension letters, gathered from the modules' `letters`."""
-    known = {name for name, _ in model.named_parameters()}
-    found = {
-        f"{prefix}.{name}" if prefix else name: letters
-        for prefix, module in model.named_modules()
-        for name, letters in getattr(module, "letters", {}).items()
-    }
-    return {name: letters for name, letters in found.items() if name in known}
-
-
-def _optimizer(
-    groups: Mapping[Kind, list[nn.Parameter]], config: OptimConfig
-) -> torch.optim.Optimizer:
-    if config.name == "adamw":
-        return _adamw(groups, config)
-    param_groups = [
-        {
-            "params": parameters,
-            "stacked": kind.stacked,
-            "scale_floor": _floor(kind, config),
-            "weight_decay": 0.0 if kind.no_decay else config.weight_decay,
-        }
-        for kind, parameters in groups.items()
-    ]
-    return Adafactor(
-        param_groups,
-        lr=config.lr,
-        beta1=config.betas[0],
-        decay_exponent=config.decay_exponent,
-        clip_update=config.clip_update,
-        parameter_scale=config.parameter_scale,
-        min_factored_dim=config.min_factored_dim,
-        per_expert=config.per_expert,
-    )
-
-
-def _floor(kind: Kind, config: OptimConfig) -> float:
-    if kind.adapter:
-        return config.adapter_floor
-    return config.relative_bias_floor if kind.bias else EPS_SCALE
-
-
-def _adamw(groups: Mapping[Kind, list[nn.Parameter]], config: OptimConfig) -> torch.optim.Optimizer:
-    """torch's fused AdamW, its state made now, so that `state_dict` is complete before a step."""
-    param_groups = [
-        {"params": parameters, "weight_decay": 0.0 if kind.no_decay else config.weight_decay}
-        for kind, mixed in groups.items()
-        for parameters in _by_mesh(mixed)
-    ]
-    beta1, beta2 = config.betas
-    optimizer = torch.optim.AdamW(
-        param_groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=True
-    )
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter, requires_grad=False),
-                "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
-            }
-    return optimizer
-
-
-def _by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """A fused update takes plain tensors, or DTensors of one mesh."""
-    alike: dict[Any, list[nn.Parameter]] = {}
-    for parameter in parameters:
-        alike.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
-    return list(alike.values())
+def _check_complete(
+    masters: MasterWeights, optimizers: Sequence[torch.optim.Optimizer], name: str
+) -> None:
+    groups = chain.from_iterable(optimizer.param_groups for optimizer in optimizers)
+    held = Counter(parameter for group in groups for parameter in group["params"])
+    for parameter_name, master in masters.named().items():
+        if held[master] != int(master.requires_grad):
+            raise ConfigError(
+                f"optim.name = {name}: {parameter_name} is in {held[master]} parameter groups and "
+                f"should be in {int(master.requires_grad)}.\n"
+                "  The function in OPTIMIZERS must give each parameter of its groups to one."
+            )
 
 
 def _flat(state: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Every tensor by a name people can read: "NAME (weight)", "NAME (exp_avg)"."""
+    """Every tensor by a name for messages: "NAME (weight)", "NAME (exp_avg)"."""
     flat = {f"{name} (weight)": tensor for name, tensor in state["weights"].items()}
     for name, slots in state["optimizer"].items():
         flat |= {f"{name} ({slot})": tensor for slot, tensor in slots.items()}
     return flat
 
 
-def _check_fit(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
-    strangers = [name for name in theirs if name not in ours]
-    for name, tensor in ours.items():
-        if name not in theirs:
-            has = f", but has {strangers[0]}" if strangers else ""
+def _check_fit(current: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
+    def shape(tensors: Mapping[str, Tensor], name: str) -> str:
+        return f"of shape {tuple(tensors[name].shape)}" if name in tensors else "absent"
+
+    for name in [*current, *stored]:
+        here, there = shape(current, name), shape(stored, name)
+        if here != there:
             raise CheckpointError(
-                f"The checkpoint has no {name}{has}.\n"
+                f"{name} is {there} in the checkpoint and {here} here.\n"
                 "  It comes from another model or optimizer: use the settings it was made with."
             )
-        if tensor.shape != theirs[name].shape:
-            raise CheckpointError(
-                f"{name} has shape {tuple(theirs[name].shape)} in the checkpoint and "
-                f"{tuple(tensor.shape)} here.\n"
-                "  It comes from a model of another size: use the settings it was made with."
-            )
-    if strangers:
-        raise CheckpointError(
-            f"The checkpoint has {strangers[0]}, which nothing here takes.\n"
-            "  It comes from another model or optimizer: use the settings it was made with."
-        )

@@ -1,18 +1,38 @@
-"""The settings of the optimizer and its learning rate."""
+"""The settings of the optimizer and the learning rate, and the table of optimizers."""
 
+import pkgutil
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from switchworks.config import ConfigError, check_at_least, check_positive
+from switchworks.config import ConfigError, check_at_least, check_positive, check_rate
+
+OPTIMIZERS: dict[str, Callable[..., Any] | str] = {
+    "adafactor": "switchworks.optim.adafactor:build_adafactor",
+    "adamw": "switchworks.optim.adamw:build_adamw",
+    "muon": "switchworks.optim.muon:build_muon",
+}
+"""Name -> function of (sequence of ParameterGroup, OptimConfig) that returns a list of torch
+optimizers, or "module:function", imported when used. See `build_optimizer` for what they owe."""
+
+
+def optimizer_builder(name: str) -> Callable[..., Any]:
+    """The function that `OPTIMIZERS` lists under `name`."""
+    builder = OPTIMIZERS[name]
+    return pkgutil.resolve_name(builder) if isinstance(builder, str) else builder
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """Which optimizer, at what learning rate, and how gradients are bounded."""
+    """Which optimizer, at what learning rate, and how gradients are clipped."""
 
-    name: Literal["adafactor", "adamw"] = "adafactor"
+    name: str = "adafactor"
+    """adafactor, adamw, muon, or a name that you added to switchworks.optim.OPTIMIZERS."""
     lr: float = 1.0
-    """Peak learning rate, or for "rsqrt" the factor in front of 1/sqrt(step)."""
+    """Peak learning rate, or for "rsqrt" the factor in front of 1/sqrt(step). In units of:
+    adafactor, the root mean square (RMS) of a weight; adamw, one; muon, 0.2, AdamW's usual RMS."""
+    router_lr: float = 1.0
+    """Factor on the learning rate of routers."""
     schedule: Literal["rsqrt", "cosine", "linear", "constant"] = "rsqrt"
     warmup_steps: int = 10_000
     """rsqrt: lr / sqrt(max(step, warmup_steps)), flat until then, as in T5. Others: linear rise,
@@ -20,7 +40,7 @@ class OptimConfig:
     final_lr_share: float = 0.1
     """Where cosine and linear end, as a share of `lr`."""
     clip_norm: float | None = None
-    """Bound on the global gradient norm. None: no bound."""
+    """Largest global gradient norm; gradients beyond it are scaled down. None: no clipping."""
     weight_decay: float = 0.0
     """Decoupled: each step shrinks a weight by lr * weight_decay. Not applied to norm scales and
     relative biases."""
@@ -31,29 +51,47 @@ class OptimConfig:
     decay_exponent: float = 0.8
     """adafactor: second-moment decay is 1 - (t + 1) ** -decay_exponent."""
     clip_update: float = 1.0
-    """adafactor: bound on the root mean square of a tensor's update."""
+    """adafactor: largest root mean square of a tensor's update."""
     parameter_scale: bool = True
     """adafactor: multiply the update by the parameter's root mean square (at least 1e-3)."""
     relative_bias_floor: float = 1e-3
-    """adafactor: least root mean square a table of relative positions is taken to have. T5 makes
-    no exception of it. With 1 a bias, which is added to scores, moves by `lr` itself, and short
-    runs find sooner what stands near what."""
+    """adafactor: lower limit on the root mean square of a relative position bias, for
+    `parameter_scale`. T5 has 1e-3 for every tensor. With 1 a bias moves by `lr` itself, so that
+    short runs learn positions sooner."""
     adapter_floor: float = 1.0
-    """adafactor: least root mean square an adapter's matrix is taken to have (see `lora`). The B of
-    a pair begins at 0, and in proportion to its size it would never get away from there. With 1 it
-    moves by `lr` itself."""
+    """adafactor: the same for a LoRA matrix (see `lora`). The B of a pair starts at 0 and would
+    stay near it if it moved in proportion to its size. With 1 it moves by `lr` itself."""
     min_factored_dim: int = 128
     """adafactor: a tensor is factored when its second largest dimension is at least this."""
     per_expert: bool = True
     """adafactor: scale and clip each expert by itself (T5X), not the whole stack (Mesh-TF)."""
+    momentum: float = 0.95
+    """muon: Nesterov momentum of matrices and expert stacks."""
+    fallback: str = "adamw"
+    """muon: the optimizer of embeddings, head, routers, norms, biases and adapters. It has its
+    settings above: set --optim.betas 0.9 0.95 for AdamW with momentum."""
+    fallback_lr: float | None = None
+    """muon: peak learning rate of `fallback`, in its units and on the same schedule. None: `lr`."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "optim.", "lr", "eps", "decay_exponent", "clip_update")
+        check_positive(self, "optim.", "lr", "eps", "decay_exponent", "clip_update", "fallback_lr")
         check_positive(self, "optim.", "relative_bias_floor", "adapter_floor", "clip_norm")
-        check_at_least(self, "optim.", 0, "warmup_steps", "weight_decay")
+        check_at_least(self, "optim.", 0, "warmup_steps", "weight_decay", "router_lr")
+        check_rate(self, "optim.", "momentum")
+        _check_name("name", self.name, OPTIMIZERS)
+        if self.name == "muon":
+            _check_name("fallback", self.fallback, OPTIMIZERS.keys() - {"muon"})
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"optim.betas = {self.betas} must be two numbers in [0, 1).")
         if not 0 <= self.final_lr_share <= 1:
             raise ConfigError(
                 f"optim.final_lr_share = {self.final_lr_share} must be between 0 and 1."
             )
+
+
+def _check_name(setting: str, name: str, known: Iterable[str]) -> None:
+    if name not in known:
+        raise ConfigError(
+            f"optim.{setting} = {name!r} is not one of {', '.join(sorted(known))}.\n"
+            "  Add your own optimizer to switchworks.optim.OPTIMIZERS before the settings are made."
+        )

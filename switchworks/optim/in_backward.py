@@ -1,13 +1,13 @@
-"""Weights that move while the backward pass goes on, so that gradients are not held side by side.
+"""Updates during the backward pass, so that the gradients of all weights never exist together.
 
-Once a backward pass has the whole gradient of a weight it does not look at that weight again. So
-the weight may move at once and its gradient may go: a few gradients are there in place of a
-model's worth of them. Only a bound on the norm of all, or a sum over micro-batches or ranks, has
-to have them side by side.
+Once the backward pass has accumulated the whole gradient of a weight it does not read that weight
+again, so the weight can be updated at once and its gradient freed. Only a sum over micro-batches or
+ranks, or clipping by the norm of all gradients, needs them side by side.
 """
 
 import math
 import weakref
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -20,73 +20,80 @@ from switchworks.optim.masters import MasterWeights
 from switchworks.optim.schedule import learning_rate
 
 LARGE = 2**16
-"""Numbers from which a weight moves early. Small ones move together after the backward pass, since
-calling an optimizer for each would cost more than its arithmetic."""
-TOGETHER = 2**24
-"""Numbers in large gradients that wait for each other: 64 MB in float32."""
+"""Elements from which a weight is updated during the pass. Smaller ones are updated together after
+it, since calling an optimizer for each would cost more than its arithmetic."""
+BUCKET = 2**24
+"""Elements of large gradients that are updated together: 64 MB in float32."""
 
 
 class BackwardUpdater(Updater):
-    """An `Updater` whose large weights move in the backward pass, to the same values bit for bit.
+    """An `Updater` that updates large weights in the backward pass, to the same values bit for bit.
 
-    Call `begin()`, one backward pass, and `step()`, which moves the rest. Where a gradient is not
-    finite nothing moves from there on, and `step()` tells; what moved before has moved.
+    Call `begin()`, one backward pass, and `step()`, which updates the rest. From the first gradient
+    that is not finite nothing is updated, and `step()` reports it in the norm; earlier updates of
+    the same step stay.
     """
 
     def __init__(
-        self, masters: MasterWeights, optimizer: torch.optim.Optimizer, config: OptimConfig
+        self,
+        masters: MasterWeights,
+        optimizers: Sequence[torch.optim.Optimizer],
+        config: OptimConfig,
     ) -> None:
-        super().__init__(masters, optimizer, config)
-        assert config.clip_norm is None, "a bound needs the norm of all gradients"
-        self._inside = False
-        self._waiting: list[str] = []
-        self._set_aside: dict[str, Tensor | None] = {}
+        super().__init__(masters, optimizers, config)
+        assert config.clip_norm is None, "clipping needs the norm of all gradients"
+        self._in_step = False
+        self._bucket: list[str] = []
+        """Names of large weights with a gradient, not yet updated."""
+        self._small: dict[str, Tensor | None] = {}
         self._norms: list[float] = []
-        me: weakref.ref[BackwardUpdater] = weakref.ref(self)  # not self: that would be a cycle
+        # The hooks hold a weak reference: the model would otherwise keep its updater, and the
+        # updater its model, alive until the garbage collector runs.
+        updater: weakref.ref[BackwardUpdater] = weakref.ref(self)
         for name, parameter in masters.parameters().items():
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(partial(_arrived, me, name))
+                parameter.register_post_accumulate_grad_hook(partial(_on_grad, updater, name))
 
     def begin(self, step: int, total_steps: int) -> None:
-        """The backward pass that comes is that of step number `step` (from 0) of `total_steps`."""
+        """The next backward pass is that of step number `step` (from 0) of `total_steps`."""
         self._set_rate(learning_rate(self.config, step, total_steps))
-        self._waiting, self._set_aside, self._norms = [], {}, []
-        self._inside = True
+        self._bucket, self._small, self._norms = [], {}, []
+        self._in_step = True
 
     def step(self, step: int, total_steps: int) -> UpdateStats:
-        """Move what has not moved yet; the norm is that of all gradients of the step."""
-        assert self._inside, "begin() comes before the backward pass"
-        self._inside = False
+        """Update the weights that are left; the norm is that of all gradients of the step."""
+        assert self._in_step, "begin() comes before the backward pass"
+        self._in_step = False
         parameters = self.masters.parameters()
-        for name, grad in self._set_aside.items():
+        for name, grad in self._small.items():
             parameters[name].grad = grad
-        self._set_aside = {}
-        self.move(list(self.gradients()))
+        self._small = {}
+        self.update(list(self.gradients()))
         lr = learning_rate(self.config, step, total_steps)
         return UpdateStats(lr, math.hypot(*self._norms))
 
-    def move(self, names: list[str]) -> None:
-        """Move the weights `names`, of all that have gradients, unless a gradient of this step was
-        not finite."""
+    def update(self, names: list[str]) -> None:
+        """Update `names`, all weights that have a gradient now, if all norms so far are finite."""
         gradients = self.gradients()
         self._norms.append(float(global_norm([gradients[name] for name in names])))
         if math.isfinite(sum(self._norms)):
-            self._move(names, scale=1.0)
+            self._update(names, scale=1.0)
 
-    def arrived(self, name: str, parameter: nn.Parameter) -> None:
-        """The gradient of `parameter` is whole."""
-        if not self._inside:  # another backward pass than that of a step
+    def on_grad(self, name: str, parameter: nn.Parameter) -> None:
+        """Called by autograd when the gradient of `parameter` is complete."""
+        if not self._in_step:  # a backward pass outside of a training step
             return
         if parameter.numel() < LARGE:
-            self._set_aside[name], parameter.grad = parameter.grad, None
+            # Hidden from the optimizer, which updates every parameter that has a gradient.
+            self._small[name], parameter.grad = parameter.grad, None
             return
-        self._waiting.append(name)
+        self._bucket.append(name)
         parameters = self.masters.parameters()
-        if sum(parameters[other].numel() for other in self._waiting) >= TOGETHER:
-            names, self._waiting = self._waiting, []
-            self.move(names)
+        if sum(parameters[other].numel() for other in self._bucket) >= BUCKET:
+            names, self._bucket = self._bucket, []
+            self.update(names)
 
 
-def _arrived(updater: "weakref.ref[BackwardUpdater]", name: str, parameter: nn.Parameter) -> None:
-    if (found := updater()) is not None:
-        found.arrived(name, parameter)
+def _on_grad(reference: "weakref.ref[BackwardUpdater]", name: str, parameter: nn.Parameter) -> None:
+    if (updater := reference()) is not None:
+        updater.on_grad(name, parameter)

@@ -1,7 +1,8 @@
 """Float32 masters of the weights a model keeps in 16 bits.
 
-A bfloat16 number holds 8 bits: beside 1, a step of less than 2 ** -8 rounds to nothing. So the
-optimizer moves float32 masters, in which small steps add up, and the model gets rounded copies.
+A bfloat16 number has 8 significant bits: a step from 1 of less than 2 ** -8 rounds to nothing. So
+the optimizer updates float32 masters, in which small steps add up, and the model gets rounded
+copies.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 
 from switchworks.optim.sharded_stats import local
 
-_NARROW = (torch.bfloat16, torch.float16)
-_SMALL, _SHARE = 2**16, 2**24
+_HALF = (torch.bfloat16, torch.float16)
+_SMALL, _BUCKET = 2**16, 2**24
+"""Elements of a small parameter at most, and of a bucket of large ones (64 MB in float32)."""
 
 
 class MasterWeights:
@@ -26,7 +28,7 @@ class MasterWeights:
         named_parameters: Iterable[tuple[str, nn.Parameter]],
         weights: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Masters start from `weights` where these have a name, else from the parameter.
+        """Masters start from `weights` where these have the name, else from the parameter.
 
         A float32 tensor in `weights` becomes the master itself and is changed by training: to keep
         the digits of a float32 model, take them before it is cast, without a copy, by
@@ -38,17 +40,17 @@ class MasterWeights:
             name: _master_of(parameter, weights.get(name))
             for name, parameter in self._parameters.items()
         }
-        self._narrow = [
+        self._half = [
             name for name, master in self._masters.items() if master is not self._parameters[name]
         ]
         self.copy_to_model()
 
     def named(self) -> dict[str, nn.Parameter]:
-        """What an optimizer should update: name -> master."""
+        """Name -> master, which the optimizer updates."""
         return dict(self._masters)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """What the model computes with: name -> parameter."""
+        """Name -> parameter, which the model computes with."""
         return dict(self._parameters)
 
     def float_state(self) -> dict[str, Tensor]:
@@ -59,10 +61,10 @@ class MasterWeights:
     def accumulate(self) -> None:
         """Add the gradients of the 16-bit parameters to their masters', in float32, and drop them.
 
-        Call after every backward pass. Parameters that are their own master gather theirs in
-        float32 as torch does.
+        Call after every backward pass. For parameters that are their own master autograd itself
+        accumulates in float32.
         """
-        for name in self._narrow:
+        for name in self._half:
             parameter, master = self._parameters[name], self._masters[name]
             if parameter.grad is None:
                 continue
@@ -75,40 +77,42 @@ class MasterWeights:
     @property
     def accumulating(self) -> bool:
         """Whether masters of 16-bit parameters have gradients."""
-        return any(self._masters[name].grad is not None for name in self._narrow)
+        return any(self._masters[name].grad is not None for name in self._half)
 
     def gradients(self) -> dict[str, Tensor]:
-        """Name -> gradient gathered so far, where there is one. One that was not accumulated is
-        still its parameter's, in 16 bits."""
-        found = {}
+        """Name -> accumulated gradient, where there is one; before `accumulate`, the parameter's
+        own, in 16 bits."""
+        gradients: dict[str, Tensor] = {}
         for name, master in self._masters.items():
             grad = self._parameters[name].grad if master.grad is None else master.grad
             if grad is not None:
-                found[name] = grad
-        return found
+                gradients[name] = grad
+        return gradients
 
-    def shares(self) -> list[list[str]]:
-        """All names in a few lists, for an update of one list after the other.
+    def buckets(self) -> list[list[str]]:
+        """All names in a few lists, to be updated one list after the other.
 
-        What needs no float32 copy of its gradient, and all that is small, comes first; then large
-        16-bit parameters, so many at once that their float32 gradients take about 64 MB. An
-        optimizer moves whatever has a gradient: once gradients were accumulated there is one list.
+        The first list has what needs no float32 copy of its gradient and all that is small; the
+        others large 16-bit parameters, about 64 MB of float32 gradients in each. After
+        `accumulate` there is one list.
         """
+        # An optimizer updates every master that has a gradient. Once all of them have one there
+        # is nothing to save, and a second list would be updated along with the first.
         if self.accumulating:
             return [list(self._masters)]
-        large = [name for name in self._narrow if self._masters[name].numel() > _SMALL]
-        shares, size = [[name for name in self._masters if name not in set(large)]], _SHARE
+        large = [name for name in self._half if self._masters[name].numel() > _SMALL]
+        buckets, size = [[name for name in self._masters if name not in set(large)]], _BUCKET
         for name in large:
-            if size >= _SHARE:
-                shares.append([])
+            if size >= _BUCKET:
+                buckets.append([])
                 size = 0
-            shares[-1].append(name)
+            buckets[-1].append(name)
             size += self._masters[name].numel()
-        return shares
+        return buckets
 
     @torch.no_grad()
     def prepare_grads(self, names: Iterable[str], scale: float) -> None:
-        """The masters of `names` have their whole gradients, in float32 and times `scale`."""
+        """Give the masters of `names` their gradients in float32, times `scale`."""
         for name in names:
             parameter, master = self._parameters[name], self._masters[name]
             if parameter is not master and parameter.grad is not None:
@@ -117,7 +121,7 @@ class MasterWeights:
                 local(master.grad).mul_(scale)
 
     def zero(self, names: Iterable[str] | None = None) -> None:
-        """Forget the gradients of `names`, or all."""
+        """Drop the gradients of `names`, or all."""
         for name in self._masters if names is None else names:
             self._masters[name].grad = None
             self._parameters[name].grad = None
@@ -133,7 +137,7 @@ class MasterWeights:
 
 @torch.no_grad()
 def _master_of(parameter: nn.Parameter, weight: Tensor | None) -> nn.Parameter:
-    if parameter.dtype in _NARROW:
+    if parameter.dtype in _HALF:
         value = parameter if weight is None else weight
         return nn.Parameter(value.detach().float(), requires_grad=parameter.requires_grad)
     if weight is not None:

@@ -1,6 +1,6 @@
-from .apply import like as like
+from .apply import gather_full as gather_full
 from .apply import parallelize as parallelize
-from .apply import whole as whole
+from .apply import shard_like as shard_like
 from .config import MeshConfig as MeshConfig
 from .gradients import GradientSum as GradientSum
 from .layout import Place as Place
@@ -12,7 +12,7 @@ from .mesh import Ranks as Ranks
 from .mesh import batch_axis as batch_axis
 from .mesh import build_mesh as build_mesh
 from .mesh import ranks_of as ranks_of
-from .sharded_init import allocate as allocate
-from .sharded_init import fill as fill
+from .sharded_init import allocate_shards as allocate_shards
+from .sharded_init import initialise_shards as initialise_shards
 from .torchrun import first_to_say as first_to_say
 from .watchdog import watching as watching

@@ -58,9 +58,9 @@ def memory(experiment: Experiment, counts: Shares) -> dict[str, int]:
     bfloat16 ones, so that they come out of the run as they went in. With `update_in_backward`
     gradients come and go, as activations do.
     """
-    precision = experiment.precision
+    precision, optim = experiment.precision, experiment.optim
     compute = _COMPUTE[machine.fastest_precision() if precision == "auto" else precision]
-    moments = 2 if experiment.optim.name == "adamw" else int(experiment.optim.betas[0] > 0)
+    moments = {"adamw": 2, "muon": 1}.get(optim.name, int(optim.betas[0] > 0))
     share = numbers_of_a_rank(experiment) / num_parameters(experiment.model)
     parameters, trainable = round(counts.parameters * share), round(counts.trainable * share)
     # A batch that is not cut leaves its gradients in the model's own precision.

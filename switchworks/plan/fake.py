@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -34,6 +35,9 @@ def fake_ranks(config: MeshConfig) -> Iterator[Ranks]:
         yield Ranks(build_mesh(config))
     finally:
         dist.destroy_process_group()
+        # DTensor caches the placement of results by mesh, and meshes of equal ranks compare equal:
+        # the next one would be handed this one, whose process groups are gone.
+        _clear_sharding_prop_cache()
 
 
 @contextmanager

@@ -90,19 +90,19 @@ def measure_step(state: TrainState, batch: Batch) -> Footprint:
 
     updater.accumulate, updater.step = marked, counted
     if isinstance(updater, BackwardUpdater):
-        move = updater.move
+        move = updater.update
 
         def counted_early(names: list[str]) -> None:
             trace.mark(grads_of_parameters())
             gradients.append(_bytes_of(updater.gradients().values()))
             move(names)
 
-        updater.move = counted_early
+        updater.update = counted_early
     try:
         with trace:
             train_step(state, batch)
     finally:
-        for name in ("accumulate", "step", "move"):
+        for name in ("accumulate", "step", "update"):
             vars(updater).pop(name, None)
     passing, others = trace.peaks(len(PHASES))
     return Footprint(

@@ -1,7 +1,7 @@
 from .compression import write_compression as write_compression
-from .languages.compare import write_languages as write_languages
+from .languages.write import write_languages as write_languages
+from .page import write_report as write_report
 from .routing import write_routing_report as write_routing_report
 from .runs import Run as Run
 from .runs import read_run as read_run
 from .runs import when_reached as when_reached
-from .write import write_report as write_report

@@ -9,12 +9,19 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
-from switchworks.report.frame import Frame, axes, figure
+from switchworks.report.frame import Frame, axes
+from switchworks.report.html import figure
+from switchworks.report.runs import Run
 
 COLOURS = 6
 """Colours of the palette, `--c0` to `--c5`; a seventh curve begins again."""
 POINTS = 600
-"""Most points drawn of one curve: more cannot be told apart at this width."""
+"""Most points drawn of one curve: more are not visible at this width."""
+
+
+Kind = Literal["noisy", "smooth", "plain", "points"]
+"""noisy: the raw values faint, and smoothed on top. smooth: only smoothed. plain: the raw values.
+points: the raw values, with dots."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,14 +32,24 @@ class Curve:
     y: Float[np.ndarray, " N"]
     label: str
     colour: int = 0
-    kind: Literal["noisy", "smooth", "plain", "points"] = "noisy"
-    """noisy: faint as it is, and smoothed on top. smooth: only smoothed. plain: as it is.
-    points: as it is, with dots."""
+    kind: Kind = "noisy"
 
     @property
     def shown(self) -> Float[np.ndarray, " N"]:
-        """The values the curve itself goes through."""
+        """The y values of the line that is drawn."""
         return smooth(self.y) if self.kind in ("noisy", "smooth") else self.y
+
+
+def curves_of(
+    runs: Sequence[Run], key: str, *, kind: Kind | None = None, scale: int = 1
+) -> list[Curve]:
+    """`key` against steps, a curve per run; by default noisy, and of several runs smooth."""
+    kind = kind or ("noisy" if len(runs) == 1 else "smooth")
+    series = [run.series(key) for run in runs]
+    return [
+        Curve(x=x, y=y * scale, label=run.name, colour=colour, kind=kind)
+        for colour, (run, (x, y)) in enumerate(zip(runs, series, strict=True))
+    ]
 
 
 def smooth(y: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
@@ -60,15 +77,15 @@ def line_chart(
 ) -> str:
     """A `<figure>` with `curves`; "" if none of them has a point.
 
-    The y axis fits what comes after the first tenth of the run: the fall at the beginning
-    would flatten all the rest. What lies outside is cut off, and said. `reference` is a value
-    worth a dashed line, and its name; `mark` is a place along x worth one.
+    The y axis fits the values after the first tenth of the run: the fall at the beginning would
+    flatten all the rest. What lies outside is cut off, with a note. `reference` is a value of y and
+    a name for the dashed line there; `mark` is the same for x.
     """
-    several = len(curves) > 1  # then a single one with points must be named, too
+    several = len(curves) > 1  # the legend names the curves left, even if that is one
     curves = [curve for curve in curves if len(curve.x)]
     if not curves:
         return ""
-    frame = Frame(50, 16, 424, 226, _span_of(curves), _fitted(curves, from_zero, reference))
+    frame = Frame(50, 16, 424, 226, _span(curves), _y_range(curves, from_zero, reference))
     inner = "".join(_curve(frame, curve) for curve in curves)
     parts = [
         axes(frame, x_label),
@@ -85,16 +102,14 @@ def line_chart(
     edges = " ".join(
         f"{v:.6g}" for v in (frame.left, frame.right, frame.top, frame.bottom, *frame.x, *frame.y)
     )
-    return figure(
-        title,
-        unit,
-        _legend(curves) if several else "",
+    picture = (
         f'<svg class="chart" viewBox="0 0 480 268" role="img" aria-label="{escape(title)}" '
-        f'data-frame="{edges}" data-x="{escape(x_label)}">{"".join(parts)}</svg>',
+        f'data-frame="{edges}" data-x="{escape(x_label)}">{"".join(parts)}</svg>'
     )
+    return figure(title, unit, picture, _legend(curves) if several else "")
 
 
-def _span_of(curves: Sequence[Curve]) -> tuple[float, float]:
+def _span(curves: Sequence[Curve]) -> tuple[float, float]:
     first = min(float(curve.x[0]) for curve in curves)
     last = max(float(curve.x[-1]) for curve in curves)
     if first < 0.1 * last:
@@ -102,17 +117,16 @@ def _span_of(curves: Sequence[Curve]) -> tuple[float, float]:
     return (first, last) if last > first else (first, first + 1)
 
 
-def _fitted(
+def _y_range(
     curves: Sequence[Curve], from_zero: bool, reference: tuple[float, str] | None
 ) -> tuple[float, float]:
-    first, last = _span_of(curves)
+    first, last = _span(curves)
     ends: list[float] = [] if reference is None else [reference[0]]
     for curve in curves:
         settled = curve.x >= first + 0.1 * (last - first)
         y = curve.y[settled] if settled.any() else curve.y
-        if (
-            curve.kind in ("noisy", "smooth") and len(y) > 40
-        ):  # a few spikes must not flatten the rest
+        # Of a long noisy curve the outer percents are left out: spikes must not flatten the rest.
+        if curve.kind in ("noisy", "smooth") and len(y) > 40:
             ends += np.percentile(y, [1, 99]).tolist()
         else:
             ends += [float(y.min()), float(y.max())]
@@ -171,7 +185,7 @@ def _dots(frame: Frame, curve: Curve) -> str:
 def _end_labels(frame: Frame, curves: Sequence[Curve]) -> str:
     """The last value of every curve beside its end, moved apart where they would overlap.
 
-    Where several runs are validated, only that is named: twice the numbers would hide it.
+    Beside curves with points, which are validation losses, smooth ones have no label.
     """
     dotted = any(curve.kind == "points" for curve in curves)
     ends = []
@@ -184,7 +198,7 @@ def _end_labels(frame: Frame, curves: Sequence[Curve]) -> str:
     ends.sort()
     for above, below in itertools.pairwise(ends):
         below[0] = max(below[0], above[0] + 15)
-    limit = frame.bottom - 6  # clear of the numbers along the axis
+    limit = frame.bottom - 6  # above the numbers of the x axis
     for end in reversed(ends):
         end[0] = min(end[0], limit)
         limit = end[0] - 15
@@ -221,8 +235,8 @@ def _mark(frame: Frame, mark: tuple[float, str], curves: Sequence[Curve]) -> str
     if not frame.x[0] <= place <= frame.x[1]:
         return ""
     x, middle = frame.across(place), (frame.top + frame.bottom) / 2
-    late = x > (frame.left + frame.right) / 2  # then its name stands before it
-    heights = [frame.down(float(np.interp(place, one.x, one.shown))) for one in curves]
+    late = x > (frame.left + frame.right) / 2  # then its name stands left of it
+    heights = [frame.down(float(np.interp(place, c.x, c.shown))) for c in curves]
     y = frame.bottom - 6 if np.mean(heights) < middle else frame.top + 12
     return (
         f'<path class="reference" d="M{x:.1f} {frame.top}V{frame.bottom}"/>'

@@ -1,7 +1,7 @@
-"""`switchworks report --compression TEACHER STUDENT ... DENSE`: what smaller models kept, and cost.
+"""Measures a teacher, smaller students and a dense baseline for `report --compression`.
 
 All models are measured on the same held-out rows, those of the first run directory among them, in
-one process, one after the other.
+one process.
 """
 
 import math
@@ -40,9 +40,9 @@ ROWS = 16
 """Rows read at once, and texts continued at once."""
 NEW_TOKENS = 32
 REPEATS = 5
-"""A speed is the median of so many, after one that does not count; models take turns."""
+"""Measurements of a speed, of which the median is taken, after one call to warm up."""
 EXAMPLES = 256
-"""Of each task, evenly spread."""
+"""Examples of each task, evenly spread over the split."""
 
 
 class _Model(NamedTuple):
@@ -56,10 +56,11 @@ def write_compression(
 ) -> dict[str, Any]:
     """Measure the models in `paths`, write the page and beside it its numbers as JSON.
 
-    The first is the teacher, the last the dense baseline that had no teacher, those between the
+    The first is the teacher, the last the dense baseline that had no teacher, those between are the
     students: smaller models of any kind. By default the page is compression.html in the first
-    student's directory. Returns the numbers; "page" says where the page is. Raises ConfigError for
-    fewer than three models, CheckpointError for one that cannot be read or reads other tokens.
+    student's run directory. Returns the numbers, with the path of the page as "page". Raises
+    ConfigError for fewer than three models, CheckpointError for one that cannot be read or has
+    another tokenizer.
     """
     if len(paths) < 3:
         raise ConfigError(
@@ -67,20 +68,24 @@ def write_compression(
             "  Name the teacher first, then its students, and last the dense baseline."
         )
     data = _text_of(paths)
-    opened = _same_tokens([_open(path) for path in paths])
-    corpora = open_dataset(data, vocab_size=opened[0].model.config.vocab_size)
-    held_out = corpora.held_out(batch_size=ROWS, batches=batches)
-    models = [_about(one, held_out, data) for one in opened]
-    for about, speeds in zip(models, _speeds(opened, held_out), strict=True):
-        about |= speeds
+    opened = [_open(path) for path in paths]
+    for other in opened[1:]:
+        _check_same_tokens(opened[0], other)
+    dataset = open_dataset(data, vocab_size=opened[0].model.config.vocab_size)
+    held_out = dataset.held_out(batch_size=ROWS, batches=batches)
+    models = [_figures(entry, held_out, data) for entry in opened]
     roles = ["teacher", *(["student"] * (len(paths) - 2)), "baseline"]
-    quality = [about["score"] if data.tasks else -about["loss"] for about in models]
-    for role, about, value in zip(roles, models, quality, strict=True):
-        about["role"], about["quality"] = role, value
+    quality = [model["score"] if data.tasks else -model["loss"] for model in models]
+    speeds = _speeds([entry.model for entry in opened], held_out)
+    for role, model, value, speed in zip(roles, models, quality, speeds, strict=True):
         kept = fraction_of_gain(baseline=quality[-1], teacher=quality[0], student=value)
-        there = quality[0] > quality[-1] and not math.isnan(kept)  # JSON has no nan
-        about["gain_kept"] = kept if there else None
-        about["compression"] = 1 - about["parameters"] / models[0]["parameters"]
+        defined = quality[0] > quality[-1] and not math.isnan(kept)  # JSON has no nan
+        model |= speed | {
+            "role": role,
+            "quality": value,
+            "gain_kept": kept if defined else None,
+            "compression": 1 - model["parameters"] / models[0]["parameters"],
+        }
     rows = list(chain.from_iterable(held_out.batches.values()))
     report = {
         "text": data.named,
@@ -98,7 +103,7 @@ def write_compression(
 
 
 def _home(path: Path) -> Path:
-    """Where a file may be put: not among the sealed files of a model."""
+    """`path` if it is a run directory, else the current one: a model's files are sealed by hash."""
     return path if (path / "experiment.toml").is_file() else Path()
 
 
@@ -114,7 +119,7 @@ def _text_of(paths: Sequence[Path]) -> DataConfig:
 
 
 def _open(path: Path) -> _Model:
-    """In its own precision and bits."""
+    """The model as it is stored: its dtype and bits are not changed."""
     model, tokenizer = load(path) if is_model(path) else open_model(path)
     if tokenizer is None:
         raise CheckpointError(
@@ -124,63 +129,54 @@ def _open(path: Path) -> _Model:
     return _Model(path, model.to(compute_device()).eval(), tokenizer)
 
 
-def _same_tokens(opened: list[_Model]) -> list[_Model]:
-    for one in opened[1:]:
-        if one.tokenizer.fingerprint != opened[0].tokenizer.fingerprint:
-            raise CheckpointError(
-                f"{opened[0].path} and {one.path} have different tokenizers: their losses are of "
-                "different tokens.\n  Compare models of one vocabulary."
-            )
-        if one.model.config.decoder_only != opened[0].model.config.decoder_only:
-            raise CheckpointError(
-                f"One of {opened[0].path} and {one.path} is decoder-only and the other is not: "
-                "they read different rows.\n  Compare models of one kind."
-            )
-    return opened
+def _check_same_tokens(first: _Model, other: _Model) -> None:
+    if other.tokenizer.fingerprint != first.tokenizer.fingerprint:
+        raise CheckpointError(
+            f"{first.path} and {other.path} have different tokenizers: their losses are of "
+            "different tokens.\n  Compare models of one vocabulary."
+        )
+    if other.model.config.decoder_only != first.model.config.decoder_only:
+        raise CheckpointError(
+            f"One of {first.path} and {other.path} is decoder-only and the other is not: "
+            "they read different rows.\n  Compare models of one kind."
+        )
 
 
-def _about(one: _Model, held_out: ValidationSet, data: DataConfig) -> dict[str, Any]:
-    """All that is measured of one model, as plain values."""
-    config, rounding = one.model.config, quantise_config_of(one.model)
-    print(f"reading held-out text with {one.path}", flush=True)
-    loss, _ = held_out_losses(one.model, held_out)
+def _figures(entry: _Model, held_out: ValidationSet, data: DataConfig) -> dict[str, Any]:
+    """Sizes and quality of one model, as plain values."""
+    config, quantised = entry.model.config, quantise_config_of(entry.model)
+    print(f"reading held-out text with {entry.path}", flush=True)
+    loss, _ = held_out_losses(entry.model, held_out)
     return {
-        "path": str(one.path),
-        "kind": _kind(one.model),
-        "weights": "float" if rounding is None else rounding.scheme,
+        "path": str(entry.path),
+        "kind": "dense" if config.routing is None else f"{config.routing.experts} experts",
+        "weights": "float" if quantised is None else quantised.scheme,
         "parameters": num_parameters(config),
         "active_parameters": active_parameters(config),
         "flops_per_token": flops_per_token(config, data.input_length, data.target_length),
-        "bytes_on_disk": sum(file.stat().st_size for file in weight_files(one.path)),
+        "bytes_on_disk": sum(file.stat().st_size for file in weight_files(entry.path)),
         "loss": loss,
-        **({"score": _score(one, data)} if data.tasks else {}),
+        **({"score": _score(entry, data)} if data.tasks else {}),
         "tensors": [
-            {"names": names, "bits": bits, "bits_with_scales": wide, "bytes": size}
-            for names, bits, wide, size in grouped(tensors_of(one.model))
+            {"names": names, "bits": bits, "bits_with_scales": with_scales, "bytes": size}
+            for names, bits, with_scales, size in grouped(tensors_of(entry.model))
         ],
     }
 
 
-def _kind(model: SwitchTransformer) -> str:
-    routing = model.config.routing
-    return "dense" if routing is None else f"{routing.experts} experts"
-
-
-def _score(one: _Model, data: DataConfig) -> float:
+def _score(entry: _Model, data: DataConfig) -> float:
     """Mean over the tasks, out of 100."""
-    how, places = DecodingConfig(examples=EXAMPLES, input_length=data.input_length), places_of(data)
+    decoding = DecodingConfig(examples=EXAMPLES, input_length=data.input_length)
+    places = places_of(data)
+    eval_sets = (questions_of(task, "validation", places, EXAMPLES) for task in tasks_of(data))
     return fmean(
-        measure(
-            one.model, one.tokenizer, questions_of(task, "validation", places, EXAMPLES), how
-        ).score
-        for task in tasks_of(data)
+        measure(entry.model, entry.tokenizer, eval_set, decoding).score for eval_set in eval_sets
     )
 
 
-def _speeds(opened: Sequence[_Model], held_out: ValidationSet) -> list[dict[str, float]]:
+def _speeds(models: Sequence[SwitchTransformer], held_out: ValidationSet) -> list[dict[str, float]]:
     """Tokens per second of every model, read and written, on the same rows."""
     batch = next(iter(held_out.batches.values()))[0].to(compute_device())
-    models = [one.model for one in opened]
     print("timing the models in turns", flush=True)
     read = _in_turns([partial(_read, model, batch) for model in models])
     written = _in_turns([partial(_write, model, batch) for model in models])
@@ -191,9 +187,9 @@ def _speeds(opened: Sequence[_Model], held_out: ValidationSet) -> list[dict[str,
 
 
 def _in_turns(works: Sequence[Callable[[], int]]) -> list[float]:
-    """Tokens per second of every work, which says how many it made: A B A B, not A A B B.
+    """Tokens per second of each function, which returns its tokens: A B A B, not A A B B.
 
-    A machine's speed wanders by more than models differ, and so it wanders for all of them.
+    The speed of a shared machine drifts by more than models differ; in turns it drifts for all.
     """
     for work in works:
         work()
@@ -210,7 +206,7 @@ def _speed(work: Callable[[], int]) -> float:
 
 
 def _wait() -> None:
-    """Until a GPU, if there is one, has done what it was given."""
+    """Return when a GPU, if there is one, has finished its queue."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
 
@@ -222,6 +218,6 @@ def _read(model: SwitchTransformer, batch: Batch) -> int:
 
 
 def _write(model: SwitchTransformer, batch: Batch) -> int:
-    """Positions decoded, also those of rows that had ended."""
+    """Number of positions decoded, those of rows that had ended included."""
     given = batch.targets[:, :NEW_TOKENS] if model.config.decoder_only else batch.inputs
     return generate(model, given, max_length=NEW_TOKENS).numel()

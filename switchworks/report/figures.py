@@ -1,18 +1,15 @@
-"""The key figures of runs, in words and numbers people read: for tiles and comparisons."""
+"""The key figures of runs, as text for tiles and tables."""
 
 import math
 from collections.abc import Sequence
 
+from switchworks.report.html import Tile
 from switchworks.report.runs import Reached, Run, baseline, when_reached
 
-Figure = tuple[str, str, str]
-"""A figure worth a tile: its name, its value and, smaller, what is to be known about it."""
 
-
-def figures(run: Run) -> list[Figure]:
-    """The key figures of a run; those it did not note are left out."""
-    found = [*_quality(run), *_size(run), *_routing_figures(run)]
-    return [figure for figure in found if figure[1]]
+def figures(run: Run) -> list[Tile]:
+    """The key figures of a run; those without a value are left out."""
+    return [tile for tile in (*_quality(run), *_size(run), *_routing(run)) if tile[1]]
 
 
 def compact(count: int | float | None) -> str:
@@ -26,7 +23,7 @@ def compact(count: int | float | None) -> str:
 
 
 def duration(seconds: int | float | None) -> str:
-    """Seconds as people say them: 48 s, 5 min 52 s, 3 h 12 min; "" for None."""
+    """Seconds in the two largest units: 48 s, 5 min 52 s, 3 h 12 min; "" for None."""
     if seconds is None:
         return ""
     minutes, rest = divmod(round(seconds), 60)
@@ -39,17 +36,17 @@ def duration(seconds: int | float | None) -> str:
 
 
 def speedups(runs: Sequence[Run]) -> list[list[str]]:
-    """Rows of a table, each with its name first: when each run was as good as the baseline became.
+    """Rows of a table, name first: when each run had come down to the baseline's final loss.
 
-    A speed-up is the baseline's own steps (or seconds) to that loss over the run's. Empty if the
+    A speed-up is the baseline's steps (or seconds) to that loss over the run's. Empty if the
     baseline was never validated.
     """
     base = baseline(runs)
     target = base.last("val/loss")
     if target is None:
         return []
-    own = when_reached(base, target)
-    columns = [_speedup(own, when_reached(run, target)) for run in runs]
+    first = when_reached(base, target)
+    columns = [_speedup(first, when_reached(run, target)) for run in runs]
     names = (
         f"Steps to a loss of {target:.3f}",
         "Speed-up in steps",
@@ -59,62 +56,62 @@ def speedups(runs: Sequence[Run]) -> list[list[str]]:
     return [[name, *cells] for name, *cells in zip(names, *columns, strict=True)]
 
 
-def gains(runs: Sequence[Run]) -> list[Figure]:
-    """Tiles of a comparison: the speed-ups of every run that became as good as the baseline."""
+def gains(runs: Sequence[Run]) -> list[Tile]:
+    """Tiles of a comparison: the speed-ups of every run that reached the baseline's final loss."""
     base = baseline(runs)
     target = base.last("val/loss")
-    own = None if target is None else when_reached(base, target)
-    found = []
+    first = None if target is None else when_reached(base, target)
+    found: list[Tile] = []
     for run in runs:
         reached = None if run is base or target is None else when_reached(run, target)
-        if own is None or reached is None:
+        if first is None or reached is None:
             continue
-        steps, ratio, time, time_ratio = _speedup(own, reached)
+        steps, ratio, time, time_ratio = _speedup(first, reached)
+        step_note = f"{steps} instead of {first.step:,.0f} steps"
+        time_note = f"{time} instead of {duration(first.seconds)}"
         found += [
-            (f"Speed-up in steps, {run.name}", ratio, f"{steps} instead of {own.step:,.0f} steps"),
-            (
-                f"Speed-up in time, {run.name}",
-                time_ratio,
-                f"{time} instead of {duration(own.seconds)}",
-            ),
+            (f"Speed-up in steps, {run.name}", ratio, step_note),
+            (f"Speed-up in time, {run.name}", time_ratio, time_note),
         ]
     return found
 
 
-def _speedup(own: Reached | None, other: Reached | None) -> list[str]:
-    if own is None or other is None:
+def _speedup(base: Reached | None, run: Reached | None) -> list[str]:
+    if base is None or run is None:
         return ["not reached"] * 4
     return [
-        f"{other.step:,.0f}",
-        _ratio(own.step, other.step),
-        duration(other.seconds) or "-",
-        _ratio(own.seconds, other.seconds),
+        f"{run.step:,.0f}",
+        _ratio(base.step, run.step),
+        duration(run.seconds) or "-",
+        _ratio(base.seconds, run.seconds),
     ]
 
 
+def _ratio(base: float | None, run: float | None) -> str:
+    return f"{base / run:.2f}x" if base and run else "-"
+
+
 def by_corpus(runs: Sequence[Run]) -> dict[str, list[tuple[str, str] | None]]:
-    """Per corpus of mixtures, in every run: its last validation loss, and what share it had and
-    how often it was read; None in a run that was not validated on it."""
+    """Corpus -> for each run its last validation loss on it, and its share and epochs as a note.
+
+    None stands for a run that was not validated on the corpus.
+    """
     keys = dict.fromkeys(key for run in runs for row in run.rows for key in row)
     names = [key.removeprefix("val/loss/") for key in keys if key.startswith("val/loss/")]
-    return {name: [_of_corpus(run, name) for run in runs] for name in names}
+    return {name: [_corpus(run, name) for run in runs] for name in names}
 
 
-def _of_corpus(run: Run, name: str) -> tuple[str, str] | None:
+def _corpus(run: Run, name: str) -> tuple[str, str] | None:
     loss, epochs = run.last(f"val/loss/{name}"), run.last(f"epoch/{name}")
     if loss is None:
         return None
-    about = run.about.get("corpora")
-    rate = about.get(name, {}).get("rate") if isinstance(about, dict) else None
+    corpora = run.about.get("corpora")
+    rate = corpora.get(name, {}).get("rate") if isinstance(corpora, dict) else None
     notes = [
         f"{rate:.2%} of the rows" if isinstance(rate, float) else "",
         "" if epochs is None else f"read {epochs:.3g} times",
     ]
     return f"{loss:.3f}", ", ".join(note for note in notes if note)
-
-
-def _ratio(own: float | None, other: float | None) -> str:
-    return f"{own / other:.2f}x" if own and other else "-"
 
 
 def recorded(run: Run, name: str) -> int | float | None:
@@ -123,20 +120,16 @@ def recorded(run: Run, name: str) -> int | float | None:
     return value if isinstance(value, int | float) else None
 
 
-def _quality(run: Run) -> list[Figure]:
+def _quality(run: Run) -> list[Tile]:
     steps, losses = run.series("val/loss")
-    loss = run.last("val/loss")
+    loss, training = run.last("val/loss"), run.settled("train/loss")
     best = ""
     if len(losses) and losses.min() < losses[-1]:
         best = f"best {losses.min():.3f} at step {int(steps[losses.argmin()]):,}"
-    training = run.settled("train/loss")
+    perplexity = "" if loss is None else _perplexity(loss)
     return [
         ("Validation loss", "" if loss is None else f"{loss:.3f}", best or "nats per target token"),
-        (
-            "Validation perplexity",
-            "" if loss is None else _perplexity(loss),
-            "exp of the loss, per target token",
-        ),
+        ("Validation perplexity", perplexity, "exp of the loss, per target token"),
         ("Training loss", "" if training is None else f"{training:.3f}", "mean of the last tenth"),
     ]
 
@@ -146,38 +139,29 @@ def _perplexity(loss: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
-def _size(run: Run) -> list[Figure]:
+def _size(run: Run) -> list[Tile]:
     active = recorded(run, "active_parameters")
+    active_note = "" if active is None else f"{compact(active)} used per token"
     return [
         ("Steps", compact(run.rows[-1]["step"]) if run.rows else "", ""),
         ("Tokens", compact(run.last("tokens")), "seen in training"),
         ("Training time", duration(run.last("seconds")), ""),
         ("Tokens per second", compact(run.median("tokens_per_second")), "median"),
-        (
-            "Parameters",
-            compact(recorded(run, "parameters")),
-            "" if active is None else f"{compact(active)} used per token",
-        ),
+        ("Parameters", compact(recorded(run, "parameters")), active_note),
         ("FLOPs per token", compact(recorded(run, "flops_per_token")), ""),
     ]
 
 
-def _routing_figures(run: Run) -> list[Figure]:
-    dropped, used = run.settled("train/dropped"), run.settled("train/experts_in_use")
+def _routing(run: Run) -> list[Tile]:
     if not run.sparse:
         return []
+    dropped, used = run.settled("train/dropped"), run.settled("train/experts_in_use")
     loads = run.loads()
-    experts = max((table.shape[1] for _, table in loads.values()), default=0)
+    experts = max((shares.shape[1] for _, shares in loads.values()), default=0)
     layers = f", mean of {len(loads)} layers" if len(loads) > 1 else ""
+    total = f" of {experts}" if experts else ""
+    dropped_note = "had no room at their expert; mean of the last tenth"
     return [
-        (
-            "Dropped tokens",
-            "" if dropped is None else f"{100 * dropped:.2f} %",
-            "had no room at their expert; mean of the last tenth",
-        ),
-        (
-            "Experts in use",
-            "" if used is None else f"{used:.1f}" + (f" of {experts}" if experts else ""),
-            f"per layer{layers}",
-        ),
+        ("Dropped tokens", "" if dropped is None else f"{100 * dropped:.2f} %", dropped_note),
+        ("Experts in use", "" if used is None else f"{used:.1f}{total}", f"per layer{layers}"),
     ]

@@ -1,4 +1,4 @@
-"""What every picture of a report is drawn in: its rectangle, axes, numbers and caption.
+"""The rectangle that a chart is drawn in, its axes and their numbers, as SVG.
 
 Colours are CSS variables of the page (`--c0` ... `--c5`, `--ink`, `--grid`), so that light, dark
 and paper each get their own. A picture is 480 units wide: about as wide as a phone shows it.
@@ -9,7 +9,6 @@ from html import escape
 from typing import TypeVar
 
 import numpy as np
-from matplotlib.ticker import MaxNLocator
 
 Numbers = TypeVar("Numbers", float, np.ndarray)
 
@@ -32,13 +31,6 @@ class Frame:
     def down(self, y: Numbers) -> Numbers:
         """Values of y as picture units, which grow downwards."""
         return self.bottom - (y - self.y[0]) / (self.y[1] - self.y[0]) * (self.bottom - self.top)
-
-
-def figure(title: str, unit: str, legend: str, picture: str) -> str:
-    return (
-        f"<figure><figcaption><b>{escape(title)}</b> <span>{escape(unit)}</span></figcaption>"
-        f"{legend}{picture}</figure>"
-    )
 
 
 def axes(frame: Frame, x_label: str) -> str:
@@ -72,6 +64,8 @@ def bottom(frame: Frame, label: str, *, bins: int) -> str:
 
 def ticks(low: int | float, high: int | float, *, bins: int) -> np.ndarray:
     """About `bins` round numbers within [low, high]."""
+    from matplotlib.ticker import MaxNLocator  # a run that writes no report does without
+
     ticks: np.ndarray = np.asarray(
         MaxNLocator(nbins=bins, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
     )

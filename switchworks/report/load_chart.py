@@ -4,17 +4,17 @@ import base64
 import io
 from html import escape
 
-import matplotlib.image
 import numpy as np
 from jaxtyping import Float
 
-from switchworks.report.frame import Frame, bottom, figure, ticks
+from switchworks.report.frame import Frame, bottom, ticks
+from switchworks.report.html import figure
 from switchworks.report.runs import last_part
 
 COLUMNS = 120
-"""Most columns of a heat map; each is the mean of the lines that fall into it."""
+"""Most columns of a heat map."""
 BELOW, ABOVE = (0, 114, 178), (213, 94, 0)
-"""Loads under and over the even share. Told apart by every common kind of colour vision."""
+"""RGB of loads under and over the even share, distinct for all common colour vision."""
 
 
 def load_chart(
@@ -48,7 +48,7 @@ def load_chart(
         f"{_bars(bars, ended)}{bottom(bars, 'times the even share', bins=3)}"
         "</svg>"
     )
-    return figure(layer, note, "", picture)
+    return figure(layer, note, picture)
 
 
 def colour_bar() -> str:
@@ -64,7 +64,12 @@ def colour_bar() -> str:
 
 
 def _heat_map(steps: np.ndarray, loads: np.ndarray) -> str:
-    """A PNG as a data address, one row per expert; even shares are transparent."""
+    """A PNG as a data address, one row per expert; even shares are transparent.
+
+    A column is the mean of the steps that fall into it; where none does, the nearest step's.
+    """
+    import matplotlib.image
+
     columns = min(COLUMNS, len(steps))
     edges = np.linspace(steps[0], steps[-1], columns + 1)
     column = np.searchsorted(edges[1:-1], steps, side="right")
@@ -76,6 +81,7 @@ def _heat_map(steps: np.ndarray, loads: np.ndarray) -> str:
         ],
         axis=1,
     )
+    # Opacity is |log2 load| / 2: full at a quarter of the even share and at four times it.
     strength = np.clip(np.log2(np.maximum(table, 1e-9)) / 2, -1, 1)
     picture = np.empty((*table.shape, 4), dtype=np.uint8)
     picture[..., :3] = np.where(strength[..., None] > 0, ABOVE, BELOW)

@@ -1,46 +1,70 @@
-"""The HTML page of a report: what is said about the runs, and in which order."""
+"""The HTML page about one run or several: its sections, and in which order they stand."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 from html import escape
+from pathlib import Path
 
 import numpy as np
 
-from switchworks.report.charts import COLOURS, Curve, line_chart
-from switchworks.report.document import document
-from switchworks.report.figures import (
-    Figure,
-    by_corpus,
-    compact,
-    figures,
-    gains,
-    recorded,
-    speedups,
+from switchworks.config import DataError
+from switchworks.report.charts import COLOURS, Curve, Kind, curves_of, line_chart
+from switchworks.report.figures import by_corpus, compact, figures, gains, recorded, speedups
+from switchworks.report.html import (
+    card,
+    cell,
+    details,
+    document,
+    grid,
+    header,
+    notice,
+    section,
+    table,
+    tiles,
+    write_page,
 )
 from switchworks.report.load_chart import colour_bar, load_chart
-from switchworks.report.runs import Run, baseline, last_part
+from switchworks.report.runs import Run, baseline, last_part, read_run
 from switchworks.report.samples import samples_section
-from switchworks.report.tasks import best_mark, said_of_best, task_charts, task_rows
+from switchworks.report.tasks import best_mark, best_sentence, task_charts, task_rows
+
+LOSS_UNIT = "nats per target token"
+
+
+def write_report(run_dirs: Sequence[Path], output: Path | None = None) -> Path:
+    """Write one self-contained HTML page about the runs in `run_dirs`, and return where it is.
+
+    By default the page is report.html in the run directory, or for several runs comparison.html
+    in the first of them. Raises DataError for a directory that holds no run.
+    """
+    if not run_dirs:
+        raise DataError("A report needs at least one run directory. Name the one to report on.")
+    runs = [read_run(Path(path)) for path in run_dirs]
+    name = "report.html" if len(runs) == 1 else "comparison.html"
+    target = runs[0].path / name if output is None else Path(output)
+    write_page(target, page(runs))
+    return target
 
 
 def page(runs: Sequence[Run]) -> str:
-    """What there is to say about the runs, in a document of its own."""
-    runs = _told_apart(runs)
-    sections = [_header(runs), *(_notes(run) for run in runs)]
+    """The page as HTML. Sections for which the runs have no data are left out."""
+    runs = _with_distinct_names(runs)
+    facts = [fact for fact in _facts(runs[0]) if all(fact in _facts(run) for run in runs)]
+    names = ", ".join(run.name for run in runs)
+    sections = [header(names, facts), *(_problems(run) for run in runs)]
     if len(runs) > 1:
         sections.append(_comparison(runs))
     elif runs[0].rows:
-        sections.append(_tiles(figures(runs[0])))
+        sections.append(tiles(figures(runs[0])))
     sections += [_learning(runs), _tasks(runs), _corpora(runs), _speed(runs), _routing(runs)]
     sections += [_loads(run, several=len(runs) > 1) for run in runs]
     sections += [samples_section(run, several=len(runs) > 1) for run in runs]
     sections += [_origin(runs), _settings(runs)]
-    names = ", ".join(run.name for run in runs)
     return document(f"{names} - switchworks report", sections)
 
 
-def _told_apart(runs: Sequence[Run]) -> list[Run]:
-    """The runs with distinct names: two seeds of one recipe have the same."""
+def _with_distinct_names(runs: Sequence[Run]) -> list[Run]:
+    """Runs of one name, such as two seeds of a recipe, get their directories added to it."""
     names = [run.name for run in runs]
     return [
         replace(run, name=f"{run.name} ({run.path.resolve().name})")
@@ -48,13 +72,6 @@ def _told_apart(runs: Sequence[Run]) -> list[Run]:
         else run
         for run in runs
     ]
-
-
-def _header(runs: Sequence[Run]) -> str:
-    facts = [fact for fact in _facts(runs[0]) if all(fact in _facts(run) for run in runs)]
-    names = escape(", ".join(run.name for run in runs))
-    said = escape(" \N{MIDDLE DOT} ".join(facts))
-    return f'<header><h1>{names}</h1><p class="soft">{said}</p></header>'
 
 
 def _facts(run: Run) -> list[str]:
@@ -69,61 +86,45 @@ def _facts(run: Run) -> list[str]:
     return [fact for fact in facts if fact]
 
 
-def _notes(run: Run) -> str:
-    notes = list(run.notes)
+def _problems(run: Run) -> str:
+    """What could not be read of the run, and whether it has finished."""
+    problems = list(run.notes)
     if not run.rows:
-        notes.append("No metrics yet: metrics.jsonl holds no readable line.")
+        problems.append("No metrics yet: metrics.jsonl holds no readable line.")
     else:
         planned, done = run.settings.get("steps"), run.rows[-1]["step"]
         if isinstance(planned, int) and done < planned:
-            notes.append(f"Not finished: step {done:,} of {planned:,} so far.")
-    said = "<br>".join(escape(f"{run.path.name}: {note}") for note in notes)
-    return f'<div class="card notice">{said}</div>' if notes else ""
-
-
-def _tiles(found: Sequence[Figure]) -> str:
-    return (
-        '<section class="tiles">'
-        + "".join(
-            f'<div class="tile"><div>{escape(name)}</div><b>{escape(value)}</b>'
-            f"<small>{escape(note)}</small></div>"
-            for name, value, note in found
-        )
-        + "</section>"
-    )
+            problems.append(f"Not finished: step {done:,} of {planned:,} so far.")
+    return notice(*(f"{run.path.name}: {problem}" for problem in problems))
 
 
 def _comparison(runs: Sequence[Run]) -> str:
     columns = [{name: (value, note) for name, value, note in figures(run)} for run in runs]
     names = list(dict.fromkeys(name for column in columns for name in column))
     rows = [_figure_row(name, [column.get(name) for column in columns]) for name in names]
-    rows += [[escape(cell) for cell in row] for row in speedups(runs)]
-    return (
-        "<section><h2>Comparison</h2>"
-        + _tiles(gains(runs))
-        + _said_in_words(runs)
-        + '<div class="card scroll">'
-        + _table(["", *(run.name for run in runs)], rows)
-        + "</div></section>"
+    rows += [[escape(text) for text in row] for row in speedups(runs)]
+    return section(
+        "Comparison", "", tiles(gains(runs)), _definition_of_speedup(runs), _by_run(runs, rows)
     )
 
 
-def _figure_row(name: str, found: Sequence[tuple[str, str] | None]) -> list[str]:
-    """A figure of every run; what is to be known about it stands once if it is the same for all."""
-    notes = {note for _, note in filter(None, found)}
+def _by_run(runs: Sequence[Run], rows: Sequence[Sequence[str]]) -> str:
+    """A table with a column per run."""
+    return card(table(["", *(run.name for run in runs)], rows))
+
+
+def _figure_row(name: str, values: Sequence[tuple[str, str] | None]) -> list[str]:
+    """A figure of every run; a note that all runs share stands once, beside the name."""
+    notes = {note for _, note in filter(None, values)}
     shared = notes.pop() if len(notes) == 1 else ""
-    cells = [("-", "") if cell is None else cell for cell in found]
+    pairs = [("-", "") if value is None else value for value in values]
     return [
-        _cell(name, shared),
-        *(_cell(value, "" if note == shared else note) for value, note in cells),
+        cell(name, shared),
+        *(cell(value, "" if note == shared else note) for value, note in pairs),
     ]
 
 
-def _cell(value: str, note: str = "") -> str:
-    return escape(value) + (f"<br><small>{escape(note)}</small>" if note else "")
-
-
-def _said_in_words(runs: Sequence[Run]) -> str:
+def _definition_of_speedup(runs: Sequence[Run]) -> str:
     base = baseline(runs)
     target = base.last("val/loss")
     if target is None:
@@ -136,49 +137,17 @@ def _said_in_words(runs: Sequence[Run]) -> str:
     )
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; the cells of `rows` are HTML already, and the first of a row names it."""
-    top = "".join(f"<th>{escape(name)}</th>" for name in head)
-    body = "".join(
-        f"<tr><th>{row[0]}</th>" + "".join(f"<td>{cell}</td>" for cell in row[1:]) + "</tr>"
-        for row in rows
-    )
-    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _section(title: str, said: str, charts: Sequence[str]) -> str:
-    if not any(charts):
-        return ""
-    return (
-        f'<section><h2>{escape(title)}</h2><p class="soft">{escape(said)}</p>'
-        f'<div class="grid">{"".join(charts)}</div></section>'
-    )
-
-
-def _curves(runs: Sequence[Run], key: str, *, plain: bool = False, scale: int = 1) -> list[Curve]:
-    """`key` against steps, one curve per run."""
-    curves = []
-    for colour, run in enumerate(runs):
-        x, y = run.series(key)
-        kind = "plain" if plain else "noisy" if len(runs) == 1 else "smooth"
-        curves.append(Curve(x=x, y=y * scale, label=run.name, colour=colour, kind=kind))
-    return curves
-
-
 def _losses(runs: Sequence[Run], against: str, unit: int | float) -> list[Curve]:
     """Training and validation loss of every run; x in units of `unit`."""
-    curves = []
-    alone = len(runs) == 1
+    curves: list[Curve] = []
+    single = len(runs) == 1
+    kinds: dict[str, Kind] = {"training": "noisy" if single else "smooth", "validation": "points"}
     for colour, run in enumerate(runs):
-        x, y = run.series("train/loss", against)
-        label = "training" if alone else f"{run.name}, training"
-        kind = "noisy" if alone else "smooth"
-        curves.append(Curve(x=x / unit, y=y, label=label, colour=colour, kind=kind))
-        x, y = run.series("val/loss", against)
-        label = "validation" if alone else f"{run.name}, validation"
-        curves.append(
-            Curve(x=x / unit, y=y, label=label, colour=1 if alone else colour, kind="points")
-        )
+        for name, kind in kinds.items():
+            x, y = run.series("train/loss" if name == "training" else "val/loss", against)
+            label = name if single else f"{run.name}, {name}"
+            place = len(curves) if single else colour  # a colour for each curve, or for each run
+            curves.append(Curve(x=x / unit, y=y, label=label, colour=place, kind=kind))
     return curves
 
 
@@ -190,79 +159,74 @@ def _learning(runs: Sequence[Run]) -> str:
         for pair in ((86400, "days"), (3600, "hours"), (60, "minutes"), (1, "seconds"))
         if longest >= 3 * pair[0] or pair[0] == 1
     )
-    tokens, many = (1e9, "billion") if most >= 2e9 else (1e6, "million")
-    unit, rate = "nats per target token", _curves(runs, "train/lr", plain=True)
-    by_time, by_tokens = _losses(runs, "seconds", seconds), _losses(runs, "tokens", tokens)
+    tokens, magnitude = (1e9, "billion") if most >= 2e9 else (1e6, "million")
+    by_step, by_time = _losses(runs, "step", 1), _losses(runs, "seconds", seconds)
+    by_tokens, rate = _losses(runs, "tokens", tokens), curves_of(runs, "train/lr", kind="plain")
     charts = [
-        line_chart("Loss by step", unit, "step", _losses(runs, "step", 1), mark=best_mark(runs)),
-        line_chart("Loss by time", unit, f"training time, {clock}", by_time),
-        line_chart("Loss by tokens", unit, f"tokens seen, {many}", by_tokens),
+        line_chart("Loss by step", LOSS_UNIT, "step", by_step, mark=best_mark(runs)),
+        line_chart("Loss by time", LOSS_UNIT, f"training time, {clock}", by_time),
+        line_chart("Loss by tokens", LOSS_UNIT, f"tokens seen, {magnitude}", by_tokens),
         line_chart("Learning rate", "", "step", rate, from_zero=True),
     ]
-    said = "Lower is better. Training loss is smoothed"
-    said += ", with its raw values behind." if len(runs) == 1 else "."
-    return _section("How it learned", said, charts)
+    note = "Lower is better. Training loss is smoothed"
+    note += ", with its raw values behind." if len(runs) == 1 else "."
+    return section("How it learned", note, grid(charts))
 
 
 def _tasks(runs: Sequence[Run]) -> str:
     """Every task's metrics as measured while training, and which step was the best."""
     charts = task_charts(runs)
-    said = [
-        (f"{run.name}: " if len(runs) > 1 else "") + text
+    sentences = [
+        escape((f"{run.name}: " if len(runs) > 1 else "") + sentence)
         for run in runs
-        if (text := said_of_best(run))
+        if (sentence := best_sentence(run))
     ]
     if not charts:
-        return f'<section><p class="soft">{escape(" ".join(said))}</p></section>' if said else ""
-    said.insert(0, "Answers to the same validation examples, out of 100; higher is better.")
-    rows = [[_cell(*cell) for cell in row] for row in task_rows(runs)]
-    return (
-        f'<section><h2>The tasks</h2><p class="soft">{escape(" ".join(said))}</p>'
-        f'<div class="grid">{"".join(charts)}</div><div class="card scroll">'
-        + _table(["", *(run.name for run in runs)], rows)
-        + "</div></section>"
-    )
+        text = f'<p class="soft">{" ".join(sentences)}</p>'
+        return f"<section>{text}</section>" if sentences else ""
+    sentences.insert(0, "Answers to the same validation examples, out of 100; higher is better.")
+    rows = [[cell(*pair) for pair in row] for row in task_rows(runs)]
+    return section("The tasks", " ".join(sentences), grid(charts), _by_run(runs, rows))
 
 
 def _corpora(runs: Sequence[Run]) -> str:
-    """What runs of a mixture came to on each corpus; curves where they can be told apart."""
-    found = by_corpus(runs)
-    if not found:
+    """The loss on each corpus of a mixture; curves for one run, if there are colours enough."""
+    losses = by_corpus(runs)
+    if not losses:
         return ""
     chart = ""
-    if len(runs) == 1 and len(found) <= COLOURS:
+    if len(runs) == 1 and len(losses) <= COLOURS:
+        keys = {name: f"val/loss/{name}" for name in losses}
         curves = [
-            Curve(x=x, y=y, label=name, colour=colour, kind="points")
-            for colour, name in enumerate(found)
-            for x, y in [runs[0].series(f"val/loss/{name}")]
+            replace(curve, label=name, colour=colour)
+            for colour, (name, key) in enumerate(keys.items())
+            for curve in curves_of(runs, key, kind="points")
         ]
-        chart = line_chart("Validation loss by corpus", "nats per target token", "step", curves)
-    rows = [_figure_row(name, cells) for name, cells in found.items()]
-    return (
-        '<section><h2>The corpora</h2><p class="soft">The last validation loss on each. The '
-        "validation loss of the run is their mean, each weighted by its share of the rows.</p>"
-        f'<div class="grid">{chart}</div><div class="card scroll">'
-        + _table(["", *(run.name for run in runs)], rows)
-        + "</div></section>"
+        chart = line_chart("Validation loss by corpus", LOSS_UNIT, "step", curves)
+    note = (
+        "The last validation loss on each. The validation loss of the run is their mean, each "
+        "weighted by its share of the rows."
     )
+    rows = [_figure_row(name, values) for name, values in losses.items()]
+    return section("The corpora", note, f'<div class="grid">{chart}</div>', _by_run(runs, rows))
 
 
 def _speed(runs: Sequence[Run]) -> str:
-    throughput, norm = _curves(runs, "tokens_per_second"), _curves(runs, "train/grad_norm")
+    throughput, norm = curves_of(runs, "tokens_per_second"), curves_of(runs, "train/grad_norm")
     charts = [
         line_chart("Throughput", "tokens per second", "step", throughput, from_zero=True),
         line_chart("Gradient norm", "over all parameters", "step", norm, from_zero=True),
     ]
-    return _section("How it ran", "Speed, and the size of the gradients.", charts)
+    return section("How it ran", "Speed, and the size of the gradients.", grid(charts))
 
 
 def _routing(runs: Sequence[Run]) -> str:
     if not any(run.sparse for run in runs):
         return ""
-    balance, dropped = _curves(runs, "train/balance"), _curves(runs, "train/dropped", scale=100)
-    used, sure = _curves(runs, "train/experts_in_use"), _curves(runs, "train/confidence")
-    z = _curves(runs, "train/router_z")
-    experts = max((table.shape[1] for run in runs for _, table in run.loads().values()), default=0)
+    balance, dropped = curves_of(runs, "train/balance"), curves_of(runs, "train/dropped", scale=100)
+    used, sure = curves_of(runs, "train/experts_in_use"), curves_of(runs, "train/confidence")
+    z = curves_of(runs, "train/router_z")
+    experts = max((loads.shape[1] for run in runs for _, loads in run.loads().values()), default=0)
     all_used = (float(experts), f"all {experts}") if experts else None
     charts = [
         line_chart(
@@ -277,20 +241,20 @@ def _routing(runs: Sequence[Run]) -> str:
         line_chart("Confidence", "probability of the chosen expert", "step", sure, from_zero=True),
         line_chart("Router z", "squared log-sum-exp of its logits", "step", z, from_zero=True),
     ]  # fmt: skip
-    said = (
+    note = (
         "Every switch layer sends each token to one expert. A token that finds its expert full is "
         "dropped: it passes the layer unchanged."
     )
-    return _section("How it routed", said, charts)
+    return section("How it routed", note, grid(charts))
 
 
 def _busiest(runs: Sequence[Run]) -> list[Curve]:
-    """Per run, the greatest load of any expert in any layer: what a step has to wait for."""
+    """Per run, the greatest load of any expert in any layer: a step waits for that expert."""
     curves = []
     for colour, run in enumerate(runs):
         greatest: dict[float, float] = {}
-        for steps, table in run.loads().values():
-            for step, load in zip(steps.tolist(), table.max(axis=1).tolist(), strict=True):
+        for steps, loads in run.loads().values():
+            for step, load in zip(steps.tolist(), loads.max(axis=1).tolist(), strict=True):
                 greatest[step] = max(load, greatest.get(step, 0.0))
         x, y = np.array(sorted(greatest)), np.array([greatest[step] for step in sorted(greatest)])
         kind = "noisy" if len(runs) == 1 else "smooth"
@@ -299,25 +263,26 @@ def _busiest(runs: Sequence[Run]) -> list[Curve]:
 
 
 def _loads(run: Run, *, several: bool) -> str:
+    """A heat map and final bars for each switch layer, the bars to one scale."""
     loads = run.loads()
     if not loads:
         return ""
-    ends = {layer: last_part(table).mean(axis=0) for layer, (_, table) in loads.items()}
+    ends = {layer: last_part(shares).mean(axis=0) for layer, (_, shares) in loads.items()}
     most = max(2.0, *(1.05 * float(end.max()) for end in ends.values()))
     charts = []
-    for layer, (steps, table) in loads.items():
+    for layer, (steps, shares) in loads.items():
         end, dropped = ends[layer], run.settled(f"dropped/{layer}")
         note = f"busiest {end.max():.2f} (expert {end.argmax()})"
         note += f", idlest {end.min():.2f} (expert {end.argmin()})"
         if dropped is not None:
             note += f", {100 * dropped:.2f}\N{NO-BREAK SPACE}% dropped"
-        charts.append(load_chart(layer, steps, table, note=note, most=most))
-    title = "Load of the experts" + (f": {run.name}" if several else "")
-    return (
-        f'<section><h2>{escape(title)}</h2><p class="soft">Each expert\'s share of the tokens, as '
-        "a multiple of the even share. One row is one expert; the bars are the mean of the last "
-        f'tenth of the run.</p>{colour_bar()}<div class="grid">{"".join(charts)}</div></section>'
+        charts.append(load_chart(layer, steps, shares, note=note, most=most))
+    note = (
+        "Each expert's share of the tokens, as a multiple of the even share. One row is one "
+        "expert; the bars are the mean of the last tenth of the run."
     )
+    title = "Load of the experts" + (f": {run.name}" if several else "")
+    return section(title, note, colour_bar(), grid(charts))
 
 
 def _origin(runs: Sequence[Run]) -> str:
@@ -327,22 +292,22 @@ def _origin(runs: Sequence[Run]) -> str:
         "vocabulary": "Vocabulary",
     }  # fmt: skip
     rows = [
-        [title, *(_cell(_plain(run.about.get(key, "-"))) for run in runs)]
+        [title, *(cell(_value(run.about.get(key, "-"))) for run in runs)]
         for key, title in names.items()
         if any(key in run.about for run in runs)
     ]
     commands = [str(run.about["command"]) for run in runs if run.about.get("command")]
-    said = (
+    origin = (
         f"<pre>{escape(chr(10).join(commands))}</pre>"
         if commands
         else '<p class="soft">The command was not noted. experiment.toml in the run directory '
         "holds every setting.</p>"
     )
-    table = _table(["", *(run.name for run in runs)], rows) if rows else ""
-    return f'<section><h2>To repeat it</h2>{said}<div class="scroll">{table}</div></section>'
+    origins = table(["", *(run.name for run in runs)], rows) if rows else ""
+    return section("To repeat it", "", origin, f'<div class="scroll">{origins}</div>')
 
 
-def _plain(value: object) -> str:
+def _value(value: object) -> str:
     return f"{value:,}" if type(value) is int else str(value)
 
 
@@ -350,16 +315,9 @@ def _settings(runs: Sequence[Run]) -> str:
     names = list(dict.fromkeys(name for run in runs for name in run.settings))
     if not names:
         return ""
-    rows = []
-    for name in names:
-        values = [str(run.settings.get(name, "-")) for run in runs]
-        mark = ' class="differs"' if len(set(values)) > 1 else ""
-        cells = "".join(f"<td>{escape(value)}</td>" for value in values)
-        rows.append(f"<tr{mark}><th>{escape(name)}</th>{cells}</tr>")
-    head = "".join(f"<th>{escape(run.name)}</th>" for run in runs)
-    said = "All settings" + ("; those that differ are marked" if len(runs) > 1 else "")
-    return (
-        f'<section><details class="card"><summary>{said}</summary><div class="scroll"><table>'
-        f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-        "</details></section>"
-    )
+    rows = [[name, *(str(run.settings.get(name, "-")) for run in runs)] for name in names]
+    differing = [number for number, row in enumerate(rows) if len(set(row[1:])) > 1]
+    cells = [list(map(escape, row)) for row in rows]
+    summary = "All settings" + ("; those that differ are marked" if len(runs) > 1 else "")
+    head = ["", *(run.name for run in runs)]
+    return f"<section>{details(summary, table(head, cells, marked=differing))}</section>"

@@ -1,8 +1,15 @@
-"""From a model and text to the files of a routing report."""
+"""A routing report as one HTML page: for every switch layer, which experts handle what.
 
-import os
+`routing_page` reads the plain numbers of `evaluate.routing_report`, so that a stored report can be
+drawn again.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from html import escape
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from switchworks.checkpoint import open_model, write_json
@@ -11,7 +18,24 @@ from switchworks.data import DataConfig, Tokenizer, open_dataset
 from switchworks.device import compute_device
 from switchworks.evaluate import routing_report
 from switchworks.model import SwitchTransformer
-from switchworks.report.routing_page import routing_page
+from switchworks.report.html import (
+    card,
+    document,
+    figure,
+    grid,
+    header,
+    percent,
+    section,
+    table,
+    tiles,
+    write_page,
+)
+from switchworks.report.load_chart import ABOVE, BELOW, colour_bar
+
+_LEFT, _RIGHT, _WIDTH, _TALL, _TOP = 108, 418, 480, 19, 20
+
+Layer = Mapping[str, Any]
+Layers = Mapping[str, Layer]
 
 
 def write_routing_report(
@@ -23,32 +47,29 @@ def write_routing_report(
     batches: int = 16,
     batch_size: int = 16,
 ) -> dict[str, Any]:
-    """`output` holds the report on the model in `path` as a page, and beside it as JSON.
+    """Write the report on the model in `path` as a page into `output`, and beside it as JSON.
 
     Held-out rows of `data` are routed, labelled by their corpus in a mixture or by their task.
-    Raises CheckpointError if there is no tokenizer, or if `against` is no state of the same model.
+    Raises CheckpointError if there is no tokenizer, or if `against` is another model.
     """
     model, tokenizer = _open(path)
     other = None
     if against is not None:
-        other, theirs = _open(against)
-        if theirs.fingerprint != tokenizer.fingerprint:
+        other, other_tokenizer = _open(against)
+        if other_tokenizer.fingerprint != tokenizer.fingerprint:
             raise CheckpointError(
                 f"{path} and {against} have different tokenizers, so they read different texts.\n"
                 "  Give two states of one model."
             )
     data = replace(data, tokenizer=str(path))
-    corpora = open_dataset(data, vocab_size=model.config.vocab_size)
-    held_out = corpora.held_out(batch_size=batch_size, batches=batches)
-    text = data.named
-    named = {name or "text": rows for name, rows in held_out.batches.items()}
-    report = {"model": str(path), "against": against and str(against), "text": str(text)}
-    report |= routing_report(model, tokenizer, named, against=other)
+    dataset = open_dataset(data, vocab_size=model.config.vocab_size)
+    held_out = dataset.held_out(batch_size=batch_size, batches=batches)
+    by_label = {name or "text": rows for name, rows in held_out.batches.items()}
+    report = {"model": str(path), "against": against and str(against), "text": str(data.named)}
+    report |= routing_report(model, tokenizer, by_label, against=other)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output.with_suffix(".json"), report)
-    aside = output.with_name(f".{output.name}.{os.getpid()}")
-    aside.write_text(routing_page(report), encoding="utf-8")
-    aside.replace(output)
+    write_page(output, routing_page(report))
     return report
 
 
@@ -61,3 +82,175 @@ def _open(path: Path) -> tuple[SwitchTransformer, Tokenizer]:
             "  Put its spiece.model beside the weights, or save it with its tokenizer."
         )
     return model, tokenizer
+
+
+def routing_page(report: Mapping[str, Any]) -> str:
+    """The report as one HTML page that needs nothing else."""
+    layers: Layers = report["layers"]
+    several = len(report["labels"]) > 1
+    facts = [f"text: {report['text']}"]
+    if report.get("against"):
+        facts.append(f"compared with {report['against']}")
+    note = (
+        "Each row is one type of token, each column one expert. Colour is the expert's share of "
+        "the row's tokens, as a multiple of the even share. A decoder's layer is told by the token "
+        "it reads, not by the one it predicts."
+    )
+    sections = [
+        header(f"Routing of {report['model']}", facts),
+        _tiles(list(layers.values()), several),
+        section("By token type", note, colour_bar(), _maps(layers, "by_type")),
+    ]
+    if several:
+        note = "The same, for each label of the text."
+        sections.append(section("By label", note, colour_bar(), _maps(layers, "by_label")))
+    sections += [_drift(report), _numbers(layers, several)]
+    return document(f"routing of {report['model']}", sections)
+
+
+def _tiles(layers: Sequence[Layer], several: bool) -> str:
+    experts = sum(layer["experts"] for layer in layers)
+    dead, idle = (sum(len(layer[kind]) for layer in layers) for kind in ("dead", "idle"))
+    evenness = percent(fmean(map(_evenness, layers)))
+    busiest = max(max(layer["load"]) * layer["experts"] for layer in layers)
+    confidence = percent(fmean(layer["confidence"] for layer in layers))
+    figures = [
+        ("Dead experts", f"{dead} of {experts}", "no token chose them"),
+        ("Idle experts", f"{idle} of {experts}", "under a tenth of the even load"),
+        ("Evenness", evenness, "entropy of the load, of the most"),
+        ("Busiest expert", f"{busiest:.2f}", "times the even share"),
+        ("Confidence", confidence, "probability of the likeliest expert"),
+        ("Type tells", percent(_explained(layers, "type")), "of the expert, mean of the layers"),
+    ]
+    if several:
+        figures.append(("Label tells", percent(_explained(layers, "label")), "of the expert"))
+    if "drift" in layers[0]:
+        changed = fmean(layer["drift"]["changed"] for layer in layers)
+        figures.append(("Changed", percent(changed), "of the tokens have another expert"))
+    return tiles(figures)
+
+
+def _evenness(layer: Layer) -> float:
+    return layer["load_entropy"] / layer["even_entropy"] if layer["even_entropy"] else 1.0
+
+
+def _explained(layers: Sequence[Layer], category: str) -> float:
+    """Share of the entropy of the expert that is gone once the category is known, mean of layers.
+
+    Mutual information over the entropy of the load: 0 if independent, 1 if the category decides.
+    """
+    return fmean(
+        layer["information"][category] / layer["load_entropy"] if layer["load_entropy"] else 0.0
+        for layer in layers
+    )
+
+
+def _maps(layers: Layers, rows: str) -> str:
+    return grid([_map(name, layer, rows) for name, layer in layers.items()])
+
+
+def _map(name: str, layer: Layer, rows: str) -> str:
+    """A `<figure>` of one layer: categories down, experts across, and the number of choices."""
+    experts = layer["experts"]
+    total = sum(row["routed"] for row in layer[rows].values())
+    categories = {"all": {"routed": total, "load": layer["load"]}, **layer[rows]}
+    bottom = _TOP + _TALL * len(categories)
+    parts = [
+        _row(place, category, row, experts)
+        for place, (category, row) in enumerate(categories.items())
+    ]
+    dead = f", dead: {', '.join(map(str, layer['dead'][:12]))}" if layer["dead"] else ""
+    picture = (
+        f'<svg viewBox="0 0 {_WIDTH} {bottom + 28}" role="img" '
+        f'aria-label="Experts of {escape(name)}">'
+        f'<text class="small" x="{_WIDTH}" y="{_TOP - 6}" text-anchor="end">choices</text>'
+        f"{''.join(parts)}{_axis(experts, bottom)}</svg>"
+    )
+    return figure(name, f"{experts} experts, evenness {percent(_evenness(layer))}{dead}", picture)
+
+
+def _row(place: int, name: str, row: Mapping[str, Any], experts: int) -> str:
+    top, wide = _TOP + _TALL * place, (_RIGHT - _LEFT) / experts
+    middle = top + _TALL / 2 + 4
+    cells = "".join(
+        f'<rect x="{_LEFT + expert * wide:.2f}" y="{top}" width="{wide + 0.05:.2f}" '
+        f'height="{_TALL - 2}" style="{_colour(share * experts)}">'
+        f"<title>{escape(name)}, expert {expert}: {share * experts:.2f} times the even share "
+        f"({percent(share)})</title></rect>"
+        for expert, share in enumerate(row["load"])
+    )
+    return (
+        f'<text x="{_LEFT - 8}" y="{middle:.1f}" text-anchor="end">{escape(_short(name))}</text>'
+        f'{cells}<rect class="frame" x="{_LEFT}" y="{top}" width="{_RIGHT - _LEFT}" '
+        f'height="{_TALL - 2}"/>'
+        f'<text class="small" x="{_WIDTH}" y="{middle:.1f}" text-anchor="end">'
+        f"{row['routed']:,}</text>"
+    )
+
+
+def _short(name: str, most: int = 15) -> str:
+    return name if len(name) <= most else f"{name[: most - 1]}\N{HORIZONTAL ELLIPSIS}"
+
+
+def _colour(times_even: float) -> str:
+    """As in the colour bar: a quarter of the even share and less, to four times and more."""
+    strength = max(-1.0, min(1.0, math.log2(max(times_even, 1e-9)) / 2))
+    red, green, blue = ABOVE if strength > 0 else BELOW
+    return f"fill:rgb({red},{green},{blue});fill-opacity:{abs(strength):.3f}"
+
+
+def _axis(experts: int, top: int) -> str:
+    step = max(1, math.ceil(experts / 8))
+    wide = (_RIGHT - _LEFT) / experts
+    names = "".join(
+        f'<text class="small" x="{_LEFT + (expert + 0.5) * wide:.1f}" y="{top + 12}" '
+        f'text-anchor="middle">{expert}</text>'
+        for expert in range(0, experts, step)
+    )
+    return (
+        f'{names}<text class="small" x="{_LEFT - 8}" y="{top + 12}" text-anchor="end">expert</text>'
+    )
+
+
+def _drift(report: Mapping[str, Any]) -> str:
+    layers: Layers = report["layers"]
+    if not all("drift" in layer for layer in layers.values()):
+        return ""
+    types = [
+        kind
+        for kind in report["types"]
+        if any(kind in layer["drift"]["changed_by_type"] for layer in layers.values())
+    ]
+    rows = []
+    for name, layer in layers.items():
+        drift = layer["drift"]
+        cells = [percent(drift["changed_by_type"].get(kind)) for kind in types]
+        divergence = f"{drift['jensen_shannon']:.4f}"
+        rows.append([escape(name), percent(drift["changed"]), divergence, *cells])
+    note = (
+        "Share of the tokens whose expert is another one than in "
+        f"{escape(report['against'])}, and the Jensen-Shannon divergence of the loads in nats "
+        "(0: the same, 0.69: nothing in common)."
+    )
+    return section("Drift", note, card(table(["layer", "changed", "divergence", *types], rows)))
+
+
+def _numbers(layers: Layers, several: bool) -> str:
+    head = ["layer", "tokens", "evenness", "router's entropy", "confidence", "dead", "idle"]
+    head += ["type tells", *(["label tells"] if several else [])]
+    rows = [
+        [
+            escape(name),
+            f"{layer['tokens']:,}",
+            percent(_evenness(layer)),
+            f"{layer['token_entropy']:.3f} of {layer['even_entropy']:.3f}",
+            percent(layer["confidence"]),
+            str(len(layer["dead"])),
+            str(len(layer["idle"])),
+            f"{layer['information']['type']:.3f}",
+            *([f"{layer['information']['label']:.3f}"] if several else []),
+        ]
+        for name, layer in layers.items()
+    ]
+    note = "Entropies, and what type and label tell about the expert, are in nats."
+    return section("In numbers", note, card(table(head, rows)))

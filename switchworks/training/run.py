@@ -23,7 +23,6 @@ from switchworks.data import (
     Tokenizer,
     ValidationSet,
     open_dataset,
-    poorly_covered,
     rows_of_step,
 )
 from switchworks.distil import (
@@ -37,7 +36,7 @@ from switchworks.distil import (
 )
 from switchworks.evaluate import EvalSet
 from switchworks.model import SwitchTransformer, active_parameters, flops_per_token, num_parameters
-from switchworks.parallel import Ranks, ranks_of, watching, whole
+from switchworks.parallel import Ranks, gather_full, ranks_of, watching
 from switchworks.parallel import torchrun as launch
 from switchworks.plan import shares_of
 from switchworks.report import write_report
@@ -146,8 +145,8 @@ def _train(
     if mixture is not None:
         print(corpora.summary(mixture, experiment.steps))
     resuming = may_resume(run_dir, experiment, resume=resume)
-    if ranks.is_main and not resuming and corpora.by_language and experiment.data.source != "hub":
-        print(poorly_covered(corpora.served()), end="")
+    if ranks.is_main and not resuming:
+        print(corpora.coverage_warning(), end="")
     if resuming:
         require_same_beginning(run_dir, init)
         require_same_text(run_dir, corpora)
@@ -236,7 +235,7 @@ def export(state: TrainState, directory: Path, tokenizer: Tokenizer) -> None:
     weights, lora = state.updater.float_state(), state.experiment.lora
     if lora is not None and state.adapted is not None:
         also = state.adapted.also
-        weights = {name: whole(weight) for name, weight in weights.items()}
+        weights = {name: gather_full(weight) for name, weight in weights.items()}
         on_rank_zero(lambda: save_adapters(directory / "adapters", weights, lora, also))
         weights = merged(weights, lora)
     with torch.device("meta"):

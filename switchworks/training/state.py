@@ -12,7 +12,15 @@ from switchworks.distil import LogitStore
 from switchworks.fast import checkpoint_blocks, compile_step, use_fast_kernels
 from switchworks.model import Output, Router, SwitchTransformer
 from switchworks.optim import BackwardUpdater, Updater, build_optimizer, dimension_letters
-from switchworks.parallel import SINGLE, GradientSum, Ranks, allocate, fill, like, parallelize
+from switchworks.parallel import (
+    SINGLE,
+    GradientSum,
+    Ranks,
+    allocate_shards,
+    initialise_shards,
+    parallelize,
+    shard_like,
+)
 from switchworks.training.experiment import Experiment
 
 
@@ -147,7 +155,9 @@ def spread_model(
     if model.embedding.weight.is_meta:
         return Sharding(model, letters, gradients, {}, table)
     for name, parameter in model.named_parameters():
-        weights[name] = like(weights[name], parameter)  # one after the other, so that wholes go
+        weights[name] = shard_like(
+            weights[name], parameter
+        )  # one after the other, so that wholes go
     return Sharding(model, letters, gradients, weights, table)
 
 
@@ -157,11 +167,11 @@ def state_of(
     """The second half: memory and first values where there are none yet, and the optimizer."""
     model, letters, gradients, weights, table = spread
     if model.embedding.weight.is_meta:
-        allocate(model, ranks.device)
-        weights = {} if empty else fill(model, experiment.seed)
+        allocate_shards(model, ranks.device)
+        weights = {} if empty else initialise_shards(model, experiment.seed)
     updater = build_optimizer(model.named_parameters(), letters, experiment.optim, weights)
     if experiment.update_in_backward:
-        updater = BackwardUpdater(updater.masters, updater.optimizer, updater.config)
+        updater = BackwardUpdater(updater.masters, updater.optimizers, updater.config)
     compiled = compile_step(model) if experiment.compile else None
     return TrainState(
         experiment, model, updater, gradients, ranks, adapted=table, compiled=compiled

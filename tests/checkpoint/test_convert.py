@@ -6,7 +6,8 @@ import torch
 from switchworks.checkpoint.convert import convert_checkpoint
 from switchworks.checkpoint.model_files import load, save
 from switchworks.config import CheckpointError
-from switchworks.data.tokens.tokenizer import Tokenizer, train_sentencepiece
+from switchworks.data.tokens.tokenizer import Tokenizer
+from switchworks.data.tokens.train import train_sentencepiece
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
 
 

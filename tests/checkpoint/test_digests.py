@@ -6,16 +6,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from switchworks.checkpoint.digests import Part, is_stack, merged, part_of, require_same
+from switchworks.checkpoint.digests import (
+    DigestPart,
+    combine_digests,
+    digest_part,
+    is_stack,
+    require_same,
+)
 from switchworks.config import CheckpointError
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
-from switchworks.optim.build import dimension_letters
+from switchworks.optim import dimension_letters
 
 STACK = "weights.blocks.1.ffn.experts.w_in"
 
 
 def digests(name: str, tensor: Tensor) -> list[str]:
-    return merged([{name: part_of(name, tensor)}])[name]
+    return combine_digests([{name: digest_part(name, tensor)}])[name]
 
 
 def mixed(bits: int) -> int:
@@ -45,24 +51,24 @@ def test_parts_of_any_cut_add_up_to_the_whole(name, dtype):
     pieces = []
     for first in (0, 2):
         for second in (0, 3):
-            piece = part_of(name, tensor[first : first + 2, second : second + 3])
+            piece = digest_part(name, tensor[first : first + 2, second : second + 3])
             pieces.append({name: moved(piece, name, tensor, first, second)})
-    assert merged(pieces)[name] == digests(name, tensor)
+    assert combine_digests(pieces)[name] == digests(name, tensor)
 
 
-def moved(part: Part, name: str, whole: Tensor, first: int, second: int) -> Part:
-    """What `part_of` says of a piece that begins there: what a DTensor knows by itself."""
+def moved(part: DigestPart, name: str, whole: Tensor, first: int, second: int) -> DigestPart:
+    """What `digest_part` says of a piece that begins there: what a DTensor knows by itself."""
     from switchworks.checkpoint.digests import _row_sums
 
     begin = (first, second, 0)
     rows = _row_sums(whole[first : first + 2, second : second + 3], begin, whole.shape)
     sums = rows if is_stack(name, whole.shape) else rows.sum(dim=0, keepdim=True)
-    return Part(tuple(whole.shape), begin, part.elements, tuple(sums.tolist()))
+    return DigestPart(tuple(whole.shape), begin, part.elements, tuple(sums.tolist()))
 
 
 def test_large_tensors_are_looked_at_in_blocks_that_do_not_show():
     tensor = torch.randn(700, 1000)
-    top = part_of("w", tensor)._replace(rows=(0,))
+    top = digest_part("w", tensor)._replace(sums=(0,))
     assert top.elements == 700_000
     assert digests("w", tensor) != digests("w", tensor.flip(0))
 
@@ -88,15 +94,15 @@ def test_experts_that_changed_places_are_noticed():
 
 
 def test_ranks_that_came_apart_are_noticed():
-    one, other = part_of("norm", torch.ones(4)), part_of("norm", torch.ones(4) * 2)
+    one, other = digest_part("norm", torch.ones(4)), digest_part("norm", torch.ones(4) * 2)
     with pytest.raises(CheckpointError, match="norm: ranks that should hold the same"):
-        merged([{"norm": one}, {"norm": other}])
+        combine_digests([{"norm": one}, {"norm": other}])
 
 
 def test_a_part_that_no_rank_has_is_noticed():
-    part = part_of("w", torch.ones(4))._replace(shape=(8,))
+    part = digest_part("w", torch.ones(4))._replace(shape=(8,))
     with pytest.raises(CheckpointError, match="4 of its 8 numbers"):
-        merged([{"w": part}, {"w": part}])
+        combine_digests([{"w": part}, {"w": part}])
 
 
 def test_what_is_named_experts_is_what_has_an_expert_dimension_first():

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -245,7 +245,7 @@ def test_models_agree_in_bfloat16(transformers, kind, shape, sparse, seed):
     )
     inputs = F.pad(inputs, (0, 2))  # padded
     clear = rows_of_clear_choice(ours, inputs, targets)
-    assert clear.sum() >= 8
+    assume(clear.sum() >= 8)  # else the example has too few such rows to say anything
     expected = logits_of_theirs(theirs, inputs[clear], targets[clear]).float()
     wide = logits_of_theirs(copy.deepcopy(theirs).float(), inputs[clear], targets[clear])
     with torch.no_grad():
@@ -257,7 +257,7 @@ def test_models_agree_in_bfloat16(transformers, kind, shape, sparse, seed):
 
     written = ours.generate(inputs, max_length=3)
     clear = rows_of_clear_choice(ours, inputs, written)
-    assert clear.sum() >= 8
+    assume(clear.sum() >= 8)  # else the example has too few such rows to say anything
     written = written[clear]
     scores = logits_of_theirs(theirs, inputs[clear], written)[written != 0].float()
     chosen = scores.gather(-1, written[written != 0][:, None]).squeeze(-1)

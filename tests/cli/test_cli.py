@@ -269,8 +269,8 @@ def test_a_result_never_takes_the_source_s_place_nor_a_model_s_unasked(tiny_run,
         (["explain", "tiny", "--devices", "8"], "--search"),
         (["explain", "tiny", "--ranks", "8", "--search"], "--simulate"),
         (["explain", "tiny", "--memory", "8"], "--simulate or --search"),
-        (["generate", "RUN", "a", "--top-k", "5"], "--temperature"),
-        (["generate", "RUN", "a", "--length-penalty", "0.6"], "--beams"),
+        (["generate", "RUN", "a", "--top-k", "5"], "--temperature > 0"),
+        (["generate", "RUN", "a", "--length-penalty", "0.6"], "--beams > 1"),
         (["generate", "RUN", "a", "--output", "answers.txt"], "--file"),
         (["evaluate", "RUN", "--examples", "9"], "--tasks"),
         (["evaluate", "RUN", "--predictions", "answers.jsonl"], "--tasks"),
@@ -282,7 +282,7 @@ def test_a_flag_that_would_do_nothing_is_refused(
     monkeypatch.chdir(tmp_path)
     assert main([str(tiny_run) if word == "RUN" else word for word in words]) == 2
     said = capsys.readouterr()
-    assert f"belongs to {owner} and does nothing without it.\n  Add {owner}, or leave" in said.err
+    assert f"needs {owner}.\n  Add {owner}, or leave" in said.err
     assert said.out == ""
 
 

@@ -238,10 +238,10 @@ def test_the_command_makes_a_dense_model_of_one_expert(tiny_run, tmp_path):
     ("flags", "message"),
     [
         (["--prune", "2", "--merge", "2"], "--prune and --merge are different changes"),
-        (["--by", "gates"], "--by belongs to --prune or --merge"),
-        (["--prune", "2", "--noise", "0.1"], "--noise belongs to --upcycle"),
+        (["--by", "gates"], "--by needs --prune or --merge"),
+        (["--prune", "2", "--noise", "0.1"], "--noise needs --upcycle"),
         (["--prune", "2", "--batches", "0"], "--batches 0 would read no text"),
-        (["--only", "de"], "--only belongs to --prune or --merge"),
+        (["--only", "de"], "--only needs --prune or --merge"),
         (["--prune", "2", "--capacity", "hf"], "Convert first, then --prune"),
         (["--prune", "9"], "9 experts cannot be kept"),
     ],

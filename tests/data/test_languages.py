@@ -7,7 +7,7 @@ from switchworks.config import DataError
 from switchworks.data.sources.catalogs.languages import (
     MC4,
     english_name,
-    letters_of,
+    letter_prefixes,
     mc4_code,
     mc4_table,
     normalise,
@@ -132,5 +132,5 @@ def test_the_letters_of_a_script_are_known_by_their_unicode_names():
         "my": "မ",
     }
     for code, letters in written.items():
-        own = letters_of(script_of(code))
+        own = letter_prefixes(script_of(code))
         assert all(unicodedata.name(letter).startswith(own) for letter in letters), code

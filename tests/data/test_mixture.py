@@ -25,11 +25,12 @@ from switchworks.batch import Batch
 from switchworks.cli.main import main
 from switchworks.config import ConfigError, DataError, from_toml
 from switchworks.data.config import DataConfig
-from switchworks.data.dataset import draw, open_dataset
-from switchworks.data.rows.mixture import BLOCK, Mixture, MixtureSchedule, rates
+from switchworks.data.open import open_dataset
+from switchworks.data.rows.mixture import BLOCK_ROWS, Mixture, MixtureSchedule, rates
 from switchworks.data.rows.pipeline import Pipeline, validation_batches
 from switchworks.data.rows.span_corruption import raw_length
-from switchworks.data.sources.documents import Files
+from switchworks.data.sources.files import Files
+from switchworks.data.tokens.train import interleave
 from switchworks.evaluate.run import evaluate_run
 from switchworks.training import Experiment
 from switchworks.training.hooks.standard import in_few_words
@@ -76,26 +77,26 @@ SHARES = np.array([0.41, 0.3, 0.2, 0.07, 0.02])
 
 
 def test_every_block_keeps_the_rates_to_one_row_by_largest_remainder() -> None:
-    turns = MixtureSchedule(np.array([0.41, 0.3, 0.29]), seed=0, block=10)
+    turns = MixtureSchedule(np.array([0.41, 0.3, 0.29]), seed=0, block_rows=10)
     assert turns.counts.tolist() == [4, 3, 3]  # 4.1, 3.0 and 2.9
     for many in (2, 107, 1000):
         shares = rates((np.arange(many) + 1.0).tolist())
         counts = MixtureSchedule(shares, seed=0).counts
-        assert counts.sum() == BLOCK
-        assert np.abs(counts - shares * BLOCK).max() < 1
+        assert counts.sum() == BLOCK_ROWS
+        assert np.abs(counts - shares * BLOCK_ROWS).max() < 1
 
 
 def test_the_smallest_corpus_has_a_row_in_every_block() -> None:
-    turns = MixtureSchedule(np.array([1 - 2e-9, 1e-9, 1e-9]), seed=0, block=50)
+    turns = MixtureSchedule(np.array([1 - 2e-9, 1e-9, 1e-9]), seed=0, block_rows=50)
     assert turns.counts.tolist() == [48, 1, 1]
 
 
 def test_whose_turn_it_is_agrees_with_counting_all_rows_before() -> None:
-    turns = MixtureSchedule(SHARES, seed=3, block=64)
+    turns = MixtureSchedule(SHARES, seed=3, block_rows=64)
     seen = np.zeros(5, dtype=np.int64)
     for row in range(5 * 64 + 17):
-        np.testing.assert_array_equal(turns.before(row), seen)
-        corpus, number = turns.of(row)
+        np.testing.assert_array_equal(turns.counts_before(row), seen)
+        corpus, number = turns.locate(row)
         assert number == seen[corpus]
         seen[corpus] += 1
 
@@ -103,30 +104,30 @@ def test_whose_turn_it_is_agrees_with_counting_all_rows_before() -> None:
 def test_the_turn_of_a_row_far_on_is_known_without_those_before() -> None:
     turns = MixtureSchedule(SHARES, seed=3)
     far = 10**12 + 12_345
-    block, place = divmod(far, BLOCK)
-    corpus, number = turns.of(far)
+    block, place = divmod(far, BLOCK_ROWS)
+    corpus, number = turns.locate(far)
     inside = MixtureSchedule(SHARES, seed=3)
-    earlier = sum(inside.of(block * BLOCK + i)[0] == corpus for i in range(place))
+    earlier = sum(inside.locate(block * BLOCK_ROWS + i)[0] == corpus for i in range(place))
     assert number == block * inside.counts[corpus] + earlier
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_after_any_number_of_rows_every_corpus_is_near_its_share(seed: int) -> None:
     """Not further than 1 + K times its rate; drawn one by one it would be some 16 rows here."""
-    turns = MixtureSchedule(SHARES, seed=seed, block=1000)
+    turns = MixtureSchedule(SHARES, seed=seed, block_rows=1000)
     exact = turns.counts / 1000
     for row in range(2500):
-        off = np.abs(turns.before(row) - row * exact)
+        off = np.abs(turns.counts_before(row) - row * exact)
         assert (off < 1 + len(exact) * exact).all(), row
 
 
 def test_the_order_of_turns_changes_with_block_and_seed() -> None:
     def order(turns: MixtureSchedule, block: int) -> tuple[int, ...]:
-        return tuple(turns.of(block * 64 + i)[0] for i in range(64))
+        return tuple(turns.locate(block * 64 + i)[0] for i in range(64))
 
     turns, other = (
-        MixtureSchedule(SHARES, seed=0, block=64),
-        MixtureSchedule(SHARES, seed=1, block=64),
+        MixtureSchedule(SHARES, seed=0, block_rows=64),
+        MixtureSchedule(SHARES, seed=1, block_rows=64),
     )
     assert len({order(turns, 0), order(turns, 1), order(other, 0), order(other, 1)}) == 4
 
@@ -193,7 +194,7 @@ def test_every_row_is_the_one_of_its_corpus_whose_turn_it_is() -> None:
     for step in range(5):
         batch = mixture.batch(step)
         for place in range(8):
-            corpus, number = mixture.turns.of(step * 8 + place)
+            corpus, number = mixture.schedule.locate(step * 8 + place)
             start, stop = mixture.parts[NAMES[corpus]].window_of(number)
             found = sorted(_offsets(batch.inputs[place]) + _offsets(batch.targets[place]))
             assert found == list(range(corpus * 10_000 + start, corpus * 10_000 + stop))
@@ -203,7 +204,7 @@ def test_each_corpus_is_read_in_epochs_of_its_own() -> None:
     mixture = _mixture()
     windows: dict[str, list[int]] = {name: [] for name in NAMES}
     for row in range(400):
-        corpus, number = mixture.turns.of(row)
+        corpus, number = mixture.schedule.locate(row)
         name = NAMES[corpus]
         windows[name].append(mixture.parts[name].window_of(number)[0])
     read = mixture.epochs(50)
@@ -318,7 +319,7 @@ def config(folders) -> DataConfig:
 
 def test_each_corpus_has_a_store_and_held_out_text_of_its_own(config) -> None:
     corpora = open_dataset(config, vocab_size=512, quiet=True)
-    for name, alone in config.of_corpora.items():
+    for name, alone in config.corpora.items():
         path = alone.path
         part = open_dataset(alone, vocab_size=512, quiet=True).parts[""]
         assert corpora.parts[name].folder == part.folder  # the very one the text has alone
@@ -338,7 +339,7 @@ def test_a_mixture_may_have_data_sets_beside_folders(folders, tmp_path, monkeypa
         tokenizer="bytes",
         streaming=streaming,
     )
-    assert [own.dataset_config for own in config.of_corpora.values()] == [None, "default", None]
+    assert [own.dataset_config for own in config.corpora.values()] == [None, "default", None]
     corpora = open_dataset(config, vocab_size=384, quiet=True)
     assert list(corpora.parts) == ["a", "b", "c"]
     for name, said in (("a", "one "), ("b", "two ")):
@@ -378,7 +379,7 @@ def test_text_for_the_tokenizer_is_drawn_by_the_rates_until_all_was_read(tmp_pat
         file = tmp_path / f"{name}.jsonl"
         file.write_text("".join(f'{{"text": "{name * 10}{i:03}"}}\n' for i in range(documents)))
         sources.append(Files((file,), "text"))
-    drawn = list(draw(sources, np.array([0.25, 0.75])))
+    drawn = list(interleave(sources, np.array([0.25, 0.75])))
     for end in (8, 80, 400):
         assert sum(text[0] == "a" for text in drawn[:end]) == end // 4
     assert len({text for text in drawn if text[0] == "a"}) == 40

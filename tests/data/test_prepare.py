@@ -10,7 +10,7 @@ import pytest
 
 from switchworks.config import DataError
 from switchworks.data.config import DataConfig
-from switchworks.data.sources.files import Report
+from switchworks.data.sources.text_source import Report
 from switchworks.data.tokens.prepare import cache_folder, prepare
 
 SENTENCE = "the cat sat on a mat while rain fell over every quiet town and nobody walked home"
@@ -54,7 +54,7 @@ def test_tokenizer_and_both_stores_are_made(config):
 def test_a_second_call_only_opens(config, monkeypatch):
     first = prepare(config, vocab_size=512, quiet=True)
     monkeypatch.setattr("switchworks.data.tokens.prepare.build_shard", None)
-    monkeypatch.setattr("switchworks.data.tokens.prepare.train_sentencepiece", None)
+    monkeypatch.setattr("switchworks.data.tokens.train.train_sentencepiece", None)
     second = prepare(config, vocab_size=512, quiet=True)
     assert second.tokenizer.fingerprint == first.tokenizer.fingerprint
     assert np.array_equal(everything(second.train), everything(first.train))

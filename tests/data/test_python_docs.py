@@ -135,7 +135,7 @@ def package(tmp_path, monkeypatch):
     record = tmp_path / "cats-1.0.dist-info" / "RECORD"
     record.write_text("".join(f"{name},,\n" for name in files))
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(python_docs, "ROOTS", ("Cats",))
+    monkeypatch.setattr(python_docs, "DOCS_ROOTS", ("Cats",))
     monkeypatch.setattr(python_docs, "_standard_library", list)
     monkeypatch.setattr(python_docs, "_help_topics", list)
     return tmp_path
@@ -155,24 +155,24 @@ CATS = [
 def test_a_package_gives_its_readme_docstrings_and_comments_once_and_runs_no_code(
     package, tmp_path
 ):
-    path = python_docs.python_docs(tmp_path / "cache", workers=1)
+    path = python_docs.docs_file(tmp_path / "cache", workers=1)
     (document,) = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     assert document.split("\n") == CATS
 
 
 def test_the_second_call_reads_the_cache(package, tmp_path, monkeypatch):
-    first = python_docs.python_docs(tmp_path / "cache", workers=1)
-    monkeypatch.setattr(python_docs, "extract", None)
-    assert python_docs.python_docs(tmp_path / "cache") == first
+    first = python_docs.docs_file(tmp_path / "cache", workers=1)
+    monkeypatch.setattr(python_docs, "extract_docs", None)
+    assert python_docs.docs_file(tmp_path / "cache") == first
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 def test_another_version_of_a_package_is_another_text(package):
-    before = python_docs.fingerprint()
+    before = python_docs.docs_fingerprint()
     metadata = package / "cats-1.0.dist-info" / "METADATA"
     metadata.write_text(metadata.read_text().replace("Version: 1.0", "Version: 1.1"))
     importlib.invalidate_caches()
-    assert python_docs.fingerprint() != before
+    assert python_docs.docs_fingerprint() != before
 
 
 def test_documents_are_closed_at_the_first_paragraph_past_their_length():
@@ -191,9 +191,9 @@ def test_what_switchworks_depends_on_is_read_and_test_tools_are_not():
 def test_a_script_without_a_main_guard_may_extract(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "from switchworks.data import python_docs\n"
+        "from switchworks.data.sources import python_docs\n"
         "python_docs._standard_library = list\n"
-        "print(sum(1 for _ in python_docs.extract({}, workers=2)))\n"
+        "print(sum(1 for _ in python_docs.extract_docs({}, workers=2)))\n"
     )
     result = subprocess.run(
         [sys.executable, str(script)], capture_output=True, text=True, check=True, env=_with_path()

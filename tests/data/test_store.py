@@ -15,11 +15,11 @@ import pytest
 from switchworks.config import DataError
 from switchworks.data.tokens.build import build_shard, token_dtype, write_plan
 from switchworks.data.tokens.store import (
-    digest_of,
     finish_store,
     finished_parts,
     missing_shards,
     open_store,
+    token_digest,
 )
 from switchworks.data.tokens.tokenizer import ByteTokenizer, Tokenizer
 
@@ -72,13 +72,13 @@ def test_the_digest_is_that_of_the_stream_however_it_is_cut(tmp_path, monkeypatc
         tmp_path / "other", pairs=items([TEXTS[0].upper(), *TEXTS[1:]], lambda n: n == 9)
     )
     assert whole.digest == in_parts.digest != other.digest
-    monkeypatch.setattr("switchworks.data.tokens.store.HASHED", 64)
-    monkeypatch.setattr("switchworks.data.tokens.store.WINDOW", 8)
+    monkeypatch.setattr("switchworks.data.tokens.store.DIGEST_TOKENS", 64)
+    monkeypatch.setattr("switchworks.data.tokens.store.DIGEST_WINDOW", 8)
     tokens = np.arange(1000)
-    large = digest_of(tokens.size, lambda start, stop: tokens[start:stop])
+    large = token_digest(tokens.size, lambda start, stop: tokens[start:stop])
     for place, seen in ((0, True), (20, False), (999, True)):  # windows of 8 from 0, 141, ..., 992
         edited = np.where(tokens == place, -1, tokens)
-        assert (digest_of(1000, lambda i, j, edited=edited: edited[i:j]) != large) == seen
+        assert (token_digest(1000, lambda i, j, edited=edited: edited[i:j]) != large) == seen
 
 
 @pytest.mark.parametrize("shards", [1, 3])

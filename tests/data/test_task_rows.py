@@ -14,7 +14,7 @@ import torch
 from switchworks.batch import Batch
 from switchworks.config import ConfigError, DataError
 from switchworks.data.config import DataConfig
-from switchworks.data.dataset import open_dataset
+from switchworks.data.open import open_dataset
 from switchworks.data.tasks import Places, find_tasks
 from switchworks.data.tasks.rows import OPEN_ROWS, TaskMixture, TaskRows, plan_rows, row_rates
 from switchworks.data.tasks.store import open_task

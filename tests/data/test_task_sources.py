@@ -14,9 +14,9 @@ from switchworks.config import ConfigError, DataError
 from switchworks.data.config import DataConfig
 from switchworks.data.tasks import TASKS, Hub, Places, find_tasks
 from switchworks.data.tasks.dataset import places_of
-from switchworks.data.tasks.own import fingerprint
 from switchworks.data.tasks.sources import parse_slice, read_tables, tables_named
 from switchworks.data.tasks.store import Counts, examples_of
+from switchworks.data.tasks.user_tasks import task_fingerprint
 from switchworks.evaluate.tasks import questions_of
 
 ROWS = [
@@ -279,7 +279,7 @@ def test_columns_given_to_a_helper_are_part_of_what_a_task_is_known_by(tmp_path)
         text = f"TASK = Task(name='t', source=Hub(dataset=None, folder='t'), to_text={columns})"
         file = write(tmp_path / "mine.py", head + text)
         (task,) = find_tasks([str(file)])
-        return fingerprint(task, "train", Places(tmp_path, tmp_path))
+        return task_fingerprint(task, "train", Places(tmp_path, tmp_path))
 
     one = "classify('t', ('title',), ('a', 'b'))"
     assert known(one) == known(one)
@@ -346,7 +346,7 @@ def test_a_python_file_of_twenty_lines_is_a_task_and_a_change_in_it_is_noticed(t
     (task,) = find_tasks([str(path)])
     (example,) = read(task, "train", places)
     assert (example.inputs, example.target) == ("review title: A text: b", "fine")
-    before = fingerprint(task, "train", places)
+    before = task_fingerprint(task, "train", places)
     write(path, MY_TASK.replace("title:", "headline:"))
     (changed,) = find_tasks([str(path)])
-    assert fingerprint(changed, "train", places) != before
+    assert task_fingerprint(changed, "train", places) != before

@@ -11,7 +11,7 @@ from collections import Counter
 import pytest
 
 from switchworks.config import ConfigError, DataError
-from switchworks.data.tasks import GROUPS, TASKS, UNKNOWN, Example, Places, Task, find_tasks
+from switchworks.data.tasks import TASK_GROUPS, TASKS, UNKNOWN, Example, Places, Task, find_tasks
 from switchworks.data.tasks.docstrings import split_docstring, split_of
 from switchworks.data.tasks.store import open_task
 from switchworks.data.tasks.translation import language_name
@@ -71,16 +71,6 @@ GOLDEN = {
         PAIR | {"label": 1},
         "wnli sentence1: Big news. sentence2: No idea.",
         "entailment",
-    ),
-    "glue_wnli_simple": (
-        {
-            "sentence1": "The fish ate the worm. It was tasty.",
-            "sentence2": "The worm was tasty.",
-            "label": 1,
-            "idx": 0,
-        },
-        "wsc: The fish ate the worm. *It* was tasty.",
-        "The worm",
     ),
     "super_glue_boolq": (
         {"question": "is it so", "passage": "It is.", "label": 1, "idx": 0},
@@ -293,10 +283,9 @@ def test_a_missing_column_is_named_with_those_there_are(name):
 
 
 def test_a_group_names_tasks_that_exist():
-    for names in GROUPS.values():
+    for names in TASK_GROUPS.values():
         assert set(names) <= set(TASKS)
     assert len(find_tasks(["super_glue", "glue_rte"])) == 10
-    assert {"super_glue_wsc", "dpr"} < set(GROUPS["glue"])  # what teaches WNLI's form
 
 
 def test_labels_may_be_numbers_names_or_withheld():
@@ -452,31 +441,6 @@ def test_a_pronoun_that_is_not_there_is_refused():
         TASKS["super_glue_wsc"].examples(record, "validation")
 
 
-@pytest.mark.parametrize(
-    ("premise", "hypothesis", "inputs", "target"),
-    [
-        (
-            "Lily spoke to Donna, breaking her silence.",
-            "Lily spoke to Donna, breaking Donna's silence.",
-            "wsc: Lily spoke to Donna, breaking *her* silence.",
-            "Donna",
-        ),
-        (
-            "I tried to paint a picture of an orchard, with lemons in the lemon trees, but they "
-            "came out looking more like light bulbs.",
-            "The lemon trees came out looking more like light bulbs.",
-            "wsc: I tried to paint a picture of an orchard, with lemons in the lemon trees, but "
-            "*they* came out looking more like light bulbs.",
-            "The lemon trees",
-        ),
-    ],
-)
-def test_wnli_is_turned_back_into_the_noun(premise, hypothesis, inputs, target):
-    record = {"sentence1": premise, "sentence2": hypothesis, "label": 0, "idx": 0}
-    (example,) = TASKS["glue_wnli_simple"].examples(record, "validation")
-    assert (example.inputs, example.target, example.label) == (inputs, target, False)
-
-
 def test_questions_have_every_right_answer():
     for name, right in {
         "squad": ("The answer .", "Another answer ."),
@@ -507,15 +471,13 @@ def test_withheld_answers_are_unknown():
 
 
 def test_a_withheld_referent_is_unknown_and_cannot_be_judged_as_not_meant():
-    wsc, wnli = (GOLDEN[name][0] for name in ("super_glue_wsc", "glue_wnli_simple"))
-    for name, record in (("super_glue_wsc", wsc), ("glue_wnli_simple", wnli)):
-        (withheld,) = TASKS[name].examples(record | {"label": -1}, "test")
-        assert (withheld.target, withheld.label) == (UNKNOWN, None)
-        with pytest.raises(DataError, match="needs a column 'label'"):
-            TASKS[name].examples({k: v for k, v in record.items() if k != "label"}, "test")
+    wsc = GOLDEN["super_glue_wsc"][0]
+    (withheld,) = TASKS["super_glue_wsc"].examples(wsc | {"label": -1}, "test")
+    assert (withheld.target, withheld.label) == (UNKNOWN, None)
+    unlabelled = {k: v for k, v in wsc.items() if k != "label"}
+    with pytest.raises(DataError, match="needs a column 'label'"):
+        TASKS["super_glue_wsc"].examples(unlabelled, "test")
     assert TASKS["super_glue_wsc"].examples(wsc | {"label": -1}, "train") == []
-    (named,) = TASKS["glue_wnli_simple"].examples(wnli | {"label": "entailment"}, "validation")
-    assert named.label is True
 
 
 @pytest.mark.parametrize(
@@ -567,14 +529,6 @@ def test_the_training_split_is_judged_as_any_other():
     (judged,) = TASKS["super_glue_record"].examples(record, "train", judged=True)
     assert judged.answers == ("penguin", "pigeon")
     assert judged.group is not None
-
-
-def test_of_equal_places_wnli_takes_the_first_pronoun():
-    # Around the first "it" stand "a" and "b c" of the second sentence, around the other "b c" and
-    # "d": three words each.
-    record = {"sentence1": "a it b. c it d.", "sentence2": "a X b. c Y d.", "label": 1}
-    (example,) = TASKS["glue_wnli_simple"].examples(record, "validation")
-    assert (example.inputs, example.target) == ("wsc: a *it* b. c it d.", "X")
 
 
 def test_a_catalog_is_translated_both_ways():
@@ -633,7 +587,7 @@ def test_a_task_that_there_is_not_is_answered_with_those_there_are():
 
 def test_what_two_groups_have_is_there_once(tmp_path):
     names = [task.name for task in find_tasks(["glue", "super_glue", "glue_rte"])]
-    assert set(names) == {*GROUPS["glue"], *GROUPS["super_glue"]}
+    assert set(names) == {*TASK_GROUPS["glue"], *TASK_GROUPS["super_glue"]}
     assert len(names) == len(set(names))
     (tmp_path / "own.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ConfigError, match="names 'dpr' twice"):

@@ -17,8 +17,8 @@ from switchworks.data.tokens.tokenizer import (
     ByteTokenizer,
     SentencePieceTokenizer,
     load_tokenizer,
-    train_sentencepiece,
 )
+from switchworks.data.tokens.train import train_sentencepiece
 
 SENTENCE = "the cat sat on a mat while rain fell over every quiet town and nobody walked home"
 WORDS = SENTENCE.split()

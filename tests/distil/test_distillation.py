@@ -18,8 +18,8 @@ from switchworks.checkpoint.hugging_face.weights import save_hf
 from switchworks.checkpoint.training_state import Checkpoints
 from switchworks.cli.main import main
 from switchworks.config import CheckpointError, ConfigError, from_toml
-from switchworks.data.dataset import open_dataset
-from switchworks.data.tokens.tokenizer import train_sentencepiece
+from switchworks.data.open import open_dataset
+from switchworks.data.tokens.train import train_sentencepiece
 from switchworks.distil import dense_teacher, fraction_of_gain, initialise_from_teacher
 from switchworks.distil.config import DistilConfig
 from switchworks.distil.precompute import precompute_teacher

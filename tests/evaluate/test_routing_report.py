@@ -15,7 +15,8 @@ import switchworks
 from switchworks.batch import Batch
 from switchworks.cli.main import main
 from switchworks.config import CheckpointError
-from switchworks.data.tokens.tokenizer import ByteTokenizer, train_sentencepiece
+from switchworks.data.tokens.tokenizer import ByteTokenizer
+from switchworks.data.tokens.train import train_sentencepiece
 from switchworks.evaluate.routing import (
     jensen_shannon,
     mutual_information,

@@ -18,13 +18,14 @@ import torch
 from support.slowed import start, targets_of, wait_for
 
 import switchworks
-from switchworks.cli.flags import EvaluateFlags, TrainFlags
+from switchworks.cli.evaluate import EvaluateFlags
 from switchworks.cli.main import main
 from switchworks.cli.parsing import parse_experiment, parse_flags
+from switchworks.cli.train import TrainFlags
 from switchworks.config import ConfigError, DataError, from_toml, to_toml
 from switchworks.data.tasks import find_tasks
 from switchworks.evaluate.answers import DecodingConfig
-from switchworks.evaluate.task_run import evaluate_tasks, named_tasks
+from switchworks.evaluate.tasks import evaluate_tasks, named_tasks
 from switchworks.training import Experiment, train
 from switchworks.training.loop import Interrupt
 
@@ -89,7 +90,7 @@ def test_the_settings_written_are_enough_to_evaluate_the_run(run_dir, experiment
     (result,) = evaluate_tasks(run_dir, data, DecodingConfig(input_length=48, examples=12))
     last = lines_of(run_dir / "metrics.jsonl")[-1]
     assert result.figures == {"accuracy": last["task/colours/accuracy"]}
-    assert (len(result.predictions), result.questions.total > 12) == (12, True)
+    assert (len(result.predictions), result.eval_set.total > 12) == (12, True)
 
 
 def test_evaluate_prints_a_table_and_writes_json_and_predictions(run_dir, tmp_path, capsys):
@@ -230,8 +231,8 @@ def test_one_command_makes_a_fine_tuned_evaluated_model_of_a_table(
     [
         (STARS + "no stars,\n", [], "1 of .* examples of train have an empty target"),
         (STARS, ["--data.task-labels", "1", "5"], "'3' is not one of its labels, 1, 5"),
-        (STARS, ["--data.task-metrics", "acuracy"], "the metric 'acuracy', which there is not"),
-        (STARS, ["--data.task-metrics", "f1_macro"], "judged by f1_macro, which wants labels"),
+        (STARS, ["--data.task-metrics", "acuracy"], "the metric 'acuracy', which does not exist"),
+        (STARS, ["--data.task-metrics", "f1_macro"], "judged by f1_macro, which needs labels"),
     ],
 )
 def test_a_table_that_cannot_be_learnt_is_refused_before_training(

@@ -29,7 +29,7 @@ torch.compile = partial(torch.compile, backend="aot_eager")
 torch.set_num_threads(1)
 torch.manual_seed(0)
 precision, lora, strategy, layers, updated = sys.argv[1:]
-in_backward.LARGE, in_backward.TOGETHER = 1000, 5000
+in_backward.LARGE, in_backward.BUCKET = 1000, 5000
 recipe = tiny()
 routing = replace(
     recipe.model.routing, every=1, strategy=strategy, layers=layers, decoder_strategy="switch"

@@ -9,11 +9,11 @@ import torch
 from switchworks.cli.main import main
 from switchworks.config import ConfigError, to_toml
 from switchworks.data.config import DataConfig
-from switchworks.data.dataset import open_dataset
+from switchworks.data.open import open_dataset
 from switchworks.data.tasks import Example, Hub, Task
 from switchworks.data.tokens.tokenizer import ByteTokenizer
 from switchworks.evaluate.answers import DecodingConfig, answer, log_likelihoods, write
-from switchworks.evaluate.task_run import named_tasks
+from switchworks.evaluate.tasks import named_tasks
 from switchworks.generate import BeamSearch, generate
 from switchworks.model import SwitchTransformer
 from switchworks.recipes.tiny import tiny

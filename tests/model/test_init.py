@@ -1,4 +1,4 @@
-"""The first value of every parameter."""
+"""The initial values of every parameter."""
 
 import math
 from dataclasses import replace
@@ -101,17 +101,43 @@ def test_no_two_parameters_of_one_shape_start_alike(parameters):
     assert torch.pdist(torch.stack(keys_and_values)).min() > 0
 
 
-@pytest.mark.parametrize("shape", [(64, 64), (300, 7, 48), (5, 4096), (65, 63), (3, 5), (1, 17)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_numbers_drawn_in_pieces_are_those_that_torch_draws_of_a_whole(shape, dtype, monkeypatch):
-    """Rows of which some pieces are less than a whole, and rows whose length is no multiple of 16,
-    by which torch would draw other numbers in pieces."""
-    monkeypatch.setattr(init, "PIECE", 1024)
-    ours, theirs = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
-    truncated_normal_(ours, 0.3, torch.Generator().manual_seed(5))
-    generator = torch.Generator().manual_seed(5)
-    torch.nn.init.trunc_normal_(theirs, std=0.3, a=-0.6, b=0.6, generator=generator)
-    assert torch.equal(ours, theirs)
+STACK = "encoder.blocks.1.ffn.experts.w_in"
+
+
+def stack_of(*ranges: tuple[int, int]) -> torch.Tensor:
+    """The stack of experts in the encoder of CONFIG, or these (first, last + 1) of each dimension."""
+    bounds = ranges or ((0, 6), (0, 64), (0, 96))
+    shard = torch.empty([stop - start for start, stop in bounds])
+    init.fill_shard(shard, STACK, CONFIG, 3, (6, 64, 96), [start for start, _ in bounds])
+    return shard
+
+
+@pytest.mark.parametrize("chunk", [96, 1000, 2**20])
+@pytest.mark.parametrize(
+    "ranges",
+    [((2, 4), (0, 64), (0, 96)), ((0, 6), (16, 32), (0, 96)), ((3, 6), (0, 64), (48, 96)),
+     ((1, 2), (33, 35), (5, 7))],
+)  # fmt: skip
+def test_a_shard_has_the_values_that_the_full_parameter_has_there(ranges, chunk, monkeypatch):
+    monkeypatch.setattr(init, "CHUNK", chunk)
+    assert torch.equal(stack_of(*ranges), stack_of()[tuple(slice(*r) for r in ranges)])
+
+
+def test_no_two_chunks_have_the_same_values(monkeypatch):
+    monkeypatch.setattr(init, "CHUNK", 960)
+    chunks = [chunk for expert in stack_of() for chunk in expert.split(10)]
+    assert len({tuple(chunk.flatten()[:8].tolist()) for chunk in chunks}) == 6 * 7
+
+
+def test_the_truncated_normal_has_the_distribution_of_torch_s_own():
+    """Kolmogorov and Smirnov's distance of two samples, against its bound at 1 in 1000."""
+    ours = (stack_of() / math.sqrt(0.1 / 64)).flatten()
+    theirs = torch.nn.init.trunc_normal_(
+        torch.empty(len(ours)), generator=torch.Generator().manual_seed(1)
+    )
+    grid = torch.linspace(-2, 2, 801)
+    below = [torch.searchsorted(x.sort().values, grid) / len(ours) for x in (ours, theirs)]
+    assert (below[0] - below[1]).abs().max() < 1.95 * math.sqrt(2 / len(ours))
 
 
 def test_a_tenth_of_the_scale_is_a_tenth_of_the_variance():
@@ -192,7 +218,7 @@ def test_half_of_the_aligned_heads_prefer_one_neighbour(aligned, stack, head, ne
     middle = 150
     keys = bias[middle, : middle + 1] if stack == "decoder" else bias[middle]
     assert int(keys.argmax()) - middle == neighbour
-    # Two nats a position, eight at most, around T5's own first values.
+    # Two nats a position, eight at most, around T5's own initial values.
     plain = SwitchTransformer(CONFIG, seed=3)
     fall = getattr(plain, stack).relative_bias(300, 300)[0, head].detach() - bias
     assert fall[middle, middle + neighbour] == 0

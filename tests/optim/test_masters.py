@@ -113,7 +113,7 @@ def test_a_frozen_parameter_stays_frozen_in_its_master():
     assert not MasterWeights([("w", frozen)]).named()["w"].requires_grad
 
 
-def test_a_single_gradient_waits_in_16_bits_until_its_share_is_updated():
+def test_a_single_gradient_waits_in_16_bits_until_its_bucket_is_updated():
     parameters = {name: narrow(*[1.0] * 70_000) for name in ("a", "b")}
     masters = MasterWeights(parameters.items())
     for parameter in parameters.values():
@@ -128,10 +128,10 @@ def test_a_single_gradient_waits_in_16_bits_until_its_share_is_updated():
     assert list(masters.gradients()) == ["b"]
 
 
-def test_every_name_is_in_one_share_and_large_ones_are_few_at_a_time(monkeypatch):
-    monkeypatch.setattr("switchworks.optim.masters._SHARE", 150_000)
+def test_every_name_is_in_one_bucket_and_large_ones_are_few_at_a_time(monkeypatch):
+    monkeypatch.setattr("switchworks.optim.masters._BUCKET", 150_000)
     sizes = {"vector": 10, "wide": 70_000, "large": 70_000, "larger": 140_000, "last": 70_000}
     parameters = {name: narrow(*[0.0] * size) for name, size in sizes.items()}
     parameters["wide"] = nn.Parameter(torch.zeros(70_000))
-    shares = MasterWeights(parameters.items()).shares()
-    assert shares == [["vector", "wide"], ["large", "larger"], ["last"]]
+    buckets = MasterWeights(parameters.items()).buckets()
+    assert buckets == [["vector", "wide"], ["large", "larger"], ["last"]]

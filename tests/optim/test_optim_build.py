@@ -11,11 +11,21 @@ from torch import Tensor, nn
 from switchworks.batch import Batch
 from switchworks.config import CheckpointError, ConfigError
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
-from switchworks.optim import Adafactor, OptimConfig, Updater, build_optimizer, dimension_letters
+from switchworks.optim import (
+    OPTIMIZERS,
+    Adafactor,
+    OptimConfig,
+    Updater,
+    build_optimizer,
+    dimension_letters,
+)
 
 ADAMW = OptimConfig(name="adamw", lr=0.01, schedule="constant", warmup_steps=0, betas=(0.9, 0.99))
 ADAFACTOR = OptimConfig(min_factored_dim=4, betas=(0.9, 0.0))
-BOTH = pytest.mark.parametrize("config", [ADAFACTOR, ADAMW], ids=["adafactor", "adamw"])
+MUON = OptimConfig(name="muon", lr=0.01, schedule="constant", warmup_steps=0, betas=(0.9, 0.99))
+EVERY = pytest.mark.parametrize(
+    "config", [ADAFACTOR, ADAMW, MUON], ids=["adafactor", "adamw", "muon"]
+)
 
 
 class Net(nn.Module):
@@ -90,16 +100,77 @@ def test_every_parameter_of_the_model_has_as_many_letters_as_dimensions():
 
 
 def test_stacks_of_experts_are_told_from_other_tensors_by_their_letters():
-    optimizer = updater_of(Net(), ADAFACTOR).optimizer
+    optimizer = updater_of(Net(), ADAFACTOR).optimizers[0]
     stacked = {tuple(p.shape): g["stacked"] for g in optimizer.param_groups for p in g["params"]}
     assert stacked == {(6, 5): False, (5,): False, (3, 5, 6): True, (8, 4): False}
 
 
-@BOTH
+@EVERY
 def test_vectors_and_relative_biases_are_spared_weight_decay(config):
-    optimizer = updater_of(Net(), replace(config, weight_decay=0.1)).optimizer
-    decay = {tuple(p.shape): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    optimizers = updater_of(Net(), replace(config, weight_decay=0.1)).optimizers
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    decay = {tuple(p.shape): g["weight_decay"] for g in groups for p in g["params"]}
     assert decay == {(6, 5): 0.1, (5,): 0.0, (3, 5, 6): 0.1, (8, 4): 0.0}
+
+
+class RoutedNet(Net):
+    """`Net` and a router, whose gradient is constant."""
+
+    letters = Net.letters | {"router": "E D"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Parameter(torch.randn(3, 5, generator=torch.Generator().manual_seed(9)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.router.sum()
+
+
+@EVERY
+@pytest.mark.parametrize("factor", [0.25, 4.0])
+def test_router_lr_is_a_factor_on_what_routers_move_by_and_nothing_else_changes(config, factor):
+    moved = {}
+    for router_lr in (1.0, factor):
+        model = RoutedNet()
+        before = weights_of(model)
+        train(model, updater_of(model, replace(config, router_lr=router_lr)), range(1))
+        moved[router_lr] = {name: p - before[name] for name, p in weights_of(model).items()}
+    plain, scaled = moved[1.0], moved[factor]
+    torch.testing.assert_close(
+        scaled.pop("router"), factor * plain.pop("router"), rtol=1e-4, atol=1e-7
+    )
+    assert same(scaled, plain)
+
+
+def test_an_optimizer_of_your_own_is_chosen_by_the_name_it_is_listed_under(monkeypatch):
+    def sgd(groups, config):
+        return [torch.optim.SGD([group.settings() for group in groups], lr=config.lr)]
+
+    monkeypatch.setitem(OPTIMIZERS, "sgd", sgd)
+    config = OptimConfig(name="sgd", lr=0.1, schedule="linear", warmup_steps=2, router_lr=3.0)
+    ours, theirs = RoutedNet(), RoutedNet()
+    train(ours, updater_of(ours, config), range(1))
+    theirs(inputs(0)).backward()
+    for name, parameter in theirs.named_parameters():
+        rate = 0.05 * (3.0 if name == "router" else 1.0)
+        assert parameter.grad is not None
+        torch.testing.assert_close(ours.get_parameter(name), parameter - rate * parameter.grad)
+
+
+def test_an_unknown_optimizer_is_refused_with_the_names_there_are():
+    with pytest.raises(ConfigError, match=r"optim.name = 'sgd' is not one of adafactor, adamw, mu"):
+        OptimConfig(name="sgd")
+
+
+def test_an_optimizer_that_leaves_a_parameter_out_is_refused(monkeypatch):
+    def first_group_only(groups, config):
+        return [torch.optim.SGD([groups[0].settings()], lr=config.lr)]
+
+    monkeypatch.setitem(OPTIMIZERS, "half", first_group_only)
+    with pytest.raises(
+        ConfigError, match="half: scale is in 0 parameter groups and should be in 1"
+    ):
+        updater_of(Net(), OptimConfig(name="half"))
 
 
 def test_adamw_is_torchs_fed_with_the_schedules_rate():
@@ -173,7 +244,7 @@ def test_adafactor_gets_every_setting():
     assert same(weights_of(ours), weights_of(theirs))
 
 
-@BOTH
+@EVERY
 def test_a_bfloat16_model_with_masters_follows_a_float32_run_within_rounding(config):
     wide, slim = Net(), Net()
     updater = updater_of(slim, config, weights=cast(slim))
@@ -186,7 +257,7 @@ def test_a_bfloat16_model_with_masters_follows_a_float32_run_within_rounding(con
         assert torch.equal(slim.get_parameter(name), state[name].bfloat16())
 
 
-@BOTH
+@EVERY
 def test_micro_batches_take_the_step_of_the_whole_batch(config):
     whole, parts = Net(), Net()
     updater = updater_of(parts, config)
@@ -200,15 +271,15 @@ def test_micro_batches_take_the_step_of_the_whole_batch(config):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-@BOTH
+@EVERY
 @pytest.mark.parametrize("clip_norm", [None, 0.1])
-def test_a_step_of_one_backward_pass_is_the_same_share_by_share(config, clip_norm, monkeypatch):
-    """Gradients that stay in bfloat16 until their share is updated give the same weights."""
+def test_a_step_of_one_backward_pass_is_the_same_bucket_by_bucket(config, clip_norm, monkeypatch):
+    """Gradients that stay in bfloat16 until their bucket is updated give the same weights."""
     config, models = replace(config, clip_norm=clip_norm), (Net(), Net())
     whole, shared = (updater_of(model, config, weights=cast(model)) for model in models)
     monkeypatch.setattr("switchworks.optim.masters._SMALL", 0)
-    monkeypatch.setattr("switchworks.optim.masters._SHARE", 20)
-    assert len(shared.masters.shares()) > 2
+    monkeypatch.setattr("switchworks.optim.masters._BUCKET", 20)
+    assert len(shared.masters.buckets()) > 2
     for step in range(3):
         for model in models:
             model(inputs(step).bfloat16()).backward()
@@ -225,7 +296,7 @@ def test_a_step_of_one_backward_pass_is_the_same_share_by_share(config, clip_nor
         torch.testing.assert_close(shared.float_state()[name], weight, rtol=1e-6, atol=1e-7)
 
 
-@BOTH
+@EVERY
 @pytest.mark.parametrize("prepare", [lambda model: None, cast], ids=["float32", "bfloat16"])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(config, prepare: Callable):
     first, second = Net(), Net(seed=1)
@@ -239,7 +310,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(config, prepare: 
     assert same(updater.float_state(), resumed.float_state())
 
 
-@BOTH
+@EVERY
 def test_the_state_has_all_its_tensors_before_the_first_step(config):
     model = Net()
     updater = updater_of(model, config)
@@ -265,20 +336,22 @@ def test_the_state_of_another_optimizer_or_model_is_refused_and_nothing_changes(
     model = Net()
     updater = updater_of(model, ADAFACTOR)
     before = weights_of(model)
-    with pytest.raises(CheckpointError, match=r"no matrix \(row\), but has matrix \(exp_avg\)"):
+    with pytest.raises(
+        CheckpointError, match=r"matrix \(row\) is absent in the checkpoint and of shape \(6,"
+    ):
         updater.load_state_dict(updater_of(Net(seed=1), ADAMW).state_dict())
     bigger = updater_of(Net(seed=1), ADAFACTOR).state_dict()
     bigger["weights"]["scale"] = torch.zeros(9)
-    with pytest.raises(CheckpointError, match=r"scale \(weight\) has shape \(9,\).*\(5,\) here"):
+    with pytest.raises(CheckpointError, match=r"scale \(weight\) is of shape \(9,\).*\(5,\) here"):
         updater.load_state_dict(bigger)
     stranger = updater_of(Net(seed=1), ADAFACTOR).state_dict()
     stranger["weights"]["bias"] = torch.zeros(9)
-    with pytest.raises(CheckpointError, match="bias"):
+    with pytest.raises(CheckpointError, match=r"bias \(weight\) is of .* and absent here"):
         updater.load_state_dict(stranger)
     assert same(weights_of(model), before)
 
 
-@BOTH
+@EVERY
 def test_the_norm_reported_is_that_before_clipping_and_the_step_that_after(config):
     ours, theirs = Net(), Net()
     updater = updater_of(ours, replace(config, clip_norm=0.1))
@@ -292,7 +365,7 @@ def test_the_norm_reported_is_that_before_clipping_and_the_step_that_after(confi
         torch.testing.assert_close(a, b)
 
 
-@BOTH
+@EVERY
 def test_a_gradient_that_is_not_finite_changes_nothing_and_can_be_named(config):
     model = Net()
     updater = updater_of(model, config)
@@ -311,7 +384,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_can_be_named(config):
     assert updater.first_nonfinite_gradient() is None
 
 
-@BOTH
+@EVERY
 def test_a_parameter_without_a_gradient_keeps_its_value_and_its_state(config):
     model = Net()
     updater = updater_of(model, config)
@@ -380,6 +453,7 @@ def test_a_switch_transformer_in_bfloat16_learns_one_batch_by_heart():
         {"decay_exponent": 0.0},
         {"eps": 0.0},
         {"relative_bias_floor": 0.0},
+        {"router_lr": -1.0},
     ],
     ids=lambda setting: next(iter(setting)),
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from switchworks.cli.flags import ExplainFlags
+from switchworks.cli.explain import ExplainFlags
 from switchworks.cli.main import main
 from switchworks.cli.parsing import parse_experiment
 from switchworks.config import ConfigError

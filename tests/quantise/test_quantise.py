@@ -339,7 +339,7 @@ def test_a_rounded_model_loses_experts_like_any_other(rounded, corpus, tmp_path)
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--group", "64"], "--group belongs to --quantise"),
+        (["--group", "64"], "--group needs --quantise"),
         (["--quantise", "int8", "--group", "64"], "--group 64 is for int4"),
         (["--quantise", "int8", "--prune", "2"], "are different changes"),
     ],

@@ -153,7 +153,7 @@ def test_models_alone_do_not_say_which_text(directories, capsys):
 
 
 def test_models_of_different_vocabularies_are_refused(directories, tmp_path, capsys):
-    from switchworks.data.tokens.tokenizer import train_sentencepiece
+    from switchworks.data.tokens.train import train_sentencepiece
 
     tokenizer = train_sentencepiece(["a text of its own, once and again " * 40], 512)
     config = replace(

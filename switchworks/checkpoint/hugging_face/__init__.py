@@ -1,1 +1,1 @@
-"""TODO face."""
+"""T5, mT5 and Switch Transformers checkpoints of transformers: settings and weights."""

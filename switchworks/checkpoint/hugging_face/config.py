@@ -1,4 +1,4 @@
-"""Settings of transformers' T5, mT5 and Switch models as a ModelConfig, and back."""
+"""config.json of transformers' T5, mT5 and Switch models <-> ModelConfig."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -20,14 +20,14 @@ _NAMES = {
     "relative_buckets": "relative_attention_num_buckets",
     "relative_max_distance": "relative_attention_max_distance",
 }
-"""Our setting -> theirs, where only the name differs."""
+"""ModelConfig's name -> that in config.json, where only the name differs."""
 _ROUTING_NAMES = {
     "experts": "num_experts",
     "jitter": "router_jitter_noise",
     "balance_weight": "router_aux_loss_coef",
     "z_weight": "router_z_loss_coef",
 }
-_THEIR_DEFAULTS: dict[str, Any] = {
+_HF_DEFAULTS: dict[str, Any] = {
     "num_decoder_layers": None,
     "dropout_rate": 0.1,
     "layer_norm_epsilon": 1e-6,
@@ -38,7 +38,7 @@ _THEIR_DEFAULTS: dict[str, Any] = {
     "router_z_loss_coef": 0.001,
     "expert_capacity": 64,
 }
-"""What transformers takes where an older config.json says nothing."""
+"""Defaults of transformers for what an older config.json lacks."""
 _ACTIVATIONS: dict[str, tuple[Literal["relu", "gelu"], bool]] = {
     "relu": ("relu", False),
     "gelu_new": ("gelu", False),
@@ -48,12 +48,11 @@ _ACTIVATIONS: dict[str, tuple[Literal["relu", "gelu"], bool]] = {
     "gated-gelu_new": ("gelu", True),
     "gated-gelu_pytorch_tanh": ("gelu", True),
 }
-"""Theirs -> (activation, gated). Plain "gelu" is the exact form, which we do not have."""
+"""transformers' name -> (activation, gated). Its plain "gelu" is the exact form: not supported."""
 _UNLIMITED = 2**31 - 1
 
-
 Capacity = Literal["paper", "hf"]
-"""Whose rule decides how many tokens an expert takes."""
+"""The rule for how many tokens an expert takes, see `load_hf`."""
 
 
 def from_hf_config(
@@ -61,8 +60,9 @@ def from_hf_config(
 ) -> ModelConfig:
     """The ModelConfig of a transformers config and the `names` of the tensors beside it.
 
-    `capacity` "paper" keeps our defaults, "hf" takes their fixed number of tokens per expert and
-    sequence, padding among them. Raises CheckpointError naming a setting that we cannot express.
+    `capacity` "paper" keeps the defaults of RoutingConfig, "hf" takes over the fixed number of
+    tokens per expert and sequence, padding included. Raises CheckpointError naming a setting that
+    cannot be expressed.
     """
     try:
         return _from_hf_config(values, list(names), capacity)
@@ -82,7 +82,7 @@ def _from_hf_config(values: Mapping[str, Any], names: list[str], capacity: Capac
     _refuse_other_ids(values)
     sparse = kind == "switch_transformers"
     activation, gated = _activation(values, "gated-gelu" if kind == "mt5" else "relu", sparse)
-    if sparse:  # its configuration has no word for gates: their weights tell
+    if sparse:  # a Switch configuration has no setting for gates: the tensors' names decide
         gated = gated or any(name.endswith(".wi_0.weight") for name in names)
     settings = {ours: _get(values, theirs) for ours, theirs in _NAMES.items()}
     return ModelConfig(
@@ -125,9 +125,9 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def _get(values: Mapping[str, Any], name: str) -> Any:
-    if name not in values and name not in _THEIR_DEFAULTS:
+    if name not in values and name not in _HF_DEFAULTS:
         raise CheckpointError(f"config.json does not say {name}.\n  Add it, or fetch it again.")
-    return values.get(name, _THEIR_DEFAULTS.get(name))
+    return values.get(name, _HF_DEFAULTS.get(name))
 
 
 def _refuse_other_ids(values: Mapping[str, Any]) -> None:
@@ -142,9 +142,9 @@ def _refuse_other_ids(values: Mapping[str, Any]) -> None:
 def _activation(
     values: Mapping[str, Any], default: str, sparse: bool
 ) -> tuple[Literal["relu", "gelu"], bool]:
-    """The activation, and whether the configuration speaks of a gate.
+    """The activation, and whether the configuration mentions a gate.
 
-    Switch models say dense_act_fn. Older ones, and all with gates, also have feed_forward_proj.
+    Switch models have dense_act_fn; older ones, and all with gates, also feed_forward_proj.
     """
     key = "feed_forward_proj"
     if sparse and not str(values.get(key, "")).startswith("gated-"):
@@ -160,8 +160,8 @@ def _activation(
 def _is_tied(values: Mapping[str, Any], kind: str) -> bool:
     """Whether the output is scaled by d_model ** -0.5, which in this family means tied.
 
-    transformers 5 writes tie_word_embeddings = true for every T5, and the truth beside it; mT5
-    never scales.
+    transformers 5 writes tie_word_embeddings = true for every T5, and the actual value as
+    scale_decoder_outputs; mT5 never scales.
     """
     tied = values.get("tie_word_embeddings", True) is not False
     if kind == "t5":
@@ -175,31 +175,23 @@ def _routing(
     settings: Mapping[str, Any],
     capacity: Capacity,
 ) -> RoutingConfig | None:
-    """The routing of a Switch model. Which blocks are sparse is read off the tensors' names."""
+    """The routing of a Switch model; the tensors' names show which blocks are sparse."""
     if values.get("router_bias"):
-        raise CheckpointError("router_bias = true cannot be read: our routers have no bias.")
-    found = {
-        match.groups()
-        for name in names
-        if (match := re.match(r"(encoder|decoder)\.block\.(\d+)\..*\.router\.", name))
-    }
-    encoder, decoder = (
-        {int(block) for stack, block in found if stack == which} for which in ("encoder", "decoder")
-    )
+        raise CheckpointError("router_bias = true cannot be read: routers have no bias here.")
+    sparse: dict[str, set[int]] = {"encoder": set(), "decoder": set()}
+    for name in names:
+        if match := re.match(r"(encoder|decoder)\.block\.(\d+)\..*\.router\.", name):
+            sparse[match[1]].add(int(match[2]))
+    encoder, decoder = sparse["encoder"], sparse["decoder"]
     if not encoder and not decoder:
         return None
     layers = settings["num_layers"], settings["num_decoder_layers"] or settings["num_layers"]
+    chosen = {ours: _get(values, theirs) for ours, theirs in _ROUTING_NAMES.items()}
+    if capacity == "hf":
+        chosen["expert_capacity"] = _get(values, "expert_capacity")
+        chosen["padding_takes_slots"] = True
     for every in range(1, max(layers) + 1):
-        if (_sparse_blocks(layers[0], every), _sparse_blocks(layers[1], every)) == (
-            encoder,
-            decoder,
-        ):
-            chosen = {ours: _get(values, theirs) for ours, theirs in _ROUTING_NAMES.items()}
-            if capacity == "hf":
-                chosen |= {
-                    "expert_capacity": _get(values, "expert_capacity"),
-                    "padding_takes_slots": True,
-                }
+        if [_sparse_blocks(count, every) for count in layers] == [encoder, decoder]:
             return RoutingConfig(**chosen, every=every)
     raise CheckpointError(
         f"Blocks {sorted(encoder)} of the encoder and {sorted(decoder)} of the decoder are sparse, "
@@ -263,15 +255,14 @@ def _sparse_values(config: ModelConfig, routing: RoutingConfig) -> dict[str, Any
 
 
 def _num_sparse(layers: int, blocks: set[int], every: int) -> int:
-    """The number of sparse layers to ask transformers for, so that it makes `blocks` sparse.
+    """The num_sparse_layers with which transformers makes `blocks` sparse.
 
     Its rule: with step = layers // number, blocks 1, 1 + step, ... or, if step is 1, all. A step
     of 0, from a number beyond the layers, makes none sparse.
     """
     for number in range(1, layers + 2):
         step = layers // number
-        theirs = {b for b in range(layers) if step == 1 or (step > 1 and b % step == 1)}
-        if theirs == blocks:
+        if blocks == {b for b in range(layers) if step == 1 or (step > 1 and b % step == 1)}:
             return number
     raise CheckpointError(
         f"routing.every = {every} with {layers} blocks cannot be written for transformers, which "

@@ -1,14 +1,14 @@
-"""Hugging Face checkpoints of T5, mT5 and Switch Transformers, in and out.
+"""Read and write Hugging Face checkpoints of T5, mT5 and Switch Transformers.
 
-One table, `RENAMES`, turns our parameter names into theirs; reading asks it which of their
-tensors each of our parameters is made of. `hugging_face_config` maps the settings.
+One table, `RENAMES`, turns parameter names into those of transformers, for writing and for reading:
+a parameter is read from the tensors it would be written to. `config` maps the settings.
 
-Capacity: theirs is a number of tokens per expert and sequence, whatever its length, in training
-and evaluation, and padding counts. Reading takes it over if asked to, writing if the model has
-one (`routing.expert_capacity`); else it is written so high that nothing is dropped, as our
-evaluation does. What does not carry over: capacity factors, group size, expert dropout and the
-output z-loss. Their balance loss is taken over all layers of a stack at once, ours per layer, so
-its weight means more here.
+Capacity: in transformers it is a number of tokens per expert and sequence, whatever its length, in
+training and evaluation, and padding counts. `load_hf` takes it over with capacity="hf", `save_hf`
+if the model has one (`routing.expert_capacity`); else the number written is so high that nothing is
+dropped, as in evaluation here. What does not carry over: capacity factors, group size, expert
+dropout and the output z-loss. transformers takes the balance loss over all layers of a stack at
+once, switchworks per layer, so its weight means more here.
 """
 
 import re
@@ -25,9 +25,9 @@ from switchworks.checkpoint.tensors import (
     SHARD_BYTES,
     Tensors,
     cast_tensor,
-    fill,
+    from_state_dict,
+    materialise,
     num_bytes,
-    of_state,
     open_tensors,
     require_match,
     write_tensors,
@@ -56,12 +56,12 @@ RENAMES = (
     (r"\.w_out\.", ".wo."),
 )
 """Applied in this order. <ffn> is DenseReluDense in T5 and mlp in Switch, <wi> is wi, or wi_1 in
-gated models, and <e> counts the experts, whose matrices we stack and hold transposed."""
+gated models, and <e> counts the experts, whose matrices are stacked and transposed here."""
 
 _UNUSED = {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"}
 """In the released T5 checkpoints, but no model reads it."""
 _ALIASES = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-"""The embedding's names: any of them may hold it, and all that do must agree."""
+"""Names of the embedding: a file may have any of them, with equal values."""
 
 
 def load_hf(
@@ -74,8 +74,8 @@ def load_hf(
 
     `source` is a directory with config.json and weights (safetensors or .bin, whole or in
     shards) or a live transformers model of T5, mT5 or Switch Transformers, which is copied.
-    `capacity` "paper" drops tokens in training only, by our factor; "hf" as transformers does, by
-    the checkpoint's expert_capacity, so that the outputs are the same also where it drops some.
+    `capacity` "paper" drops tokens in training only, by the capacity factor; "hf" as transformers
+    does, by the checkpoint's expert_capacity, so that outputs agree also where tokens are dropped.
     `dtype` None keeps the embedding's; routers keep the precision they are stored in. Raises
     CheckpointError if a setting cannot be expressed or any tensor is missing, unknown or of
     another shape.
@@ -121,7 +121,7 @@ def save_hf(
     ffn = "DenseReluDense" if model.config.routing is None else "mlp"
     state = to_hf_state(model, ffn=ffn)
     if model.config.routing is not None and not model.config.tied_head:
-        # transformers 5 then unties its stacks' embeddings too, so each needs its copy.
+        # transformers 5 then unties the embeddings of both stacks too: each needs its copy.
         state |= dict.fromkeys(_ALIASES, model.embedding.weight)
     otherwise = "Nothing was written; the model itself is untouched."
     with whole_directory(Path(directory), needs=num_bytes(state), otherwise=otherwise) as partial:
@@ -141,9 +141,9 @@ def to_hf_state(model: SwitchTransformer, *, ffn: str) -> dict[str, Tensor]:
 
 
 def to_hf(name: str, tensor: Tensor, *, gated: bool, ffn: str) -> Iterator[tuple[str, Tensor]]:
-    """Our parameter `name` as transformers has it: one tensor, or one for each expert.
+    """The parameter `name` as transformers has it: one tensor, or one for each expert.
 
-    Works for whatever has the parameter's shape, its gradient for example.
+    Works for anything of the parameter's shape, such as its gradient.
     """
     pattern = name
     for ours, theirs in RENAMES:
@@ -170,7 +170,7 @@ def _fill_from(model: SwitchTransformer, stored: Tensors, *, ffn: str, dtype: to
         return stack
 
     with torch.no_grad():
-        fill(model, read)
+        materialise(model, read)
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
             f"{directory} is not a Hugging Face model: it has no config.json.\n"
             "  Download the model first and give the directory that holds it."
         )
-    if (directory / MANIFEST).is_file():  # we wrote it, so we can tell whether it is whole
+    if (directory / MANIFEST).is_file():  # written by save_hf
         verify(directory, allow_foreign=True)
     return read_json(directory / "config.json")
 
@@ -190,7 +190,7 @@ def _of_model(source: Any) -> tuple[dict[str, Any], Tensors]:
             f"load_hf was given a {type(source).__name__}.\n"
             "  It takes a directory or a transformers model."
         )
-    return source.config.to_dict(), of_state(source.state_dict())
+    return source.config.to_dict(), from_state_dict(source.state_dict())
 
 
 def _resolve_aliases(stored: Tensors, config: ModelConfig) -> Tensors:
@@ -200,15 +200,15 @@ def _resolve_aliases(stored: Tensors, config: ModelConfig) -> Tensors:
     present = [name for name in names if name in shapes]
     if not present:
         return Tensors(shapes, stored.read)
-    source: dict[str, str] = {"shared.weight": present[0]}
+    renamed = {"shared.weight": present[0]}
     for name in present[1:]:
         _require_same(stored, present[0], name)
     shape = shapes[present[0]]
     shapes = {name: s for name, s in shapes.items() if name not in names} | {"shared.weight": shape}
     if not config.tied_head and "lm_head.weight" not in shapes:
-        source["lm_head.weight"] = present[0]  # transformers 5 ties it, unscaled
+        renamed["lm_head.weight"] = present[0]  # transformers 5 ties it, unscaled
         shapes["lm_head.weight"] = shape
-    return Tensors(shapes, lambda name: stored.read(source.get(name) or name))
+    return Tensors(shapes, lambda name: stored.read(renamed.get(name) or name))
 
 
 def _require_same(stored: Tensors, first: str, name: str) -> None:

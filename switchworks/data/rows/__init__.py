@@ -1,1 +1,1 @@
-"""TODO face."""
+"""Tokens to rows to batches."""

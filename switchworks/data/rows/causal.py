@@ -1,8 +1,8 @@
 """The causal objective: a row is text to be continued, token by token. Pure numpy.
 
-The tokens of a window are the targets, and nothing is given as input. EOS follows every document
-that ends inside the window; each EOS pushes one token out at the window's end, so that rows stay
-full. Nothing is hidden, so there is nothing random.
+The tokens of a window are the targets; there are no inputs. EOS follows every document that ends
+inside the window; each EOS pushes one token out at the window's end, so that rows stay full.
+Nothing is random.
 
     window   it was so . | Once upon a
     targets  it was so . EOS Once upon
@@ -24,5 +24,5 @@ def causal_row(
     window has an EOS only if its end is inside, so EOS always means that a document ended.
     """
     targets = np.insert(tokens.astype(np.int64), starts, eos_id)[: len(tokens)]
-    ends = starts + np.arange(len(starts))  # where the EOS now stand
+    ends = starts + np.arange(len(starts))  # positions of the EOS in `targets`
     return targets, np.searchsorted(ends, np.arange(len(tokens))) + 1

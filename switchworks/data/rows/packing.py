@@ -1,7 +1,7 @@
-"""Packing: several examples in one row, told apart by segment ids.
+"""Packing: several examples in one row, separated by segment ids.
 
-Attention may join two positions only if their segment ids are equal, which is the model's mask;
-relative positions are differences, so nothing else needs to know where a segment starts.
+Attention may join two positions only if their segment ids are equal, which is the model's mask.
+Relative positions are differences, so the start of a segment matters nowhere else.
 Letters: R rows, L input positions, T target positions.
 """
 
@@ -17,7 +17,7 @@ from switchworks.config import DataError
 from switchworks.data.rows.span_corruption import SpanCorruption
 
 SHORTEST_PIECE = 4
-"""Fewer tokens of a document than this are left out: one hidden of two or three says nothing."""
+"""Shorter pieces of documents are left out: two or three tokens with one hidden teach nothing."""
 
 
 class Packed(NamedTuple):
@@ -32,10 +32,10 @@ class Packed(NamedTuple):
 def pack(
     pieces: Sequence[tuple[np.ndarray, np.ndarray]], input_length: int, target_length: int
 ) -> Packed:
-    """The (inputs, targets) `pieces` packed first-fit into as many rows as they need.
+    """The (inputs, targets) `pieces` packed by first fit into as many rows as they need.
 
-    A piece goes to the first row that has room for its inputs and for its targets, with the same
-    segment id in both. Raises DataError for a piece that is longer than a whole row.
+    A piece has the same segment id in inputs and targets. Raises DataError for a piece that is
+    longer than a whole row.
     """
     rows = _first_fit(pieces, input_length, target_length)
     packed = Packed(
@@ -59,9 +59,13 @@ def pack(
 def _first_fit(
     pieces: Sequence[tuple[np.ndarray, np.ndarray]], input_length: int, target_length: int
 ) -> list[list[int]]:
-    """For each row the indices of its pieces, in their order."""
+    """For each row the indices of its pieces, in their order.
+
+    A piece goes to the first row that has room for its inputs and for its targets, else to a new
+    one: at most 1.7 times the fewest rows possible for one length, and good in practice for two.
+    """
     rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []
+    room: list[tuple[int, int]] = []  # free positions of each row: (inputs, targets)
     for index, (inputs, targets) in enumerate(pieces):
         need = len(inputs), len(targets)
         if need[0] > input_length or need[1] > target_length:
@@ -81,36 +85,36 @@ def _first_fit(
 
 
 def cut_into_pieces(
-    bounds: Sequence[int], how: SpanCorruption, input_length: int, target_length: int
+    bounds: Sequence[int], corruption: SpanCorruption, input_length: int, target_length: int
 ) -> list[tuple[int, int]]:
-    """The (start, stop) of each piece of a window that is corrupted apart; together they fit a row.
+    """(start, stop) of each piece of a window to corrupt separately; together they fit a row.
 
     `bounds` are the window's start, the document starts inside it and its end. Pieces of fewer
     than `SHORTEST_PIECE` tokens are left out. The first piece that no longer fits is cut to what
-    fits and the rest of the window is left out. A window of nothing but shorter pieces is kept
-    as one piece, because a row must hold something.
+    fits and the rest of the window is left out. A window of only shorter pieces is kept as one
+    piece, because a row must hold something.
     """
     pieces: list[tuple[int, int]] = []
     room = input_length, target_length
     for start, stop in pairwise(bounds):
-        length = min(stop - start, _longest_fitting(stop - start, how, room))
+        length = min(stop - start, _longest_fitting(stop - start, corruption, room))
         if length >= SHORTEST_PIECE:
             pieces.append((start, start + length))
-            inputs, targets = how.lengths(length)
+            inputs, targets = corruption.lengths(length)
             room = room[0] - inputs, room[1] - targets
         if length < stop - start and stop - start >= SHORTEST_PIECE:
             break
     if not pieces:
         start, stop = bounds[0], bounds[-1]
-        pieces.append((start, start + _longest_fitting(stop - start, how, room)))
+        pieces.append((start, start + _longest_fitting(stop - start, corruption, room)))
     return pieces
 
 
-def _longest_fitting(length: int, how: SpanCorruption, room: tuple[int, int]) -> int:
-    """The most of `length` tokens whose inputs and targets fit `room`; less than 2 for none."""
+def _longest_fitting(length: int, corruption: SpanCorruption, room: tuple[int, int]) -> int:
+    """How many of `length` tokens fit, as inputs and targets, into `room`; below 2 if none do."""
 
     def overflows(candidate: int) -> bool:
-        inputs, targets = how.lengths(candidate)
+        inputs, targets = corruption.lengths(candidate)
         return inputs > room[0] or targets > room[1]
 
     if length < SHORTEST_PIECE or not overflows(length):

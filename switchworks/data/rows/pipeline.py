@@ -5,21 +5,19 @@ same global batch into other shares. Rows of the run are numbered 0, 1, 2, ... a
 row g's place in the corpus and its hidden spans are functions of (seed, g). In each epoch every
 window of the token stream is visited once, in a fresh order, on a freshly shifted grid.
 
-What `grain` does: the shuffle, computed element by element so that no permutation is stored,
-and prefetch. What it does not: its batching and packing hand out a stream whose position is
-state, so rows are gathered by number and packed here, one window to one row.
+`grain` does the shuffle, computed element by element so that no permutation is stored, and the
+prefetch. Its batching and packing are not used: they produce a stream whose position is state, so
+rows are gathered by number and packed here, one window to one row.
 Letters: B rows of this rank, L input positions, T target positions, N tokens of a window.
 """
 
 import logging
 import sys
 from bisect import bisect_right
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Sequence
 from itertools import chain, count
 from typing import Protocol, runtime_checkable
 
-import absl.logging
 import numpy as np
 import torch
 from jaxtyping import Int
@@ -31,29 +29,16 @@ from switchworks.data.rows.causal import causal_row
 from switchworks.data.rows.packing import SHORTEST_PIECE, Packed, cut_into_pieces, pack
 from switchworks.data.rows.span_corruption import SpanCorruption, corrupt, corrupt_rows, raw_length
 
-
-@contextmanager
-def _without_word_of_jax() -> Iterator[None]:
-    """grain warns on import when JAX, which it can do without, is not installed."""
-
-    def wanted(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith("Failed to load jax profiler")
-
-    logger = absl.logging.get_absl_logger()
-    logger.addFilter(wanted)
-    try:
-        yield
-    finally:
-        logger.removeFilter(wanted)
-
-
-with _without_word_of_jax():
-    import grain
+# grain warns on import when JAX, which it can do without, is not installed.
+logging.getLogger("absl").addFilter(
+    lambda record: not record.getMessage().startswith("Failed to load jax profiler")
+)
+import grain  # noqa: E402
 
 VALIDATION_SEED = 20_210_111
-"""Seeds the order and the masks of validation batches, whatever the run's own seed."""
+"""Seeds the order and the masks of validation batches, for any seed of the run."""
 
-_ORDER, _OFFSET, _MASK = range(3)  # what a random stream is for; part of its seed
+_ORDER, _OFFSET, _MASK = range(3)  # the purpose of a random stream, part of its seed
 
 
 @runtime_checkable
@@ -74,7 +59,7 @@ class TokenStream(Protocol):
 
 @runtime_checkable
 class SpecialIds(Protocol):
-    """What span corruption needs to know of a tokenizer."""
+    """The part of a tokenizer that span corruption needs."""
 
     eos_id: int
     num_sentinels: int
@@ -85,9 +70,9 @@ class SpecialIds(Protocol):
 class Pipeline:
     """The batches of one run, or of its validation, as seen by one rank.
 
-    `raw_length` is the number of tokens a row consumes; `windows` the rows in an epoch.
+    `raw_length` is the number of tokens a row consumes; `windows` the number of rows in an epoch.
     `left_out` is the share of tokens that packing="documents" or, to make room for EOS, the
-    causal objective leaves out of rows, as found in windows spread evenly over the corpus.
+    causal objective leaves out of rows, estimated on windows spread evenly over the corpus.
     """
 
     def __init__(
@@ -106,7 +91,7 @@ class Pipeline:
         Raises ConfigError for lengths, ranks or a seed that cannot work, DataError for a corpus
         that does not fill one row.
         """
-        check_shares(batch_size, seed, rank, world)
+        check_ranks(batch_size, seed, rank, world)
         self.config, self.store, self.tokenizer = config, store, tokenizer
         self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
         self.corruption = SpanCorruption(
@@ -115,8 +100,9 @@ class Pipeline:
             sentinels=tuple(tokenizer.sentinel(i) for i in range(tokenizer.num_sentinels)),
             eos_id=tokenizer.eos_id,
         )
-        self.raw_length, self.left_out = _row_of(config, store, self.corruption)
-        # One window less than fits leaves the grid at least a window's length to shift in.
+        self.raw_length, self.left_out = _window_length(config, store, self.corruption)
+        # One window less than fits leaves the grid at least a window's length to shift in: each
+        # epoch draws an offset, so that it cuts the text at other places.
         self.windows = max(1, store.num_tokens // self.raw_length - 1)
         self._shifts = min(store.num_tokens - self.windows * self.raw_length + 1, self.raw_length)
         shuffle_seed = int(np.random.SeedSequence([seed, _ORDER]).generate_state(1)[0])
@@ -127,14 +113,14 @@ class Pipeline:
         return self.rows(rows_of_step(step, self.batch_size, self.rank, self.world))
 
     def rows(self, rows: Sequence[int]) -> Batch:
-        """The rows of the run with these numbers, whichever steps they belong to."""
+        """The rows of the run with these numbers, of any steps."""
         if self.config.objective == "causal":
             return self._causal(rows)
         return self._stream_rows(rows) if self.config.packing == "stream" else self._packed(rows)
 
     def batches(self, start_step: int = 0) -> Generator[Batch, None, None]:
-        """batch(start_step), batch(start_step + 1), ... without end, made ahead of their use."""
-        return made_ahead(self.batch, start_step, self.config.prefetch)
+        """batch(start_step), batch(start_step + 1), ... without end, prefetched."""
+        return prefetched(self.batch, start_step, self.config.prefetch)
 
     def window_of(self, row: int) -> tuple[int, int]:
         """The (start, stop) in the token stream of row `row` of the run."""
@@ -144,14 +130,12 @@ class Pipeline:
         return start, start + self.raw_length
 
     def _causal(self, rows: Sequence[int]) -> Batch:
-        made = [self._causal_row(row) for row in rows]
-        targets, segments = (torch.from_numpy(np.stack(part)) for part in zip(*made, strict=True))
-        nothing = targets[:, :0]
+        pairs = [self._causal_row(row) for row in rows]
+        targets, segments = (torch.from_numpy(np.stack(part)) for part in zip(*pairs, strict=True))
+        empty = targets[:, :0]
         if self.config.packing == "stream":
-            return Batch(inputs=nothing, targets=targets, padding=False)
-        return Batch(
-            inputs=nothing, targets=targets, input_segments=nothing, target_segments=segments
-        )
+            return Batch(inputs=empty, targets=targets, padding=False)
+        return Batch(inputs=empty, targets=targets, input_segments=empty, target_segments=segments)
 
     def _causal_row(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         start, stop = self.window_of(row)
@@ -202,20 +186,20 @@ def rows_of_step(step: int, batch_size: int, rank: int, world: int) -> range:
     return range(first, first + share)
 
 
-def made_ahead(
+def prefetched(
     make: Callable[[int], Batch], start_step: int, prefetch: int
 ) -> Generator[Batch, None, None]:
     """make(start_step), make(start_step + 1), ... without end.
 
-    `prefetch` batches are made ahead by one thread while the caller works. An error in it is
-    raised at the step whose batch failed. Closing the iterator ends the thread.
+    One thread keeps `prefetch` batches ready while the caller works. An error in it is raised at
+    the step whose batch failed. Closing the iterator ends the thread.
     """
     if prefetch == 0:
         yield from map(make, count(start_step))
         return
     steps = grain.MapDataset.range(start_step, sys.maxsize).map(make)
-    ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
-    iterator = iter(steps.to_iter_dataset(ahead))
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
+    iterator = iter(steps.to_iter_dataset(options))
     try:
         yield from iterator
     finally:
@@ -236,10 +220,10 @@ def validation_batches(
     rank: int = 0,
     world: int = 1,
 ) -> list[Batch]:
-    """This rank's share of at most `batches` batches of held-out text, the same at every call.
+    """This rank's share of at most `batches` batches of validation text, the same at every call.
 
-    They depend on the store, the data settings and `batch_size`, the rows on all ranks together,
-    not on a run's seed. There are fewer than `batches` if the store has fewer, but always one,
+    They depend on the store, the data settings and `batch_size` (the rows on all ranks together),
+    not on the run's seed. There are fewer than `batches` if the store has fewer, but always one,
     which then repeats text. Raises what `Pipeline` raises.
     """
     try:
@@ -258,9 +242,9 @@ def validation_batches(
     return [pipeline.batch(step) for step in range(min(batches, full))]
 
 
-def check_shares(batch_size: int, seed: int, rank: int, world: int) -> None:
-    """Raises ConfigError unless `rank` is one of `world` ranks that can share a batch evenly, or
-    for a seed that is negative."""
+def check_ranks(batch_size: int, seed: int, rank: int, world: int) -> None:
+    """Raises ConfigError for a negative seed, a rank outside 0 .. world - 1, or a batch that does
+    not divide over the ranks."""
     if seed < 0:
         raise ConfigError(f"seed = {seed} is negative. Use 0 or more.")
     if not 0 <= rank < world:
@@ -272,10 +256,10 @@ def check_shares(batch_size: int, seed: int, rank: int, world: int) -> None:
         )
 
 
-def _row_of(
+def _window_length(
     config: DataConfig, store: TokenStream, corruption: SpanCorruption
 ) -> tuple[int, float]:
-    """(tokens a row consumes, share of them left out)."""
+    """(tokens a row consumes, share of them left out of it)."""
     if config.objective == "causal":
         return _causal_window(config, store)
     raw = raw_length(config.input_length, config.noise_density, config.mean_span)
@@ -297,8 +281,8 @@ def _causal_window(config: DataConfig, store: TokenStream) -> tuple[int, float]:
     """(tokens a row consumes, share of them that EOS push out)."""
     raw = config.target_length
     _check_text(store, raw, "target_length", raw)
-    surveyed = _survey(store, raw)
-    return raw, sum(len(bounds) - 2 for bounds in surveyed) / (raw * len(surveyed))
+    sample = _sample_windows(store, raw)
+    return raw, sum(len(bounds) - 2 for bounds in sample) / (raw * len(sample))
 
 
 def _check_text(store: TokenStream, raw: int, name: str, length: int) -> None:
@@ -309,10 +293,10 @@ def _check_text(store: TokenStream, raw: int, name: str, length: int) -> None:
         )
 
 
-SURVEYED = 256
-"""At most so many windows, evenly spaced over the corpus, are looked at."""
-FITTING = 0.98
-"""Share of the surveyed windows whose pieces must all fit their row."""
+SAMPLED_WINDOWS = 256
+"""At most so many windows, evenly spaced over the corpus, decide the window length."""
+FITTING_SHARE = 0.98
+"""Share of the sampled windows whose pieces must all fit their row."""
 
 
 def _document_window(
@@ -320,9 +304,9 @@ def _document_window(
 ) -> tuple[int, float]:
     """(window length, share of tokens left out) for packing="documents".
 
-    The longest window, up to `longest`, that fits its row whole in nearly all surveyed places.
-    Each document in a window costs an EOS on both sides and rounds its spans up or down, so how
-    much fits depends on how long the documents are.
+    The longest window, up to `longest`, that fits its row whole in nearly all sampled windows.
+    Each document in a window costs an EOS in inputs and targets and rounds its spans up or down,
+    so what fits depends on how long the documents are.
     """
     row = config.input_length, config.target_length
     least = corruption.lengths(SHORTEST_PIECE)
@@ -332,30 +316,34 @@ def _document_window(
             f"room for a piece of {SHORTEST_PIECE} tokens,\n"
             f"  which needs {least[0]} and {least[1]}. Raise the shorter one."
         )
-    surveyed = _survey(store, longest)
-    needs = np.zeros((longest + 1, 2), dtype=np.int64)  # positions by length of piece
+    sample = _sample_windows(store, longest)
+    # (inputs, targets) that a piece of each length takes; 0 for pieces too short to be kept.
+    needs = np.zeros((longest + 1, 2), dtype=np.int64)
     for length in range(SHORTEST_PIECE, longest + 1):
         needs[length] = corruption.lengths(length)
 
     def too_long(raw: int) -> bool:
-        fitting = [needs[np.diff(_first(b, raw))].sum(axis=0) <= row for b in surveyed]
-        return float(np.all(fitting, axis=1).mean()) < FITTING
+        # Cut each sampled window to `raw` tokens and add up what its pieces need.
+        fits = [needs[np.diff(_truncated(b, raw))].sum(axis=0) <= row for b in sample]
+        return float(np.all(fits, axis=1).mean()) < FITTING_SHARE
 
+    # `too_long` is False and then True over rising lengths (nearly: rounding of spans may make
+    # single exceptions, which cost a little text and nothing else), so bisection finds the border.
     lengths = range(SHORTEST_PIECE + 1, longest + 1)
     raw = SHORTEST_PIECE + bisect_right(lengths, False, key=too_long)
-    pieces = [cut_into_pieces(_first(b, raw).tolist(), corruption, *row) for b in surveyed]
+    pieces = [cut_into_pieces(_truncated(b, raw).tolist(), corruption, *row) for b in sample]
     kept = sum(stop - start for start, stop in chain.from_iterable(pieces))
-    return raw, 1 - kept / (raw * len(surveyed))
+    return raw, 1 - kept / (raw * len(sample))
 
 
-def _survey(store: TokenStream, raw: int) -> list[list[int]]:
+def _sample_windows(store: TokenStream, raw: int) -> list[list[int]]:
     """The `_bounds` of windows of `raw` tokens, spread evenly over the corpus."""
-    places = min(SURVEYED, store.num_tokens // raw)
-    step = (store.num_tokens - raw) // max(1, places - 1)
-    return [_bounds(store, i * step, i * step + raw) for i in range(places)]
+    count = min(SAMPLED_WINDOWS, store.num_tokens // raw)
+    step = (store.num_tokens - raw) // max(1, count - 1)
+    return [_bounds(store, i * step, i * step + raw) for i in range(count)]
 
 
-def _first(bounds: list[int], raw: int) -> np.ndarray:
+def _truncated(bounds: list[int], raw: int) -> np.ndarray:
     """The bounds of a window's first `raw` tokens."""
     end = bounds[0] + raw
     return np.array([*(bound for bound in bounds if bound < end), end])

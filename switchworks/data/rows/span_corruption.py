@@ -8,7 +8,7 @@ with EOS. The counts depend on the length alone, so rows of one length give full
     inputs   Thank you <s0> me to your party <s1> week EOS
     targets  <s0> for inviting <s1> last EOS
 
-`corrupt` says it slowly and plainly; `corrupt_rows` does a batch at once and is tested equal.
+`corrupt` is the plain reference; `corrupt_rows` does a batch at once and is tested equal to it.
 Source: `span_corruption`, `random_spans_noise_mask` and `random_spans_helper` in T5's
 t5/data/preprocessors.py. Letters: B rows, N tokens before corruption, L and T after.
 """
@@ -28,7 +28,7 @@ SHORTEST = 2
 
 @dataclass(frozen=True, kw_only=True)
 class SpanCorruption:
-    """How much is hidden, in spans of which mean length, and the special ids that mark it."""
+    """The share of tokens to hide, the mean length of spans, and the special ids that mark them."""
 
     noise_density: float
     mean_span: float
@@ -59,14 +59,16 @@ class SpanCorruption:
 def noise_counts(length: int, noise_density: float, mean_span: float) -> tuple[int, int]:
     """(hidden tokens, spans) for `length` tokens. Raises DataError below `SHORTEST`.
 
-    Halves round to even, as in T5. There are never more spans than tokens left between them;
-    only a noise density above about a half can ask for that, and T5 has no answer to it.
+    Halves round to even, as in T5. There are never more spans than tokens kept between them: a
+    limit that only matters for a noise density above about 0.5, where T5's code fails.
     """
     if length < SHORTEST:
         raise DataError(
             f"{length} tokens cannot be corrupted: at least {SHORTEST} are needed, "
             "one to keep and one to hide."
         )
+    # T5's counts: rounded, at least one token hidden, at least one kept, at least one span. Both
+    # depend on the length alone, so all rows of one length have the same shape.
     noise = min(max(round(length * noise_density), 1), length - 1)
     spans = min(max(round(noise / mean_span), 1), length - noise)
     return noise, spans
@@ -98,30 +100,32 @@ def raw_length(input_length: int, noise_density: float, mean_span: float) -> int
 
 
 def corrupt(
-    tokens: Int[np.ndarray, " N"], rng: np.random.Generator, how: SpanCorruption
+    tokens: Int[np.ndarray, " N"], rng: np.random.Generator, corruption: SpanCorruption
 ) -> tuple[Int[np.ndarray, " L"], Int[np.ndarray, " T"]]:
     """(inputs, targets) of one run of tokens: the reference, one span after the other.
 
-    The lengths are `how.lengths(N)`. Takes N - 2 numbers from `rng`.
+    The lengths are `corruption.lengths(N)`. Takes N - 2 numbers from `rng`.
     """
-    noise, spans = how.counts(len(tokens))
+    noise, spans = corruption.counts(len(tokens))
     hidden_lengths = _partition(noise, spans, rng)
     kept_lengths = _partition(len(tokens) - noise, spans, rng)
     inputs: list[int] = []
     targets: list[int] = []
-    at = 0
-    # A kept span comes first, a hidden one last, so there are as many of either.
-    for sentinel, kept, hidden in zip(how.sentinels, kept_lengths, hidden_lengths, strict=False):
-        inputs += [*tokens[at : at + kept].tolist(), sentinel]
-        targets += [sentinel, *tokens[at + kept : at + kept + hidden].tolist()]
-        at += kept + hidden
-    return np.array([*inputs, how.eos_id]), np.array([*targets, how.eos_id])
+    start = 0
+    # Kept and hidden spans alternate, from a kept one to a hidden one: as many of each.
+    spans_in_order = zip(corruption.sentinels, kept_lengths, hidden_lengths, strict=False)
+    for sentinel, kept, hidden in spans_in_order:
+        middle, end = start + kept, start + kept + hidden
+        inputs += [*tokens[start:middle].tolist(), sentinel]
+        targets += [sentinel, *tokens[middle:end].tolist()]
+        start = end
+    return np.array([*inputs, corruption.eos_id]), np.array([*targets, corruption.eos_id])
 
 
 def _partition(total: int, parts: int, rng: np.random.Generator) -> list[int]:
-    """`parts` positive lengths with the sum `total`, every such list being equally likely.
+    """`parts` positive lengths with the sum `total`, all such lists equally likely.
 
-    Each of the total - 1 gaps between items draws a number; the parts - 1 lowest are cut.
+    Each of the total - 1 gaps between items draws a number; the parts - 1 lowest become borders.
     """
     lowest = np.argsort(rng.random(total - 1))[: parts - 1]
     cuts = [0, *sorted(int(gap) + 1 for gap in lowest), total]
@@ -129,11 +133,11 @@ def _partition(total: int, parts: int, rng: np.random.Generator) -> list[int]:
 
 
 def corrupt_rows(
-    tokens: Int[np.ndarray, "B N"], rngs: Sequence[np.random.Generator], how: SpanCorruption
+    tokens: Int[np.ndarray, "B N"], rngs: Sequence[np.random.Generator], corruption: SpanCorruption
 ) -> tuple[Int[np.ndarray, "B L"], Int[np.ndarray, "B T"]]:
     """(inputs, targets), int64, of B rows of N tokens: row b equals `corrupt` with `rngs[b]`."""
     B, N = tokens.shape
-    noise, spans = how.counts(N)
+    noise, spans = corruption.counts(N)
     draws = np.stack([rng.random(N - 2) for rng in rngs])
     hidden_lengths = _partitions(noise, spans, draws[:, : noise - 1])
     kept_lengths = _partitions(N - noise, spans, draws[:, noise - 1 :])
@@ -141,10 +145,12 @@ def corrupt_rows(
     first = _first_of_span(lengths, N)
     span = np.cumsum(first, axis=1) - 1  # B N: even spans are kept, odd ones hidden
     hidden = span % 2 == 1
-    sentinel = np.asarray(how.sentinels)[span // 2]
+    sentinel = np.asarray(corruption.sentinels)[span // 2]  # B N: of each kept and hidden pair
+    # Inputs keep the kept tokens, and of each hidden span the first position, as its sentinel;
+    # targets the other way round. Every row keeps equally many, so the masks reshape to rows.
     inputs = np.where(hidden, sentinel, tokens)[~hidden | first].reshape(B, -1)
     targets = np.where(hidden, tokens, sentinel)[hidden | first].reshape(B, -1)
-    eos = np.full((B, 1), how.eos_id)
+    eos = np.full((B, 1), corruption.eos_id)
     return np.concatenate([inputs, eos], axis=1), np.concatenate([targets, eos], axis=1)
 
 

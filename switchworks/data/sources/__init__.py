@@ -1,1 +1,44 @@
-"""TODO face."""
+"""Where text comes from: one file a source, all listed in `SOURCES`."""
+
+from pathlib import Path
+
+from switchworks.config import ConfigError
+from switchworks.data.sources.catalogs.source import Catalogs
+from switchworks.data.sources.config import TextConfig
+from switchworks.data.sources.files import Files
+from switchworks.data.sources.hub import HubDataset
+from switchworks.data.sources.python_docs import PythonDocs
+from switchworks.data.sources.text_source import FirstDocuments, TextSource
+
+SOURCES: dict[str, type[TextSource]] = {
+    "files": Files,
+    "hub": HubDataset,
+    "python_docs": PythonDocs,
+    "catalogs": Catalogs,
+}
+"""Every data source by the name that `data.source` gives it. Register your own here."""
+
+
+def source_class(config: TextConfig) -> type[TextSource]:
+    """The class of the source that `config` names: `Files` if it has a path.
+
+    Raises ConfigError, listing the sources and what they read, for an unknown name.
+    """
+    name = config.source if config.path is None else "files"
+    if name not in SOURCES:
+        known = (f"{name} ({', '.join(kind.settings)})" for name, kind in SOURCES.items())
+        raise ConfigError(
+            f"data.source = {name!r} is not a source of text.\n"
+            f"  Sources, and the settings they read: {', '.join(known)}.\n"
+            "  Your own: switchworks.data.SOURCES[NAME] = a TextSource, before the settings."
+        )
+    return SOURCES[name]
+
+
+def open_source(config: TextConfig, cache: Path) -> TextSource:
+    """The source that `config` names, limited to the first `config.documents` if that is set.
+
+    Raises what `TextSource.open` raises.
+    """
+    source = source_class(config).open(config, cache)
+    return source if config.documents is None else FirstDocuments(source, config.documents)

@@ -1,289 +1,155 @@
-"""Files to text: decompression, decoding and cutting, streamed, with errors that name the file.
+"""The source `files`: own text in a file, a folder or the files of a glob."""
 
-Everything here takes one file and yields its documents in order; nothing holds more than one
-document and one block of the file in memory.
-"""
-
-import codecs
-import json
-import logging
-import tempfile
-import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import glob
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
-import zstandard
+from switchworks.config import ConfigError, DataError
+from switchworks.data.cache import digest, file_stats
+from switchworks.data.sources.catalogs.languages import normalise
+from switchworks.data.sources.config import TextConfig
+from switchworks.data.sources.per_language import ALL, choose_languages, too_few
+from switchworks.data.sources.reading import COMPRESSIONS, FORMATS, format_of, read_documents
+from switchworks.data.sources.text_source import NoText, Report, TextSource
 
-from switchworks.config import DataError
-
-BLOCK_BYTES = 1 << 16
-DOCUMENT_CHARACTERS = 1 << 16
-"""A longer .txt file is cut into documents of at most this many characters."""
-
-FORMATS = (".txt", ".jsonl", ".parquet")
-COMPRESSIONS = (".gz", ".zst")
-
-
-@dataclass
-class Report:
-    """What was read and what had to be left out. Grows while documents are read."""
-
-    documents: int = 0
-    characters: int = 0
-    bad_lines: dict[str, int] = field(default_factory=dict)
-    """How many JSONL lines were left out, by reason."""
-    examples: list[str] = field(default_factory=list)
-    """file:line and reason of the first few."""
-
-    @property
-    def num_bad_lines(self) -> int:
-        return sum(self.bad_lines.values())
-
-    def bad(self, path: Path, line: int, reason: str) -> None:
-        """Line `line` (from 1) of `path` is left out because of `reason`."""
-        self.bad_lines[reason] = self.bad_lines.get(reason, 0) + 1
-        if len(self.examples) < 5:
-            self.examples.append(f"{path}:{line} ({reason})")
-
-    def merge(self, other: "Report") -> None:
-        """This report counts what `other` counted, too."""
-        self.documents += other.documents
-        self.characters += other.characters
-        for reason, count in other.bad_lines.items():
-            self.bad_lines[reason] = self.bad_lines.get(reason, 0) + count
-        self.examples = [*self.examples, *other.examples][:5]
-
-    def log(self) -> None:
-        """Every line that was left out has been mentioned in the log. Silent if there is none."""
-        if self.bad_lines:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in self.bad_lines.items())
-            logging.getLogger(__name__).warning(
-                "%d lines were left out: %s. First: %s",
-                self.num_bad_lines,
-                reasons,
-                "; ".join(self.examples),
-            )
-
-
-def format_of(path: Path) -> str | None:
-    """ ".txt", ".jsonl" or ".parquet", looking through .gz and .zst; None for other files."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in COMPRESSIONS:
-        suffixes.pop()
-    return suffixes[-1] if suffixes and suffixes[-1] in FORMATS else None
-
-
-def read_documents(path: Path, column: str, report: Report) -> Iterator[str]:
-    """The documents of one file, in order. Raises DataError if it cannot be read to its end."""
-    kind = format_of(path)
-    if kind == ".txt":
-        documents = _cut(_characters(path))
-    elif kind == ".jsonl":
-        documents = _from_jsonl(path, column, report)
-    else:
-        documents = _from_parquet(path, column)
-    for document in documents:
-        if document.strip():
-            report.documents += 1
-            report.characters += len(document)
-            yield document
-
-
-@runtime_checkable
-class _Decompressor(Protocol):
-    """What zlib's and zstandard's decompression objects have in common."""
-
-    @property
-    def eof(self) -> bool: ...
-
-    @property
-    def unused_data(self) -> bytes: ...
-
-    def decompress(self, data: bytes, /) -> bytes: ...
-
-
-def _blocks(path: Path) -> Iterator[bytes]:
-    """The decompressed bytes of `path`, in blocks. A file that breaks off raises DataError."""
-    try:
-        with path.open("rb") as file:
-            blocks = iter(lambda: file.read(BLOCK_BYTES), b"")
-            suffix = path.suffix.lower()
-            yield from _decompressed(path, blocks) if suffix in COMPRESSIONS else blocks
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
-
-
-def _decompressed(path: Path, blocks: Iterator[bytes]) -> Iterator[bytes]:
-    def new() -> _Decompressor:
-        if path.suffix.lower() == ".gz":
-            return zlib.decompressobj(wbits=31)
-        return zstandard.ZstdDecompressor().decompressobj()
-
-    decompressor, started = new(), False
-    try:
-        for block in blocks:
-            while block:
-                if decompressor.eof:  # files may be several compressed streams end to end
-                    decompressor, started = new(), False
-                    if path.suffix.lower() == ".gz" and not (block := block.lstrip(b"\0")):
-                        break
-                started = True
-                yield decompressor.decompress(block)
-                block = decompressor.unused_data if decompressor.eof else b""
-    except (zlib.error, zstandard.ZstdError) as error:
-        raise DataError(
-            f"{path} is damaged, or is not what its name says: {error}.\n"
-            "  Fetch or compress it again."
-        ) from error
-    if started and not decompressor.eof:
-        raise DataError(f"{path} breaks off in the middle.\n  Fetch or compress it again.")
-
-
-def _characters(path: Path) -> Iterator[str]:
-    """The text of `path`, in blocks. Raises DataError for what is not UTF-8 text."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    offset = 0  # of the first byte that is not decoded yet
-    for block in _then_none(_blocks(path)):
-        data = block or b""
-        held = len(decoder.getstate()[0])
-        if b"\0" in data:
-            raise DataError(
-                f"{path} is binary, not text: byte {offset + held + data.index(0)} is zero.\n"
-                "  Give UTF-8 text; a UTF-16 file must be converted first."
-            )
-        try:
-            text = decoder.decode(data, final=block is None)
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{path} is not UTF-8: byte {offset + error.start} is "
-                f"0x{error.object[error.start]:02x} ({error.reason}).\n"
-                f"  Convert it, for example: iconv -f latin1 -t utf-8 {path.name}"
-            ) from error
-        if offset == 0:
-            text = text.removeprefix("\ufeff")
-        offset += held + len(data) - len(decoder.getstate()[0])
-        if text:
-            yield text
-
-
-def _then_none(blocks: Iterator[bytes]) -> Iterator[bytes | None]:
-    yield from blocks
-    yield None
-
-
-def _cut(blocks: Iterator[str]) -> Iterator[str]:
-    """The text of `blocks` as one document, or if it is too long as several.
-
-    Cuts are made at the last blank line that fits, else at a line end, else at a space.
-    """
-    waiting = ""
-    for block in blocks:
-        waiting += block
-        while len(waiting) > DOCUMENT_CHARACTERS:
-            end = _cut_point(waiting)
-            yield waiting[:end].strip("\n")
-            waiting = waiting[end:]
-    yield waiting.strip("\n")
-
-
-def _cut_point(text: str) -> int:
-    for border in ("\n\n", "\r\n\r\n", "\n", " "):
-        found = text.rfind(border, 1, DOCUMENT_CHARACTERS)
-        if found > 0:
-            return found + len(border)
-    return DOCUMENT_CHARACTERS
-
-
-def lines_of(path: Path) -> Iterator[str]:
-    """Lines without their ends. Blocks are joined once per line, however long it is."""
-    pieces: list[str] = []
-    for block in _characters(path):
-        first, *rest = block.split("\n")
-        pieces.append(first)
-        for line in rest:
-            yield "".join(pieces)
-            pieces = [line]
-    yield "".join(pieces)
-
-
-def _from_jsonl(path: Path, column: str, report: Report) -> Iterator[str]:
-    good = bad = 0
-    keys: set[str] = set()
-    for number, line in enumerate(lines_of(path), start=1):
-        if not line.strip():
-            continue
-        value = _json_text(line, column, keys)
-        if isinstance(value, _Bad):
-            bad += 1
-            report.bad(path, number, value.reason)
-        else:
-            good += 1
-            yield value
-    if bad and not good:
-        raise DataError(
-            f"{path}: none of its {bad} lines can be used. First: {report.examples[0]}.\n"
-            f"  Each line must be an object whose {column!r} is a string; keys found: "
-            f"{', '.join(sorted(keys)) or 'none'}. Name another with --data.column."
-        )
+LINE_CHARACTERS = 100
+"""A line counts as one sentence, and a longer one as one for every so many characters."""
 
 
 @dataclass(frozen=True)
-class _Bad:
-    reason: str
+class Files(TextSource):
+    """The text files `paths`, in this order."""
 
+    settings: ClassVar[tuple[str, ...]] = ("path", "column", "languages", "min_sentences")
 
-def _json_text(line: str, column: str, keys: set[str]) -> str | _Bad:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return _Bad("not JSON")
-    if not isinstance(row, dict):
-        return _Bad("not an object")
-    if column not in row:
-        if len(keys) < 20:
-            keys.update(row)
-        return _Bad(f"no key {column!r}")
-    value = row[column]
-    if not isinstance(value, str):
-        return _Bad(f"{column!r} is not a string")
-    # JSON can spell half a surrogate pair, which is no character and has no UTF-8.
-    return value.encode("utf-8", "replace").decode("utf-8")
+    paths: tuple[Path, ...]
+    column: str
 
+    @classmethod
+    def check(cls, config: TextConfig) -> None:
+        if config.path is None:
+            raise ConfigError("data.source = 'files' needs a path. Set --data.path.")
 
-def _from_parquet(path: Path, column: str) -> Iterator[str]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    @classmethod
+    def open(cls, config: TextConfig, cache: Path) -> "Files":
+        assert config.path is not None  # `check` saw to it
+        return Files(tuple(find_files(config.path)), config.column)
 
-    with tempfile.TemporaryFile() as unpacked:
-        source: Any = str(path)
-        if path.suffix.lower() in COMPRESSIONS:
-            for block in _blocks(path):
-                unpacked.write(block)
-            unpacked.seek(0)
-            source = unpacked
-        try:
-            with pq.ParquetFile(source) as file:
-                check_column(column, file.schema_arrow.names, str(path))
-                kind = file.schema_arrow.field(column).type
-                if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-                    raise DataError(
-                        f"{path}: column {column!r} holds {kind}, not text.\n"
-                        "  Name a column of strings with --data.column."
-                    )
-                for batch in file.iter_batches(batch_size=256, columns=[column]):
-                    yield from (value for value in batch.column(0).to_pylist() if value)
-        except (pa.ArrowException, OSError) as error:
+    @classmethod
+    def mixture_settings(cls, argument: str) -> dict[str, Any]:
+        return {"path": argument}
+
+    @classmethod
+    def language_configs(cls, config: TextConfig, cache: Path) -> Mapping[str, TextConfig]:
+        """What LANG/ and LANG.txt (.jsonl, .parquet, compressed) in the folder hold, by code."""
+        assert config.path is not None
+        root = Path(config.path).expanduser()
+        if not root.is_dir():
             raise DataError(
-                f"{path} cannot be read as Parquet: {error}\n  Fetch or write it again."
-            ) from error
+                f"{root} is no folder.\n  With data.languages, data.path names one that holds "
+                "LANG/ or LANG.txt for each language."
+            )
+        paths: dict[str, Path] = {}
+        for code, path in _paths_by_language(root, strict=ALL in config.languages):
+            if code in paths:
+                raise DataError(
+                    f"{paths[code]} and {path} are the same language, {code}.\n"
+                    "  Put all of its text into one folder."
+                )
+            paths[code] = path
+        configs = {c: replace(config, languages=(), path=str(p)) for c, p in sorted(paths.items())}
+        return choose_languages(config, configs, lambda code: _lack_of_text(configs[code], cache))
 
+    @property
+    def num_files(self) -> int:
+        return len(self.paths)
 
-def check_column(column: str, names: list[str], where: str) -> None:
-    """Raises DataError, listing the columns there are, unless `column` is among `names`."""
-    if column not in names:
-        raise DataError(
-            f"{where} has no column {column!r}. It has: {', '.join(names)}.\n"
-            "  Name one with --data.column."
+    @property
+    def num_characters(self) -> int:
+        # Compressed text is about a third of its length.
+        return sum(
+            path.stat().st_size * (3 if path.suffix in COMPRESSIONS else 1) for path in self.paths
         )
+
+    def documents(
+        self, shard: int = 0, num_shards: int = 1, *, report: Report | None = None
+    ) -> Iterator[str]:
+        report = Report() if report is None else report
+        if len(self.paths) >= num_shards:
+            for path in self.paths[shard::num_shards]:
+                yield from read_documents(path, self.column, report)
+            return
+        # Too few files to share out: every shard reads all of them and keeps every n-th document.
+        # Only the first reports the bad lines, which all of them saw.
+        report = report if shard == 0 else Report()
+        texts = (text for p in self.paths for text in read_documents(p, self.column, report))
+        yield from islice(texts, shard, None, num_shards)
+
+    def fingerprint(self) -> str:
+        return digest(file_stats(self.paths), self.column)
+
+
+def find_files(pattern: str) -> list[Path]:
+    """The text files that `pattern` (a file, folder or glob) names, sorted by path.
+
+    Raises DataError if there is none, NoText if all of them are empty.
+    """
+    path = Path(pattern).expanduser()
+    readable = ", ".join(FORMATS) + f" (also {', '.join(COMPRESSIONS)})"
+    if path.is_file():
+        if format_of(path) is None:
+            raise DataError(f"{path} is not a text file by its name.\n  Readable are {readable}.")
+        files = [path]
+    elif path.is_dir():
+        files = _text_files(path.rglob("*"))
+        if not files:
+            raise NoText(f"The folder {path} holds no text files.\n  Readable are {readable}.")
+    elif glob.has_magic(pattern):
+        files = _text_files(map(Path, glob.glob(str(path), recursive=True)))
+        if not files:
+            raise DataError(
+                f"No text file matches {pattern!r}.\n  Readable are {readable}; "
+                "quote the pattern so that the shell leaves it alone."
+            )
+    else:
+        raise DataError(f"{path} does not exist.\n  Text is named by a file, a folder or a glob.")
+    if not any(file.stat().st_size for file in files):
+        empty = "is empty" if len(files) == 1 else f"and {len(files) - 1} more are empty"
+        raise NoText(f"There is no text to train on: {files[0]} {empty}.")
+    return files
+
+
+def _text_files(paths: Iterator[Path]) -> list[Path]:
+    return sorted(path for path in paths if path.is_file() and format_of(path))
+
+
+def _paths_by_language(root: Path, *, strict: bool) -> Iterator[tuple[str, Path]]:
+    """(code, path) of what `root` holds; names that are no language are refused if `strict`."""
+    for path in sorted(root.iterdir()):
+        if path.name.startswith(".") or not (path.is_dir() or format_of(path)):
+            continue
+        name = path.name if path.is_dir() else path.name.partition(".")[0]
+        try:
+            yield normalise(name), path
+        except DataError as error:
+            if strict:
+                raise DataError(f"{path}: {error}") from error
+
+
+def _lack_of_text(config: TextConfig, cache: Path) -> str | None:
+    """Why one language's files have too little text; None if they have enough. Reads no more than
+    is needed to tell."""
+    try:
+        source = Files.open(config, cache)
+    except NoText:
+        return "it has no text"
+    sentences = 0
+    for document in source.documents():
+        for line in document.splitlines():
+            sentences += max(bool(line.strip()), len(line) // LINE_CHARACTERS)
+        if sentences >= config.min_sentences:
+            return None
+    return too_few(config, sentences)

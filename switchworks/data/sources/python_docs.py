@@ -1,12 +1,12 @@
-"""The embedded corpus `python_docs`: English prose that every machine with this package has.
+"""The source `python_docs`: English prose that every machine with this package has.
 
-It is taken from the standard library and from what switchworks depends on: docstrings and other
-documentation strings, comments, C headers, READMEs and the topics of Python's own help, cleaned
-by `prose`. No paragraph occurs twice. With the versions pinned in constraints.txt it is the same
-text on every machine: tools that happen to be installed beside switchworks are not read.
+The text is taken from the standard library and from what switchworks depends on: docstrings and
+other documentation strings, comments, C headers, READMEs and the topics of Python's own help,
+cleaned by `prose`. No paragraph occurs twice. With the versions pinned in constraints.txt it is the
+same text on every machine: tools that happen to be installed beside switchworks are not read.
 
-Sources are parsed, never imported. Extraction takes some tens of seconds, so `python_docs` keeps
-its result in the cache, one JSON string per line.
+Files are parsed, never imported. Extraction takes some tens of seconds, so its result is kept in
+the cache, one JSON string per line.
 """
 
 import ast
@@ -20,27 +20,37 @@ import os
 import re
 import sys
 import sysconfig
-import types
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from types import ModuleType
+from typing import ClassVar, TypeVar
 
-from switchworks.data.sources.installed import Packages, installed, versions
+from switchworks.data.cache import atomic_write_text, digest
+from switchworks.data.sources.config import TextConfig
+from switchworks.data.sources.installed_packages import Packages, installed_packages, versions
 from switchworks.data.sources.prose import paragraphs
+from switchworks.data.sources.text_source import Report, TextSource
 
-ROOTS = (
+T = TypeVar("T")
+
+DOCS_ROOTS = (
     "torch", "numpy", "jaxtyping", "safetensors", "sentencepiece", "grain", "datasets",
     "zstandard", "tomli-w", "tyro", "rich", "tensorboard", "matplotlib", "scikit-learn", "scipy",
     "sacrebleu", "rouge-score",
 )  # fmt: skip
 """What switchworks itself depends on: these are read, with everything they need in turn."""
 
-RULES = 1
+_RULES = 1
 """Raised when the extraction changes, so that no older cache is taken for the new text."""
 
 DOCUMENT_CHARACTERS = 2400
 """A document ends with the first paragraph that takes it past this length: some 500 tokens."""
+
+_FILES_PER_JOB = 48
 
 _SUFFIXES = (".py", ".pyi", ".pyx", ".pxd", ".h", ".hpp", ".cuh", ".md", ".rst")
 _LEFT_OUT = re.compile(
@@ -54,57 +64,81 @@ _LEFT_OUT_PARAGRAPH = re.compile(
 )
 
 
-def fingerprint() -> str:
-    """Hexadecimal; names the text that `python_docs` gives with what is installed now."""
-    text = json.dumps([RULES, DOCUMENT_CHARACTERS, sys.version_info[:3], versions(_packages())])
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+@dataclass(frozen=True)
+class PythonDocs(TextSource):
+    """The embedded corpus, extracted into `cache` when first read by `workers` processes."""
+
+    settings: ClassVar[tuple[str, ...]] = ("workers",)
+
+    cache: Path
+    workers: int = 0
+
+    @classmethod
+    def open(cls, config: TextConfig, cache: Path) -> "PythonDocs":
+        return PythonDocs(cache, config.workers)
+
+    @property
+    def num_characters(self) -> int:
+        return docs_file(self.cache, workers=self.workers).stat().st_size
+
+    def documents(
+        self, shard: int = 0, num_shards: int = 1, *, report: Report | None = None
+    ) -> Iterator[str]:
+        with docs_file(self.cache, workers=self.workers).open(encoding="utf-8") as file:
+            yield from map(json.loads, islice(file, shard, None, num_shards))
+
+    def fingerprint(self) -> str:
+        return docs_fingerprint()
 
 
-def python_docs(cache: Path, *, workers: int = 0) -> Path:
+def docs_fingerprint() -> str:
+    """Hexadecimal; identifies the text that `docs_file` has with what is installed now."""
+    return digest(_RULES, DOCUMENT_CHARACTERS, sys.version_info[:3], versions(_packages()))
+
+
+def docs_file(cache: Path, *, workers: int = 0) -> Path:
     """The file in `cache` that holds the corpus, one JSON string per document; made if missing.
 
     `workers`: processes that extract; 0 means one per core.
     """
-    path = cache / f"python_docs-{fingerprint()}.jsonl"
-    if path.exists():
-        return path
-    cache.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(f".{os.getpid()}.tmp")
-    with aside.open("w", encoding="utf-8") as file:
-        for document in extract(_packages(), workers=workers):
-            file.write(json.dumps(document, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    path = cache / f"python_docs-{docs_fingerprint()[:16]}.jsonl"
+    if not path.exists():
+        documents = extract_docs(_packages(), workers=workers)
+        atomic_write_text(path, (json.dumps(d, ensure_ascii=False) + "\n" for d in documents))
     return path
 
 
-def extract(packages: Packages, *, workers: int = 0) -> Iterator[str]:
+def extract_docs(packages: Packages, *, workers: int = 0) -> Iterator[str]:
     """Documents from the standard library, then from `packages` in order of their names."""
     groups = [_help_topics(), _standard_library()]
     groups += [_package_files(packages[name]) for name in sorted(packages)]
     seen: set[bytes] = set()
-    with ProcessPoolExecutor(
-        workers or os.cpu_count() or 1, multiprocessing.get_context("spawn")
-    ) as pool:
+    for jobs in in_processes(_extract_files, groups, workers):
+        texts = (text for job in jobs for text in job.result())
+        yield from _documents(_unseen(texts, seen))
+
+
+def in_processes(
+    function: Callable[[list[str]], list[T]], groups: Iterable[Sequence[str]], workers: int = 0
+) -> Iterator[list[Future[list[T]]]]:
+    """`function` of the files of each group, some at a time, as futures in their order."""
+    count = workers or os.cpu_count() or 1
+    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
         # All work is queued at once: the pool starts its processes while it is given work.
-        with main_hidden():
-            jobs = [[pool.submit(_extract_files, job) for job in _jobs(group)] for group in groups]
-        for futures in jobs:
-            found = (paragraph for future in futures for paragraph in future.result())
-            yield from _documents(_unseen(found, seen))
-
-
-def _packages() -> Packages:
-    """The installed distributions among ROOTS and what they require, by normalised name."""
-    return installed(ROOTS)
+        with _main_hidden():
+            futures = [[pool.submit(function, job) for job in _jobs(group)] for group in groups]
+        yield from futures
 
 
 def source_files() -> list[str]:
     """The paths of all files that the corpus is taken from, in its order."""
     packages = _packages()
-    files = [_package_files(packages[name])[1:] for name in sorted(packages)]
-    return [*_standard_library(), *(path for group in files for path in group)]
+    groups = [_package_files(packages[name])[1:] for name in sorted(packages)]
+    return [*_standard_library(), *(path for group in groups for path in group)]
+
+
+def _packages() -> Packages:
+    return installed_packages(DOCS_ROOTS)
 
 
 # A job is a list of paths, or of texts that start with a line feed, which no path does.
@@ -136,14 +170,14 @@ def _help_topics() -> list[str]:
     return []
 
 
-def _jobs(items: Sequence[str], size: int = 48) -> Iterator[list[str]]:
-    for start in range(0, len(items), size):
-        yield list(items[start : start + size])
+def _jobs(items: Sequence[str]) -> Iterator[list[str]]:
+    for start in range(0, len(items), _FILES_PER_JOB):
+        yield list(items[start : start + _FILES_PER_JOB])
 
 
 def _extract_files(items: list[str]) -> list[str]:
     """Every prose paragraph of the files (or texts) `items`, in order. Runs in a worker."""
-    # Syntax trees hold no cycles; looking for some while they grow takes half the parsing time.
+    # Syntax trees hold no cycles; looking for cycles takes half the parsing time.
     gc.disable()
     return [
         paragraph
@@ -173,22 +207,27 @@ def _texts_of(path: Path) -> Iterator[str]:
 
 def _python_strings(source: str) -> Iterator[str]:
     """Docstrings, and long string constants such as those given to `add_docstr`."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a package's invalid escapes are not our concern
-            tree = ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return
-    waiting: list[ast.AST] = [tree]
-    while waiting:
-        node = waiting.pop()
+    tree = parse_quietly(source)
+    stack: list[ast.AST] = [] if tree is None else [tree]
+    while stack:  # depth first; recursion would end at deeply nested expressions
+        node = stack.pop()
         if isinstance(node, ast.Constant):
             if isinstance(node.value, str) and len(node.value) >= 25:
                 yield node.value
         elif isinstance(node, (ast.stmt, ast.mod, ast.ExceptHandler)):
-            waiting += reversed(list(_documented_parts(node)))
+            stack += reversed(list(_documented_parts(node)))
         elif isinstance(node, ast.Call):
-            waiting += reversed([argument for argument in node.args if _is_long(argument)])
+            stack += reversed([argument for argument in node.args if _is_long(argument)])
+
+
+def parse_quietly(source: str) -> ast.Module | None:
+    """The syntax tree of a Python file, without warnings; None if it cannot be parsed."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a package's invalid escapes are not our concern
+            return ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
 
 
 def _documented_parts(node: ast.AST) -> Iterator[ast.AST]:
@@ -227,19 +266,19 @@ def _comments(source: str, mark: str) -> Iterator[str]:
             run = []
 
 
-def _unseen(found: Iterable[str], seen: set[bytes]) -> Iterator[str]:
-    for paragraph in found:
-        digest = hashlib.blake2b(paragraph.encode(), digest_size=12).digest()
-        if digest not in seen:
-            seen.add(digest)
+def _unseen(texts: Iterable[str], seen: set[bytes]) -> Iterator[str]:
+    for paragraph in texts:
+        key = hashlib.blake2b(paragraph.encode(), digest_size=12).digest()
+        if key not in seen:
+            seen.add(key)
             yield paragraph
 
 
-def _documents(found: Iterable[str]) -> Iterator[str]:
+def _documents(texts: Iterable[str]) -> Iterator[str]:
     """Paragraphs joined, by line feeds, into documents of about DOCUMENT_CHARACTERS."""
     document: list[str] = []
     length = 0
-    for paragraph in found:
+    for paragraph in texts:
         document.append(paragraph)
         length += len(paragraph)
         if length >= DOCUMENT_CHARACTERS:
@@ -250,15 +289,15 @@ def _documents(found: Iterable[str]) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def main_hidden() -> Iterator[None]:
-    """Processes started inside do not run the caller's main program again.
+def _main_hidden() -> Iterator[None]:
+    """Keep processes that are spawned inside from importing the caller's main module.
 
-    Started processes (rather than forked ones, unsafe beside torch's threads) import the main
-    module first. Ours need nothing from it; a script without a main guard would start pools in
-    its own workers, and the command line would load torch in each. So it is hidden from them.
+    Spawned processes (forked ones are unsafe beside torch's threads) import it first. Ours need
+    nothing from it; a script without a main guard would start pools in its own workers, and the
+    command line would load torch in each.
     """
     main = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
+    sys.modules["__main__"] = ModuleType("__main__")
     try:
         yield
     finally:

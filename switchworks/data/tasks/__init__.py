@@ -1,26 +1,24 @@
-"""Tasks as text in and text out, by name. docs/tasks.md has them all, and how to add one."""
+"""Tasks as text in and text out, by name. docs/tasks.md lists them, and how to add one."""
 
 from collections.abc import Iterable, Mapping
 
 from switchworks.config import ConfigError
-from switchworks.data.tasks import (
-    catalogs,
-    docstrings,
-    glue,
-    question_answering,
-    reasoning,
-    summaries,
-    super_glue,
-    translation,
-    winograd,
-)
-from switchworks.data.tasks.own import table_task, task_in_file
+from switchworks.data.tasks.catalogs import CATALOG_TASKS
+from switchworks.data.tasks.docstrings import DOCSTRINGS
+from switchworks.data.tasks.glue import GLUE
+from switchworks.data.tasks.question_answering import QUESTION_ANSWERING
+from switchworks.data.tasks.reasoning import REASONING
 from switchworks.data.tasks.sources import Hub, Made, Places, Record, Source
+from switchworks.data.tasks.summaries import SUMMARIES
+from switchworks.data.tasks.super_glue import SUPER_GLUE
 from switchworks.data.tasks.task import UNKNOWN, Example, Task, label_of
+from switchworks.data.tasks.translation import TRANSLATION
+from switchworks.data.tasks.user_tasks import table_task, task_in_file
+from switchworks.data.tasks.winograd import WINOGRAD
 
 __all__ = [
-    "GROUPS",
     "TASKS",
+    "TASK_GROUPS",
     "UNKNOWN",
     "Example",
     "Hub",
@@ -35,28 +33,17 @@ __all__ = [
 
 TASKS: Mapping[str, Task] = {
     task.name: task
-    for module in (
-        glue,
-        super_glue,
-        winograd,
-        question_answering,
-        summaries,
-        reasoning,
-        translation,
-        docstrings,
-        catalogs,
+    for task in (
+        *(*GLUE, *SUPER_GLUE, *WINOGRAD, *QUESTION_ANSWERING, *SUMMARIES),
+        *(*REASONING, *TRANSLATION, *DOCSTRINGS, *CATALOG_TASKS),
     )
-    for task in module.TASKS
 }
-"""Every task there is by name."""
+"""Every task by its name."""
 
-GROUPS: Mapping[str, tuple[str, ...]] = {
-    # As T5 does, WSC and DPR to train on in place of WNLI, whose training split misleads.
+TASK_GROUPS: Mapping[str, tuple[str, ...]] = {
     "glue": (
         *(f"glue_{name}" for name in ("cola", "sst2", "mrpc", "stsb", "qqp")),
-        *(f"glue_{name}" for name in ("mnli", "mnli_mismatched", "qnli", "rte", "wnli_simple")),
-        "super_glue_wsc",
-        "dpr",
+        *(f"glue_{name}" for name in ("mnli", "mnli_mismatched", "qnli", "rte")),
     ),
     "super_glue": (
         *(f"super_glue_{name}" for name in ("boolq", "cb", "copa", "multirc", "record")),
@@ -79,32 +66,32 @@ def find_tasks(
 ) -> tuple[Task, ...]:
     """The tasks that `entries` name: a task, a group, NAME=PATH:INPUT:TARGET or a Python file.
 
-    `metrics` and `labels` are those of the tasks from tables. A task that two groups have is there
-    once. Raises ConfigError for anything else, with the names there are, and for an entry or a
-    task's name that comes twice.
+    `metrics` and `labels` are those of the tasks from tables. A task in two groups is returned
+    once. Raises ConfigError for anything else, listing the known names, and for an entry or a
+    task's name that occurs twice.
     """
-    found: dict[str, Task] = {}
+    tasks: dict[str, Task] = {}
     seen: set[str] = set()
     for entry in entries:
         for task in _find(entry, metrics, labels):
-            if entry in seen or found.get(task.name, task) is not task:
+            if entry in seen or tasks.get(task.name, task) is not task:
                 raise ConfigError(f"data.tasks names {task.name!r} twice. Once is enough.")
-            found[task.name] = task
+            tasks[task.name] = task
         seen.add(entry)
-    return tuple(found.values())
+    return tuple(tasks.values())
 
 
 def _find(entry: str, metrics: tuple[str, ...], labels: tuple[str, ...]) -> list[Task]:
     if entry in TASKS:
         return [TASKS[entry]]
-    if entry in GROUPS:
-        return [TASKS[name] for name in GROUPS[entry]]
+    if entry in TASK_GROUPS:
+        return [TASKS[name] for name in TASK_GROUPS[entry]]
     if "=" in entry:
         return [table_task(entry, metrics=metrics, labels=labels)]
     if entry.endswith(".py"):
         return [task_in_file(entry)]
     raise ConfigError(
         f"There is no task {entry!r}. Tasks: {', '.join(TASKS)}.\n"
-        f"  Several at once: {', '.join(GROUPS)}.\n"
+        f"  Several at once: {', '.join(TASK_GROUPS)}.\n"
         "  Your own: NAME=PATH:INPUT:TARGET, a table's columns, or a Python file with a TASK."
     )

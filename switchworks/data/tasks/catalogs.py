@@ -1,14 +1,13 @@
 """Interface sentences in many languages: translate them, or name their language.
 
-The sentences are those of the embedded corpus `catalogs`, whose held-out sentences, and their
-English, are in no training sentence. A folder `catalogs` among the local tasks takes their place:
-files train and validation (.jsonl, .csv, .parquet) with records of a `language` (a code such as de
-or pt-BR), the `english` sentence, and the `text` in that language.
+The sentences are those of the embedded corpus `catalogs`, where no training sentence equals a
+validation sentence or its English. A folder `catalogs` among the local tasks replaces them: files
+train and validation (.jsonl, .csv, .parquet) with records of a `language` (a code such as de or
+pt-BR), the `english` sentence, and the `text` in that language.
 """
 
 from collections.abc import Iterator
 
-from switchworks.data.sources.catalogs import gettext as catalogs
 from switchworks.data.tasks.sources import Hub, Made, Places, Record
 from switchworks.data.tasks.task import Example, Task
 from switchworks.data.tasks.translation import language_name
@@ -16,29 +15,33 @@ from switchworks.data.tasks.translation import language_name
 FOLDER = Hub(dataset=None, folder="catalogs", names={"train": "train", "validation": "validation"})
 
 
-def sentences(split: str, places: Places) -> Iterator[Record]:
+def _sentences(split: str, places: Places) -> Iterator[Record]:
     """The records of a split: `language`, `english` and `text`."""
+    from switchworks.data.sources.catalogs.gettext import catalogs, split_sentences  # babel
+
     if _has_folder(places):
         yield from FOLDER.records(split, places)
         return
-    found = catalogs.split_sentences(catalogs.catalogs(places.cache), places.validation_share)
-    for sides in found.values():
-        for one in sides.train if split == "train" else sides.held_out:
-            yield {"language": one.language, "english": one.english, "text": one.text}
+    by_language = split_sentences(catalogs(places.cache), places.validation_share)
+    for sentences in by_language.values():
+        for item in getattr(sentences, split):
+            yield {"language": item.language, "english": item.english, "text": item.text}
 
 
-def known_by(places: Places) -> str:
-    """The user's files, or the embedded corpus and how much of it is held out."""
+def _version(places: Places) -> str:
+    """Identifies the user's files, or the embedded corpus and how much of it is held out."""
+    from switchworks.data.sources.catalogs.gettext import catalogs_fingerprint
+
     if _has_folder(places):
         return " ".join(FOLDER.fingerprint(split, places) for split in FOLDER.splits)
-    return f"{catalogs.fingerprint()} {places.validation_share}"
+    return f"{catalogs_fingerprint()} {places.validation_share}"
 
 
 def _has_folder(places: Places) -> bool:
     return places.folder is not None and (places.folder / "catalogs").is_dir()
 
 
-SOURCE = Made(sentences, known_by)
+SOURCE = Made(_sentences, _version)
 
 
 def both_ways(record: Record) -> list[Example]:
@@ -60,7 +63,7 @@ def language(record: Record) -> Example:
     )
 
 
-TASKS = (
+CATALOG_TASKS = (
     Task(name="catalog_translation", source=SOURCE, to_text=both_ways, metrics=("chrf", "bleu")),
     Task(name="catalog_language", source=SOURCE, to_text=language),
 )

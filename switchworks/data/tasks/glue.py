@@ -1,14 +1,11 @@
-"""GLUE as T5 has it: nine tasks, counting both of MNLI's validation sets, and WNLI.
-
-WNLI in the form that T5 is judged by, `glue_wnli_simple`, is in winograd.py.
-"""
+"""GLUE as in T5: nine tasks, counting both of MNLI's validation sets, and WNLI."""
 
 import numpy as np
 
 from switchworks.data.tasks.sources import Hub, Record
 from switchworks.data.tasks.task import UNKNOWN, Example, Task, classify, fields
 
-DATASET = "nyu-mll/glue"
+_DATASET = "nyu-mll/glue"
 
 NLI = ("entailment", "neutral", "contradiction")
 TWO_WAY = ("entailment", "not_entailment")
@@ -39,7 +36,7 @@ def _task(
     return Task(
         name=f"glue_{name}",
         source=Hub(
-            dataset=DATASET, config=config or name, folder=folder or f"glue_{name}", names=names
+            dataset=_DATASET, config=config or name, folder=folder or f"glue_{name}", names=names
         ),
         to_text=classify(text or name, columns, labels),
         metrics=metrics,
@@ -47,7 +44,7 @@ def _task(
     )
 
 
-TASKS = (
+GLUE = (
     _task("cola", ("sentence",), ("unacceptable", "acceptable"), metrics=("matthews",)),
     _task("sst2", ("sentence",), ("negative", "positive")),
     _task(
@@ -58,7 +55,7 @@ TASKS = (
     ),
     Task(
         name="glue_stsb",
-        source=Hub(dataset=DATASET, config="stsb", folder="glue_stsb"),
+        source=Hub(dataset=_DATASET, config="stsb", folder="glue_stsb"),
         to_text=stsb,
         metrics=("pearson", "spearman"),
         labels=tuple(f"{fifths / 5:.1f}" for fifths in range(26)),

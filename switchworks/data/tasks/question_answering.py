@@ -7,11 +7,11 @@ split to train on and the rest to validate: as many as there, but in the Hub's o
 import re
 
 from switchworks.data.tasks.sources import Hub, Record
-from switchworks.data.tasks.task import Example, Task, one_text, texts
+from switchworks.data.tasks.task import Example, Task, text_in, texts
 
 
-def squad(record: Record) -> Example:
-    """Question and passage with spaces around every mark, which answers have too."""
+def _squad(record: Record) -> Example:
+    """Question, passage and answers with spaces around every punctuation mark."""
     answers = tuple(_spaced(answer) for answer in texts(record["answers"], "text"))
     return Example(
         inputs=f"question: {_spaced(record['question'])} context: {_spaced(record['context'])}",
@@ -21,28 +21,29 @@ def squad(record: Record) -> Example:
 
 
 def _spaced(text: str) -> str:
-    """A letter outside ASCII is a mark, too, in the regular expressions that T5 used.
+    """`text` with spaces around every mark; letters outside ASCII count as marks, as in T5.
 
-    T5 leaves a space at either end, which its tokenizer takes off. Ours keeps spaces.
+    T5 leaves a space at either end, which its tokenizer removes. Ours keeps spaces, so they are
+    removed here.
     """
     return re.sub(r"[\t\n\f\r ]+", " ", re.sub(r"([^0-9A-Za-z_])", r" \1 ", text)).strip()
 
 
 def natural_questions(record: Record) -> Example:
-    """The first answer is the target, any is right."""
+    """The first answer is the target, any of them is right."""
     return _closed_book("nq", record, texts(record, "answer"))
 
 
 def web_questions(record: Record) -> Example:
-    """The first answer is the target, any is right."""
+    """The first answer is the target, any of them is right."""
     return _closed_book("wq", record, texts(record, "answers"))
 
 
-def trivia_qa(record: Record) -> Example:
-    """The answer's name is the target, any alias is right."""
+def _trivia_qa(record: Record) -> Example:
+    """The answer's name is the target, any of its aliases is right."""
     answer = record["answer"]
     return Example(
-        inputs=f"trivia_qa question: {one_text(record, 'question')}",
+        inputs=f"trivia_qa question: {text_in(record, 'question')}",
         target=answer["value"],
         references=texts(answer, "aliases"),
     )
@@ -50,7 +51,7 @@ def trivia_qa(record: Record) -> Example:
 
 def _closed_book(name: str, record: Record, answers: tuple[str, ...]) -> Example:
     return Example(
-        inputs=f"{name} question: {one_text(record, 'question')}",
+        inputs=f"{name} question: {text_in(record, 'question')}",
         target=answers[0] if answers else "",
         references=answers,
     )
@@ -60,7 +61,7 @@ def _split(first: int, test: str) -> dict[str, str]:
     return {"train": f"train[:{first}]", "validation": f"train[{first}:]", "test": test}
 
 
-TASKS = (
+QUESTION_ANSWERING = (
     Task(
         name="squad",
         source=Hub(
@@ -68,7 +69,7 @@ TASKS = (
             folder="squad",
             names={"train": "train", "validation": "validation"},
         ),
-        to_text=squad,
+        to_text=_squad,
         metrics=("squad",),
     ),
     Task(
@@ -97,7 +98,7 @@ TASKS = (
             folder="trivia_qa",
             names=_split(78_785, "validation"),
         ),
-        to_text=trivia_qa,
+        to_text=_trivia_qa,
         metrics=("trivia_qa",),
     ),
 )

@@ -1,18 +1,18 @@
 """ANLI, ARC and Winogrande.
 
-The paper does not print how it wrote these, and T5 does not have them. ANLI and Winogrande take
+The paper does not print its text for these, and T5 does not have them. ANLI and Winogrande take
 T5's general form (the task's name, then every field's name and text, in alphabetical order), ARC
-lists its choices by their letters; the target is always the answer's own text.
+lists its choices by their letters; the target is always the text of the answer.
 """
 
 from switchworks.config import DataError
 from switchworks.data.tasks.glue import NLI
 from switchworks.data.tasks.sources import Hub, Record
-from switchworks.data.tasks.task import UNKNOWN, Example, Task, classify, fields, one_text, texts
+from switchworks.data.tasks.task import UNKNOWN, Example, Task, classify, fields, text_in, texts
 
 
 def arc(record: Record) -> Example:
-    """A question of an examination. Its choices are lettered, or numbered, as in the dataset."""
+    """An exam question. Its choices have the dataset's letters or numbers."""
     letters, choices = (texts(record["choices"], column) for column in ("label", "text"))
     by_letter = dict(zip(letters, choices, strict=True))
     listed = " ".join(f"({letter}) {text}" for letter, text in by_letter.items())
@@ -20,14 +20,14 @@ def arc(record: Record) -> Example:
     if key and key not in by_letter:
         raise DataError(f"answerKey = {key!r} is none of the choices, {', '.join(letters)}.")
     return Example(
-        inputs=f"arc question: {one_text(record, 'question')} choices: {listed}",
+        inputs=f"arc question: {text_in(record, 'question')} choices: {listed}",
         target=by_letter[key] if key else UNKNOWN,
         choices=choices,
     )
 
 
 def winogrande(record: Record) -> Example:
-    """Which of two options belongs in place of the underscore."""
+    """Which of two options replaces the underscore."""
     options = record["option1"], record["option2"]
     answer = str(record["answer"])
     return Example(
@@ -62,7 +62,7 @@ def _arc(name: str) -> Task:
     )
 
 
-TASKS = (
+REASONING = (
     _anli(1),
     _anli(2),
     _anli(3),

@@ -1,13 +1,13 @@
 """Examples to rows to batches: the `Pipeline` of a task, and tasks mixed.
 
 A row holds one example, padded, or several of one task, packed. Which examples share a row is
-settled once per run, by a shuffle and first fit among a few open rows; each epoch shuffles the
-rows. So row g of a task follows from (seed, g), as everything here does: whose turn it is comes
-from `mixture.MixtureSchedule`, and there is no state to save.
+decided once per run, by a shuffle and first fit among a few open rows; each epoch shuffles the
+rows. So row g of a task is a function of (seed, g), and there is no state to save:
+`mixture.MixtureSchedule` says which task a row of the run comes from.
 
-A task's rate is its share of the examples drawn (or of the tokens). Rows are what turns deal out,
-and a row of short examples holds more of them, so a task's share of the rows is its rate divided
-by what one of its rows holds. Letters: K tasks, N examples, R rows of an epoch.
+A task's rate is its share of the examples (or of the tokens). The schedule counts rows, and a row
+of short examples holds more of them, so a task's share of the rows is its rate divided by the
+examples (tokens) of one of its rows. Letters: K tasks, N examples, R rows of an epoch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,16 +23,16 @@ from switchworks.config import ConfigError, DataError
 from switchworks.data.config import DataConfig
 from switchworks.data.rows.mixture import Mixture, MixtureSchedule, rates
 from switchworks.data.rows.packing import pack
-from switchworks.data.rows.pipeline import check_shares, grain
+from switchworks.data.rows.pipeline import check_ranks, grain
 from switchworks.data.tasks.store import TaskStore
 
 OPEN_ROWS = 16
-"""So many rows are kept open while examples are packed; a new one closes the fullest."""
+"""Rows kept open while examples are packed; a new one closes the fullest."""
 
-_PLAN, _TASK_ORDER, _TASK = 5, 6, 7  # what a random stream is for; mixture has 3 and 4
+_PLAN, _TASK_ORDER, _TASK = 5, 6, 7  # the purpose of a random stream; mixture has 3 and 4
 
 
-class Plan(NamedTuple):
+class RowPlan(NamedTuple):
     """Which examples are in which row: those of row r are order[starts[r] : starts[r + 1]]."""
 
     order: Int[np.ndarray, " N"]
@@ -42,7 +42,7 @@ class Plan(NamedTuple):
 class TaskRows:
     """The rows of one task by their number.
 
-    `cut` counts the examples whose (inputs, target) are longer than a row; they lose their end,
+    `cut` counts the examples whose (inputs, targets) are longer than a row; these are truncated,
     as in T5.
     """
 
@@ -60,12 +60,12 @@ class TaskRows:
         self.seed = seed
 
     @cached_property
-    def plan(self) -> Plan:
+    def plan(self) -> RowPlan:
         """Which examples share a row. Takes seconds for a million examples."""
         shuffled = np.random.default_rng([self.seed, _PLAN]).permutation(len(self.store))
         if self.config.packs_tasks:
             return plan_rows(shuffled, self.lengths[shuffled], self.config)
-        return Plan(shuffled, np.arange(len(self.store) + 1))
+        return RowPlan(shuffled, np.arange(len(self.store) + 1))
 
     @property
     def windows(self) -> int:
@@ -79,30 +79,32 @@ class TaskRows:
 
     @property
     def tokens_per_example(self) -> float:
-        """On average, of inputs and target, with their EOS."""
+        """Mean number of tokens of inputs and target, with their EOS."""
         return float(self.lengths.sum()) / len(self.store)
 
     @property
     def examples_per_row(self) -> float:
-        """On average."""
+        """Mean number of examples in a row."""
         return len(self.store) / self.windows
 
     @property
     def tokens_per_row(self) -> float:
-        """On average, of inputs and targets, with their EOS."""
+        """Mean number of tokens of inputs and targets in a row, with their EOS."""
         return float(self.lengths.sum()) / self.windows
 
     def examples_of(self, row: int) -> Int[np.ndarray, " examples"]:
-        """The numbers of the examples in row `row` of the run."""
-        place = self._order[row]
-        start, stop = self.plan.starts[place : place + 2]  # type: ignore[operator]
+        """The indices of the examples in row `row` of the run."""
+        index = self._order[row]
+        start, stop = self.plan.starts[index : index + 2]  # type: ignore[operator]
         return self.plan.order[start:stop]
 
     def rows(self, rows: Sequence[int]) -> Batch:
         """The rows with these numbers."""
-        made = [[self._example(int(index)) for index in self.examples_of(row)] for row in rows]
         lengths = self.config.input_length, self.config.target_length
-        packed = [pack(pairs, *lengths) for pairs in made]
+        packed = [
+            pack([self._example(int(index)) for index in self.examples_of(row)], *lengths)
+            for row in rows
+        ]
         assert all(len(part.inputs) == 1 for part in packed)
         parts = (torch.from_numpy(np.concatenate(part)) for part in zip(*packed, strict=True))
         inputs, targets, input_segments, target_segments = parts
@@ -126,43 +128,44 @@ class TaskRows:
 def with_eos(
     tokens: Int[np.ndarray, " n"], length: int, eos_id: int
 ) -> Int[np.ndarray, " at_most_length"]:
-    """`tokens` and EOS in at most `length` positions; what is too long loses its end."""
+    """`tokens` and EOS in at most `length` positions; longer ones are truncated."""
     return np.append(tokens[: length - 1], eos_id).astype(np.int64)
 
 
 def plan_rows(
     order: Int[np.ndarray, " N"], lengths: Int[np.ndarray, "N 2"], config: DataConfig
-) -> Plan:
-    """The examples `order`, of these lengths, in rows that have room for them.
+) -> RowPlan:
+    """The examples `order`, of these lengths, packed into rows.
 
     Each goes to the first open row with room for its inputs and its target. When there are
-    OPEN_ROWS already, a new row closes the fullest, by its fuller side.
+    OPEN_ROWS already, a new row closes the fullest, by its fuller side: first fit over all rows
+    would take quadratic time.
     """
     row_of = np.empty(len(order), np.int64)
-    room: dict[int, tuple[int, int]] = {}  # of the open rows, in their order
+    room: dict[int, tuple[int, int]] = {}  # free positions of the open rows, oldest first
     rows, limits = 0, (config.input_length, config.target_length)
-    for place, (inputs, target) in enumerate(lengths.tolist()):
+    for index, (inputs, target) in enumerate(lengths.tolist()):
         fits = (row for row, left in room.items() if inputs <= left[0] and target <= left[1])
         row = next(fits, rows)
         if row == rows:
             if len(room) == OPEN_ROWS:
-                del room[min(room, key=lambda one: _least_left(room[one], limits))]
+                del room[min(room, key=lambda key: _free_share(room[key], limits))]
             room[row] = limits
             rows += 1
         left = room[row]
         room[row] = left[0] - inputs, left[1] - target
-        row_of[place] = row
+        row_of[index] = row
     starts = np.cumsum([0, *np.bincount(row_of, minlength=rows)])
-    return Plan(order[row_of.argsort(kind="stable")], starts)
+    return RowPlan(order[row_of.argsort(kind="stable")], starts)
 
 
-def _least_left(left: tuple[int, int], limits: tuple[int, int]) -> float:
-    """The share of a row that is free, on its fuller side."""
+def _free_share(left: tuple[int, int], limits: tuple[int, int]) -> float:
+    """The free share of a row's fuller side, inputs or targets."""
     return min(left[0] / limits[0], left[1] / limits[1])
 
 
 def task_rates(config: DataConfig, rows: Sequence[TaskRows]) -> Float[np.ndarray, " K"]:
-    """The share of the examples, or of the tokens, that each task gives; the sum is 1.
+    """The share of the examples, or of the tokens, of each task; the sum is 1.
 
     In proportion to min(size, cap) ** (1 / temperature), T5's rule. The cap is in examples.
     """
@@ -179,10 +182,10 @@ def task_rates(config: DataConfig, rows: Sequence[TaskRows]) -> Float[np.ndarray
 def row_rates(
     config: DataConfig, shares: Float[np.ndarray, " K"], rows: Sequence[TaskRows]
 ) -> Float[np.ndarray, " K"]:
-    """The share of the rows that gives each task its share of the examples, or tokens."""
+    """The share of the rows of each task that yields its share of the examples, or tokens."""
     by_tokens = config.task_rates == "tokens"
-    held = [part.tokens_per_row if by_tokens else part.examples_per_row for part in rows]
-    weights = shares / np.array(held)
+    per_row = [part.tokens_per_row if by_tokens else part.examples_per_row for part in rows]
+    weights = shares / np.array(per_row)
     return weights / weights.sum()
 
 
@@ -200,7 +203,7 @@ class TaskMixture(Mixture):
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        check_shares(batch_size, seed, rank, world)
+        check_ranks(batch_size, seed, rank, world)
         if not stores:
             raise DataError("None of the tasks has a training split.")
         self.config = config
@@ -209,7 +212,7 @@ class TaskMixture(Mixture):
         self.parts = self.tasks  # type: ignore[assignment]
         parts = list(self.tasks.values())
         self.shares = task_rates(config, parts)
-        self.turns = MixtureSchedule(row_rates(config, self.shares, parts), seed=seed)
+        self.schedule = MixtureSchedule(row_rates(config, self.shares, parts), seed=seed)
 
 
 def rows_of_tasks(
@@ -217,11 +220,11 @@ def rows_of_tasks(
 ) -> dict[str, TaskRows]:
     """The rows of each task."""
     return {
-        name: TaskRows(config, store, eos_id, seed=_own_seed(seed, name))
+        name: TaskRows(config, store, eos_id, seed=_task_seed(seed, name))
         for name, store in stores.items()
     }
 
 
-def _own_seed(seed: int, name: str) -> int:
-    """A task's order depends on its name, not on its place among the tasks."""
+def _task_seed(seed: int, name: str) -> int:
+    """A task's order depends on its name, not on its index."""
     return int(np.random.SeedSequence([seed, _TASK, *name.encode()]).generate_state(1)[0])

@@ -1,12 +1,11 @@
 """Where a task's records come from: the Hugging Face Hub, or files with the same columns.
 
-Local files win: a folder named after the task (or after the source's `folder`) that holds, for
-each split, one or more files named after it, such as validation_matched.jsonl or
+Local files take precedence: a folder named after the task (or after the source's `folder`) that
+holds, for each split, one or more files named after it, such as validation_matched.jsonl or
 train-00000-of-00001.parquet.
 """
 
 import csv
-import hashlib
 import inspect
 import json
 import re
@@ -19,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from switchworks.config import DataError
-from switchworks.data.sources.files import lines_of
+from switchworks.data.cache import digest, file_stats
+from switchworks.data.sources.reading import read_lines
 
 Record = Mapping[str, Any]
 """One row of a dataset: column name -> value."""
 
-FORMATS = (".parquet", ".jsonl", ".csv", ".tsv")
+TABLE_FORMATS = (".parquet", ".jsonl", ".csv", ".tsv")
 """Table files that can be read; all but Parquet also as .gz or .zst."""
 
 _SLICE = re.compile(r"([\w.-]+)(?:\[(\d*):(\d*)\])?")
@@ -32,13 +32,13 @@ _SLICE = re.compile(r"([\w.-]+)(?:\[(\d*):(\d*)\])?")
 
 @dataclass(frozen=True)
 class Places:
-    """Where data that is not on the Hub lies, and where what is made of it is kept."""
+    """The folders of a task's data: the user's files, and the cache."""
 
     cache: Path
     folder: Path | None = None
     """One folder per task, with files of the dataset's own columns."""
     validation_share: float = 0.02
-    """How much of a source without a validation split of its own is held out."""
+    """The share to hold out of a source without a validation split."""
 
 
 class Source(ABC):
@@ -47,11 +47,11 @@ class Source(ABC):
     @property
     @abstractmethod
     def splits(self) -> tuple[str, ...]:
-        """Which of train, validation and test there are."""
+        """The names of its splits: train, validation, test or some of them."""
 
     @abstractmethod
     def records(self, split: str, places: Places) -> Iterator[Record]:
-        """The records of a split, in order. Raises DataError if they cannot be had."""
+        """The records of a split, in order. Raises DataError if they cannot be read."""
 
     @abstractmethod
     def fingerprint(self, split: str, places: Places) -> str:
@@ -66,7 +66,7 @@ class Hub(Source):
     """
 
     dataset: str | None
-    """None: there is none on the Hub, the local files are all."""
+    """None: it is not on the Hub and needs local files."""
     config: str | None = None
     folder: str
     """The name of a local copy's folder."""
@@ -86,11 +86,10 @@ class Hub(Source):
 
     def fingerprint(self, split: str, places: Places) -> str:
         files = self._files(parse_slice(self.names[split])[0], places)
-        stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-        return digest(self.dataset, self.config, self.names[split], stats)
+        return digest(self.dataset, self.config, self.names[split], file_stats(files))
 
     def _files(self, base: str, places: Places) -> list[Path]:
-        """The local files of a split. None: there is no local copy at all."""
+        """The local files of a split; empty if there is no local copy of the dataset."""
         folder = None if places.folder is None else places.folder / self.folder
         if folder is None or not folder.is_dir():
             if self.dataset is None:
@@ -122,10 +121,10 @@ class Hub(Source):
                 return datasets.load_dataset(  # type: ignore[return-value]
                     self.dataset, self.config, split=base, revision="refs/convert/parquet"
                 )
-        # Whatever the library raises (many kinds, by cause), there are two things a user can do.
+        # Whatever the library raises (many kinds, by cause), the user can do the same two things.
         except Exception as error:
             raise DataError(
-                f"{self.dataset!r} ({self.config}, {base}) cannot be had from the Hub: "
+                f"{self.dataset!r} ({self.config}, {base}) cannot be read from the Hub: "
                 f"{str(error).splitlines()[0] if str(error) else type(error).__name__}\n"
                 f"  Without a network, put a copy into a folder FOLDER/{self.folder}/ as "
                 f"{base}.parquet, .jsonl, .csv or .tsv\n  and name it: --data.task-folder FOLDER "
@@ -138,8 +137,8 @@ class Made(Source):
     """Records that a function makes on this machine: `make(split, places)`."""
 
     make: Callable[[str, Places], Iterable[Record]]
-    known_by: Callable[[Places], str]
-    """What the records depend on, as text."""
+    version: Callable[[Places], str]
+    """A text that changes when the records may have changed."""
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -149,7 +148,7 @@ class Made(Source):
         yield from self.make(split, places)
 
     def fingerprint(self, split: str, places: Places) -> str:
-        return digest(split, self.known_by(places))
+        return digest(split, self.version(places))
 
 
 def parse_slice(name: str) -> tuple[str, int, int | None]:
@@ -164,33 +163,33 @@ def parse_slice(name: str) -> tuple[str, int, int | None]:
 def tables_named(folder: Path, split: str) -> list[Path]:
     """The table files of `folder` that hold `split`: SPLIT.csv, or SPLIT-00000-of-00002.parquet.
 
-    Raises DataError if they are not one file or the numbered parts of one: then they say the same
-    twice, as a table and its conversion do.
+    Raises DataError if they are not one file or the numbered parts of one, as a table and its
+    conversion are not: then records would be read twice.
     """
-    found = [
+    tables = [
         path
         for path in sorted(folder.iterdir())
         if table_format(path) and re.fullmatch(rf"{re.escape(split)}(-\d.*)?", _stem(path))
     ]
-    endings = {path.name[len(_stem(path)) :].lower() for path in found}
-    whole = [path for path in found if _stem(path) == split]
-    if len(endings) > 1 or (whole and len(found) > 1):
-        names = ", ".join(path.name for path in found)
+    suffixes = {path.name[len(_stem(path)) :].lower() for path in tables}
+    single = any(_stem(path) == split for path in tables)
+    if len(suffixes) > 1 or (single and len(tables) > 1):
+        names = ", ".join(path.name for path in tables)
         raise DataError(
             f"{folder} has the split {split!r} more than once: {names}.\n"
             "  Keep one file, or its numbered parts, and take the others out of the folder."
         )
-    return found
+    return tables
 
 
 def table_format(path: Path) -> str | None:
-    """One of FORMATS, looking through .gz and .zst; None for other files."""
+    """One of TABLE_FORMATS, looking through .gz and .zst; None for other files."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in (".gz", ".zst"):
         suffixes.pop()
         if suffixes and suffixes[-1] == ".parquet":
             return None
-    return suffixes[-1] if suffixes and suffixes[-1] in FORMATS else None
+    return suffixes[-1] if suffixes and suffixes[-1] in TABLE_FORMATS else None
 
 
 def _stem(path: Path) -> str:
@@ -200,7 +199,7 @@ def _stem(path: Path) -> str:
 
 
 def read_tables(paths: Iterable[Path]) -> Iterator[Record]:
-    """The rows of table files, one after the other. Raises DataError for what is not a table."""
+    """The rows of table files, file after file. Raises DataError for what is not a table."""
     for path in paths:
         kind = table_format(path)
         if kind == ".parquet":
@@ -210,7 +209,7 @@ def read_tables(paths: Iterable[Path]) -> Iterator[Record]:
         elif kind is not None:
             yield from _delimited(path, "\t" if kind == ".tsv" else ",")
         else:
-            raise DataError(f"{path} is no table. Readable are {', '.join(FORMATS)}.")
+            raise DataError(f"{path} is no table. Readable are {', '.join(TABLE_FORMATS)}.")
 
 
 def _parquet(path: Path) -> Iterator[Record]:
@@ -226,7 +225,7 @@ def _parquet(path: Path) -> Iterator[Record]:
 
 
 def _jsonl(path: Path) -> Iterator[Record]:
-    for number, line in enumerate(lines_of(path), start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         if not line.strip():
             continue
         try:
@@ -235,20 +234,20 @@ def _jsonl(path: Path) -> Iterator[Record]:
             raise DataError(f"{path}:{number} is not JSON: {error}.") from error
         if not isinstance(row, dict):
             raise DataError(f"{path}:{number} is not a JSON object with the columns as keys.")
-        yield _whole(row) if "\\ud" in line.lower() else row
+        yield _without_surrogates(row) if "\\ud" in line.lower() else row
 
 
-def _whole(row: Record) -> Record:
-    """The row with "?" for half of a pair of escapes (\\ud83d alone), which no text has and which
-    posts that were cut off end in."""
+def _without_surrogates(row: Record) -> Record:
+    """The row with "?" for half of a surrogate pair (\\ud83d alone), in which truncated posts
+    end and which has no UTF-8."""
     return json.loads(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace"))
 
 
 def _delimited(path: Path, delimiter: str) -> Iterator[Record]:
-    """Every value as text, as the file has it: 3.40 stays 3.40 and NA stays NA."""
+    """Rows of CSV or TSV with every value as the file's text: 3.40 stays 3.40 and NA stays NA."""
     csv.field_size_limit(1 << 30)  # the default is shorter than some articles
     # strict: a quote that is never closed would swallow the rest of the file.
-    rows = csv.reader((line + "\n" for line in lines_of(path)), delimiter=delimiter, strict=True)
+    rows = csv.reader((line + "\n" for line in read_lines(path)), delimiter=delimiter, strict=True)
     names: list[str] | None = None
     read = 0
     try:
@@ -275,31 +274,28 @@ def _delimited(path: Path, delimiter: str) -> Iterator[Record]:
 
 
 def code_of(function: Callable[..., Any], *, within: tuple[Any, ...] = ()) -> str:
-    """What `function` does, as text: the file it is written in, and the values it was made with."""
-    if function in within:  # it knows itself
+    """A text that changes when `function` may: its source file and the values in its closure.
+
+    `within`: the functions that hold this one, for recursion.
+    """
+    if function in within:  # it is in its own closure
         return ""
     within = (*within, function)
     if isinstance(function, partial):
-        held = (*function.args, *function.keywords.items())
-        return code_of(function.func, within=within) + _values(held, within)
+        arguments = (*function.args, *function.keywords.items())
+        return code_of(function.func, within=within) + _values(arguments, within)
     try:
         file = inspect.getsourcefile(function)
         code = Path(file).read_text(encoding="utf-8") if file else ""
     except (TypeError, OSError):
         code = ""
-    held = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
-    return code + _values(held, within)
+    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    return code + _values(cells, within)
 
 
 def _values(values: Iterable[Any], within: tuple[Any, ...]) -> str:
-    """As text, the same in every process."""
+    """`values` as text that is the same in every process: without addresses."""
     return " ".join(
-        code_of(one, within=within) if callable(one) else re.sub(r" at 0x[0-9a-f]+", "", repr(one))
-        for one in values
+        code_of(v, within=within) if callable(v) else re.sub(r" at 0x[0-9a-f]+", "", repr(v))
+        for v in values
     )
-
-
-def digest(*values: Any) -> str:
-    """Hexadecimal, of anything that JSON can write."""
-    text = json.dumps(values, default=str)
-    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).hexdigest()

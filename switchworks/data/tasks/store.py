@@ -1,7 +1,8 @@
-"""Tokenised examples of a task on disk: memory-mapped, random access, whole once it has its name.
+"""Tokenised examples of a task on disk: memory-mapped, random access, complete or absent.
 
-A store holds what a task's text says in full, without EOS, so that other lengths need no other
-store. What had to be left out is counted in it. Letters: N examples.
+A store is a folder with the tokens of all examples end to end, inputs and target in turn
+(ids.bin), the position where each of them ends (ends.npy) and counts (about.json). Texts are stored
+in full and without EOS, so that the lengths of rows do not matter. Letters: N examples.
 """
 
 import json
@@ -16,34 +17,35 @@ import numpy as np
 from jaxtyping import Int
 
 from switchworks.config import DataError
-from switchworks.data.tasks.own import fingerprint
-from switchworks.data.tasks.sources import Places, digest
+from switchworks.data.cache import digest
+from switchworks.data.tasks.sources import Places
 from switchworks.data.tasks.task import UNKNOWN, Example, Task
+from switchworks.data.tasks.user_tasks import task_fingerprint
 from switchworks.data.tokens.build import token_dtype
-from switchworks.data.tokens.store import digest_of
+from switchworks.data.tokens.store import token_digest
 from switchworks.data.tokens.tokenizer import Tokenizer
 
-EMPTY_SHARE = 1e-3
-"""More training examples without a target than this share are an error: then a column is wrong. A
-few are left out and counted, and so are those of other splits: real datasets have them."""
+MAX_EMPTY_SHARE = 1e-3
+"""A larger share of training examples without a target is an error: then a column is wrong. A few
+are left out and counted, and so are those of other splits: real datasets have them."""
 
-FORM = 2
-"""Raised when other examples of a split come to be stored, so that no older store is taken."""
+TASK_STORE_VERSION = 3
+"""Raised when the content of stores changes, so that no older one is opened."""
 
-BATCH = 4096
+BATCH_EXAMPLES = 4096
 """Examples tokenised at once."""
 
 
 @dataclass
 class Counts:
-    """What was read of a split."""
+    """Counts of the examples of a split."""
 
     examples: int = 0
-    """Those that can be used."""
+    """Usable examples."""
     empty: int = 0
-    """Left out because the target is empty, or has no label."""
+    """Examples left out because the target is empty or its label is withheld."""
     first_empty: str = ""
-    """Where the first of them is."""
+    """The record and input of the first of these."""
 
 
 class TaskStore:
@@ -61,20 +63,20 @@ class TaskStore:
 
     @property
     def digest(self) -> str:
-        """Hexadecimal; by `digest_of`, of the tokens and of where examples end."""
+        """Hexadecimal, see `token_digest`; of the tokens and of where examples end."""
         return "".join(
-            digest_of(part.size, lambda start, stop, part=part: part.reshape(-1)[start:stop])
+            token_digest(part.size, lambda start, stop, part=part: part.reshape(-1)[start:stop])
             for part in (self.ids, self.ends)
         )
 
     @property
     def num_documents(self) -> int:
-        """Examples, by the name that a token store has for them."""
+        """The number of examples, under the name of a `TokenStore`."""
         return len(self)
 
     @property
     def num_tokens(self) -> int:
-        """Of inputs and targets, without EOS."""
+        """Tokens of inputs and targets, without EOS."""
         return len(self.ids)
 
     def example(self, index: int) -> tuple[Int[np.ndarray, " input"], Int[np.ndarray, " target"]]:
@@ -94,9 +96,9 @@ def examples_of(
 ) -> Iterator[Example]:
     """The examples of a split that have a target, in order; `counts` grows while they are read.
 
-    They are those to judge answers by if `judged`, else those to train on, or to take the loss of.
-    Raises DataError, with the record's number, for a record that cannot be an example, for a split
-    without any, and when more than EMPTY_SHARE of those to train on have no target.
+    `judged`: those to judge answers by, else those to train on or to take the loss of. Raises
+    DataError for a record that cannot be read, with its number, for a split without examples, and
+    if more than MAX_EMPTY_SHARE of those to train on have no target.
     """
     if split not in task.source.splits:
         raise DataError(
@@ -113,8 +115,8 @@ def examples_of(
                 yield example
             else:
                 counts.empty += 1
-                where = f"record {number} of {split}, with the input {example.inputs[:60]!r}"
-                counts.first_empty = counts.first_empty or where
+                label = f"record {number} of {split}, with the input {example.inputs[:60]!r}"
+                counts.first_empty = counts.first_empty or label
     if split == "train" and not judged:
         _check_empty(task, counts)
     if not counts.examples:
@@ -128,7 +130,7 @@ def examples_of(
 
 def _check_empty(task: Task, counts: Counts) -> None:
     total = counts.examples + counts.empty
-    if counts.empty > EMPTY_SHARE * total:
+    if counts.empty > MAX_EMPTY_SHARE * total:
         raise DataError(
             f"Task {task.name!r}: {counts.empty} of {total} examples of train have an empty "
             f"target, the first\n  {counts.first_empty}.\n"
@@ -137,8 +139,8 @@ def _check_empty(task: Task, counts: Counts) -> None:
 
 
 def open_task(task: Task, split: str, places: Places, tokenizer: Tokenizer) -> TaskStore:
-    """The store of a split; made in the cache if it is missing. Raises DataError for bad data."""
-    key = digest(fingerprint(task, split, places), tokenizer.fingerprint, FORM)
+    """The store of a split, made in the cache if it is missing. Raises DataError for bad data."""
+    key = digest(task_fingerprint(task, split, places), tokenizer.fingerprint, TASK_STORE_VERSION)
     folder = places.cache / f"task-{task.name}-{split}-{key[:16]}"
     if not folder.is_dir():
         counts = Counts()
@@ -147,11 +149,11 @@ def open_task(task: Task, split: str, places: Places, tokenizer: Tokenizer) -> T
 
 
 def _build(folder: Path, examples: Iterable[Example], tokenizer: Tokenizer, counts: Counts) -> None:
-    aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    aside.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True, exist_ok=True)
     dtype, ends, size = token_dtype(tokenizer), [np.zeros((0, 2), np.int64)], 0
     try:
-        with (aside / "ids.bin").open("wb") as file:
+        with (temporary / "ids.bin").open("wb") as file:
             for batch in _batches(examples):
                 parts = _tokens(batch, tokenizer)
                 ends.append(size + np.cumsum([len(part) for part in parts]).reshape(-1, 2))
@@ -159,28 +161,28 @@ def _build(folder: Path, examples: Iterable[Example], tokenizer: Tokenizer, coun
                 file.write(np.concatenate(parts).astype(dtype).tobytes())
             file.flush()
             os.fsync(file.fileno())
-        np.save(aside / "ends.npy", np.concatenate(ends))
+        np.save(temporary / "ends.npy", np.concatenate(ends))
         about = {"dtype": dtype, "counts": asdict(counts)}
-        (aside / "about.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
+        (temporary / "about.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
         if not folder.is_dir():  # another process may have been faster, with the same result
-            aside.replace(folder)
+            temporary.replace(folder)
     except OSError as error:
         raise DataError(
             f"{folder} cannot be written: {error.strerror}.\n"
             "  Make room, or set --data.cache to another disk."
         ) from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
-    waiting = iter(examples)
-    while batch := list(islice(waiting, BATCH)):
+    remaining = iter(examples)
+    while batch := list(islice(remaining, BATCH_EXAMPLES)):
         yield batch
 
 
 def _tokens(batch: list[Example], tokenizer: Tokenizer) -> list[np.ndarray]:
-    """Inputs and target of the first example, of the second, and so on."""
+    """Ids of inputs and target of the first example, of the second, and so on."""
     threads = os.cpu_count() or 1
     inputs = tokenizer.encode_batch([example.inputs for example in batch], threads=threads)
     targets = tokenizer.encode_batch([example.target for example in batch], threads=threads)

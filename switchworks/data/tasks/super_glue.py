@@ -1,4 +1,4 @@
-"""SuperGLUE as T5 has it: seven of its eight tasks. The eighth, WSC, is in winograd.py."""
+"""SuperGLUE as in T5: seven of its eight tasks. The eighth, WSC, is in winograd.py."""
 
 import re
 
@@ -12,17 +12,17 @@ from switchworks.data.tasks.task import (
     classify,
     fields,
     label_of,
-    one_text,
+    text_in,
     texts,
 )
 
-DATASET = "aps/super_glue"
+_DATASET = "aps/super_glue"
 
 TRUTH = ("False", "True")
 
 
 def multirc(record: Record) -> Example:
-    """Whether an answer is right; the answers to one question are a group. HTML is taken off."""
+    """Whether an answer is right; the answers to one question are a group. HTML is removed."""
     text = fields("multirc", record, ("question", "answer", "paragraph"))
     text = re.sub("</?b>", "", text.replace("<br>", " "))
     return Example(
@@ -39,7 +39,7 @@ def record_training(record: Record) -> list[Example]:
 
 
 def record_judged(record: Record) -> Example:
-    """One example, which any of the answers answers."""
+    """One example, for which any of the answers is right."""
     answers = texts(record, "answers")
     return Example(
         inputs=_record_text(record),
@@ -54,16 +54,16 @@ def _record_text(record: Record) -> str:
     passage = re.sub(r"([.?!\"'])\n@highlight\n", r"\1 ", record["passage"])
     passage = passage.replace("\n@highlight\n", ". ")
     entities = ", ".join(_entities(record))
-    return f"record query: {one_text(record, 'query')} entities: {entities} passage: {passage}"
+    return f"record query: {text_in(record, 'query')} entities: {entities} passage: {passage}"
 
 
 def _entities(record: Record) -> tuple[str, ...]:
-    """Each once and sorted, as in the data T5 read; elsewhere their order is one of chance."""
+    """Each once and sorted, as in the data T5 read; in the Hub's copy their order is arbitrary."""
     return tuple(sorted(set(texts(record, "entities"))))
 
 
 def _group(record: Record, *parts: str) -> str | None:
-    """The question an answer belongs to. Without `idx` nothing tells, and the text has to."""
+    """A key for the question of an answer: `idx` if there is one, else the texts themselves."""
     index = record.get("idx")
     if isinstance(index, dict):
         return " ".join(f"{part} {index[part]}" for part in parts)
@@ -81,7 +81,7 @@ def _task(
     full = f"super_glue_{name}"
     return Task(
         name=full,
-        source=Hub(dataset=DATASET, config=name, folder=full),
+        source=Hub(dataset=_DATASET, config=name, folder=full),
         to_text=to_text,
         metrics=metrics,
         labels=labels,
@@ -94,7 +94,7 @@ def _classify(name: str, columns: tuple[str, ...], labels: tuple[str, ...], *met
     return _task(name, to_text, labels=labels, metrics=metrics or ("accuracy",))
 
 
-TASKS = (
+SUPER_GLUE = (
     _classify("boolq", ("passage", "question"), TRUTH),
     _classify(
         "cb",

@@ -1,7 +1,7 @@
-"""What a task is: how a record of a dataset becomes text, and how answers to it are judged.
+"""What a task is: how a record of a dataset becomes text, and by which metrics answers are judged.
 
-A task never tokenises and never decodes. It turns records into `Example`s; `task_store` makes
-tokens of them for training, and `evaluate` compares a model's answers with their `answers`.
+A task never tokenises and never decodes. It turns records into `Example`s; `store` tokenises them
+for training, and `evaluate` compares a model's answers with their `answers`.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,7 +17,7 @@ UNKNOWN = "<unk>"
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One input and the target to write for it, with what judging an answer needs besides."""
+    """One input and its target, with what judging an answer needs besides."""
 
     inputs: str
     target: str
@@ -28,7 +28,7 @@ class Example:
     choices: tuple[str, ...] = ()
     """The answers to choose from where they differ by example; else the task's labels are."""
     label: bool | None = None
-    """Whether `target` is the right answer; only where it may be a wrong one (WSC, WNLI)."""
+    """Whether `target` is the right answer; only where it may be a wrong one (WSC)."""
 
     @property
     def answers(self) -> tuple[str, ...]:
@@ -55,17 +55,17 @@ class Task:
     """Another `to_text` to train on and to take the loss of, where it differs."""
 
     def examples(self, record: Record, split: str, *, judged: bool | None = None) -> list[Example]:
-        """The examples that `record` of `split` gives: to judge answers by if `judged`, else to
-        train on, or to take the loss of. None: `judged`, but for those of the train split.
+        """The examples of `record` of `split`: to judge answers by if `judged`, else to train on or
+        to take the loss of. By default those of the train split are not judged, all others are.
 
-        Raises DataError if a column is missing, if a value is not what the column should have, or
-        if a target is not one of the labels.
+        Raises DataError if a column is missing, if a value cannot be read, or if a target is not
+        one of the labels.
         """
         training = split == "train" if judged is None else not judged
         to_text = self.training_text if training and self.training_text else self.to_text
         try:
-            made = to_text(_Row(record))
-            examples = [made] if isinstance(made, Example) else list(made or ())
+            result = to_text(_Row(record))
+            examples = [result] if isinstance(result, Example) else list(result or ())
             for example in examples:
                 _check_texts(example)
         except _MissingColumnError as error:
@@ -88,40 +88,39 @@ class Task:
 
 
 def _check_texts(example: Example) -> None:
-    """Raises TypeError if a part of it that is written or compared is no text."""
-    for part in ("inputs", "target"):
-        value = getattr(example, part)
+    """Raises TypeError if one of its texts is of another type."""
+    for name in ("inputs", "target"):
+        value = getattr(example, name)
         if not isinstance(value, str):
-            raise TypeError(f"{part} = {value!r} is no text")
-    for part in ("references", "choices"):
-        for value in getattr(example, part):
+            raise TypeError(f"{name} = {value!r} is no text")
+    for name in ("references", "choices"):
+        for value in getattr(example, name):
             if not isinstance(value, str):
-                raise TypeError(f"{part} holds {value!r}, which is no text")
+                raise TypeError(f"{name} holds {value!r}, which is no text")
 
 
 class _MissingColumnError(KeyError):
-    """A record has no such column; other KeyErrors have other causes."""
+    """The record has no such column; other KeyErrors have other causes."""
 
 
 class _Row(dict[str, Any]):
-    """A record that says which column it lacks."""
+    """A record that raises `_MissingColumnError` for a column it lacks."""
 
     def __missing__(self, column: str) -> Any:
         raise _MissingColumnError(column)
 
 
-def one_text(record: Record, column: str) -> str:
-    """What a column says. Raises TypeError if it is empty (null), which is not to be read as the
-    word "None"."""
+def text_in(record: Record, column: str) -> str:
+    """The text of a column. Raises TypeError for null, which must not become the word "None"."""
     if record[column] is None:
         raise TypeError(f"{column} is null")
     return str(record[column])
 
 
 def texts(record: Record, column: str) -> tuple[str, ...]:
-    """A column that holds a list of texts. Raises DataError if it holds one text or no text."""
+    """The list of texts in a column. Raises DataError for anything else."""
     value = record[column]
-    if isinstance(value, str) or not all(isinstance(one, str) for one in value):
+    if isinstance(value, str) or not all(isinstance(item, str) for item in value):
         raise DataError(
             f"{column} = {str(value)[:80]!r} is not a list of texts.\n"
             "  CSV has no lists: make the table JSONL or Parquet."
@@ -130,7 +129,7 @@ def texts(record: Record, column: str) -> tuple[str, ...]:
 
 
 def label_of(record: Record, labels: tuple[str, ...], column: str = "label") -> str:
-    """The label's name, by its number or as the record spells it. `UNKNOWN` if it is withheld.
+    """The name of the record's label, given by number or name; `UNKNOWN` if it is withheld.
 
     Raises DataError for anything else.
     """
@@ -151,8 +150,7 @@ def label_of(record: Record, labels: tuple[str, ...], column: str = "label") -> 
 
 
 def fields(name: str, record: Record, columns: Iterable[str]) -> str:
-    """T5's general form: the task's name, then every column's name and its text, which of a column
-    without a value is empty."""
+    """T5's general form: the task's name, then every column's name and text ("" for null)."""
     values = ((column, record[column]) for column in columns)
     return " ".join(
         [name, *(f"{column}: {'' if value is None else value}" for column, value in values)]

@@ -1,1 +1,1 @@
-"""TODO face."""
+"""Text to token ids, and token stores on disk."""

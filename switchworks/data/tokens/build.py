@@ -1,4 +1,4 @@
-"""Documents to a token store: one shard at a time, part by part, able to go on after a kill."""
+"""Documents to a token store: one shard at a time, part by part, resumable after a kill."""
 
 import contextlib
 import os
@@ -12,40 +12,40 @@ from types import TracebackType
 import numpy as np
 
 from switchworks.config import DataError
-from switchworks.data.progress import Progress
-from switchworks.data.sources.files import Report
+from switchworks.data.cache import atomic_write_json
+from switchworks.data.progress import BuildProgress
+from switchworks.data.sources.text_source import Report
 from switchworks.data.tokens.store import (
     SPLITS,
-    VERSION,
-    Part,
+    STORE_VERSION,
     Segment,
+    ShardPart,
     finished_parts,
     part_name,
-    write_json,
 )
 from switchworks.data.tokens.tokenizer import Tokenizer
 
 PART_TOKENS = 1 << 26
-"""A part is closed by the first document that takes it past this many tokens: 128 MiB, some tens
-of seconds of work that a kill can cost."""
+"""A part is closed by the first batch of documents that takes it past this many tokens: 128 MiB,
+some tens of seconds of work, which is what a kill can cost."""
 
 BATCH_CHARACTERS = 1 << 22
 """Characters tokenised at once: what a build holds in memory, whatever the corpus."""
 
 
 def write_plan(folder: Path, tokenizer: Tokenizer, num_shards: int) -> None:
-    """`folder` is a store, complete or not, of `num_shards` shards by `tokenizer`."""
+    """Begin a store of `num_shards` shards by `tokenizer` in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     for split in SPLITS:
         (folder / split).mkdir(exist_ok=True)
     values = {
-        "version": VERSION,
+        "version": STORE_VERSION,
         "num_shards": num_shards,
         "tokenizer": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
         "dtype": token_dtype(tokenizer),
     }
-    write_json(folder / "plan.json", values)
+    atomic_write_json(folder / "plan.json", values)
 
 
 def token_dtype(tokenizer: Tokenizer) -> str:
@@ -62,18 +62,20 @@ def build_shard(
     num_shards: int = 1,
     report: Report | None = None,
     threads: int = 0,
-    progress: Progress | None = None,
+    progress: BuildProgress | None = None,
     part_tokens: int = PART_TOKENS,
 ) -> None:
-    """Every part of `shard` is written; parts that were there already are not made again.
+    """Write the parts of `shard` that are still missing.
 
-    `documents` yields (text, held out) pairs, the same in the same order at every call. They are
-    tokenised by `threads` threads of SentencePiece's own (0: one per core), at some tens of MB/s
-    each, so no processes are needed. Raises DataError if the disk is full.
+    `documents` yields (text, whether it is for validation), the same in the same order at every
+    call. They are tokenised by `threads` threads of SentencePiece's own (0: one per core), at some
+    tens of MB/s each, so no processes are needed. Raises DataError if the disk is full.
     """
     done = finished_parts(folder, shard, num_shards)
     if done and done[-1].last:
         return
+    # Resume: finished parts say how many documents they took, and as many are skipped here. A part
+    # without its .json is written again, over whatever a killed process left of its files.
     items = islice(documents, sum(part.documents_read for part in done), None)
     batches = _batches(items)
     number, last = len(done), False
@@ -81,7 +83,7 @@ def build_shard(
         while not last:
             name = part_name(shard, num_shards, number)
             with _PartWriter(folder, name, token_dtype(tokenizer)) as writer:
-                last = _fill(writer, batches, tokenizer, threads, progress, part_tokens)
+                last = _fill_part(writer, batches, tokenizer, threads, progress, part_tokens)
                 counts = asdict(report) if report is not None else {}
                 writer.commit(shard, number, last, counts)
             number += 1
@@ -92,22 +94,23 @@ def build_shard(
         ) from error
 
 
-def _fill(
+def _fill_part(
     writer: "_PartWriter",
     batches: Iterator[list[tuple[str, bool]]],
     tokenizer: Tokenizer,
     threads: int,
-    progress: Progress | None,
+    progress: BuildProgress | None,
     part_tokens: int,
 ) -> bool:
-    """Documents are in `writer` until the part is full. True if there are no more."""
+    """Tokenise documents into `writer` until the part is full; True if there are no more."""
     for batch in batches:
         texts = [text for text, _ in batch]
         encoded = tokenizer.encode_batch(
             texts, sentinels=False, threads=threads or os.cpu_count() or 1
         )
-        for held_out, split in enumerate(SPLITS):
-            ids = [e for e, (_, held) in zip(encoded, batch, strict=True) if held == held_out]
+        for index, split in enumerate(SPLITS):  # False, to train on, is 0
+            pairs = zip(encoded, batch, strict=True)
+            ids = [tokens for tokens, (_, is_validation) in pairs if is_validation == index]
             writer.add(split, [tokens for tokens in ids if len(tokens)])
         writer.documents_read += len(batch)
         if progress is not None:
@@ -121,9 +124,9 @@ def _batches(items: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool
     """Lists of items whose texts together have about BATCH_CHARACTERS characters."""
     batch: list[tuple[str, bool]] = []
     length = 0
-    for text, held_out in items:
-        batch.append((text, held_out))
-        length += len(text)
+    for item in items:
+        batch.append(item)
+        length += len(item[0])
         if length >= BATCH_CHARACTERS or len(batch) >= 1 << 14:
             yield batch
             batch, length = [], 0
@@ -132,7 +135,8 @@ def _batches(items: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool
 
 
 class _PartWriter:
-    """The four files of a part, written aside; `commit` makes them count."""
+    """The four files of a part under temporary names; `commit` renames them and writes the .json
+    that makes the part count."""
 
     def __init__(self, folder: Path, name: str, dtype: str) -> None:
         self.folder, self.name, self.dtype = folder, name, dtype
@@ -161,7 +165,7 @@ class _PartWriter:
         return sum(tokens for tokens, _ in self._counts.values())
 
     def add(self, split: str, documents: list[np.ndarray]) -> None:
-        """`documents` follow those already in `split`."""
+        """Append `documents` to those already in `split`."""
         if not documents:
             return
         count = self._counts[split]
@@ -176,17 +180,17 @@ class _PartWriter:
         segments = {
             split: Segment(f"{split}/{self.name}", *self._counts[split]) for split in SPLITS
         }
-        part = Part(shard, number, self.documents_read, last, segments, hashes, sizes, report)
-        write_json(self.folder / f"{self.name}.json", asdict(part))
+        part = ShardPart(shard, number, self.documents_read, last, segments, hashes, sizes, report)
+        atomic_write_json(self.folder / f"{self.name}.json", asdict(part))
 
 
 class _File:
-    """A file that has its name only once it is whole; its hash is taken while writing."""
+    """A file that is renamed to `path` only when complete; its hash is taken while writing."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.aside = path.with_name(path.name + ".tmp")
-        self.file = self.aside.open("wb")
+        self.temporary = path.with_name(path.name + ".tmp")
+        self.file = self.temporary.open("wb")
         self.hash = blake2b(digest_size=16)
         self.size = 0
 
@@ -200,11 +204,11 @@ class _File:
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
-        self.aside.replace(self.path)
+        self.temporary.replace(self.path)
         return self.hash.hexdigest()
 
     def abandon(self) -> None:
         if not self.file.closed:
             with contextlib.suppress(OSError):  # a full disk is reported once
                 self.file.close()
-            self.aside.unlink(missing_ok=True)
+            self.temporary.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""How well one tokenizer serves each language: characters with pieces, tokens per character.
+"""How well a tokenizer covers each language: characters with pieces, tokens per character.
 
-Byte fallback means that every text can be written, but at a price: a character without a piece of
-its own costs as many tokens as it has UTF-8 bytes, three or four in most scripts.
+With byte fallback every text can be encoded, but at a price: a character without a piece of its own
+costs as many tokens as it has UTF-8 bytes, three or four in most scripts.
 
 Letters: V ids.
 """
@@ -19,19 +19,18 @@ from switchworks.data.sources.catalogs.languages import english_name, script_nam
 from switchworks.data.tokens.tokenizer import SentencePieceTokenizer, Tokenizer
 
 SAMPLE_CHARACTERS = 200_000
-"""Of each language so much of its text is looked at, from the beginning."""
+"""How much of a language's text is measured, from its beginning."""
 
-LEAST_COVERAGE = 0.98
-MOST_TOKENS = 1.0
-"""Beyond these, the first in covered characters and the second in tokens per character, a
-tokenizer serves a language badly: its text is mostly spelt rather than written."""
+MIN_COVERAGE = 0.98
+MAX_TOKENS_PER_CHARACTER = 1.0
+"""Beyond either a tokenizer covers a language poorly: its text is mostly spelt in bytes."""
 
 _NORMAL, _USER_DEFINED, _BYTE = 1, 4, 6  # SentencePiece's kinds of pieces that stand for text
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """What one language's text costs, found in `characters` of it."""
+    """What one language's text costs in tokens, measured on `characters` characters of it."""
 
     language: str
     texts: int
@@ -40,7 +39,7 @@ class Coverage:
     coverage: float
     """Share of the characters, white space aside, that are in pieces rather than spelt in bytes."""
     exact: int
-    """Texts that decoding gives back character for character."""
+    """Number of texts that decode to exactly what was encoded."""
 
     @property
     def tokens_per_character(self) -> float:
@@ -48,12 +47,12 @@ class Coverage:
 
     @property
     def is_poor(self) -> bool:
-        """Whether the language gets few words for its tokens."""
-        return self.coverage < LEAST_COVERAGE or self.tokens_per_character > MOST_TOKENS
+        """Whether it is beyond MIN_COVERAGE or MAX_TOKENS_PER_CHARACTER."""
+        return self.coverage < MIN_COVERAGE or self.tokens_per_character > MAX_TOKENS_PER_CHARACTER
 
 
 def measure_coverage(language: str, texts: Iterable[str], tokenizer: Tokenizer) -> Coverage:
-    """How `tokenizer` serves the beginning of `texts`."""
+    """The coverage of the first SAMPLE_CHARACTERS of `texts` by `tokenizer`."""
     sample, characters = list[str](), 0
     for text in texts:
         if characters >= SAMPLE_CHARACTERS:
@@ -67,7 +66,7 @@ def measure_coverage(language: str, texts: Iterable[str], tokenizer: Tokenizer) 
         characters=characters,
         tokens=sum(map(len, ids)),
         coverage=_coverage(sample, alphabet(tokenizer)),
-        exact=sum(tokenizer.decode(found) == text for found, text in zip(ids, sample, strict=True)),
+        exact=sum(tokenizer.decode(row) == text for row, text in zip(ids, sample, strict=True)),
     )
 
 
@@ -80,7 +79,7 @@ def _coverage(texts: Iterable[str], known: frozenset[str]) -> float:
 
 
 def alphabet(tokenizer: Tokenizer) -> frozenset[str]:
-    """The characters that are in pieces. Of bytes, ASCII: the characters of one byte."""
+    """The characters that are in pieces; of a byte tokenizer ASCII, the characters of one byte."""
     if not isinstance(tokenizer, SentencePieceTokenizer):
         return frozenset(map(chr, range(128)))
     pieces = ModelProto.FromString(tokenizer.model).pieces
@@ -89,7 +88,7 @@ def alphabet(tokenizer: Tokenizer) -> frozenset[str]:
 
 
 def byte_lengths(tokenizer: Tokenizer) -> Int[np.ndarray, " V"]:
-    """How many UTF-8 bytes of text each id stands for; none for sentinels and special ids."""
+    """The number of UTF-8 bytes of text of each id; 0 for sentinels and special ids."""
     lengths = np.zeros(tokenizer.vocab_size, np.int64)
     if not isinstance(tokenizer, SentencePieceTokenizer):
         lengths[3 : 3 + 256] = 1
@@ -103,28 +102,29 @@ def byte_lengths(tokenizer: Tokenizer) -> Int[np.ndarray, " V"]:
     return lengths
 
 
-def table(served: Mapping[str, Coverage]) -> str:
-    """What each language costs, and a warning that names those served badly."""
+def coverage_table(by_language: Mapping[str, Coverage]) -> str:
+    """The coverage of each language in a line, and a warning that names the poorly covered."""
     head = f"{'code':<12} {'language':<28} {'script':<16} {'texts':>7} {'characters':>11}"
     lines = [f"{head} {'covered':>8} {'tokens/char':>12} {'exact':>7}"]
-    for name, one in served.items():
+    for name, coverage in by_language.items():
+        exact = coverage.exact / max(1, coverage.texts)
         lines.append(
             f"{name:<12} {english_name(name)[:28]:<28} {script_name(script_of(name))[:16]:<16} "
-            f"{one.texts:>7,} {one.characters:>11,} {one.coverage:>8.2%} "
-            f"{one.tokens_per_character:>12.3f} {one.exact / max(1, one.texts):>7.1%}"
+            f"{coverage.texts:>7,} {coverage.characters:>11,} {coverage.coverage:>8.2%} "
+            f"{coverage.tokens_per_character:>12.3f} {exact:>7.1%}"
         )
-    return "\n".join(lines) + "\n" + poorly_covered(served)
+    return "\n".join(lines) + "\n" + poorly_covered(by_language)
 
 
-def poorly_covered(served: Mapping[str, Coverage]) -> str:
-    """A warning, a line of its own, that names the languages served badly; empty if none is."""
-    bad = [name for name, one in served.items() if one.is_poor]
-    if not bad:
+def poorly_covered(by_language: Mapping[str, Coverage]) -> str:
+    """A warning that names the poorly covered languages, ending in a line feed; "" if none is."""
+    poor = [name for name, coverage in by_language.items() if coverage.is_poor]
+    if not poor:
         return ""
     return (
-        f"warning: {', '.join(bad)}: under {LEAST_COVERAGE:.0%} of the characters have pieces, or "
-        f"a character costs over {MOST_TOKENS:.0f} token.\n  A larger vocabulary, a higher "
-        "--data.character-coverage or a lower --data.mixture-exponent serves them better.\n"
+        f"warning: {', '.join(poor)}: under {MIN_COVERAGE:.0%} of the characters have pieces, or "
+        f"a character costs over {MAX_TOKENS_PER_CHARACTER:.0f} token.\n  A larger vocabulary, "
+        "a higher --data.character-coverage or a lower --data.mixture-exponent helps.\n"
     )
 
 

@@ -1,21 +1,25 @@
 """Tokens on disk: every document once, end to end, memory-mapped, with random access.
 
-A store is a folder. Its text is shared out into shards (one per job of a job array, or one in
-all) and a shard is written as parts, each of whole documents:
+A store is a folder. Its text is divided into shards (one per job of a job array, or only one) and a
+shard is written as parts, each of whole documents:
 
+    plan.json                                       shards, tokenizer, dtype; written first
     train/shard-00003-of-00064.part-0000.tokens     uint16, or uint32 for large vocabularies
     train/shard-00003-of-00064.part-0000.ends       uint64: where each document of the part ends
-    validation/...                                  the same for the documents held out
-    shard-00003-of-00064.part-0000.json             counts and hashes; written last
+    validation/...                                  the same for the validation documents
+    shard-00003-of-00064.part-0000.json             counts and hashes (`ShardPart`); written last
     store.json                                      all of it; written when no shard is missing
 
-Files are written aside, synced and renamed, and a part counts only once its .json is there: a
-killed build goes on with the part it was at. No separator is stored between documents, and no
-EOS: T5 concatenates without.
+All numbers are little-endian. Files are written under temporary names, synced and renamed, and a
+part counts only once its .json exists: a killed build resumes with the part it was at. No separator
+is stored between documents, and no EOS: T5 concatenates without.
+
+The stream of a split is its segments end to end, in the order of shards and parts. A segment may be
+less than its files: `finish_store` can move the last documents of the training files to validation
+without writing tokens again.
 """
 
 import json
-import os
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -28,11 +32,12 @@ import numpy as np
 from jaxtyping import Int
 
 from switchworks.config import DataError
+from switchworks.data.cache import atomic_write_json
 
-VERSION = 1
-HASHED = 1 << 24
-WINDOW = 1 << 12
-"""How many tokens of a text its digest is made of, and how many of a large one at a time."""
+STORE_VERSION = 1
+DIGEST_TOKENS = 1 << 24
+DIGEST_WINDOW = 1 << 12
+"""A digest is made of at most so many tokens, taken in windows of this many."""
 
 SPLITS = ("train", "validation")
 
@@ -49,8 +54,8 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Part:
-    """What one part's .json says. `last`: the shard ends with this part."""
+class ShardPart:
+    """The content of a part's .json. `last`: the shard ends with this part."""
 
     shard: int
     number: int
@@ -83,8 +88,8 @@ class TokenStore:
 
     @property
     def digest(self) -> str:
-        """Hexadecimal; by `digest_of`."""
-        return digest_of(self.num_tokens, self.tokens)
+        """Hexadecimal, see `token_digest`."""
+        return token_digest(self.num_tokens, self.tokens)
 
     @property
     def num_tokens(self) -> int:
@@ -100,30 +105,30 @@ class TokenStore:
         out = np.empty(stop - start, np.int32)
         for segment, begin in self._within(start, stop):
             low, high = max(start, begin), min(stop, begin + segment.num_tokens)
-            at = segment.first_token - begin
-            out[low - start : high - start] = self._tokens(segment)[low + at : high + at]
+            shift = segment.first_token - begin  # from stream positions to the file's
+            out[low - start : high - start] = self._tokens(segment)[low + shift : high + shift]
         return out
 
     def document_bounds(self, start: int, stop: int) -> Int[np.ndarray, " bounds"]:
         """Where new documents start strictly inside (start, stop): sorted stream positions."""
         self._check_range(start, stop)
-        found = [np.empty(0, np.int64)]
+        parts = [np.empty(0, np.int64)]
         for segment, begin in self._within(start, stop):
             ends = self._ends(segment)
-            # Everything but the result is in the file's own offsets, so only it is copied.
+            # The search uses the file's positions, so only what it finds is copied.
             shift = begin - segment.first_token
             low = np.searchsorted(ends, np.uint64(max(start - shift, 0)), side="right")
             high = np.searchsorted(ends, np.uint64(max(stop - shift, 0)), side="left")
             inside = ends[low:high].astype(np.int64) + shift
-            found.append(inside[inside <= begin + segment.num_tokens])
-        return np.concatenate(found)
+            parts.append(inside[inside <= begin + segment.num_tokens])
+        return np.concatenate(parts)
 
     def _check_range(self, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"[{start}, {stop}) is not inside the {self.num_tokens} tokens.")
 
     def _within(self, start: int, stop: int) -> list[tuple[Segment, int]]:
-        """The segments that [start, stop) touches, each with its place in the stream."""
+        """The segments that [start, stop) overlaps, each with its position in the stream."""
         first = bisect_right(self._starts, start) - 1
         last = bisect_right(self._starts, stop - 1) if stop > start else first
         return list(zip(self._segments[first:last], self._starts[first:last], strict=True))
@@ -153,7 +158,7 @@ def open_store(
     manifest = _read_json(folder / "store.json")
     if manifest is None:
         raise DataError(_missing_message(folder))
-    if manifest.get("version") != VERSION:
+    if manifest.get("version") != STORE_VERSION:
         raise DataError(
             f"{folder} was written by another version of switchworks.\n"
             "  Delete the folder; it will be made again."
@@ -174,22 +179,22 @@ def open_store(
     return train, validation
 
 
-def digest_of(size: int, read: Callable[[int, int], np.ndarray]) -> str:
-    """Hexadecimal; of the `size` tokens that `read(start, stop)` gives, however they are stored.
+def token_digest(size: int, read: Callable[[int, int], np.ndarray]) -> str:
+    """Hexadecimal hash of the `size` tokens of `read(start, stop)`, however they are stored.
 
-    Up to HASHED tokens count, all of them or windows spread evenly over them: an edit of a large
-    text that leaves its length as it was may lie between the windows.
+    It is made of all tokens up to DIGEST_TOKENS, else of so many in windows spread evenly over
+    them: an edit of a large text that leaves its length as it was may lie between the windows.
     """
-    most = HASHED // WINDOW
+    count = DIGEST_TOKENS // DIGEST_WINDOW
     starts = (
-        range(0, size, WINDOW)
-        if size <= HASHED
-        else [index * (size - WINDOW) // (most - 1) for index in range(most)]
+        range(0, size, DIGEST_WINDOW)
+        if size <= DIGEST_TOKENS
+        else [index * (size - DIGEST_WINDOW) // (count - 1) for index in range(count)]
     )
-    found = blake2b(str(size).encode(), digest_size=16)
+    value = blake2b(str(size).encode(), digest_size=16)
     for start in starts:
-        found.update(np.asarray(read(start, min(start + WINDOW, size)), "<i8").tobytes())
-    return found.hexdigest()
+        value.update(np.asarray(read(start, min(start + DIGEST_WINDOW, size)), "<i8").tobytes())
+    return value.hexdigest()
 
 
 def missing_shards(folder: Path) -> list[int]:
@@ -212,12 +217,12 @@ def is_finished(folder: Path, shard: int, num_shards: int) -> bool:
     return bool(parts) and parts[-1].last
 
 
-def finished_parts(folder: Path, shard: int, num_shards: int) -> list[Part]:
-    """The parts of `shard` that are whole, from the first on, without a gap."""
-    parts: list[Part] = []
+def finished_parts(folder: Path, shard: int, num_shards: int) -> list[ShardPart]:
+    """The complete parts of `shard` from the first on, without a gap."""
+    parts: list[ShardPart] = []
     while values := _read_json(folder / f"{part_name(shard, num_shards, len(parts))}.json"):
         values["segments"] = {k: Segment(**v) for k, v in values["segments"].items()}
-        part = Part(**values)
+        part = ShardPart(**values)
         if any(_size(folder / name) != size for name, size in part.sizes.items()):
             break
         parts.append(part)
@@ -230,10 +235,10 @@ def part_name(shard: int, num_shards: int, number: int) -> str:
 
 
 def finish_store(folder: Path, *, validation_share: float) -> None:
-    """`folder` holds store.json, so it opens; its shards must all be finished.
+    """Write store.json, with which the store opens. All its shards must be finished.
 
-    A store too small for any document to be held out by its hash gets its last documents held
-    out; one document alone gives up its end. At least `validation_share` of the tokens is taken.
+    If no document was held out, which happens in small stores, the last ones become validation
+    data, or the end of a single document: at least `validation_share` of the tokens.
     """
     num_shards = planned_shards(folder)
     parts = [
@@ -247,7 +252,7 @@ def finish_store(folder: Path, *, validation_share: float) -> None:
         raise DataError("There is no text to train on: every document is empty.")
     segments = {"train": train, "validation": validation}
     plan = _read_json(folder / "plan.json") or {}
-    write_json(
+    atomic_write_json(
         folder / "store.json",
         {
             **plan,
@@ -270,21 +275,20 @@ def _with_validation(
     if validation or not train:
         return train, validation
     *before, segment = train
-    ends = np.fromfile(folder / f"{segment.name}.ends", "<u8").astype(np.int64)
-    wanted = max(1, int(share * sum(s.num_tokens for s in train)))
-    if segment.num_documents > 1:
-        keep = int(np.searchsorted(ends, segment.num_tokens - wanted, side="right"))
-        keep = min(max(keep, 1), segment.num_documents - 1)
-        cut, held = int(ends[keep - 1]), segment.num_documents - keep
-    elif before:
+    needed = max(1, int(share * sum(s.num_tokens for s in train)))
+    if segment.num_documents == 1 and before:
         return before, [segment]
-    else:
-        keep, held = 1, 1
-        cut = max(1, min(segment.num_tokens - wanted, segment.num_tokens * 9 // 10))
-    kept = Segment(segment.name, cut, keep)
-    first = keep if segment.num_documents > 1 else 0
-    tail = Segment(segment.name, segment.num_tokens - cut, held, cut, first)
-    return [*before, kept], [tail] if tail.num_tokens else []
+    if segment.num_documents == 1:  # cut inside the only document
+        kept_documents, held_out_documents, first = 1, 1, 0
+        cut = max(1, min(segment.num_tokens - needed, segment.num_tokens * 9 // 10))
+    else:  # cut at the last document border that leaves enough
+        ends = np.fromfile(folder / f"{segment.name}.ends", "<u8").astype(np.int64)
+        border = int(np.searchsorted(ends, segment.num_tokens - needed, side="right"))
+        first = kept_documents = min(max(border, 1), segment.num_documents - 1)
+        cut, held_out_documents = int(ends[first - 1]), segment.num_documents - first
+    kept = Segment(segment.name, cut, kept_documents)
+    end = Segment(segment.name, segment.num_tokens - cut, held_out_documents, cut, first)
+    return [*before, kept], [end] if end.num_tokens else []
 
 
 def _missing_message(folder: Path) -> str:
@@ -300,11 +304,11 @@ def _missing_message(folder: Path) -> str:
 
 
 def _check_file(path: Path, size: int, digest: str | None) -> None:
-    found = _size(path)
-    if found != size:
-        what = "is missing" if found is None else f"has {found} bytes instead of {size}"
-        raise DataError(f"{path} {what}.\n  Delete its folder; it will be made again.")
-    if digest is not None and file_hash(path) != digest:
+    actual = _size(path)
+    if actual != size:
+        problem = "is missing" if actual is None else f"has {actual} bytes instead of {size}"
+        raise DataError(f"{path} {problem}.\n  Delete its folder; it will be made again.")
+    if digest is not None and _file_hash(path) != digest:
         raise DataError(
             f"{path} is not what was written: its hash differs.\n"
             "  Delete its folder; it will be made again."
@@ -318,23 +322,13 @@ def _size(path: Path) -> int | None:
         return None
 
 
-def file_hash(path: Path) -> str:
+def _file_hash(path: Path) -> str:
     """blake2b of the file's content."""
     digest = blake2b(digest_size=16)
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """`path` holds `values`; at no time does it hold half of them."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with aside.open("w", encoding="utf-8") as file:
-        json.dump(values, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

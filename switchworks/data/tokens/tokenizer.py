@@ -4,11 +4,10 @@ Ids 0, 1 and 2 are padding, end of sequence and unknown; then come the pieces; t
 that stand for hidden spans, written <extra_id_0>, <extra_id_1>, ... in text. SentencePiece models
 get 100 sentinels above their pieces, the first the highest, as in T5 (32000 pieces:
 <extra_id_0> is 32099). Bytes follow transformers' ByT5Tokenizer: 125 sentinels, the first the
-lowest (259). So never compute a sentinel's id: ask `sentinel(i)`.
+lowest (259). So never compute a sentinel's id: call `sentinel(i)`.
 """
 
 import hashlib
-import io
 import json
 import os
 import re
@@ -62,10 +61,10 @@ class Tokenizer(ABC):
     def encode_batch(
         self, texts: Sequence[str], *, sentinels: bool = True, threads: int = 1
     ) -> list[np.ndarray]:
-        """The ids (int32) of each text, without EOS.
+        """The ids (int32) of each text, without EOS, by at most `threads` threads.
 
         `sentinels`: a literal <extra_id_N> becomes that sentinel; off for a corpus, where it is
-        text like any other. `threads` is an upper bound.
+        text like any other.
         """
 
     @abstractmethod
@@ -74,23 +73,23 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def piece(self, token: int) -> str:
-        """What `token` alone stands for, the space in front of it included; "" if it is no text."""
+        """The text of `token` alone, with the space in front of it; "" for special ids."""
 
     @abstractmethod
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """`directory`, made if need be, holds what `load_tokenizer` opens."""
+        """Write what `load_tokenizer` opens into `directory`, which is made if missing."""
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without EOS; a literal <extra_id_N> becomes that sentinel."""
         return self.encode_batch([text])[0].tolist()
 
     def _sentinel_index(self, token: int) -> int | None:
-        """Which sentinel `token` is, or None."""
+        """The index of the sentinel `token`; None if it is not one."""
         first, last = self.sentinel(0), self.sentinel(self.num_sentinels - 1)
         return abs(token - first) if min(first, last) <= token <= max(first, last) else None
 
     def _split(self, text: str) -> Iterator[str | int]:
-        """`text` cut at its sentinels: plain stretches, and sentinel ids between them."""
+        """`text` cut at its sentinels: pieces of plain text, and sentinel ids between them."""
         end = 0
         for match in _SENTINEL.finditer(text):
             if int(match.group(1)) < self.num_sentinels:
@@ -156,7 +155,7 @@ class ByteTokenizer(Tokenizer):
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model with 100 sentinels above its pieces. `model` is the file's content.
 
-    In T5's file the sentinels are not, in mT5's they are the last 100 pieces.
+    T5's file does not hold the sentinels; in mT5's they are the last 100 pieces.
     """
 
     def __init__(self, model: bytes, *, source: str = MODEL_FILE) -> None:
@@ -169,8 +168,8 @@ class SentencePieceTokenizer(Tokenizer):
             self._pieces -= self.num_sentinels
             self._plain = _without_sentinels(model, self._pieces)
             self._exact = _processor(self._plain, source)
-        # T5 models squeeze runs of white space; ours keep them.
-        self._squeezes = self._exact.encode("a  b") == self._exact.encode("a b")
+        # T5's models collapse runs of white space; those trained here keep them.
+        self._collapses = self._exact.encode("a  b") == self._exact.encode("a b")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (SentencePieceTokenizer, (self.model,))
@@ -192,26 +191,26 @@ class SentencePieceTokenizer(Tokenizer):
     ) -> list[np.ndarray]:
         # Lone surrogates cannot be written as UTF-8; they become "?".
         texts = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
-        whole = [not (sentinels and "<extra_id_" in text) for text in texts]
-        plain = [text for text, is_plain in zip(texts, whole, strict=True) if is_plain]
+        is_plain = [not (sentinels and "<extra_id_" in text) for text in texts]
+        plain = [text for text, flag in zip(texts, is_plain, strict=True) if flag]
         encoded = iter(self._exact.encode(plain, num_threads=threads) if plain else [])
         return [
-            np.array(next(encoded) if is_plain else self._encode_parts(text), np.int32)
-            for text, is_plain in zip(texts, whole, strict=True)
+            np.array(next(encoded) if flag else self._encode_parts(text), np.int32)
+            for text, flag in zip(texts, is_plain, strict=True)
         ]
 
     @cached_property
-    def _glued(self) -> sentencepiece.SentencePieceProcessor:
-        """The same model, but it puts no space in front of a text."""
+    def _without_prefix(self) -> sentencepiece.SentencePieceProcessor:
+        """The same model without the space that SentencePiece puts in front of a text."""
         proto = ModelProto.FromString(self._plain)
         proto.normalizer_spec.add_dummy_prefix = False
         return _processor(proto.SerializeToString(), MODEL_FILE)
 
     def _encode_parts(self, text: str) -> list[int]:
-        """Ids such that corrupting the ids of a text equals encoding the corrupted text.
+        """Ids of a text with sentinels, equal to those that corrupting the text's ids would give.
 
-        The space before a sentinel belongs to it (it is written there by `decode`); the space
-        after it belongs to the next piece, which starts with the space mark.
+        The space before a sentinel belongs to it (`decode` writes it); the space after it belongs
+        to the next piece, which starts with the space mark.
         """
         parts = list(self._split(text))
         ids: list[int] = []
@@ -221,15 +220,15 @@ class SentencePieceTokenizer(Tokenizer):
                 continue
             if place + 1 < len(parts):
                 part = part.removesuffix(" ")
-            if not part.strip() and (self._squeezes or not part):
+            if not part.strip() and (self._collapses or not part):
                 continue
             if place == 0:
                 ids += self._exact.encode(part)
             elif part[0] == " ":
                 ids += self._exact.encode(part[1:])  # encoding puts one space in front
             else:
-                spaced = self._squeezes and part[0].isspace()
-                ids += (self._exact if spaced else self._glued).encode(part)
+                spaced = self._collapses and part[0].isspace()
+                ids += (self._exact if spaced else self._without_prefix).encode(part)
         return ids
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
@@ -273,98 +272,21 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """
     if str(path) == "bytes":
         return ByteTokenizer()
-    place = Path(path)
-    if place.is_dir():
-        if (place / "model").is_dir():
-            place = place / "model"
-        if _settings_kind(place / SETTINGS_FILE) == "bytes":
+    file = Path(path)
+    if file.is_dir():
+        if (file / "model").is_dir():
+            file = file / "model"
+        if _settings_kind(file / SETTINGS_FILE) == "bytes":
             return ByteTokenizer()
-        place = place / MODEL_FILE
+        file = file / MODEL_FILE
     try:
-        model = place.read_bytes()
+        model = file.read_bytes()
     except OSError as error:
         raise DataError(
-            f"There is no tokenizer at {path}: {place} cannot be read ({error.strerror}).\n"
+            f"There is no tokenizer at {path}: {file} cannot be read ({error.strerror}).\n"
             f'  Name a {MODEL_FILE}, a folder that holds one, "bytes", or "train".'
         ) from error
-    return SentencePieceTokenizer(model, source=str(place))
-
-
-def train_sentencepiece(
-    documents: Iterable[str],
-    vocab_size: int,
-    *,
-    sample_bytes: int = 12_000_000,
-    coverage: float = 0.9999,
-) -> SentencePieceTokenizer:
-    """A unigram model of `vocab_size` ids, sentinels included, trained on `documents`.
-
-    T5's layout. Unlike T5's own model it keeps every character: unknown ones are spelt in bytes
-    and white space is not changed, so that decoding gives back the text. It learns from the
-    first `sample_bytes` of the text, and is the same for the same text on any number of cores.
-    `coverage` is the share of the text's characters that get pieces, the most frequent ones.
-    A text too small for so many pieces gives fewer. Raises DataError if there is no text.
-    """
-    pieces = vocab_size - Tokenizer.num_sentinels
-    if pieces < 3 + 256 + 32:
-        raise DataError(
-            f"A vocabulary of {vocab_size} is too small: 100 sentinels, 256 bytes and 3 special "
-            "ids leave no room for pieces.\n  Use 512 or more, or --data.tokenizer bytes."
-        )
-    lines = list(_training_lines(documents, sample_bytes))
-    if not lines:
-        raise DataError("There is no text to train a tokenizer on: every document is empty.")
-    model = io.BytesIO()
-    try:
-        _train(lines, model, pieces, coverage)
-    except RuntimeError as error:
-        raise DataError(
-            f"SentencePiece cannot train {pieces} pieces on {len(lines)} lines of text: {error}\n"
-            "  Give more text, a larger vocabulary or, where characters are many, a lower "
-            "--data.character-coverage; or use --data.tokenizer bytes."
-        ) from error
-    return SentencePieceTokenizer(model.getvalue())
-
-
-def _train(lines: list[str], model: io.BytesIO, pieces: int, coverage: float) -> None:
-    sentencepiece.set_random_generator_seed(0)
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines),
-        model_writer=model,
-        model_type="unigram",
-        vocab_size=pieces,
-        hard_vocab_limit=False,
-        pad_id=PAD_ID,
-        eos_id=EOS_ID,
-        unk_id=UNK_ID,
-        bos_id=-1,
-        pad_piece="<pad>",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        character_coverage=coverage,
-        max_sentence_length=8192,
-        # Sums are taken per thread: a fixed number gives the same model on every machine.
-        num_threads=16,
-        minloglevel=2,
-    )
-
-
-def _training_lines(documents: Iterable[str], sample_bytes: int) -> Iterator[str]:
-    """Lines of at most 2000 characters, cut at spaces where there are any, without repetition.
-
-    Control characters that SentencePiece gives a meaning of its own are left out.
-    """
-    total = 0
-    for document in documents:
-        for line in re.split(r"[\r\n\v\f\x1c-\x1e\x85\u2028\u2029]+", document):
-            for part in re.findall(r".{1,2000}(?!\S)|.{1,2000}", line):
-                part = part.replace("\0", "").replace("\u2581", " ").strip()
-                if part:
-                    total += len(part.encode("utf-8", "replace"))
-                    yield part.encode("utf-8", "replace").decode("utf-8")
-        if total >= sample_bytes:
-            return
+    return SentencePieceTokenizer(model, source=str(file))
 
 
 def _processor(model: bytes, source: str) -> sentencepiece.SentencePieceProcessor:
@@ -379,10 +301,10 @@ def _processor(model: bytes, source: str) -> sentencepiece.SentencePieceProcesso
 
 
 def _check_layout(processor: sentencepiece.SentencePieceProcessor, source: str) -> None:
-    found = (processor.pad_id(), processor.eos_id(), processor.unk_id())
-    if found != (PAD_ID, EOS_ID, UNK_ID):
+    special = (processor.pad_id(), processor.eos_id(), processor.unk_id())
+    if special != (PAD_ID, EOS_ID, UNK_ID):
         raise DataError(
-            f"{source} has pad, eos and unk at {', '.join(map(str, found))} (-1: absent); "
+            f"{source} has pad, eos and unk at {', '.join(map(str, special))} (-1: absent); "
             "T5's layout has them at 0, 1, 2.\n"
             "  Use a T5 or mT5 spiece.model, or --data.tokenizer train."
         )
@@ -395,10 +317,10 @@ def _holds_sentinels(processor: sentencepiece.SentencePieceProcessor, source: st
     """
     total, count = processor.get_piece_size(), SentencePieceTokenizer.num_sentinels
     for space in ("\u2581", ""):  # mT5's have a space mark
-        found = [processor.piece_to_id(f"{space}<extra_id_{index}>") for index in range(count)]
-        if found == [total - 1 - index for index in range(count)]:
+        ids = [processor.piece_to_id(f"{space}<extra_id_{index}>") for index in range(count)]
+        if ids == [total - 1 - index for index in range(count)]:
             return True
-        if set(found) != {UNK_ID}:
+        if set(ids) != {UNK_ID}:
             raise DataError(
                 f"{source} already holds <extra_id_0> or another sentinel as a piece, and not "
                 "all 100 at its end as in mT5.\n"
@@ -408,7 +330,7 @@ def _holds_sentinels(processor: sentencepiece.SentencePieceProcessor, source: st
 
 
 def _without_sentinels(model: bytes, first: int) -> bytes:
-    """`model` so that no text is encoded as a piece from `first` on; ids stay as they are."""
+    """`model` with the pieces from `first` on never used in encoding; ids stay as they are."""
     proto = ModelProto.FromString(model)
     for piece in proto.pieces[first:]:
         piece.type = ModelProto.SentencePiece.UNUSED

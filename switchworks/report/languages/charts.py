@@ -1,6 +1,6 @@
 """Pictures about many languages, as PNG: legible with a hundred rows or columns.
 
-Names are in Latin letters, codes and English names, so that no font has to know other scripts.
+Names are codes and English names, so that no font needs other scripts.
 """
 
 import math
@@ -48,17 +48,17 @@ def draw_quality(
 def draw_speedups(path: Path, speedups: Sequence[float]) -> None:
     """The paper's figure 8: how many languages have which step speed-up over the dense twin.
 
-    Those in which the switch model did not come to the dense twin's quality stand apart.
+    Languages in which the switch model did not reach the dense twin's quality have a bar apart.
     """
     reached = np.array([value for value in speedups if math.isfinite(value)])
     missing = len(speedups) - len(reached)
     figure = Figure((8.0, 4.6), dpi=_DPI, layout="constrained")
     axes = figure.subplots()
-    more = ""
+    note = ""
     if len(reached):
         top = max(2.0, float(np.quantile(reached, 0.99)) * 1.1)
         if above := int((reached > top).sum()):
-            more = f"\n(the last bar has {above} above {top:.1f}x)"
+            note = f"\n(the last bar has {above} above {top:.1f}x)"
         axes.hist(np.minimum(reached, top), bins=np.linspace(0, top, 31).tolist(), color=SWITCH)
         axes.axvline(reached.mean(), color="#1c1d1f", linestyle="--", linewidth=1)
         axes.annotate(
@@ -70,7 +70,7 @@ def draw_speedups(path: Path, speedups: Sequence[float]) -> None:
         axes.bar(-0.25, missing, width=0.2, color=DENSE)
         axes.annotate(f"{missing} not\nreached", (-0.25, missing), ha="center", va="bottom")
     axes.margins(y=0.15)
-    axes.set_xlabel(f"step speed-up: steps of the dense twin over steps to its final quality{more}")
+    axes.set_xlabel(f"step speed-up: steps of the dense twin over steps to its final quality{note}")
     axes.set_ylabel("languages")
     axes.set_title(f"Step speed-up over {len(speedups)} languages", loc="left")
     _bare(axes)
@@ -138,17 +138,17 @@ def draw_similarity(
 
 def _script_labels(axes: Axes, rows: Sequence[str], scripts: Sequence[str]) -> None:
     """Names of the rows in the colours of their scripts, with a legend of the scripts."""
-    by_size = sorted(set(scripts), key=lambda one: (-scripts.count(one), one))
+    by_size = sorted(set(scripts), key=lambda script: (-scripts.count(script), script))
     palette = [*colormaps["tab10"].colors, *colormaps["Dark2"].colors, *colormaps["Set1"].colors]  # type: ignore[attr-defined]
     colours = {
-        one: tuple(0.72 * part for part in palette[index % len(palette)])
-        for index, one in enumerate(by_size)
+        script: tuple(0.72 * part for part in palette[index % len(palette)])
+        for index, script in enumerate(by_size)
     }
     axes.set_yticks(range(len(rows)), rows, fontsize=8)
     for label, script in zip(axes.get_yticklabels(), scripts, strict=True):
         label.set_color(colours[script])
     if len(by_size) > 1 and len(rows) > len(by_size):
-        patches = [Patch(color=colours[one], label=script_name(one)) for one in by_size]
+        patches = [Patch(color=colours[script], label=script_name(script)) for script in by_size]
         axes.legend(
             handles=patches, ncols=6, fontsize=8, frameon=False, loc="upper center",
             bbox_to_anchor=(0.5, -0.003),

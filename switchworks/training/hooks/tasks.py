@@ -61,7 +61,7 @@ class EvaluateTasks:
         self.recorder.write(state, figures_of(self.results))
         for result in self.results:
             said = "  ".join(f"{name} {value:.1f}" for name, value in result.figures.items())
-            right, written = result.questions.examples[0].target, result.predictions[0]
+            right, written = result.eval_set.examples[0].target, result.predictions[0]
             print(
                 f"step {state.step}  {result.name}  {said}  "
                 f"(for {_short(right)} it wrote {_short(written)})",

@@ -1,1 +1,1 @@
-"""TODO face."""
+"""The embedded corpus of gettext catalogs, and the languages it is in."""

@@ -1,13 +1,13 @@
-"""The embedded corpus `catalogs`: what programs say, in a hundred languages, beside its English.
+"""The embedded corpus `catalogs`: interface messages in a hundred languages with their English.
 
-It is taken from the gettext catalogs of Django and Sphinx, and of Gramps where that is installed,
-whose message ids are English, and is the same text on every machine with the same of these and the
-versions pinned in constraints.txt. Messages are cleaned
-by `messages`; those left out are counted by reason. An entry with plural forms gives a sentence
-for each, with the smallest number that calls for it.
+The text is that of the gettext catalogs of Django and Sphinx, and of Gramps where it is installed,
+whose message ids are English. With the same of these installed and the versions pinned in
+constraints.txt it is the same on every machine. `gettext_messages` cleans messages; those left out
+are counted by reason. An entry with plural forms gives a sentence for each form, with the smallest
+number that calls for it.
 
-A sentence is held out by its English: the same messages in every language. And no sentence to
-train on is, in any language, equal to one held out or to the English of one. So neither a
+Sentences are held out by their English, so the same messages are for validation in every language.
+No training sentence equals, in any language, a validation sentence or the English of one: neither a
 sentence nor its English is on both sides.
 
 Reading takes some tens of seconds, so the result is kept in the cache: `FILE.jsonl` with a
@@ -19,9 +19,8 @@ import hashlib
 import importlib.metadata
 import io
 import json
-import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from gettext import c2py  # type: ignore[attr-defined]
@@ -33,8 +32,8 @@ from babel.messages.mofile import read_mo
 from babel.messages.pofile import PoFileError, read_po
 
 from switchworks.config import DataError
-from switchworks.data.sources.catalogs.languages import normalise
-from switchworks.data.sources.catalogs.messages import (
+from switchworks.data.cache import atomic_write_json, atomic_write_text, digest
+from switchworks.data.sources.catalogs.gettext_messages import (
     clean,
     fault,
     folded,
@@ -42,12 +41,13 @@ from switchworks.data.sources.catalogs.messages import (
     is_mojibake,
     without_mnemonic,
 )
-from switchworks.data.sources.installed import Packages, installed, versions
+from switchworks.data.sources.catalogs.languages import normalise
+from switchworks.data.sources.installed_packages import Packages, installed_packages, versions
 
-ROOTS = ("Django", "Sphinx", "gramps")
-"""Whose catalogs are read, with those of everything they need in turn."""
+CATALOG_ROOTS = ("Django", "Sphinx", "gramps")
+"""Packages whose catalogs are read, with those of everything they require."""
 
-RULES = 3
+_RULES = 3
 """Raised when the extraction changes, so that no older cache is taken for the new text."""
 
 LARGEST_NUMBER = 1000
@@ -56,13 +56,13 @@ LARGEST_NUMBER = 1000
 
 @dataclass(frozen=True)
 class Sentence:
-    """A sentence, its language (a code as `normalise` gives) and its English."""
+    """A sentence, its language (a code of `normalise`) and its English."""
 
     language: str
     english: str
     text: str
     place: float
-    """In [0, 1), from the message's English: below the held-out share means held out."""
+    """In [0, 1), a hash of the message's English: below `validation_share` it is for validation."""
 
 
 @dataclass
@@ -89,56 +89,55 @@ class Refusals:
         return dict(total.most_common())
 
     def __str__(self) -> str:
-        """All reasons with their numbers, for people."""
-        said = [f"{count:,} {reason}" for reason, count in self.by_reason().items()]
+        """All reasons with their counts, for people."""
+        entries = [f"{count:,} {reason}" for reason, count in self.by_reason().items()]
         files = [f"{count:,} files: {reason}" for reason, count in self.files.items()]
-        return "; ".join([*said, *files]) or "nothing"
+        return "; ".join([*entries, *files]) or "nothing"
 
 
 @dataclass(frozen=True)
 class Split:
-    """The sentences of one language on either side."""
+    """The sentences of one language for training and for validation."""
 
     train: tuple[Sentence, ...]
-    held_out: tuple[Sentence, ...]
+    validation: tuple[Sentence, ...]
 
     @property
     def num_sentences(self) -> int:
-        return len(self.train) + len(self.held_out)
+        return len(self.train) + len(self.validation)
 
 
-def fingerprint() -> str:
-    """Hexadecimal; names the corpus that `catalogs` gives with what is installed now."""
-    return _fingerprint(ROOTS)
+def catalogs_fingerprint() -> str:
+    """Hexadecimal; identifies the corpus that `catalogs` returns with what is installed now."""
+    return _fingerprint(CATALOG_ROOTS)
 
 
-@lru_cache(maxsize=8)  # asked for every language, and looking at all packages takes a while
+@lru_cache(maxsize=8)  # called for every language, and searching all packages takes a while
 def _fingerprint(roots: tuple[str, ...]) -> str:
-    speaking = {n: p for n, p in installed(roots).items() if any(_catalog_files(p, Refusals()))}
-    text = json.dumps([RULES, versions(speaking), importlib.metadata.version("babel")])
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    packages = installed_packages(roots)
+    with_catalogs = {n: p for n, p in packages.items() if any(_catalog_files(p, Refusals()))}
+    return digest(_RULES, versions(with_catalogs), importlib.metadata.version("babel"))
 
 
 def catalogs(cache: Path) -> Path:
-    """The file in `cache` that holds the corpus, a JSON object per sentence; made if missing,
-    and then what was left out and why is printed. A .json file beside it has the same by language.
+    """The file in `cache` that holds the corpus, a JSON object per sentence; made if missing.
 
+    Making it prints what was left out and why; a .json file beside it has the same by language.
     Raises DataError if no package with catalogs is installed.
     """
-    path = cache / f"catalogs-{fingerprint()}.jsonl"
+    path = cache / f"catalogs-{catalogs_fingerprint()[:16]}.jsonl"
     if path.exists():
         return path
     refusals = Refusals()
-    sentences = list(extract(installed(ROOTS), refusals))
+    sentences = list(extract_sentences(installed_packages(CATALOG_ROOTS), refusals))
     if not sentences:
         raise DataError(
-            f"There are no catalogs: of {', '.join(ROOTS)} none is installed.\n"
+            f"There are no catalogs: of {', '.join(CATALOG_ROOTS)} none is installed.\n"
             "  Install them: pip install 'switchworks[languages]', or switchworks[more-languages]."
         )
-    cache.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(asdict(sentence), ensure_ascii=False) + "\n" for sentence in sentences)
-    _write(path.with_suffix(".json"), [json.dumps(asdict(refusals), indent=1)])
-    _write(path, lines)
+    atomic_write_json(path.with_suffix(".json"), asdict(refusals))
+    atomic_write_text(path, lines)
     print(f"catalogs: {len(sentences):,} sentences; left out: {refusals}")
     return path
 
@@ -147,55 +146,51 @@ def catalogs(cache: Path) -> Path:
 def split_sentences(path: Path, share: float) -> Mapping[str, Split]:
     """The corpus at `path` by language, sorted; about `share` of its messages are held out."""
     with path.open(encoding="utf-8") as file:
-        return split([Sentence(**json.loads(line)) for line in file], share)
+        return split_by_english([Sentence(**json.loads(line)) for line in file], share)
 
 
-def split(sentences: Sequence[Sentence], share: float) -> dict[str, Split]:
-    """`sentences` by language, on two sides that have no sentence and no English in common."""
+def split_by_english(sentences: Sequence[Sentence], share: float) -> dict[str, Split]:
+    """`sentences` by language, in two splits that have no sentence and no English in common."""
     held_out = [sentence for sentence in sentences if sentence.place < share]
-    known = {folded(text) for s in held_out for text in (s.text, s.english)}
+    excluded = {folded(text) for s in held_out for text in (s.text, s.english)}
     train = [
         sentence
         for sentence in sentences
         if sentence.place >= share
-        and folded(sentence.text) not in known
-        and folded(sentence.english) not in known
+        and excluded.isdisjoint((folded(sentence.text), folded(sentence.english)))
     ]
-    sides = [{name: list[Sentence]() for name in _languages(sentences)} for _ in range(2)]
-    for side, those in zip(sides, (train, held_out), strict=True):
-        for sentence in those:
-            side[sentence.language].append(sentence)
-    return {name: Split(tuple(sides[0][name]), tuple(sides[1][name])) for name in sides[0]}
+    languages = sorted({sentence.language for sentence in sentences})
+    by_language = {code: (list[Sentence](), list[Sentence]()) for code in languages}
+    for index, side in enumerate((train, held_out)):
+        for sentence in side:
+            by_language[sentence.language][index].append(sentence)
+    return {code: Split(tuple(train), tuple(rest)) for code, (train, rest) in by_language.items()}
 
 
-def extract(packages: Packages, refusals: Refusals) -> Iterator[Sentence]:
+def extract_sentences(packages: Packages, refusals: Refusals) -> Iterator[Sentence]:
     """The sentences of all catalogs in `packages`, each once; the rest counted in `refusals`."""
     seen: set[tuple[str, str, str]] = set()
     for name in sorted(packages):
         for language, files in _catalog_files(packages[name], refusals):
             for sentence in _sentences(language, files, refusals):
-                known = (sentence.language, sentence.english, sentence.text)
-                if known not in seen:
-                    seen.add(known)
+                key = (sentence.language, sentence.english, sentence.text)
+                if key not in seen:
+                    seen.add(key)
                     yield sentence
                 elif sentence.language == language:
                     refusals.entry(language, "said before")
 
 
-def _languages(sentences: Iterable[Sentence]) -> list[str]:
-    return sorted({sentence.language for sentence in sentences})
-
-
 def _catalog_files(
     package: importlib.metadata.Distribution, refusals: Refusals
 ) -> Iterator[tuple[str, list[Path]]]:
-    """(language, the files of one catalog) in order of their paths: compiled, then as written."""
-    found: dict[str, list[str]] = {}
+    """(language, the files of one catalog) in order of their paths: compiled, then source."""
+    catalogs: dict[str, list[str]] = {}
     for file in sorted(map(str, package.files or [])):
         stem, _, kind = file.rpartition(".")
         if kind in ("mo", "po") and Path(file).parent.name == "LC_MESSAGES":
-            found.setdefault(stem, []).append(file)
-    for stem, files in found.items():
+            catalogs.setdefault(stem, []).append(file)
+    for stem, files in catalogs.items():
         try:
             language = normalise(Path(stem).parent.parent.name)
         except DataError:
@@ -240,7 +235,7 @@ def _fault(language: str, english: str, text: str) -> str | None:
 
 
 def _plain(message: Message) -> Message:
-    """`message` without the mnemonic of a GTK program, where it has one."""
+    """`message` without its keyboard mnemonic, if it has one."""
     if not (isinstance(message.id, str) and has_mnemonic(message.id)):
         return message
     return Message(without_mnemonic(message.id), without_mnemonic(str(message.string or "")))
@@ -251,7 +246,7 @@ def _forms(
 ) -> Iterator[tuple[str | None, str, float]]:
     """(English, sentence, place) of a message, or of each of its plural forms.
 
-    There is no English for a form that no number calls for.
+    The English is None for a form that no number calls for.
     """
     if isinstance(message.id, str):
         english = clean(message.id)
@@ -270,12 +265,13 @@ def _forms(
 
 @lru_cache(maxsize=8192)
 def _place(english: str) -> float:
-    digest = hashlib.blake2b(folded(english).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
+    value = hashlib.blake2b(folded(english).encode(), digest_size=8).digest()
+    return int.from_bytes(value, "big") / 2**64
 
 
 def _numbers(catalog: Catalog) -> Callable[[int], int | None]:
-    """From the index of a plural form to the smallest number from 1 on that calls for it, or 0."""
+    """Maps the index of a plural form to the smallest number that calls for it: from 1 on, else 0;
+    None if none does."""
     try:
         form_of = c2py(catalog.plural_expr)
         forms = [form_of(number) for number in range(LARGEST_NUMBER + 1)]
@@ -298,7 +294,7 @@ def _first_readable(files: Sequence[Path], refusals: Refusals) -> Catalog | None
 
 
 class _Unreadable(Exception):  # noqa: N818  it is counted, not shown
-    """Why a file gives no catalog."""
+    """The reason why a file cannot be read as a catalog."""
 
 
 def read_catalog(path: Path) -> Catalog:
@@ -308,7 +304,7 @@ def read_catalog(path: Path) -> Catalog:
     except OSError:
         raise _Unreadable("not there, or not to be read") from None
     try:
-        # babel prints what it finds odd in a .po file; nobody asked.
+        # babel prints warnings about .po files to stdout.
         with contextlib.redirect_stdout(io.StringIO()):
             source = io.BytesIO(data)
             catalog = read_mo(source) if path.suffix == ".mo" else read_po(source)
@@ -320,12 +316,3 @@ def read_catalog(path: Path) -> Catalog:
     if catalog.charset not in ("utf-8", "utf8") and is_mojibake(texts):
         raise _Unreadable("not in the encoding it claims")
     return catalog
-
-
-def _write(path: Path, lines: Iterable[str]) -> None:
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with aside.open("w", encoding="utf-8") as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)

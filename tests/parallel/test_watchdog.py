@@ -36,7 +36,7 @@ def test_ranks_give_up_a_step_that_does_not_end_and_one_says_who_hangs_where(cap
     assert run_both((0.1, 2.6), (0.1, 0.1, 2.6)) == [0, 1]
     said = capsys.readouterr().err
     assert said.count("error: step 42 has not ended for 1 seconds.") == 1
-    assert "rank 0 hangs in step 42, at test_watch.py:" in said
+    assert "rank 0 hangs in step 42, at test_watchdog.py:" in said
     assert "(watched)" in said
 
 

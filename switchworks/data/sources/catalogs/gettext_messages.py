@@ -1,4 +1,4 @@
-"""One message of a catalog to a sentence: placeholders filled, markup taken off; or what is wrong.
+"""One message of a gettext catalog to a sentence: placeholders filled, markup removed.
 
 Pure functions. What cannot be made a sentence is refused with a reason rather than repaired.
 """
@@ -9,12 +9,12 @@ import unicodedata
 from collections import Counter
 from functools import lru_cache
 
-from switchworks.data.sources.catalogs.languages import letters_of, script_of
+from switchworks.data.sources.catalogs.languages import letter_prefixes, script_of
 
 GAP = "\u2026"
-"""What stands where a name or another text would be put in."""
+"""Replaces placeholders for names and other texts."""
 NUMBER = 5
-"""The number that is put in where the message says none of its own."""
+"""Replaces numeric placeholders of a message without plural forms."""
 
 _PLACEHOLDER = re.compile(
     r"%(?:\((?P<name>[\w.]+)\))?[-#0+]*\d*(?:\.\d+)?(?P<kind>[diouxXeEfFgGcrsa%])"
@@ -24,41 +24,40 @@ _COUNTS = frozenset(["count", "counter", "number", "num", "n", "total", "items"]
 _ROLE = re.compile(r"(?::[\w:+-]+:)?`+([^`<>]*?)\s*(?:<[^<>`]*>)?`+_*")
 _BREAK = re.compile(r"<(?:br|/p|/li|/div)\b[^<>]*>", re.IGNORECASE)
 _TAG = re.compile(r"</?[A-Za-z][^<>]*>")
-_MARKUP_LEFT = re.compile(r"[<>{}\\|`\u2581]|%\(|(?<!\d)%[^\W\d_]|://|\*\*|&\w+;|__")
+_MARKUP = re.compile(r"[<>{}\\|`\u2581]|%\(|(?<!\d)%[^\W\d_]|://|\*\*|&\w+;|__")
 _MNEMONIC = re.compile(r"\s*\(_\w\)|_(?=[^\W_])")
-_AT_A_WORD = re.compile(r"(?<!\w)_(?=[^\W_])")
-_IN_A_WORD = re.compile(r"(?<!\w)(?:[A-Za-z]{1,3}_[a-z]+|[A-Za-z]+_[a-z]{1,2})(?!\w)")
+_BEFORE_WORD = re.compile(r"(?<!\w)_(?=[^\W_])")
+_INSIDE_WORD = re.compile(r"(?<!\w)(?:[A-Za-z]{1,3}_[a-z]+|[A-Za-z]+_[a-z]{1,2})(?!\w)")
 _SPACE = re.compile(r"[ \t\r\n\f\v]+")
-_NO_TEXT = re.compile(r"[\0-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff\ue000-\uf8ff]")
+_CONTROL = re.compile(r"[\0-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff\ue000-\uf8ff]")
 
 
 @lru_cache(maxsize=8192)  # the English of a message is met in a hundred languages
 def clean(message: str, number: int | None = None) -> str:
-    """`message` in NFC on one line, without tags and roles, `number` where it says how many.
+    """`message` in NFC on one line, without tags and roles, its placeholders filled.
 
-    Other placeholders become GAP. `number` is given for a plural form; a message of no plural
-    has NUMBER in its numeric placeholders.
+    Numeric placeholders become `number`, the count of a plural form, else NUMBER; others GAP.
     """
     text = _BREAK.sub(" ", _filled(message, number))
     text = html.unescape(_TAG.sub("", _ROLE.sub(r"\1", text)))
-    return unicodedata.normalize("NFC", _SPACE.sub(" ", _NO_TEXT.sub("", text)).strip())
+    return unicodedata.normalize("NFC", _SPACE.sub(" ", _CONTROL.sub("", text)).strip())
 
 
 def has_mnemonic(english: str) -> bool:
-    """Whether the message `english` marks a letter as GTK does, to be typed: "_Edit", "Ch_urch".
+    """Whether the message `english` has a keyboard mnemonic as in GTK: "_Edit", "Ch_urch".
 
-    One underscore, before a word, or near an end of one in what begins with a capital; names such
-    as "source_suffix" and "lds_ord" are left alone.
+    That is one underscore before a word, or near an end of a word in a message that begins with a
+    capital. Names such as "source_suffix" and "lds_ord" have none.
     """
     if english.count("_") != 1:
         return False
-    if _AT_A_WORD.search(english):
+    if _BEFORE_WORD.search(english):
         return True
-    return english[0].isupper() and bool(_IN_A_WORD.search(english))
+    return english[0].isupper() and bool(_INSIDE_WORD.search(english))
 
 
 def without_mnemonic(message: str) -> str:
-    """`message`, whose English has a mnemonic, without its own: "_Datei", "\u7de8\u96c6(_E)"."""
+    """`message`, whose English has a mnemonic, without it: "_Datei", "\u7de8\u96c6(_E)"."""
     return _MNEMONIC.sub("", message, count=1) if message.count("_") == 1 else message
 
 
@@ -67,7 +66,7 @@ def fault(text: str, language: str) -> str | None:
     """Why the cleaned `text` is no sentence of `language`; None if it is one."""
     if "\ufffd" in text or is_mojibake(text):
         return "damaged by a wrong encoding"
-    if _MARKUP_LEFT.search(text):
+    if _MARKUP.search(text):
         return "markup left"
     kinds = Counter[str]()
     for character, count in Counter(text).items():
@@ -96,21 +95,21 @@ def is_mojibake(text: str) -> bool:
 
 def is_written_in(text: str, script: str) -> bool:
     """Whether a third of the letters are of `script` (ISO 15924); names are often Latin."""
-    names = letters_of(script)
-    letters = own = 0
+    prefixes = letter_prefixes(script)
+    letters = of_script = 0
     for character, count in Counter(text).items():
         if character.isalpha():
             letters += count
-            own += count * unicodedata.name(character, "").startswith(names)
-    return 3 * own >= letters
+            of_script += count * unicodedata.name(character, "").startswith(prefixes)
+    return 3 * of_script >= letters
 
 
 class _Folding(dict[int, int | None]):
-    """For `str.translate`: separators, punctuation, symbols and controls are taken out."""
+    """A table for `str.translate` that removes separators, punctuation, symbols and controls."""
 
     def __missing__(self, character: int) -> int | None:
-        left_out = unicodedata.category(chr(character))[0] in "ZPSC"
-        self[character] = None if left_out else character
+        removed = unicodedata.category(chr(character))[0] in "ZPSC"
+        self[character] = None if removed else character
         return self[character]
 
 
@@ -118,22 +117,28 @@ _FOLDING = _Folding()
 
 
 def folded(text: str) -> str:
-    """`text` without case, spaces and punctuation: equal for texts that say the same.
+    """`text` without case, spaces and punctuation, for comparing sentences.
 
-    Every i is one, dotted or not: without a language nothing says which the I of "UYARI" is.
+    Dotted and dotless i are one letter: without the language it is unknown which of them the I of
+    "UYARI" is.
     """
     return text.casefold().replace("\u0131", "i").replace("i\u0307", "i").translate(_FOLDING)
 
 
 def _filled(message: str, number: int | None) -> str:
-    found = [m for m in _PLACEHOLDER.finditer(message) if m["kind"] != "%"]
-    alone = number is not None and len({m["name"] or m["field"] or "" for m in found}) == 1
+    """`message` with its placeholders replaced, see `clean`."""
+    names = {
+        match["name"] or match["field"] or ""
+        for match in _PLACEHOLDER.finditer(message)
+        if match["kind"] != "%"
+    }
+    is_only = number is not None and len(names) == 1  # then it is the count, whatever its type
 
     def value(match: re.Match[str]) -> str:
         if match["kind"] == "%":
             return "%"
-        counts = (match["name"] or match["field"] or "") in _COUNTS
-        if alone or counts or (match["kind"] or "s") in "diouxXeEfFgG":
+        is_count = (match["name"] or match["field"] or "") in _COUNTS
+        if is_only or is_count or (match["kind"] or "s") in "diouxXeEfFgG":
             return str(NUMBER if number is None else number)
         return GAP
 

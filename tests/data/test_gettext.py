@@ -15,11 +15,11 @@ from switchworks.data.sources.catalogs import gettext as corpus
 from switchworks.data.sources.catalogs.gettext import (
     Refusals,
     Sentence,
-    extract,
-    split,
+    extract_sentences,
+    split_by_english,
     split_sentences,
 )
-from switchworks.data.sources.catalogs.messages import clean, fault, folded, is_mojibake
+from switchworks.data.sources.catalogs.gettext_messages import clean, fault, folded, is_mojibake
 
 HEADER = """msgid ""
 msgstr ""
@@ -61,7 +61,7 @@ def read(root: Path, files: dict[str, str | bytes]) -> tuple[dict[str, list], Re
     refusals = Refusals()
     data = {name: f.encode() if isinstance(f, str) else f for name, f in files.items()}
     found: dict[str, list] = {}
-    for sentence in extract(package(root, data), refusals):
+    for sentence in extract_sentences(package(root, data), refusals):
         found.setdefault(sentence.language, []).append((sentence.english, sentence.text))
     return found, refusals
 
@@ -184,7 +184,9 @@ def test_plural_forms_are_those_gettext_chooses(tmp_path):
 def test_forms_of_one_message_are_on_one_side(tmp_path):
     refusals = Refusals()
     found = list(
-        extract(package(tmp_path, {"cs/a.po": po(PLURAL, plural=CZECH).encode()}), refusals)
+        extract_sentences(
+            package(tmp_path, {"cs/a.po": po(PLURAL, plural=CZECH).encode()}), refusals
+        )
     )
     assert len({sentence.place for sentence in found}) == 1
     assert len(found) > 3
@@ -201,7 +203,7 @@ def test_a_file_that_a_package_lists_and_has_not_is_counted(tmp_path):
     packages = package(tmp_path, {"de/a.po": po(entry("Good night", "Gute Nacht")).encode()})
     (tmp_path / "cats/locale/de/LC_MESSAGES/a.po").unlink()
     refusals = Refusals()
-    assert list(extract(packages, refusals)) == []
+    assert list(extract_sentences(packages, refusals)) == []
     assert refusals.files == {"not there, or not to be read": 1}
 
 
@@ -275,7 +277,7 @@ def test_catalogs_that_a_package_puts_beside_the_libraries_are_read_too(tmp_path
     (folder / "cats.po").write_text(po(entry("Big cats are asleep", "Die Katzen schlafen")))
     record = site / "cats-1.0.dist-info" / "RECORD"
     record.write_text("../../share/locale/de/LC_MESSAGES/cats.po,,\n")
-    texts = [one.text for one in extract(packages, Refusals()) if one.language == "de"]
+    texts = [one.text for one in extract_sentences(packages, Refusals()) if one.language == "de"]
     assert texts == ["Die Katzen schlafen"]
 
 
@@ -301,7 +303,7 @@ def sentence(language: str, english: str, text: str, place: float) -> Sentence:
 
 
 def test_a_sentence_to_train_on_is_nowhere_held_out_nor_the_english_of_one():
-    sides = split(
+    sides = split_by_english(
         [
             sentence("de", "Delete", "L\u00f6schen", 0.05),
             sentence("de", "Remove", "L\u00f6schen!", 0.5),  # said by what is held out
@@ -312,7 +314,7 @@ def test_a_sentence_to_train_on_is_nowhere_held_out_nor_the_english_of_one():
         0.1,
     )
     assert {name: len(side.train) for name, side in sides.items()} == {"de": 0, "fr": 1, "nl": 1}
-    assert [one.text for one in sides["de"].held_out] == ["L\u00f6schen"]
+    assert [one.text for one in sides["de"].validation] == ["L\u00f6schen"]
 
 
 @pytest.fixture(scope="module")
@@ -335,7 +337,7 @@ def test_no_sentence_of_the_corpus_nor_its_english_is_on_both_sides(real):
         {folded(text) for one in those for text in (one.text, one.english)}
         for those in (
             [one for side in sides for one in side.train],
-            [one for side in sides for one in side.held_out],
+            [one for side in sides for one in side.validation],
         )
     )
     assert len(held_out) > 5000
@@ -345,7 +347,7 @@ def test_no_sentence_of_the_corpus_nor_its_english_is_on_both_sides(real):
 def test_every_language_of_the_corpus_holds_out_the_same_messages(real):
     places = {}
     for side in split_sentences(real, 0.1).values():
-        for one in (*side.train, *side.held_out):
+        for one in (*side.train, *side.validation):
             places.setdefault(one.english, set()).add(one.place < 0.1)
     assert sum(len(on) == 1 for on in places.values()) > 0.99 * len(places)
 
@@ -365,7 +367,7 @@ def test_plain_sentences_of_the_corpus_are_what_django_says(real):
 
 
 def test_the_corpus_is_read_once_and_then_from_the_cache(real, monkeypatch):
-    monkeypatch.setattr(corpus, "extract", None)
+    monkeypatch.setattr(corpus, "extract_sentences", None)
     assert corpus.catalogs(real.parent) == real
 
 
@@ -377,7 +379,7 @@ def test_what_was_left_out_is_kept(real):
 
 
 def test_making_the_corpus_tells_what_was_left_out(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(corpus, "ROOTS", ("Sphinx",))
+    monkeypatch.setattr(corpus, "CATALOG_ROOTS", ("Sphinx",))
     made = corpus.catalogs(tmp_path)
     kept = corpus.Refusals(**json.loads(made.with_suffix(".json").read_text(encoding="utf-8")))
     said = capsys.readouterr().out
@@ -388,12 +390,12 @@ def test_making_the_corpus_tells_what_was_left_out(monkeypatch, tmp_path, capsys
 
 
 def test_other_versions_are_another_corpus(monkeypatch):
-    before = corpus.fingerprint()
-    monkeypatch.setattr(corpus, "ROOTS", ("Sphinx",))
-    assert corpus.fingerprint() != before
+    before = corpus.catalogs_fingerprint()
+    monkeypatch.setattr(corpus, "CATALOG_ROOTS", ("Sphinx",))
+    assert corpus.catalogs_fingerprint() != before
 
 
 def test_without_catalogs_the_corpus_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "ROOTS", ("no-such-package",))
+    monkeypatch.setattr(corpus, "CATALOG_ROOTS", ("no-such-package",))
     with pytest.raises(DataError, match=r"switchworks\[languages\]"):
         corpus.catalogs(tmp_path)

@@ -13,14 +13,14 @@ from switchworks.data.tokens.coverage import (
     Coverage,
     alphabet,
     byte_lengths,
+    coverage_table,
     measure_coverage,
-    table,
 )
 from switchworks.data.tokens.tokenizer import (
     ByteTokenizer,
     SentencePieceTokenizer,
-    train_sentencepiece,
 )
+from switchworks.data.tokens.train import train_sentencepiece
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def sentences() -> dict[str, list[str]]:
     """All of each language of the embedded corpus, on either side."""
     corpus = split_sentences(catalogs(Path(os.environ["SWITCHWORKS_CACHE"])), 0.1)
     return {
-        name: [one.text for one in (*side.train, *side.held_out)] for name, side in corpus.items()
+        name: [one.text for one in (*side.train, *side.validation)] for name, side in corpus.items()
     }
 
 
@@ -110,12 +110,12 @@ def test_a_language_served_badly_is_named_in_a_warning(trained, sentences):
     good = measure_coverage("de", sentences["de"], trained)
     assert bad.is_poor
     assert not good.is_poor
-    said = table({"bo": bad, "de": good})
+    said = coverage_table({"bo": bad, "de": good})
     assert "warning: bo: under 98%" in said
-    assert "warning" not in table({"de": good})
+    assert "warning" not in coverage_table({"de": good})
 
 
 def test_the_table_has_a_line_for_each_language():
     served = Coverage(language="he", texts=2, characters=10, tokens=5, coverage=0.995, exact=1)
-    line = table({"he": served}).splitlines()[1]
+    line = coverage_table({"he": served}).splitlines()[1]
     assert line.split() == ["he", "Hebrew", "Hebrew", "2", "10", "99.50%", "0.500", "50.0%"]

@@ -1,4 +1,4 @@
-"""Which packages an embedded corpus is read from: named ones and all they require, no others.
+"""Which packages an embedded corpus is read from: those named and all they require, no others.
 
 Tools that happen to be installed beside switchworks are not read, so that with the versions
 pinned in constraints.txt a corpus is the same on every machine.
@@ -13,29 +13,29 @@ from packaging.requirements import Requirement
 Packages = dict[str, importlib.metadata.Distribution]
 
 
-def installed(roots: Iterable[str]) -> Packages:
+def installed_packages(roots: Iterable[str]) -> Packages:
     """The installed distributions among `roots` and what they require, by normalised name."""
-    there = {
+    available = {
         _normal(name): distribution
         for distribution in importlib.metadata.distributions()
         if (name := distribution.metadata["Name"])
     }
-    found: Packages = {}
-    wanted = [_normal(root) for root in roots]
-    while wanted:
-        name = wanted.pop()
-        if name in found or name not in there:
+    packages: Packages = {}
+    pending = [_normal(root) for root in roots]
+    while pending:
+        name = pending.pop()
+        if name in packages or name not in available:
             continue
-        found[name] = there[name]
-        for requirement in there[name].requires or []:
-            needed = Requirement(requirement)
-            if needed.marker is None or needed.marker.evaluate({"extra": ""}):
-                wanted.append(_normal(needed.name))
-    return found
+        packages[name] = available[name]
+        for text in available[name].requires or []:
+            requirement = Requirement(text)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                pending.append(_normal(requirement.name))
+    return packages
 
 
 def versions(packages: Packages) -> list[tuple[str, str]]:
-    """(name, version) of each, sorted: what decides an embedded corpus."""
+    """(name, version) of each, sorted: what an embedded corpus depends on."""
     return sorted((name, package.version) for name, package in packages.items())
 
 

@@ -14,29 +14,29 @@ from functools import cached_property
 from pathlib import Path
 
 from switchworks.config import ConfigError, DataError
-from switchworks.data.sources.documents import is_validation
+from switchworks.data.cache import digest, file_stats
+from switchworks.data.sources.text_source import is_validation
 from switchworks.data.tasks.sources import (
-    FORMATS,
+    TABLE_FORMATS,
     Places,
     Record,
     Source,
     code_of,
-    digest,
     read_tables,
     table_format,
     tables_named,
 )
 from switchworks.data.tasks.task import Example, Task
 
-SPLITS = ("train", "validation", "test")
+TASK_SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
-class Table(Source):
-    """A table file, part of which is held out by a hash of its inputs, or a folder of splits. The
-    split `all` of a file is both parts.
+class TableSource(Source):
+    """A table file, part of which is held out by a hash of its inputs, or a folder of splits.
 
-    The records have the columns `inputs` and `targets`, whatever the table calls them.
+    The split `all` of a file is both parts. Records have the columns `inputs` and `targets`,
+    whatever the names in the table.
     """
 
     path: Path
@@ -47,12 +47,12 @@ class Table(Source):
     def splits(self) -> tuple[str, ...]:
         if self.path.is_file():
             return ("train", "validation", "all")
-        return tuple(split for split in SPLITS if tables_named(self.path, split))
+        return tuple(split for split in TASK_SPLITS if tables_named(self.path, split))
 
     def records(self, split: str, places: Places) -> Iterator[Record]:
         parted = self.path.is_file() and split != "all"
         for record in read_tables(self._files(split)):
-            source, target = self._named(record)
+            source, target = self._check_columns(record)
             inputs = _text(record[source])
             if parted:
                 held_out = is_validation(inputs, places.validation_share)
@@ -61,26 +61,26 @@ class Table(Source):
             yield {"inputs": inputs, "targets": _text(record[target])}
 
     def fingerprint(self, split: str, places: Places) -> str:
-        stats = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in self._files(split)]
-        return digest(stats, self._settled, split, places.validation_share)
+        stats = file_stats(self._files(split))
+        return digest(stats, self._column_names, split, places.validation_share)
 
     def _files(self, split: str) -> list[Path]:
         return [self.path] if self.path.is_file() else tables_named(self.path, split)
 
-    def _named(self, record: Record) -> tuple[str, str]:
-        """The columns for input and target, which `record` has."""
-        for column in self._settled:
+    def _check_columns(self, record: Record) -> tuple[str, str]:
+        """The columns for input and target. Raises DataError if `record` does not have them."""
+        for column in self._column_names:
             if column not in record:
                 raise DataError(
                     f"{self.path} has no column {column!r}. It has: {', '.join(record)}.\n"
                     "  Name input and target: NAME=PATH:INPUT:TARGET."
                 )
-        return self._settled
+        return self._column_names
 
     @cached_property
-    def _settled(self) -> tuple[str, str]:
-        """The columns for input and target. In JSONL every row has an order of its own, so where
-        they are not named the first row of the first split there is says which is which."""
+    def _column_names(self) -> tuple[str, str]:
+        """The columns for input and target. If they are not named, the first row of the first split
+        decides: in JSONL every row may have another order."""
         if self.columns is not None:
             return self.columns
         files = self._files(self.splits[0])
@@ -94,7 +94,7 @@ class Table(Source):
 
 
 def _text(value: object) -> str:
-    """A cell as text without the space around it. A missing one is empty."""
+    """A cell as text without the space around it; "" for a missing one."""
     return "" if value is None else str(value).strip()
 
 
@@ -112,24 +112,24 @@ def table_task(entry: str, *, metrics: tuple[str, ...], labels: tuple[str, ...])
             f"data.tasks has {entry!r}, which is neither a task nor NAME=PATH:INPUT:TARGET.\n"
             "  Example: reviews=reviews.csv:text:stars. Names have letters, digits, '.', '_', '-'."
         )
-    place = Path(path).expanduser()
-    if not (place.is_dir() or (place.is_file() and table_format(place))):
-        what = "is no table" if place.is_file() else "does not exist"
+    file = Path(path).expanduser()
+    if not (file.is_dir() or (file.is_file() and table_format(file))):
+        problem = "is no table" if file.is_file() else "does not exist"
         raise ConfigError(
-            f"data.tasks: {place} {what}.\n  A task's examples are in a file that ends in "
-            f"{', '.join(FORMATS)}, or in a folder with train.csv and the like."
+            f"data.tasks: {file} {problem}.\n  A task's examples are in a file that ends in "
+            f"{', '.join(TABLE_FORMATS)}, or in a folder with train.csv and the like."
         )
-    source = Table(place, (columns[0], columns[1]) if columns else None)
+    source = TableSource(file, (columns[0], columns[1]) if columns else None)
     if not source.splits:
         raise ConfigError(
-            f"data.tasks: the folder {place} has no {', '.join(SPLITS[:-1])} or {SPLITS[-1]} "
-            f"that ends in {', '.join(FORMATS)}.\n  Name its files after splits: train.csv."
+            f"data.tasks: the folder {file} has no train, validation or test "
+            f"that ends in {', '.join(TABLE_FORMATS)}.\n  Name its files after splits: train.csv."
         )
     return Task(name=name, source=source, to_text=pair, metrics=metrics, labels=labels)
 
 
 def task_in_file(entry: str) -> Task:
-    """The `TASK` of a Python file. Raises ConfigError if it has none."""
+    """The `TASK` of a Python file. Raises ConfigError if it cannot be run or has none."""
     path = Path(entry).expanduser()
     if not path.is_file():
         raise ConfigError(f"data.tasks: {path} does not exist.")
@@ -152,8 +152,8 @@ def task_in_file(entry: str) -> Task:
     return task
 
 
-def fingerprint(task: Task, split: str, places: Places) -> str:
-    """Changes when the examples of `task` may have changed: by data, by code or by settings."""
+def task_fingerprint(task: Task, split: str, places: Places) -> str:
+    """Hexadecimal; changes when the examples of `task` may: by data, by code or by settings."""
     functions = (task.to_text, task.training_text) if task.training_text else (task.to_text,)
     code = [code_of(function) for function in functions]
     return digest(task.name, split, task.source.fingerprint(split, places), code, task.labels)

@@ -20,10 +20,10 @@ from switchworks.batch import Batch
 from switchworks.cli.main import main
 from switchworks.config import ConfigError, DataError
 from switchworks.data.config import DataConfig
-from switchworks.data.dataset import ValidationSet, open_dataset
-from switchworks.data.rows.mixture import BLOCK, Mixture, rates
-from switchworks.data.sources.documents import open_documents
-from switchworks.data.sources.per_language import languages_of
+from switchworks.data.dataset import ValidationSet
+from switchworks.data.open import open_dataset
+from switchworks.data.rows.mixture import BLOCK_ROWS, Mixture, rates
+from switchworks.data.sources import open_source, source_class
 from switchworks.evaluate.run import evaluate_run
 from switchworks.recipes.multilingual import multilingual
 from switchworks.report.runs import read_run
@@ -35,6 +35,10 @@ LINES = {
     "iw": "\u05d4\u05d7\u05ea\u05d5\u05dc \u05d9\u05e9\u05df \u05e2\u05dc",
     "zh_TW": "\u8c93\u5728\u588a\u5b50\u4e0a\u7761\u89ba",
 }
+
+
+def languages_of(config, cache):
+    return source_class(config).language_configs(config, cache)
 
 
 @pytest.fixture
@@ -63,9 +67,9 @@ def of(root: Path, *languages: str, **more) -> DataConfig:
 def test_a_folder_has_a_corpus_for_each_language_under_its_one_code(texts, cache):
     found = languages_of(of(texts), cache)
     assert list(found) == ["de", "he", "zh-Hant"]
-    (first, *_) = open_documents(found["he"], cache).documents()
+    (first, *_) = open_source(found["he"], cache).documents()
     assert first.startswith(LINES["iw"])
-    assert sum(1 for _ in open_documents(found["zh-Hant"], cache).documents()) == 40
+    assert sum(1 for _ in open_source(found["zh-Hant"], cache).documents()) == 40
 
 
 def test_named_languages_are_taken_in_the_order_given_and_others_left(texts, cache):
@@ -167,7 +171,7 @@ def test_a_language_under_one_row_that_was_asked_for_by_name_is_refused(texts):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"languages": ("de",)}, "python_docs is English"),
+        ({"languages": ("de",)}, "python_docs has no languages"),
         ({"languages": ("de",), "mixture": ("de=a",)}, r"data\.mixture and data\.languages"),
         ({"languages": ("all", "jp"), "path": "a"}, "all is every language there is"),
         ({"character_coverage": 0.5}, r"character_coverage = 0\.5"),
@@ -212,12 +216,12 @@ def hub(dataset: str | Path, *languages: str) -> DataConfig:
 def test_mc4_is_streamed_by_its_codes(mc4, cache):
     found = languages_of(hub(mc4, "de", "he", "zh-Hans"), cache)
     assert [own.dataset_config for own in found.values()] == ["de", "iw", "zh"]
-    source = open_documents(found["he"], cache)
+    source = open_source(found["he"], cache)
     assert list(source.documents()) == [f"iw train {n}" for n in range(3)]
-    assert list(source.held_out().documents()) == [f"iw validation {n}" for n in range(3)]
-    few = open_documents(replace(found["he"], documents=1), cache)
+    assert list(source.validation().documents()) == [f"iw validation {n}" for n in range(3)]
+    few = open_source(replace(found["he"], documents=1), cache)
     assert list(few.documents()) == ["iw train 0"]
-    assert list(few.held_out().documents()) == ["iw validation 0"]
+    assert list(few.validation().documents()) == ["iw validation 0"]
 
 
 def test_all_of_mc4_are_its_107_codes_and_its_english_has_its_own_name_beside_c4():
@@ -263,9 +267,9 @@ def test_realised_rates_of_107_tasks_of_very_different_size_follow_the_formula()
         inputs = mixture.batch(step).inputs
         np.add.at(seen, (inputs.max(dim=1).values // 10_000_000 - 1).numpy(), 1)
     assert np.abs(seen - formula * seen.sum()).max() < 1 + 107 * formula.max()
-    many = 5 * BLOCK + 12_345
+    many = 5 * BLOCK_ROWS + 12_345
     realised = mixture.turns.before(many) / many
-    np.testing.assert_allclose(realised, formula, atol=2 / BLOCK, rtol=2e-3)
+    np.testing.assert_allclose(realised, formula, atol=2 / BLOCK_ROWS, rtol=2e-3)
     assert realised.max() / realised.min() == pytest.approx(1_000**0.3, rel=0.02)
 
 

@@ -1,0 +1,53 @@
+"""`switchworks bench`: our speed against peers and the machine's limit, paired in one run."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from switchworks.cli.parsing import check_picture, check_writable, parse_with_tyro
+
+
+@dataclass(frozen=True)
+class BenchFlags:
+    """How much is measured, and where the figures go."""
+
+    quick: bool = False
+    """A small shape with 8 experts: under two minutes on two cores."""
+    sweep_experts: bool = False
+    """Only step time against the number of experts, 1 to 256, at the same number of tokens."""
+    json: Path = Path("bench.json")
+    """Every row, with the seconds of every round and the conditions."""
+    picture: Path = Path("bench.png")
+    """Bars, or the curve of the sweep: .png, .svg or .pdf."""
+
+    def __post_init__(self) -> None:
+        check_picture(self.picture)
+
+
+def run(words: list[str]) -> int:
+    """Measure and print, and write rows and picture."""
+    from switchworks.bench import QUICK, BenchConfig, bench
+
+    @dataclass(frozen=True)
+    class Arguments:
+        bench: Annotated[BenchConfig, tyro.conf.arg(name="")]
+        flags: Annotated[BenchFlags, tyro.conf.arg(name="")]
+
+    default = QUICK if "--quick" in words else BenchConfig()
+    parsed = parse_with_tyro(
+        Arguments,
+        prog="switchworks bench",
+        args=words,
+        default=Arguments(bench=default, flags=BenchFlags()),
+    )
+    flags = parsed.flags
+    check_writable(flags.json, flags.picture)
+    bench(
+        parsed.bench,
+        sweep_experts=flags.sweep_experts,
+        json_file=flags.json,
+        picture=flags.picture,
+    )
+    return 0

@@ -1,0 +1,164 @@
+"""`switchworks convert SRC DST`: between formats, and from a model to a sparser or smaller one."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from switchworks.cli.parsing import check_needed, flag_name, parse_flags
+from switchworks.config import ConfigError
+
+
+@dataclass(frozen=True)
+class ConvertFlags:
+    """Translate between Hugging Face's format and this one; the source decides the direction.
+    With --upcycle, make a dense model of either format sparse; with --prune or --merge, leave a
+    sparse one fewer experts; with --quantise, store weights in 8 or 4 bits."""
+
+    source: tyro.conf.Positional[Path]
+    destination: tyro.conf.Positional[Path]
+    capacity: Literal["paper", "hf"] = "paper"
+    """Which tokens are dropped in a Switch model read from Hugging Face: by the paper's factor and
+    in training only, or as transformers does, by the checkpoint's expert_capacity."""
+    upcycle: int | None = None
+    """Experts each FFN of a sparse block is copied into. The result is in this format."""
+    every: int = 2
+    """Every this many blocks one becomes sparse."""
+    noise: float = 0.0
+    """Noise on the experts' copies, as a share of their size. 0 keeps the dense model's loss."""
+    seed: int = 0
+    """Decides routers and noise."""
+    prune: int | None = None
+    """Experts to keep in each layer, the most used ones. The result is in this format."""
+    merge: int | None = None
+    """Experts to make of each layer's by averaging similar ones, hidden units aligned."""
+    by: Literal["usage", "gates"] = "usage"
+    """What an expert counts by: the tokens that want it, or the sum of their gates."""
+    text: str | None = None
+    """The text to count on: a file, folder or glob. None: what the run in `source` trained on."""
+    only: tuple[str, ...] = ()
+    """Instead of --text: names of languages, corpora or tasks that the run read; of a run on plain
+    text, any tasks."""
+    batches: int = 32
+    """Batches of 16 rows of that text."""
+    quantise: Literal["int8", "int8-dynamic", "int4"] | None = None
+    """Quantise matrices, experts and embeddings. int8-dynamic quantises the inputs of every product
+    too, while decoding. The result is in this format."""
+    group: int = 32
+    """Of int4: weights along the inputs of a channel that share a scale."""
+    merge_lora: Path | None = None
+    """A run with adapters, or their directory: merged into the source, which must be the model they
+    were trained on. The result is in this format."""
+    overwrite: bool = False
+    """Replace a model that is in the destination."""
+
+
+def run(words: list[str]) -> int:
+    """Write the destination, and print what is in it."""
+    flags = parse_flags(ConvertFlags, "convert", words)
+    change = _chosen_change(flags)
+    _check_destination(flags)
+    print(CHANGES[change](flags))
+    return 0
+
+
+def _change_format(flags: ConvertFlags) -> str:
+    from switchworks.checkpoint import convert_checkpoint
+
+    return convert_checkpoint(flags.source, flags.destination, capacity=flags.capacity)
+
+
+def _upcycle(flags: ConvertFlags) -> str:
+    from switchworks.compress import upcycle_directory
+    from switchworks.model import RoutingConfig
+
+    routing = RoutingConfig(experts=flags.upcycle or 0, every=flags.every)
+    source, destination = flags.source, flags.destination
+    return upcycle_directory(source, destination, routing, noise=flags.noise, seed=flags.seed)
+
+
+def _reduce(flags: ConvertFlags) -> str:
+    from switchworks.compress import reduce_directory
+
+    merges = flags.merge is not None
+    return reduce_directory(
+        flags.source,
+        flags.destination,
+        (flags.merge if merges else flags.prune) or 0,
+        method="merge" if merges else "prune",
+        by=flags.by,
+        text=flags.text,
+        only=flags.only,
+        batches=flags.batches,
+    )
+
+
+def _merge_lora(flags: ConvertFlags) -> str:
+    from switchworks.adapt import merge_directory
+
+    return merge_directory(flags.source, flags.destination, flags.merge_lora or Path())
+
+
+def _quantise(flags: ConvertFlags) -> str:
+    from switchworks.quantise import quantise_directory
+
+    scheme = flags.quantise or "int8"
+    return quantise_directory(flags.source, flags.destination, scheme, group=flags.group)
+
+
+CHANGES: dict[str | None, Callable[[ConvertFlags], str]] = {
+    None: _change_format,
+    "upcycle": _upcycle,
+    "prune": _reduce,
+    "merge": _reduce,
+    "merge_lora": _merge_lora,
+    "quantise": _quantise,
+}
+"""What writes the destination and describes it, by the flag that asks for it."""
+
+_NEEDED_BY = {
+    **dict.fromkeys(("every", "noise", "seed"), ("upcycle",)),
+    **dict.fromkeys(("by", "text", "only", "batches"), ("prune", "merge")),
+    "group": ("quantise",),
+}
+
+
+def _chosen_change(flags: ConvertFlags) -> str | None:
+    """The flag that asks for a change of the model, None: only its format changes.
+
+    Raises ConfigError for two changes at once, and for flags of another change.
+    """
+    given = [name for name in CHANGES if name and getattr(flags, name) is not None]
+    if len(given) > 1:
+        raise ConfigError(
+            f"{' and '.join(map(flag_name, given))} are different changes.\n"
+            "  Make one after the other."
+        )
+    change = given[0] if given else None
+    for name, owners in _NEEDED_BY.items():
+        check_needed(flags, name, " or ".join(map(flag_name, owners)), given=change in owners)
+    if change and flags.capacity != "paper":
+        raise ConfigError(
+            f"--capacity {flags.capacity} is for a change of format alone.\n"
+            f"  Convert first, then {flag_name(change)} the result."
+        )
+    return change
+
+
+def _check_destination(flags: ConvertFlags) -> None:
+    """Raises ConfigError if the result would replace the source, or unasked another model."""
+    source, destination = flags.source.resolve(), flags.destination.resolve()
+    if destination == source or source in destination.parents or destination in source.parents:
+        raise ConfigError(
+            f"{flags.destination} and the source {flags.source} are one place, or one inside the "
+            "other: the result would take the source's place.\n  Choose another directory."
+        )
+    if flags.overwrite or not flags.destination.exists():
+        return
+    if flags.destination.is_file() or any(flags.destination.iterdir()):
+        raise ConfigError(
+            f"{flags.destination} exists already.\n"
+            "  Choose another directory, or add --overwrite to replace the model in it."
+        )

@@ -1,0 +1,124 @@
+"""`switchworks evaluate PATH`: validation loss of a model, or its answers to tasks."""
+
+import json
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+
+from switchworks.cli.decoding import DecodingFlags
+from switchworks.cli.parsing import check_needed, check_writable, parse_flags
+from switchworks.config import ConfigError, check_at_least
+
+if TYPE_CHECKING:
+    from switchworks.data import DataConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateFlags(DecodingFlags):
+    """Measure a trained model: on tasks, or if there are none by its validation loss."""
+
+    path: tyro.conf.Positional[Path]
+    """A run directory; with --tasks or --text a model directory, too."""
+    text: str | None = None
+    """Measure the loss on all of this file, folder or glob, in place of the run's validation
+    text."""
+    tasks: tuple[str, ...] = ()
+    """What to measure: glue_rte, super_glue, NAME=PATH:INPUT:TARGET, task.py, ... Default: what
+    the run was trained on, if that is tasks."""
+    task_folder: Path | None = None
+    """Folder with local copies of the tasks' datasets, one folder per task. Default: the Hub."""
+    task_labels: tuple[str, ...] = ()
+    """For tables NAME=PATH:INPUT:TARGET: every possible target."""
+    task_metrics: tuple[str, ...] = ()
+    """For such tables: accuracy, squad, rouge, bleu, chrf, f1_macro, ... Labels and metrics are by
+    default those of the run for a table of that name; else accuracy of any text."""
+    split: Literal["train", "validation", "test", "all"] = "validation"
+    """Of each task. all: the whole of a table that is one file, which training would split."""
+    decode: Literal["greedy", "rank"] = "greedy"
+    """Write the answer, or take the likeliest of the possible ones."""
+    examples: int = 0
+    """Examples of each task measured at most, evenly spread over the split. 0: all."""
+    input_length: int = 0
+    """Tokens of an input at most. 0: as in training, and 512 for a model directory."""
+    batches: int = 32
+    """Batches of 16 rows for the validation loss."""
+    json: Path | None = None
+    """Also write the figures to this file, with the exact command."""
+    predictions: Path | None = None
+    """Also write every input and answer to this file, a JSON object per line."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, "--", 1, "batches")
+        check_at_least(self, "--", 0, "examples", "input_length")
+
+    def check_used(self, *, tasks: bool) -> None:
+        """Raises ConfigError for a flag that is unused where tasks are measured, or are not."""
+        answering = ("split", "decode", "examples", "input_length", "max_length", "predictions")
+        naming = ("task_folder", "task_labels", "task_metrics", "beams", "batch_size")
+        for name in (*answering, *naming):
+            check_needed(self, name, "--tasks", given=tasks)
+        check_needed(self, "batches", "the validation loss, without tasks", given=not tasks)
+
+
+def run(words: list[str]) -> int:
+    """Print the figures, and write the files that the flags name."""
+    flags = parse_flags(EvaluateFlags, "evaluate", words)
+    check_writable(flags.json, flags.predictions)
+    if flags.tasks and flags.text is not None:
+        raise ConfigError(
+            f"--tasks {' '.join(flags.tasks)} and --text {flags.text} ask for different figures.\n"
+            "  Measure one after the other."
+        )
+    from switchworks.evaluate import evaluate_run, named_tasks
+
+    command = shlex.join(["switchworks", "evaluate", *words])
+    data = named_tasks(
+        flags.path,
+        flags.tasks,
+        flags.task_folder,
+        labels=flags.task_labels,
+        metrics=flags.task_metrics,
+    )
+    with_tasks = bool(data.tasks) and flags.text is None
+    flags.check_used(tasks=with_tasks)
+    if with_tasks:
+        figures = _evaluate_tasks(flags, data, command)
+    else:
+        figures = evaluate_run(
+            flags.path, batches=flags.batches, text=flags.text, dtype=flags.dtype()
+        )
+        for name, value in figures.items():
+            print(f"{name:<24} {value:.4g}" if isinstance(value, float) else f"{name:<24} {value}")
+        figures["command"] = command
+    if flags.json is not None:
+        flags.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _evaluate_tasks(flags: EvaluateFlags, data: "DataConfig", command: str) -> dict[str, Any]:
+    """Print the table of the tasks' figures, and return them as plain values."""
+    from switchworks.evaluate import (
+        DecodingConfig,
+        as_json,
+        as_table,
+        evaluate_tasks,
+        write_predictions,
+    )
+
+    config = DecodingConfig(
+        decode=flags.decode,
+        input_length=flags.input_length or data.input_length,
+        max_length=flags.max_length,
+        beams=flags.beam_search(),
+        batch_size=flags.batch_size,
+        examples=flags.examples,
+    )
+    results = evaluate_tasks(flags.path, data, config, split=flags.split, dtype=flags.dtype())
+    print(as_table(results))
+    if flags.predictions is not None:
+        write_predictions(flags.predictions, results)
+    return as_json(results, config, str(flags.path), command)

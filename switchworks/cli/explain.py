@@ -1,0 +1,91 @@
+"""`switchworks explain RECIPE`: parameters, FLOPs, memory and traffic, without running anything."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from switchworks.cli.parsing import (
+    check_needed,
+    check_picture,
+    check_writable,
+    parse_experiment,
+)
+from switchworks.config import check_at_least, check_positive
+
+if TYPE_CHECKING:
+    from switchworks.training import Experiment
+
+
+@dataclass(frozen=True)
+class ExplainFlags:
+    """What is planned beside the model itself, and where the figures go."""
+
+    init: Path | None = None
+    """The model that training will start from, for recipes that take their shape from it."""
+    json: Path | None = None
+    """Also write the figures to this file."""
+    simulate: bool = False
+    """Trace one training step of one rank of the mesh, without numbers: memory, traffic, time by
+    formula. docs/scale.md."""
+    search: bool = False
+    """List the meshes of --devices ranks that fit, fastest first by formula."""
+    devices: int | None = None
+    """For --search. Default: the size of the mesh."""
+    ranks: int | None = None
+    """For --simulate, in place of a mesh: the fastest mesh of so many ranks."""
+    memory: float | None = None
+    """GiB of memory per device. Default: that of --machine. Where --simulate needs more, a mesh
+    that fits is proposed."""
+    machine: str = "a100"
+    """tpuv3, a100, h100, or a .toml file (docs/scale.md)."""
+    layout: bool = False
+    """Print where every weight goes: letters, placement, bytes per rank."""
+    picture: Path | None = None
+    """Draw who holds what, as in the paper's Figure 9, into this .svg or .png."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, "--", 1, "devices", "ranks")
+        check_positive(self, "--", "memory")
+        check_picture(self.picture)
+        check_needed(self, "devices", "--search", given=self.search)
+        check_needed(self, "ranks", "--simulate", given=self.simulate)
+        planned = self.simulate or self.search
+        for name in ("memory", "machine"):
+            check_needed(self, name, "--simulate or --search", given=planned)
+
+
+def run(words: list[str]) -> int:
+    """Print the figures of a recipe and what else the flags ask for."""
+    experiment, flags = parse_experiment("explain", words, ExplainFlags)
+    check_writable(flags.json, flags.picture)
+    from switchworks.plan import as_text, draw_mesh, explain_experiment, layout_table
+
+    figures = explain_experiment(experiment)
+    print(as_text(figures))
+    if flags.simulate or flags.search:
+        figures |= _plan(experiment, flags)
+    if flags.layout:
+        print(layout_table(experiment))
+    if flags.picture is not None:
+        print(draw_mesh(experiment.mesh, flags.picture))
+    if flags.json is not None:
+        flags.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _plan(experiment: "Experiment", flags: ExplainFlags) -> dict[str, Any]:
+    """Print the results of --simulate and --search, and return them as plain values."""
+    from switchworks.plan import find_machine, find_meshes, make_plan, search_figures, search_text
+
+    machine, figures = find_machine(flags.machine), {}
+    if flags.simulate:
+        plan = make_plan(experiment, machine, flags.memory, flags.ranks)
+        print(plan.text())
+        figures |= plan.figures()
+    if flags.search:
+        devices = flags.devices or experiment.mesh.size
+        meshes = find_meshes(experiment, devices, flags.memory, machine)
+        print(search_text(meshes, machine, flags.memory or machine.memory_gib))
+        figures["meshes"] = search_figures(meshes)
+    return figures

@@ -1,0 +1,51 @@
+"""`switchworks routing PATH`: which experts handle what, by label and token type."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from switchworks.cli.parsing import HELP, check_writable, expand, parse_flags, parse_with_tyro
+from switchworks.config import ConfigError, check_at_least
+from switchworks.data import DataConfig
+
+
+@dataclass(frozen=True)
+class RoutingFlags:
+    """Which experts handle what, by label and token type: JSON, and one HTML page."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    against: Path | None = None
+    """Another state of the same model: how many tokens have another expert there."""
+    batches: int = 16
+    """Batches of 16 rows routed, over all labels together."""
+    output: Path | None = None
+    """The page; the numbers go beside it. Default: routing.html in the run directory, or here."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, "--", 1, "batches")
+
+
+def run(words: list[str]) -> int:
+    """Write the page and its numbers, and print where the page is."""
+    if words and words[0] in HELP:
+        parse_flags(RoutingFlags, "routing PATH", words)
+    if not words or words[0].startswith("-"):
+        raise ConfigError(
+            "switchworks routing needs a model first: a run or model directory.\n"
+            "  Example: switchworks routing runs/quickstart --data.path texts"
+        )
+    from switchworks.recipes.finetune import text_of
+    from switchworks.report import write_routing_report
+
+    path = Path(words[0])
+    flags = parse_with_tyro(
+        RoutingFlags,
+        prog=f"switchworks routing {path}",
+        args=[expand(word) for word in words[1:]],
+        default=RoutingFlags(data=text_of(path)),
+    )
+    home = path if (path / "experiment.toml").is_file() else Path()
+    output = flags.output or home / "routing.html"
+    check_writable(output)
+    write_routing_report(path, flags.data, output, against=flags.against, batches=flags.batches)
+    print(output.resolve())
+    return 0

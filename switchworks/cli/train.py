@@ -1,0 +1,41 @@
+"""`switchworks train RECIPE`: any training, from text to a model and a report."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from switchworks.cli.main import print_error
+from switchworks.cli.parsing import parse_experiment
+
+
+@dataclass(frozen=True)
+class TrainFlags:
+    """Where a run lives and where it begins."""
+
+    run_dir: Path | None = None
+    """Where everything goes; default runs/NAME."""
+    resume: bool = False
+    """Continue the run that is in the run directory."""
+    init: Path | None = None
+    """Start from the weights of this run or model directory."""
+
+
+def run(words: list[str]) -> int:
+    """Train; 130 after Ctrl-C, 0 after another signal that asks for an end, 1 after divergence."""
+    experiment, flags = parse_experiment("train", words, TrainFlags)
+    from switchworks.training import DivergenceError, Interrupted, LostContactError, train
+
+    is_main = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun one prints
+    try:
+        run_dir = train(experiment, flags.run_dir, resume=flags.resume, init=flags.init)
+    except Interrupted as stop:
+        if is_main:
+            print(stop)
+        return 130 if stop.signal == "SIGINT" else 0
+    except (DivergenceError, LostContactError) as error:
+        print_error(f"error: {error}")
+        return 1
+    if is_main:
+        print(f"model   {run_dir / 'model'}")
+        print(f"report  {(run_dir / 'report.html').resolve()}")
+    return 0

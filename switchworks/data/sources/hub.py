@@ -1,0 +1,133 @@
+"""The source `hub`: a dataset that `datasets.load_dataset` opens, on the Hub or in a folder."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, ClassVar
+
+from switchworks.config import ConfigError, DataError
+from switchworks.data.cache import digest, file_stats
+from switchworks.data.sources.catalogs.languages import MC4, english_name, mc4_code, normalise
+from switchworks.data.sources.config import TextConfig
+from switchworks.data.sources.per_language import ALL
+from switchworks.data.sources.reading import check_column
+from switchworks.data.sources.text_source import Report, TextSource
+
+_C4_AND_MC4 = "allenai/c4"
+_MC4_ENGLISH = "en-multi"
+"""The config of mC4's English in allenai/c4, where "en" is C4's."""
+
+
+@dataclass(frozen=True)
+class HubDataset(TextSource):
+    """One split of a dataset, whole or streamed."""
+
+    settings: ClassVar[tuple[str, ...]] = (
+        *("dataset", "dataset_config", "split", "validation_split"),
+        *("streaming", "column", "languages"),
+    )
+    is_local: ClassVar[bool] = False
+
+    name: str
+    config: str | None
+    split: str
+    validation_split: str | None
+    column: str
+    streaming: bool
+
+    @classmethod
+    def check(cls, config: TextConfig) -> None:
+        if not config.dataset:
+            raise ConfigError(
+                "data.source = 'hub' needs the name of a dataset.\n"
+                "  Set it, for example --data.dataset allenai/c4 --data.dataset-config en."
+            )
+
+    @classmethod
+    def open(cls, config: TextConfig, cache: Path) -> "HubDataset":
+        assert config.dataset is not None  # `check` saw to it
+        name = config.dataset  # which may be a folder
+        return HubDataset(
+            str(Path(name).expanduser()) if name.startswith("~") else name,
+            config.dataset_config,
+            config.split,
+            config.validation_split,
+            config.column,
+            config.streaming,
+        )
+
+    @classmethod
+    def mixture_settings(cls, argument: str) -> dict[str, Any]:
+        dataset, _, config = argument.partition(":")
+        return {"dataset": dataset, "dataset_config": config or None}
+
+    @classmethod
+    def language_configs(cls, config: TextConfig, cache: Path) -> Mapping[str, TextConfig]:
+        """The config of mC4 for each language, which mC4 calls by codes of its own."""
+        configs: dict[str, TextConfig] = {}
+        language_of: dict[str, str] = {}
+        for name in map(normalise, MC4 if ALL in config.languages else config.languages):
+            code = mc4_code(name)
+            if code is None:
+                raise DataError(
+                    f"mC4 has no text in {english_name(name)} ({name}).\n  It has: {' '.join(MC4)}."
+                )
+            if language_of.setdefault(code, name) != name:
+                raise DataError(
+                    f"{language_of[code]} and {name} are both {code} in mC4, which does not "
+                    "distinguish them.\n  Name one of them."
+                )
+            if code == "en" and _has_c4(config.dataset or ""):
+                code = _MC4_ENGLISH
+            configs[name] = replace(config, languages=(), dataset_config=code)
+        return configs
+
+    def documents(
+        self, shard: int = 0, num_shards: int = 1, *, report: Report | None = None
+    ) -> Iterator[str]:
+        rows = self._load()
+        if not self.streaming or rows.num_shards >= num_shards:
+            rows = rows.shard(num_shards, shard, contiguous=False)
+        else:
+            rows = islice(rows, shard, None, num_shards)
+        texts = (row[self.column] for row in rows)
+        return (text for text in texts if isinstance(text, str) and text.strip())
+
+    def fingerprint(self) -> str:
+        # A local folder is identified by its files; of the Hub only the name is known beforehand.
+        folder = Path(self.name)
+        files = sorted(folder.rglob("*")) if folder.is_dir() else []
+        stats = file_stats(path for path in files if path.is_file())
+        return digest(self.name, self.config, self.split, self.column, stats)
+
+    def validation(self) -> TextSource | None:
+        if self.validation_split is None:
+            return None
+        return replace(self, split=self.validation_split, validation_split=None)
+
+    def _load(self) -> Any:
+        import datasets  # two seconds, and only this source needs it
+
+        label = f"dataset {self.name!r}, config {self.config!r}, split {self.split!r}"
+        try:
+            rows = datasets.load_dataset(
+                self.name, self.config, split=self.split, streaming=self.streaming
+            )
+        # Whatever the library raises (many kinds, by source), the user can only change the name.
+        except Exception as error:
+            raise DataError(
+                f"{label} cannot be opened: {error}\n  Check --data.dataset and "
+                "--data.dataset-config, or the entry of --data.mixture, and --data.split."
+            ) from error
+        check_column(self.column, rows.column_names or list(next(iter(rows), {})), label)
+        return rows if self.streaming else rows.select_columns([self.column])
+
+
+def _has_c4(dataset: str) -> bool:
+    """Whether `dataset`, by its name or as a copy in a folder, has C4 beside mC4."""
+    if dataset == _C4_AND_MC4:
+        return True
+    card = Path(dataset).expanduser() / "README.md"
+    entry = f"config_name: {_MC4_ENGLISH}\n"
+    return card.is_file() and entry in card.read_text(encoding="utf-8")

@@ -1,0 +1,121 @@
+"""The parts that every page is made of, as HTML: document, header, tiles, tables, figures.
+
+Titles, names and values are plain text and escaped here; what is called HTML is put in as it is.
+"""
+
+import base64
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+
+from switchworks.report.style import SCRIPT, STYLE
+
+Tile = tuple[str, str, str]
+"""A key figure: its name, its value and, smaller, a note."""
+
+
+def document(title: str, sections: Iterable[str]) -> str:
+    """A complete HTML document that loads nothing, and forbids the browser to load anything."""
+    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+    policy += f"script-src 'sha256-{digest}'"
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><main>"
+        + "\n".join(section for section in sections if section)
+        + f'</main><div id="tip"></div><script>{SCRIPT}</script></body></html>\n'
+    )
+
+
+def write_page(path: Path, html: str) -> None:
+    """Write `path` in one move: a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(html, encoding="utf-8")
+    aside.replace(path)
+
+
+def header(title: str, facts: Sequence[str]) -> str:
+    """The top of a page: its title, and facts in a line below."""
+    line = escape(" \N{MIDDLE DOT} ".join(facts))
+    return f'<header><h1>{escape(title)}</h1><p class="soft">{line}</p></header>'
+
+
+def notice(*lines: str) -> str:
+    """A card that stands out; "" without a line."""
+    text = "<br>".join(map(escape, lines))
+    return f'<div class="card notice">{text}</div>' if lines else ""
+
+
+def section(title: str, note: str, *parts: str) -> str:
+    """A section with its heading; `note` and `parts` are HTML. "" if all parts are empty."""
+    if not any(parts):
+        return ""
+    intro = f'<p class="soft">{note}</p>' if note else ""
+    return f"<section><h2>{escape(title)}</h2>{intro}{''.join(parts)}</section>"
+
+
+def grid(figures: Sequence[str]) -> str:
+    """Figures side by side where there is room; "" if all are empty."""
+    return f'<div class="grid">{"".join(figures)}</div>' if any(figures) else ""
+
+
+def tiles(figures: Iterable[Tile]) -> str:
+    """Key figures as cards."""
+    cards = "".join(
+        f'<div class="tile"><div>{escape(name)}</div><b>{escape(value)}</b>'
+        f"<small>{escape(note)}</small></div>"
+        for name, value, note in figures
+    )
+    return f'<section class="tiles">{cards}</section>'
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, marked: Sequence[int] = ()) -> str:
+    """A table: `head` is text, the cells of `rows` are HTML, and the first cell names its row.
+
+    Rows with a number in `marked` are coloured.
+    """
+    top = "".join(f"<th>{escape(name)}</th>" for name in head)
+    differs = ' class="differs"'
+    body = "".join(
+        f"<tr{differs if number in marked else ''}><th>{row[0]}</th>"
+        + "".join(f"<td>{cell}</td>" for cell in row[1:])
+        + "</tr>"
+        for number, row in enumerate(rows)
+    )
+    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def card(html: str) -> str:
+    """A card that scrolls sideways where its table is too wide."""
+    return f'<div class="card scroll">{html}</div>'
+
+
+def details(summary: str, html: str) -> str:
+    """A card with a table that is closed at first. `summary` is text."""
+    return (
+        f'<details class="card"><summary>{escape(summary)}</summary>'
+        f'<div class="scroll">{html}</div></details>'
+    )
+
+
+def cell(value: str, note: str = "") -> str:
+    """The HTML of a table's cell: text, and a smaller note below it."""
+    return escape(value) + (f"<br><small>{escape(note)}</small>" if note else "")
+
+
+def figure(title: str, note: str, picture: str, legend: str = "") -> str:
+    """A captioned picture; `picture` and `legend` are HTML."""
+    return (
+        f"<figure><figcaption><b>{escape(title)}</b> <span>{escape(note)}</span></figcaption>"
+        f"{legend}{picture}</figure>"
+    )
+
+
+def percent(share: float | None) -> str:
+    """0.123 -> 12.3 %; None -> -."""
+    return "-" if share is None else f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
