@@ -70,7 +70,7 @@ def fullest(bias_rate: float, steps: int) -> float:
 
 def main(words: Sequence[str] | None = None) -> tuple[float, float]:
     """Prints both loads and returns them."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=60)
     steps = parser.parse_args(words).steps
     balanced, plain = fullest(0.02, steps), fullest(0.0, steps)

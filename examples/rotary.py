@@ -50,12 +50,14 @@ def rotary_model(config: ModelConfig, seed: int = 0) -> SwitchTransformer:
 
 def main(words: Sequence[str] | None = None) -> tuple[float, float]:
     """Prints and returns the loss of the first and of the last step."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=60)
     steps = parser.parse_args(words).steps
     torch.manual_seed(0)
-    sizes = {"vocab_size": 32, "d_model": 32, "d_ff": 64, "d_kv": 16, "num_heads": 2}
-    model = rotary_model(ModelConfig(**sizes, num_layers=2, routing=RoutingConfig(experts=4)))
+    routing = RoutingConfig(experts=4)
+    model = rotary_model(
+        ModelConfig(vocab_size=32, d_model=32, d_ff=64, d_kv=16, num_heads=2, routing=routing)
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(steps):

@@ -18,7 +18,7 @@ import switchworks
 from switchworks.report import Run, read_run, when_reached
 
 matplotlib.use("svg")
-from matplotlib import pyplot as plt  # noqa: E402  the backend is chosen first
+from matplotlib import pyplot as plt
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 WIDTH = 92

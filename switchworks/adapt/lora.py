@@ -73,13 +73,13 @@ class AdaptedWeight(NamedTuple):
 
     def select(self, dim: int, index: int) -> "AdaptedWeight":
         """That of one expert."""
-        matrices = (each.select(dim, index) for each in self[:3])
-        return AdaptedWeight(*matrices, self.scale)
+        weight, a, b = (each.select(dim, index) for each in self[:3])
+        return AdaptedWeight(weight, a, b, self.scale)
 
     def unbind(self) -> "list[AdaptedWeight]":
         """One for each expert."""
         rows = zip(*(each.unbind() for each in self[:3]), strict=True)
-        return [AdaptedWeight(*row, self.scale) for row in rows]
+        return [AdaptedWeight(weight, a, b, self.scale) for weight, a, b in rows]
 
     def low_rank(self, x: Float[Tensor, "*b D"]) -> Float[Tensor, "*b F"]:
         """scale (x A) B."""

@@ -25,7 +25,7 @@ from switchworks.checkpoint.tensors import (
 from switchworks.config import CheckpointError, from_toml, to_toml
 from switchworks.data import MODEL_FILE, SETTINGS_FILE, Tokenizer, load_tokenizer
 from switchworks.model import ModelConfig, SwitchTransformer
-from switchworks.quantise import QuantiseConfig, quantise, quantise_config_of, dequantise
+from switchworks.quantise import QuantiseConfig, dequantise, quantise, quantise_config_of
 
 CONFIG = "config.toml"
 QUANTISED = "quantised.toml"

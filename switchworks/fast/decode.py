@@ -137,6 +137,7 @@ class _TracedCache(LayerCache):
         self.k, self.v, self.memory, self.length = k, v, memory, position
 
     def extend(self, new: KeyValues) -> KeyValues:
+        assert isinstance(self.length, Tensor)
         self.k.index_copy_(2, self.length, new.k)
         self.v.index_copy_(2, self.length, new.v)
         return KeyValues(self.k, self.v)
@@ -250,7 +251,7 @@ class _OutsideDispatcher:
         self.number, self.outputs = _number(experts), experts.d_out
 
     def __call__(
-        self, x: Float[Tensor, "G S D"], routes: Routes, _experts: Any, _capacity: int | None
+        self, x: Float[Tensor, "G S D"], routes: Routes, experts: Any, capacity: int | None
     ) -> Float[Tensor, "G S O"]:
         return call_experts(x, *routes, self.number, self.outputs)
 

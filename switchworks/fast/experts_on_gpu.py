@@ -82,7 +82,8 @@ def aligned(experts: Experts) -> bool:
 
 
 def _counts(key: Int[Tensor, "N"], experts: int) -> Int[Tensor, "{experts}"]:
-    """How many have each key below `experts`. `bincount` would wait for the device to say the largest."""
+    """How many have each key below `experts`. `bincount` would wait for the device to say the
+    largest."""
     counts = torch.zeros(experts + 1, dtype=torch.int32, device=key.device)
     return counts.scatter_add_(0, key, torch.ones_like(key, dtype=torch.int32))[:experts]
 

@@ -22,8 +22,8 @@ from torch.nn.attention.flex_attention import flex_attention
 from switchworks.fast.attention import Kernel, attend_by, in_blocks
 
 MAX_COMPILED = 64
-"""Combinations of bias, mask and lengths that may be compiled. torch's limit, 8, is less than a model
-with packed rows and several lengths has."""
+"""Combinations of bias, mask and lengths that may be compiled. torch's limit, 8, is less than a
+model with packed rows and several lengths has."""
 
 MIN_HEAD_WIDTH = 16
 """Width of the tiles that the kernel multiplies."""

@@ -57,7 +57,8 @@ class BeamSearch:
             raise ConfigError(f"beams = {self.beams} must be at least 1, which is greedy.")
         if not abs(self.length_penalty) <= MAX_PENALTY:
             raise ConfigError(
-                f"length_penalty = {self.length_penalty} must lie between -{MAX_PENALTY} and {MAX_PENALTY}. T5 "
+                f"length_penalty = {self.length_penalty} must lie between -{MAX_PENALTY} and "
+                f"{MAX_PENALTY}. T5 "
                 "used 0.6."
             )
 

@@ -82,7 +82,7 @@ class PositionEncoding(nn.Module):
     """
 
     def forward(self, num_queries: int, num_keys: int, first: int = 0) -> Bias:
-        """[1, #H, L, M], added to scores: queries at positions first, first + 1, ..., keys from 0."""
+        """[1, #H, L, M], added to scores: queries from position `first` on, keys from 0 on."""
         raise NotImplementedError
 
     def rotate(

@@ -112,7 +112,7 @@ class SwitchFFN(nn.Module):
 
     @property
     def balance_weight(self) -> float:
-        """Weight of the balance loss; 0 where experts choose: their load is even by construction."""
+        """Weight of the balance loss; 0 where experts choose, whose load is even anyway."""
         return 0.0 if self.config.rule.experts_choose else self.config.balance_weight
 
     def forward(

@@ -67,7 +67,7 @@ def parallelize(
     return GradientSum(model, dict(sorted(groups.items())))
 
 
-def like(weight: Tensor, placed: Tensor) -> Tensor:
+def shard_like(weight: Tensor, placed: Tensor) -> Tensor:
     """This rank's part of `weight`, a whole tensor, in the places of `placed`."""
     if not isinstance(placed, DTensor):
         return weight
@@ -75,7 +75,7 @@ def like(weight: Tensor, placed: Tensor) -> Tensor:
     return distribute_tensor(weight, mesh, placements, src_data_rank=None)
 
 
-def whole(weight: Tensor) -> Tensor:
+def gather_full(weight: Tensor) -> Tensor:
     """All of `weight`, of which every rank has a part. To be called by all of them."""
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 

@@ -1,4 +1,4 @@
-"""Tensor parallelism: ranks of the model axis share the heads, the hidden columns and the vocabulary.
+"""Tensor parallelism: ranks of the model axis share heads, hidden columns and vocabulary.
 
 Weights stay `DTensor`s, which know their place for the optimizer and the checkpoint; the seams of a
 layer compute with this rank's shard. The input of a layer is copied to the ranks (`copy_to_tp`) and

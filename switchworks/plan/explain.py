@@ -84,9 +84,8 @@ def capacities(experiment: Experiment) -> dict[str, Any] | None:
     return {
         "experts": routing.experts,
         "switch_layers": sum(
-            map(experiment.model.is_sparse, range(experiment.model.encoder_layers))
-        )
-        + sum(map(experiment.model.is_sparse, range(experiment.model.decoder_layers))),
+            len(experiment.model.sparse_blocks(decoder)) for decoder in (False, True)
+        ),
         **{
             where: {
                 "group_tokens": tokens,

@@ -94,7 +94,10 @@ def outline(experiment: Experiment) -> Footprint:
     period = 1 if model.routing is None else model.routing.every
     periods = model.num_layers / period
     with fake_ranks(experiment.mesh) as ranks:
-        if periods <= 3 or model.num_decoder_layers not in (None, model.num_layers):
+        listed = model.routing is not None and (
+            model.routing.encoder_blocks is not None or model.routing.decoder_blocks is not None
+        )
+        if listed or periods <= 3 or model.num_decoder_layers not in (None, model.num_layers):
             return simulate_on(ranks, experiment)
         two, three = (
             simulate_on(

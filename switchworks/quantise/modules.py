@@ -221,6 +221,8 @@ class QuantisedLinear(QuantisedModule):
 class QuantisedEmbedding(Embedding):
     """A table of vectors in 8 bits, each vector with a scale of its own."""
 
+    weight_scale: Tensor
+
     def __init__(self, embedding: nn.Embedding) -> None:
         nn.Module.__init__(self)  # in place of what makes the float table
         self.dtype = embedding.weight.dtype
@@ -238,11 +240,11 @@ class QuantisedEmbedding(Embedding):
         return self.weight * self.weight_scale[:, None]
 
 
-class QuantisedTiedHead(nn.Module):
+class QuantisedTiedHead(Linear):
     """A head that multiplies by the vectors of the embedding, whose scales are its channels'."""
 
     def __init__(self, embedding: QuantisedEmbedding, scale: float, config: QuantiseConfig) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # without a weight
         self.table = [embedding]  # in a list: its tensors are the embedding's, not the head's
         self.scale = scale
         self.config = config
@@ -316,7 +318,9 @@ def tensors_of(model: SwitchTransformer) -> list[TensorBits]:
             if (scale := buffers.get(f"{name}_scale")) is None:
                 continue
             bits = 4 if qweight.dtype == torch.uint8 else 8
-            inputs = module.inputs[name] if bits == 4 else qweight.shape[-1]  # type: ignore[index]
+            inputs = qweight.shape[-1]
+            if bits == 4 and isinstance(module, QuantisedModule):
+                inputs = module.inputs[name]
             shape = (*qweight.shape[:-1], inputs)
             size = qweight.nbytes + scale.nbytes
             result.append(TensorBits(f"{path}.{name}", shape, bits, size))

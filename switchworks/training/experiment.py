@@ -175,8 +175,8 @@ class Experiment:
             "activation_checkpointing": self.activation_checkpointing,
             "routing without a limit": routing is not None
             and None in (routing.capacity(n, training=True) for n in self.group_tokens.values()),
-            "routing.strategy = 'expert_choice'": routing is not None
-            and routing.strategy == "expert_choice",
+            f"routing.strategy = {routing and routing.strategy!r}": routing is not None
+            and routing.rule.experts_choose,
             f"a mesh of {mesh.size} ranks": mesh.size > 1,
         }
         found = [what for what, there in apart.items() if there]

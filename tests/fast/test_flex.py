@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from switchworks.fast.apply import use_fast_kernels
+from switchworks.fast.kernels import use_fast_kernels
 from test_kernels import gradients, heads, masks
 from torch import Tensor
 from torch.nn.attention import flex_attention as torch_flex

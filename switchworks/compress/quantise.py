@@ -5,7 +5,7 @@ from pathlib import Path
 
 from switchworks.checkpoint import merged_names, open_model, save, stored_quantisation
 from switchworks.config import ConfigError
-from switchworks.quantise.modules import QuantiseConfig, Scheme, TensorBits, quantise, tensors_of
+from switchworks.quantise import QuantiseConfig, Scheme, TensorBits, quantise, tensors_of
 
 
 def quantise_directory(
