@@ -1,7 +1,7 @@
 """Nobody overwrites a method of a live module; what is set from outside is a declared seam."""
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -43,7 +43,7 @@ def bases(tree: ast.AST) -> Iterator[tuple[ast.ClassDef, set[str]]]:
             yield node, {ast.unparse(base).rpartition(".")[2] for base in node.bases}
 
 
-def module_classes(trees: dict[str, ast.AST]) -> dict[str, ast.ClassDef]:
+def module_classes(trees: Mapping[str, ast.AST]) -> dict[str, ast.ClassDef]:
     """Every class of the package that is an nn.Module, by name."""
     known = {"Module", *(name for name in dir(nn) if isinstance(getattr(nn, name), type))}
     found: dict[str, ast.ClassDef] = {}
