@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 import switchworks
 from switchworks.report import Run, read_run, when_reached
 
-matplotlib.use("svg")
+matplotlib.use("svg")  # before pyplot is imported
 from matplotlib import pyplot as plt
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
@@ -109,7 +109,8 @@ def _mark_factor(axes: Axes, runs: Sequence[Run]) -> None:
     slow, fast = when_reached(dense, target), when_reached(sparse, target)
     if slow and fast:
         axes.axhline(target, color="#999999", linewidth=0.7, linestyle=":")
-        axes.set_title(f"{slow.step / fast.step:.2f} times fewer steps to the same loss", fontsize=10)
+        factor = slow.step / fast.step
+        axes.set_title(f"{factor:.2f} times fewer steps to the same loss", fontsize=10)
 
 
 if __name__ == "__main__":

@@ -171,3 +171,20 @@ def test_rotary_positions_decode_with_the_cache_as_teacher_forcing_does(decoder_
 @pytest.mark.parametrize("name", ["own_strategy", "rotary"])
 def test_examples_of_one_s_own_parts_are_under_80_lines(name):
     assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 80
+
+
+def test_a_data_source_of_one_s_own_is_trained_on(tmp_path):
+    run_dir = load_example("own_data_source").main([str(tmp_path / "run"), "--steps", "4"])
+    about = json.loads((run_dir / "about.json").read_text())
+    sums = [f"{a} and {b} make {a + b}." for a in range(100) for b in range(100)]
+    held_out_text = (run_dir / "metrics.jsonl").read_text()
+    assert 0.75 * len("\n".join(sums)) < about["train_tokens"] < len("\n".join(sums))
+    assert '"val/loss"' in held_out_text
+
+
+def test_the_logger_of_ones_own_has_every_number_of_the_run(corpus, tmp_path):
+    output = run(str(EXAMPLES / "own_logger.py"), str(corpus), str(tmp_path / "run"))
+    lines = (tmp_path / "run" / "metrics.csv").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "step,name,value"
+    assert [line.split(",")[0] for line in lines if ",val/loss," in line] == ["10", "20"]
+    assert "validation losses: [" in output

@@ -74,7 +74,7 @@ def open_run(
     if text is not None:  # nothing is trained on here, so that all of it may be measured
         data = replace(data, validation_share=NEARLY_ALL)
     dataset = open_dataset(data, vocab_size=model.config.vocab_size)
-    if text is None and (other := dataset.other_than(run_metadata(path))) is not None:
+    if text is None and (other := dataset.difference(run_metadata(path))) is not None:
         logging.getLogger(__name__).warning(
             "The text here is not what %s was trained on (%s): it may have been trained on what "
             "is held out here.",

@@ -1,6 +1,6 @@
-"""Which fast form each module of a model gets, and where it is used unless told otherwise."""
+"""Which fast form each module of a model gets."""
 
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -21,42 +21,6 @@ from switchworks.model import (
 )
 
 M = TypeVar("M", bound=nn.Module)
-Kernels = Literal["auto", "reference", "fast"]
-
-
-def use_kernels(
-    model: M,
-    kernels: Kernels,
-    device: torch.device | None = None,
-    dtype: torch.dtype | None = None,
-    *,
-    training: bool = True,
-) -> M:
-    """`model` itself, with the fast kernels if `kernels`, see `resolve_kernels`, comes to that.
-
-    `device` and `dtype` are those it will compute with; None: those of its weights.
-    """
-    weight = next(model.parameters())
-    device, dtype = device or weight.device, dtype or weight.dtype
-    sparse = any(isinstance(module, SwitchFFN) for module in model.modules())
-    if resolve_kernels(kernels, device, dtype, sparse=sparse, training=training) == "fast":
-        use_fast_kernels(model, device)
-    return model
-
-
-def resolve_kernels(
-    kernels: Kernels, device: torch.device, dtype: torch.dtype, *, sparse: bool, training: bool
-) -> Literal["reference", "fast"]:
-    """ "auto" as the set that was measured faster (docs/speed.md), the reference where none was.
-
-    In float32 on CPUs a training step with experts takes 0.955 of its time with the fast kernels
-    and a dense one 1.02 to 1.05. They change nothing without gradients. bfloat16 with instructions
-    for it and GPUs have not been measured.
-    """
-    if kernels != "auto":
-        return kernels
-    measured_faster = device.type == "cpu" and dtype == torch.float32 and sparse and training
-    return "fast" if measured_faster else "reference"
 
 
 def use_fast_kernels(model: M, device: torch.device | None = None) -> M:

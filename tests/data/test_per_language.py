@@ -28,7 +28,7 @@ from switchworks.evaluate.run import evaluate_run
 from switchworks.recipes.multilingual import multilingual
 from switchworks.report.runs import read_run
 from switchworks.training import train
-from switchworks.training.hooks.standard import read_in_few_words
+from switchworks.training.hooks.validate import epochs_text
 
 LINES = {
     "de": "Die Katze lag den ganzen Tag auf der warmen Bank.",
@@ -268,7 +268,7 @@ def test_realised_rates_of_107_tasks_of_very_different_size_follow_the_formula()
         np.add.at(seen, (inputs.max(dim=1).values // 10_000_000 - 1).numpy(), 1)
     assert np.abs(seen - formula * seen.sum()).max() < 1 + 107 * formula.max()
     many = 5 * BLOCK_ROWS + 12_345
-    realised = mixture.turns.before(many) / many
+    realised = mixture.schedule.counts_before(many) / many
     np.testing.assert_allclose(realised, formula, atol=2 / BLOCK_ROWS, rtol=2e-3)
     assert realised.max() / realised.min() == pytest.approx(1_000**0.3, rel=0.02)
 
@@ -297,8 +297,8 @@ def test_bits_per_byte_of_guessing_bytes_is_eight():
 
 
 def test_the_line_of_a_validation_says_what_was_read_least_and_most():
-    assert read_in_few_words({}) == ""
-    said = read_in_few_words({"en": 0.25, "kab": 12.0, "de": 1.0})
+    assert epochs_text({}) == ""
+    said = epochs_text({"en": 0.25, "kab": 12.0, "de": 1.0})
     assert said == "  read 0.25 (en) to 12 times (kab)"
 
 
