@@ -90,7 +90,7 @@ class Workload:
     kernels: Literal["fast", "reference", "compiled"] = "fast"
     """ours: with the fast paths of `switchworks.fast`, without, or as one compiled graph. In
     decoding "compiled" is a `CompiledDecoder`, and the other two are the same."""
-    int8: Literal["dynamic", "packed", "unpacked"] | None = None
+    int8: Literal["int8_dynamic", "int8_kernel", "dequantised"] | None = None
     """ours, decode: with 8-bit weights and that product of `quantise/matmul.py`."""
 
     @property

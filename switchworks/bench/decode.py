@@ -32,7 +32,7 @@ def int8(bench: BenchConfig, base: Workload) -> Iterator[Comparison]:
     rows = min(bench.decode_batches, default=1)
     for experts in bench.narrow():
         plain = _workload(bench, base, experts, rows)
-        for product in ("dynamic", "packed", "unpacked"):
+        for product in ("int8_dynamic", "int8_kernel", "dequantised"):
             name = f"decode {label(experts)} int8 {product}, batch {rows}"
             ours = plain.but(int8=product)
             yield Comparison(name=name, unit="tokens/s", ours=ours, peer=plain)
@@ -42,7 +42,7 @@ def compiled(bench: BenchConfig, base: Workload) -> Iterator[Comparison]:
     """The rows above with our step compiled, int8 by its fastest product."""
     base = base.but(kernels="compiled")
     for row in (*against_transformers(bench, base), *int8(bench, base)):
-        if row.ours.int8 in (None, "packed"):
+        if row.ours.int8 in (None, "int8_kernel"):
             assert row.peer is not None
             ours = row.peer.system == "ours"
             peer = row.peer.but(kernels="compiled" if ours else "fast")
@@ -62,5 +62,5 @@ def build_decoding(workload: Workload) -> Work:
     if workload.int8 is not None:
         model = quantise(model, QuantiseConfig(product=workload.int8))
     inputs = random_batch(workload.shape).inputs.to(compute_device())
-    graph = CompiledDecoder(model) if workload.kernels == "compiled" else None
-    return lambda: generate(model, inputs, max_length=workload.new_tokens, graph=graph)
+    compiled = CompiledDecoder(model) if workload.kernels == "compiled" else None
+    return lambda: generate(model, inputs, max_length=workload.new_tokens, compiled=compiled)

@@ -104,7 +104,7 @@ def _optimizer(workload: Workload, peer: Any) -> torch.optim.Optimizer:
 def _decoding(workload: Workload, peer: Any, batch: Batch) -> Work:
     peer = peer.eval().to(getattr(torch, workload.precision))
     if workload.system == "compiled peer":
-        peer.forward = torch.compile(peer.forward)
+        peer.compile()
 
     def decode() -> Any:
         return peer.generate(batch.inputs, max_new_tokens=workload.new_tokens, do_sample=False)

@@ -19,7 +19,7 @@ from torch import Tensor
 from switchworks.batch import Batch
 from switchworks.compress.usage import Usage, measure_usage, watch_routers
 from switchworks.config import ConfigError
-from switchworks.model import ModelConfig, SwitchFFN, SwitchTransformer
+from switchworks.model import STRATEGIES, ModelConfig, SwitchFFN, SwitchTransformer
 
 By = Literal["usage", "gates"]
 """The worth of an expert: the number of tokens that want it, or the sum of their gates."""
@@ -83,10 +83,10 @@ def check_fewer(config: ModelConfig, keep: int) -> None:
             f"{keep} experts cannot be kept: the model has {routing.experts} in each layer.\n"
             f"  Ask for at most {routing.experts}."
         )
-    if "expert_choice" in (routing.strategy, routing.decoder_strategy):
+    if any(STRATEGIES[name].experts_choose for name in routing.strategies):
         raise ConfigError(
-            "routing.strategy = expert_choice: experts pick as many tokens each, so none is used "
-            "less than another.\n  Only models whose tokens choose can lose experts."
+            f"routing.strategy = {routing.strategy}: experts pick as many tokens each, so "
+            "none is used less than another.\n  Only models whose tokens choose can lose experts."
         )
 
 
@@ -169,7 +169,7 @@ def _gate_scales(
     for name, layer in model.switch_layers.items():
         old, new = sums[name]
         scale = torch.where(new > 0, old / new.clamp(min=1e-30), 1.0)
-        scales[name] = torch.ones_like(scale) if layer.config.strategy == "top2" else scale
+        scales[name] = torch.ones_like(scale) if layer.config.rule.gates_sum_to_one else scale
     return scales
 
 

@@ -122,17 +122,17 @@ def _check_routing(routing: RoutingConfig) -> None:
             f"routing.layers = {routing.layers} cannot be upcycled: experts in attention have a "
             "hidden layer, which a dense query and key have not.\n  Use layers ffn."
         )
-    if routing.strategy == "expert_choice":
+    if routing.rule.experts_choose:
         raise ConfigError(
-            "routing.strategy = expert_choice cannot be upcycled: how many experts a token gets "
-            "varies, and so would its answer.\n  Use switch or top2."
+            f"routing.strategy = {routing.strategy} cannot be upcycled: how many experts a "
+            "token gets varies, and so would its answer.\n  Use switch or top2."
         )
 
 
 def _factor(routing: RoutingConfig, name: str) -> int:
     """The inverse of the gates: E, or 1 where the gates of a token sum to 1."""
     used = routing.for_decoder() if name.startswith("decoder.") else routing
-    return 1 if used.strategy == "top2" else routing.experts
+    return 1 if used.rule.gates_sum_to_one else routing.experts
 
 
 def _source(name: str) -> str:

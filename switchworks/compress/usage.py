@@ -74,9 +74,9 @@ def measure_usage(model: SwitchTransformer, batches: Iterable[Batch]) -> dict[st
     def watch(layer: SwitchFFN, logits: Tensor) -> None:
         probs = logits.softmax(dim=-1)
         choice = layer.router.choose(logits[None], probs[None])[0][:, None]
-        if layer.config.strategy == "top2":
-            second = probs.scatter(1, choice, -1.0).argmax(dim=-1, keepdim=True)
-            choice = torch.cat([choice, second], dim=1)
+        if (others := layer.config.rule.experts_per_token - 1) > 0:
+            others = probs.scatter(1, choice, -1.0).topk(others, dim=-1).indices
+            choice = torch.cat([choice, others], dim=1)
         experts = logits.shape[-1]
         tokens = torch.bincount(choice.flatten(), minlength=experts).float()
         gates = tokens.new_zeros(experts).scatter_add_(

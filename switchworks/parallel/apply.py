@@ -25,7 +25,7 @@ from switchworks.parallel.expert import AllToAllDispatcher
 from switchworks.parallel.gradients import GradientSum
 from switchworks.parallel.layout import WeightLayout, check_fit, weight_layouts
 from switchworks.parallel.mesh import batch_axis
-from switchworks.parallel.tensor import compute_with_own_part, split_width
+from switchworks.parallel.tensor import compute_with_shards, split_width
 
 # It warns of in-place changes to what a block returns. There are none.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
@@ -111,7 +111,7 @@ def _tight(part: DTensor) -> DTensor:
 def _share_experts(model: SwitchTransformer, mesh: DeviceMesh, config: MeshConfig) -> None:
     for layer in model.switch_layers.values():
         if config.expert > 1 or config.model > 1:
-            compute_with_own_part(layer.experts)
+            compute_with_shards(layer.experts)
         if config.expert > 1:
             group = mesh.get_group("expert")
             layer.dispatcher = AllToAllDispatcher(layer.dispatcher, group, config.overlap)
@@ -144,8 +144,8 @@ def _shard_fully(
                 _shard([cross.k, cross.v], batch, options)
             _shard([block], batch, options)
     fully_shard(model, mesh=batch, **options)
-    for beside_forward in ("encode", "init_cache", "prefill", "decode_step"):
-        register_fsdp_forward_method(model, beside_forward)
+    for method in ("encode", "init_cache", "prefill", "decode_step"):
+        register_fsdp_forward_method(model, method)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Added, not averaged: the losses are shares already.

@@ -73,7 +73,6 @@ def capacities(experiment: Experiment) -> dict[str, Any] | None:
     model, routing = experiment.model, experiment.model.routing
     if routing is None:
         return None
-    layers = [*range(model.encoder_layers), *range(model.decoder_layers)]
     stacks = {
         stack: {
             "group_tokens": tokens,
@@ -81,7 +80,7 @@ def capacities(experiment: Experiment) -> dict[str, Any] | None:
         }
         for stack, tokens in experiment.group_tokens.items()
     }
-    sparse = sum(map(model.is_sparse, layers))
+    sparse = sum(len(model.sparse_blocks(decoder)) for decoder in (False, True))
     return {"experts": routing.experts, "switch_layers": sparse, **stacks}
 
 
