@@ -50,11 +50,8 @@ def main() -> None:
     tiny = find_recipe("tiny")()
     experiment = replace(tiny, data=replace(tiny.data, path=text), sample_every=0)
     train(experiment, run_dir, loggers=[CsvLogger()])
-    losses = [
-        float(row["value"])
-        for row in csv.DictReader(Path(run_dir, "metrics.csv").open(encoding="utf-8"))
-        if row["name"] == "val/loss"
-    ]
+    with Path(run_dir, "metrics.csv").open(encoding="utf-8") as file:
+        losses = [float(row["value"]) for row in csv.DictReader(file) if row["name"] == "val/loss"]
     print(f"validation losses: {losses}")
 
 
