@@ -51,8 +51,7 @@ def main() -> None:
     experiment = replace(tiny, data=replace(tiny.data, path=text), sample_every=0)
     train(experiment, run_dir, loggers=[CsvLogger()])
     with Path(run_dir, "metrics.csv").open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    losses = [float(row["value"]) for row in rows if row["name"] == "val/loss"]
+        losses = [float(row["value"]) for row in csv.DictReader(file) if row["name"] == "val/loss"]
     print(f"validation losses: {losses}")
 
 

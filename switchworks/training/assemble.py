@@ -15,24 +15,13 @@ import torch
 
 from switchworks.checkpoint import Checkpoints, weights_hash
 from switchworks.config import CheckpointError, ConfigError, DataError
-from switchworks.data import (
-    Mixture,
-    Pipeline,
-    TextDataset,
-    ValidationSet,
-    open_dataset,
-    rows_of_step,
-    run_metadata,
-)
+from switchworks.data import run_metadata
 from switchworks.model import active_parameters, flops_per_token, num_parameters
 from switchworks.parallel import Ranks
 from switchworks.parallel import torchrun as launch
 from switchworks.training import machine
 from switchworks.training.experiment import Experiment
 from switchworks.training.export import export
-from switchworks.training.hooks.checkpoints import ReportProgress, SaveCheckpoints
-from switchworks.training.hooks.every import Every
-from switchworks.training.hooks.progress import Progress
 from switchworks.training.initial_state import initial_state, require_shape
 from switchworks.training.loggers.json_lines import SAMPLES, JsonLines, metrics_after
 from switchworks.training.loggers.logger import Logger, RunInfo
@@ -54,6 +43,7 @@ from switchworks.training.run_directory import (
 from switchworks.training.state import TrainState
 
 if TYPE_CHECKING:
+    from switchworks.data import Mixture, Pipeline, TextDataset, ValidationSet
     from switchworks.distil import LogitStore, Teacher
     from switchworks.evaluate import EvalSet
     from switchworks.training.hooks.best import KeepBest
@@ -69,10 +59,10 @@ class Run:
     """Resolved: without "auto", with the tokenizer's vocabulary."""
     directory: Path
     ranks: Ranks
-    dataset: TextDataset
-    pipeline: Pipeline | Mixture
+    dataset: "TextDataset"
+    pipeline: "Pipeline | Mixture"
     """This rank's part of the training batches."""
-    validation: ValidationSet | None
+    validation: "ValidationSet | None"
     tasks: "Sequence[EvalSet]"
     checkpoints: Checkpoints
     state: TrainState
@@ -92,6 +82,8 @@ def assemble(
     until there is a tokenizer: reading text may take long, and a wrong --run-dir should not wait
     for it. Then with it.
     """
+    from switchworks.data import open_dataset
+
     experiment = resolve_auto(experiment, run_dir, ranks)
     may_resume(run_dir, experiment, resume=resume, ignoring=frozenset({"model.vocab_size"}))
     if ranks.is_main:
@@ -164,11 +156,13 @@ def _one_per_machine_first(ranks: Ranks, make: Callable[[], T]) -> T:
 
 def _training_batches(
     experiment: Experiment,
-    dataset: TextDataset,
+    dataset: "TextDataset",
     teacher: "Teacher | LogitStore | None",
     ranks: Ranks,
-) -> Pipeline | Mixture:
+) -> "Pipeline | Mixture":
     """This rank's batches; checked against the teacher's, and of a mixture printed."""
+    from switchworks.data import Mixture, rows_of_step
+
     part = {"rank": ranks.batch_rank, "world": ranks.batch_world}
     pipeline = dataset.training(batch_size=experiment.batch_size, seed=experiment.seed, **part)
     if teacher is not None:
@@ -181,7 +175,7 @@ def _training_batches(
     return pipeline
 
 
-def _validation_set(state: TrainState, dataset: TextDataset) -> ValidationSet | None:
+def _validation_set(state: TrainState, dataset: "TextDataset") -> "ValidationSet | None":
     """This rank's validation batches, with the sizes of all ranks'; None if nothing needs them."""
     experiment, ranks = state.experiment, state.ranks
     if not (experiment.validate_every or experiment.sample_every):
@@ -197,7 +191,7 @@ def _validation_set(state: TrainState, dataset: TextDataset) -> ValidationSet | 
     )
 
 
-def _tasks(experiment: Experiment, dataset: TextDataset) -> "Sequence[EvalSet]":
+def _tasks(experiment: Experiment, dataset: "TextDataset") -> "Sequence[EvalSet]":
     if not (experiment.data.tasks and experiment.evaluate_every):
         return ()
     from switchworks.training.hooks.tasks import tasks_to_evaluate
@@ -225,6 +219,9 @@ def make_hooks(
     Those that measure come first, then the best of what they measured, then checkpoints, which
     contain it; then the user's. The watchdog is last, so that a step includes all hooks.
     """
+    from switchworks.training.hooks.checkpoints import ReportProgress, SaveCheckpoints
+    from switchworks.training.hooks.progress import Progress
+
     experiment, state = run.experiment, run.state
     standard = [Progress(recorder, experiment.log_every, state), *_measuring(run, recorder)]
     best = None
@@ -248,9 +245,12 @@ def make_hooks(
 
 def _measuring(run: Run, recorder: Recorder) -> list[Hook]:
     """The hooks that measure: validation, samples, tasks, as far as the experiment wants them."""
+    from switchworks.training.hooks.every import Every
+
     experiment, validation, tokenizer = run.experiment, run.validation, run.dataset.tokenizer
     hooks: list[Hook] = []
     if validation is not None and experiment.validate_every:
+        from switchworks.data import Mixture
         from switchworks.training.hooks.validate import Validate
 
         mixture = run.pipeline if isinstance(run.pipeline, Mixture) else None
@@ -272,7 +272,7 @@ def _measuring(run: Run, recorder: Recorder) -> list[Hook]:
 
 def _describe(
     experiment: Experiment,
-    dataset: TextDataset,
+    dataset: "TextDataset",
     teacher: "Teacher | LogitStore | None",
     init: Path | str | None,
 ) -> dict[str, Any]:

@@ -1,16 +1,19 @@
 """The trained model as files that `switchworks.load` opens."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from switchworks.checkpoint import on_rank_zero, save
-from switchworks.data import Tokenizer
 from switchworks.model import SwitchTransformer
 from switchworks.training.state import TrainState
 
+if TYPE_CHECKING:
+    from switchworks.data import Tokenizer
 
-def export(state: TrainState, directory: Path, tokenizer: Tokenizer) -> None:
+
+def export(state: TrainState, directory: Path, tokenizer: "Tokenizer") -> None:
     """Writes the float32 weights and the tokenizer to model/ of `directory`.
 
     LoRA adapters are merged in, and also written to adapters/ by themselves; for that each rank

@@ -8,13 +8,13 @@ import torch
 
 from switchworks.checkpoint import Checkpoints, load, require_match, stored_config
 from switchworks.config import CheckpointError
-from switchworks.data import TextDataset, Tokenizer
 from switchworks.model import SwitchTransformer
 from switchworks.parallel import Ranks
 from switchworks.training.experiment import Experiment
 from switchworks.training.state import TrainState, build_state
 
 if TYPE_CHECKING:
+    from switchworks.data import TextDataset, Tokenizer
     from switchworks.distil import LogitStore, Teacher
 
 
@@ -23,7 +23,7 @@ def initial_state(
     checkpoints: Checkpoints | None,
     init: Path | str | None,
     teacher: "Teacher | LogitStore | None",
-    dataset: TextDataset,
+    dataset: "TextDataset",
     ranks: Ranks,
 ) -> TrainState:
     """The state a run starts from. In order of precedence: the newest of `checkpoints`, the weights
@@ -52,7 +52,7 @@ def initial_state(
 
 
 def _full_model(
-    experiment: Experiment, init: Path | str | None, tokenizer: Tokenizer
+    experiment: Experiment, init: Path | str | None, tokenizer: "Tokenizer"
 ) -> SwitchTransformer:
     fresh = SwitchTransformer(experiment.model, seed=experiment.seed)
     if init is None:

@@ -3,19 +3,21 @@
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from switchworks.checkpoint import MAX_SPARE_ROWS, stored_config
 from switchworks.config import ConfigError
-from switchworks.data import TextDataset
 from switchworks.device import compute_device
 from switchworks.parallel import SINGLE, Ranks
 from switchworks.parallel import torchrun as launch
 from switchworks.training import machine
 from switchworks.training.experiment import Experiment
 from switchworks.training.run_directory import settings_in
+
+if TYPE_CHECKING:
+    from switchworks.data import TextDataset
 
 _AUTO = ("precision", "steps", "kernels")
 """Settings that may be "auto", in the order in which they depend on each other."""
@@ -110,7 +112,7 @@ def resolve_vocabulary(experiment: Experiment, vocab_size: int) -> Experiment:
 
 
 def resolve_vocab_size(
-    dataset: TextDataset, init: Path | str | None, teacher_rows: int | None
+    dataset: "TextDataset", init: Path | str | None, teacher_rows: int | None
 ) -> int:
     """Vocabulary size to build: that of `init` (else of the teacher) if it has at most 1024 padding
     rows more than the tokenizer has ids, else the tokenizer's."""

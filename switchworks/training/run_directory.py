@@ -15,7 +15,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from switchworks.checkpoint import weights_hash
 from switchworks.config import (
@@ -26,9 +26,12 @@ from switchworks.config import (
     from_toml,
     to_toml,
 )
-from switchworks.data import TextDataset, run_metadata
+from switchworks.data import run_metadata
 from switchworks.optim import learning_rate
 from switchworks.training.experiment import MAY_CHANGE, Experiment
+
+if TYPE_CHECKING:
+    from switchworks.data import TextDataset
 
 _ENDLESS = ("rsqrt", "constant")
 """Schedules that do not depend on the number of steps, so that a run may always be made longer."""
@@ -133,7 +136,7 @@ def launched_by(path: Path) -> str | None:
 
 
 def require_same_run(
-    path: Path, init: Path | str | None, dataset: TextDataset, teacher_weights: str | None
+    path: Path, init: Path | str | None, dataset: "TextDataset", teacher_weights: str | None
 ) -> None:
     """Raises ConfigError, DataError or CheckpointError unless the run in `path` began with the
     weights of `init` (None: with any), read this text, and has a teacher with these weights."""

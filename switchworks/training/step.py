@@ -13,7 +13,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from switchworks.batch import Batch
-from switchworks.data import rows_of_step
 from switchworks.model import Output, Routing, SwitchTransformer
 from switchworks.optim import UpdateStats, first_nonfinite
 from switchworks.parallel import Ranks
@@ -169,6 +168,8 @@ def _forward_and_loss(
 
 def _rows_of(state: TrainState, number: int) -> range:
     """Numbers, in the whole run, of the rows in the `number`-th micro-batch of this rank."""
+    from switchworks.data import rows_of_step
+
     experiment, ranks = state.experiment, state.ranks
     rows = rows_of_step(state.step, experiment.batch_size, ranks.batch_rank, ranks.batch_world)
     size = experiment.micro_batch_size

@@ -57,7 +57,7 @@ class Logger(Protocol):
 _HERE = "switchworks.training.loggers"
 LOGGERS: dict[str, str] = {
     "tensorboard": f"{_HERE}.tensorboard:TensorBoard",
-    "trackio": f"{_HERE}.trackio:Trackio",
+    "trackio": f"{_HERE}.wandb:trackio",
     "wandb": f"{_HERE}.wandb:WandB",
     "mlflow": f"{_HERE}.mlflow:MLflow",
 }

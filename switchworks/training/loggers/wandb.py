@@ -1,4 +1,8 @@
-"""Weights & Biases. WANDB_MODE=offline keeps everything in wandb/ of the run directory."""
+"""Weights & Biases, and Trackio, which has the same interface and keeps everything on this machine.
+
+WANDB_MODE=offline keeps wandb's files in wandb/ of the run directory. WANDB_PROJECT and
+TRACKIO_PROJECT name the project, "switchworks" unless they are set.
+"""
 
 import os
 from collections.abc import Mapping
@@ -9,29 +13,35 @@ from switchworks.training.loggers.logger import RunInfo, require_package
 
 
 class WandB:
-    """Logs to the project that WANDB_PROJECT names, else "switchworks"."""
+    """Logs every number; a resumed run continues under its id."""
 
-    def __init__(self) -> None:
-        """Raises ConfigError if wandb is not installed."""
-        self.wandb = require_package("wandb")
+    def __init__(self, package: str = "wandb") -> None:
+        """Raises ConfigError if `package`, wandb or trackio, is not installed."""
+        self.name = package
+        self.package = require_package(package)
 
     def start(self, run: RunInfo) -> None:
-        """A resumed run goes on under its id."""
-        self.info = run
-        self.run = self.wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "switchworks"),
-            dir=str(run.directory),
-            id=run.info["id"],
-            name=f"{run.experiment.name}-{run.info['id']}",
+        """Open the run, or the same run again."""
+        self.info, key = run, run.info["id"]
+        settings = {"wandb": {"id": key, "dir": str(run.directory)}, "trackio": {"embed": False}}
+        self.run = self.package.init(
+            project=os.environ.get(f"{self.name.upper()}_PROJECT", "switchworks"),
+            name=f"{run.experiment.name}-{key}",
             config=to_dict(run.experiment),
             resume="allow",
+            **settings[self.name],
         )
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Log what no earlier session has."""
+        """Log what no earlier session has logged."""
         if numbers := self.info.new_numbers(step, values):
             self.run.log(numbers, step=step)
 
     def close(self) -> None:
-        """Returns when everything is uploaded or, offline, on the disk."""
+        """Returns when everything is stored."""
         self.run.finish()
+
+
+def trackio() -> WandB:
+    """The logger for `trackio show`."""
+    return WandB("trackio")
