@@ -123,3 +123,11 @@ def test_a_data_source_of_one_s_own_is_trained_on(tmp_path):
     held_out_text = (run_dir / "metrics.jsonl").read_text()
     assert 0.75 * len("\n".join(sums)) < about["train_tokens"] < len("\n".join(sums))
     assert '"val/loss"' in held_out_text
+
+
+def test_the_logger_of_ones_own_has_every_number_of_the_run(corpus, tmp_path):
+    output = run(str(EXAMPLES / "own_logger.py"), str(corpus), str(tmp_path / "run"))
+    lines = (tmp_path / "run" / "metrics.csv").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "step,name,value"
+    assert [line.split(",")[0] for line in lines if ",val/loss," in line] == ["10", "20"]
+    assert "validation losses: [" in output

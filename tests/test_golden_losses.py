@@ -103,7 +103,10 @@ RUNS = {
     "fast_kernels": Run("tiny", "--kernels fast"),
     "two_ranks": Run("tiny", "--mesh.expert 2", ranks=2),
 }
-EVERYWHERE = f"--steps {STEPS} --threads 1 --data.workers 1 --log-every 1 --sample-every 0"
+EVERYWHERE = (
+    f"--steps {STEPS} --threads 1 --data.workers 1 --log-every 1 --sample-every 0 "
+    "--kernels reference"
+)
 HELD_OUT = f"--validate-every {STEPS} --validation-batches 1 --data.validation-share 0.2"
 
 

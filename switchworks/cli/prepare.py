@@ -40,9 +40,9 @@ def run(words: list[str]) -> int:
     if (experiment.data.is_mixture or experiment.data.tasks) and dataset.complete:
         batches = dataset.training(batch_size=experiment.batch_size, seed=experiment.seed)
         assert isinstance(batches, Mixture)
-        print(dataset.summary(batches, experiment.steps))
+        print(dataset.summary(batches, experiment.resolved("bfloat16").num_steps))
     if stores_teacher:
-        from switchworks.distil import precompute_teacher
+        from switchworks.training import precompute_teacher
 
         print(precompute_teacher(experiment, top_k=flags.top_k, dtype=flags.logits))
     return 0

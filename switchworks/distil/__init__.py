@@ -1,4 +1,4 @@
-"""TODO face."""
+"""Distillation: losses, teachers, their stored probabilities, and students' initial weights."""
 
 import lazy_loader
 

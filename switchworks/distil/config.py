@@ -9,30 +9,29 @@ from switchworks.config import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class DistilConfig:
-    """Who teaches the model of an experiment, and how much of the loss is the teacher's.
+    """The teacher of an experiment, and its weight in the loss.
 
     The loss is (1 - soft_weight) times the cross-entropy with the text plus soft_weight times
     temperature^2 times the cross-entropy with the teacher's probabilities (section 4.2).
     """
 
     teacher: str
-    """A run or model directory, or one of Hugging Face's. It is read and never written."""
+    """A run or model directory, or a Hugging Face model directory. It is never written to."""
     store: str | None = None
-    """A folder with the teacher's probabilities for the rows of this run, which `switchworks
-    prepare` makes; the teacher itself then does not run. None: it runs beside the student."""
+    """A folder with the teacher's probabilities for the rows of this run, made by `switchworks
+    prepare`; the teacher then does not run. None: it runs beside the student."""
     soft_weight: float = 0.25
-    """Share of the teacher's probabilities in the loss; the rest is the text's. 0 learns from the
-    text alone, and the teacher does not run; 1 from the teacher alone."""
+    """Weight of the teacher's probabilities in the loss; the rest is the text's. 0: the teacher
+    does not run. 1: the text does not count."""
     temperature: float = 1.0
-    """What logits of both are divided by for the teacher's share. Above 1 unlikely tokens count
-    more; temperature^2 keeps the gradient's size. The paper names none: 1."""
+    """Divides both models' logits in the teacher's part of the loss. Above 1 unlikely tokens count
+    more; temperature^2 keeps the scale of the gradient. The paper names none: 1."""
     initialise: bool = True
-    """Begin with the teacher's weights wherever name and shape agree, experts and routers left
-    out."""
+    """Copy the teacher's weights where name and shape agree, except experts and routers."""
     ffn: Literal["fresh", "average", "most_used"] = "fresh"
-    """How FFNs begin that stand where the teacher has switch layers: with first values of their
-    own, as in the paper, with the average of the teacher's experts (hidden units aligned, by their
-    use) or with the most used of them. The latter two read 512 rows to count."""
+    """Initial weights of FFNs in place of the teacher's switch layers: drawn at random, as in the
+    paper; the average of the teacher's experts (hidden units aligned, weighted by use); or the most
+    used of them. The latter two count the experts' use on 512 rows."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.soft_weight <= 1:
@@ -49,3 +48,8 @@ class DistilConfig:
                 f"distil.temperature = {self.temperature} must be positive. 1.0 leaves the "
                 "teacher's probabilities as they are."
             )
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether the teacher's probabilities enter the loss."""
+        return self.soft_weight > 0

@@ -1,18 +1,18 @@
 """A teacher's probabilities on disk: it runs once, for any number of students.
 
-Of each real target the k likeliest ids are kept, the logarithms of their probabilities and that of
-the mass of all other ids together. A store is a folder:
+For each target that is not padding: the k most likely ids, the logarithms of their probabilities,
+and the logarithm of the probability of all other ids together. A store is a folder:
 
-    rows-000000000-000004096.safetensors   the rows 0 to 4095 of a run
-        ids      uint16, or uint32 for large vocabularies    N k      likeliest first
-        logs     float16 or float32                          N k+1    the last: of all other ids
+    rows-000000000-000004096.safetensors   rows 0 to 4095 of a run
+        ids      uint16, or uint32 for large vocabularies    N k      most likely first
+        logs     float16 or float32                          N k+1    the last: all other ids
         ends     int64     R    where each row's targets end among the N
         hashes   uint64    R    of each row's inputs, targets and segments
-    store.json                             whose probabilities, of what
+    store.json                             `StoreInfo`
 
-Rows are those of the run the store was made for, numbered across its steps, and whoever reads one
-shows the row it has: by its hash a student is never taught with the answers to another text. Parts
-are written aside and renamed, so a killed writer goes on with the row after the last whole part.
+Rows are numbered across the steps of a run. Reading compares the hash of each row, so a student
+cannot be trained on the probabilities for another text. Parts are written aside and renamed: a
+killed writer continues with the row after the last complete part.
 
 Letters: B sequences, T target length, V vocabulary, k ids kept, N targets, R rows.
 """
@@ -40,7 +40,7 @@ from switchworks.data import atomic_write_json
 VERSION = 1
 FILE = "store.json"
 PART_ROWS = 4096
-"""Rows of a part: what is in memory before it is written, and what a killed writer loses."""
+"""Rows of a part: kept in memory until it is written, and lost when the writer is killed."""
 
 Dtype = Literal["float16", "float32"]
 
@@ -49,61 +49,61 @@ class TeacherTargets(NamedTuple):
     """A teacher's probabilities for the targets of a batch."""
 
     ids: Int[Tensor, "B T k"]
-    """The likeliest first."""
+    """The most likely ids, in that order."""
     logs: Float[Tensor, "B T k1"]
-    """Their logarithms and, last, that of the mass of all other ids; they sum to 1."""
+    """Log-probabilities of these ids and, last, of all other ids together; they sum to 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoreInfo:
-    """Whose probabilities a store holds, of what, and how."""
+    """What a store holds: of which teacher, for which rows, in which format."""
 
     teacher: str = field(compare=False)
-    """Where it was."""
+    """Path of the teacher when the store was made."""
     weights: str
-    """A hash of the teacher's weights."""
+    """Hash of the teacher's weights."""
     tokenizer: str
-    """Its fingerprint."""
+    """Fingerprint of the tokenizer."""
     vocab_size: int
     """V: rows of the teacher's embedding."""
     top_k: int
     temperature: float
     dtype: Dtype
     precision: Literal["float32", "bfloat16", "float64", "auto"]
-    """What the teacher computed in."""
+    """In which the teacher computed."""
     seed: int
-    """Of the run whose rows these are."""
+    """Seed of the run, which decides its rows."""
     data: dict[str, Any]
-    """That run's settings of data."""
+    """Data settings of the run that change its rows."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.top_k <= self.vocab_size:
             raise ConfigError(
                 f"--top-k {self.top_k} is not between 1 and the {self.vocab_size} ids of the "
-                "teacher.\n  16 to 64 keep nearly all of its probability."
+                "teacher.\n  16 to 64 keep nearly all of the probability."
             )
 
     @property
     def id_type(self) -> Literal["uint16", "uint32"]:
-        """The smallest that holds an id."""
+        """The smaller type that holds every id."""
         return "uint16" if self.vocab_size <= 1 << 16 else "uint32"
 
     @property
     def bytes_per_target(self) -> int:
-        """Of ids and logarithms. A row has 16 bytes more, a part a header of 400."""
+        """Of ids and logarithms; 16 bytes per row and 400 per part come on top."""
         number = np.dtype(self.dtype).itemsize
         return self.top_k * np.dtype(self.id_type).itemsize + (self.top_k + 1) * number
 
 
 class LogitStore:
-    """A store that is there, to read. Its parts are memory-mapped."""
+    """Reads a store. Its parts are memory-mapped."""
 
     def __init__(self, folder: Path) -> None:
         """Raises DataError if `folder` holds no store, or one of another version."""
         self.folder = folder
         if not is_store(folder):
             raise DataError(
-                f"There are no probabilities of a teacher in {folder}.\n"
+                f"{folder} holds no teacher probabilities.\n"
                 f"  Make them: switchworks prepare RECIPE --distil.store {folder}, with the flags "
                 "of the training."
             )
@@ -117,8 +117,23 @@ class LogitStore:
         self._open: dict[Path, Any] = {}
 
     @property
+    def path(self) -> str:
+        """Path of the teacher."""
+        return self.info.teacher
+
+    @property
+    def weights(self) -> str:
+        """Hash of the teacher's weights."""
+        return self.info.weights
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the teacher's embedding."""
+        return self.info.vocab_size
+
+    @property
     def num_rows(self) -> int:
-        """Rows of the run, from its first on, that are there without a gap."""
+        """Rows from the first on, without a gap."""
         return self._parts[-1][1] if self._parts else 0
 
     @property
@@ -127,17 +142,17 @@ class LogitStore:
 
     @property
     def num_bytes(self) -> int:
-        """On the disk."""
+        """Size on disk."""
         return sum(path.stat().st_size for path in self.folder.iterdir() if path.is_file())
 
-    def taught(self, rows: Sequence[int], batch: Batch) -> TeacherTargets:
+    def read(self, rows: Sequence[int], batch: Batch) -> TeacherTargets:
         """The teacher's probabilities for `batch`, whose rows have these consecutive numbers.
 
-        What stands at padding means nothing. Raises DataError for a row that is not in the store,
-        or not as it was.
+        Values at padding are meaningless. Raises DataError for a row that is not in the store, or
+        whose hash differs.
         """
         targets = batch.targets
-        hashes = hashes_of(batch)
+        hashes = row_hashes(batch)
         ids = torch.arange(self.info.top_k).expand(*targets.shape, -1).clone()
         logs = torch.zeros(*targets.shape, self.info.top_k + 1)
         place, first, last = 0, rows[0], rows[-1] + 1
@@ -145,7 +160,7 @@ class LogitStore:
             start, stop, path = self._part(first)
             stop = min(stop, last)
             count = stop - first
-            part = self._read(path, first - start, count, hashes[place : place + count], first)
+            part = self._read_part(path, first - start, count, hashes[place : place + count], first)
             real = targets[place : place + count].cpu() != 0
             ids[place : place + count][real] = part.ids
             logs[place : place + count][real] = part.logs
@@ -153,16 +168,16 @@ class LogitStore:
         device = targets.device
         return TeacherTargets(ids.to(device), logs.log_softmax(dim=-1).to(device))
 
-    def _read(
+    def _read_part(
         self, path: Path, place: int, count: int, hashes: np.ndarray, row: int
     ) -> "TeacherTargets":
-        """N k and N k+1 of `count` rows from the `place`-th of a part; their hashes must agree."""
+        """N k and N k+1 of `count` rows from row `place` of a part, whose hashes must agree."""
         file = self._file(path)
-        found = file.get_slice("hashes")[place : place + count]
-        if (other := np.flatnonzero(found != hashes)).size:
+        stored = file.get_slice("hashes")[place : place + count]
+        if (other := np.flatnonzero(stored != hashes)).size:
             raise DataError(
-                f"Row {row + int(other[0])} of the training is not the one that the teacher's "
-                f"probabilities in {self.folder} are for.\n"
+                f"Row {row + int(other[0])} of this run is not the row whose teacher probabilities "
+                f"are in {self.folder}.\n"
                 "  Its text, tokenizer, seed or row lengths have changed; make the store anew."
             )
         ends = file.get_slice("ends")
@@ -178,7 +193,7 @@ class LogitStore:
         if number < 0 or row >= self._parts[number][1]:
             raise DataError(
                 f"{self.folder} holds the teacher's probabilities for {self.num_rows:,} rows, and "
-                f"row {row:,} is wanted.\n  The command that made it goes on with more --steps."
+                f"row {row:,} is needed.\n  The command that made it continues with more --steps."
             )
         return self._parts[number]
 
@@ -195,17 +210,17 @@ class LogitStore:
 
 
 class LogitWriter:
-    """A store that grows, row after row."""
+    """Writes a store row by row, or continues one."""
 
     def __init__(self, folder: Path, info: StoreInfo) -> None:
-        """`folder` is begun, or gone on with. Raises ConfigError if it holds another store."""
+        """Raises ConfigError if `folder` holds other files, or a store with another `info`."""
         self.folder, self.info = folder, info
         if is_store(folder):
-            there = LogitStore(folder).info
-            if there != info:
+            stored = LogitStore(folder).info
+            if stored != info:
                 raise ConfigError(
                     f"{folder} holds other probabilities. They differ in:\n"
-                    + "".join(f"    {line}\n" for line in info_differences(there, info))
+                    + "".join(f"    {line}\n" for line in info_differences(stored, info))
                     + "  Choose another --distil.store, or delete that one."
                 )
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -217,25 +232,25 @@ class LogitWriter:
             atomic_write_json(folder / FILE, {"version": VERSION, **asdict(info)})
         parts = parts_in(folder)
         self.written = parts[-1][1] if parts else 0
-        """Rows on the disk."""
+        """Rows on disk."""
         self._rows: list[np.ndarray] = []
         self._ids: list[np.ndarray] = []
         self._logs: list[np.ndarray] = []
         self._counts: list[np.ndarray] = []
 
     def add(self, batch: Batch, logits: Float[Tensor, "B T V"]) -> None:
-        """The rows that come next, and the teacher's logits for them.
+        """Append the next rows, with the teacher's logits for them.
 
         Raises DataError if a logit is not finite.
         """
         real = batch.targets != 0
-        ids, logs = likeliest(logits[real], self.info.top_k, self.info.temperature)
+        ids, logs = top_log_probs(logits[real], self.info.top_k, self.info.temperature)
         if not bool(logs[:, 0].isfinite().all()):
             raise DataError(
                 f"The teacher's logits are not finite in {self.info.precision}.\n"
                 "  Try --precision float32."
             )
-        self._rows.append(hashes_of(batch))
+        self._rows.append(row_hashes(batch))
         self._ids.append(ids.cpu().numpy().astype(self.info.id_type))
         self._logs.append(logs.cpu().numpy().astype(self.info.dtype))
         self._counts.append(real.sum(dim=1).cpu().numpy())
@@ -243,7 +258,7 @@ class LogitWriter:
             self.flush()
 
     def flush(self) -> None:
-        """All rows so far are on the disk."""
+        """Write all rows so far to disk."""
         if not self._rows:
             return
         stop = self.written + sum(map(len, self._rows))
@@ -264,19 +279,19 @@ class LogitWriter:
             rows.clear()
 
 
-def likeliest(
+def top_log_probs(
     logits: Float[Tensor, "N V"], top_k: int, temperature: float
 ) -> tuple[Int[Tensor, "N k"], Float[Tensor, "N k1"]]:
-    """The `top_k` likeliest ids of each row, and the logarithms of their probabilities at this
-    temperature with, last, that of the mass of all others, which is that of 0 if there are none."""
-    wide = logits.float() / temperature
-    values, ids = wide.topk(top_k, dim=-1)
-    others = wide.scatter(-1, ids, float("-inf")).logsumexp(dim=-1, keepdim=True)
-    return ids, torch.cat([values, others], dim=-1) - wide.logsumexp(dim=-1, keepdim=True)
+    """The `top_k` most likely ids of each row, and their log-probabilities at this temperature; in
+    the last column that of all other ids together, -inf if there are none."""
+    scaled = logits.float() / temperature
+    values, ids = scaled.topk(top_k, dim=-1)
+    others = scaled.scatter(-1, ids, float("-inf")).logsumexp(dim=-1, keepdim=True)
+    return ids, torch.cat([values, others], dim=-1) - scaled.logsumexp(dim=-1, keepdim=True)
 
 
-def hashes_of(batch: Batch) -> np.ndarray:
-    """A number for each row: of its inputs, targets and segments."""
+def row_hashes(batch: Batch) -> np.ndarray:
+    """A 64-bit hash of each row's inputs, targets and segments."""
     parts = [batch.inputs, batch.targets, batch.input_segments, batch.target_segments]
     columns = [part.cpu().numpy().astype("<i8") for part in parts if part is not None]
     widths = np.array([len(columns), *(column.shape[1] for column in columns)], "<i8").tobytes()
@@ -295,12 +310,12 @@ def hashes_of(batch: Batch) -> np.ndarray:
 
 
 def is_store(folder: Path) -> bool:
-    """Whether `folder` holds probabilities of a teacher, or is about to."""
+    """Whether `folder` is a store, perhaps still without rows."""
     return (folder / FILE).is_file()
 
 
 def parts_in(folder: Path) -> list[tuple[int, int, Path]]:
-    """(first row, row after the last, file) of the parts of a store that follow without a gap."""
+    """(first row, row after the last, file) of each part, up to the first gap."""
     parts: list[tuple[int, int, Path]] = []
     for path in sorted(folder.glob("rows-*.safetensors")):
         _, start, stop = path.stem.split("-")
@@ -310,9 +325,9 @@ def parts_in(folder: Path) -> list[tuple[int, int, Path]]:
     return parts
 
 
-def info_differences(there: StoreInfo, here: StoreInfo) -> list[str]:
-    """A line for each value in which two stores differ, settings of the text one by one."""
-    left, right = _flat(there), _flat(here)
+def info_differences(stored: StoreInfo, here: StoreInfo) -> list[str]:
+    """One line per differing value; data settings one by one."""
+    left, right = _flat(stored), _flat(here)
     return [
         f"{name}: {left.get(name)} there, {right.get(name)} here"
         for name in sorted(left.keys() | right.keys())

@@ -5,7 +5,7 @@ from typing import Any
 from switchworks.adapt import Shares, shares
 from switchworks.model import active_parameters, flops_per_sequence, flops_per_token, num_parameters
 from switchworks.plan.weights import parameters_per_rank
-from switchworks.training import Experiment, machine
+from switchworks.training import Experiment
 
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 
@@ -16,6 +16,7 @@ def explain_experiment(experiment: Experiment) -> dict[str, Any]:
     FLOPs per token and sequence are those of the forward pass, counted as in the paper's Table 9;
     a training step takes three times as many. Bytes are those of one rank.
     """
+    experiment = experiment.resolved("bfloat16")  # "auto" is, on machines that are good at it
     model, data = experiment.model, experiment.data
     counts = shares(model, experiment.freeze, experiment.lora)
     per_token = flops_per_token(model, data.input_length, data.target_length)
@@ -31,7 +32,7 @@ def explain_experiment(experiment: Experiment) -> dict[str, Any]:
         "tokens_per_step": tokens,
         "training_flops_per_step": 3 * per_token * tokens,
         "steps": experiment.steps,
-        "training_tokens": experiment.steps * tokens,
+        "training_tokens": experiment.num_steps * tokens,
         "mesh": {
             "data": experiment.mesh.data,
             "expert": experiment.mesh.expert,
@@ -50,8 +51,8 @@ def memory(experiment: Experiment, counts: Shares) -> dict[str, int]:
     Frozen weights have no gradients and no optimizer state; under bfloat16 they keep their masters,
     so that a run exports them as they were. With `update_in_backward` no gradients stay.
     """
-    precision, optim = experiment.precision, experiment.optim
-    compute = _BYTES[machine.fastest_precision() if precision == "auto" else precision]
+    optim = experiment.optim
+    compute = _BYTES[experiment.precision]
     moments = {"adamw": 2, "muon": 1}.get(optim.name, int(optim.betas[0] > 0))
     share = parameters_per_rank(experiment) / num_parameters(experiment.model)
     parameters, trainable = round(counts.parameters * share), round(counts.trainable * share)

@@ -215,9 +215,7 @@ def search_figures(candidates: list[Candidate]) -> list[dict[str, Any]]:
 
 def _resolved(experiment: Experiment) -> Experiment:
     """Machines are described in bfloat16, which is what "auto" means on all of them."""
-    if experiment.precision == "auto":
-        return replace(experiment, precision="bfloat16")
-    return experiment
+    return experiment.resolved("bfloat16")
 
 
 def _check_mesh(experiment: Experiment) -> None:

@@ -29,7 +29,7 @@ class WeightShards(NamedTuple):
 
 def shards_of_rank(experiment: Experiment) -> list[WeightShards]:
     """The shards of every weight of the model, in the model's order."""
-    precision = "bfloat16" if experiment.precision == "auto" else experiment.precision
+    precision = experiment.resolved("bfloat16").precision
     with torch.device("meta"):
         model = SwitchTransformer(experiment.model)
     cast_for_compute(model, getattr(torch, precision))

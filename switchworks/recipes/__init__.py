@@ -1,7 +1,7 @@
-"""Recipes: functions that return a complete Experiment.
+"""Recipes: functions that return a complete Experiment, the same on every machine.
 
-A recipe's docstring says what it is, what it needs, and what was measured or that nothing was.
-The name of a size (`sizes.py`) is a recipe too: that model, trained as its paper did.
+A recipe's docstring says what it trains, what it needs, and what was measured, or that nothing was.
+The name of a size (`sizes.py`) is a recipe too: that model, trained as in its paper.
 """
 
 import importlib
@@ -16,8 +16,8 @@ from switchworks.recipes.sizes import MT5, SIZES
 from switchworks.training import Experiment
 
 Recipe = Callable[..., Experiment]
-"""Called without arguments, or with `init=` where it has a parameter of that name: the model that
-a run begins with."""
+"""Called without arguments, or with `init=`, the model a run starts from, if it has that parameter.
+"""
 
 GROUPS: dict[str, tuple[Recipe, ...]] = {
     "On this machine": (
@@ -55,10 +55,9 @@ RECIPES: dict[str, Recipe] = {
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe called `name`, that of the size `name`, or the function behind `module:function`.
+    """The recipe or size called `name`, or the function that `module:function` names.
 
-    A size may be spelled as its checkpoint is: switch-base-8. Raises ConfigError with the names
-    there are.
+    A size may be spelled like its checkpoint: switch-base-8. Raises ConfigError with all names.
     """
     if name in RECIPES:
         return RECIPES[name]
@@ -72,32 +71,32 @@ def find_recipe(name: str) -> Recipe:
             "  Names of sizes are recipes too; `switchworks recipes` lists them.\n"
             "  Your own: module:function, a function that returns an Experiment."
         )
-    if (here := str(Path.cwd())) not in sys.path:  # a program's own folder is, the user's is not
+    if (here := str(Path.cwd())) not in sys.path:  # as `python` does, and installed commands do not
         sys.path.insert(0, here)
     try:
         recipe = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
             f"The recipe {name!r} cannot be imported: {error}.\n"
-            f"  It is sought in {here} and among installed packages."
+            f"  Searched: {here} and the installed packages."
         ) from error
     return _checked(name, recipe)
 
 
 def _checked(name: str, recipe: Callable[..., object]) -> Recipe:
-    """`recipe`, whose answer is an Experiment or an error in plain words."""
+    """`recipe`, with a ConfigError if it cannot be called or returns something else."""
 
     @wraps(recipe)
-    def experiment(**given: object) -> Experiment:
+    def checked(**arguments: object) -> Experiment:
         try:
-            found = recipe(**given)
+            result = recipe(**arguments)
         except TypeError as error:
             raise ConfigError(f"The recipe {name!r} cannot be called: {error}.") from error
-        if not isinstance(found, Experiment):
-            kind = type(found).__name__
+        if not isinstance(result, Experiment):
+            kind = type(result).__name__
             raise ConfigError(
                 f"The recipe {name!r} returned {kind}, not a switchworks.training.Experiment."
             )
-        return found
+        return result
 
-    return experiment
+    return checked

@@ -1,4 +1,4 @@
-"""Fine-tuning: a trained model of whatever shape on other text, with the paper's dropout."""
+"""Fine-tuning: a trained model of any shape on other text or tasks, with the paper's dropout."""
 
 import math
 from dataclasses import replace
@@ -11,16 +11,16 @@ from switchworks.recipes.quickstart import quickstart
 from switchworks.training import BestConfig, Experiment, settings_in
 
 ROWS = 64
-"""Rows of a batch, or the next multiple of the model's routing groups."""
+"""Rows per batch, rounded up to a multiple of the model's routing groups."""
 
 
 def finetune(init: Path | str | None = None) -> Experiment:
     """A trained model on your own text: --init MODEL --data.path TEXT. Not yet run at full length.
 
-    Section 4.1: dropout 0.1, and 0.4 inside experts; the best of the validations becomes the model.
-    The paper names no learning rate: T5's constant 1e-3, here after a warm-up. It ran 16,000 steps
-    of 2^20 tokens and validated every 200. Model, tokenizer and row lengths are those of `init`, a
-    run or model directory; without one those of `quickstart`.
+    Section 4.1: dropout 0.1, and 0.4 inside experts; the best validated weights become the model.
+    The paper trained for 16,000 steps of 2^20 tokens and validated every 200; it names no learning
+    rate, so this is T5's constant 1e-3, after a warm-up. Model, tokenizer and row lengths are those
+    of `init`, a run or model directory; without one those of `quickstart`.
     """
     model = quickstart().model if init is None else stored_config(init)
     routing = model.routing and replace(model.routing, expert_dropout=0.4)
@@ -42,8 +42,8 @@ def finetune(init: Path | str | None = None) -> Experiment:
 
 
 def text_of(path: Path) -> DataConfig:
-    """The text, and the rows, that the model in `path` was trained on; of a model that is in no run
-    the rows of its kind."""
+    """Text and row settings that the model in `path` was trained with; outside a run directory the
+    defaults for its architecture."""
     run = settings_in(path)
     if run is not None:
         return run.data
@@ -53,19 +53,19 @@ def text_of(path: Path) -> DataConfig:
 
 
 def _rows_of(init: Path | str | None) -> DataConfig:
-    """Rows as `init` was trained on, read with its tokenizer, of any text."""
+    """The row settings and the tokenizer of `init`, without its text."""
     if init is None:
         return quickstart().data
-    theirs = text_of(Path(init))
-    lengths = theirs.input_length, theirs.target_length
-    if theirs.objective == "causal":  # of tasks it may have inputs, of text it has none
+    data = text_of(Path(init))
+    lengths = data.input_length, data.target_length
+    if data.objective == "causal":  # a model trained on tasks may have prompts; plain text has none
         lengths = 0, sum(lengths)
     return DataConfig(
         tokenizer=str(init),
-        objective=theirs.objective,
+        objective=data.objective,
         input_length=lengths[0],
         target_length=lengths[1],
-        noise_density=theirs.noise_density,
-        mean_span=theirs.mean_span,
-        packing=theirs.packing,
+        noise_density=data.noise_density,
+        mean_span=data.mean_span,
+        packing=data.packing,
     )

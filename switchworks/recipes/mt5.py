@@ -7,11 +7,11 @@ from switchworks.training import Experiment
 
 
 def on_own_text(name: str, model: ModelConfig) -> Experiment:
-    """`model` as mT5 was trained: rows of 1024, 2^20 tokens a batch, a million steps.
+    """`model` as mT5 was trained: rows of 1024, 2^20 tokens per batch, a million steps.
 
-    --data.path takes the text and --data.tokenizer mT5's `spiece.model`. Several languages, drawn
-    by size ** 0.3 as mT5 did: --data.path none --data.mixture en=texts/en de=texts/de. mT5 took
-    documents for size: --data.mixture-by documents. Not yet run end to end.
+    --data.path is the text and --data.tokenizer mT5's `spiece.model`. For several languages,
+    sampled in proportion to size ** 0.3: --data.path none --data.mixture en=texts/en de=texts/de.
+    mT5 measured size in documents: --data.mixture-by documents. Not yet run end to end.
     """
     return Experiment(
         name=name,

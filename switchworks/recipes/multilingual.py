@@ -8,12 +8,12 @@ from switchworks.training import Experiment
 
 
 def multilingual() -> Experiment:
-    """`quickstart` over the hundred languages of `catalogs`: half an hour a thread.
+    """`quickstart` over the hundred languages of `catalogs`: half an hour on one thread.
 
-    Languages are drawn by tokens ** 0.3, as mT5 drew them. The vocabulary is twice quickstart's,
-    as it serves some twenty scripts, and a tenth of the messages is held out, as the corpus is
-    small. Needs Django and Sphinx, and is worth it with Gramps, without which there is too little
-    text to train on for long: pip install 'switchworks[more-languages]'.
+    Languages are sampled in proportion to tokens ** 0.3, as for mT5. The vocabulary is twice that
+    of quickstart, for some twenty scripts, and a tenth of the messages is held out, since the
+    corpus is small. Needs Django and Sphinx; without Gramps there is little text per language:
+    pip install 'switchworks[more-languages]'.
     """
     small = quickstart()
     return replace(

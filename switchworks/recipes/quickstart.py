@@ -1,7 +1,7 @@
-"""Models one small machine can train, on the English every installation carries, or on own text.
+"""Models that one small machine can train, on the embedded English corpus or on your own text.
 
-Each switch model has a dense twin: the same but for its experts, so the same FLOPs per token,
-the same tokens in the same order, and the same first values where they share parameters.
+Each switch model has a dense twin, which differs in nothing but experts: the same FLOPs per token,
+the same tokens in the same order, and the same initial values of the parameters they share.
 """
 
 from dataclasses import replace
@@ -10,23 +10,23 @@ from switchworks.data import DataConfig
 from switchworks.distil import DistilConfig
 from switchworks.model import ModelConfig, RoutingConfig
 from switchworks.optim import OptimConfig
-from switchworks.training import Experiment, machine
+from switchworks.training import Experiment
 
 
 def quickstart() -> Experiment:
     """A Switch Transformer of 11M parameters on python_docs: minutes on two cores.
 
-    Small, because in minutes a small model that sees many tokens learns more than a large one
-    that sees few; and with short rows, because in long ones attention takes longer to find out
-    what is near a hole (4.17 nats after 500 steps with 64 inputs a row and 4.58 with 256, before
-    what follows; now 3.83). For the same reason attention starts aligned and relative biases move
-    faster than in T5.
-    1000 steps where the machine multiplies bfloat16 fast, 550 where it does not: up to six minutes
-    in both cases. experiments/ has the numbers, and how the rate was chosen.
+    Small, because in minutes a small model that reads many tokens learns more than a large one
+    that reads few. Short rows, because in long ones attention takes more steps to learn what is
+    near a masked span: after 500 steps 4.17 nats with 64 inputs a row and 4.58 with 256. For the
+    same reason attention is initialised aligned and relative biases have a higher learning rate
+    than in T5; with both, 3.83. 1000 steps in bfloat16, 550 in float32: up to six minutes either
+    way. experiments/ has the figures, and how the rate was chosen.
     """
     return Experiment(
         name="quickstart",
-        steps=1000 if machine.fastest_precision() == "bfloat16" else 550,
+        steps="auto",
+        auto_steps=(1000, 550),
         batch_size=64,
         precision="auto",
         model=ModelConfig(
@@ -66,14 +66,14 @@ def quickstart_dense() -> Experiment:
 def quickstart_lm() -> Experiment:
     """`quickstart`'s decoder alone, a language model of 6M parameters. Not yet run end to end.
 
-    As many positions a step, each of them predicted. A position costs 1.4 times as much, as the
-    output covers all of them, so there are 0.7 times the steps: the same FLOPs in all.
+    As many positions per step as `quickstart`, all of them predicted, which makes a position 1.4
+    times as expensive; so 0.7 times the steps, and the same FLOPs in all.
     """
     pair = quickstart()
     return replace(
         pair,
         name="quickstart_lm",
-        steps=pair.steps * 7 // 10,
+        auto_steps=tuple(steps * 7 // 10 for steps in pair.auto_steps),
         model=replace(pair.model, decoder_only=True),
         data=DataConfig(objective="causal", input_length=0, target_length=78),
     )
@@ -87,10 +87,10 @@ def quickstart_lm_dense() -> Experiment:
 def speedup() -> Experiment:
     """A language model with 8 experts in every block, to measure how many steps sparsity saves.
 
-    Smaller than `quickstart_lm`, so that within minutes a thread reads enough text for parameters
-    to be what is short: each token uses 0.62M of 1.1M. A causal model, because all 78 tokens of a
-    row are predicted, and not the 14 that span corruption asks for: the encoder-decoder pair is
-    still level at this length. experiments/ has the figures.
+    Smaller than `quickstart_lm`, so that within minutes on one thread the number of parameters, and
+    not of tokens, limits the loss: each token uses 0.62M of 1.1M. Causal, because all 78 tokens of
+    a row are predicted instead of the 14 of span corruption: after as many steps the
+    encoder-decoder pair is still level. experiments/ has the figures.
     """
     pair = quickstart_lm()
     shape = replace(pair.model, d_model=64, d_ff=256, d_kv=16, num_layers=2)
@@ -107,16 +107,16 @@ def speedup() -> Experiment:
 
 
 def speedup_dense() -> Experiment:
-    """The dense twin of `speedup`. Tried by itself, the same rate is best for it."""
+    """The dense twin of `speedup`. Tuned separately, its best learning rate is the same."""
     return dense_twin(speedup())
 
 
 def distil() -> Experiment:
-    """`quickstart_dense` taught by a finished `quickstart`, in runs/quickstart or --distil.teacher.
+    """`quickstart_dense` distilled from a finished `quickstart`: runs/quickstart, --distil.teacher.
 
-    Section 4.2: a quarter of the loss is the teacher's, and the student begins with the teacher's
-    weights outside the switch layers. Not yet run end to end at full length. A step takes a third
-    more FLOPs than one of `quickstart_dense`: the teacher's forward pass.
+    Section 4.2: a quarter of the loss is with the teacher's probabilities, and the student starts
+    from the teacher's weights outside the switch layers. A step takes a third more FLOPs than one
+    of `quickstart_dense`, for the teacher's forward pass. Not yet run end to end at full length.
     """
     return replace(
         quickstart_dense(), name="distil", distil=DistilConfig(teacher="runs/quickstart")
@@ -130,5 +130,5 @@ def text_folder() -> Experiment:
 
 
 def dense_twin(sparse: Experiment) -> Experiment:
-    """`sparse` with a dense FFN in place of every switch layer."""
+    """`sparse` with a dense FFN in place of each switch layer."""
     return replace(sparse, name=f"{sparse.name}_dense", model=replace(sparse.model, routing=None))

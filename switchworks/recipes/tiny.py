@@ -7,7 +7,7 @@ from switchworks.training import Experiment
 
 
 def tiny() -> Experiment:
-    """0.2M parameters, 4 experts, bytes as tokens, 20 steps. It learns nothing worth reading."""
+    """0.2M parameters, 4 experts, bytes as tokens, 20 steps. Too small to learn anything useful."""
     return Experiment(
         name="tiny",
         steps=20,

@@ -1,4 +1,4 @@
-"""Training: Experiment, one step, one loop, hooks, and the run that ties them together."""
+"""Training: Experiment, step, loop, hooks, loggers, and `train`, which ties them together."""
 
 import lazy_loader
 

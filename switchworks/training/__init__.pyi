@@ -1,11 +1,14 @@
+from .distillation import precompute_teacher as precompute_teacher
 from .experiment import BestConfig as BestConfig
 from .experiment import Experiment as Experiment
 from .experiment import MeshConfig as MeshConfig
+from .loggers.logger import LOGGERS as LOGGERS
+from .loggers.logger import Logger as Logger
+from .loggers.logger import RunInfo as RunInfo
+from .loop import Hook as Hook
 from .loop import LostContactError as LostContactError
 from .machine import give_back_memory as give_back_memory
 from .machine import keep_freed_memory as keep_freed_memory
-from .resolve import resolve_precision as resolve_precision
-from .resolve import resolve_vocabulary as resolve_vocabulary
 from .run import Interrupted as Interrupted
 from .run import train as train
 from .run_directory import settings_in as settings_in
@@ -15,5 +18,5 @@ from .state import cast_for_compute as cast_for_compute
 from .state import spread_model as spread_model
 from .state import state_of as state_of
 from .step import DivergenceError as DivergenceError
-from .step import forward as forward
+from .step import StepResult as StepResult
 from .step import train_step as train_step

@@ -1,4 +1,4 @@
-"""Experiment: everything that decides how a run comes out, in one frozen object."""
+"""Experiment: every setting that decides the result of a run, in one frozen object."""
 
 import math
 import re
@@ -16,21 +16,20 @@ from switchworks.parallel import MeshConfig
 
 @dataclass(frozen=True, kw_only=True)
 class BestConfig:
-    """Which of the weights that a run passes through become its model, and when it has enough."""
+    """Which weights of a run become its model, and when it stops early."""
 
     metric: str = "auto"
-    """Any number in metrics.jsonl: val/loss, val/loss/CORPUS, task/NAME/accuracy. auto: where
-    tasks are measured (data.tasks) task/mean, or the benchmark's average if they are "glue" or
-    "super_glue"; else val/loss. Averages of training (train/...) begin
-    anew when a run is resumed; the others do not know of it."""
+    """Any number in metrics.jsonl: val/loss, val/loss/CORPUS, task/NAME/accuracy. auto: task/mean
+    where tasks are evaluated (data.tasks), or the benchmark's average if they are "glue" or
+    "super_glue"; else val/loss. Averages over training steps (train/...) start afresh when a run is
+    resumed, the others do not."""
     mode: Literal["auto", "min", "max"] = "auto"
-    """Whether the least or the greatest is the best. auto: the least of a loss or perplexity, the
-    greatest of the metrics of tasks (task/...); of anything else it has to be said."""
+    """Whether lower or higher is better. auto: lower for a loss or perplexity, higher for metrics
+    of tasks (task/...); any other metric needs min or max."""
     patience: int = 0
-    """The run ends when the metric was measured this many times in a row and was no better. 0: it
-    goes on to its last step."""
+    """Stop after this many measurements in a row that were no better. 0: never."""
     min_delta: float = 0.0
-    """Better means by more than this."""
+    """Improvements up to this size do not count."""
 
     def __post_init__(self) -> None:
         if self.patience < 0 or not self.min_delta >= 0:
@@ -41,12 +40,12 @@ class BestConfig:
         known = re.search("^auto$|loss|perplexity|^task/", self.metric)
         if self.mode == "auto" and not known:
             raise ConfigError(
-                f"best.metric = {self.metric}: is more of it better, or less?\n"
+                f"best.metric = {self.metric}: is higher better, or lower?\n"
                 "  Say --best.mode max or --best.mode min."
             )
 
-    def chosen(self, *, tasks: tuple[str, ...]) -> "BestConfig":
-        """The same with a metric that has a name; `tasks` are those that are measured."""
+    def resolved(self, *, tasks: tuple[str, ...]) -> "BestConfig":
+        """The same with a metric in place of "auto"; `tasks` are those that are evaluated."""
         if self.metric != "auto":
             return self
         if tasks in (("glue",), ("super_glue",)):
@@ -55,7 +54,7 @@ class BestConfig:
 
     @property
     def direction(self) -> Literal["min", "max"]:
-        """Which way is better."""
+        """Whether lower or higher is better."""
         if self.mode != "auto":
             return self.mode
         return "max" if self.metric.startswith("task/") else "min"
@@ -66,72 +65,79 @@ class Experiment:
     """A complete training run. Recipes return one; `train` runs it; `experiment.toml` keeps it."""
 
     name: str
-    steps: int
-    """Optimizer steps."""
+    steps: int | Literal["auto"]
+    """Optimizer steps. auto: as many as `auto_steps` says."""
     batch_size: int
     """Sequences per optimizer step, over all ranks and micro-batches."""
+    auto_steps: tuple[int, ...] = ()
+    """Two numbers for steps = "auto": the steps in bfloat16, and in any other precision."""
     seed: int = 0
-    """Decides first values, data order, masks, jitter and dropout."""
+    """Decides initial weights, data order, masks, jitter and dropout."""
     micro_batches: int = 1
-    """Parts a batch is cut into, whose gradients are added before one optimizer step."""
+    """Equal parts of a batch, whose gradients are accumulated before one optimizer step."""
     precision: Literal["float32", "bfloat16", "float64", "auto"] = "float32"
     """bfloat16 computes with bfloat16 weights and keeps float32 masters; routers stay float32.
-    float64 is for checking that two ways to compute the same agree.
-    auto takes whichever this machine multiplies faster, once, when the run begins."""
-    kernels: Literal["reference", "fast"] = "reference"
-    """fast: attention, norms, experts and look-ups by `switchworks.kernels`, which compute the same
-    within rounding and keep less memory. On a CPU jitter and dropout inside experts are other
-    numbers of the same distribution. docs/speed.md says what has been measured."""
+    float64 is for checking that two implementations agree. auto: bfloat16 where matrix products in
+    it are faster, else float32; measured when the run starts, and kept when it is resumed."""
+    kernels: Literal["auto", "reference", "fast"] = "auto"
+    """fast: attention, norms, experts and look-ups by `switchworks.fast`, equal within rounding and
+    with less memory. On a CPU jitter and dropout inside experts are other numbers of the same
+    distribution. auto: fast where docs/speed.md has it faster for the device and precision."""
     activation_checkpointing: bool = False
-    """Keep only each block's input and its routing, and compute the rest again in the backward
+    """Keep only the input and the routing of each block, and recompute the rest in the backward
     pass: less memory for about a third more time. The result is the same."""
     update_in_backward: bool = False
-    """Move each weight in the backward pass, once its gradient is there, and drop the gradient: a
-    model's worth of memory less. For one micro-batch on one rank and without optim.clip_norm. The
-    result is the same; but where a gradient is not finite, some weights have moved already."""
+    """Update each weight in the backward pass as soon as its gradient is complete, and free the
+    gradient: saves the memory of all gradients. For one micro-batch on one rank and without
+    optim.clip_norm. The result is the same; but when a gradient is not finite, some weights have
+    been updated already."""
     compile: bool = False
-    """Compile forward and backward of a step into one graph each (torch.compile). Starting takes a
-    minute or more; docs/speed.md says when that pays. Noise is drawn by other code, so dropout
-    and jitter are other numbers than without."""
+    """Compile forward and backward of a step into one graph each (torch.compile). Compiling takes a
+    minute or more; docs/speed.md says when that pays. Dropout and jitter are other random numbers
+    than without."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distil: DistilConfig | None = None
-    """A teacher the model learns from beside the text. None: there is no teacher."""
+    """Distillation from a teacher. None: there is no teacher."""
     freeze: tuple[str, ...] = ()
-    """Parameters that stay as they are: kinds (experts, routers, attention, ffn, norms, embeddings)
-    and patterns over names (decoder.*), or what alone is trained (all-but-experts)."""
+    """Parameters that are not trained: kinds (experts, routers, attention, ffn, norms, embeddings),
+    patterns over names (decoder.*), or all but one kind (all-but-experts)."""
     lora: LoraConfig | None = None
-    """Adapters that are trained in the model's place. None: there are none."""
+    """Adapters, trained in place of the model's weights. None: there are none."""
     best: BestConfig | None = None
-    """Keep the best weights and make them the model. None: the model is that of the last step."""
+    """Export the best weights as the model. None: the model is that of the last step."""
 
+    log: tuple[str, ...] = ("tensorboard",)
+    """Loggers beside metrics.jsonl, which is always written: tensorboard, trackio, wandb, mlflow,
+    or your own as module:class. none: no other."""
     log_every: int = 10
-    """Steps between two lines of progress. 0 means never, here and below."""
+    """Steps between two progress lines. 0 means never, here and below."""
     validate_every: int = 200
-    """The last step is always validated, unless this is 0."""
+    """Steps between two validations. The last step is always validated, unless this is 0."""
     validation_batches: int = 8
-    """Of a mixture, shared out over its corpora; each has one at least."""
+    """Divided among the corpora of a mixture, at least one each."""
     evaluate_every: int = 200
-    """Steps between two measurements of the metrics of data.tasks, also after the last step."""
+    """Steps between two evaluations of data.tasks, also after the last step."""
     evaluate_examples: int = 256
-    """Validation examples of each task that are answered then, evenly spread. 0: all."""
+    """Validation examples of each task for that, evenly spread. 0: all."""
     sample_every: int = 0
     """Steps between two sets of held-out texts filled in or, by a decoder-only model, continued;
     also after the last step."""
     checkpoint_every: int = 500
-    """The last step always has a checkpoint, and so has one that a signal ended."""
+    """Steps between two checkpoints. The last step and an interrupted one are always saved."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept. 0 keeps all."""
     async_checkpoints: bool = False
-    """Train on while a checkpoint is written, from a copy of the state in the host's memory."""
+    """Train on while a checkpoint is written, from a copy of the state in host memory."""
     threads: int = 0
-    """CPU threads. 0: as many as torch finds fit."""
+    """CPU threads. 0: torch's default."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, "", 1, "steps", "batch_size", "micro_batches")
+        self._check_steps()
+        check_at_least(self, "", 1, "batch_size", "micro_batches")
         check_at_least(self, "", 0, *_CADENCES)
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed = {self.seed} must lie between 0 and {2**32 - 1}.")
@@ -140,8 +146,7 @@ class Experiment:
                 f"freeze = {' '.join(self.freeze)} beside lora, which freezes all of the model.\n"
                 "  Leave --freeze out; --lora.also-train names what is trained beside the adapters."
             )
-        self._check_compile()
-        self._check_update()
+        self._check_switches()
         self._check_best()
         self._check_objective()
         self._check_distil()
@@ -149,58 +154,89 @@ class Experiment:
         self._check_groups()
 
     @property
+    def num_steps(self) -> int:
+        """`steps` of an experiment in which it is a number, as in any that `resolved` returns."""
+        assert self.steps != "auto", "resolve it first"
+        return self.steps
+
+    def resolved(self, precision: Literal["float32", "bfloat16"]) -> "Experiment":
+        """The same with `precision` in place of "auto", and with the number of steps for it."""
+        chosen = precision if self.precision == "auto" else self.precision
+        steps = self.steps
+        if steps == "auto":
+            steps = self.auto_steps[0 if chosen == "bfloat16" else 1]
+        return replace(self, precision=chosen, steps=steps)
+
+    @property
     def micro_batch_size(self) -> int:
-        """Rows a rank computes at once."""
+        """Rows per forward pass of a rank."""
         return self.batch_size // (self.micro_batches * self.mesh.batch)
 
     @property
-    def chosen_best(self) -> BestConfig | None:
-        """`best` with a metric that has a name."""
-        measured = self.data.tasks if self.evaluate_every else ()
-        return self.best and self.best.chosen(tasks=measured)
+    def resolved_best(self) -> BestConfig | None:
+        """`best` with a metric in place of "auto"."""
+        tasks = self.data.tasks if self.evaluate_every else ()
+        return self.best and self.best.resolved(tasks=tasks)
 
     @property
     def group_tokens(self) -> dict[str, int]:
-        """Tokens that compete for the same slots, in the layers of each stack there is."""
+        """Tokens per routing group in the layers of each stack."""
         rows = 1 if self.model.routing is None else self.model.routing.group_sequences
         inputs, targets = rows * self.data.input_length, rows * self.data.target_length
         if self.model.decoder_only:  # one text: the prompt, if there is one, and the target
             return {"decoder": inputs + targets}
         return {"encoder": inputs, "decoder": targets}
 
-    def _check_compile(self) -> None:
-        routing, mesh = self.model.routing, self.mesh
-        apart = {
-            "kernels = 'fast'": self.kernels == "fast",
-            "activation_checkpointing": self.activation_checkpointing,
-            "routing without a limit": routing is not None
-            and None in (routing.capacity(n, training=True) for n in self.group_tokens.values()),
-            "routing.strategy = 'expert_choice'": routing is not None
-            and routing.strategy == "expert_choice",
-            f"a mesh of {mesh.size} ranks": mesh.size > 1,
-        }
-        found = [what for what, there in apart.items() if there]
-        if self.compile and found:
-            raise ConfigError(
-                f"compile beside {', '.join(found)}: a step must be one graph of known shapes.\n"
-                "  Leave out --compile or that."
-            )
+    def _refusals(self) -> dict[str, tuple[str, dict[str, bool]]]:
+        """Switch -> why it is exclusive, and the settings it excludes -> whether they are on.
 
-    def _check_update(self) -> None:
-        apart = {
-            f"micro_batches = {self.micro_batches}": self.micro_batches > 1,
-            f"optim.clip_norm = {self.optim.clip_norm}": self.optim.clip_norm is not None,
-            f"a mesh of {self.mesh.size} ranks": self.mesh.size > 1,
+        Every pair of switches that is not listed here composes.
+        """
+        routing, mesh = self.model.routing, self.mesh
+        sparse = [] if routing is None else list(self.group_tokens.values())
+        return {
+            "compile": (
+                "a step must be one graph of known shapes",
+                {
+                    "kernels = 'fast'": self.kernels == "fast",
+                    "activation_checkpointing": self.activation_checkpointing,
+                    "routing without a limit": routing is not None
+                    and None in (routing.capacity(tokens, training=True) for tokens in sparse),
+                    "routing.strategy = 'expert_choice'": routing is not None
+                    and routing.strategy == "expert_choice",
+                    f"a mesh of {mesh.size} ranks": mesh.size > 1,
+                },
+            ),
+            "update_in_backward": (
+                "all gradients must be complete before a weight is updated",
+                {
+                    f"micro_batches = {self.micro_batches}": self.micro_batches > 1,
+                    f"optim.clip_norm = {self.optim.clip_norm}": self.optim.clip_norm is not None,
+                    f"a mesh of {mesh.size} ranks": mesh.size > 1,
+                },
+            ),
         }
-        found = [what for what, there in apart.items() if there]
-        if self.update_in_backward and found:
+
+    def _check_switches(self) -> None:
+        for switch, (reason, excluded) in self._refusals().items():
+            conflicts = [setting for setting, is_on in excluded.items() if is_on]
+            if getattr(self, switch) and conflicts:
+                raise ConfigError(
+                    f"{switch} beside {', '.join(conflicts)}: {reason}.\n"
+                    f"  Leave out --{switch.replace('_', '-')} or that."
+                )
+
+    def _check_steps(self) -> None:
+        if self.steps != "auto":
+            check_at_least(self, "", 1, "steps")
+        elif len(self.auto_steps) != 2 or min(self.auto_steps) < 1:
             raise ConfigError(
-                f"update_in_backward beside {', '.join(found)}: all gradients have to be there "
-                "before a weight moves.\n  Leave out --update-in-backward or that."
+                f"steps = 'auto' needs two numbers of 1 or more in auto_steps, not "
+                f"{self.auto_steps}.\n  Set --steps to a number."
             )
 
     def _check_best(self) -> None:
-        best = self.chosen_best
+        best = self.resolved_best
         metric = "" if best is None else best.metric
         if metric.startswith("val/") and not self.validate_every:
             raise ConfigError(
@@ -225,23 +261,23 @@ class Experiment:
             )
         if causal and not self.model.decoder_only:
             raise ConfigError(
-                "data.objective = 'causal' gives an encoder nothing to read.\n"
+                "data.objective = 'causal' leaves the encoder without input.\n"
                 "  Set --model.decoder-only, or --data.objective span_corruption."
             )
 
     def _check_distil(self) -> None:
         if self.distil and self.distil.ffn != "fresh" and self.model.routing is not None:
             raise ConfigError(
-                f"distil.ffn = {self.distil.ffn} makes dense FFNs of the teacher's experts, and "
-                "the student has experts of its own.\n"
-                "  Leave it out, or teach a dense model: --routing none."
+                f"distil.ffn = {self.distil.ffn} turns the teacher's experts into dense FFNs, and "
+                "this student has experts.\n"
+                "  Leave it out, or distil into a dense model: --routing none."
             )
 
     def _check_rows(self) -> None:
         parts = self.micro_batches * self.mesh.batch
         if self.batch_size % parts:
             raise ConfigError(
-                f"batch_size = {self.batch_size} rows cannot be cut into {parts} equal parts\n"
+                f"batch_size = {self.batch_size} rows cannot be divided into {parts} equal parts\n"
                 f"  (micro_batches x mesh.data x mesh.expert).\n"
                 f"  Use {math.ceil(self.batch_size / parts) * parts}, or fewer parts."
             )
@@ -253,20 +289,20 @@ class Experiment:
         rows = routing.group_sequences
         if self.micro_batch_size % rows:
             raise ConfigError(
-                f"{self.micro_batch_size} rows computed at once are not a whole number of routing "
+                f"{self.micro_batch_size} rows per forward pass are not a whole number of routing "
                 f"groups of {rows} rows.\n  Set routing.group_sequences to a divisor of "
                 f"{self.micro_batch_size}, or change batch_size or micro_batches."
             )
-        for where, tokens in self.group_tokens.items():
+        for stack, tokens in self.group_tokens.items():
             if not tokens:
                 raise ConfigError(
-                    f"data.input_length = {self.data.input_length} leaves the {where} without a "
+                    f"data.input_length = {self.data.input_length} leaves the {stack} without a "
                     "token.\n  Use 1 or more, or a decoder-only model."
                 )
             if tokens < routing.experts:
                 need = math.ceil(routing.experts * rows / min(self.group_tokens.values()))
                 raise ConfigError(
-                    f"A routing group of {tokens} {where} tokens ({rows} rows) cannot occupy "
+                    f"A routing group of {tokens} {stack} tokens ({rows} rows) cannot occupy "
                     f"{routing.experts} experts.\n  Set routing.group_sequences to {need} or more "
                     f"(batch_size must be a multiple of it), or use fewer experts."
                 )
@@ -286,9 +322,9 @@ _CADENCES = (
 
 MAY_CHANGE = (
     frozenset(_CADENCES)
-    | {"data.cache", "data.workers", "data.prefetch", "async_checkpoints"}
+    | {"data.cache", "data.workers", "data.prefetch", "async_checkpoints", "log", "auto_steps"}
     | {"mesh.data", "mesh.expert", "mesh.model", "mesh.shard", "mesh.overlap", "mesh.timeout"}
     | {"micro_batches", "update_in_backward"}
 )
-"""Settings that a resumed run may change, because they do not change what it computes, but for
-rounding (threads, ranks) and for the noise, of which each rank draws its own."""
+"""Settings that a resumed run may change, because they change nothing but rounding (threads, ranks)
+and the noise, which each rank draws for itself."""

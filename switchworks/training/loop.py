@@ -1,4 +1,4 @@
-"""The training loop. Everything optional is a hook."""
+"""The training loop: a step, then every hook. Everything optional is a hook."""
 
 import signal
 import time
@@ -17,50 +17,50 @@ from switchworks.training.step import StepResult, train_step
 
 @runtime_checkable
 class Hook(Protocol):
-    """Something that happens beside training."""
+    """Something that happens beside training, on every rank, in the order of the list of hooks."""
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
-        """Called after every step."""
+        """Called after every step; `state.step` counts it already."""
         ...
 
     def finish(self, state: TrainState, *, interrupted: bool) -> None:
-        """Called once, after the last step or when a signal asked to leave."""
+        """Called once, after the last step or after the one in which a signal came."""
         ...
 
 
 class LostContactError(RuntimeError):
-    """Another rank is gone. Names the step."""
+    """Another rank has died. Names the step."""
 
 
 class Interrupt:
-    """Set by SIGINT or SIGTERM; the loop leaves after the step it is in."""
+    """SIGINT or SIGTERM: the loop stops after the current step."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        """What this process got."""
+        """The signal this process received."""
         self.agreed: signal.Signals | None = None
-        """What all ranks know that one of them got: only on this may they act."""
+        """The signal any rank received, known to all. Acting on `signal` alone would deadlock."""
 
     def agree(self, ranks: Ranks) -> None:
-        """Afterwards all `ranks` know of a signal that one of them got. They call it together."""
+        """Collective: set `agreed` on all `ranks` if one of them received a signal."""
         number = ranks.all_max(0 if self.signal is None else self.signal.value)
         if number:
             self.agreed = signal.Signals(number)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """While inside, the first signal asks to leave. A second SIGINT then acts as it always
-        does; a second SIGTERM does nothing, as torchrun passes on what its workers got already."""
+        """Inside, the first signal requests a stop. A second SIGINT acts as usual; a second SIGTERM
+        does nothing, since torchrun repeats the one its workers have received."""
         previous = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
 
-        def ask(number: int, _frame: FrameType | None) -> None:
+        def request(number: int, _frame: FrameType | None) -> None:
             self.signal = signal.Signals(number)
             print(f"\n{self.signal.name}: saving after this step ...", flush=True)
             signal.signal(signal.SIGINT, previous[signal.SIGINT])
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
         for name in previous:
-            signal.signal(name, ask)
+            signal.signal(name, request)
         try:
             yield
         finally:
@@ -68,13 +68,15 @@ class Interrupt:
                 signal.signal(name, handler)
 
 
-def run(
+def run_loop(
     state: TrainState, batches: Iterator[Batch], hooks: Sequence[Hook], interrupt: Interrupt
 ) -> None:
-    """Train `state` until its experiment's last step, or until it has ended before or `interrupt`
-    is set. Raises LostContactError if a rank of the mesh is lost."""
+    """Train `state` to its last step, or until it ends early or `interrupt` is set.
+
+    Raises LostContactError if a rank of the mesh dies.
+    """
     try:
-        _run(state, batches, hooks, interrupt)
+        _loop(state, batches, hooks, interrupt)
     except RuntimeError as error:
         if state.ranks.mesh is None or not launch.is_lost_contact(error):
             raise
@@ -84,11 +86,11 @@ def run(
         ) from error
 
 
-def _run(
+def _loop(
     state: TrainState, batches: Iterator[Batch], hooks: Sequence[Hook], interrupt: Interrupt
 ) -> None:
     started = time.perf_counter()
-    steps = 0 if state.ended else max(0, state.experiment.steps - state.step)
+    steps = 0 if state.ended else max(0, state.experiment.num_steps - state.step)
     for batch in islice(batches, steps):
         result = train_step(state, batch)
         state.seconds += time.perf_counter() - started
@@ -100,4 +102,4 @@ def _run(
         started = time.perf_counter()  # what hooks took is not training time
     for hook in hooks:
         hook.finish(state, interrupted=interrupt.agreed is not None)
-    interrupt.agree(state.ranks)  # on what came in the meantime
+    interrupt.agree(state.ranks)  # a signal may have come while the hooks finished

@@ -1,4 +1,4 @@
-"""What a run sets on the machine, and what it says about it."""
+"""The machine: memory allocator, speed of bfloat16, faster kernels, a description."""
 
 import contextlib
 import ctypes
@@ -16,17 +16,15 @@ import torch
 from switchworks.device import compute_device
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-"""Names of glibc's malloc.h, which Python does not know."""
+"""From glibc's malloc.h."""
 
 
 def keep_freed_memory() -> bool:
-    """Ask glibc to keep large blocks that torch frees, and to reuse them; True if it agreed.
+    """Make glibc keep and reuse large freed blocks; True if it does. Without glibc: nothing.
 
     By default it returns them to the system and faults them in again at every step, which costs
-    10 to 40 % of a training step on CPU. Elsewhere than on glibc nothing happens.
-
-    -1 stands for no bound at all: with the largest int, 2 GB, the gradients of a model of 800
-    million weights were still given back.
+    10 to 40 % of a training step on CPU. A trim threshold of -1 means no limit; with the largest
+    int, 2 GB, the gradients of a model of 800 million weights were still returned.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -38,7 +36,7 @@ def keep_freed_memory() -> bool:
 
 
 def give_back_memory() -> None:
-    """What was freed goes back to the system, after `keep_freed_memory` has kept it."""
+    """Return freed memory to the system, also after `keep_freed_memory`."""
     gc.collect()
     if sys.platform.startswith("linux"):
         with contextlib.suppress(OSError, AttributeError):
@@ -47,10 +45,10 @@ def give_back_memory() -> None:
 
 @cache
 def bfloat16_gain(size: int = 256) -> float:
-    """How many times faster this machine multiplies matrices in bfloat16 than in float32.
+    """Speed of bfloat16 matrix products on this machine, relative to float32.
 
-    About 2 to 6 with AVX-512 bf16, AMX or a GPU; below 0.1 on processors that have to emulate it,
-    which most laptops do. Measured once, in some hundredths of a second.
+    About 2 to 6 with AVX-512 bf16, AMX or a GPU; below 0.1 on CPUs that emulate it, as most laptops
+    do. Measured once per process, in some hundredths of a second.
     """
     device = compute_device()
     seconds = {}
@@ -66,24 +64,43 @@ def bfloat16_gain(size: int = 256) -> float:
 
 
 def fastest_precision() -> Literal["float32", "bfloat16"]:
-    """bfloat16 where products in it are faster, else float32."""
+    """bfloat16 if its products are at least 1.2 times as fast as float32's."""
     return "bfloat16" if bfloat16_gain() > 1.2 else "float32"
 
 
+def resolve_kernels(
+    kernels: Literal["auto", "reference", "fast"],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    sparse: bool,
+    training: bool,
+) -> Literal["reference", "fast"]:
+    """The set of kernels that docs/speed.md has as faster; the reference where none was measured.
+
+    In float32 on CPUs a training step with experts is 5 % faster with the fast kernels, a dense one
+    2 to 5 % slower. bfloat16 with instructions for it and GPUs have not been measured.
+    """
+    if kernels != "auto":
+        return kernels
+    faster = device.type == "cpu" and dtype == torch.float32 and sparse and training
+    return "fast" if faster else "reference"
+
+
 def describe() -> str:
-    """Processor, cores and memory in a few words."""
-    processor = platform.processor() or platform.machine()
+    """CPU, cores and memory, for about.json and reports."""
+    cpu = platform.processor() or platform.machine()
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
-                processor = line.split(":", 1)[1].strip()
+                cpu = line.split(":", 1)[1].strip()
                 break
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     except (OSError, ValueError):
-        return processor
+        return cpu
     flags = ""
     if torch.cpu._is_amx_tile_supported():
         flags = ", AMX"
     elif torch.cpu._is_avx512_bf16_supported():
         flags = ", AVX-512 bf16"
-    return f"{processor}{flags}, {os.cpu_count()} cores, {memory:.0f} GiB"
+    return f"{cpu}{flags}, {os.cpu_count()} cores, {memory:.0f} GiB"

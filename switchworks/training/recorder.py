@@ -1,81 +1,41 @@
-"""Where a run's numbers go: `metrics.jsonl`, `samples.jsonl` and TensorBoard."""
+"""Sends the metrics of a run to its loggers, and keeps those of the current step for hooks."""
 
-import json
-import logging
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from switchworks.training.loggers.logger import Logger, RunInfo
 from switchworks.training.state import TrainState
 
 
 class Recorder:
-    """Appends to the files of a run directory; every line is whole once written.
+    """Forwards metrics to `loggers`; on ranks other than the main one there are none."""
 
-    Without a directory, as on all ranks but the first, it writes nothing.
-    """
-
-    def __init__(self, run_dir: Path | None, first_step: int) -> None:
-        self.board = None
+    def __init__(self, loggers: Sequence[Logger] = ()) -> None:
+        self.loggers = loggers
         self.names: set[str] = set()
-        """Of all metrics of this sitting."""
-        self._now: tuple[int, dict[str, Any]] = (-1, {})
-        if run_dir is None:
-            return
-        from torch.utils.tensorboard import SummaryWriter
+        """All metrics of this session."""
+        self._step = -1
+        self._values: dict[str, Any] = {}
 
-        self.metrics = run_dir / "metrics.jsonl"
-        self.samples = run_dir / "samples.jsonl"
-        for path in (self.metrics, self.samples):
-            _drop_after(path, first_step)
-        logging.getLogger("tensorboard").setLevel(logging.ERROR)
-        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+    def start(self, run: RunInfo) -> None:
+        """Start every logger."""
+        for logger in self.loggers:
+            logger.start(run)
 
     def write(self, state: TrainState, values: Mapping[str, Any]) -> None:
-        """One line of metrics, led by step, tokens and seconds; numbers also to TensorBoard."""
+        """Log `values` for the current step, with the tokens and seconds so far."""
         self.names |= values.keys()
-        self._now = (state.step, self.at(state.step) | dict(values))
-        if self.board is None:
-            return
-        line = {"step": state.step, "tokens": state.tokens, "seconds": round(state.seconds, 3)}
-        _append(self.metrics, line | dict(values))
-        for name, value in values.items():
-            if isinstance(value, (int, float)):
-                self.board.add_scalar(name, value, state.step)
+        self._values = self.at(state.step) | dict(values)
+        self._step = state.step
+        counters = {"tokens": state.tokens, "seconds": round(state.seconds, 3)}
+        for logger in self.loggers:
+            logger.log(state.step, counters | dict(values))
 
     def at(self, step: int) -> dict[str, Any]:
-        """What was said of `step`, if that was the last one anything was said of."""
-        return dict(self._now[1]) if self._now[0] == step else {}
-
-    def write_sample(self, sample: Mapping[str, Any]) -> None:
-        """One fill-in."""
-        if self.board is not None:
-            _append(self.samples, sample)
+        """All metrics of `step`, if it is the last step of which any were written."""
+        return dict(self._values) if self._step == step else {}
 
     def close(self) -> None:
-        """Flush everything."""
-        if self.board is not None:
-            self.board.close()
-
-
-def _append(path: Path, line: Mapping[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def _drop_after(path: Path, step: int) -> None:
-    """Remove lines of steps after `step`, and a torn last line: a resumed run repeats them."""
-    if not path.exists():
-        return
-    # Not splitlines: text may hold other line separators than the one that ends a line here.
-    lines = path.read_bytes().split(b"\n")
-    aside = path.with_suffix(".tmp")
-    aside.write_bytes(b"".join(line + b"\n" for line in lines if _is_until(line, step)))
-    aside.replace(path)
-
-
-def _is_until(line: bytes, step: int) -> bool:
-    try:
-        return json.loads(line)["step"] <= step
-    except (ValueError, KeyError, TypeError):
-        return False
+        """Close every logger."""
+        for logger in self.loggers:
+            logger.close()

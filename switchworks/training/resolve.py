@@ -1,21 +1,105 @@
-"""What an experiment leaves open, settled before a run: vocabulary, tokenizer and precision;
-and what cannot be asked for together."""
+"""What is decided when a run is assembled: "auto" settings, tokenizer and vocabulary."""
 
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
+
+import torch
 
 from switchworks.checkpoint import MAX_SPARE_ROWS, stored_config
 from switchworks.config import ConfigError
 from switchworks.data import TextDataset
+from switchworks.device import compute_device
+from switchworks.parallel import SINGLE, Ranks
 from switchworks.parallel import torchrun as launch
 from switchworks.training import machine
 from switchworks.training.experiment import Experiment
 from switchworks.training.run_directory import settings_in
 
+_AUTO = ("precision", "steps", "kernels")
+"""Settings that may be "auto", in the order in which they depend on each other."""
+
+
+def resolve_auto(experiment: Experiment, run_dir: Path, ranks: Ranks = SINGLE) -> Experiment:
+    """`experiment` without "auto": as the run in `run_dir` began, or by the main rank's machine.
+
+    Prints every choice. Warns where bfloat16 is asked for and far slower than float32.
+    """
+    open_settings = [name for name in _AUTO if getattr(experiment, name) == "auto"]
+    begun = settings_in(run_dir)
+    if begun is not None:
+        resolved = replace(experiment, **{name: getattr(begun, name) for name in open_settings})
+        reasons = dict.fromkeys(open_settings, "as this run began")
+    else:
+        _warn_of_slow_bfloat16(experiment)
+        fastest = machine.fastest_precision() if experiment.precision == "auto" else "float32"
+        resolved = experiment.resolved(ranks.all_gather(fastest)[0])
+        resolved = replace(resolved, kernels=kernels_of(resolved, compute_device()))
+        reasons = _reasons(resolved, open_settings)
+    for name in open_settings:
+        print(f"{name} auto -> {getattr(resolved, name)}: {reasons[name]}")
+    return resolved
+
+
+def kernels_of(experiment: Experiment, device: torch.device) -> Literal["reference", "fast"]:
+    """`kernels` with the set that is faster on `device` in place of "auto"."""
+    if experiment.kernels == "auto" and experiment.compile:
+        return "reference"
+    return machine.resolve_kernels(
+        experiment.kernels,
+        device,
+        getattr(torch, experiment.precision),
+        sparse=experiment.model.routing is not None,
+        training=True,
+    )
+
+
+def _reasons(resolved: Experiment, names: list[str]) -> dict[str, str]:
+    reasons = {"steps": f"in {resolved.precision}", "kernels": "docs/speed.md has the figures"}
+    if "precision" in names:
+        gain = machine.bfloat16_gain()
+        reasons["precision"] = f"bfloat16 products run at {gain:.2g} times the speed of float32"
+    return reasons
+
+
+def _warn_of_slow_bfloat16(experiment: Experiment) -> None:
+    if experiment.precision != "bfloat16" or launch.rank() != 0:
+        return
+    if (gain := machine.bfloat16_gain()) < 0.5:
+        print(
+            f"warning: this machine multiplies bfloat16 {1 / gain:.0f} times slower than float32. "
+            "--precision float32 is faster here, and auto would choose it.",
+            file=sys.stderr,
+        )
+
+
+def warn_of_warmup(experiment: Experiment) -> None:
+    """Warns if the learning rate would rise until the last step."""
+    optim, steps = experiment.optim, experiment.num_steps
+    rising = optim.schedule != "rsqrt" and 1 < steps <= optim.warmup_steps
+    if rising:
+        print(
+            f"warning: all {steps} steps are warm-up: the rate rises to "
+            f"{steps / optim.warmup_steps:.0%} of optim.lr and never falls. Set "
+            f"--optim.warmup-steps {max(1, steps // 10)}.",
+            file=sys.stderr,
+        )
+
+
+def resolve_tokenizer(experiment: Experiment, init: Path | str | None) -> Experiment:
+    """`experiment` with the tokenizer of `init` where a task tokenizer would be trained otherwise.
+
+    A tokenizer trained on the tasks' text would not fit that model.
+    """
+    data = experiment.data
+    if init is None or not data.tasks or data.tokenizer != "train":
+        return experiment
+    return replace(experiment, data=replace(data, tokenizer=str(init)))
+
 
 def resolve_vocabulary(experiment: Experiment, vocab_size: int) -> Experiment:
-    """`experiment` with the tokenizer's vocabulary: the tokenizer decides, and says so."""
+    """`experiment` with this vocabulary size; prints it if it is another than the model's."""
     if experiment.model.vocab_size == vocab_size:
         return experiment
     print(
@@ -25,62 +109,18 @@ def resolve_vocabulary(experiment: Experiment, vocab_size: int) -> Experiment:
     return replace(experiment, model=replace(experiment.model, vocab_size=vocab_size))
 
 
-def resolve_tokenizer(experiment: Experiment, init: Path | str | None) -> Experiment:
-    """`experiment` with the tokenizer of the model it begins with, if it is to learn tasks and
-    names no other: a tokenizer made from the tasks' text would not fit that model."""
-    data = experiment.data
-    if init is None or not data.tasks or data.tokenizer != "train":
-        return experiment
-    return replace(experiment, data=replace(data, tokenizer=str(init)))
+def resolve_vocab_size(
+    dataset: TextDataset, init: Path | str | None, teacher_rows: int | None
+) -> int:
+    """Vocabulary size to build: that of `init` (else of the teacher) if it has at most 1024 padding
+    rows more than the tokenizer has ids, else the tokenizer's."""
+    ids = dataset.tokenizer.vocab_size
+    rows = teacher_rows if init is None else stored_config(init).vocab_size
+    return rows if rows is not None and 0 <= rows - ids < MAX_SPARE_ROWS else ids
 
 
-def resolve_precision(experiment: Experiment, run_dir: Path) -> Experiment:
-    """`experiment` with "auto" settled: as the run in `run_dir` has it, or by this machine.
-
-    Says so where bfloat16 was asked for and is many times slower here than float32.
-    """
-    gain = 1.0 if experiment.precision == "float32" else machine.bfloat16_gain()
-    if experiment.precision != "auto":
-        if gain < 0.5 and launch.rank() == 0:
-            print(
-                f"warning: this machine multiplies bfloat16 {1 / gain:.0f} times slower than "
-                "float32. --precision float32 is faster here, and auto would choose it.",
-                file=sys.stderr,
-            )
-        return experiment
-    begun = settings_in(run_dir)
-    precision = machine.fastest_precision() if begun is None else begun.precision
-    why = "as this run began" if begun else f"bfloat16 products run at {gain:.2g} times its speed"
-    print(f"precision: {precision}" + (f" ({why})" if precision == "float32" or begun else ""))
-    return replace(experiment, precision=precision)
-
-
-def warn_of_warmup(experiment: Experiment) -> None:
-    """Says so where the rate would only rise."""
-    optim = experiment.optim
-    rising = optim.schedule != "rsqrt" and 1 < experiment.steps <= optim.warmup_steps
-    if rising and launch.rank() == 0:
-        print(
-            f"warning: all {experiment.steps} steps are warm-up: the rate rises to "
-            f"{experiment.steps / optim.warmup_steps:.0%} of optim.lr and never falls. Set "
-            f"--optim.warmup-steps {max(1, experiment.steps // 10)}.",
-            file=sys.stderr,
-        )
-
-
-def resolve_vocab_size(corpora: TextDataset, init: Path | str | None, taught: int | None) -> int:
-    """Rows of the embedding: the tokenizer's ids, and what `init` or else the teacher, of which
-    `taught` are known, has to spare beyond them."""
-    rows = ids = corpora.tokenizer.vocab_size
-    if init is not None:
-        rows = stored_config(init).vocab_size
-    elif taught is not None:
-        rows = taught
-    return rows if 0 <= rows - ids < MAX_SPARE_ROWS else ids
-
-
-def check_beginning(experiment: Experiment, init: Path | str | None) -> None:
-    """Raises ConfigError where two settings say which weights come first."""
+def check_initial_weights(experiment: Experiment, init: Path | str | None) -> None:
+    """Raises ConfigError if both `init` and the teacher are to give the initial weights."""
     if init is not None and experiment.distil is not None and experiment.distil.initialise:
         raise ConfigError(
             f"Both --init {init} and distil.initialise say which weights the student begins with.\n"
@@ -89,15 +129,15 @@ def check_beginning(experiment: Experiment, init: Path | str | None) -> None:
 
 
 def check_mesh(experiment: Experiment) -> None:
-    """Raises ConfigError for what several ranks cannot do yet."""
+    """Raises ConfigError for what cannot be combined with a model axis yet."""
     mesh = experiment.mesh
     if mesh.model > 1 and experiment.distil is not None:
         raise ConfigError(
-            f"mesh.model = {mesh.model} spreads the student's words over ranks, which the teacher's"
-            " are not.\n  Set --mesh.model 1 and a larger --mesh.data."
+            f"mesh.model = {mesh.model} shards the student's vocabulary over ranks, but not the "
+            "teacher's.\n  Set --mesh.model 1 and a larger --mesh.data."
         )
     if mesh.model > 1 and experiment.lora is not None:
         raise ConfigError(
-            f"mesh.model = {mesh.model} splits matrices whose adapters every rank would need whole."
+            f"mesh.model = {mesh.model} shards matrices whose adapters every rank would need whole."
             "\n  Set --mesh.model 1 and a larger --mesh.data."
         )

@@ -1,37 +1,31 @@
-"""What a training run is at a moment: enough to go on from there, bit for bit."""
+"""TrainState: model, optimizer and counters, from which training continues bit for bit."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from switchworks.adapt import Table, adapt, freeze_parameters
-from switchworks.distil import LogitStore
-from switchworks.fast import checkpoint_blocks, compile_step, use_fast_kernels
 from switchworks.model import Output, Router, SwitchTransformer
-from switchworks.optim import BackwardUpdater, Updater, build_optimizer, dimension_letters
-from switchworks.parallel import (
-    SINGLE,
-    GradientSum,
-    Ranks,
-    allocate_shards,
-    initialise_shards,
-    parallelize,
-    shard_like,
-)
+from switchworks.optim import Updater, build_optimizer, dimension_letters
+from switchworks.parallel import SINGLE, GradientSum, Ranks
 from switchworks.training.experiment import Experiment
+from switchworks.training.resolve import kernels_of
+
+if TYPE_CHECKING:
+    from switchworks.adapt import Table
+    from switchworks.distil import LogitStore
 
 
 @dataclass(frozen=True)
 class Best:
-    """The best a run has come to by its `BestConfig`."""
+    """The best measurement so far by the run's `BestConfig`."""
 
     step: int
     value: float
     stale: int = 0
-    """Measurements since, in a row, that were no better."""
+    """Measurements since then, none of them better."""
 
 
 @dataclass
@@ -43,47 +37,45 @@ class TrainState:
     model: SwitchTransformer
     updater: Updater
     gradients: GradientSum
-    """Makes the gradients of this rank's rows those of the whole batch."""
+    """Reduces this rank's gradients to those of the whole batch."""
     ranks: Ranks = SINGLE
-    """Those that train together."""
+    """The ranks that train together."""
     step: int = 0
     """Steps done."""
     tokens: int = 0
     """Input and target tokens seen, padding not counted."""
     seconds: float = 0.0
-    """Time spent in steps, over all sittings; validation and saving not counted."""
+    """Time spent in steps over all sessions, without validation and saving."""
     teacher: SwitchTransformer | None = None
-    """Whom the model learns from if `experiment.distil` says so. No step changes it, so it is in
-    no checkpoint."""
-    logits: LogitStore | None = None
-    """What the teacher said of the same rows, if `experiment.distil` says that it is stored."""
-    adapted: Table | None = None
-    """Which matrices have adapters, if `experiment.lora` asks for some."""
+    """The teacher, if there is one that runs. It never changes and is in no checkpoint."""
+    logits: "LogitStore | None" = None
+    """The teacher's stored probabilities, in place of `teacher`."""
+    adapted: "Table | None" = None
+    """The matrices with LoRA adapters, if the experiment has any."""
     best: Best | None = None
     """None before the first measurement."""
     compiled: Callable[..., Output] | None = None
-    """The model's forward pass as one graph, for steps alone; None: it runs operation by operation.
-    """
+    """The compiled forward pass, used by training steps only; None: eager."""
 
     @property
     def ended(self) -> bool:
-        """Whether the run has had patience enough, before its last step."""
+        """Whether the run stops early because its metric got no better `patience` times."""
         config = self.experiment.best
         if config is None or self.best is None or not config.patience:
             return False
         return self.best.stale >= config.patience
 
     def state_dict(self) -> dict[str, Any]:
-        """Float32 weights, frozen ones too, and optimizer state, not copied."""
+        """Float32 weights, frozen ones included, and optimizer state; references, not copies."""
         return self.updater.state_dict()
 
     def about(self) -> dict[str, Any]:
-        """The counters, plain numbers that go into a checkpoint."""
+        """The counters, as plain numbers for a checkpoint."""
         counters = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds}
         return counters | {"best": None if self.best is None else asdict(self.best)}
 
     def restore(self, contents: dict[str, Any], about: dict[str, Any]) -> None:
-        """Be where the checkpoint with these contents was."""
+        """Continue from a checkpoint: `contents` of `state_dict`, `about` of `about`."""
         self.updater.load_state_dict(contents)
         self.step, self.tokens = about["step"], about["tokens"]
         self.seconds = about["seconds"]
@@ -96,20 +88,19 @@ def build_state(
     model: SwitchTransformer | None = None,
     teacher: SwitchTransformer | None = None,
     ranks: Ranks = SINGLE,
-    logits: LogitStore | None = None,
+    logits: "LogitStore | None" = None,
     *,
     empty: bool = False,
 ) -> TrainState:
-    """Step 0 of `experiment`, with the float32 weights of `model` or else those of its seed.
+    """The state at step 0, with the float32 weights of `model`, or initial weights by the seed.
 
-    On a mesh without `model` no rank ever holds more than its part. `empty`: the weights get memory
-    and no values, for a checkpoint to fill.
+    `model` is modified and owned by the state: it gets adapters, frozen parameters and fast kernels
+    as the experiment says. In bfloat16 its weights are cast and the float32 ones become the
+    optimizer's masters. On a mesh each rank keeps its shard; without `model` no rank ever holds
+    more than that. `empty` allocates weights without values, for a checkpoint to fill.
 
-    The model is taken over: adapted and frozen as the experiment says; with bfloat16 its weights
-    are cast and the float32 ones become the optimizer's masters, and on a mesh each of the `ranks`
-    keeps its part of all of them. The `teacher` is taken over too: cast as the model is, in
-    evaluation mode and without gradients, so that it drops no token and draws no noise. `logits`
-    stand in its place.
+    `teacher` is cast like the model and put in evaluation mode without gradients, so it drops no
+    token and draws no noise. `logits`, stored probabilities, replace it.
     """
     assert (experiment.distil is not None) == ((teacher is None) != (logits is None))
     spread = spread_model(experiment, model, ranks, empty=empty)
@@ -122,64 +113,100 @@ def build_state(
 
 
 class Sharding(NamedTuple):
-    """A model that is cast, frozen and spread over ranks, and may still be without memory."""
+    """A model that is cast, frozen and sharded over ranks, possibly still on the meta device."""
 
     model: SwitchTransformer
     letters: dict[str, str]
     gradients: GradientSum
     weights: dict[str, Tensor]
-    """This rank's part of the float32 weights it was made of; none if there is no memory yet."""
-    adapted: Table | None
+    """This rank's shards of the float32 weights; empty on the meta device."""
+    adapted: "Table | None"
 
 
 def spread_model(
     experiment: Experiment, model: SwitchTransformer | None, ranks: Ranks, *, empty: bool = False
 ) -> Sharding:
-    """The first half of `build_state`: after it, a model on the meta device is there still."""
-    assert experiment.precision != "auto", "train() settles it first"
+    """First half of `build_state`, which works on the meta device too.
+
+    The order matters: adapters exist before parameters are frozen; float32 weights are noted before
+    the cast; kernels and checkpointing replace functions of plain modules, so they come before the
+    mesh shards parameters and registers its hooks.
+    """
+    assert experiment.precision != "auto", "resolve it first"
     if model is None:
         model = _fresh_model(experiment, whole=ranks.mesh is None and not empty)
-    table = None if experiment.lora is None else adapt(model, experiment.lora, experiment.seed)
-    freeze_parameters(model, experiment.freeze)
+    table = _freeze(model, experiment)
     if ranks.mesh is None and not model.embedding.weight.is_meta:
         model.to(ranks.device)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     cast_for_compute(model, getattr(torch, experiment.precision))
-    if experiment.kernels == "fast":
-        use_fast_kernels(model, ranks.device)
-    if experiment.activation_checkpointing:
-        checkpoint_blocks(model)
+    _apply_fast_paths(model, experiment, ranks.device)
     letters = dimension_letters(model)
-    mesh = experiment.mesh
-    gradients = parallelize(model, ranks.mesh, letters, shard=mesh.shard, overlap=mesh.overlap)
+    if ranks.mesh is None:
+        gradients = GradientSum(model, {})
+    else:
+        from switchworks.parallel import parallelize, shard_like
+
+        mesh = experiment.mesh
+        gradients = parallelize(model, ranks.mesh, letters, shard=mesh.shard, overlap=mesh.overlap)
+        if not model.embedding.weight.is_meta:
+            for name, parameter in model.named_parameters():
+                # One by one, so that each full tensor is freed before the next one is sharded.
+                weights[name] = shard_like(weights[name], parameter)
     if model.embedding.weight.is_meta:
-        return Sharding(model, letters, gradients, {}, table)
-    for name, parameter in model.named_parameters():
-        weights[name] = shard_like(
-            weights[name], parameter
-        )  # one after the other, so that wholes go
+        weights = {}
     return Sharding(model, letters, gradients, weights, table)
 
 
 def state_of(
     experiment: Experiment, spread: Sharding, ranks: Ranks, *, empty: bool = False
 ) -> TrainState:
-    """The second half: memory and first values where there are none yet, and the optimizer."""
+    """Second half of `build_state`: allocates and initialises a meta model; makes the optimizer."""
     model, letters, gradients, weights, table = spread
     if model.embedding.weight.is_meta:
+        from switchworks.parallel import allocate_shards, initialise_shards
+
         allocate_shards(model, ranks.device)
         weights = {} if empty else initialise_shards(model, experiment.seed)
     updater = build_optimizer(model.named_parameters(), letters, experiment.optim, weights)
     if experiment.update_in_backward:
+        from switchworks.optim import BackwardUpdater
+
         updater = BackwardUpdater(updater.masters, updater.optimizers, updater.config)
-    compiled = compile_step(model) if experiment.compile else None
-    return TrainState(
-        experiment, model, updater, gradients, ranks, adapted=table, compiled=compiled
-    )
+    state = TrainState(experiment, model, updater, gradients, ranks, adapted=table)
+    if experiment.compile:
+        from switchworks.fast import compile_step
+
+        state.compiled = compile_step(model)
+    return state
+
+
+def _freeze(model: SwitchTransformer, experiment: Experiment) -> "Table | None":
+    """Add the experiment's adapters and freeze its parameters; returns the adapted matrices."""
+    if experiment.lora is None and not experiment.freeze:
+        return None
+    from switchworks.adapt import adapt, freeze_parameters
+
+    table = None if experiment.lora is None else adapt(model, experiment.lora, experiment.seed)
+    freeze_parameters(model, experiment.freeze)
+    return table
+
+
+def _apply_fast_paths(
+    model: SwitchTransformer, experiment: Experiment, device: torch.device
+) -> None:
+    if kernels_of(experiment, device) == "fast":
+        from switchworks.fast import use_fast_kernels
+
+        use_fast_kernels(model, device)
+    if experiment.activation_checkpointing:
+        from switchworks.fast import checkpoint_blocks
+
+        checkpoint_blocks(model)
 
 
 def _fresh_model(experiment: Experiment, *, whole: bool) -> SwitchTransformer:
-    """With first values, or on the meta device where each rank is to draw its part."""
+    """With initial weights, or on the meta device if each rank initialises its shard only."""
     if whole or experiment.lora is not None:
         return SwitchTransformer(experiment.model, seed=experiment.seed)
     with torch.device("meta"):
@@ -187,11 +214,11 @@ def _fresh_model(experiment: Experiment, *, whole: bool) -> SwitchTransformer:
 
 
 def cast_for_compute(model: nn.Module, dtype: torch.dtype) -> None:
-    """Every parameter of `model` in `dtype`, but routers' in at least float32 (section 2.4)."""
+    """Cast every parameter to `dtype`, but routers to at least float32 (section 2.4)."""
     routers = [module for module in model.modules() if isinstance(module, Router)]
-    wide = {part for router in routers for part in router.modules()}
+    in_routers = {part for router in routers for part in router.modules()}
     for module in model.modules():
-        if module in wide and dtype != torch.float64:
+        if module in in_routers and dtype != torch.float64:
             continue
         for parameter in module.parameters(recurse=False):
             parameter.data = parameter.data.to(dtype)

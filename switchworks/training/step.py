@@ -1,10 +1,11 @@
-"""One optimizer step: forward, backward, bound, update.
+"""One optimizer step: forward, backward, clip, update.
 
 Letters: B sequences, T target length, V vocabulary, E experts.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -13,31 +14,31 @@ from torch import Tensor
 
 from switchworks.batch import Batch
 from switchworks.data import rows_of_step
-from switchworks.distil import distillation_loss, stored_distillation_loss
-from switchworks.fast import skip_losses
 from switchworks.model import Output, Routing, SwitchTransformer
 from switchworks.optim import UpdateStats, first_nonfinite
 from switchworks.parallel import Ranks
-from switchworks.training.experiment import Experiment
 from switchworks.training.state import TrainState
 
 
 class DivergenceError(RuntimeError):
-    """A number in the run is no longer finite. Names the step and the tensor."""
+    """A loss, gradient or weight is not finite. Names the step and the tensor."""
 
 
 class LayerReport(NamedTuple):
-    """What one switch layer did in a step, averaged over micro-batches and ranks."""
+    """Statistics of one switch layer in a step, over all micro-batches and ranks."""
 
     balance: float
     router_z: float
     dropped: float
+    """Fraction of the tokens."""
     confidence: float
+    """Mean probability of the chosen experts."""
     load: list[float]
+    """Fraction of the tokens that chose each expert."""
 
 
 class StepResult(NamedTuple):
-    """What one step did. Losses are means over the whole batch, in nats where they are nats."""
+    """What a step computed, over the whole batch. Losses are means, cross-entropies in nats."""
 
     total: float
     cross_entropy: float
@@ -45,122 +46,155 @@ class StepResult(NamedTuple):
     layers: dict[str, LayerReport]
     tokens: int
     soft: float | None = None
-    """The teacher's share before it is weighted; None without a teacher that has any weight."""
+    """The distillation loss before it is weighted; None if no teacher enters the loss."""
+
+
+class _Part(NamedTuple):
+    """The losses of one micro-batch, detached, and its routing."""
+
+    total: Tensor
+    cross_entropy: Tensor
+    soft: Tensor
+    routing: tuple[Routing, ...]
 
 
 def train_step(state: TrainState, batch: Batch) -> StepResult:
-    """Take one step: afterwards the weights are updated and the counters advanced.
+    """Take one optimizer step: updates the weights and advances the counters.
 
-    With micro-batches the gradient is that of the whole batch: the cross-entropy of each part
-    counts by its share of the targets, balance and router losses by its share of the groups.
-    Noise (jitter, dropout) is drawn from the seed and the step alone, so a resumed run repeats
-    it. With a teacher part of the cross-entropy is with its probabilities for the same rows, see
-    `DistilConfig`. Raises DivergenceError before the weights are touched if loss or gradient is
-    not finite; with `update_in_backward` before a gradient is found that is not, some have moved.
+    The gradient is that of the whole batch, however it is divided into micro-batches and over
+    ranks: `batch` is this rank's part, and the numbers returned are the whole batch's. Noise
+    (jitter, dropout) follows from seed, step and rank, so a resumed run repeats it. With a teacher
+    the loss is that of `DistilConfig`.
 
-    On a mesh `batch` is this rank's part of the batch, and what a step does is the same: each
-    rank's loss is its share of the whole batch's, and all numbers returned are the whole batch's.
-    Only noise is each rank's own.
+    Raises DivergenceError if loss or gradient is not finite, before any weight is updated; with
+    `update_in_backward` some have been updated when a gradient turns out not to be finite.
     """
-    experiment, model, ranks = state.experiment, state.model, state.ranks
-    model.train()
+    model, experiment = state.model.train(), state.experiment
     _seed_noise(state)
     batch = batch.to(model.embedding.weight.device)
-    counted = ranks.all_sum([float((batch.targets != 0).sum()), float(batch.num_tokens)])
-    targets, tokens = max(1, int(counted[0])), int(counted[1])
-    parts = experiment.micro_batches * ranks.batch_world
-    state.updater.begin(state.step, experiment.steps)
-    totals: list[Tensor] = []
-    nats: list[Tensor] = []
-    softs: list[Tensor] = []
-    reports: list[Output] = []
-    for number, part in enumerate(batch.split(experiment.micro_batches), start=1):
-        state.gradients.expect(last=number == experiment.micro_batches)
-        share = int((part.targets != 0).sum()) / targets
-        output, learnt, soft = _forward_and_loss(state, part, number)
-        losses = output.losses
-        loss = share * (learnt + losses.output_z)
-        loss = loss + (losses.balance + losses.router_z) / parts
-        if experiment.update_in_backward:  # the only part: now or never
-            _check_loss(state, batch, float(loss.detach()))
-        loss.backward()
-        if parts > 1 or ranks.mesh is not None:
-            state.updater.accumulate()
-        totals.append(loss.detach())
-        nats.append(losses.cross_entropy.detach() * share)
-        softs.append(soft.detach() * share)
-        reports.append(output._replace(logits=output.logits.new_zeros(0, 0, 0)))
-        del output, learnt, losses, loss  # else these logits live on beside the next part's
-    sums = [float(sum(addends)) for addends in (totals, nats, softs)]
-    total, cross_entropy, soft = ranks.all_sum(sums)
-    _check_loss(state, batch, total)
+    # One mean over all targets of the batch is a sum over parts, each weighted by its share of the
+    # targets. Every rank needs the number of targets on all ranks before its backward pass.
+    counts = state.ranks.all_sum([float((batch.targets != 0).sum()), float(batch.num_tokens)])
+    num_targets, num_tokens = max(1, int(counts[0])), int(counts[1])
+    state.updater.begin(state.step, experiment.num_steps)
+    parts = [
+        _accumulate(state, part, number, num_targets)
+        for number, part in enumerate(batch.split(experiment.micro_batches), start=1)
+    ]
+    sums = [float(sum(losses)) for losses in list(zip(*parts, strict=True))[:3]]
+    total, cross_entropy, soft = state.ranks.all_sum(sums)
+    _require_finite(state, batch, "loss", total)
     state.gradients.finish(state.updater.gradients())
-    update = state.updater.step(state.step, experiment.steps)
-    if not math.isfinite(update.grad_norm):
-        raise DivergenceError(explain_divergence(state, batch, f"gradient norm {update.grad_norm}"))
-    layers = layer_reports(model, reports, ranks)
+    update = state.updater.step(state.step, experiment.num_steps)
+    _require_finite(state, batch, "gradient norm", update.grad_norm)
+    layers = layer_reports(model, [part.routing for part in parts], state.ranks)
     for name, layer in model.switch_layers.items():
         if layer.router.weight.requires_grad:  # else it is frozen, its selection bias too
             layer.router.update_bias(torch.tensor(layers[name].load))
     state.step += 1
-    state.tokens += tokens
-    soft = soft if _uses_teacher(experiment) else None
-    return StepResult(total, cross_entropy, update, layers, tokens, soft)
+    state.tokens += num_tokens
+    uses_teacher = experiment.distil is not None and experiment.distil.uses_teacher
+    return StepResult(
+        total, cross_entropy, update, layers, num_tokens, soft if uses_teacher else None
+    )
 
 
-def _check_loss(state: TrainState, batch: Batch, total: float) -> None:
-    if not math.isfinite(total):
-        raise DivergenceError(explain_divergence(state, batch, f"loss {total}"))
+def _accumulate(state: TrainState, part: Batch, number: int, num_targets: int) -> _Part:
+    """Forward and backward of the `number`-th micro-batch (from 1) of this rank's batch.
+
+    Its cross-entropy is weighted by its share of the batch's `num_targets`, its balance and router
+    losses, which are means over routing groups, by its share of the groups.
+    """
+    experiment, ranks = state.experiment, state.ranks
+    num_parts = experiment.micro_batches * ranks.batch_world
+    state.gradients.expect(last=number == experiment.micro_batches)
+    share = int((part.targets != 0).sum()) / num_targets
+    output, learned, soft = _forward_and_loss(state, part, number)
+    losses = output.losses
+    loss = share * (learned + losses.output_z)
+    loss = loss + (losses.balance + losses.router_z) / num_parts
+    if experiment.update_in_backward:  # the backward pass updates weights: check before it
+        _require_finite(state, part, "loss", float(loss.detach()))
+    loss.backward()
+    if num_parts > 1 or ranks.mesh is not None:
+        state.updater.accumulate()
+    return _Part(
+        loss.detach(), losses.cross_entropy.detach() * share, soft.detach() * share, output.routing
+    )
+
+
+def _require_finite(state: TrainState, batch: Batch, name: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise DivergenceError(explain_divergence(state, batch, f"{name} {value}"))
 
 
 def _seed_noise(state: TrainState) -> None:
-    """Noise follows from seed and step and, since each rank has rows of its own, from the part of
-    the batch. Ranks that share a layer's width draw the same."""
+    """Seed the global generator from (seed, batch rank, step): 32 bits of seed above 32 of step,
+    with the rank added in the bits from 48 on.
+
+    Ranks with rows of their own draw noise of their own; ranks that share the width of a layer have
+    the same batch rank and must draw the same.
+    """
     torch.manual_seed((state.experiment.seed << 32) + (state.ranks.batch_rank << 48) + state.step)
 
 
 def _forward_and_loss(
     state: TrainState, batch: Batch, number: int
 ) -> tuple[Output, Tensor, Tensor]:
-    """The model's answer, the mean nats it is to learn from, and those with the teacher alone.
+    """The output for the `number`-th micro-batch, the loss to learn from and its teacher's part.
 
-    The first are the text's and the teacher's in the mixture of `DistilConfig`; without a teacher,
-    or with one without weight, which then does not run, they are the text's, and the others 0.
-    `batch` is the `number`-th part of the rank's.
+    Both are means in nats per target. Without a teacher, or with one of weight 0, which does not
+    run, they are the cross-entropy with the text, and 0.
     """
-    distil = state.experiment.distil if _uses_teacher(state.experiment) else None
-    # The teacher first: of its work only the logits remain while the model's activations pile up.
-    taught = None if distil is None else _teacher_logits(state, batch)
-    output = forward(state.model if state.compiled is None else state.compiled, batch)
-    hard = output.losses.cross_entropy
-    if distil is None:
+    compute = state.model if state.compiled is None else state.compiled
+    distil = state.experiment.distil
+    if distil is None or not distil.uses_teacher:
+        output = forward(compute, batch)
+        hard = output.losses.cross_entropy
         return output, hard, hard.new_zeros(())
+    from switchworks.distil import distillation_loss, stored_distillation_loss
+
+    # The teacher runs first: of it only logits remain while the student's activations pile up.
+    teacher_logits = _teacher_logits(state, batch)
+    output = forward(compute, batch)
     if state.logits is not None:
-        stored = state.logits.taught(_rows_of(state, number), batch)
+        stored = state.logits.read(_rows_of(state, number), batch)
         soft = stored_distillation_loss(output.logits, stored, batch.targets, distil.temperature)
     else:
-        assert taught is not None
-        soft = distillation_loss(output.logits, taught, batch.targets, distil.temperature)
+        assert teacher_logits is not None
+        soft = distillation_loss(output.logits, teacher_logits, batch.targets, distil.temperature)
+    hard = output.losses.cross_entropy
     return output, (1 - distil.soft_weight) * hard + distil.soft_weight * soft, soft
 
 
-def _uses_teacher(experiment: Experiment) -> bool:
-    return experiment.distil is not None and experiment.distil.soft_weight > 0
-
-
 def _rows_of(state: TrainState, number: int) -> range:
-    """The run's numbers of the rows in the `number`-th part (from 1) of this rank's batch."""
+    """Numbers, in the whole run, of the rows in the `number`-th micro-batch of this rank."""
     experiment, ranks = state.experiment, state.ranks
     rows = rows_of_step(state.step, experiment.batch_size, ranks.batch_rank, ranks.batch_world)
     size = experiment.micro_batch_size
     return rows[(number - 1) * size : number * size]
 
 
+def forward(model: Callable[..., Output], batch: Batch) -> Output:
+    """The output of `model` for `batch`."""
+    return model(**batch.arguments())
+
+
+def _teacher_logits(state: TrainState, batch: Batch) -> Float[Tensor, "B T V"] | None:
+    """The teacher's logits for the same rows; None without a teacher that runs."""
+    if state.teacher is None:
+        return None
+    from switchworks.fast import skip_losses
+
+    with torch.no_grad(), skip_losses(state.teacher):
+        return forward(state.teacher, batch).logits
+
+
 def explain_divergence(state: TrainState, batch: Batch, what: str) -> str:
     """One to three lines: the step, the first tensor that is not finite, and what to try."""
     weights = "The weights are as they were before this step"
     if state.experiment.update_in_backward and what.startswith("gradient"):
-        weights = "Some weights have moved in this step, as update_in_backward has it,"
+        weights = "Some weights have been updated in this step, because of update_in_backward,"
     return (
         f"Step {state.step + 1}: {what} is not finite; the first offending tensor is "
         f"{_first_nonfinite(state, batch)}.\n"
@@ -170,80 +204,79 @@ def explain_divergence(state: TrainState, batch: Batch, what: str) -> str:
 
 
 def _first_nonfinite(state: TrainState, batch: Batch) -> str:
-    """Looks at weights, then activations in the order they are computed, then gradients."""
+    """The first tensor that is not finite among weights, activations in order, and gradients.
+
+    On a mesh all ranks come here together, as the loss and the gradient norm are sums over ranks;
+    each looks at its own part, and the first rank that has one names it. So every rank has to make
+    the same collective calls, whatever it finds itself.
+    """
     weights = ((name, weight.detach()) for name, weight in state.model.named_parameters())
-    weight = _first_found(state, first_nonfinite(weights))
+    weight = _first_on_any_rank(state, first_nonfinite(weights))
     if weight is not None:
         return f"the weight {weight}"
-    found: list[str] = []
-
-    def watch(name: str) -> object:
-        def look(_module: object, _inputs: object, output: object) -> None:
-            first = output[0] if isinstance(output, tuple) else output
-            if isinstance(first, Tensor) and not first.isfinite().all():
-                found.append(name)
-
-        return look
-
-    handles = [
-        module.register_forward_hook(watch(name))  # type: ignore[arg-type]
-        for name, module in state.model.named_modules()
-        if name
-    ]
-    try:
-        _seed_noise(state)
-        with torch.no_grad():
-            for part in batch.split(state.experiment.micro_batches):
-                forward(state.model, part)
-                taught = _teacher_logits(state, part)
-                if taught is not None and not taught.isfinite().all():
-                    found.append("the teacher")
-    finally:
-        for handle in handles:
-            handle.remove()
-    output = _first_found(state, found[0] if found else None)
+    names: list[str] = []
+    with _watch_outputs(state.model, names), torch.no_grad():
+        _seed_noise(state)  # the same noise as in the step that failed
+        for part in batch.split(state.experiment.micro_batches):
+            forward(state.model, part)
+            logits = _teacher_logits(state, part)
+            if logits is not None and not logits.isfinite().all():
+                names.append("the teacher")
+    output = _first_on_any_rank(state, names[0] if names else None)
     if output is not None:
         return f"the output of {output}"
-    name = _first_found(state, state.updater.first_nonfinite_gradient())
+    name = _first_on_any_rank(state, state.updater.first_nonfinite_gradient())
     return "the loss itself" if name is None else f"the gradient of {name}"
 
 
-def _first_found(state: TrainState, name: str | None) -> str | None:
-    """What the first rank that found something found."""
-    return next((found for found in state.ranks.all_gather(name) if found is not None), None)
+@contextmanager
+def _watch_outputs(model: SwitchTransformer, names: list[str]) -> Iterator[None]:
+    """Inside, every module whose output is not finite is appended to `names`, innermost first."""
+
+    def hook_for(name: str) -> Callable[..., None]:
+        def hook(_module: object, _inputs: object, output: object) -> None:
+            first = output[0] if isinstance(output, tuple) else output
+            if isinstance(first, Tensor) and not first.isfinite().all():
+                names.append(name)
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(hook_for(name))
+        for name, module in model.named_modules()
+        if name
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
-def forward(model: Callable[..., Output], batch: Batch) -> Output:
-    """What `model` makes of `batch`."""
-    return model(**batch.arguments())
-
-
-def _teacher_logits(state: TrainState, batch: Batch) -> Float[Tensor, "B T V"] | None:
-    """What the teacher, if there is one, makes of the same rows."""
-    if state.teacher is None:
-        return None
-    with torch.no_grad(), skip_losses(state.teacher):
-        return forward(state.teacher, batch).logits
+def _first_on_any_rank(state: TrainState, name: str | None) -> str | None:
+    return next((name for name in state.ranks.all_gather(name) if name is not None), None)
 
 
 def layer_reports(
-    model: SwitchTransformer, outputs: list[Output], ranks: Ranks
+    model: SwitchTransformer, routings: list[tuple[Routing, ...]], ranks: Ranks
 ) -> dict[str, LayerReport]:
-    """Each switch layer's statistics over all micro-batches and ranks: the losses are means over
-    groups, of which each part has equally many, and the rest over real tokens."""
-    names = list(model.switch_layers)
-    sums = [_summed([output.routing[i] for output in outputs]) for i in range(len(names))]
+    """Statistics of each switch layer over all micro-batches and ranks.
+
+    Losses are means over groups, of which every part has equally many; the rest are means over
+    tokens that are not padding, so it is summed weighted by tokens.
+    """
+    sums = [_summed(layer) for layer in zip(*routings, strict=True)]
     width = len(sums[0]) if sums else 0
     flat = ranks.all_sum([value for layer in sums for value in layer])
-    parts = len(outputs) * ranks.batch_world
+    parts = len(routings) * ranks.batch_world
     return {
-        name: _report_of(flat[number * width : (number + 1) * width], parts)
-        for number, name in enumerate(names)
+        name: _report(flat[number * width : (number + 1) * width], parts)
+        for number, name in enumerate(model.switch_layers)
     }
 
 
-def _summed(reports: list[Routing]) -> list[float]:
-    """Balance, router z, tokens, and the tokens dropped, confidence and load stand for."""
+def _summed(reports: tuple[Routing, ...]) -> list[float]:
+    """Sums of balance, router z and tokens, and of dropped, confidence and load times tokens."""
     rows = [
         torch.cat(
             [
@@ -257,7 +290,7 @@ def _summed(reports: list[Routing]) -> list[float]:
     return torch.stack(rows).double().sum(dim=0).tolist()
 
 
-def _report_of(sums: list[float], parts: int) -> LayerReport:
+def _report(sums: list[float], parts: int) -> LayerReport:
     balance, router_z, tokens, dropped, confidence, *load = sums
     tokens = max(1.0, tokens)
     return LayerReport(
@@ -265,5 +298,5 @@ def _report_of(sums: list[float], parts: int) -> LayerReport:
         router_z=router_z / parts,
         dropped=dropped / tokens,
         confidence=confidence / tokens,
-        load=[share / tokens for share in load],
+        load=[fraction / tokens for fraction in load],
     )

@@ -22,7 +22,7 @@ from switchworks.generate.continue_text import continuation
 from switchworks.plan.explain import explain_experiment
 from switchworks.recipes.tiny import tiny
 from switchworks.training import train
-from switchworks.training.hooks.standard import first_pieces, longest_pieces
+from switchworks.training.hooks.samples import first_pieces, longest_pieces
 
 EOS = 1
 

@@ -33,7 +33,7 @@ from switchworks.data.sources.files import Files
 from switchworks.data.tokens.train import interleave
 from switchworks.evaluate.run import evaluate_run
 from switchworks.training import Experiment
-from switchworks.training.hooks.standard import in_few_words
+from switchworks.training.hooks.validate import losses_text
 
 
 def test_107_languages_are_sampled_by_size_to_the_power_0_3() -> None:
@@ -471,10 +471,10 @@ def test_a_run_of_a_mixture_stopped_and_resumed_ends_bitwise_the_same(
 
 
 def test_the_line_of_a_validation_names_all_corpora_or_of_many_the_extremes() -> None:
-    assert in_few_words({}) == ""
-    assert in_few_words({"en": 1.0, "de": 0.5}) == "  en 1.000  de 0.500"
+    assert losses_text({}) == ""
+    assert losses_text({"en": 1.0, "de": 0.5}) == "  en 1.000  de 0.500"
     many = {f"c{i}": (i * 37 % 107) / 10 for i in range(107)}
-    assert in_few_words(many) == "  lowest c0 0.000  highest c26 10.600 of 107"
+    assert losses_text(many) == "  lowest c0 0.000  highest c26 10.600 of 107"
 
 
 def test_the_report_lists_the_corpora_with_loss_share_and_epochs(run_of_two) -> None:

@@ -28,7 +28,7 @@ from switchworks.evaluate.run import evaluate_run
 from switchworks.recipes.multilingual import multilingual
 from switchworks.report.runs import read_run
 from switchworks.training import train
-from switchworks.training.hooks.standard import read_in_few_words
+from switchworks.training.hooks.validate import epochs_text
 
 LINES = {
     "de": "Die Katze lag den ganzen Tag auf der warmen Bank.",
@@ -297,8 +297,8 @@ def test_bits_per_byte_of_guessing_bytes_is_eight():
 
 
 def test_the_line_of_a_validation_says_what_was_read_least_and_most():
-    assert read_in_few_words({}) == ""
-    said = read_in_few_words({"en": 0.25, "kab": 12.0, "de": 1.0})
+    assert epochs_text({}) == ""
+    said = epochs_text({"en": 0.25, "kab": 12.0, "de": 1.0})
     assert said == "  read 0.25 (en) to 12 times (kab)"
 
 

@@ -20,13 +20,17 @@ from switchworks.cli.main import main
 from switchworks.config import CheckpointError, ConfigError, from_toml
 from switchworks.data.open import open_dataset
 from switchworks.data.tokens.train import train_sentencepiece
-from switchworks.distil import dense_teacher, fraction_of_gain, initialise_from_teacher
+from switchworks.distil import fraction_of_gain, initialise_from_teacher
 from switchworks.distil.config import DistilConfig
-from switchworks.distil.precompute import precompute_teacher
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
 from switchworks.recipes.tiny import tiny
 from switchworks.training import Experiment, train
-from switchworks.training.initial_state import COUNTED, rows_to_count
+from switchworks.training.distillation import (
+    COUNTED_ROWS,
+    dense_teacher,
+    precompute_teacher,
+    rows_to_count,
+)
 from switchworks.training.state import build_state
 from switchworks.training.step import DivergenceError, train_step
 
@@ -379,7 +383,7 @@ def test_a_teacher_s_experts_are_weighed_by_the_same_rows_on_every_rank(student,
     data = replace(student.data, tokenizer=str(tiny_run))
     corpora = open_dataset(data, vocab_size=student.model.vocab_size)
     seen = Batch.join(rows_to_count(corpora, student.seed))
-    assert len(seen.inputs) == COUNTED
+    assert len(seen.inputs) == COUNTED_ROWS
     of_ranks = [
         corpora.training(batch_size=8, seed=student.seed, rank=rank, world=2).batch(0)
         for rank in range(2)
@@ -448,7 +452,7 @@ def test_dense_ffns_of_a_teacher_s_experts_have_no_place_in_a_sparse_student(stu
     distil = replace(student.distil, ffn="average")
     assert replace(student, distil=distil).distil.ffn == "average"
     sparse = replace(student.model, routing=RoutingConfig(experts=2))
-    with pytest.raises(ConfigError, match="the student has experts of its own"):
+    with pytest.raises(ConfigError, match="this student has experts"):
         replace(student, distil=distil, model=sparse)
 
 
@@ -469,7 +473,7 @@ def refusal(student: Experiment, tmp_path: Path, kind: type[Exception], **more) 
 
 
 @pytest.mark.parametrize(
-    ("given", "reason"), [("nowhere", "it is not there"), ("", "none is named")]
+    ("given", "reason"), [("nowhere", "it does not exist"), ("", "none is named")]
 )
 def test_a_teacher_that_is_not_there_is_explained(given, reason, student, tmp_path):
     lost = replace(student, distil=replace(student.distil, teacher=given))
@@ -482,7 +486,7 @@ def test_a_teacher_whose_run_has_not_ended_is_explained(student, tiny_run, tmp_p
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "experiment.toml").write_text("")
     early = replace(student, distil=replace(student.distil, teacher=str(tmp_path / "half")))
-    assert "that run has not ended" in refusal(early, tmp_path, CheckpointError)
+    assert "that run has not finished" in refusal(early, tmp_path, CheckpointError)
 
 
 def test_a_teacher_with_another_vocabulary_is_refused_with_the_flag_that_helps(

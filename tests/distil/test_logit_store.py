@@ -14,18 +14,18 @@ from switchworks.cli.main import main
 from switchworks.config import CheckpointError, ConfigError, DataError
 from switchworks.distil.config import DistilConfig
 from switchworks.distil.loss import distillation_loss, stored_distillation_loss
-from switchworks.distil.precompute import precompute_teacher
 from switchworks.distil.store import (
     LogitStore,
     LogitWriter,
     StoreInfo,
     TeacherTargets,
-    hashes_of,
-    likeliest,
+    row_hashes,
+    top_log_probs,
 )
 from switchworks.model import SwitchTransformer
 from switchworks.recipes.tiny import tiny
 from switchworks.training import Experiment, train
+from switchworks.training.distillation import precompute_teacher
 
 DENSE = """
 from dataclasses import replace
@@ -65,7 +65,7 @@ def stored(tmp_path: Path, logits: torch.Tensor, batch: Batch, **values) -> Teac
     writer = LogitWriter(tmp_path / "store", info(**values))
     writer.add(batch, logits)
     writer.flush()
-    return LogitStore(tmp_path / "store").taught(range(len(batch.targets)), batch)
+    return LogitStore(tmp_path / "store").read(range(len(batch.targets)), batch)
 
 
 # The loss
@@ -142,7 +142,7 @@ def test_probabilities_in_16_bits_are_within_half_a_thousandth_of_those_in_32(tm
 
 def test_the_kept_ids_are_the_likeliest_and_all_masses_sum_to_one():
     logits = torch.randn(6, 9)
-    ids, logs = likeliest(logits, 3, 1.0)
+    ids, logs = top_log_probs(logits, 3, 1.0)
     assert torch.equal(ids, logits.topk(3).indices)
     torch.testing.assert_close(logs.exp().sum(-1), torch.ones(6))
     torch.testing.assert_close(logs[:, :3].exp(), logits.softmax(-1).gather(-1, ids))
@@ -175,7 +175,7 @@ def test_rows_are_found_across_parts_and_whatever_the_batch(tmp_path, monkeypatc
     writer.flush()
     store, whole = LogitStore(tmp_path), Batch.join(batches)
     assert store.num_rows == 20
-    taught = store.taught(range(6, 18), whole.take(torch.arange(6, 18)))
+    taught = store.read(range(6, 18), whole.take(torch.arange(6, 18)))
     real = whole.targets[6:18] != 0
     expected = logits.flatten(0, 1)[6:18].topk(3).indices
     assert torch.equal(taught.ids[real], expected[real])
@@ -197,10 +197,10 @@ def test_a_row_that_is_another_is_refused(tmp_path):
     stored(tmp_path, torch.randn(4, 5, 11), batch)
     other = Batch(inputs=batch.inputs.clone(), targets=batch.targets)
     other.inputs[2, 0] += 1
-    with pytest.raises(DataError, match="Row 2 of the training is not the one"):
-        LogitStore(tmp_path / "store").taught(range(4), other)
+    with pytest.raises(DataError, match="Row 2 of this run is not the row"):
+        LogitStore(tmp_path / "store").read(range(4), other)
     with pytest.raises(DataError, match="holds the teacher's probabilities for 4 rows"):
-        LogitStore(tmp_path / "store").taught(range(4, 8), batch)
+        LogitStore(tmp_path / "store").read(range(4, 8), batch)
 
 
 def test_rows_are_told_apart_by_their_segments_too():
@@ -208,8 +208,8 @@ def test_rows_are_told_apart_by_their_segments_too():
     ones = {"input_segments": torch.ones_like(batch.inputs)}
     ones |= {"target_segments": torch.ones_like(batch.targets)}
     segmented = replace(batch, **ones)
-    assert not np.intersect1d(hashes_of(batch), hashes_of(segmented)).size
-    assert np.array_equal(hashes_of(segmented.to("cpu")), hashes_of(segmented))
+    assert not np.intersect1d(row_hashes(batch), row_hashes(segmented)).size
+    assert np.array_equal(row_hashes(segmented.to("cpu")), row_hashes(segmented))
 
 
 def test_logits_that_are_not_finite_are_not_stored(tmp_path):
@@ -368,7 +368,7 @@ def test_text_that_has_changed_is_explained(student, corpus, tmp_path):
 
 def test_too_few_rows_are_explained(student, tmp_path):
     message = refusal(replace(student, steps=7), tmp_path)
-    assert "for 24 rows; 7 steps of 4 rows need 28" in message
+    assert "for 24 rows; this run has 28" in message
 
 
 def test_another_teacher_is_explained(student, tmp_path):

@@ -17,7 +17,7 @@ import switchworks
 from switchworks.checkpoint.training_state import Checkpoints
 from switchworks.config import ConfigError
 from switchworks.parallel import MeshConfig, ranks_of
-from switchworks.training.run import export
+from switchworks.training.export import export
 from switchworks.training.step import train_step
 
 

@@ -16,7 +16,7 @@ from switchworks.optim import UpdateStats
 from switchworks.training import Interrupted, train
 from switchworks.training.experiment import BestConfig
 from switchworks.training.hooks.best import KeepBest
-from switchworks.training.hooks.standard import Validate
+from switchworks.training.hooks.validate import Validate
 from switchworks.training.recorder import Recorder
 from switchworks.training.state import Best, build_state
 from switchworks.training.step import StepResult
@@ -26,7 +26,6 @@ CURVE = {2: 5.0, 4: 4.0, 6: 4.5, 8: 3.0, 10: 3.5, 12: 3.25, 14: 2.0}
 
 
 def _scripted(self, state):
-    self._done = state.step
     self.recorder.write(state, {"val/loss": CURVE.get(state.step, 3.75)})
 
 
@@ -34,7 +33,7 @@ def _scripted(self, state):
 def scripted():
     """Validation losses by the step, so that the best is known; all else is a real run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Validate, "_validate", _scripted)
+        patch.setattr(Validate, "__call__", _scripted)
         yield
 
 
@@ -125,14 +124,14 @@ def test_an_ended_run_that_is_resumed_takes_no_step(scripted, short, tmp_path):
     assert same(before, switchworks.load(run_dir)[0].state_dict())
 
 
-def test_a_last_step_out_of_turn_may_be_the_best_but_is_forgotten_by_a_longer_run(
+def test_a_validation_after_the_last_step_that_is_none_of_the_regular_ones_does_not_count(
     scripted, short, tmp_path
 ):
     CURVE[11] = 1.0
     try:
         experiment = replace(short, steps=11, best=BestConfig(patience=3))
         run_dir = train(experiment, tmp_path / "run")
-        assert told(run_dir)["step"] == 11
+        assert told(run_dir)["step"] == 8
         longer = train(replace(experiment, steps=12), run_dir, resume=True)
         assert told(longer)["step"] == 8
     finally:
@@ -172,7 +171,7 @@ def keeping(short, tmp_path):
             written.append(state.step)
             directory.mkdir(parents=True)
 
-        recorder = Recorder(tmp_path, 0)
+        recorder = Recorder()
         checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
         hook = KeepBest(experiment.best, recorder, checkpoints, state, export)
 
@@ -180,7 +179,6 @@ def keeping(short, tmp_path):
             state.step = step
             recorder.write(state, {"x/accuracy": value})
             hook.after_step(state, StepResult(0.0, 0.0, UpdateStats(0.0, 0.0), {}, 1))
-            recorder.close()
 
         return hook, state, measure, written
 
@@ -227,7 +225,8 @@ def test_a_metric_that_is_never_measured_is_told_and_the_last_step_is_the_model(
 ):
     run_dir = train(replace(short, steps=4, best=BestConfig(metric="val/lossy")), tmp_path / "run")
     said = capsys.readouterr().out
-    assert said.count("val/lossy has not been measured. Near it in metrics.jsonl: val/loss") == 2
+    absent = "val/lossy has not been measured at a regular step. Similar names in metrics.jsonl: "
+    assert said.count(absent + "val/loss") == 2
     assert "model/ is that of the last step, 4" in said
     assert (run_dir / "model").is_dir()
     assert not (run_dir / "best.json").exists()

@@ -30,7 +30,7 @@ def test_more_experts_than_tokens_in_a_group_are_refused_with_a_group_that_fits(
 
 
 def test_a_batch_that_is_not_whole_groups_is_refused():
-    with pytest.raises(ConfigError, match=r"4 rows computed at once .* groups of 3 rows"):
+    with pytest.raises(ConfigError, match=r"4 rows per forward pass .* groups of 3 rows"):
         with_routing(group_sequences=3)
 
 

@@ -23,11 +23,11 @@ def test_it_has_the_paper_s_dropout_and_t5_s_rate():
         1e-3,
         "constant",
     )
-    assert recipe.chosen_best.metric == "val/loss"
+    assert recipe.resolved_best.metric == "val/loss"
     on_tasks = replace(recipe, data=replace(recipe.data, tasks=("docstring_summary",)))
-    assert on_tasks.chosen_best.metric == "task/mean"
+    assert on_tasks.resolved_best.metric == "task/mean"
     on_glue = replace(recipe, data=replace(recipe.data, tasks=("glue",)))
-    assert on_glue.chosen_best.metric == "task/glue"  # where MNLI counts once, and WSC not at all
+    assert on_glue.resolved_best.metric == "task/glue"  # where MNLI counts once, and WSC not at all
 
 
 def test_shape_tokenizer_and_rows_are_those_of_the_model_it_begins_with(tiny_run):

@@ -1,1 +1,1 @@
-"""TODO face."""
+"""Hooks: what happens beside training. `loop.py` has the protocol."""

@@ -1,8 +1,8 @@
-"""The best weights a run has passed through are kept, and a run that gets no better ends.
+"""Keeps the best weights of a run, and stops a run that gets no better.
 
-Which weights were the best so far is part of the training state, so a resumed run knows it and
-ends where an uninterrupted one would. The weights lie in best/step_XXXXXXXX/ as `export` writes
-them. Older ones stay as long as a checkpoint is kept that knows no better.
+Which step is the best so far is part of the training state, so a resumed run knows it and stops
+where an uninterrupted one would. The weights lie in best/step_XXXXXXXX/ as `export` writes them,
+until a better step is found and no kept checkpoint refers to them.
 """
 
 import re
@@ -22,14 +22,13 @@ from switchworks.training.state import Best, TrainState
 from switchworks.training.step import StepResult
 
 Export = Callable[[TrainState, Path], None]
-"""Writes what the state would be as a finished model into a directory."""
+"""Writes the state as a finished model into a directory."""
 
 
 class KeepBest:
-    """A hook that looks at a metric whenever another hook before it has recorded it.
+    """Compares a metric whenever a hook before it in the list has written it.
 
-    What is measured after the last step, out of turn, may become the model too. It does not enter
-    the state: a run that is made longer goes on as if it had not been.
+    Only measurements at their regular steps count, not those made because the run ends.
     """
 
     def __init__(
@@ -40,67 +39,54 @@ class KeepBest:
         state: TrainState,
         export: Export,
     ) -> None:
-        """Raises CheckpointError if the best weights so far are gone."""
+        """Raises CheckpointError if the best weights so far are missing."""
         self.config = config
         self.recorder = recorder
         self.checkpoints = checkpoints
         self.directory = checkpoints.directory.with_name("best")
         self.export = export
-        self.last: Best | None = None
-        """The last step's, where it was measured out of turn and is the best."""
-        self._done = -1
-        self._noted = False
-        if state.best is not None and not self._place(state.best.step).is_dir():
+        self._warned = False
+        if state.best is not None and not self._path(state.best.step).is_dir():
             raise CheckpointError(
                 f"The best weights so far, of step {state.best.step}, are not in "
-                f"{self._place(state.best.step)}.\n"
-                "  Put them back, or begin again in another --run-dir."
+                f"{self._path(state.best.step)}.\n"
+                "  Put them back, or start again in another --run-dir."
             )
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
-        """Keep the weights if they are the best; count the measurements that were no better."""
+        """Export the weights if they are the best; count measurements that were no better."""
         value = self._measured(state)
         if value is None:
-            self._note_absence(state)
-            return
-        self._done = state.step
-        if self._better(value, state.best):
+            self._warn_once(state)
+        elif self._is_better(value, state.best):
             state.best = Best(state.step, value)
-            self.export(state, self._place(state.step))
+            self.export(state, self._path(state.step))
             self._prune(state.step)
             self.recorder.write(state, {"best/step": state.step, "best/value": value})
             print(f"step {state.step}  best {self.config.metric} so far: {value:.4g}", flush=True)
-        else:
-            assert state.best is not None or isnan(value)
-            if state.best is not None:
-                state.best = replace(state.best, stale=state.best.stale + 1)
-        if state.ended and state.best is not None:
-            print(
-                f"step {state.step}  ends here: {self.config.metric} was no better than "
-                f"{state.best.value:.4g} (step {state.best.step}) {state.best.stale} times in a row"
-            )
+        elif state.best is not None:  # None: nothing but nan so far
+            state.best = replace(state.best, stale=state.best.stale + 1)
+            if state.ended:
+                print(
+                    f"step {state.step}  stops early: {self.config.metric} was no better than "
+                    f"{state.best.value:.4g} (step {state.best.step}) {state.best.stale} times in "
+                    "a row"
+                )
 
     def finish(self, state: TrainState, *, interrupted: bool) -> None:
-        """Look at what was measured after the last step, unless it is known already."""
-        if interrupted or self._done == state.step:
-            return
-        value = self._measured(state)
-        if value is not None and self._better(value, state.best):
-            self.last = Best(state.step, value)
+        """Nothing: `write_model` is called when all hooks have finished."""
 
     def write_model(self, state: TrainState, run_dir: Path) -> None:
-        """model/ (and adapters/) of `run_dir` are the best weights; best.json and a line say whose.
+        """Write the best weights to model/ (and adapters/) of `run_dir`, and best.json about them.
 
-        Those of the last step if the metric was never measured, with a warning.
+        If the metric was never measured: those of the last step, with a warning.
         """
-        best = self.last or state.best
-        if best is None or best.step == state.step:
-            self.export(state, run_dir)
-        else:
-            on_rank_zero(lambda: self._copy(best.step, run_dir))
+        best = state.best
         if best is None:
+            self.export(state, run_dir)
             print(f"warning: {self._absent()}\n  model/ is that of the last step, {state.step}.")
             return
+        on_rank_zero(lambda: self._copy(best.step, run_dir))
         about = {
             "metric": self.config.metric,
             "mode": self.config.direction,
@@ -116,7 +102,7 @@ class KeepBest:
         )
 
     def _measured(self, state: TrainState) -> float | None:
-        """What the first rank has, so that all ranks keep and end alike."""
+        """The main rank's value, so that all ranks decide alike."""
         value = self.recorder.at(state.step).get(self.config.metric)
         if value is not None:
             value = state.ranks.all_gather(value)[0]
@@ -127,52 +113,53 @@ class KeepBest:
             )
         return None if value is None else float(value)
 
-    def _better(self, value: float, than: Best | None) -> bool:
+    def _is_better(self, value: float, best: Best | None) -> bool:
         if isnan(value):
             return False
-        if than is None:
+        if best is None:
             return True
-        gain = than.value - value if self.config.direction == "min" else value - than.value
+        gain = best.value - value if self.config.direction == "min" else value - best.value
         return gain > self.config.min_delta
 
-    def _note_absence(self, state: TrainState) -> None:
-        """Once, when the first measurements come and the metric is not among them."""
-        if not self._noted and state.best is None and "val/loss" in self.recorder.at(state.step):
-            self._noted = True
+    def _warn_once(self, state: TrainState) -> None:
+        """When the first validation comes and the metric is not among what was measured."""
+        if not self._warned and state.best is None and "val/loss" in self.recorder.at(state.step):
+            self._warned = True
             print(f"note: {self._absent()}", flush=True)
 
     def _absent(self) -> str:
-        seen = sorted(self.recorder.names)
-        near = get_close_matches(self.config.metric, seen, n=4, cutoff=0.3) or seen[:4]
+        names = sorted(self.recorder.names)
+        near = get_close_matches(self.config.metric, names, n=4, cutoff=0.3) or names[:4]
         return (
-            f"best.metric = {self.config.metric} has not been measured. "
-            f"Near it in metrics.jsonl: {', '.join(near)}."
+            f"best.metric = {self.config.metric} has not been measured at a regular step. "
+            f"Similar names in metrics.jsonl: {', '.join(near)}."
         )
 
-    def _place(self, step: int) -> Path:
+    def _path(self, step: int) -> Path:
         return self.directory / f"step_{step:08d}"
 
     def _copy(self, step: int, run_dir: Path) -> None:
-        for part in sorted(self._place(step).iterdir()):
+        for part in sorted(self._path(step).iterdir()):
             copy_whole(part, run_dir / part.name)
 
     def _prune(self, current: int) -> None:
-        """Delete what neither `current` nor any kept checkpoint would be the best of."""
-        self.checkpoints.wait()  # the one that is being written will be kept too
+        """Delete the weights that are the best neither of `current` nor of any kept checkpoint."""
+        self.checkpoints.wait()  # one that is being written is kept too
         on_rank_zero(lambda: self._delete_all_but(current))
 
     def _delete_all_but(self, current: int) -> None:
-        found = re.compile(r"step_(\d{8,})")
+        pattern = re.compile(r"step_(\d{8,})")
         steps = {
             int(match[1]): path
             for path in self.directory.iterdir()
-            if (match := found.fullmatch(path.name))
+            if (match := pattern.fullmatch(path.name))
         }
-        known = [
+        # The best that a checkpoint knows is the newest one not after it.
+        needed = [
             max((step for step in steps if step <= checkpoint), default=current)
             for checkpoint in self.checkpoints.steps()
         ]
-        for step in steps.keys() - {current, *known}:
+        for step in steps.keys() - {current, *needed}:
             shutil.rmtree(steps[step], ignore_errors=True)
 
 

@@ -1,6 +1,6 @@
-"""Every N steps the tasks' own metrics, on the same validation examples."""
+"""Evaluation of the tasks of a run, on the same validation examples each time."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from switchworks.data import TaskDataset, TextDataset, Tokenizer, places_of
@@ -16,98 +16,79 @@ from switchworks.evaluate import (
 from switchworks.training.experiment import Experiment
 from switchworks.training.recorder import Recorder
 from switchworks.training.state import TrainState
-from switchworks.training.step import StepResult
 
 
 class EvaluateTasks:
-    """Every `every` steps, and after the last, the model answers `questions` greedily.
+    """The model answers every `EvalSet` greedily; `results` are those of the last time.
 
-    Writes task/NAME/FIGURE, task/NAME/score, task/mean over all tasks and task/BENCHMARK for the
-    benchmarks that are complete, all out of 100. `results` are those of the last time.
+    Writes task/NAME/METRIC, task/NAME/score, task/mean over all tasks and task/BENCHMARK for each
+    benchmark all of whose tasks are there, all out of 100.
     """
 
     def __init__(
         self,
         recorder: Recorder,
-        every: int,
-        questions: Sequence[EvalSet],
+        sets: Sequence[EvalSet],
         tokenizer: Tokenizer,
-        how: DecodingConfig,
+        decoding: DecodingConfig,
     ) -> None:
         self.recorder = recorder
-        self.every = every
-        self.questions = questions
+        self.sets = sets
         self.tokenizer = tokenizer
-        self.how = how
+        self.decoding = decoding
         self.results: list[TaskResult] = []
-        self._done = -1
 
-    def after_step(self, state: TrainState, result: StepResult) -> None:
-        """Evaluate when it is time."""
-        if self.every and state.step % self.every == 0:
-            self._evaluate(state)
-
-    def finish(self, state: TrainState, *, interrupted: bool) -> None:
-        """Evaluate the last step, unless a signal wants the process gone."""
-        if self.every and not interrupted and self._done != state.step:
-            self._evaluate(state)
-
-    def _evaluate(self, state: TrainState) -> None:
-        self._done = state.step
+    def __call__(self, state: TrainState) -> None:
+        """Evaluate, write the metrics and print a line per task with its first answer."""
         self.results = [
-            measure(state.model, self.tokenizer, asked, self.how, state.ranks)
-            for asked in self.questions
+            measure(state.model, self.tokenizer, eval_set, self.decoding, state.ranks)
+            for eval_set in self.sets
         ]
-        self.recorder.write(state, figures_of(self.results))
+        self.recorder.write(state, task_metrics(self.results))
         for result in self.results:
-            said = "  ".join(f"{name} {value:.1f}" for name, value in result.figures.items())
-            right, written = result.eval_set.examples[0].target, result.predictions[0]
+            figures = "  ".join(f"{name} {value:.1f}" for name, value in result.figures.items())
+            target, prediction = result.eval_set.examples[0].target, result.predictions[0]
             print(
-                f"step {state.step}  {result.name}  {said}  "
-                f"(for {_short(right)} it wrote {_short(written)})",
+                f"step {state.step}  {result.name}  {figures}  "
+                f"(for {_shortened(target)} it wrote {_shortened(prediction)})",
                 flush=True,
             )
 
 
-def figures_of(results: Sequence[TaskResult]) -> dict[str, float]:
-    """The metrics of several tasks by the names they have in metrics.jsonl."""
-    figures: dict[str, float] = {}
+def task_metrics(results: Sequence[TaskResult]) -> Mapping[str, float]:
+    """The metrics of several tasks by their names in metrics.jsonl."""
+    metrics: dict[str, float] = {}
     for result in results:
         for name, value in (*result.figures.items(), ("score", result.score)):
-            figures[f"task/{result.name}/{name}"] = value
+            metrics[f"task/{result.name}/{name}"] = value
     scores = {result.name: result.score for result in results}
-    figures["task/mean"] = fmean(scores.values())
-    return figures | {f"task/{name}": value for name, value in averages(scores).items()}
+    metrics["task/mean"] = fmean(scores.values())
+    return metrics | {f"task/{name}": value for name, value in averages(scores).items()}
 
 
-def tasks_to_evaluate(experiment: Experiment, corpora: TextDataset) -> list[EvalSet]:
-    """The questions of those tasks of a run that have a validation split; none of plain text.
+def tasks_to_evaluate(experiment: Experiment, dataset: TextDataset) -> list[EvalSet]:
+    """One `EvalSet` for each task of a run that has a validation split; none for plain text.
 
-    Raises ConfigError for a metric that means nothing for them, DataError for data that cannot be
-    used.
+    Raises ConfigError for a metric that does not apply to a task, DataError for unusable data.
     """
-    if not isinstance(corpora, TaskDataset) or not experiment.evaluate_every:
+    if not isinstance(dataset, TaskDataset) or not experiment.evaluate_every:
         return []
     places = places_of(experiment.data)
-    questions = [
+    sets = [
         questions_of(task, "validation", places, experiment.evaluate_examples)
-        for task in corpora.tasks
+        for task in dataset.tasks
         if "validation" in task.source.splits
     ]
-    for asked in questions:
-        check_metrics(asked.task, asked.examples)
-    return questions
+    for eval_set in sets:
+        check_metrics(eval_set.task, eval_set.examples)
+    return sets
 
 
-def task_hook(
-    experiment: Experiment, questions: Sequence[EvalSet], tokenizer: Tokenizer, recorder: Recorder
-) -> EvaluateTasks:
-    """The hook that asks `questions`."""
-    how = DecodingConfig(
-        input_length=experiment.data.input_length, max_length=experiment.data.target_length
-    )
-    return EvaluateTasks(recorder, experiment.evaluate_every, questions, tokenizer, how)
+def decoding_of(experiment: Experiment) -> DecodingConfig:
+    """Row lengths as in training."""
+    data = experiment.data
+    return DecodingConfig(input_length=data.input_length, max_length=data.target_length)
 
 
-def _short(text: str, most: int = 60) -> str:
+def _shortened(text: str, most: int = 60) -> str:
     return repr(text if len(text) <= most else text[: most - 3] + "...")

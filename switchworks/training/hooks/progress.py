@@ -1,0 +1,100 @@
+"""Progress lines: the averages of the steps since the last line."""
+
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+from switchworks.training.recorder import Recorder
+from switchworks.training.state import TrainState
+from switchworks.training.step import StepResult
+
+
+class Progress:
+    """Every `every` steps (0: never) a printed line and metrics, averaged since the last."""
+
+    def __init__(self, recorder: Recorder, every: int, state: TrainState) -> None:
+        self.recorder = recorder
+        self.every = every
+        self._since: list[StepResult] = []
+        self._mark = (state.tokens, state.seconds)
+
+    def after_step(self, state: TrainState, result: StepResult) -> None:
+        """Collect the result; report when it is time."""
+        self._since.append(result)
+        if self.every and state.step % self.every == 0:
+            self._report(state)
+
+    def finish(self, state: TrainState, *, interrupted: bool) -> None:
+        """Report the steps since the last line, also those before a signal."""
+        if self._since and self.every:
+            self._report(state)
+
+    def _report(self, state: TrainState) -> None:
+        values = averages(self._since)
+        tokens, seconds = state.tokens - self._mark[0], state.seconds - self._mark[1]
+        values["tokens_per_second"] = tokens / max(seconds, 1e-9)
+        per_step = seconds / len(self._since)
+        values["seconds_left"] = per_step * (state.experiment.num_steps - state.step)
+        self.recorder.write(state, values)
+        print(progress_line(state, values), flush=True)
+        self._since, self._mark = [], (state.tokens, state.seconds)
+
+
+def averages(results: Sequence[StepResult]) -> dict[str, Any]:
+    """The metrics of consecutive steps: means over the steps and, where one number stands for all
+    layers, over layers. Losses in nats, `dropped` and `load` as fractions of tokens."""
+    values: dict[str, Any] = {
+        "train/loss": fmean(result.cross_entropy for result in results),
+        "train/total": fmean(result.total for result in results),
+        "train/lr": results[-1].update.lr,
+        "train/grad_norm": fmean(result.update.grad_norm for result in results),
+    }
+    softs = [result.soft for result in results if result.soft is not None]
+    if softs:
+        values["train/soft"] = fmean(softs)
+    names = results[0].layers
+    if not names:
+        return values
+    for field in ("balance", "router_z", "dropped", "confidence"):
+        values[f"train/{field}"] = fmean(
+            getattr(layer, field) for result in results for layer in result.layers.values()
+        )
+    loads = {
+        name: [
+            fmean(e) for e in zip(*(result.layers[name].load for result in results), strict=True)
+        ]
+        for name in names
+    }
+    values["train/experts_in_use"] = fmean(
+        sum(share > 0 for share in load) for load in loads.values()
+    )
+    for name, load in loads.items():
+        values[f"load/{name}"] = [round(share, 5) for share in load]
+        values[f"dropped/{name}"] = fmean(result.layers[name].dropped for result in results)
+    return values
+
+
+def progress_line(state: TrainState, values: dict[str, Any]) -> str:
+    """The printed line: loss, balance, fraction dropped, experts in use, speed, time left."""
+    parts = [f"step {state.step}/{state.experiment.steps}", f"loss {values['train/loss']:.3f}"]
+    if "train/soft" in values:
+        parts.append(f"soft {values['train/soft']:.3f}")
+    routing = state.experiment.model.routing
+    if routing is not None:
+        parts += [
+            f"balance {values['train/balance']:.2f}",
+            f"dropped {values['train/dropped']:.1%}",
+            f"experts in use {values['train/experts_in_use']:.1f}/{routing.experts}",
+        ]
+    parts += [
+        f"{values['tokens_per_second'] / 1000:.1f}k tok/s",
+        f"{clock(values['seconds_left'])} left",
+    ]
+    return "  ".join(parts)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as m:ss, or h:mm:ss from an hour on."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
