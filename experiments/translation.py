@@ -104,7 +104,7 @@ def show(
     print(f"| --- | --- | {' | '.join('---:' for _ in results)} |")
     for way in directions:
         print(
-            f"| {way[0]} | {way[1]} | {' | '.join(f'{chrf[way]:.1f}' for chrf in results.values())} |"
+            f"| {way[0]} | {way[1]} | {' | '.join(f'{chrf[way]:.1f}' for chrf in results.values())} |"  # noqa: E501
         )
     for model in dict.fromkeys(model for model, _ in results):
         tuned, scratch = results[model, "tune"], results[model, "scratch"]
