@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
+from torch.multiprocessing.spawn import start_processes
 from torch.profiler import ProfilerActivity, profile
 
 from switchworks.batch import Batch
@@ -33,7 +33,7 @@ WARM_UP = 2
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="Weak scaling of a recipe on CPU processes.")
     parser.add_argument("recipe", nargs="?", default="quickstart")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--axis", choices=("data", "expert", "model"), default="expert")
@@ -59,7 +59,7 @@ def measure(world: int, flags: argparse.Namespace, *, together: bool) -> tuple[f
         port = free.getsockname()[1]
         free.close()
         file = Path(folder, "figures")
-        torch.multiprocessing.start_processes(
+        start_processes(
             one_rank, args=(world, port, flags, file, together), nprocs=world, start_method="spawn"
         )
         seconds, share = map(float, file.read_text().split())
@@ -74,7 +74,7 @@ def one_rank(
     mesh = MeshConfig()
     ranks = SINGLE
     if together:
-        mesh = MeshConfig(**{flags.axis: world}, overlap=flags.overlap)
+        mesh = replace(MeshConfig(overlap=flags.overlap), **{flags.axis: world})
         dist.init_process_group("gloo", rank=rank, world_size=world)
         ranks = Ranks(build_mesh(mesh))
     experiment = replace(
@@ -114,7 +114,7 @@ def share_of_collectives(step) -> float:
     seconds = time.perf_counter() - started
     spans = sorted(
         (event.time_range.start, event.time_range.end)
-        for event in profiler.events()
+        for event in profiler.events() or ()
         if event.name.startswith("gloo:")
     )
     covered, last = 0.0, 0.0

@@ -8,6 +8,7 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "experiments" / "scale.py"
 
 
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # as parallel/apply.py does
 @pytest.mark.filterwarnings("ignore:Data has no positive values")  # so small is the model
 def test_the_curves_have_a_row_for_each_number_of_ranks(tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("scale", SCRIPT)
