@@ -11,8 +11,8 @@ FILES = sorted(Path(switchworks.model.__file__).parent.glob("*.py"))
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 
 ALLOWED = (
-    *("collections", "dataclasses", "math", "typing", "zlib"),
-    *("torch", "jaxtyping"),
+    *("collections", "dataclasses", "functools", "math", "typing", "zlib"),
+    *("torch", "numpy", "jaxtyping"),
     *("switchworks.config", "switchworks.batch", "switchworks.model"),
 )
 

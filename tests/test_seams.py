@@ -22,7 +22,7 @@ NAMES = {seam.attribute for seam in SEAMS}
 PLACES = {"experts", "embedding", "head"}
 """Submodules that `REPLACEABLE` lists, by the names they have in their parents."""
 BY_NAME = {
-    "checkpoint/tensors.py: fill": "a parameter or buffer read from a file",
+    "checkpoint/tensors.py: materialise": "a parameter or buffer read from a file",
     "adapt/lora.py: adapt": "an adapted module in the place of a plain one",
     "fast/decode.py: _traced_copy": "an opaque matrix in the copy that is traced",
     "fast/seams.py: swapped": "a seam, for a while",

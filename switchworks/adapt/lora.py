@@ -227,9 +227,9 @@ def adapt(model: SwitchTransformer, config: LoraConfig, seed: int = 0) -> Table:
     pairs = {name: _pair(name, p, letters[name], config) for name, p in chosen.items()}
     for name, pair in pairs.items():
         _first_values(pair, seed + zlib.crc32(name.encode()))
-    for path, own in _by_module(pairs).items():
+    for path, adapters in _by_module(pairs).items():
         parent, _, leaf = path.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, _adapted(model.get_submodule(path), own))
+        setattr(model.get_submodule(parent), leaf, _adapted(model.get_submodule(path), adapters))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_((MARK in name or name in also) and _learns(name))
     rows = [

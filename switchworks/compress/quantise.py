@@ -29,7 +29,7 @@ def quantise_directory(
         )
     model, tokenizer = open_model(source)
     fresh = sum(tensor.bytes for tensor in tensors_of(model))
-    model = quantise(model.float(), QuantiseConfig.of(scheme, group))
+    model = quantise(model.float(), QuantiseConfig.from_scheme(scheme, group))
     save(model, destination, tokenizer)
     tensors = tensors_of(model)
     total = sum(tensor.bytes for tensor in tensors)

@@ -67,7 +67,7 @@ class _StoredCrossEntropy(torch.autograd.Function):
         ctx.temperature = temperature
         nats = []
         for block, top, teacher in zip(
-            *(row_blocks(x, of=student) for x in (student, ids, logs)), strict=True
+            *(row_blocks(x, like=student) for x in (student, ids, logs)), strict=True
         ):
             logits = to_float32(block).div(temperature)
             outcomes = torch.cat([logits.gather(-1, top), _log_rest(logits, top)], dim=-1)
@@ -85,7 +85,7 @@ class _StoredCrossEntropy(torch.autograd.Function):
         columns = (student, ids, logs, grad_nll[:, None] / ctx.temperature)
         grads = []
         for block, top, teacher, scale in zip(
-            *(row_blocks(column, of=student) for column in columns), strict=True
+            *(row_blocks(column, like=student) for column in columns), strict=True
         ):
             logits = to_float32(block).div(ctx.temperature)
             probs = logits.softmax(dim=-1)
@@ -119,7 +119,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
     ) -> Float[Tensor, "N"]:
         gradient, nats = torch.empty_like(student), []
         for block, teacher_block, grad_block in zip(
-            *(row_blocks(rows, of=student) for rows in (student, teacher, gradient)), strict=True
+            *(row_blocks(rows, like=student) for rows in (student, teacher, gradient)), strict=True
         ):
             logits = _soften(block, temperature)
             probs = logits.softmax(dim=-1)
@@ -136,7 +136,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_nll: Float[Tensor, "N"]) -> tuple[Float[Tensor, "N V"], None, None]:
         (gradient,) = ctx.saved_tensors
-        scales = row_blocks(grad_nll[:, None] / ctx.temperature, of=gradient)
+        scales = row_blocks(grad_nll[:, None] / ctx.temperature, like=gradient)
         blocks = zip(row_blocks(gradient), scales, strict=True)
         return torch.cat([(to_float32(g) * scale).to(g) for g, scale in blocks]), None, None
 

@@ -42,7 +42,7 @@ class RoutingConfig:
     """Slots offered per token in training. 1.0 is enough only if routing is perfectly even; None
     drops no token."""
     eval_capacity_factor: float | None = None
-    """The same in evaluation and generation. None drops nothing, so that no answer depends on
+    """The same in evaluation and generation. None drops nothing, so that no output depends on
     its neighbours in the batch; the paper's code uses 2.0."""
     min_capacity: int = 4
     expert_capacity: int | None = None

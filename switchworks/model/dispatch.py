@@ -1,11 +1,11 @@
-"""Carry out a routing plan: tokens to their experts, answers back to their places.
+"""Carry out a routing plan: tokens to their experts, outputs back to their places.
 
 A dispatcher is a plain object without parameters, so that expert parallelism can replace it
 from outside. `EinsumDispatcher` is the paper's formulation (Figure 16) and the reference for
 every other; list a new one in `DISPATCHERS` and the equivalence tests run on it.
 
 Letters: G groups, S tokens per group, A assignments per group, E experts, C slots per expert and
-group, D width, O width of the answers (D but in switch attention), N assignments kept.
+group, D width, O width of the outputs (D but in switch attention), N assignments kept.
 """
 
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -21,7 +21,7 @@ from switchworks.model.strategies import Routes
 
 @runtime_checkable
 class Dispatcher(Protocol):
-    """Sends tokens to experts and brings the answers back."""
+    """Sends tokens to experts and combines their outputs."""
 
     def __call__(
         self,
@@ -49,11 +49,11 @@ class EinsumDispatcher:
         mask = mask.to(x.dtype)  # G A E C
         token = torch.arange(size, device=x.device) if routes.token is None else routes.token
         token = F.one_hot(token, size).expand(len(x), -1, -1).to(x.dtype)  # G A S
-        inbox = torch.einsum("gsd,gas,gaec->egcd", x, token, mask)
-        outbox = experts(ExpertInput(inbox.flatten(0, 2), None))
-        outbox = outbox.view(num_experts, x.shape[0], capacity, -1)
-        answers = torch.einsum("egcd,gaec,ga->gad", outbox, mask, routes.gate.to(x.dtype))
-        return torch.einsum("gad,gas->gsd", answers, token).to(x.dtype)
+        inputs = torch.einsum("gsd,gas,gaec->egcd", x, token, mask)
+        outputs = experts(ExpertInput(inputs.flatten(0, 2), None))
+        outputs = outputs.view(num_experts, x.shape[0], capacity, -1)
+        gated = torch.einsum("egcd,gaec,ga->gad", outputs, mask, routes.gate.to(x.dtype))
+        return torch.einsum("gad,gas->gsd", gated, token).to(x.dtype)
 
 
 class PaddedDispatcher:
@@ -75,14 +75,14 @@ class PaddedDispatcher:
         tokens = rows_of(routes, size)
         rows = x.flatten(0, 1)
         rows = rows if tokens is None else rows.index_select(0, tokens)
-        inbox = x.new_zeros(nowhere + 1, width).index_copy_(0, place, rows)
-        outbox = experts(ExpertInput(inbox[:-1], None))
-        answers = torch.cat([outbox, outbox.new_zeros(1, outbox.shape[-1])]).index_select(0, place)
-        answers = answers * routes.gate.flatten()[:, None].to(x.dtype)
+        inputs = x.new_zeros(nowhere + 1, width).index_copy_(0, place, rows)
+        slots = experts(ExpertInput(inputs[:-1], None))
+        outputs = torch.cat([slots, slots.new_zeros(1, slots.shape[-1])]).index_select(0, place)
+        outputs = outputs * routes.gate.flatten()[:, None].to(x.dtype)
         if tokens is not None:
-            empty = answers.new_zeros(groups * size, answers.shape[-1])
-            answers = empty.index_add_(0, tokens, answers)
-        return answers.view(groups, size, -1)
+            empty = outputs.new_zeros(groups * size, outputs.shape[-1])
+            outputs = empty.index_add_(0, tokens, outputs)
+        return outputs.view(groups, size, -1)
 
 
 class SortedDispatcher:
@@ -102,15 +102,15 @@ class SortedDispatcher:
         order = sort_by_expert(routes, experts.num_experts)
         tokens = rows_of(routes, size)
         tokens = order.assignment if tokens is None else tokens[order.assignment]
-        answers = experts(
+        outputs = experts(
             ExpertInput(x.flatten(0, 1).index_select(0, tokens), order.tokens_per_expert)
         )
         gates = routes.gate.flatten().index_select(0, order.assignment)
-        answers = answers * gates[:, None].to(x.dtype)
-        empty = answers.new_zeros(groups * size, answers.shape[-1])
+        outputs = outputs * gates[:, None].to(x.dtype)
+        empty = outputs.new_zeros(groups * size, outputs.shape[-1])
         once = routes.token is None  # each row is written once at most
         write = empty.index_copy_ if once else empty.index_add_
-        return write(0, tokens, answers).view(groups, size, -1)
+        return write(0, tokens, outputs).view(groups, size, -1)
 
     def _only_one(
         self, x: Float[Tensor, "1 1 D"], routes: Routes, experts: ExpertBank
@@ -119,8 +119,8 @@ class SortedDispatcher:
         kept = int(routes.kept)
         counts = [0] * experts.num_experts
         counts[int(routes.expert)] = kept
-        answers = experts(ExpertInput(x[0, :kept], counts)) * routes.gate[:, :kept].mT.to(x.dtype)
-        return F.pad(answers, (0, 0, 0, 1 - kept))[None]  # 0 for padding
+        outputs = experts(ExpertInput(x[0, :kept], counts)) * routes.gate[:, :kept].mT.to(x.dtype)
+        return F.pad(outputs, (0, 0, 0, 1 - kept))[None]  # 0 for padding
 
 
 class Order(NamedTuple):

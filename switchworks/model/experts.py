@@ -39,7 +39,7 @@ class ExpertWeights(NamedTuple):
     w_gate: Any | None
     w_out: Any
 
-    def of(self, expert: int) -> "ExpertWeights":
+    def select(self, expert: int) -> "ExpertWeights":
         """The matrices of one expert."""
         return ExpertWeights(*(None if w is None else w.select(0, expert) for w in self))
 
@@ -77,9 +77,9 @@ def run_experts(
         return torch.cat([experts.feed_forward(x, matrices) for x, matrices in parts])
     used = [expert for expert, count in enumerate(counts) if count]  # few of many in decoding
     if len(used) == 1:
-        return experts.feed_forward(tokens, weights.of(used[0]))
+        return experts.feed_forward(tokens, weights.select(used[0]))
     parts = zip(tokens.split([counts[expert] for expert in used]), used, strict=True)
-    outputs = [experts.feed_forward(x, weights.of(expert)) for x, expert in parts]
+    outputs = [experts.feed_forward(x, weights.select(expert)) for x, expert in parts]
     return torch.cat([tokens.new_zeros(0, weights.w_out.shape[2]), *outputs])
 
 
@@ -121,7 +121,7 @@ class Experts(nn.Module):
 
     def run_one(self, expert: int, x: Float[Tensor, "C D"]) -> Float[Tensor, "C O"]:
         """Expert number `expert` applied to `x`. The reference for every `run`."""
-        return self.feed_forward(x, self.weights.of(expert))
+        return self.feed_forward(x, self.weights.select(expert))
 
     def feed_forward(self, x: Tensor, weights: ExpertWeights) -> Tensor:
         """One expert's matrices applied to its tokens [C D], giving [C O], or those of all experts

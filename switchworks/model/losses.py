@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from switchworks.model.layers import to_float32
 
 BLOCK = 2**18
-"""Logits widened at once."""
+"""Logits converted to float32 at once."""
 
 
 class Losses(NamedTuple):
@@ -35,7 +35,7 @@ def balance_loss(
 ) -> Float[Tensor, ""]:
     """E * sum f P, equations (4) to (6) without alpha: 1 when even, E when collapsed.
 
-    Taken in each group and averaged over the groups. f, the share of real tokens that want an
+    Taken in each group and averaged over the groups. f, the share of real tokens that choose an
     expert before any is dropped, has no gradient; P, the mean probability, carries it. A group
     without real tokens counts as 0.
     """
@@ -98,16 +98,18 @@ class _CrossEntropy(torch.autograd.Function):
         whole = (grad_nll + grad_normaliser)[:, None]
         grads = torch.empty_like(logits)
         columns = (logits, grads, targets[:, None], normaliser[:, None], whole, -grad_nll[:, None])
-        parts = zip(*(row_blocks(column, of=logits) for column in columns), strict=True)
+        # The gradient is softmax * (grad_nll + grad_normaliser), minus grad_nll at the target; the
+        # softmax is recomputed from the kept normaliser, block by block.
+        parts = zip(*(row_blocks(column, like=logits) for column in columns), strict=True)
         for block, grad, target, log_z, share, minus in parts:
             probs = to_float32(block).sub(log_z).exp_()
             grad.copy_(probs.mul_(share).scatter_add_(-1, target, minus))
         return grads, None
 
 
-def row_blocks(rows: Tensor, of: Tensor | None = None) -> tuple[Tensor, ...]:
+def row_blocks(rows: Tensor, like: Tensor | None = None) -> tuple[Tensor, ...]:
     """`rows` in at most 64 parts, of about a megabyte of logits each where that is larger."""
-    logits = rows if of is None else of
+    logits = rows if like is None else like
     length = max(-(-len(logits) // 64), BLOCK // logits.shape[-1], 1)
     return rows.split(length)
 

@@ -51,12 +51,12 @@ def flops_per_sequence(config: ModelConfig, input_length: int, target_length: in
     L, T, D = input_length, target_length, config.d_model
     A = config.num_heads * config.d_kv
     output = 2 * T * D * config.vocab_size
-    alone = config.decoder_only
-    N = L + T if alone else L
+    decoder_only = config.decoder_only
+    N = L + T if decoder_only else L
     flops = 0.0
-    for layer in range(config.num_layers if alone else config.encoder_layers):
-        flops += 2 * N * _products(config, layer, decoder=alone) + 2 * N * N * A
-    for layer in range(0 if alone else config.decoder_layers):
+    for layer in range(config.num_layers if decoder_only else config.encoder_layers):
+        flops += 2 * N * _products(config, layer, decoder=decoder_only) + 2 * N * N * A
+    for layer in range(0 if decoder_only else config.decoder_layers):
         cross = _attention(config)
         flops += 2 * T * (_products(config, layer, decoder=True) + cross) + 2 * T * T * A
         flops += 2 * L * T * A

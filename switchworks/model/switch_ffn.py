@@ -93,7 +93,7 @@ class SwitchFFN(nn.Module):
     ) -> None:
         """`causal` for decoders: raises ConfigError for strategies that look ahead.
 
-        `d_out` is the width of the answers, None: `d_model`.
+        `d_out` is the width of the outputs, None: `d_model`.
         """
         super().__init__()
         self.config = routing.for_decoder() if causal else routing

@@ -97,9 +97,9 @@ def _split_weight(model: nn.Module, name: str, place: WeightLayout, mesh: Device
 
 def _tight(part: DTensor) -> DTensor:
     """`part` with memory of its own, so that the whole is freed."""
-    own = part.to_local().clone(memory_format=torch.contiguous_format)
+    local = part.to_local().clone(memory_format=torch.contiguous_format)
     return DTensor.from_local(
-        own,
+        local,
         part.device_mesh,
         part.placements,
         run_check=False,

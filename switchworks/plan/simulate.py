@@ -42,8 +42,11 @@ def simulate_with_depth(experiment: Experiment) -> Footprint:
     model = experiment.model
     period = 1 if model.routing is None else model.routing.every
     periods = model.num_layers / period
+    listed = model.routing is not None and (
+        model.routing.encoder_blocks is not None or model.routing.decoder_blocks is not None
+    )
     with fake_ranks(experiment.mesh) as ranks:
-        if periods <= 3 or model.num_decoder_layers not in (None, model.num_layers):
+        if listed or periods <= 3 or model.num_decoder_layers not in (None, model.num_layers):
             return simulate_on(ranks, experiment)
         two, three = (
             replace(model, num_layers=count * period, num_decoder_layers=None) for count in (2, 3)

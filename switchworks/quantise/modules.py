@@ -63,7 +63,7 @@ class QuantiseConfig:
             raise ConfigError("product = int8_dynamic is for 8 bits; 4-bit weights have a kernel.")
 
     @staticmethod
-    def of(scheme: Scheme, group: int = 32) -> "QuantiseConfig":
+    def from_scheme(scheme: Scheme, group: int = 32) -> "QuantiseConfig":
         """The settings that a scheme's name stands for."""
         if scheme == "int4":
             return QuantiseConfig(bits=4, group=group)

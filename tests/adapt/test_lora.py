@@ -74,7 +74,7 @@ def test_each_expert_has_a_pair_of_its_own(gated, counts):
     merged = ExpertWeights(*(p and p.weight + p.scale * p.a @ p.b for p in pairs))
     plain = Experts(4, 32, 64, gated=gated, activation="gelu")
     slow = torch.cat(
-        [plain.feed_forward(part, merged.of(e)) for e, part in enumerate(x.split(sizes))]
+        [plain.feed_forward(part, merged.select(e)) for e, part in enumerate(x.split(sizes))]
     )
     torch.testing.assert_close(experts(ExpertInput(x, counts)), slow)
 

@@ -170,7 +170,7 @@ def test_every_expert_in_4_bits_has_an_order_of_its_own():
 def test_a_rounded_model_scores_nearly_as_before(scheme, config):
     model = SwitchTransformer(config, seed=1)
     expected = logits(model)
-    off = (logits(quantise(model, QuantiseConfig.of(scheme))) - expected).norm()
+    off = (logits(quantise(model, QuantiseConfig.from_scheme(scheme))) - expected).norm()
     assert off < {"int4": 0.3, "int8": 0.03, "int8-dynamic": 0.05}[scheme] * expected.norm()
 
 
@@ -178,7 +178,7 @@ def test_a_rounded_model_scores_nearly_as_before(scheme, config):
 @each_scheme
 def test_every_matrix_is_rounded_and_every_tensor_listed(scheme, config):
     """Nothing but routers, norms and relative biases is left, and embeddings have 8 bits."""
-    model = quantise(SwitchTransformer(config, seed=1), QuantiseConfig.of(scheme))
+    model = quantise(SwitchTransformer(config, seed=1), QuantiseConfig.from_scheme(scheme))
     found = tensors_of(model)
     small = ("router", "norm", "relative_bias")
     low = 4 if scheme == "int4" else 8
@@ -195,10 +195,10 @@ def test_every_matrix_is_rounded_and_every_tensor_listed(scheme, config):
 @each_kind
 @each_scheme
 def test_a_rounded_model_comes_back_from_its_file_bit_for_bit(scheme, config, tmp_path):
-    model = quantise(SwitchTransformer(config, seed=1), QuantiseConfig.of(scheme))
+    model = quantise(SwitchTransformer(config, seed=1), QuantiseConfig.from_scheme(scheme))
     switchworks.save(model, tmp_path / "m")
     back, _ = switchworks.load(tmp_path / "m")
-    assert quantise_config_of(back) == QuantiseConfig.of(scheme)
+    assert quantise_config_of(back) == QuantiseConfig.from_scheme(scheme)
     ours, theirs = back.state_dict(), model.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
@@ -225,7 +225,7 @@ def test_the_file_is_as_large_as_computed(scheme, config, tmp_path):
             expected += rows * (-(-wide // 2) + 2 * -(-wide // 32))
         else:
             expected += rows * (wide + 4)
-    model = quantise(SwitchTransformer(config), QuantiseConfig.of(scheme))
+    model = quantise(SwitchTransformer(config), QuantiseConfig.from_scheme(scheme))
     assert sum(tensor.bytes for tensor in tensors_of(model)) == expected
     switchworks.save(model, tmp_path / "m")
     content = (tmp_path / "m" / "model.safetensors").read_bytes()
@@ -237,12 +237,12 @@ def test_the_file_is_as_large_as_computed(scheme, config, tmp_path):
 @each_kind
 @each_scheme
 def test_a_dequantise_model_is_an_ordinary_one_that_computes_the_same(scheme, config):
-    model = quantise(SwitchTransformer(config, seed=1), QuantiseConfig.of(scheme))
+    model = quantise(SwitchTransformer(config, seed=1), QuantiseConfig.from_scheme(scheme))
     wide = dequantise(model)
     assert all(parameter.dtype == torch.float32 for parameter in wide.parameters())
     if scheme != "int8-dynamic":
         torch.testing.assert_close(logits(wide), logits(model), rtol=1e-4, atol=1e-4)
-    again = quantise(wide, QuantiseConfig.of(scheme))
+    again = quantise(wide, QuantiseConfig.from_scheme(scheme))
     torch.testing.assert_close(logits(again), logits(model), rtol=2e-2, atol=2e-2)
 
 
