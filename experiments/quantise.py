@@ -13,8 +13,8 @@ from pathlib import Path
 from kept import require_same
 
 from switchworks.checkpoint import is_model, load, weight_files, weights_hash
+from switchworks.compress import quantise_directory
 from switchworks.evaluate import held_out_losses, open_run
-from switchworks.quantise import quantise_directory
 
 
 def main() -> None:

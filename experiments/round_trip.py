@@ -1,11 +1,11 @@
-"""Text in, text out: how many of a run's sentences its tokenizer gives back, by language.
+"""How many sentences of each language decode to exactly what was encoded.
 
     python experiments/round_trip.py runs/multilingual
 
-goes through every sentence of the embedded catalogs, on both sides, with the tokenizer of RUN (a
-run, or any folder with a spiece.model). Beside it stands how many of them T5's own normalisation,
-nmt_nfkc, would change, not counting those with the ellipsis that stands for a name (all of which it
-changes). It ends with status 1 if one did not come back.
+Encodes and decodes every sentence of the embedded catalogs, of both splits, with the tokenizer of
+RUN (a run, or any folder with a spiece.model). The last column is the share of them that T5's own
+normalisation, nmt_nfkc, changes, without those with the ellipsis that replaces a name (it changes
+all of them). The exit status is 1 if a sentence was not restored.
 """
 
 import argparse
@@ -29,33 +29,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--validation-share", type=float, default=0.1)
-    known = parser.parse_args()
-    tokenizer = load_tokenizer(str(known.run))
+    flags = parser.parse_args()
+    tokenizer = load_tokenizer(str(flags.run))
     t5 = sentencepiece.SentencePieceNormalizer(
         rule_name="nmt_nfkc",
         add_dummy_prefix=False,
         escape_whitespaces=False,
         remove_extra_whitespaces=True,
     )
-    corpus = split_sentences(catalogs(cache_folder(DataConfig())), known.validation_share)
-    total = lost = changed = plain = 0
-    print("| code | language | sentences | come back | nmt_nfkc changes |")
+    corpus = split_sentences(catalogs(cache_folder(DataConfig())), flags.validation_share)
+    total = lost = changed = compared = 0
+    print("| code | language | sentences | restored | nmt_nfkc changes |")
     print("| --- | --- | ---: | ---: | ---: |")
-    for code, sides in corpus.items():
-        texts = [sentence.text for sentence in (*sides.train, *sides.held_out)]
+    for code, split in corpus.items():
+        texts = [sentence.text for sentence in (*split.train, *split.validation)]
         ids = tokenizer.encode_batch(texts, sentinels=False)
-        back = sum(tokenizer.decode(own) == text for own, text in zip(ids, texts, strict=True))
-        whole = [text for text in texts if GAP not in text]
-        other = sum(t5.normalize(text) != text for text in whole)
+        restored = sum(tokenizer.decode(row) == text for row, text in zip(ids, texts, strict=True))
+        plain = [text for text in texts if GAP not in text]
+        other = sum(t5.normalize(text) != text for text in plain)
         print(
-            f"| {code} | {english_name(code)} | {len(texts):,} | {back:,} | "
-            f"{other / max(1, len(whole)):.1%} |"
+            f"| {code} | {english_name(code)} | {len(texts):,} | {restored:,} | "
+            f"{other / max(1, len(plain)):.1%} |"
         )
-        total, lost = total + len(texts), lost + len(texts) - back
-        changed, plain = changed + other, plain + len(whole)
+        total, lost = total + len(texts), lost + len(texts) - restored
+        changed, compared = changed + other, compared + len(plain)
     print(
-        f"{len(corpus)} languages, {total:,} sentences, {lost} did not come back; nmt_nfkc changes "
-        f"{changed / plain:.1%}"
+        f"{len(corpus)} languages, {total:,} sentences, {lost} not restored; nmt_nfkc changes "
+        f"{changed / compared:.1%}"
     )
     sys.exit(1 if lost else 0)
 

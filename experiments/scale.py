@@ -1,10 +1,10 @@
-"""The tables and curves of docs/scale.md, on paper: traced shapes and a formula, nothing is timed.
+"""The tables and curves of docs/scale.md, from traced shapes and a formula: nothing is timed.
 
     python experiments/scale.py curves   # docs/scale.csv and docs/scale.png
     python experiments/scale.py fits     # meshes for devices of 16 and 80 GiB
 
 Each row is what `switchworks explain` prints for the same flags with --search, whose traces stop at
-a small depth (`switchworks.plan.search.outline`).
+a small depth (`simulate_with_depth`).
 """
 
 import csv
@@ -17,26 +17,32 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from switchworks.parallel import MeshConfig
-from switchworks.plan import GIB, MACHINES, estimate, outline, propose
+from switchworks.plan import GIB, MACHINES, estimate, propose, simulate_with_depth
 from switchworks.recipes import find_recipe
 from switchworks.training import Experiment
 
 DOCS = Path(__file__).parent.parent / "docs"
 RANKS = [8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
 ROWS = {"c4_switch_c": 32, "c4_xxl_128": 16}
-"""Rows of 512 + 114 tokens that each part of the batch has, whatever the number of ranks."""
+"""Rows of 512 + 114 tokens of each rank of the batch axis, whatever the number of ranks."""
 WIDTH = {"c4_switch_c": 1, "c4_xxl_128": 8}
 """Ranks of the model axis."""
 
 
 def lean(name: str) -> Experiment:
-    """The recipe with what saves memory."""
+    """The recipe with the settings that save memory."""
     recipe = find_recipe(name)()
-    return replace(recipe, kernels="fast", activation_checkpointing=True, micro_batches=1)
+    return replace(
+        recipe,
+        precision="bfloat16",
+        kernels="fast",
+        activation_checkpointing=True,
+        micro_batches=1,
+    )
 
 
 def at(name: str, ranks: int) -> Experiment:
-    """The recipe on so many ranks: experts first, then data, the width as it is."""
+    """The recipe on `ranks` ranks: first as many experts as there are, then data."""
     recipe, model = lean(name), WIDTH[name]
     assert recipe.model.routing is not None
     expert = min(ranks // model, recipe.model.routing.experts)
@@ -50,7 +56,7 @@ def curve(name: str) -> Iterator[dict[str, float | int | str]]:
     """A row for each number of ranks."""
     for ranks in RANKS:
         experiment = at(name, ranks)
-        footprint, mesh = outline(experiment), experiment.mesh
+        footprint, mesh = simulate_with_depth(experiment), experiment.mesh
         row: dict[str, float | int | str] = {
             "recipe": name,
             "ranks": ranks,
@@ -59,9 +65,9 @@ def curve(name: str) -> Iterator[dict[str, float | int | str]]:
             "sent_gib": round(sum(item.sent for item in footprint.traffic) / GIB, 3),
         }
         for machine in ("tpuv3", "h100"):
-            cost = estimate(MACHINES[machine], footprint.work, footprint.traffic)
-            row[f"{machine}_computing_s"] = round(cost.computing, 3)
-            row[f"{machine}_travelling_s"] = round(cost.travelling, 3)
+            cost = estimate(MACHINES[machine], footprint.operations, footprint.traffic)
+            row[f"{machine}_compute_s"] = round(cost.compute, 3)
+            row[f"{machine}_communication_s"] = round(cost.communication, 3)
         yield row
 
 
@@ -69,12 +75,12 @@ def draw(rows: list[dict[str, float | int | str]], file: Path) -> None:
     figure = Figure(figsize=(10, 3.8))
     FigureCanvasAgg(figure)
     time, sent = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)
-    for name, colour in zip(ROWS, ("#0072b2", "#d55e00"), strict=True):
+    for name, colour in zip(ROWS, ("#0072b2", "#d55e00"), strict=False):
         mine = [row for row in rows if row["recipe"] == name]
         ranks = [int(row["ranks"]) for row in mine]
         for machine, style in (("h100", "-"), ("tpuv3", "--")):
             total = [
-                float(row[f"{machine}_computing_s"]) + float(row[f"{machine}_travelling_s"])
+                float(row[f"{machine}_compute_s"]) + float(row[f"{machine}_communication_s"])
                 for row in mine
             ]
             time.plot(ranks, total, style, color=colour, label=f"{name}, {machine}", marker=".")
@@ -91,14 +97,15 @@ def draw(rows: list[dict[str, float | int | str]], file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
-def main(what: str) -> None:
-    if what == "fits":
-        for name in ROWS:
-            for machine, memory in (("tpuv3", 16.0), ("h100", 80.0)):
-                for devices in (1024, 2048):
-                    found = propose(lean(name), devices, memory, MACHINES[machine])
-                    print(name, machine, devices, "none" if found is None else found.flags)
-        return
+def print_fitting_meshes() -> None:
+    for name in ROWS:
+        for machine, memory in (("tpuv3", 16.0), ("h100", 80.0)):
+            for devices in (1024, 2048):
+                candidate = propose(lean(name), devices, memory, MACHINES[machine])
+                print(name, machine, devices, "none" if candidate is None else candidate.flags)
+
+
+def write_curves() -> None:
     rows: list[dict[str, float | int | str]] = []
     for name in ROWS:
         for row in curve(name):
@@ -112,4 +119,7 @@ def main(what: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*(sys.argv[1:] or ["curves"]))
+    if sys.argv[1:] == ["fits"]:
+        print_fitting_meshes()
+    else:
+        write_curves()

@@ -2,12 +2,12 @@
 
     python experiments/weak_scaling.py [RECIPE] [--processes 2] [--axis expert] [--rows 64]
 
-Steps of the recipe (default quickstart, float32) on rows of random tokens, so no text is needed;
-each process has as many rows whatever their number. Printed are the median time of a step, the
-efficiency (time of one process / time of N), and the share of a step in which a collective is
-under way, waiting for the other processes included. "apart" are N processes that run at the same
-time and have nothing to do with each other: what they lose, they lose to the machine. Give every
-process a core of its own, or the figures mean nothing.
+Trains a recipe (default quickstart, float32) on random tokens, so no text is needed, with the same
+number of rows in each process. Prints the median time of a step, the efficiency (time of one
+process / time of N), and the share of a step in which a collective is under way, time spent waiting
+for other processes included. "independent" are N processes that run at the same time and do not
+communicate: their slowdown is the machine's. Give every process its own core, or the figures mean
+nothing.
 """
 
 import argparse
@@ -42,17 +42,18 @@ def main() -> None:
     parser.add_argument("--overlap", type=int, default=1, help="mesh.overlap")
     flags = parser.parse_args()
     flags.rows = flags.rows or find_recipe(flags.recipe)().batch_size
-    print("processes     s/step  efficiency  communicating")
-    alone = None
+    print("processes       s/step  efficiency  communicating")
+    baseline = None
     for world, together in ((1, False), (flags.processes, False), (flags.processes, True)):
         seconds, share = measure(world, flags, together=together)
-        alone = alone or seconds
-        name = f"{world}" if together or world == 1 else f"{world}, apart"
-        print(f"{name:<12}  {seconds:6.3f}  {alone / seconds:10.1%}  {share:13.1%}", flush=True)
+        baseline = baseline or seconds
+        name = f"{world}" if together or world == 1 else f"{world}, independent"
+        print(f"{name:<14}  {seconds:6.3f}  {baseline / seconds:10.1%}  {share:13.1%}", flush=True)
 
 
 def measure(world: int, flags: argparse.Namespace, *, together: bool) -> tuple[float, float]:
-    """Seconds of a step, and the share of them in which a collective is under way."""
+    """Seconds of a step in `world` processes, a mesh if `together`, and the share of them in which
+    a collective is under way."""
     with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -106,7 +107,7 @@ def random_rows(experiment: Experiment, rows: int, seed: int) -> Batch:
 
 
 def share_of_collectives(step) -> float:
-    """Of the time of a step: gloo's own spans, as the profiler sees them, laid over one another."""
+    """The share of a step in which at least one collective runs: the union of gloo's spans."""
     started = time.perf_counter()
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         step()

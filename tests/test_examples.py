@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from switchworks import train
+from switchworks import ModelConfig, RoutingConfig, SwitchFFN, train
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -114,6 +114,72 @@ def test_the_three_lines_are_marked_in_every_example_of_the_layer():
         assert sum("import" in line for line in marked) == 1, file
         assert sum("SwitchFFN(" in line for line in marked) == 1, file
         assert sum("y, routing = " in line for line in marked) == 1, file
+
+
+def test_a_strategy_of_one_s_own_is_balanced_by_its_bias():
+    balanced, plain = load_example("own_strategy").main(["--steps", "40"])
+    assert balanced < 2 < plain
+
+
+def test_a_strategy_of_one_s_own_is_a_name_like_any_other():
+    load_example("own_strategy")
+    routing = RoutingConfig(experts=4, strategy="sigmoid_top2")
+    assert routing.experts_per_token == 2
+    y, report = SwitchFFN(8, 16, routing, causal=True)(torch.randn(2, 5, 8))
+    assert y.shape == (2, 5, 8)
+    gates = report.routes.gate.view(2, 5, 2)
+    torch.testing.assert_close(gates.sum(dim=-1), torch.ones(2, 5))
+
+
+def rotary_config(**settings) -> ModelConfig:
+    sizes = {"vocab_size": 32, "d_model": 16, "d_ff": 32, "d_kv": 8, "num_heads": 2}
+    return ModelConfig(**sizes, num_layers=2, routing=RoutingConfig(experts=4), **settings)
+
+
+def test_rotary_positions_learn():
+    before, after = load_example("rotary").main(["--steps", "25"])
+    assert after < before - 0.5
+
+
+def test_rotary_positions_are_rotations_in_float64():
+    """Pair (i, i + K / 2) as a complex number, times exp(i position base ** (-2 i / K))."""
+    rotary, x = load_example("rotary").Rotary(8), torch.randn(1, 2, 5, 8, dtype=torch.float64)
+    pairs = torch.complex(x[..., :4], x[..., 4:])
+    angle = (3 + torch.arange(5)).double()[:, None] * 10_000.0 ** -(torch.arange(4).double() / 4)
+    expected = pairs * torch.polar(torch.ones_like(angle), angle)
+    rotated = rotary.rotate(x, 3)
+    torch.testing.assert_close(torch.complex(rotated[..., :4], rotated[..., 4:]), expected)
+
+
+@pytest.mark.parametrize("decoder_only", [False, True])
+def test_rotary_positions_decode_with_the_cache_as_teacher_forcing_does(decoder_only):
+    config = rotary_config(decoder_only=decoder_only)
+    model = load_example("rotary").rotary_model(config, seed=1).eval()
+    inputs, targets = torch.randint(2, 32, (2, 5)), torch.randint(2, 32, (2, 6))
+    with torch.no_grad():
+        expected = model(inputs, targets).logits
+        if decoder_only:
+            first, cache = model.prefill(inputs, 6)
+            steps = [first, *(model.decode_step(t, cache) for t in targets[:, :-1].split(1, 1))]
+        else:
+            cache = model.init_cache(model.encode(inputs), 6)
+            previous = torch.cat([torch.zeros(2, 1, dtype=torch.long), targets[:, :-1]], dim=1)
+            steps = [model.decode_step(token, cache) for token in previous.split(1, dim=1)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["own_strategy", "rotary"])
+def test_examples_of_one_s_own_parts_are_under_80_lines(name):
+    assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 80
+
+
+def test_a_data_source_of_one_s_own_is_trained_on(tmp_path):
+    run_dir = load_example("own_data_source").main([str(tmp_path / "run"), "--steps", "4"])
+    about = json.loads((run_dir / "about.json").read_text())
+    sums = [f"{a} and {b} make {a + b}." for a in range(100) for b in range(100)]
+    held_out_text = (run_dir / "metrics.jsonl").read_text()
+    assert 0.75 * len("\n".join(sums)) < about["train_tokens"] < len("\n".join(sums))
+    assert '"val/loss"' in held_out_text
 
 
 def test_the_logger_of_ones_own_has_every_number_of_the_run(corpus, tmp_path):

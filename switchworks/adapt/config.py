@@ -40,5 +40,5 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
-        """What the product of a pair is multiplied by."""
+        """The factor of a pair's product, alpha / rank."""
         return self.alpha / self.rank

@@ -1,4 +1,4 @@
-"""Adapters as files: what was trained, in safetensors, and how to put it on its model again."""
+"""Adapters as files: trained tensors in safetensors, their settings, a hash of the base model."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -32,23 +32,27 @@ TENSORS, SETTINGS, BASE = "adapters.safetensors", "lora.toml", "base.json"
 def save_adapters(
     directory: Path, tensors: Mapping[str, Tensor], config: LoraConfig, also: Iterable[str]
 ) -> None:
-    """`directory` holds the adapters among `tensors`, those of an adapted model, and nothing of
-    its weights but those named in `also`; and of which model they are."""
+    """Write the adapters among `tensors`, those of an adapted model, to `directory`.
+
+    Of the model's weights those named in `also` are stored too, and a hash of all others, by which
+    the adapters know the model they belong to.
+    """
     full = set(also)
-    ours = {name: t for name, t in tensors.items() if MARK in name or name in full}
-    rest = {name: t for name, t in tensors.items() if name not in ours}
+    trained = {name: t for name, t in tensors.items() if MARK in name or name in full}
+    rest = {name: t for name, t in tensors.items() if name not in trained}
     otherwise = "The model itself is untouched."
-    with whole_directory(directory, needs=num_bytes(ours), otherwise=otherwise) as partial:
-        plain = {name: t.detach().cpu().clone().contiguous() for name, t in ours.items()}
+    with whole_directory(directory, needs=num_bytes(trained), otherwise=otherwise) as partial:
+        plain = {name: t.detach().cpu().clone().contiguous() for name, t in trained.items()}
         save_file(plain, partial / TENSORS, metadata={"format": "pt"})
         (partial / SETTINGS).write_text(to_toml(config), encoding="utf-8")
-        write_json(partial / BASE, {"sha256": fingerprint(rest)})
+        write_json(partial / BASE, {"sha256": weights_fingerprint(rest)})
 
 
 def merge_adapters(model: SwitchTransformer, directory: Path) -> SwitchTransformer:
-    """`model` in float32 with the adapters of `directory`, a run or what it keeps, merged in.
+    """`model` in float32 with the adapters of `directory` merged in.
 
-    Raises CheckpointError if the directory holds none, or those of another model.
+    `directory` is a run, or its adapters/. Raises CheckpointError if it holds no adapters, or those
+    of another model.
     """
     directory = _place(directory)
     verify(directory, allow_foreign=True)
@@ -70,26 +74,25 @@ def merge_adapters(model: SwitchTransformer, directory: Path) -> SwitchTransform
     )
     base = {name: p.detach().float() for name, p in model.named_parameters()}
     rest = {name: tensor for name, tensor in base.items() if name not in also}
-    if fingerprint(rest) != read_json(directory / BASE).get("sha256"):
+    if weights_fingerprint(rest) != read_json(directory / BASE).get("sha256"):
         raise CheckpointError(
             f"The adapters in {directory} were trained on other weights than this model's.\n"
             "  Merge them into the very model that --init named."
         )
-    whole = merged(base | {name: stored.read(name) for name in stored.shapes}, config)
-    materialise(bare, lambda name, _: whole[name])
+    weights = merged(base | {name: stored.read(name) for name in stored.shapes}, config)
+    materialise(bare, lambda name, _: weights[name])
     return bare.eval()
 
 
 def merge_directory(source: Path, destination: Path, adapters: Path) -> str:
-    """`destination` holds the model in `source`, of either format, with `adapters` merged; says
-    so."""
+    """Write the model in `source`, of either format, with `adapters` merged to `destination`."""
     model, tokenizer = open_model(source)
     save(merge_adapters(model, adapters), destination, tokenizer)
     return f"{destination} holds {source} with the adapters of {adapters} merged in."
 
 
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """The same for the same float32 values under the same names, in whichever order."""
+def weights_fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names and float32 values, the same in any order."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())

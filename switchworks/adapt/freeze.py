@@ -1,4 +1,4 @@
-"""Parameters that training leaves as they are."""
+"""Parameters that are not trained, and how many numbers are."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from switchworks.model import ModelConfig, SwitchTransformer
 
 
 def freeze_parameters(model: SwitchTransformer, entries: Sequence[str]) -> None:
-    """The parameters that `entries` mean (see `select`) require no gradient any more.
+    """Set `requires_grad` to False for the parameters that `entries` select (see `select`).
 
-    Raises ConfigError for an entry that means nothing, or if nothing is left to train.
+    Raises ConfigError for an entry without a match, or if nothing is left to train.
     """
     frozen = select(model, entries, "freeze")
     for name, parameter in model.named_parameters():
@@ -24,13 +24,13 @@ def freeze_parameters(model: SwitchTransformer, entries: Sequence[str]) -> None:
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(
             f"freeze = {' '.join(entries)} leaves nothing to train.\n"
-            "  Name less, or what is to be trained, as in --freeze all-but-experts."
+            "  Name fewer, or those to train, as in --freeze all-but-experts."
         )
 
 
 @dataclass(frozen=True)
 class Shares:
-    """How many numbers a run holds, and how many of them it trains."""
+    """Number of parameters that a run holds and trains."""
 
     parameters: int
     """Of the model and its adapters together."""
@@ -39,7 +39,7 @@ class Shares:
 
 
 def shares(config: ModelConfig, entries: Sequence[str], lora: LoraConfig | None) -> Shares:
-    """Counted on a model without values, so of any size. Raises what freezing and adapting do."""
+    """Counts on the meta device, so for any size. Raises as freezing and adapting do."""
     with torch.device("meta"):
         model = SwitchTransformer(config)
     table = adapt(model, lora) if lora is not None else None

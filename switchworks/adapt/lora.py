@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from switchworks.adapt.config import LoraConfig
 from switchworks.adapt.selection import kinds_of, select
 from switchworks.config import ConfigError
-from switchworks.model import ExpertInput, Experts, Router, SwitchTransformer, activate
+from switchworks.model import (
+    Experts,
+    ExpertWeights,
+    Linear,
+    Matmul,
+    Router,
+    SwitchTransformer,
+)
 from switchworks.optim import dimension_letters
 
 MARK = ".lora."
@@ -46,28 +53,68 @@ class LowRank(nn.Module):
             "b": " ".join([*dims[:-2], "R", dims[-1]]),
         }
 
-    def forward(self, x: Float[Tensor, "*b D"]) -> Float[Tensor, "*b F"]:
-        """What the pair, or the stack of them, adds to the product of `x` with the weight."""
-        return _through(x, self.a, self.b, self.scale)
+    def beside(self, weight: Tensor) -> "AdaptedWeight":
+        """`weight` and this pair, as one operand of a product."""
+        return AdaptedWeight(weight, self.a, self.b, self.scale)
+
+
+class AdaptedWeight(NamedTuple):
+    """A weight and its pair, of all experts or of one: what the `matmul` seams here multiply by."""
+
+    weight: Tensor
+    a: Tensor
+    b: Tensor
+    scale: float
 
     @property
-    def matrices(self) -> tuple[Tensor, Tensor]:
-        """A and B."""
-        return self.a, self.b
+    def shape(self) -> torch.Size:
+        """That of the weight."""
+        return self.weight.shape
+
+    def select(self, dim: int, index: int) -> "AdaptedWeight":
+        """That of one expert."""
+        weight, a, b = (each.select(dim, index) for each in self[:3])
+        return AdaptedWeight(weight, a, b, self.scale)
+
+    def unbind(self) -> "list[AdaptedWeight]":
+        """One for each expert."""
+        rows = zip(*(each.unbind() for each in self[:3]), strict=True)
+        return [AdaptedWeight(weight, a, b, self.scale) for weight, a, b in rows]
+
+    def low_rank(self, x: Float[Tensor, "*b D"]) -> Float[Tensor, "*b F"]:
+        """scale (x A) B."""
+        return (x @ self.a) @ self.b * self.scale
 
 
-class AdaptedLinear(nn.Module):
+def linear(x: Float[Tensor, "*b D"], weight: AdaptedWeight) -> Float[Tensor, "*b F"]:
+    """x W^T + scale (x A) B."""
+    return F.linear(x, weight.weight) + weight.low_rank(x)
+
+
+def expert_matmul(x: Float[Tensor, "*E C D"], weight: AdaptedWeight) -> Float[Tensor, "*E C F"]:
+    """x W + scale (x A) B."""
+    return x @ weight.weight + weight.low_rank(x)
+
+
+def _pair_of(module: nn.Module, name: str = "weight") -> LowRank:
+    return cast("LowRank", cast("nn.ModuleDict", module.lora)[name])
+
+
+class AdaptedLinear(Linear):
     """A matrix without bias, and a pair beside it."""
 
+    matmul: Matmul = staticmethod(linear)
+
     def __init__(self, base: nn.Linear, pair: LowRank) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # the parameters are those of `base`
         assert base.bias is None
-        self.weight = base.weight
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight, self.bias = base.weight, None
         self.lora = nn.ModuleDict({"weight": pair})
 
     def forward(self, x: Float[Tensor, "*b D"]) -> Float[Tensor, "*b F"]:
-        """x W^T + scale (x A) B."""
-        return F.linear(x, self.weight) + self.lora["weight"](x)
+        """See `linear`."""
+        return self.matmul(x, _pair_of(self).beside(self.weight))
 
 
 class AdaptedRouter(Router):
@@ -80,85 +127,33 @@ class AdaptedRouter(Router):
         self.selection_bias = base.selection_bias
         self.lora = nn.ModuleDict({"weight": pair})
 
-    def forward(self, x: Float[Tensor, "G S D"]) -> Float[Tensor, "G S E"]:
-        """Logits in float32, as the router's own."""
-        wide = x.float()
-        if self.training:
-            wide = self._explore(wide)
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(wide, self.weight.float()) + self.lora["weight"](wide)
-
-
-class _Part(NamedTuple):
-    """A weight and its pair: of all experts, or of one."""
-
-    weight: Tensor
-    a: Tensor
-    b: Tensor
-
-    def unbind(self) -> "list[_Part]":
-        """One for each expert. `unbind` and not w[i], see `Experts._run_uneven`."""
-        rows = zip(self.weight.unbind(), self.a.unbind(), self.b.unbind(), strict=True)
-        return [_Part(*row) for row in rows]
+    def logits(self, x: Float[Tensor, "G S D"]) -> Float[Tensor, "G S E"]:
+        """Those of the router, and what the pair adds."""
+        return super().logits(x) + _pair_of(self).beside(self.weight).low_rank(x)
 
 
 class AdaptedExperts(Experts):
     """Experts, and for each of them a pair beside each of its matrices."""
 
+    matmul: Matmul = staticmethod(expert_matmul)
+
     def __init__(self, base: Experts, pairs: Mapping[str, LowRank]) -> None:
         nn.Module.__init__(self)  # the parameters are those of `base`
-        self.num_experts = base.num_experts
+        self.num_experts, self.d_out = base.num_experts, base.d_out
         self.activation, self.dropout = base.activation, base.dropout
         self.w_in, self.w_gate, self.w_out = base.w_in, base.w_gate, base.w_out
         self.lora = nn.ModuleDict(pairs)
-        self.scale = pairs["w_in"].scale
 
-    def forward(self, inbox: ExpertInput) -> Float[Tensor, "N F"]:
-        """Each expert's answer to its tokens, in the same order."""
-        if inbox.counts is None:
-            slots = inbox.tokens.unflatten(0, (self.w_in.shape[0], -1))  # E C D
-            return self._adapted(slots, self._parts()).flatten(0, 1)
-        alone = {name: part.unbind() for name, part in self._parts().items()}
-        answers = [
-            self._adapted(x, {name: parts[expert] for name, parts in alone.items()})
-            for expert, x in enumerate(inbox.tokens.split(list(inbox.counts)))
-        ]
-        return torch.cat(answers)
-
-    def one(self, expert: int, x: Float[Tensor, "C D"]) -> Float[Tensor, "C F"]:
-        """What expert number `expert` makes of `x`. The reference: its matrices merged."""
-        whole = [
-            None
-            if part is None
-            else part.weight[expert] + self.scale * part.a[expert] @ part.b[expert]
-            for part in map(self._parts().get, ("w_in", "w_gate", "w_out"))
-        ]
-        w_in, w_gate, w_out = whole
-        assert w_in is not None
-        assert w_out is not None
-        return self.feed_forward(x, w_in, w_gate, w_out)
-
-    def _parts(self) -> dict[str, _Part]:
-        weights = {"w_in": self.w_in, "w_gate": self.w_gate, "w_out": self.w_out}
-        return {
-            name: _Part(weight, *cast("LowRank", self.lora[name]).matrices)
-            for name, weight in weights.items()
-            if weight is not None
-        }
-
-    def _adapted(self, x: Tensor, parts: Mapping[str, _Part]) -> Tensor:
-        gate = self._product(x, parts["w_gate"]) if "w_gate" in parts else None
-        hidden = activate(self._product(x, parts["w_in"]), gate, self.activation)
-        if self.training and self.dropout > 0:
-            hidden = F.dropout(hidden, self.dropout)
-        return self._product(hidden, parts["w_out"])
-
-    def _product(self, x: Tensor, part: _Part) -> Tensor:
-        return x @ part.weight + _through(x, part.a, part.b, self.scale)
-
-
-def _through(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    return (x @ a) @ b * scale
+    @property
+    def weights(self) -> ExpertWeights:
+        """Each stack with its pairs."""
+        stacks = {"w_in": self.w_in, "w_gate": self.w_gate, "w_out": self.w_out}
+        return ExpertWeights(
+            *(
+                None if stack is None else _pair_of(self, name).beside(stack)
+                for name, stack in stacks.items()
+            )
+        )
 
 
 class Row(NamedTuple):

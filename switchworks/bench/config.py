@@ -1,4 +1,4 @@
-"""What `switchworks bench` measures: the shape, the sides and the parts.
+"""What `switchworks bench` measures: shapes, workloads, comparisons of two, and the flags.
 
 Letters: E experts, L encoder length, T decoder length.
 """
@@ -71,7 +71,7 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """One of the two things a comparison measures: complete, and plain enough for JSON."""
+    """One side of a comparison, described completely and in values that JSON can hold."""
 
     system: Literal["ours", "peer", "compiled peer"] = "ours"
     """peer: transformers, with the same weights."""
@@ -88,10 +88,10 @@ class Workload:
     new_tokens: int = 64
     """decode: how many tokens are written."""
     kernels: Literal["fast", "reference", "compiled"] = "fast"
-    """ours: with the fast paths of `switchworks.kernels`, as the model is, or as one graph.
-    In decoding "compiled" is a `CompiledDecoder`, and the other two are the same."""
-    int8: Literal["dynamic", "packed", "unpacked"] | None = None
-    """ours, decode: with 8-bit weights and that product of `kernels.products`."""
+    """ours: with the fast paths of `switchworks.fast`, without, or as one compiled graph. In
+    decoding "compiled" is a `CompiledDecoder`, and the other two are the same."""
+    int8: Literal["int8_dynamic", "int8_kernel", "dequantised"] | None = None
+    """ours, decode: with 8-bit weights and that product of `quantise/matmul.py`."""
 
     @property
     def tokens(self) -> int:
@@ -101,8 +101,25 @@ class Workload:
         return self.shape.tokens
 
     def but(self, **changes: object) -> "Workload":
-        """The same side with some settings changed."""
+        """A copy with `changes`."""
         return replace(self, **changes)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A row before it is measured: `ours` against `peer`."""
+
+    name: str
+    unit: Literal["tokens/s", "ms", "MB"]
+    """The ratio is ours over the peer's: of tokens/s more is better, of ms and MB less is."""
+    ours: Workload
+    peer: Workload | None
+    """None: ours is measured alone."""
+
+
+def label(experts: int) -> str:
+    """The name of a model in rows."""
+    return f"E={experts}" if experts else "dense"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,11 +131,11 @@ class BenchConfig:
         *("decode", "int8", "memory"),
     )
     """train: a step against transformers. adafactor: the same with that optimizer. kernels: fast
-    paths against the reference. compile: a step as one graph against the reference (not among the
-    defaults: each row compiles for a minute or more). tax: sparse against dense. layer: one switch
-    layer against one dense FFN. decode: greedy, against transformers; int8: against our own full
-    precision. graph: both with a compiled step, int8 against that in full precision (not among the
-    defaults either). memory: peaks, each side in a process of its own."""
+    paths against the reference. compile: a step as one graph against the reference (not a default:
+    each row compiles for a minute or more). tax: sparse against dense. layer: one switch layer
+    against one dense FFN. decode: greedy, against transformers; int8: against our full precision.
+    graph: both with a compiled step, int8 against that in full precision (not a default either).
+    memory: peaks, each side in a process of its own."""
     experts: tuple[int, ...] = (0, 8, 64, 128)
     """Models compared; 0 is the dense one."""
     dropout: tuple[float, ...] = (0.0, 0.1)
@@ -132,13 +149,21 @@ class BenchConfig:
     peer_precision: Literal["same", "float32"] = "same"
     """What transformers computes in. float32: its best where bfloat16 has no instructions."""
     rounds: int = 5
-    """How often each pair of sides takes turns."""
+    """Turns that each pair of sides takes."""
     threads: int = 0
     """CPU threads, the same for both sides. 0: as many as torch finds fit."""
     compile_peers: bool = False
     """Also compare with transformers under torch.compile."""
     limit_size: int = 2048
     """Rows and columns of the matrices whose product is the machine's limit."""
+
+    def narrow(self) -> list[int]:
+        """The models of the default FFN width, which is less from 128 experts on."""
+        return [experts for experts in self.experts if experts < 128]
+
+    def sparse(self) -> list[int]:
+        """Sparse models with a dense twin of the same FFN width."""
+        return [experts for experts in self.narrow() if experts]
 
     def __post_init__(self) -> None:
         check_at_least(self, "bench ", 1, "rounds")

@@ -1,4 +1,4 @@
-"""Comparisons become rows."""
+"""From comparisons to rows: builds both sides, times them in turns, and takes medians."""
 
 import statistics
 from dataclasses import asdict, dataclass
@@ -7,11 +7,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from switchworks.bench.comparisons import SHARE, Comparison, has_floors, label
-from switchworks.bench.config import BenchConfig, Precision, Workload
+from switchworks.bench.config import BenchConfig, Comparison, Precision, Workload, label
+from switchworks.bench.decode import build_decoding
+from switchworks.bench.layer import build_layer
 from switchworks.bench.memory import available_bytes, peaks
-from switchworks.bench.sides import build, bytes_needed
-from switchworks.bench.timing import Times, alternate, seconds, spread, take_turns
+from switchworks.bench.peers import build_peer
+from switchworks.bench.timing import Times, Work, alternate, seconds, spread, take_turns
+from switchworks.bench.train import build_step
+from switchworks.bench.weights import bytes_needed, new_model, random_batch
 from switchworks.device import compute_device
 from switchworks.model import training_flops_per_token
 from switchworks.training import give_back_memory
@@ -26,30 +29,30 @@ class Row:
     ours: float | None
     peer: float | None = None
     ratio: float | None = None
-    """tokens/s, %: ours over the peer's. ms, s, MB: too, and less is better."""
+    """Ours over the peer's, in every unit."""
     spread: tuple[float, float] | None = None
     """Quartiles of the ratio over the rounds; without a peer, of ours."""
     floor: float | None = None
+    """Always None: the key is part of the file's format."""
     note: str = ""
     details: dict[str, Any] | None = None
 
     @property
     def less_is_better(self) -> bool:
-        """Whether the floor is an upper bound."""
+        """Whether ours should be below the peer's."""
         return self.unit in ("ms", "s", "MB")
 
-    @property
-    def meets_floor(self) -> bool | None:
-        """Whether the row is as good as its floor; None if it has none. Shares are compared
-        themselves, anything else by its ratio."""
-        value = self.ours if self.unit == "%" else self.ratio
-        if self.floor is None or value is None:
-            return None
-        return value <= self.floor if self.less_is_better else value >= self.floor
+
+def build(workload: Workload) -> Work:
+    """`workload` ready to be called: a training step, a decoding or a layer's pass."""
+    if workload.system != "ours":
+        return build_peer(workload, new_model(workload), random_batch(workload.shape))
+    builders = {"train": build_step, "decode": build_decoding, "layer": build_layer}
+    return builders[workload.kind](workload)
 
 
 def measure(row: Comparison, bench: BenchConfig) -> Row:
-    """`row` measured; where a side does not fit in memory, a row without figures that says so."""
+    """`row` measured; a row with a note and no figures where a side does not fit in memory."""
     give_back_memory()
     largest = max(bytes_needed(side) for side in (row.ours, row.peer) if side is not None)
     free = available_bytes()
@@ -76,7 +79,7 @@ def share_of_limit(row: Comparison, measured: Row, limit: float) -> Row | None:
         return 100 * rate * flops / limit
 
     quartiles, peer = measured.spread, measured.peer
-    if quartiles is not None and peer is None:  # then they are rates
+    if quartiles is not None and peer is None:  # without a peer the spread is of rates
         quartiles = share(quartiles[0]), share(quartiles[1])
     return Row(
         name=f"share of the limit, train {label(side.experts)}",
@@ -85,14 +88,13 @@ def share_of_limit(row: Comparison, measured: Row, limit: float) -> Row | None:
         peer=None if peer is None else share(peer),
         ratio=measured.ratio,
         spread=quartiles,
-        floor=SHARE.get(side.experts) if has_floors(shape, side.precision) else None,
     )
 
 
 def matrix_limit(size: int, precision: Precision, rounds: int = 5) -> float:
-    """The most floating-point operations per second of a square product, in `rounds` tries.
+    """Floating-point operations per second of a square product, the best of `rounds`.
 
-    As a linear layer has it: emulated bfloat16 is ten times slower the other way round.
+    x W^T as in a linear layer: where bfloat16 is emulated x W is ten times slower.
     """
     dtype = getattr(torch, precision)
     a, b = (torch.randn(size, size).to(compute_device(), dtype) for _ in range(2))
@@ -124,9 +126,8 @@ def _row(row: Comparison, peer: Workload, times: Times, note: str) -> Row:
         peer=rates[1],
         ratio=statistics.median(ratios),
         spread=spread(ratios),
-        floor=row.floor,
         note=note,
-        details={"seconds": asdict_times(times), "ours": asdict(row.ours), "peer": asdict(peer)},
+        details={"seconds": times._asdict(), "ours": asdict(row.ours), "peer": asdict(peer)},
     )
 
 
@@ -150,7 +151,7 @@ def _memory(row: Comparison) -> Row:
     try:
         ours = peaks(row.ours, threads)
         peer = None if row.peer is None else peaks(row.peer, threads)
-    except RuntimeError as error:  # one row less, and not a run of an hour
+    except RuntimeError as error:  # costs this row, not the whole run
         note = f"left out: {str(error).splitlines()[0]}"
         return Row(name=row.name, unit=row.unit, ours=None, note=note)
     phases = {"ours": ours._asdict(), "peer": None if peer is None else peer._asdict()}
@@ -160,11 +161,5 @@ def _memory(row: Comparison) -> Row:
         ours=max(ours),
         peer=None if peer is None else max(peer),
         ratio=None if peer is None else max(ours) / max(peer),
-        floor=row.floor,
         details={"phases": phases, "side": asdict(row.ours)},
     )
-
-
-def asdict_times(times: Times) -> dict[str, list[float]]:
-    """Seconds of every round, by side."""
-    return dict(times._asdict())

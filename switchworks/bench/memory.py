@@ -1,14 +1,15 @@
-"""Peak memory of one side, in a process of its own: `python -m switchworks.bench.memory SIDE`."""
+"""Peak memory of a workload in a process of its own (`python -m switchworks.bench.memory`)."""
 
 import contextlib
 import json
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from switchworks.bench.config import Workload
+from switchworks.bench.config import BenchConfig, Comparison, Workload, label
 from switchworks.config import from_dict, to_dict
 
 STEPS = 3
@@ -23,13 +24,25 @@ class Peaks(NamedTuple):
     """In the steps that follow."""
 
 
-def peaks(side: Workload, threads: int) -> Peaks:
-    """What a fresh process needs that builds `side` and takes a few steps.
+def peak_memory(bench: BenchConfig, base: Workload) -> Iterator[Comparison]:
+    """The widest model with each optimizer, also where it updates in the backward pass."""
+    experts = max(bench.narrow(), default=0)
+    for optimizer in ("adamw", "adafactor"):
+        plain = base.but(experts=experts, optimizer=optimizer)
+        for early in (False, True):
+            name = f"peak memory {label(experts)}, {optimizer}"
+            name += ", updated in backward" * early
+            ours, peer = plain.but(update_in_backward=early), plain.but(system="peer")
+            yield Comparison(name=name, unit="MB", ours=ours, peer=peer)
+
+
+def peaks(workload: Workload, threads: int) -> Peaks:
+    """Peaks of a fresh process that builds `workload` and takes a few steps.
 
     Everything counts: Python, torch and, for a peer, transformers. Raises RuntimeError with the
-    process's own words if it fails.
+    stderr of the process if it fails.
     """
-    words = [sys.executable, "-m", "switchworks.bench.memory", json.dumps(to_dict(side))]
+    words = [sys.executable, "-m", "switchworks.bench.memory", json.dumps(to_dict(workload))]
     done = subprocess.run([*words, str(threads)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"measuring memory failed ({done.returncode}):\n{done.stderr[-2000:]}")
@@ -37,14 +50,14 @@ def peaks(side: Workload, threads: int) -> Peaks:
 
 
 def available_bytes() -> int | None:
-    """Memory that a process could have now, on Linux."""
+    """Memory that a process could still take, on Linux; None elsewhere."""
     return _kilobytes(Path("/proc/meminfo"), "MemAvailable:")
 
 
 def _main() -> None:
     import torch
 
-    from switchworks.bench.sides import build
+    from switchworks.bench.measure import build
     from switchworks.training import keep_freed_memory
 
     keep_freed_memory()
@@ -67,13 +80,13 @@ def _peak() -> int:
 
 
 def _forget_peak() -> None:
-    """From here on the peak is that of what follows, on Linux and where it may be asked for."""
+    """Reset the peak, on Linux and where that is allowed."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def _kilobytes(file: Path, key: str) -> int | None:
-    """The number of kB that stands behind `key`, in bytes; None if there is no such file."""
+    """The value of `key`, which is in kB, in bytes; None if there is no such file."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,15 +1,16 @@
 """transformers' T5 and Switch Transformers with our weights, trained and decoded as its users do.
 
-Used when the extra `hf` is installed. What is fair and what is not is said in docs/speed.md.
+Used when the extra `hf` is installed. docs/speed.md says how the sides differ.
 """
 
+from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from switchworks.batch import Batch
-from switchworks.bench.config import Workload
+from switchworks.bench.config import BenchConfig, Comparison, Workload
 from switchworks.bench.timing import Work
 from switchworks.checkpoint import to_hf_config, to_hf_state
 from switchworks.device import compute_device
@@ -20,14 +21,22 @@ _TIED = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.
 
 
 def available() -> bool:
-    """Whether there is a transformers to compare with."""
+    """Whether transformers is installed."""
     return find_spec("transformers") is not None
 
 
-def peer_model(model: SwitchTransformer, *, expert_capacity: int | None = None) -> Any:
-    """`model` as transformers has it, in float32, with copies of the same weights.
+def against_peers(bench: BenchConfig, name: str, ours: Workload) -> Iterator[Comparison]:
+    """`ours` against transformers, and with `bench.compile_peers` against it compiled, too."""
+    yield Comparison(name=name, unit="tokens/s", ours=ours, peer=ours.but(system="peer"))
+    if bench.compile_peers:
+        peer = ours.but(system="compiled peer")
+        yield Comparison(name=f"{name}, compiled peer", unit="tokens/s", ours=ours, peer=peer)
 
-    `expert_capacity`: slots per expert and row; None: so many that nothing is dropped.
+
+def peer_model(model: SwitchTransformer, *, expert_capacity: int | None = None) -> Any:
+    """transformers' model of the same config and with copies of the weights, in float32.
+
+    `expert_capacity`: slots per expert and row; None: enough that nothing is dropped.
     """
     import transformers
 
@@ -43,31 +52,31 @@ def peer_model(model: SwitchTransformer, *, expert_capacity: int | None = None) 
     return peer
 
 
-def build_peer(side: Workload, model: SwitchTransformer, batch: Batch) -> Work:
+def build_peer(workload: Workload, model: SwitchTransformer, batch: Batch) -> Work:
     """A training step or a greedy decoding by transformers."""
     routing = model.config.routing
     capacity = None
-    if routing is not None and side.kind == "train":
+    if routing is not None and workload.kind == "train":
         factor = routing.capacity_factor or 1.0
-        capacity = int(factor * side.shape.input_length / routing.experts) + 1
+        capacity = int(factor * workload.shape.input_length / routing.experts) + 1
     device = compute_device()
     peer, batch = peer_model(model, expert_capacity=capacity).to(device), batch.to(device)
-    if side.kind == "decode":
-        return _decoding(side, peer, batch)
-    return _training_step(side, peer, batch)
+    if workload.kind == "decode":
+        return _decoding(workload, peer, batch)
+    return _training_step(workload, peer, batch)
 
 
-def _training_step(side: Workload, peer: Any, batch: Batch) -> Work:
+def _training_step(workload: Workload, peer: Any, batch: Batch) -> Work:
     peer.train()
-    optimizer = _optimizer(side, peer)
-    call = torch.compile(peer) if side.system == "compiled peer" else peer
-    extra = {"output_router_logits": True} if side.experts else {}  # else it has no balance loss
-    parts, device = batch.split(side.micro_batches), batch.inputs.device.type
+    optimizer = _optimizer(workload, peer)
+    call = torch.compile(peer) if workload.system == "compiled peer" else peer
+    extra = {"output_router_logits": True} if workload.experts else {}  # adds its balance loss
+    parts, device = batch.split(workload.micro_batches), batch.inputs.device.type
 
     def step() -> float:
         total = 0.0
         for part in parts:
-            with torch.autocast(device, torch.bfloat16, enabled=side.precision == "bfloat16"):
+            with torch.autocast(device, torch.bfloat16, enabled=workload.precision == "bfloat16"):
                 loss = call(input_ids=part.inputs, labels=part.targets, **extra).loss
             (loss / len(parts)).backward()
             total += float(loss.detach()) / len(parts)
@@ -78,8 +87,8 @@ def _training_step(side: Workload, peer: Any, batch: Batch) -> Work:
     return step
 
 
-def _optimizer(side: Workload, peer: Any) -> torch.optim.Optimizer:
-    if side.optimizer == "adamw":
+def _optimizer(workload: Workload, peer: Any) -> torch.optim.Optimizer:
+    if workload.optimizer == "adamw":
         return torch.optim.AdamW(peer.parameters(), lr=LR, fused=True, weight_decay=0.0)
     from transformers.optimization import Adafactor
 
@@ -92,12 +101,12 @@ def _optimizer(side: Workload, peer: Any) -> torch.optim.Optimizer:
     )
 
 
-def _decoding(side: Workload, peer: Any, batch: Batch) -> Work:
-    peer = peer.eval().to(getattr(torch, side.precision))
-    if side.system == "compiled peer":
-        peer.forward = torch.compile(peer.forward)
+def _decoding(workload: Workload, peer: Any, batch: Batch) -> Work:
+    peer = peer.eval().to(getattr(torch, workload.precision))
+    if workload.system == "compiled peer":
+        peer.compile()
 
     def decode() -> Any:
-        return peer.generate(batch.inputs, max_new_tokens=side.new_tokens, do_sample=False)
+        return peer.generate(batch.inputs, max_new_tokens=workload.new_tokens, do_sample=False)
 
     return decode

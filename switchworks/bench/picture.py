@@ -7,13 +7,13 @@ from matplotlib.figure import Figure
 
 from switchworks.bench.measure import Row
 
-BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#8a8f96"
+BLUE, GREY = "#0072b2", "#8a8f96"
 
 
 def draw_bars(rows: list[Row], file: Path) -> None:
-    """Write `file`: a bar per row that has a ratio, its spread, and a mark at its floor.
+    """Write `file`: a bar with its spread per row that has a ratio.
 
-    Above, where more is better; below, where less is.
+    Rows in which more is better are above, the others below.
     """
     halves = [
         [row for row in rows if row.ratio is not None and row.less_is_better == less]
@@ -53,11 +53,9 @@ def draw_sweep(rows: list[Row], file: Path) -> None:
 def _bars(ax: Axes, rows: list[Row]) -> None:
     for place, row in enumerate(reversed(rows)):
         ratio = row.ratio or 0.0
-        ax.barh(place, ratio, color=BLUE if row.meets_floor in (True, None) else ORANGE)
+        ax.barh(place, ratio, color=BLUE)
         if row.spread is not None:
             ax.plot(row.spread, [place, place], color="black", linewidth=1)
-        if row.floor is not None and row.unit != "%":
-            ax.plot([row.floor] * 2, [place - 0.4, place + 0.4], color="black", linewidth=2)
         ax.annotate(f" {ratio:.2f}", (ratio, place), va="center", fontsize=8)
     ax.set_yticks(range(len(rows)), [row.name for row in reversed(rows)], fontsize=8)
     ax.axvline(1, color=GREY, linewidth=1)

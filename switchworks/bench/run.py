@@ -33,7 +33,7 @@ def bench(
     """Measure, print a line as each row is there and a table at the end, and write the files.
 
     With `sweep_experts` only the sweep over E. The first row holds the conditions: command,
-    versions, processor. The JSON is written after every row, so that a run that is ended early
+    versions, CPU. The JSON is written after every row, so that a run that is ended early
     leaves what it has.
     """
     machine.keep_freed_memory()
@@ -64,9 +64,9 @@ def write_json(rows: list[Row], file: Path) -> None:
 
 
 def table(rows: list[Row]) -> Table:
-    """The rows for a terminal. A floor that is missed is marked."""
-    drawn = Table(caption="ratio: ours over the peer's; [ ] its quartiles over the rounds")
-    for heading in ("", "ours", "peer", "ratio", "spread", "floor"):
+    """The rows for a terminal."""
+    drawn = Table(caption="ratio: ours over the peer's; spread: its quartiles over the rounds")
+    for heading in ("", "ours", "peer", "ratio", "spread"):
         drawn.add_column(heading, justify="left" if not heading else "right", overflow="fold")
     for row in rows:
         drawn.add_row(*cells(row))
@@ -74,21 +74,17 @@ def table(rows: list[Row]) -> Table:
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    """A row as text: name, ours, peer, ratio, spread, floor."""
-    spread = "" if row.spread is None else "-".join(_figure(value) for value in row.spread)
-    floor = ""
-    if row.floor is not None:
-        floor = f"{'<=' if row.less_is_better else '>='} {row.floor:g}"
-        floor += {True: "", False: " missed", None: " ?"}[row.meets_floor]
+    """A line of the table: name with its note, ours, peer, ratio, spread."""
     name = f"{row.name} ({row.note})" if row.note else row.name
     values = [("" if v is None else f"{_figure(v)} {row.unit}") for v in (row.ours, row.peer)]
     ratio = "" if row.ratio is None else _figure(row.ratio)
-    return name, *values, ratio, spread, floor
+    quartiles = "" if row.spread is None else "-".join(map(_figure, row.spread))
+    return name, *values, ratio, quartiles
 
 
 def _rows(config: BenchConfig, precision: Precision, sweep_experts: bool) -> Iterator[Row]:
     if sweep_experts:
-        yield from map(_say, sweep(config, precision))
+        yield from map(_print, sweep(config, precision))
         return
     peers = available()
     if not peers:
@@ -96,18 +92,18 @@ def _rows(config: BenchConfig, precision: Precision, sweep_experts: bool) -> Ite
     limit = matrix_limit(config.limit_size, precision)
     done = []
     for comparison in comparisons(config, precision, peers=peers):
-        row = _say(measure(comparison, config))
+        row = _print(measure(comparison, config))
         done.append((comparison, row))
         yield row
     limit = max(limit, matrix_limit(config.limit_size, precision))
-    yield _say(Row(name=f"matrix limit, {precision}", unit="TFLOP/s", ours=limit / 1e12))
+    yield _print(Row(name=f"matrix limit, {precision}", unit="TFLOP/s", ours=limit / 1e12))
     for comparison, row in done:
         share = share_of_limit(comparison, row, limit)
         if share is not None:
-            yield _say(share)
+            yield _print(share)
 
 
-def _say(row: Row) -> Row:
+def _print(row: Row) -> Row:
     name, ours, peer, ratio, *_ = cells(row)
     print(f"  {name:<44} {ours:>18} {peer:>18} {ratio:>8}", flush=True)
     return row
@@ -124,7 +120,7 @@ def _conditions(config: BenchConfig, precision: Precision) -> dict[str, Any]:
         "machine": machine.describe(),
         "cpu_flags": _cpu_flags(),
         "threads": torch.get_num_threads(),
-        "allocator": "glibc, told to keep freed memory, unless LD_PRELOAD says another",
+        "allocator": "glibc, keeping freed memory, unless LD_PRELOAD names another",
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in ("switchworks", "torch", "transformers")},
     }
@@ -138,10 +134,10 @@ def _version(package: str) -> str | None:
 
 
 def _cpu_flags() -> list[str]:
-    """What the processor says it can, on Linux; those that matter for matrix products anywhere."""
+    """The flags of /proc/cpuinfo on Linux; elsewhere the instruction set that torch uses."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        found = next(line for line in lines if line.startswith(("flags", "Features")))
-        return found.split(":", 1)[1].split()
+        flags = next(line for line in lines if line.startswith(("flags", "Features")))
+        return flags.split(":", 1)[1].split()
     except (OSError, StopIteration):
         return [torch.backends.cpu.get_cpu_capability()]

@@ -9,10 +9,10 @@ from dataclasses import asdict, replace
 import torch
 
 from switchworks.bench.config import BenchConfig, Precision, Shape, Workload
-from switchworks.bench.measure import Row
+from switchworks.bench.measure import Row, build
 from switchworks.bench.memory import available_bytes
-from switchworks.bench.sides import build, bytes_needed
 from switchworks.bench.timing import seconds, spread
+from switchworks.bench.weights import bytes_needed
 from switchworks.model import num_parameters
 from switchworks.training import give_back_memory
 
@@ -22,15 +22,15 @@ SWEEP = Shape(d_model=256, d_ff=512, num_heads=4, layers=2, vocab_size=4096, man
 
 
 def sweep(bench: BenchConfig, precision: Precision) -> list[Row]:
-    """One row per E: ours is measured, "peer" is the line that it should follow.
+    """One row per E: "ours" is the measured time, "peer" the time that memory traffic predicts.
 
-    The line is the time at E = 1 plus the bytes that more experts add, at the bandwidth of a copy
-    in this run. Every E that fits takes a step in each round before any takes its next, so that a
-    slow spell meets all alike.
+    That is the time at E = 1 plus the bytes that more experts add over the bandwidth of a copy in
+    this run. In each round every E that fits in memory takes a step, so that a slow spell of the
+    machine affects all.
     """
     shape = SWEEP if bench.shape == Shape() else replace(bench.shape, many_d_ff=None)
     sides = [Workload(shape=shape, precision=precision, experts=experts) for experts in EXPERTS]
-    sides = _that_fit(sides)
+    sides = _fitting(sides)
     taken: dict[int, list[float]] = {side.experts: [] for side in sides}
     for _ in range(bench.rounds):
         for side in sides:
@@ -50,10 +50,10 @@ def sweep(bench: BenchConfig, precision: Precision) -> list[Row]:
 def traffic(side: Workload) -> float:
     """Bytes of weights, gradients and AdamW state that a training step moves.
 
-    Per weight and in bytes, in float32: read forward and backward 8, gradient written and its norm
-    taken 8, optimizer reading weight, gradient and two moments 16 and writing three of them 12. In
-    bfloat16 the first two are 4 each, the gradient is also widened, 2 + 4, and the new weight
-    rounded, 4 + 2.
+    In bytes per weight, in float32: weights read forward and backward 8, gradient written and read
+    for its norm 8, optimizer reading weight, gradient and two moments 16 and writing three of them
+    12. In bfloat16 the first two are 4 each, the gradient is also cast to float32, 2 + 4, and the
+    new weight to bfloat16, 4 + 2.
     """
     each = 44 if side.precision == "float32" else 4 + 4 + 6 + 28 + 6
     return float(each * num_parameters(side.shape.model(side.experts)))
@@ -67,7 +67,7 @@ def copy_bandwidth(megabytes: int = 256) -> float:
     return 2 * source.nbytes / min(seconds(lambda: target.copy_(source)) for _ in range(5))
 
 
-def _that_fit(sides: list[Workload]) -> list[Workload]:
+def _fitting(sides: list[Workload]) -> list[Workload]:
     free = available_bytes()
     return [side for side in sides if free is None or bytes_needed(side) < 0.7 * free]
 

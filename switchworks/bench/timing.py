@@ -1,4 +1,4 @@
-"""Two things timed in turns, so that a machine that slows down slows both."""
+"""Timing two functions in turns, so that a machine that slows down slows both."""
 
 import statistics
 import time
@@ -10,7 +10,7 @@ import torch
 from switchworks.training import give_back_memory
 
 Work = Callable[[], object]
-"""Something to time; it ends when its result is there."""
+"""A function to time; it returns when its result is computed."""
 
 
 class Times(NamedTuple):
@@ -25,12 +25,12 @@ class Times(NamedTuple):
         return statistics.median(self.ours), statistics.median(self.peer)
 
     def ratios(self) -> list[float]:
-        """Ours over the peer's, of the rounds in which both ran one after the other."""
+        """Ours over the peer's, round by round."""
         return [ours / peer for ours, peer in zip(self.ours, self.peer, strict=True)]
 
 
 def seconds(work: Work) -> float:
-    """How long one call takes."""
+    """Seconds of one call."""
     started = time.perf_counter()
     work()
     if torch.cuda.is_available():
@@ -39,7 +39,7 @@ def seconds(work: Work) -> float:
 
 
 def take_turns(ours: Work, peer: Work, rounds: int) -> Times:
-    """Both once without looking, then A B A B ... `rounds` times each."""
+    """Both once to warm up, then A B A B ... `rounds` times each."""
     for work in (ours, peer):
         work()
     times = Times([], [])
@@ -50,9 +50,9 @@ def take_turns(ours: Work, peer: Work, rounds: int) -> Times:
 
 
 def alternate(build_ours: Callable[[], Work], build_peer: Callable[[], Work], rounds: int) -> Times:
-    """As `take_turns`, for sides too large to be in memory together.
+    """As `take_turns`, for sides that do not fit in memory together.
 
-    Each turn builds a side, runs it once without looking and twice for the clock, and lets it go.
+    Each turn builds a side, calls it once to warm up and twice timed, and frees it.
     """
     times = Times([], [])
     for _ in range(-(-rounds // 2)):

@@ -25,7 +25,7 @@ from switchworks.checkpoint.tensors import (
 from switchworks.config import CheckpointError, from_toml, to_toml
 from switchworks.data import MODEL_FILE, SETTINGS_FILE, Tokenizer, load_tokenizer
 from switchworks.model import ModelConfig, SwitchTransformer
-from switchworks.quantise import QuantiseConfig, quantise, quantise_config_of, widened
+from switchworks.quantise import QuantiseConfig, dequantise, quantise, quantise_config_of
 
 CONFIG = "config.toml"
 QUANTISED = "quantised.toml"
@@ -112,7 +112,7 @@ def load(
 
     materialise(model, read)
     if quantisation is not None and to_float32:
-        model = widened(model)
+        model = dequantise(model)
         for name, parameter in model.named_parameters():
             parameter.data = cast_tensor(name, parameter.data, dtype)
     return model.eval(), _load_tokenizer(directory, config)

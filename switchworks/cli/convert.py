@@ -102,7 +102,7 @@ def _merge_lora(flags: ConvertFlags) -> str:
 
 
 def _quantise(flags: ConvertFlags) -> str:
-    from switchworks.quantise import quantise_directory
+    from switchworks.compress import quantise_directory
 
     scheme = flags.quantise or "int8"
     return quantise_directory(flags.source, flags.destination, scheme, group=flags.group)

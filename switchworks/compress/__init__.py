@@ -1,4 +1,8 @@
-"""Models made from other models: sparse from dense, dense from sparse."""
+"""Models made from other models: sparse from dense, with fewer experts, dense from sparse.
+
+`upcycle.py`, `prune.py` and `merge.py` work on models, `reduce.py` on directories; `usage.py`
+counts how experts are used.
+"""
 
 import lazy_loader
 

@@ -6,20 +6,14 @@ from typing import Literal
 
 from switchworks.batch import Batch
 from switchworks.checkpoint import open_model, save
-from switchworks.compress.fewer_experts import (
-    By,
-    Fewer,
-    check_fewer,
-    dense_equivalent,
-    merge_experts,
-    prune_experts,
-)
+from switchworks.compress.merge import dense_equivalent, merge_experts
+from switchworks.compress.prune import By, Fewer, check_fewer, prune_experts
 from switchworks.config import ConfigError
 from switchworks.data import DataConfig, find_tasks, open_dataset, text_for
 from switchworks.model import ModelConfig
 
 ROWS = 16
-"""Rows in a batch of the text by which experts are counted."""
+"""Rows in a batch of the text that usage is measured on."""
 
 
 def reduce_directory(
@@ -33,13 +27,13 @@ def reduce_directory(
     only: tuple[str, ...] = (),
     batches: int = 32,
 ) -> str:
-    """`destination` holds the model in `source` with `keep` experts a layer; says which remained.
+    """Write the model in `source` with `keep` experts a layer to `destination`; 1 makes it dense.
 
-    One expert makes a dense model.
-    `text` is a file, folder or glob; None takes the text that a run directory was trained on, or
-    `only` some of its languages, corpora or tasks; of a run without any, tasks by their names.
-    `batches` of 16 rows are read from its training part. Raises ConfigError if there is no text,
-    and what `prune_experts` and `merge_experts` raise.
+    Experts are counted on `batches` batches of 16 rows of the training part of a text: `text` is a
+    file, folder or glob; None takes what the run in `source` was trained on, or of that the
+    languages, corpora or tasks `only`; for a run on plain text these are tasks by name. Returns a
+    description of which experts remain. Raises ConfigError if there is no text, and what
+    `prune_experts` and `merge_experts` raise.
     """
     source = Path(source)
     if batches < 1:
@@ -52,20 +46,20 @@ def reduce_directory(
             "  Put the model's spiece.model beside its weights."
         )
     data = text_to_count(source, model.config, text, only)
-    corpora = open_dataset(data, vocab_size=model.config.vocab_size)
-    pipeline = corpora.training(batch_size=ROWS, seed=0)
+    dataset = open_dataset(data, vocab_size=model.config.vocab_size)
+    pipeline = dataset.training(batch_size=ROWS, seed=0)
     seen = [pipeline.batch(step) for step in range(batches)]
     reduce = prune_experts if method == "prune" else merge_experts
     fewer = reduce(model, seen, keep, by=by)
     result = dense_equivalent(fewer.model) if keep == 1 else fewer.model
     save(result, destination, tokenizer)
-    what, flags = f"{keep} experts a layer", f"RECIPE --init {destination}"
-    flags += f" --model.routing.experts {keep}"
+    layers, recipe = f"{keep} experts a layer", "RECIPE"
+    flags = f" --model.routing.experts {keep}"
     if keep == 1:
-        what, flags = "a dense FFN for each layer of experts", f"RECIPE_dense --init {destination}"
+        layers, recipe, flags = "a dense FFN for each layer of experts", "RECIPE_dense", ""
     return (
-        f"{as_text(fewer, seen, data)}\n{destination} holds the model with {what}. To recover:\n"
-        f"  switchworks train {flags}"
+        f"{as_text(fewer, seen, data)}\n{destination} holds the model with {layers}. To recover:\n"
+        f"  switchworks train {recipe} --init {destination}{flags}"
     )
 
 
@@ -83,7 +77,7 @@ def text_to_count(
 
 
 def _part_of(data: DataConfig, names: tuple[str, ...]) -> DataConfig:
-    """Of what a run read these languages, corpora or tasks alone; of plain text, tasks by name."""
+    """`data` with the languages, corpora or tasks `names` alone; of plain text, tasks by name."""
     if data.mixture or data.tasks:
         entries = {entry.partition("=")[0]: entry for entry in data.mixture or data.tasks}
         if missing := [name for name in names if name not in entries]:
@@ -95,13 +89,13 @@ def _part_of(data: DataConfig, names: tuple[str, ...]) -> DataConfig:
         return replace(data, mixture=kept) if data.mixture else replace(data, tasks=kept)
     if data.is_mixture:
         return replace(data, languages=names)
-    find_tasks(names)  # or says which there are
-    room = data.input_length or data.target_length  # causal text has none for inputs
-    return replace(data, tasks=names, input_length=room, task_packing="auto")
+    find_tasks(names)  # raises for an unknown name
+    length = data.input_length or data.target_length  # that of causal text is 0
+    return replace(data, tasks=names, input_length=length, task_packing="auto")
 
 
 def as_text(fewer: Fewer, seen: list[Batch], data: DataConfig) -> str:
-    """A line for each layer: what share of the tokens its experts had, and which they are."""
+    """A line for each layer: its experts, and the share of the tokens that had chosen them."""
     tokens = sum(batch.num_tokens for batch in seen)
     lines = [f"experts by their use on {tokens:,} tokens of {data.named}"]
     for name, groups in fewer.groups.items():

@@ -43,8 +43,8 @@ from switchworks.config import ConfigError
 from switchworks.model import RoutingConfig, SwitchTransformer, truncated_normal_
 
 SPREAD = 1e-5
-"""Standard deviation of the first router logits: small enough that the loss stays within 1e-5 of
-the dense one, a hundred times what float32 can tell apart in a probability, so that few tie."""
+"""Standard deviation of the initial router logits. The loss stays within 1e-5 of the dense one, and
+logits differ by a hundred times the resolution of float32 in a probability, so that few tie."""
 
 
 def upcycle_model(
@@ -58,8 +58,8 @@ def upcycle_model(
     with a `capacity_factor` of 2 or none.
 
     `noise` is added to every expert's copy, as a share of its matrix's root mean square; it sets
-    the experts apart at once but leaves the dense loss. Without it they part by what they are
-    taught: each sees other tokens. `model` is left as it is and shares no memory with the result.
+    the experts apart at once and changes the loss. Without it they diverge in training, since each
+    gets other tokens. `model` is left as it is and shares no memory with the result.
     Raises ConfigError if `model` is sparse already or if `routing` does not fit it.
     """
     if model.config.routing is not None:
@@ -76,7 +76,7 @@ def upcycle_model(
         sparse = SwitchTransformer(replace(model.config, routing=routing))
     dense = dict(model.named_parameters())
 
-    def first_value(name: str, meta: Tensor) -> Tensor:
+    def initial_value(name: str, meta: Tensor) -> Tensor:
         if name in dense:
             return dense[name].detach().clone()
         if name.endswith("selection_bias"):
@@ -90,7 +90,7 @@ def upcycle_model(
         stack = dense[source].detach().T.mul(factor).repeat(routing.experts, 1, 1)
         return _disturb(stack, noise, generator) if noise else stack
 
-    materialise(sparse, first_value)
+    materialise(sparse, initial_value)
     return sparse.train(model.training)
 
 
@@ -102,7 +102,7 @@ def upcycle_directory(
     noise: float = 0.0,
     seed: int = 0,
 ) -> str:
-    """`destination` holds the dense model in `source` upcycled, with its tokenizer; says so.
+    """Write the dense model in `source` upcycled, with its tokenizer, to `destination`.
 
     `source` is a directory of Hugging Face's, a model of ours or a run directory with one.
     """
@@ -122,17 +122,17 @@ def _check_routing(routing: RoutingConfig) -> None:
             f"routing.layers = {routing.layers} cannot be upcycled: experts in attention have a "
             "hidden layer, which a dense query and key have not.\n  Use layers ffn."
         )
-    if routing.strategy == "expert_choice":
+    if routing.rule.experts_choose:
         raise ConfigError(
-            "routing.strategy = expert_choice cannot be upcycled: how many experts a token gets "
-            "varies, and so would its answer.\n  Use switch or top2."
+            f"routing.strategy = {routing.strategy} cannot be upcycled: how many experts a "
+            "token gets varies, and so would its answer.\n  Use switch or top2."
         )
 
 
 def _factor(routing: RoutingConfig, name: str) -> int:
-    """What undoes the gates: E, or 1 where the gates of a token sum to 1 anyway."""
+    """The inverse of the gates: E, or 1 where the gates of a token sum to 1."""
     used = routing.for_decoder() if name.startswith("decoder.") else routing
-    return 1 if used.strategy == "top2" else routing.experts
+    return 1 if used.rule.gates_sum_to_one else routing.experts
 
 
 def _source(name: str) -> str:
@@ -151,12 +151,12 @@ def _router(
 
     Always float32, whatever the model's dtype: in bfloat16 the rows would be equal.
     """
-    own, common = torch.empty(meta.shape, device=norm.device), norm.new_empty(1, meta.shape[1])
+    rows, common = torch.empty(meta.shape, device=norm.device), norm.new_empty(1, meta.shape[1])
     # The norm gives each coordinate a mean square of 1 and multiplies it by its scale.
     size = max(float(norm.float().norm()), 1e-6)
-    truncated_normal_(own, SPREAD / size, generator)
+    truncated_normal_(rows, SPREAD / size, generator)
     truncated_normal_(common, std, generator)
-    return own + common.float()
+    return rows + common.float()
 
 
 def _disturb(

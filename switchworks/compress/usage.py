@@ -1,4 +1,4 @@
-"""What each expert is asked for on a given text: the ground for dropping and merging experts.
+"""How the experts are used on a given text: the basis for dropping and merging them.
 
 Letters: E experts, N real tokens, G groups, S tokens per group.
 """
@@ -20,7 +20,7 @@ class Usage(NamedTuple):
     """How the experts of one layer were used."""
 
     tokens: Float[Tensor, "E"]
-    """Real tokens that want each expert most; with top2 also those that want it second."""
+    """Tokens, padding excluded, whose first choice is each expert; with top2 also their second."""
     gates: Float[Tensor, "E"]
     """The sum of those tokens' probabilities of that expert."""
     logits: Float[Tensor, "E E"]
@@ -34,7 +34,7 @@ Watcher = Callable[[SwitchFFN, Float[Tensor, "N E"]], None]
 def watch_routers(model: SwitchTransformer, batches: Iterable[Batch], watch: Watcher) -> None:
     """Call `watch` with each switch layer and its router's logits for the real tokens.
 
-    Once for each batch, in evaluation, where nothing is dropped. The model's mode is put back.
+    Once for each batch, in evaluation mode, where nothing is dropped. The model's mode is restored.
     """
 
     def look(layer: nn.Module, arguments: tuple[Any, ...], output: object) -> None:
@@ -67,39 +67,40 @@ def measure_usage(model: SwitchTransformer, batches: Iterable[Batch]) -> dict[st
     if not layers:
         raise ConfigError("The model is dense: it has no experts to count.")
     names = {id(layer): name for name, layer in layers.items()}
-    found: dict[str, Usage] = {}
+    usages: dict[str, Usage] = {}
     sums: dict[str, Tensor] = {}
     counts: Counter[str] = Counter()
 
     def watch(layer: SwitchFFN, logits: Tensor) -> None:
         probs = logits.softmax(dim=-1)
         choice = layer.router.choose(logits[None], probs[None])[0][:, None]
-        if layer.config.strategy == "top2":
-            second = probs.scatter(1, choice, -1.0).argmax(dim=-1, keepdim=True)
-            choice = torch.cat([choice, second], dim=1)
+        if (others := layer.config.rule.experts_per_token - 1) > 0:
+            others = probs.scatter(1, choice, -1.0).topk(others, dim=-1).indices
+            choice = torch.cat([choice, others], dim=1)
         experts = logits.shape[-1]
         tokens = torch.bincount(choice.flatten(), minlength=experts).float()
         gates = tokens.new_zeros(experts).scatter_add_(
             0, choice.flatten(), probs.gather(1, choice).flatten()
         )
         name = names[id(layer)]
+        # Sums in float64: the covariance over all batches follows from them at the end.
         centred = (logits - logits.mean(dim=-1, keepdim=True)).double()
         counts[name] += len(logits)
         sums[name] = sums.get(name, 0.0) + centred.sum(dim=0)
         seen = Usage(tokens, gates, centred.T @ centred)
-        before = found.get(name)
-        found[name] = seen if before is None else Usage(*map(torch.add, before, seen))
+        before = usages.get(name)
+        usages[name] = seen if before is None else Usage(*map(torch.add, before, seen))
 
     watch_routers(model, batches, watch)
     empty = [name for name in layers if not counts.get(name)]
     if empty:
         raise DataError(
-            f"No token of the text reaches {', '.join(empty)}, so nothing can be said of its "
-            "experts.\n  Give a text with more than padding."
+            f"No token of the text reaches {', '.join(empty)}, so the use of its experts "
+            "is unknown.\n  Give a text with more than padding."
         )
     return {
         name: usage._replace(logits=_covariance(usage.logits, sums[name], counts[name]).float())
-        for name, usage in found.items()
+        for name, usage in usages.items()
     }
 
 

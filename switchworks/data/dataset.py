@@ -94,16 +94,9 @@ class TextDataset:
         return blake2b(text.encode(), digest_size=16).hexdigest()
 
     def difference(self, metadata: Mapping[str, Any]) -> str | None:
-        """How this text differs from that of the run with this about.json; None: it is the same.
-
-        Older runs recorded only the number of tokens.
-        """
-        same = (
-            metadata["text_digest"] == self.digest
-            if "text_digest" in metadata
-            else metadata.get("train_tokens") in (None, self.train_tokens)
-        )
-        if same:
+        """How this text differs from that of the run with this about.json; None: it is the same, or
+        the run has none."""
+        if not metadata or metadata["text_digest"] == self.digest:
             return None
         if metadata["train_tokens"] == self.train_tokens:
             return "other tokens, though as many"

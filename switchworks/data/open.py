@@ -51,7 +51,7 @@ def _open_mixture(
         by_language = source_class(config).language_configs(config, cache)
         configs = cast("Mapping[str, DataConfig]", by_language)
     sources: dict[str, TextSource] = {}
-    for name, corpus in configs.items():  # all are looked at before any work is done on one
+    for name, corpus in configs.items():  # fail before any work is done
         with naming_corpus(name):
             sources[name] = open_source(corpus, cache)
     tokenizer = config.tokenizer

@@ -1,7 +1,7 @@
-"""Faster forms of what `model/` computes, put into a model from outside.
+"""Faster forms of what `model/` computes, put into its seams from outside.
 
 Each is held to its reference in a test, values and gradients; docs/speed.md says what each saves
-and what has been measured.
+and what has been measured, docs/composing.md which of them work together.
 """
 
 import lazy_loader

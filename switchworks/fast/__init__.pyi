@@ -1,11 +1,8 @@
-from .apply import use_fast_kernels as use_fast_kernels
 from .checkpointing import checkpoint_blocks as checkpoint_blocks
 from .compile_step import compile_step as compile_step
 from .compiler import require_compiler as require_compiler
 from .decode import CompiledDecoder as CompiledDecoder
-from .emulated_bfloat16 import in_float32 as in_float32
-from .emulated_bfloat16 import is_slow as is_slow
-from .emulated_bfloat16 import product as product
-from .experts import spare as spare
+from .kernels import use_fast_kernels as use_fast_kernels
+from .seams import swapped as swapped
 from .skip_losses import skip_losses as skip_losses
-from .small_batch import few_rows as few_rows
+from .small_batch import for_decoding as for_decoding

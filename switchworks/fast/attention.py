@@ -1,13 +1,13 @@
 """Attention in blocks, whose backward pass keeps nothing of the size of its scores.
 
 The reference is `model.attention.attend`. Forward is torch's fused kernel where it has one for
-the device, called per block with the bias of that block. Backward computes the weights of a block
-again from its arguments, which is all that is kept; every key is in each block, so they are a
-softmax like the reference's. The gradient of the relative bias is summed over the batch as it
-comes, and then along the diagonals, so it is as small as the bias itself.
+the device, called per block with the bias of that block. Backward recomputes the weights of a block
+from the arguments, which is all that is kept; every key is in each block, so they are a softmax
+like the reference's. The gradient of the relative bias is summed over the batch block by block, and
+then along the diagonals, so it is as small as the bias itself.
 
-Dropout is the reference's own mask. It is the same for all queries, so dropping a weight is
-dropping a value: (w * mask) v = w (mask v). It costs as much as the values are large.
+Dropout has the mask of the reference. It is the same for all queries, so dropping a weight is
+dropping a value: (w * mask) v = w (mask v), which costs a product of the size of the values.
 
 Letters: B sequences, H heads, L query length, M key length, K head width, N = L + M - 1 distances;
 small letters are a block's share.
@@ -23,14 +23,14 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from switchworks.model import FactoredBias, SharedDropout, attend
+from switchworks.model import FactoredBias, SharedDropout, attend, compute_dtype
 
 BLOCK = 2**21
 """Scores computed at once: 8 MB in float32, of which backward has five at a time."""
 
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
-"""From q, k, v, the distances and what is hidden, softmax(q k^T + bias) v and its gradients."""
+"""(q, k, v, distances, mask) -> softmax(q k^T + bias) v, with gradients."""
 
 
 def attend_by(
@@ -41,24 +41,24 @@ def attend_by(
     bias: Float[Tensor, "#B #H #L M"] | FactoredBias | None,
     dropout: SharedDropout,
 ) -> Float[Tensor, "B H L K"]:
-    """What `attend` gives, with the same gradients of q, k, v and the distances in `bias`.
+    """`attend` by `kernel`, with the same gradients of q, k, v and the distances in `bias`.
 
-    A bias that is a tensor must be a mask: it gets no gradient. Without gradients, and for a bias
-    that is to get one all the same, this is `attend` itself.
+    A bias that is a tensor must be a mask: it gets no gradient. Without gradients, and for a tensor
+    that requires one, this is `attend` itself.
     """
-    whole = isinstance(bias, Tensor)
-    if not torch.is_grad_enabled() or (whole and bias.requires_grad):
-        assert bias is None or whole
+    is_tensor = isinstance(bias, Tensor)
+    if not torch.is_grad_enabled() or (is_tensor and bias.requires_grad):
+        assert bias is None or is_tensor
         return attend(q, k, v, bias, dropout)
     if dropout.training and dropout.rate > 0:
-        v = v * dropout(v.new_ones(*k.shape[:2], 1, k.shape[2])).mT  # as the reference draws it
+        v = v * dropout(v.new_ones(*k.shape[:2], 1, k.shape[2])).mT  # drawn as in the reference
     if isinstance(bias, FactoredBias):
-        return kernel(q, k, v, bias.distances, bias.hidden)
+        return kernel(q, k, v, bias.distances, bias.mask)
     return kernel(q, k, v, None, bias)
 
 
 class _Attention(torch.autograd.Function):
-    """softmax(q k^T + bias) v; kept for backward are the arguments and nothing else."""
+    """softmax(q k^T + bias) v; only the arguments are kept for backward."""
 
     @staticmethod
     def forward(
@@ -67,37 +67,40 @@ class _Attention(torch.autograd.Function):
         k: Float[Tensor, "B H M K"],
         v: Float[Tensor, "B H M K"],
         distances: Float[Tensor, "H N"] | None,
-        hidden: Float[Tensor, "#B #H #L M"] | None,
+        mask: Float[Tensor, "#B #H #L M"] | None,
     ) -> Float[Tensor, "B H L K"]:
-        # Heads lie side by side in memory, as the matrix that mixes them wants them.
-        answer = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
-        bias = _Bias(distances, hidden, q, k)
+        # Heads lie side by side in memory, as the output matrix reads them.
+        out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
+        bias = _Bias(distances, mask, q, k)
         for rows, queries in blocks(q, k):
             block = bias.block(rows, queries)
-            answer[rows, :, queries] = _forward(q[rows, :, queries], k[rows], v[rows], block)
-        ctx.save_for_backward(q, k, v, distances, hidden)
-        return answer
+            out[rows, :, queries] = _forward(q[rows, :, queries], k[rows], v[rows], block)
+        ctx.save_for_backward(q, k, v, distances, mask)
+        return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_answer: Float[Tensor, "B H L K"]) -> tuple[Tensor | None, ...]:
-        q, k, v, distances, hidden = ctx.saved_tensors
-        heads, wide = q.shape[1], _wide(q.dtype)
+    def backward(ctx: Any, grad_out: Float[Tensor, "B H L K"]) -> tuple[Tensor | None, ...]:
+        q, k, v, distances, mask = ctx.saved_tensors
+        heads, wide = q.shape[1], compute_dtype(q.dtype)
         grad_q = torch.empty_like(q)
         grad_k, grad_v = (x.new_zeros(x.shape, dtype=wide).flatten(0, 1) for x in (k, v))
-        bias = _Bias(distances, hidden, q, k)
+        bias = _Bias(distances, mask, q, k)
         for rows, queries in blocks(q, k):
-            stack = slice(rows.start * heads, rows.stop * heads)
-            part, given = (x[rows, :, queries].flatten(0, 1) for x in (q, of_answer))
+            # Rows and heads are one batch dimension here: bH.
+            batch = slice(rows.start * heads, rows.stop * heads)
+            block_q, block_grad = (x[rows, :, queries].flatten(0, 1) for x in (q, grad_out))
             keys, values = k[rows].flatten(0, 1), v[rows].flatten(0, 1)
-            weights = _scores(part, keys, bias.block(rows, queries), heads).softmax(dim=-1)
-            _accumulate(grad_v[stack], weights.to(q.dtype).mT, given)
-            grad_weights = (given @ values.mT).to(wide)
+            weights = _scores(block_q, keys, bias.block(rows, queries), heads).softmax(dim=-1)
+            # out = W v, so dv = W^T dout and dW = dout v^T; then back through the softmax.
+            _accumulate(grad_v[batch], weights.to(q.dtype).mT, block_grad)
+            grad_weights = (block_grad @ values.mT).to(wide)
             grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, wide)  # pyright: ignore[reportPrivateImportUsage]
+            # scores = q k^T + bias: the bias gets this gradient as it is, q and k its products.
             bias.accumulate(grad_scores)
             grad_scores = grad_scores.to(q.dtype)
             grad_q[rows, :, queries] = (grad_scores @ keys).unflatten(0, (-1, heads))
-            _accumulate(grad_k[stack], grad_scores.mT, part)
+            _accumulate(grad_k[batch], grad_scores.mT, block_q)
         grad_k, grad_v = (x.unflatten(0, (-1, heads)).to(k.dtype) for x in (grad_k, grad_v))
         return grad_q, grad_k, grad_v, bias.gradient(), None
 
@@ -107,10 +110,10 @@ def in_blocks(
     k: Float[Tensor, "B H M K"],
     v: Float[Tensor, "B H M K"],
     distances: Float[Tensor, "H N"] | None,
-    hidden: Float[Tensor, "#B #H #L M"] | None,
+    mask: Float[Tensor, "#B #H #L M"] | None,
 ) -> Float[Tensor, "B H L K"]:
-    """softmax(q k^T + bias) v, about `BLOCK` scores at a time, of which none is kept."""
-    return _Attention.apply(q, k, v, distances, hidden)
+    """softmax(q k^T + bias) v, about `BLOCK` scores at a time, none of them kept."""
+    return _Attention.apply(q, k, v, distances, mask)
 
 
 attend_in_blocks = partial(attend_by, in_blocks)
@@ -121,7 +124,7 @@ def blocks(
 ) -> Iterator[tuple[slice, slice]]:
     """(rows, queries): together every query of every row once, about `BLOCK` scores at a time.
 
-    Several whole rows where they are short; parts of the queries of one row where it is long.
+    Several whole rows if they are short; parts of the queries of one row if it is long.
     """
     per_query = k.shape[1] * k.shape[2]
     length = min(q.shape[2], max(1, BLOCK // per_query))
@@ -137,15 +140,15 @@ def blocks(
 def spread_diagonals(
     distances: Float[Tensor, "H l_plus_M_minus_1"], num_keys: int
 ) -> Float[Tensor, "H l M"]:
-    """The matrix whose entry (i, j) is that of distance j - i, the least of which comes first."""
+    """The matrix with `distances[j - i + l - 1]` at (i, j)."""
     return distances.unfold(1, num_keys, 1).flip(1)
 
 
 def sum_diagonals(matrix: Float[Tensor, "H l M"]) -> Float[Tensor, "H l_plus_M_minus_1"]:
     """The sums over equal j - i, the least distance first: the transpose of `spread_diagonals`.
 
-    Row i of the upturned matrix moves i places to the right: that is what reading rows of M + l
-    numbers as rows of M + l - 1 does.
+    Flipped, diagonals become antidiagonals. Padding rows to M + l numbers and viewing the memory as
+    rows of M + l - 1 moves row i by i places, so that each diagonal is a column to sum.
     """
     heads, length, keys = matrix.shape
     padded = F.pad(matrix.flip(1), (0, length)).flatten(1)
@@ -153,21 +156,21 @@ def sum_diagonals(matrix: Float[Tensor, "H l M"]) -> Float[Tensor, "H l_plus_M_m
 
 
 class _Bias:
-    """Distances and mask, put together for one block after the other; their gradient, taken apart.
+    """The bias of one block after another, and the sum of their gradients by distance.
 
-    All rows of some queries come before the next queries, so what depends on the queries alone is
-    made once for all rows.
+    `blocks` gives all rows for some queries before the next queries, so what depends on the queries
+    alone is made once for all rows.
     """
 
     def __init__(
         self,
         distances: Float[Tensor, "H N"] | None,
-        hidden: Float[Tensor, "#B #H #L M"] | None,
+        mask: Float[Tensor, "#B #H #L M"] | None,
         q: Float[Tensor, "B H L K"],
         k: Float[Tensor, "B H M K"],
     ) -> None:
-        self.distances, self.hidden = distances, hidden
-        self.length, self.num_keys, self.dtype = q.shape[2], k.shape[2], _wide(q.dtype)
+        self.distances, self.mask = distances, mask
+        self.length, self.num_keys, self.dtype = q.shape[2], k.shape[2], compute_dtype(q.dtype)
         self.queries = slice(0, 0)
         self.spread: Tensor | None = None
         self.summed: Tensor | None = None
@@ -176,43 +179,43 @@ class _Bias:
         )
 
     def block(self, rows: slice, queries: slice) -> Float[Tensor, "#b #H #l M"] | None:
-        """The bias of one block, in the dtype that softmax has."""
+        """The bias of one block, in the dtype of its softmax."""
         if queries != self.queries:
-            self._turn_to(queries)
-        if self.hidden is None:
+            self._move_to(queries)
+        if self.mask is None:
             return self.spread
-        hidden = self.hidden if self.hidden.shape[0] == 1 else self.hidden[rows]
-        hidden = hidden if hidden.shape[2] == 1 else hidden[:, :, queries]
-        hidden = hidden.to(self.dtype)
-        return hidden if self.spread is None else self.spread + hidden
+        mask = self.mask if self.mask.shape[0] == 1 else self.mask[rows]
+        mask = mask if mask.shape[2] == 1 else mask[:, :, queries]
+        mask = mask.to(self.dtype)
+        return mask if self.spread is None else self.spread + mask
 
     def accumulate(self, grad_scores: Float[Tensor, "bH l M"]) -> None:
-        """Add what the scores of the block last asked for have to say."""
+        """Adds the gradient of the scores of the block last taken."""
         if self.summed is not None:
             by_row = grad_scores.unflatten(0, (-1, len(self.summed)))
             self.summed += by_row[0] if len(by_row) == 1 else by_row.sum(dim=0)
 
     def gradient(self) -> Float[Tensor, "H N"] | None:
-        """The gradient of the distances, when all blocks have been."""
+        """The gradient of the distances, after all blocks."""
         if self.distances is None or self.grad_distances is None:
             return None
-        self._turn_to(slice(0, 0))
+        self._move_to(slice(0, 0))
         return self.grad_distances.to(self.distances.dtype)
 
-    def _turn_to(self, queries: slice) -> None:
-        """Be done with the queries before, and spread the distances of these."""
+    def _move_to(self, queries: slice) -> None:
+        """Sums the gradient of the queries before by distance, and spreads the bias of these."""
         if self.distances is None or self.grad_distances is None:
             return
         if self.summed is not None:
-            self._of(self.grad_distances, self.queries).add_(sum_diagonals(self.summed))
+            self._range(self.grad_distances, self.queries).add_(sum_diagonals(self.summed))
         self.queries, self.spread, self.summed = queries, None, None
         if queries.stop > queries.start:
-            taken = self._of(self.distances, queries).to(self.dtype)
-            spread = spread_diagonals(taken, self.num_keys)
+            distances = self._range(self.distances, queries).to(self.dtype)
+            spread = spread_diagonals(distances, self.num_keys)
             self.spread, self.summed = spread[None], torch.zeros_like(spread)
 
-    def _of(self, distances: Float[Tensor, "H N"], queries: slice) -> Float[Tensor, "H n"]:
-        """Those distances that keys have from `queries`."""
+    def _range(self, distances: Float[Tensor, "H N"], queries: slice) -> Float[Tensor, "H n"]:
+        """The distances between keys and `queries`, a view."""
         first = self.length - queries.stop
         return distances[:, first : first + queries.stop - queries.start + self.num_keys - 1]
 
@@ -223,7 +226,7 @@ def _forward(
     v: Float[Tensor, "b H M K"],
     bias: Float[Tensor, "#b #H #l M"] | None,
 ) -> Float[Tensor, "b H l K"]:
-    """The answer of one block."""
+    """softmax(q k^T + bias) v of one block."""
     if q.device.type == "cpu" and q.dtype != torch.float16:
         if bias is not None:
             bias = bias.expand(*q.shape[:3], -1)
@@ -240,7 +243,7 @@ def _scores(
     bias: Float[Tensor, "#b #H #l M"] | None,
     heads: int,
 ) -> Float[Tensor, "bH l M"]:
-    scores = (q @ k.mT).to(_wide(q.dtype))
+    scores = (q @ k.mT).to(compute_dtype(q.dtype))
     if bias is not None:
         scores.unflatten(0, (-1, heads)).add_(bias)
     return scores
@@ -249,12 +252,8 @@ def _scores(
 def _accumulate(
     total: Float[Tensor, "bH M K"], a: Float[Tensor, "bH M l"], b: Float[Tensor, "bH l K"]
 ) -> None:
-    """Add a b to `total`, whose dtype may be wider."""
+    """Adds a b to `total`, which may be float32 where a and b have 16 bits."""
     if total.dtype == a.dtype:
         total.baddbmm_(a, b)
     else:
         total += a @ b
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

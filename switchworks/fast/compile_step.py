@@ -1,7 +1,8 @@
 """A model's forward and backward as one graph each, by torch.compile.
 
-What is set here is what was measured to matter with the code that inductor writes for processors;
-experiments/speed.md has by how much.
+Applied last, to a model that may have fast kernels and checkpointed blocks. It sets attention and
+norms itself: inductor fuses the plain norm, and the hand-written kernels are opaque to it.
+experiments/speed.md has what each setting here was measured to bring.
 """
 
 from collections.abc import Callable
@@ -13,9 +14,10 @@ import torch._functorch.config
 from jaxtyping import Float
 from torch import Tensor
 
-from switchworks.fast.apply import set_attention
 from switchworks.fast.attention import attend_by, spread_diagonals
 from switchworks.fast.compiler import require_compiler
+from switchworks.fast.kernels import set_attention
+from switchworks.fast.seams import reset
 from switchworks.model import Output, SharedDropout, SwitchTransformer, attend
 
 
@@ -23,16 +25,22 @@ def compile_step(model: SwitchTransformer) -> Callable[..., Output]:
     """The forward pass of `model`, compiled at the first call; shapes may not change.
 
     `model` computes the same as before. Raises torch's errors where it cannot be one graph, and
-    ConfigError on a processor without a C++ compiler.
+    ConfigError on a CPU without a C++ compiler.
     """
     if next(model.parameters()).device.type == "cpu":
         require_compiler()
-    set_attention(model, partial(attend_by, _with_distances_spread))
+    set_attention(model, partial(attend_by, _attend_factored))
+    for module in model.modules():
+        reset(module, "normalise")
+    for layer in model.switch_layers.values():
+        if next(layer.parameters()).device.type == "cpu":
+            reset(layer, "dispatcher")  # the fast one reads counts on the host
+            reset(layer.experts, "run")
     graph = torch.compile(model, fullgraph=True, dynamic=False)
 
     @wraps(model.forward)
     def forward(*args: Any, **named: Any) -> Output:
-        # A view that is kept counts as a tensor of its own: beside the answers of a ReLU, which
+        # A view that is kept counts as a tensor of its own: beside the outputs of a ReLU, which
         # the next product keeps, its mask would be kept too.
         with torch._functorch.config.patch(recompute_views=True):  # pyright: ignore[reportPrivateUsage]
             return graph(*args, **named)
@@ -40,18 +48,18 @@ def compile_step(model: SwitchTransformer) -> Callable[..., Output]:
     return forward
 
 
-def _with_distances_spread(
+def _attend_factored(
     q: Float[Tensor, "B H L K"],
     k: Float[Tensor, "B H M K"],
     v: Float[Tensor, "B H M K"],
     distances: Float[Tensor, "H N"] | None,
-    hidden: Float[Tensor, "#B #H #L M"] | None,
+    mask: Float[Tensor, "#B #H #L M"] | None,
 ) -> Float[Tensor, "B H L K"]:
-    """The reference, whose relative bias is a view: looking up a bucket for each query and key
-    would be fused into the softmax, which would do so three times."""
+    """The reference with the relative bias as a view of its distances: looking up a bucket for
+    each query and key would be fused into the softmax, which would do so three times."""
     bias = None if distances is None else spread_diagonals(distances, k.shape[2])[None]
-    if hidden is not None:
-        bias = hidden if bias is None else bias + hidden
+    if mask is not None:
+        bias = mask if bias is None else bias + mask
     return attend(q, k, v, bias, _NO_DROPOUT)
 
 

@@ -1,11 +1,11 @@
-"""Experts without padding and without a word to the host: torch's `grouped_mm`, for GPUs.
+"""Experts without padding and without synchronising with the host: torch's `grouped_mm`, for GPUs.
 
-Where `grouped.py` reads on the host how many tokens each expert has, here the counts stay where
-they were counted, so the GPU never waits and shapes never change: all assignments are sorted, the
-kept ones first, and rows behind the last kept one are zeros on the way in and on the way out.
+Where `experts.py` reads on the host how many tokens each expert has, here the counts stay on the
+device, so the GPU never waits and shapes never change: all assignments are sorted, the kept ones
+first, and rows behind the last kept one are zeros on the way in and on the way out.
 
 Letters: G groups, S tokens per group, A assignments per group, E experts, N = G * A assignments
-sorted by expert, D width, F hidden width, O width of the answers.
+sorted by expert, D width, F hidden width, O width of the outputs.
 """
 
 import torch
@@ -18,20 +18,22 @@ from switchworks.model import (
     ExpertBank,
     ExpertInput,
     Experts,
+    ExpertWeights,
     Routes,
     activate,
     rows_of,
+    run_experts,
 )
 
 ALIGNMENT = 16
-"""Bytes that the kernel wants rows and columns of a weight to be multiples of."""
+"""Bytes of which the kernel wants rows and columns of a weight to be multiples."""
 
 
 class DeviceDispatcher:
     """As `SortedDispatcher`, but the counts stay on the device.
 
-    For experts on other ranks, whose counts have to be sent, and for widths that the kernel does
-    not take, the dispatcher that a model has without this.
+    Experts on other ranks, whose counts have to be sent, and widths that the kernel does not take
+    get the dispatcher that a model has without this.
     """
 
     def __call__(
@@ -45,29 +47,31 @@ class DeviceDispatcher:
         kept = routes.kept.flatten().index_select(0, order)
         tokens = rows_of(routes, size)
         tokens = order if tokens is None else tokens.index_select(0, order)
-        inbox = _only(kept, x.flatten(0, 1).index_select(0, tokens))
-        answers = _only(kept, experts(ExpertInput(inbox, _counts(key, experts.num_experts))))
+        inputs = _only(kept, x.flatten(0, 1).index_select(0, tokens))
+        outputs = _only(kept, experts(ExpertInput(inputs, _counts(key, experts.num_experts))))
         gates = routes.gate.flatten().index_select(0, order)
-        answers = answers * gates[:, None].to(x.dtype)
-        empty = answers.new_zeros(groups * size, answers.shape[-1])
-        return empty.index_add(0, tokens, answers).view(groups, size, -1)
+        outputs = outputs * gates[:, None].to(x.dtype)
+        empty = outputs.new_zeros(groups * size, outputs.shape[-1])
+        return empty.index_add(0, tokens, outputs).view(groups, size, -1)
 
 
-def answer(experts: Experts, inbox: ExpertInput) -> Float[Tensor, "N O"]:
-    """What `experts` answers to `inbox`; anything at all in rows that no count claims."""
-    tokens, counts = inbox
+def run_grouped_mm(
+    experts: Experts, inputs: ExpertInput, weights: ExpertWeights
+) -> Float[Tensor, "N O"]:
+    """`Experts.run` by `grouped_mm`; rows that no count claims may come out as anything."""
+    tokens, counts = inputs
     if counts is None or not aligned(experts):
-        return Experts.forward(experts, inbox)
+        return run_experts(experts, inputs, weights)
     if not isinstance(counts, Tensor):
         counts = torch.tensor(counts, device=tokens.device)
     ends = counts.cumsum(0, dtype=torch.int32)
     gate = None
-    if experts.w_gate is not None:
-        gate = F.grouped_mm(tokens, experts.w_gate, offs=ends)
-    hidden = activate(F.grouped_mm(tokens, experts.w_in, offs=ends), gate, experts.activation)
+    if weights.w_gate is not None:
+        gate = F.grouped_mm(tokens, weights.w_gate, offs=ends)
+    hidden = activate(F.grouped_mm(tokens, weights.w_in, offs=ends), gate, experts.activation)
     if experts.training and experts.dropout > 0:
         hidden = F.dropout(hidden, experts.dropout)
-    return F.grouped_mm(hidden, experts.w_out, offs=ends)
+    return F.grouped_mm(hidden, weights.w_out, offs=ends)
 
 
 def aligned(experts: Experts) -> bool:
@@ -78,7 +82,8 @@ def aligned(experts: Experts) -> bool:
 
 
 def _counts(key: Int[Tensor, "N"], experts: int) -> Int[Tensor, "{experts}"]:
-    """How many have each key below `experts`. `bincount` would ask the device for the largest."""
+    """How many have each key below `experts`. `bincount` would wait for the device to say the
+    largest."""
     counts = torch.zeros(experts + 1, dtype=torch.int32, device=key.device)
     return counts.scatter_add_(0, key, torch.ones_like(key, dtype=torch.int32))[:experts]
 

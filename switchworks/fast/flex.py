@@ -1,13 +1,12 @@
 """Attention by torch's FlexAttention, for GPUs: one fused kernel whose scores never reach memory.
 
 The reference is `model.attention.attend`. The relative bias is a vector per head, read by
-distance inside the kernel, and its gradient is summed there too (torch >= 2.6). What is hidden
-is added to the scores as everywhere else; no block is skipped for it.
+distance inside the kernel, and its gradient is summed there too (torch >= 2.6). The mask is added
+to the scores as everywhere else; no block is skipped for it.
 
-A query that sees nothing gets an average as in the reference, but its gradients are not the
-reference's: beside -1e9 float32 forgets the logarithm of the number of keys, from which the kernel
-computes its weights again. Such queries are padding, which no loss asks about: what comes from
-above is 0, and so is its multiple.
+A query with all keys masked gets an average as in the reference, but not the reference's gradients:
+beside -1e9 float32 loses the logarithm of the number of keys, from which the kernel recomputes its
+weights. Such queries are padding, for which no loss is taken: the gradient from above is 0.
 
 Letters: B sequences, H heads, L query length, M key length, K head width, N = L + M - 1 distances.
 """
@@ -22,12 +21,12 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from switchworks.fast.attention import Kernel, attend_by, in_blocks
 
-KINDS = 64
-"""Combinations of bias, mask and lengths, beyond which something is wrong. torch's own limit, 8,
-is less than a model with packed rows and several lengths has."""
+MAX_COMPILED = 64
+"""Combinations of bias, mask and lengths that may be compiled. torch's limit, 8, is less than a
+model with packed rows and several lengths has."""
 
-NARROWEST = 16
-"""The kernel multiplies tiles, which are no narrower than this."""
+MIN_HEAD_WIDTH = 16
+"""Width of the tiles that the kernel multiplies."""
 
 
 def fused(
@@ -35,35 +34,34 @@ def fused(
     k: Float[Tensor, "B H M K"],
     v: Float[Tensor, "B H M K"],
     distances: Float[Tensor, "H N"] | None,
-    hidden: Float[Tensor, "#B 1 #L M"] | None,
+    mask: Float[Tensor, "#B 1 #L M"] | None,
 ) -> Float[Tensor, "B H L K"]:
-    """softmax(q k^T + bias) v. Float64 and narrow heads, which the kernel does not know, are done
-    in blocks."""
-    known = q.dtype != torch.float64 and q.shape[-1] >= NARROWEST
-    return (_compiled() if known else in_blocks)(q, k, v, distances, hidden)
+    """softmax(q k^T + bias) v; in blocks for float64 and narrow heads, which the kernel lacks."""
+    known = q.dtype != torch.float64 and q.shape[-1] >= MIN_HEAD_WIDTH
+    return (_compiled() if known else in_blocks)(q, k, v, distances, mask)
 
 
 attend_fused = partial(attend_by, fused)
 
 
-def answer(
+def flex(
     q: Float[Tensor, "B H L K"],
     k: Float[Tensor, "B H M K"],
     v: Float[Tensor, "B H M K"],
     distances: Float[Tensor, "H N"] | None,
-    hidden: Float[Tensor, "#B 1 #L M"] | None,
+    mask: Float[Tensor, "#B 1 #L M"] | None,
 ) -> Float[Tensor, "B H L K"]:
-    """softmax(q k^T + bias) v with the bias put together score by score."""
+    """softmax(q k^T + bias) v with the bias added score by score."""
     last = q.shape[2] - 1
 
     @no_type_check
     def biased(score: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         if distances is not None:
             score = score + distances[head, key - query + last]
-        if hidden is not None:
-            of_row = row if hidden.shape[0] > 1 else 0
-            of_query = query if hidden.shape[2] > 1 else 0
-            score = score + hidden[of_row, 0, of_query, key]
+        if mask is not None:
+            mask_row = row if mask.shape[0] > 1 else 0
+            mask_query = query if mask.shape[2] > 1 else 0
+            score = score + mask[mask_row, 0, mask_query, key]
         return score
 
     return cast(Tensor, flex_attention(q, k, v, score_mod=biased, scale=1.0))
@@ -71,7 +69,7 @@ def answer(
 
 @cache
 def _compiled() -> Kernel:
-    """`answer` as one kernel, generated at the first use of each kind of mask; never unfused."""
+    """`flex` as one kernel, generated at the first use of each kind of mask; never unfused."""
     return torch.compile(  # pyright: ignore[reportCallIssue]  the stubs forget the last two
-        answer, fullgraph=True, recompile_limit=KINDS, isolate_recompiles=True
+        flex, fullgraph=True, recompile_limit=MAX_COMPILED, isolate_recompiles=True
     )

@@ -1,7 +1,7 @@
 """RMS norm that keeps its input and one number per row for the backward pass, and no more.
 
-The reference is `model.layers.RMSNorm`, which keeps the input and the result of the division and,
-in 16 bits, a float32 copy of the input.
+The reference is `model.layers.normalise`, which keeps the input and the quotient and, in 16 bits, a
+float32 copy of the input.
 
 Letters: N rows, D width.
 """
@@ -13,8 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from switchworks.model import compute_dtype
+
 _BLOCK = 2**18
-"""Numbers widened at once: 1 MB in float32."""
+"""Numbers converted at once: 1 MB in float32."""
 
 
 def rms_norm(
@@ -30,7 +32,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Float[Tensor, "N D"], weight: Float[Tensor, "D"], epsilon: float
     ) -> Float[Tensor, "N D"]:
-        scale = x.new_empty((len(x), 1), dtype=_wide(x.dtype))
+        scale = x.new_empty((len(x), 1), dtype=compute_dtype(x.dtype))
         y = x.new_empty(x.shape, dtype=weight.dtype)
         for rows in _rows(x):
             wide = x[rows].to(scale.dtype)
@@ -52,6 +54,7 @@ class _RMSNorm(torch.autograd.Function):
             unit = x[rows].to(scale.dtype) * scale[rows]
             grad = grad_y[rows].to(scale.dtype)
             grad_weight += (grad * unit).sum(dim=0)
+            # d(x s)/dx with s = rsqrt(mean x^2 + eps): the part of the gradient along x goes.
             grad = grad * wide_weight
             along = (grad * unit).mean(dim=-1, keepdim=True)
             grad_x[rows] = (grad - unit.mul_(along)).mul_(scale[rows]).to(x.dtype)
@@ -61,7 +64,3 @@ class _RMSNorm(torch.autograd.Function):
 def _rows(x: Float[Tensor, "N D"]) -> list[slice]:
     step = max(1, _BLOCK // x.shape[1]) if x.device.type == "cpu" else max(1, len(x))
     return [slice(first, first + step) for first in range(0, len(x), step)]
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

@@ -2,10 +2,10 @@ from .batches import batches_by_length as batches_by_length
 from .batches import pad as pad
 from .beam import BeamSearch as BeamSearch
 from .continue_text import continuation as continuation
+from .decode import Sampling as Sampling
 from .decode import generate as generate
 from .fill_in import fill as fill
 from .fill_in import parse_fills as parse_fills
-from .sampling import Sampling as Sampling
 from .text import GenerationConfig as GenerationConfig
 from .text import complete as complete
 from .text import complete_file as complete_file

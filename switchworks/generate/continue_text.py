@@ -1,4 +1,4 @@
-"""Continuing text: what a decoder-only model wrote, as text."""
+"""Continuations: the tokens a decoder-only model wrote after a prompt, as text."""
 
 from collections.abc import Sequence
 from itertools import takewhile

@@ -1,7 +1,7 @@
-"""Reading fill-ins: text with numbered holes, and what was written into them.
+"""Fill-ins: text with numbered holes, and the model's text for them.
 
-A hole is a sentinel, printed as <extra_id_0>, <extra_id_1>, ... The model's answer names each
-hole and follows it with what belongs there, as its training targets do.
+A hole is a sentinel, printed as <extra_id_0>, <extra_id_1>, ... The model writes each sentinel and
+then the text of its hole, as in its training targets.
 """
 
 import re
@@ -10,15 +10,15 @@ from collections.abc import Mapping
 HOLE = re.compile(r"<extra_id_(\d+)>")
 
 
-def parse_fills(complete: str) -> dict[int, str]:
-    """Hole number -> text. Text before the first hole belongs to none and is left out.
+def parse_fills(text: str) -> dict[int, str]:
+    """Hole number -> text. Text before the first hole is left out.
 
-    If a hole is named twice the first answer counts.
+    Of a hole that is named twice the first text counts.
     """
-    parts = HOLE.split(complete)
+    parts = HOLE.split(text)
     fills: dict[int, str] = {}
-    for number, text in zip(parts[1::2], parts[2::2], strict=True):
-        fills.setdefault(int(number), text.strip())
+    for number, hole in zip(parts[1::2], parts[2::2], strict=True):
+        fills.setdefault(int(number), hole.strip())
     return fills
 
 

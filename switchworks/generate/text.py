@@ -17,9 +17,7 @@ from switchworks.generate.beam import BeamSearch
 from switchworks.generate.continue_text import continuation
 from switchworks.generate.decode import generate
 from switchworks.generate.fill_in import HOLE, fill, parse_fills
-from switchworks.generate.sampling import Sampling
-from switchworks.generate.start import EOS
-from switchworks.model import SwitchTransformer
+from switchworks.model import EOS, Sampling, SwitchTransformer
 from switchworks.quantise import quantise
 
 
@@ -43,7 +41,7 @@ class GenerationConfig:
 def complete(
     path: Path,
     texts: Sequence[str],
-    how: GenerationConfig,
+    config: GenerationConfig,
     *,
     int8: bool = False,
     dtype: torch.dtype | None = None,
@@ -51,9 +49,9 @@ def complete(
     """`texts` with their holes filled by the model in `path`, fills in square brackets.
 
     A text without a hole gets one at its end, so it is continued. A decoder-only model only
-    continues, and what it wrote follows the text without brackets. `dtype` is what the model
-    computes in, None: as it is stored. With `int8` the weights are rounded to 8 bits first. Raises
-    CheckpointError if the model has no tokenizer, ConfigError if there is no text.
+    continues, and its text follows without brackets. `dtype` is what the model computes in, None:
+    as it is stored. With `int8` the weights are quantised to 8 bits first. Raises CheckpointError
+    if the model has no tokenizer, ConfigError if there is no text.
     """
     model, tokenizer = load(path, compute_device(), dtype)
     if tokenizer is None:
@@ -64,21 +62,21 @@ def complete(
     if int8:
         model = quantise(model)
     write = continue_texts if model.config.decoder_only else fill_texts
-    return write(model, tokenizer, texts, how)
+    return write(model, tokenizer, texts, config)
 
 
 def complete_file(
     path: Path,
     source: Path,
-    how: GenerationConfig,
+    config: GenerationConfig,
     output: Path | None = None,
     *,
     int8: bool = False,
     dtype: torch.dtype | None = None,
 ) -> list[str]:
-    """The answer to every line of `source`, and `output` with one in each line if it is named.
+    """`complete` for every line of `source`; also written to `output`, if given, line by line.
 
-    An empty line stays empty. Raises ConfigError if there is nothing to read.
+    An empty line stays empty. Raises ConfigError if there is no text.
     """
     try:
         lines = _lines(source.read_text(encoding="utf-8"))
@@ -89,29 +87,29 @@ def complete_file(
     places = [place for place, line in enumerate(lines) if line.strip()]
     if not places:
         raise ConfigError(f"{source} holds no text.\n  --file takes one text in each line.")
-    answers = [""] * len(lines)
-    found = complete(path, [lines[place] for place in places], how, int8=int8, dtype=dtype)
-    for place, text in zip(places, found, strict=True):
-        answers[place] = " ".join(text.splitlines())
+    results = [""] * len(lines)
+    texts = complete(path, [lines[place] for place in places], config, int8=int8, dtype=dtype)
+    for place, text in zip(places, texts, strict=True):
+        results[place] = " ".join(text.splitlines())
     if output is not None:
-        output.write_text("".join(f"{text}\n" for text in answers), encoding="utf-8")
-    return answers
+        output.write_text("".join(f"{text}\n" for text in results), encoding="utf-8")
+    return results
 
 
 def _lines(text: str) -> list[str]:
-    """As other programs count them, and not as `splitlines`, which ends one at U+2028 as well."""
+    """Lines ended by newlines alone; `splitlines` ends one at U+2028 too."""
     lines = [line.removesuffix("\r") for line in text.split("\n")]
     return lines[:-1] if not lines[-1] else lines
 
 
 def fill_texts(
-    model: SwitchTransformer, tokenizer: Tokenizer, texts: Sequence[str], how: GenerationConfig
+    model: SwitchTransformer, tokenizer: Tokenizer, texts: Sequence[str], config: GenerationConfig
 ) -> list[str]:
     """`texts` with every hole <extra_id_N> filled in square brackets; see `complete`."""
     if not all(text.strip() for text in texts):
         raise ConfigError('There is no text to fill in. Example: "The <extra_id_0> of the list."')
     texts = [text if HOLE.search(text) else f"{text.rstrip()} <extra_id_0>" for text in texts]
-    written = _written(model, [[*tokenizer.encode(text), EOS] for text in texts], how)
+    written = _written(model, [[*tokenizer.encode(text), EOS] for text in texts], config)
     return [
         fill(text, parse_fills(tokenizer.decode(ids)))
         for text, ids in zip(texts, written, strict=True)
@@ -119,9 +117,9 @@ def fill_texts(
 
 
 def continue_texts(
-    model: SwitchTransformer, tokenizer: Tokenizer, texts: Sequence[str], how: GenerationConfig
+    model: SwitchTransformer, tokenizer: Tokenizer, texts: Sequence[str], config: GenerationConfig
 ) -> list[str]:
-    """Each text and what a decoder-only model writes after it. An empty one begins a new text."""
+    """Each text and its continuation by a decoder-only model. An empty one starts a new text."""
     if any(HOLE.search(text) for text in texts):
         raise ConfigError(
             "This model is decoder-only: it continues a text and cannot fill holes inside it.\n"
@@ -129,15 +127,15 @@ def continue_texts(
         )
     texts = [text.rstrip() for text in texts]
     prompts = [tokenizer.encode(text) for text in texts]
-    written = _written(model, prompts, how)
+    written = _written(model, prompts, config)
     return [
         text + continuation(tokenizer, prompt, ids)
         for text, prompt, ids in zip(texts, prompts, written, strict=True)
     ]
 
 
-def _graph(model: SwitchTransformer, texts: int) -> CompiledDecoder:
-    """What is compiled by the first batch, whose wait is announced."""
+def _compile(model: SwitchTransformer, texts: int) -> CompiledDecoder:
+    """Compiled by the first batch, whose wait is announced."""
     require_compiler()
     print(
         f"compiling the step of decoding for {texts} at a time: about a minute, less if torch has "
@@ -148,25 +146,26 @@ def _graph(model: SwitchTransformer, texts: int) -> CompiledDecoder:
 
 
 def _written(
-    model: SwitchTransformer, inputs: Sequence[Sequence[int]], how: GenerationConfig
+    model: SwitchTransformer, inputs: Sequence[Sequence[int]], config: GenerationConfig
 ) -> list[list[int]]:
-    """The tokens that the model writes for each of `inputs`, in their order."""
+    """The tokens written for each of `inputs`, in their order."""
     written: list[list[int]] = [[] for _ in inputs]
     device = model.embedding.weight.device
-    generator = torch.Generator(device).manual_seed(how.sampling.seed)  # one, so that none repeats
-    most = min(how.batch_size, len(inputs))
-    graph = _graph(model, most) if how.compile else None
-    for places in batches_by_length([len(ids) for ids in inputs], how.batch_size):
+    generator = torch.Generator(device).manual_seed(config.sampling.seed)  # one for all batches
+    most = min(config.batch_size, len(inputs))
+    compiled = _compile(model, most) if config.compile else None
+    for places in batches_by_length([len(ids) for ids in inputs], config.batch_size):
         batch = pad([torch.tensor(inputs[place], dtype=torch.long) for place in places])
-        found = generate(
+        tokens = generate(
             model,
             batch.to(device),
-            max_length=how.max_length,
-            sampling=how.sampling,
-            beams=how.beams,
-            graph=graph if len(places) == most else None,  # each size would be compiled
+            max_length=config.max_length,
+            sampling=config.sampling,
+            beams=config.beams,
+            # A last, smaller batch would be compiled for by itself.
+            compiled=compiled if len(places) == most else None,
             generator=generator,
         )
-        for place, ids in zip(places, found.tolist(), strict=True):
+        for place, ids in zip(places, tokens.tolist(), strict=True):
             written[place] = ids
     return written

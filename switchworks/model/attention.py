@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from switchworks.model.config import ModelConfig
-from switchworks.model.layers import SharedDropout, look_up, to_float32
+from switchworks.model.layers import Linear, SharedDropout, look_up, to_float32
 
 MASKED = -1e9
 """Added to the score of a key that must not be seen. Finite, so that a query which sees no key
@@ -50,34 +50,55 @@ def relative_bucket(
 
 
 class FactoredBias(NamedTuple):
-    """The bias of self-attention not yet put together, for kernels that do so block by block.
+    """The bias of self-attention as its factors, for kernels that build it block by block.
 
-    Stands for the tensor [#B, H, L, M] of `distances[:, m - l + L - 1] + hidden`, of which nothing
-    is as large. Adding a mask gives the parts with that mask.
+    Stands for the tensor [#B, H, L, M] of `distances[:, m - l + L - 1] + mask`, of which neither
+    factor has the size. Adding a mask gives a `FactoredBias` with that mask.
     """
 
     distances: Float[Tensor, "H L_plus_M_minus_1"]
     """The bias of each distance m - l between query and key, from 1 - L to M - 1."""
-    hidden: Float[Tensor, "#B 1 #L M"] | None = None
-    """What `mask_to_bias` says; without a gradient."""
+    mask: Float[Tensor, "#B 1 #L M"] | None = None
+    """From `mask_to_bias`; without a gradient."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """The learned numbers' own."""
+        """That of the learned numbers."""
         return self.distances.dtype
 
-    def __add__(self, hidden: Tensor) -> "BiasParts":  # type: ignore[override]
-        """These parts with `hidden` added to what is hidden already."""
-        return self._replace(hidden=hidden if self.hidden is None else self.hidden + hidden)
+    def __add__(self, mask: Tensor) -> "FactoredBias":  # type: ignore[override]
+        """With `mask` added to the mask."""
+        return self._replace(mask=mask if self.mask is None else self.mask + mask)
 
 
-class RelativeBias(nn.Module):
-    """A learned number per head and distance bucket, added to self-attention's scores."""
+Bias = Tensor | FactoredBias
+
+
+class PositionEncoding(nn.Module):
+    """How the self-attention of a stack knows where its tokens stand: one module per stack.
+
+    It adds a bias to the scores, turns queries and keys, or both. Cached decoding relies on a score
+    depending on the distance of query and key alone.
+    """
+
+    def forward(self, num_queries: int, num_keys: int, first: int = 0) -> Bias:
+        """[1, #H, L, M], added to scores: queries from position `first` on, keys from 0 on."""
+        raise NotImplementedError
+
+    def rotate(
+        self, x: Float[Tensor, "B H L K"], first: int | Int[Tensor, "1"]
+    ) -> Float[Tensor, "B H L K"]:
+        """Queries or keys at positions first, first + 1, ..., before scores are taken."""
+        return x
+
+
+class RelativeBias(PositionEncoding):
+    """A learned number per head and distance bucket, added to self-attention's scores (T5)."""
 
     letters = {"weight": "_ H"}  # noqa: RUF012
-    in_parts = False
-    """Set from outside where attention has a kernel for `FactoredBias`; without gradients there is
-    the tensor all the same."""
+    factored = False
+    """Whether to give a `FactoredBias`, to an attention that takes one; only under gradients."""
+    look_up: Callable[[Tensor, Tensor], Tensor] = staticmethod(look_up)
 
     def __init__(self, config: ModelConfig, *, bidirectional: bool) -> None:
         super().__init__()
@@ -85,26 +106,24 @@ class RelativeBias(nn.Module):
         self.max_distance = config.relative_max_distance
         self.weight = nn.Parameter(torch.empty(config.relative_buckets, config.num_heads))
 
-    def forward(
-        self, num_queries: int, num_keys: int, first: int = 0
-    ) -> Float[Tensor, "1 H L M"] | FactoredBias:
-        """The bias for queries at positions first, first + 1, ... and keys from position 0."""
+    def forward(self, num_queries: int, num_keys: int, first: int = 0) -> Bias:
+        """The bias [1, H, L, M] of queries from position `first` on and keys from 0 on."""
         device = self.weight.device
-        if self.in_parts and torch.is_grad_enabled():
+        if self.factored and torch.is_grad_enabled():
             distances = torch.arange(1 - num_queries - first, num_keys - first, device=device)
-            return FactoredBias(self._of(distances[None])[:, 0])
+            return FactoredBias(self._by_distance(distances[None])[:, 0])
         queries = torch.arange(first, first + num_queries, device=device)
         keys = torch.arange(num_keys, device=device)
-        return self._of(keys[None] - queries[:, None])[None]
+        return self._by_distance(keys[None] - queries[:, None])[None]
 
-    def _of(self, distances: Int[Tensor, "L M"]) -> Float[Tensor, "H L M"]:
+    def _by_distance(self, distances: Int[Tensor, "L M"]) -> Float[Tensor, "H L M"]:
         bucket = relative_bucket(
             distances,
             bidirectional=self.bidirectional,
             buckets=self.weight.shape[0],
             max_distance=self.max_distance,
         )
-        return look_up(self.weight, bucket).permute(2, 0, 1)
+        return self.look_up(self.weight, bucket).permute(2, 0, 1)
 
 
 def segment_mask(
@@ -149,7 +168,7 @@ def attend(
 
 
 Attend = Callable[[Tensor, Tensor, Tensor, Any, SharedDropout], Tensor]
-"""`attend`, or a faster form of it that takes a bias in parts too."""
+"""`attend`, or a faster form of it that takes a `FactoredBias` too."""
 
 
 class KeyValues(NamedTuple):
@@ -160,23 +179,27 @@ class KeyValues(NamedTuple):
 
 
 class AttentionBase(nn.Module):
-    """What every attention ends with: heads that read, and one matrix that mixes them."""
+    """What attention and switch attention share: scores, weighted values and the output matrix."""
+
+    attend: Attend = staticmethod(attend)
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.num_heads = config.num_heads
-        self.o = nn.Linear(config.num_heads * config.d_kv, config.d_model, bias=False)
+        self.d_kv = config.d_kv
+        self.o = Linear(config.num_heads * config.d_kv, config.d_model)
         self.dropout = SharedDropout(config.dropout)
-        self.attend: Attend = attend
 
     def attend_out(
-        self,
-        query: Float[Tensor, "B H L K"],
-        memory: KeyValues,
-        bias: Float[Tensor, "#B #H #L M"] | FactoredBias | None,
+        self, query: Float[Tensor, "B H L K"], memory: KeyValues, bias: Bias | None
     ) -> Float[Tensor, "B L D"]:
-        """What each query reads from `memory`."""
-        return self.o(join_heads(self.attend(query, memory.k, memory.v, bias, self.dropout)))
+        """The weighted values of `memory` for each query, heads joined and mixed by `o`."""
+        heads = self.attend(query, memory.k, memory.v, bias, self.dropout)
+        return self.o(heads.transpose(1, 2).flatten(2))
+
+    def split_heads(self, x: Float[Tensor, "B M HK"]) -> Float[Tensor, "B H M K"]:
+        """The columns of each head. On a mesh `x` has this rank's heads, so their number is not
+        that of the config."""
+        return x.unflatten(-1, (-1, self.d_kv)).transpose(1, 2)
 
 
 class Attention(AttentionBase):
@@ -192,36 +215,22 @@ class Attention(AttentionBase):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         inner = config.num_heads * config.d_kv
-        self.q = nn.Linear(config.d_model, inner, bias=False)
-        self.k = nn.Linear(config.d_model, inner, bias=False)
-        self.v = nn.Linear(config.d_model, inner, bias=False)
+        self.q = Linear(config.d_model, inner)
+        self.k = Linear(config.d_model, inner)
+        self.v = Linear(config.d_model, inner)
 
     def project(self, memory: Float[Tensor, "B M D"]) -> KeyValues:
         """The keys and values of `memory`."""
-        heads = self.num_heads
-        return KeyValues(split_heads(self.k(memory), heads), split_heads(self.v(memory), heads))
+        return KeyValues(self.split_heads(self.k(memory)), self.split_heads(self.v(memory)))
 
     def qkv(
         self, x: Float[Tensor, "B L D"], real: Bool[Tensor, "B L"] | None = None
     ) -> tuple[Float[Tensor, "B H L K"], KeyValues, None]:
         """Queries, keys and values of `x`, for self-attention. `real` makes no difference here."""
-        return split_heads(self.q(x), self.num_heads), self.project(x), None
+        return self.split_heads(self.q(x)), self.project(x), None
 
     def forward(
-        self,
-        x: Float[Tensor, "B L D"],
-        memory: KeyValues,
-        bias: Float[Tensor, "#B #H #L M"] | FactoredBias | None,
+        self, x: Float[Tensor, "B L D"], memory: KeyValues, bias: Bias | None
     ) -> Float[Tensor, "B L D"]:
-        """What each position of `x` reads from `memory`."""
-        return self.attend_out(split_heads(self.q(x), self.num_heads), memory, bias)
-
-
-def split_heads(x: Float[Tensor, "B M HK"], num_heads: int) -> Float[Tensor, "B H M K"]:
-    """Each head's share of the columns, as a dimension of its own."""
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
-
-
-def join_heads(x: Float[Tensor, "B H L K"]) -> Float[Tensor, "B L HK"]:
-    """The heads' columns side by side."""
-    return x.transpose(1, 2).flatten(2)
+        """Cross-attention: the weighted values of `memory` for each position of `x`."""
+        return self.attend_out(self.split_heads(self.q(x)), memory, bias)

@@ -6,13 +6,13 @@ experts.
 Letters: B sequences, L length, M length of the keys, D model width, H heads.
 """
 
-from collections.abc import Iterator
-from typing import cast
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from switchworks.model.attention import Attention, FactoredBias, KeyValues, RelativeBias
+from switchworks.model.attention import Attention, Bias, KeyValues, PositionEncoding, RelativeBias
 from switchworks.model.cache import DecoderCache, LayerCache
 from switchworks.model.config import ModelConfig
 from switchworks.model.layers import FFN, RMSNorm, SharedDropout
@@ -47,7 +47,8 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B L D"],
-        bias: Float[Tensor, "#B H L M"] | FactoredBias,
+        bias: Bias,
+        positions: PositionEncoding,
         *,
         segments: Int[Tensor, "B L"] | None,
         past: LayerCache | None = None,
@@ -56,18 +57,22 @@ class Block(nn.Module):
     ) -> tuple[Float[Tensor, "B L D"], list[Routing]]:
         """The block's output and the reports of its switch layers.
 
-        `memory` is what cross-attention reads: the encoder's states, or what `project` made of
-        them.
+        `bias` and `positions` are for self-attention. `memory` is for cross-attention: the
+        encoder's states, or the keys and values that `project` made of them.
         """
         real = None if segments is None else segments != 0
         query, keys, attention_routing = self.self_attention.qkv(self.self_norm(x), real)
+        first = 0 if past is None else past.length
+        query, keys = (
+            positions.rotate(query, first),
+            keys._replace(k=positions.rotate(keys.k, first)),
+        )
         keys = keys if past is None else past.extend(keys)
         x = x + self.dropout(self.self_attention.attend_out(query, keys, bias))
         if self.cross_attention is not None and self.cross_norm is not None:
             assert memory is not None
             memory = self.project(memory) if isinstance(memory, Tensor) else memory
-            read = self.cross_attention(self.cross_norm(x), memory, memory_bias)
-            x = x + self.dropout(read)
+            x = x + self.dropout(self.cross_attention(self.cross_norm(x), memory, memory_bias))
         x, ffn_routing = self._feed_forward(x, real)
         return x, [report for report in (attention_routing, ffn_routing) if report is not None]
 
@@ -84,14 +89,21 @@ class Block(nn.Module):
         return x + self.dropout(y), routing
 
 
+def call_block(block: Block, *inputs: Any, **named: Any) -> tuple[Tensor, list[Routing]]:
+    """The plain form of `Stack.call_block`."""
+    return block(*inputs, **named)
+
+
 class Stack(nn.Module):
-    """The blocks of an encoder or a decoder, their shared relative bias and the final norm."""
+    """The blocks of an encoder or a decoder, their position encoding and the final norm."""
+
+    call_block: Callable[..., tuple[Tensor, list[Routing]]] = staticmethod(call_block)
 
     def __init__(self, config: ModelConfig, *, layers: int, decoder: bool) -> None:
         super().__init__()
-        self.relative_bias = RelativeBias(config, bidirectional=not decoder)
+        self.relative_bias: PositionEncoding = RelativeBias(config, bidirectional=not decoder)
         self.blocks = nn.ModuleList(
-            Block(config, sparse=config.is_sparse(layer), decoder=decoder)
+            Block(config, sparse=config.is_sparse(layer, decoder=decoder), decoder=decoder)
             for layer in range(layers)
         )
         self.final_norm = RMSNorm(config.d_model, config.norm_epsilon)
@@ -100,7 +112,7 @@ class Stack(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B L D"],
-        bias: Float[Tensor, "#B H L M"] | FactoredBias,
+        bias: Bias,
         *,
         segments: Int[Tensor, "B L"] | None,
         memory: Float[Tensor, "B M2 D"] | None = None,
@@ -109,15 +121,15 @@ class Stack(nn.Module):
     ) -> tuple[Float[Tensor, "B L D"], tuple[Routing, ...]]:
         """`x` after all blocks and the final norm, and the reports of the switch layers.
 
-        With a `cache` the positions follow those it has seen, and cross-attention reads the
-        memory it holds.
+        With a `cache` the positions follow those it holds, and cross-attention reads its memory.
         """
         reports: list[Routing] = []
         for number, block in enumerate(self):
             past = None if cache is None else cache.layers[number]
             source = memory if past is None else past.memory
-            x, report = block(
-                x, bias, segments=segments, past=past, memory=source, memory_bias=memory_bias
+            named = {"past": past, "memory": source, "memory_bias": memory_bias}
+            x, report = self.call_block(
+                block, x, bias, self.relative_bias, segments=segments, **named
             )
             reports += report
         return self.dropout(self.final_norm(x)), tuple(reports)

@@ -1,4 +1,4 @@
-"""What decoding one token after another remembers, so that no token is computed twice.
+"""Keys and values of the tokens already decoded, so that none is computed twice.
 
 Letters: B sequences, H heads, T decoder length, K head width, M memory length, L prompt length.
 """
@@ -6,23 +6,28 @@ Letters: B sequences, H heads, T decoder length, K head width, M memory length, 
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from switchworks.model.attention import KeyValues
 
 
 class LayerCache:
-    """Keys and values one decoder layer has seen, in buffers of a fixed length."""
+    """Keys and values of one decoder layer, in buffers of a fixed length."""
 
-    def __init__(self, keys: Float[Tensor, "B H T K"], memory: KeyValues | None) -> None:
-        """`keys`: zeros, as many as will ever be seen. `memory`: what cross-attention reads."""
-        self.k, self.v = keys, torch.zeros_like(keys)
-        self.length = 0
-        self.memory = memory
+    def __init__(self, room: int, memory: KeyValues | None) -> None:
+        """Room for `room` positions. `memory`: keys and values of cross-attention."""
+        self.room, self.memory = room, memory
+        self.length: int | Int[Tensor, 1] = 0
+        """Positions filled. A tensor in a compiled step."""
+        self.k = self.v = torch.empty(0)
+        """[B, H, T, K] from the first `extend` on, whose heads are those of this rank."""
 
     def extend(self, new: KeyValues) -> KeyValues:
-        """Everything seen so far, `new` included."""
+        """Appends `new` and returns all positions so far."""
+        if not self.k.numel():
+            shape = *new.k.shape[:2], self.room, new.k.shape[3]
+            self.k, self.v = new.k.new_zeros(shape), new.v.new_zeros(shape)
         start, self.length = self.length, self.length + new.k.shape[2]
         self.k[:, :, start : self.length] = new.k
         self.v[:, :, start : self.length] = new.v
@@ -33,9 +38,9 @@ class DecoderCache(NamedTuple):
     """One `LayerCache` per decoder layer, and what is added to their scores."""
 
     layers: list[LayerCache]
-    last_bias: Float[Tensor, "1 H 1 T"]
+    last_bias: Float[Tensor, "1 #H 1 T"]
     """The relative bias of the last position there is room for, by key. That of an earlier one is
-    the end of it, since a bias knows nothing but the distance."""
+    the end of it, since a bias depends on the distance alone."""
     memory_bias: Float[Tensor, "B 1 1 M"] | None = None
     prompt_bias: Float[Tensor, "B 1 1 L"] | None = None
-    """Decoder-only: hides the padding before the shorter prompts."""
+    """Decoder-only: masks the padding before the shorter prompts."""

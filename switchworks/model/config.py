@@ -1,6 +1,6 @@
-"""The settings of the model and of its routing.
+"""The settings of the model, of its routing and of sampling from it.
 
-One object describes a model completely; `SwitchTransformer(config)` needs nothing else.
+A `ModelConfig` describes a model completely; `SwitchTransformer(config)` needs nothing else.
 """
 
 import math
@@ -8,19 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from switchworks.config import ConfigError, check_at_least, check_positive, check_rate
+from switchworks.model.strategies import STRATEGIES, Strategy
 
-StrategyName = Literal[
-    "switch", "switch_max", "switch_random", "top2", "no_token_left_behind", "expert_choice"
-]
-"""The keys of `routing.STRATEGIES`, which says what each does."""
-
-NON_CAUSAL = {
-    "switch_max": "a later token with a higher probability takes an earlier one's slot",
-    "switch_random": "which tokens get a slot is drawn from all of the group, later ones too",
-    "no_token_left_behind": "second wishes are served after all first ones, later tokens' too",
-    "expert_choice": "experts pick among all tokens of the group, later ones too",
-}
-"""Strategies a decoder must not use, and why."""
+MIN_TEMPERATURE = 1e-4
+"""Below it sampling is greedy, and scores divided by the temperature may overflow float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +19,11 @@ class RoutingConfig:
     """How tokens are shared out among experts, and what keeps the shares even."""
 
     experts: int = 8
-    strategy: StrategyName = "switch"
+    strategy: str = "switch"
     """switch: one expert per token, first come first served. switch_max and switch_random differ
-    in whom a full expert drops, no_token_left_behind offers them their next choices, top2 asks two
-    experts, with expert_choice experts pick their tokens."""
-    decoder_strategy: StrategyName | None = None
+    in which tokens a full expert drops, no_token_left_behind offers those their next choices, top2
+    uses two experts, with expert_choice experts pick tokens. Or a name put into `STRATEGIES`."""
+    decoder_strategy: str | None = None
     """The same for decoders, where routing must not look ahead. None: `strategy`."""
     layers: Literal["ffn", "attention", "both"] = "ffn"
     """What is sparse in a sparse block: its FFN, the query, key and value of its self-attention
@@ -40,6 +31,10 @@ class RoutingConfig:
     every: int = 2
     """Sparse frequency 1/every: the FFN of every `every`-th block is a switch layer, the last of
     each run, so 0-based blocks 1, 3, 5, ... for 2. 1 makes all of them sparse."""
+    encoder_blocks: tuple[int, ...] | None = None
+    """0-based numbers of the encoder's sparse blocks, in place of `every`; () makes it dense."""
+    decoder_blocks: tuple[int, ...] | None = None
+    """The same for the decoder."""
     group_sequences: int = 1
     """Rows of the batch whose tokens compete for the same slots. Never derived from the number
     of devices, so adding devices does not change who is dropped."""
@@ -73,11 +68,11 @@ class RoutingConfig:
     input_dropout: float = 0.1
     """Dropout on the router's input, for exploration = "input_dropout"."""
     second_threshold: float = 0.2
-    """top2 in training asks a second expert of gate g with probability min(1, g / threshold).
-    0 always asks it."""
+    """top2 in training uses a second expert of gate g with probability min(1, g / threshold).
+    0: always."""
     ntlb_rounds: int = 4
-    """no_token_left_behind offers a token its this many likeliest experts (Mesh-TF `ntlb_top_k`);
-    with as many as there are experts none is dropped while any has room."""
+    """no_token_left_behind offers a token this many experts, the likeliest first (Mesh-TF
+    `ntlb_top_k`); with as many as there are experts none is dropped while any has room."""
     expert_dropout: float | None = None
     """Dropout on the hidden activation inside each expert; the paper fine-tunes with 0.4 there
     and 0.1 elsewhere. None: the model's own rate."""
@@ -95,21 +90,38 @@ class RoutingConfig:
                     f"routing.{name} = {value} is no number of slots above 0.\n"
                     "  Use 1 or more (a factor of 1.25 in the paper), or none: no such limit."
                 )
-        self._check_expert_choice()
+        for setting in ("strategy", "decoder_strategy"):
+            name = getattr(self, setting)
+            if name is not None and name not in STRATEGIES:
+                raise ConfigError(
+                    f"routing.{setting} = {name!r} is not known.\n"
+                    f"  Use one of {', '.join(STRATEGIES)}, or put yours into STRATEGIES first."
+                )
+        if any(STRATEGIES[name].experts_choose for name in self.strategies):
+            self._check_experts_choose()
 
-    def _check_expert_choice(self) -> None:
-        if "expert_choice" not in (self.strategy, self.decoder_strategy):
-            return
+    def _check_experts_choose(self) -> None:
         if self.capacity_factor is None and self.expert_capacity is None:
             raise ConfigError(
-                "routing.strategy = expert_choice needs to know how many tokens an expert picks.\n"
-                "  Set routing.capacity_factor, the average number of experts per token (2.0)."
+                f"routing.strategy = {self.strategy} needs to know how many tokens an expert "
+                "picks.\n  Set routing.capacity_factor, the average number of experts per token "
+                "(2.0)."
             )
         if self.bias_rate > 0 or self.exploration == "sample":
             raise ConfigError(
-                "routing.strategy = expert_choice leaves nothing to balance or to sample: experts "
-                "choose.\n  Set routing.bias_rate 0 and another routing.exploration."
+                f"routing.strategy = {self.strategy} leaves nothing to balance or to sample: "
+                "experts choose.\n  Set routing.bias_rate 0 and another routing.exploration."
             )
+
+    @property
+    def strategies(self) -> set[str]:
+        """The names of the encoder's strategy and of the decoder's."""
+        return {self.strategy, self.decoder_strategy or self.strategy}
+
+    @property
+    def rule(self) -> Strategy:
+        """The object behind `strategy`; for a decoder see `for_decoder`."""
+        return STRATEGIES[self.strategy]
 
     def for_decoder(self) -> "RoutingConfig":
         """The routing of decoder layers.
@@ -118,9 +130,9 @@ class RoutingConfig:
         is dropped what it is to predict.
         """
         strategy = self.decoder_strategy or self.strategy
-        if strategy in NON_CAUSAL:
+        if reason := STRATEGIES[strategy].looks_ahead:
             raise ConfigError(
-                f"routing.strategy = {strategy} cannot route a decoder: {NON_CAUSAL[strategy]}.\n"
+                f"routing.strategy = {strategy} cannot route a decoder: {reason}.\n"
                 "  Keep it for the encoder and set routing.decoder_strategy to switch or top2."
             )
         return replace(self, strategy=strategy, decoder_strategy=None)
@@ -138,23 +150,23 @@ class RoutingConfig:
     @property
     def experts_per_token(self) -> float:
         """Experts a token is sent to, on average over real tokens and before any is dropped."""
-        if self.strategy == "expert_choice":
+        if self.rule.experts_choose:
             return float(min(self.capacity_factor or 1.0, self.experts))
-        return float(min(2, self.experts)) if self.strategy == "top2" else 1.0
+        return float(min(self.rule.experts_per_token, self.experts))
 
     def capacity(self, group_tokens: int, *, training: bool) -> int | None:
         """Slots per expert and group (equation 3, rounded as Mesh-TensorFlow does); None: no limit.
 
         max(min_capacity, min(group_tokens, int(group_tokens * factor / experts))), unless
-        `expert_capacity` says another number; no limit where that holds the whole group. Expert
-        choice always has a limit: where evaluation has no factor, that of training.
+        `expert_capacity` says another number; no limit where that holds the whole group. Where
+        experts choose there always is one: without a factor for evaluation, that of training.
         """
         if self.expert_capacity is not None:
             # Slots that no queue can fill cost memory: a step of decoding has one token a row.
-            full = group_tokens > self.expert_capacity or self.strategy == "expert_choice"
+            full = group_tokens > self.expert_capacity or self.rule.experts_choose
             return self.expert_capacity if full else None
         factor = self.capacity_factor if training else self.eval_capacity_factor
-        if factor is None and self.strategy == "expert_choice":
+        if factor is None and self.rule.experts_choose:
             factor = self.capacity_factor
         if factor is None:
             return None
@@ -225,10 +237,21 @@ class ModelConfig:
             )
         if self.routing is not None:
             self.routing.for_decoder()
-        layers = max(self.num_layers, self.decoder_layers)
-        if self.routing is not None and self.routing.every > layers:
+            self._check_layout(self.routing)
+
+    def _check_layout(self, routing: RoutingConfig) -> None:
+        stacks = (("encoder", self.encoder_layers), ("decoder", self.decoder_layers))
+        for stack, layers in stacks:
+            for block in getattr(routing, f"{stack}_blocks") or ():
+                if not 0 <= block < layers:
+                    raise ConfigError(
+                        f"routing.{stack}_blocks has {block}, and the {stack} has {layers} "
+                        f"blocks.\n  Use numbers from 0 to {layers - 1}."
+                    )
+        if not any(self.sparse_blocks(decoder) for decoder in (False, True)):
+            layers = max(self.num_layers, self.decoder_layers)
             raise ConfigError(
-                f"routing.every = {self.routing.every} exceeds the {layers} blocks of a stack, so "
+                f"routing.every = {routing.every} exceeds the {layers} blocks of a stack, so "
                 f"no layer would be sparse.\n  Use at most {layers}, or no routing at all."
             )
 
@@ -242,10 +265,41 @@ class ModelConfig:
         """Blocks of the decoder."""
         return self.num_layers if self.num_decoder_layers is None else self.num_decoder_layers
 
-    def is_sparse(self, layer: int) -> bool:
-        """Whether 0-based block `layer`, of either stack, has a switch layer."""
-        every = None if self.routing is None else self.routing.every
-        return every is not None and layer % every == every - 1
+    def is_sparse(self, layer: int, *, decoder: bool) -> bool:
+        """Whether 0-based block `layer` of the encoder or the decoder has a switch layer."""
+        if self.routing is None:
+            return False
+        blocks = self.routing.decoder_blocks if decoder else self.routing.encoder_blocks
+        every = self.routing.every
+        return layer % every == every - 1 if blocks is None else layer in blocks
+
+    def sparse_blocks(self, decoder: bool) -> tuple[int, ...]:
+        """The 0-based numbers of all blocks with a switch layer, of the encoder or the decoder."""
+        layers = self.decoder_layers if decoder else self.encoder_layers
+        return tuple(n for n in range(layers) if self.is_sparse(n, decoder=decoder))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen. Temperature 0 is greedy: always the likeliest token."""
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    """Only the k likeliest tokens may be chosen."""
+    top_p: float | None = None
+    """Only the likeliest tokens that together hold this much probability may be chosen."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature and not MIN_TEMPERATURE <= self.temperature < math.inf:
+            raise ConfigError(
+                f"temperature = {self.temperature} must be 0 or at least {MIN_TEMPERATURE}. 0 is "
+                "greedy, 1 samples the model's own distribution."
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"top_k = {self.top_k} must be at least 1.")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p = {self.top_p} must lie in (0, 1].")
 
 
 def check_activation(name: str) -> None:

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from switchworks.model.experts import ExpertBank, ExpertInput
-from switchworks.model.routing import Routes
+from switchworks.model.strategies import Routes
 
 
 @runtime_checkable
@@ -102,7 +102,9 @@ class SortedDispatcher:
         order = sort_by_expert(routes, experts.num_experts)
         tokens = rows_of(routes, size)
         tokens = order.assignment if tokens is None else tokens[order.assignment]
-        answers = experts(ExpertInput(x.flatten(0, 1).index_select(0, tokens), order.counts))
+        answers = experts(
+            ExpertInput(x.flatten(0, 1).index_select(0, tokens), order.tokens_per_expert)
+        )
         gates = routes.gate.flatten().index_select(0, order.assignment)
         answers = answers * gates[:, None].to(x.dtype)
         empty = answers.new_zeros(groups * size, answers.shape[-1])
@@ -126,8 +128,7 @@ class Order(NamedTuple):
 
     assignment: Int[Tensor, "N"]
     """Index of each into the flattened [G * A]."""
-    counts: list[int]
-    """How many each expert gets."""
+    tokens_per_expert: list[int]
 
 
 def sort_by_expert(routes: Routes, num_experts: int) -> Order:

@@ -1,7 +1,11 @@
-"""The parts every block is made of: RMS norm, dropout and the dense feed-forward layer.
+"""The parts every block is made of: linear layers, RMS norm, dropout, look-up and dense FFN.
 
-Read first in `model/`. Letters: B sequences, L length, D model width, F feed-forward width.
+Read first in `model/`. A class attribute that holds a function is a seam: see `SEAMS` in
+`model/__init__.py`. Letters: B sequences, L length, D model width, F feed-forward width.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +14,37 @@ from torch import Tensor, nn
 
 from switchworks.model.config import ModelConfig
 
+Matmul = Callable[[Tensor, Any], Tensor]
+"""(x, weight) -> the product, in the dtype of x."""
+
+
+class Linear(nn.Linear):
+    """A matrix without bias, stored [outputs, inputs]."""
+
+    matmul: Matmul = staticmethod(F.linear)
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Float[Tensor, "*b I"]) -> Float[Tensor, "*b O"]:
+        """x W^T."""
+        return self.matmul(x, self.weight)
+
+
+def normalise(
+    x: Float[Tensor, "*b D"], weight: Float[Tensor, "D"], epsilon: float
+) -> Float[Tensor, "*b D"]:
+    """`x` with mean square 1 along D, scaled; the statistics are taken in float32 or wider."""
+    wide = to_float32(x)
+    unit = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + epsilon)
+    return unit.to(weight.dtype) * weight
+
 
 class RMSNorm(nn.Module):
     """Divide by the root mean square, multiply by a learned scale; no bias, no mean (T5)."""
 
     letters = {"weight": "D"}  # noqa: RUF012
+    normalise: Callable[[Tensor, Tensor, float], Tensor] = staticmethod(normalise)
 
     def __init__(self, width: int, epsilon: float) -> None:
         super().__init__()
@@ -22,15 +52,18 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Float[Tensor, "*b D"]) -> Float[Tensor, "*b D"]:
-        """`x` with mean square 1 along D, scaled; the statistics are taken in float32 or wider."""
-        wide = to_float32(x)
-        unit = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.epsilon)
-        return unit.to(self.weight.dtype) * self.weight
+        """See `normalise`."""
+        return self.normalise(x, self.weight, self.epsilon)
 
 
 def to_float32(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """`x` in float32, unless its dtype is wider: what must not be computed in 16 bits."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(compute_dtype(x.dtype))
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Float32 for 16 bits, else `dtype`: that of softmaxes, norms and sums."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 class SharedDropout(nn.Module):
@@ -40,6 +73,8 @@ class SharedDropout(nn.Module):
     positions is also what keeps dropout cheap.
     """
 
+    draw: Callable[[Tensor, float], Tensor] = staticmethod(F.dropout)
+
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
@@ -48,7 +83,7 @@ class SharedDropout(nn.Module):
         """`x` in evaluation; in training a share `rate` of its columns zeroed, the rest scaled."""
         if not self.training or self.rate == 0:
             return x
-        return x * F.dropout(torch.ones_like(x[..., :1, :]), self.rate)
+        return x * self.draw(torch.ones_like(x[..., :1, :]), self.rate)
 
 
 def look_up(table: Float[Tensor, "V D"], ids: Int[Tensor, "..."]) -> Float[Tensor, "... D"]:
@@ -63,11 +98,13 @@ def look_up(table: Float[Tensor, "V D"], ids: Int[Tensor, "..."]) -> Float[Tenso
 
 
 class Embedding(nn.Embedding):
-    """A table of vectors. A module, so that its rows may be spread over ranks from outside."""
+    """A table of vectors, one for each id of the vocabulary."""
+
+    look_up: Callable[[Tensor, Tensor], Tensor] = staticmethod(look_up)
 
     def forward(self, ids: Int[Tensor, "..."]) -> Float[Tensor, "... D"]:
         """The vectors of `ids`, see `look_up`."""
-        return look_up(self.weight, ids)
+        return self.look_up(self.weight, ids)
 
 
 def activate(hidden: Tensor, gate: Tensor | None, activation: str) -> Tensor:
@@ -85,9 +122,9 @@ class FFN(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.activation = config.activation
-        self.w_in = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.w_gate = nn.Linear(config.d_model, config.d_ff, bias=False) if config.gated else None
-        self.w_out = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.w_in = Linear(config.d_model, config.d_ff)
+        self.w_gate = Linear(config.d_model, config.d_ff) if config.gated else None
+        self.w_out = Linear(config.d_ff, config.d_model)
         self.dropout = SharedDropout(config.dropout)
 
     def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:

@@ -126,7 +126,7 @@ def _switch(
 
 def _routing(config: ModelConfig, layer: int, decoder: bool) -> RoutingConfig | None:
     """How 0-based block `layer` routes; None where it is dense."""
-    if config.routing is None or not config.is_sparse(layer):
+    if config.routing is None or not config.is_sparse(layer, decoder=decoder):
         return None
     return config.routing.for_decoder() if decoder else config.routing
 

@@ -1,8 +1,8 @@
 """Switch for attention (appendix A, Figure 10): experts in place of query, key and value.
 
-Each token is routed once. Its expert answers with a query and with one vector that serves as key
-and value alike (Mesh-TF `ExpertsSelfAttention` needs them shared); both carry the gate. A dropped
-token asks nothing in particular and is read as zeros.
+Each token is routed once. Its expert gives a query, and one vector that serves as key and value
+alike (Mesh-TF `ExpertsSelfAttention` needs them shared); both carry the gate. A dropped token has
+zeros for all three.
 
 Letters: B sequences, H heads, L length, K head width, D model width.
 """
@@ -10,7 +10,7 @@ Letters: B sequences, H heads, L length, K head width, D model width.
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from switchworks.model.attention import AttentionBase, KeyValues, split_heads
+from switchworks.model.attention import AttentionBase, KeyValues
 from switchworks.model.config import ModelConfig
 from switchworks.model.switch_ffn import Routing, switch_ffn
 
@@ -34,7 +34,7 @@ class SwitchAttention(AttentionBase):
         self, x: Float[Tensor, "B L D"], real: Bool[Tensor, "B L"] | None
     ) -> tuple[Float[Tensor, "B H L K"], KeyValues, Routing]:
         """Queries, keys and values of `x`, and the router's report."""
-        answers, routing = self.switch(x, real)
-        query, key = answers.chunk(2, dim=-1)
-        key = split_heads(key, self.num_heads)
-        return split_heads(query * self.scale, self.num_heads), KeyValues(key, key), routing
+        outputs, routing = self.switch(x, real)
+        query, key = outputs.chunk(2, dim=-1)
+        key = self.split_heads(key)
+        return self.split_heads(query * self.scale), KeyValues(key, key), routing

@@ -20,7 +20,8 @@ from switchworks.model.dispatch import DISPATCHERS, Dispatcher
 from switchworks.model.experts import Experts
 from switchworks.model.init import initialise_switch_ffn
 from switchworks.model.losses import balance_loss, expert_load, router_z_loss
-from switchworks.model.routing import STRATEGIES, Router, Routes, RoutingLimits
+from switchworks.model.routing import Router
+from switchworks.model.strategies import Routes, RoutingLimits
 
 
 class Routing(NamedTuple):
@@ -42,9 +43,40 @@ class Routing(NamedTuple):
     routes: Routes
 
 
+def statistics(
+    layer: "SwitchFFN", logits: Tensor, probs: Tensor, choice: Tensor, real: Tensor, routes: Routes
+) -> Routing:
+    """The report on a layer's plan; the plain form of `SwitchFFN.reporter`.
+
+    `logits` and `probs` [G S E] are the router's, `choice` [G S] the expert each token wants most,
+    `real` [G S] is False at padding.
+    """
+    served = routes.served(real.shape[1]) & real
+    tokens = real.sum()
+    count = tokens.clamp(min=1)
+    wanted = probs.detach().gather(-1, choice[..., None]).squeeze(-1)
+    router_z = router_z_loss(logits, real)
+    if layer.config.balance_over == "batch":
+        probs, choice, real = (t.flatten(0, 1)[None] for t in (probs, choice, real))
+    balance = balance_loss(probs, choice, real)
+    return Routing(
+        loss=layer.balance_weight * balance + layer.config.z_weight * router_z,
+        balance=balance,
+        router_z=router_z,
+        load=expert_load(choice, real, layer.config.experts),
+        dropped=(tokens - served.sum()) / count,
+        confidence=(wanted * real.view_as(wanted)).sum() / count,
+        tokens=tokens.to(wanted.dtype),
+        routes=routes,
+    )
+
+
 class SwitchFFN(nn.Module):
     """E expert feed-forward networks of which each token uses the one its router prefers, or
     those that another `routing.strategy` gives it."""
+
+    dispatcher: Dispatcher = DISPATCHERS["chosen"]
+    reporter: Callable[..., Routing] = staticmethod(statistics)
 
     def __init__(
         self,
@@ -76,14 +108,12 @@ class SwitchFFN(nn.Module):
             dropout=dropout if routing.expert_dropout is None else routing.expert_dropout,
             d_out=d_out,
         )
-        self.dispatcher: Dispatcher = DISPATCHERS["chosen"]
-        self.reporter: Callable[..., Routing] = statistics
         initialise_switch_ffn(self, init_scale)
 
     @property
     def balance_weight(self) -> float:
-        """Weight of the balance loss; 0 for expert choice, whose load is even by construction."""
-        return 0.0 if self.config.strategy == "expert_choice" else self.config.balance_weight
+        """Weight of the balance loss; 0 where experts choose, whose load is even anyway."""
+        return 0.0 if self.config.rule.experts_choose else self.config.balance_weight
 
     def forward(
         self, x: Float[Tensor, "B L D"], real: Bool[Tensor, "B L"] | None = None
@@ -101,27 +131,34 @@ class SwitchFFN(nn.Module):
         tokens = x.reshape(groups, -1, x.shape[-1])  # G S D
         real = real.reshape(groups, -1)
         logits = self.router(tokens)
-        probs = logits.softmax(dim=-1)
+        probs = self.config.rule.score(logits)
         choice = self.router.choose(logits, probs)
         takes = torch.ones_like(real) if self.config.padding_takes_slots else real
-        routes = STRATEGIES[self.config.strategy](probs, choice, takes, self._rules(capacity, real))
+        routes = self.config.rule.plan(probs, choice, takes, self._limits(capacity, real))
         y = self.dispatcher(tokens, routes, self.experts, capacity)
         return y.view(*x.shape[:2], -1), self.reporter(self, logits, probs, choice, real, routes)
 
-    def _rules(self, capacity: int | None, real: Tensor) -> RoutingLimits:
+    def _limits(self, capacity: int | None, real: Tensor) -> RoutingLimits:
         config, group_capacity = self.config, None
-        if config.strategy == "expert_choice":
+        if config.rule.experts_choose:  # a number for each group, from its real tokens
             slots = [config.capacity(n, training=self.training) for n in real.sum(dim=1).tolist()]
             group_capacity = torch.tensor(slots, device=real.device)
-        limits = config.second_threshold, config.ntlb_rounds
-        return RoutingLimits(capacity, self.causal, self.training, *limits, group_capacity)
+        return RoutingLimits(
+            capacity,
+            causal=self.causal,
+            training=self.training,
+            second_threshold=config.second_threshold,
+            ntlb_rounds=config.ntlb_rounds,
+            group_capacity=group_capacity,
+            selection_bias=self.router.selection_bias,
+        )
 
     def _groups(self, x: Tensor) -> tuple[int, int | None]:
         """Number of groups in the batch, and slots per expert in each."""
         rows, length, _ = x.shape
         size = self.config.group_sequences
-        if not self.training:  # any number of rows; of expert choice each must not see the others
-            size = 1 if self.config.strategy == "expert_choice" else math.gcd(rows, size)
+        if not self.training:  # any number of rows; where experts choose, each row by itself
+            size = 1 if self.config.rule.experts_choose else math.gcd(rows, size)
         capacity = self.config.capacity(size * length, training=self.training)
         if rows % size and capacity is not None:
             raise ConfigError(
@@ -138,31 +175,3 @@ def switch_ffn(config: ModelConfig, *, causal: bool, **options: Any) -> SwitchFF
     sizes = config.d_model, config.d_ff, config.routing
     common = {"dropout": config.dropout, "init_scale": config.init_scale, "causal": causal}
     return SwitchFFN(*sizes, **common, **options)
-
-
-def statistics(
-    layer: SwitchFFN, logits: Tensor, probs: Tensor, choice: Tensor, real: Tensor, routes: Routes
-) -> Routing:
-    """All that `Routing` names, of a layer's plan.
-
-    From its router's logits and probabilities [G S E], what each token wants most and which are no
-    padding [G S]. `layer.reporter` is this, or what stands in its place where nobody reads it.
-    """
-    served = routes.served(real.shape[1]) & real
-    tokens = real.sum()
-    count = tokens.clamp(min=1)
-    wanted = probs.detach().gather(-1, choice[..., None]).squeeze(-1)
-    router_z = router_z_loss(logits, real)
-    if layer.config.balance_over == "batch":
-        probs, choice, real = (t.flatten(0, 1)[None] for t in (probs, choice, real))
-    balance = balance_loss(probs, choice, real)
-    return Routing(
-        loss=layer.balance_weight * balance + layer.config.z_weight * router_z,
-        balance=balance,
-        router_z=router_z,
-        load=expert_load(choice, real, layer.config.experts),
-        dropped=(tokens - served.sum()) / count,
-        confidence=(wanted * real.view_as(wanted)).sum() / count,
-        tokens=tokens.to(wanted.dtype),
-        routes=routes,
-    )

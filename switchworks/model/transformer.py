@@ -10,6 +10,7 @@ Letters: B sequences, L encoder length, T decoder length, M memory length, D mod
 V vocabulary, H heads.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,16 +22,17 @@ from switchworks.config import ConfigError
 from switchworks.model.attention import causal, mask_to_bias, segment_mask
 from switchworks.model.blocks import Stack
 from switchworks.model.cache import DecoderCache, LayerCache
-from switchworks.model.config import ModelConfig
+from switchworks.model.config import ModelConfig, Sampling
+from switchworks.model.decoding import decode
 from switchworks.model.init import initialise
-from switchworks.model.layers import Embedding, SharedDropout
+from switchworks.model.layers import Embedding, Linear, Matmul, SharedDropout
 from switchworks.model.losses import Losses, cross_entropy
 from switchworks.model.switch_attention import SwitchAttention
 from switchworks.model.switch_ffn import Routing, SwitchFFN
 
 
 class Output(NamedTuple):
-    """What the model answers to inputs and targets."""
+    """Logits and losses of inputs and targets, and the routing behind them."""
 
     logits: Float[Tensor, "B T V"]
     losses: Losses
@@ -39,7 +41,7 @@ class Output(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What the decoder reads: the encoder's states and which of them are real."""
+    """The encoder's states, and which of them are real: the input of cross-attention."""
 
     states: Float[Tensor, "B M D"]
     segments: Int[Tensor, "B M"] | None
@@ -50,11 +52,14 @@ class Memory(NamedTuple):
 class SwitchTransformer(nn.Module):
     """T5 (1.0 or 1.1), or a Switch Transformer when `config.routing` is set.
 
-    Parameters get their first values from `seed` (see `init.py`); on the meta device they stay
+    Parameters get their initial values from `seed` (see `init.py`); on the meta device they stay
     without values.
     """
 
     letters = {"embedding.weight": "V D", "head.weight": "V D"}  # noqa: RUF012
+    matmul: Matmul = staticmethod(F.linear)
+    cross_entropy: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = staticmethod(cross_entropy)
+    gather_logits: Callable[[Tensor], Tensor] = staticmethod(lambda logits: logits)
 
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         super().__init__()
@@ -69,12 +74,7 @@ class SwitchTransformer(nn.Module):
                 else Stack(config, layers=config.num_layers, decoder=False)
             )
             self.decoder = Stack(config, layers=config.decoder_layers, decoder=True)
-            self.head = (
-                None
-                if config.tied_head
-                else nn.Linear(config.d_model, config.vocab_size, bias=False)
-            )
-        self.cross_entropy = cross_entropy  # an attribute, for models whose logits are in parts
+            self.head = None if config.tied_head else Linear(config.d_model, config.vocab_size)
         if device.type != "meta":
             self.to_empty(device=device)
             initialise(self, seed)
@@ -106,15 +106,15 @@ class SwitchTransformer(nn.Module):
         Id 0 is padding. Segment ids keep packed examples apart (see `Batch`). `padding=False`
         promises that there are neither padding nor segments, and saves the masks.
 
-        A decoder-only model reads inputs and targets as one text, of which only the targets
+        In a decoder-only model inputs and targets are one text, of which only the targets
         count in the loss: inputs are prompts, padded on either side, or have width 0.
         """
-        _check(inputs, targets, input_segments, target_segments, alone=self.encoder is None)
+        _check(inputs, targets, input_segments, target_segments, self.config.decoder_only)
         memory, tokens, segments = None, targets, target_segments
         if self.encoder is None:
             tokens = torch.cat([align_right(inputs) if padding else inputs, targets], dim=1)
         else:
-            # Past whatever `encode` of this one object is where weights have to be gathered first.
+            # FSDP replaces `encode` of the instance by one that gathers weights, as has been done.
             memory = type(self).encode(self, inputs, segments=input_segments, padding=padding)
         if segments is None and padding:
             segments = (tokens != 0).to(tokens.dtype)
@@ -135,55 +135,56 @@ class SwitchTransformer(nn.Module):
         if self.encoder is None:
             raise ConfigError(
                 "A decoder-only model has no encoder.\n"
-                "  Use read_prompts(inputs, max_length), then decode_next."
+                "  Use prefill(inputs, max_length), then decode_step."
             )
         if segments is None and padding:
             segments = (inputs != 0).to(inputs.dtype)
         x = self.dropout(self.embedding(inputs))
         bias = self.encoder.relative_bias(inputs.shape[1], inputs.shape[1])
         if segments is not None:
-            seen = segment_mask(segments, segments)
+            mask = segment_mask(segments, segments)
             if self.config.routing is not None and self.config.routing.padding_takes_slots:
-                # Whose slots padding takes depends on what it reads: in transformers, the text.
-                seen = seen | (segments == 0)[:, None, :, None]
-                seen = seen & (segments != 0)[:, None, None]
-            bias = bias + mask_to_bias(seen, bias.dtype)
+                # Padding then is routed by its states, so it attends as in transformers: to text.
+                mask = mask | (segments == 0)[:, None, :, None]
+                mask = mask & (segments != 0)[:, None, None]
+            bias = bias + mask_to_bias(mask, bias.dtype)
         x, routing = self.encoder(x, bias, segments=segments)
         return Memory(x, segments, routing)
 
     def init_cache(self, memory: Memory, max_length: int) -> DecoderCache:
         """An empty cache for up to `max_length` tokens: cross-attention is projected once."""
         states, segments = memory.states, memory.segments
-        hidden = (
-            None if segments is None else mask_to_bias((segments != 0)[:, None, None], states.dtype)
-        )
-        return self._cache(states, max_length, memory_bias=hidden)
+        bias = None
+        if segments is not None:
+            bias = mask_to_bias((segments != 0)[:, None, None], states.dtype)
+        return self._cache(states, max_length, memory_bias=bias)
 
     def prefill(
         self, prompts: Int[Tensor, "B L"], max_length: int
     ) -> tuple[Float[Tensor, "B 1 V"], DecoderCache]:
-        """Decoder-only: the logits of what follows each prompt, read in one pass, and the cache.
+        """Decoder-only: the logits after each prompt, computed in one pass, and the cache.
 
         The cache has room for `max_length` tokens more. Prompts may be padded with id 0 on either
         side, down to none; a continuation does not depend on how far.
         """
-        tokens = F.pad(align_right(prompts), (0, 1), value=1)  # stands for the token to come
+        tokens = F.pad(align_right(prompts), (0, 1), value=1)  # in place of the next token
         segments = (tokens != 0).to(tokens.dtype)
         x = self.embedding(shift_right(tokens, segments))
         room = tokens.shape[1] + max_length - 1
         cache = self._cache(
             x, room, prompt_bias=mask_to_bias((segments != 0)[:, None, None], x.dtype)
         )
-        return self._decode_step(x, cache, segments)[:, -1:], cache
+        return self.gather_logits(self._decode_step(x, cache, segments)[:, -1:]), cache
 
     def decode_step(
         self, tokens: Int[Tensor, "B T"], cache: DecoderCache
     ) -> Float[Tensor, "B T V"]:
-        """Logits for the positions after `tokens`, which follow what `cache` has already seen."""
-        return self._decode_step(self.embedding(tokens), cache, None)
+        """Logits for the positions after `tokens`, which follow those in `cache`."""
+        return self.gather_logits(self._decode_step(self.embedding(tokens), cache, None))
 
     def _decode_step(self, x: Tensor, cache: DecoderCache, segments: Tensor | None) -> Tensor:
         first, count = cache.layers[0].length, x.shape[1]
+        assert isinstance(first, int)
         bias = cache.last_bias[..., -first - 1 :]
         if count > 1:
             bias = self.decoder.relative_bias(count, first + count, first)
@@ -194,18 +195,13 @@ class SwitchTransformer(nn.Module):
         x, _ = self.decoder(x, bias, segments=segments, cache=cache, memory_bias=cache.memory_bias)
         return self.logits(x)
 
-    def _cache(self, like: Tensor, room: int, **hidden: Tensor | None) -> DecoderCache:
-        """Room for `room` keys, of as many heads as each block has here. `like` is what there is
-        before the first: the encoder's states, or a prompt."""
+    def _cache(self, states: Tensor, room: int, **masks: Tensor | None) -> DecoderCache:
+        """Room for `room` keys. `states` are the encoder's, if there is one."""
         with torch.no_grad():
             last_bias = self.decoder.relative_bias(1, room, room - 1)
         assert isinstance(last_bias, Tensor)
-        layers = []
-        for block in self.decoder:
-            shape = len(like), block.self_attention.num_heads, room, self.config.d_kv
-            memory = None if self.encoder is None else block.project(like)
-            layers.append(LayerCache(like.new_zeros(shape), memory))
-        return DecoderCache(layers, last_bias, **hidden)
+        memory = [None if self.encoder is None else block.project(states) for block in self.decoder]
+        return DecoderCache([LayerCache(room, each) for each in memory], last_bias, **masks)
 
     def generate(
         self,
@@ -217,23 +213,20 @@ class SwitchTransformer(nn.Module):
         top_p: float | None = None,
         seed: int = 0,
     ) -> Int[Tensor, "B T"]:
-        """The tokens the model writes for `inputs`: greedy at temperature 0, else sampled.
+        """The tokens written for `inputs`: greedy at temperature 0, else sampled.
 
-        For a decoder-only model the inputs are prompts, and the tokens what follows them.
-
-        A convenience for `switchworks.generate`, and the only place where the model looks up the
-        ladder.
+        Each row is ended by EOS (id 1) and padded with 0. In a decoder-only model the inputs are
+        prompts, and the tokens are what follows them. `switchworks.generate` has beams, a compiled
+        step and kernels for small batches.
         """
-        from switchworks.generate import Sampling, generate
-
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        return generate(self, inputs, max_length=max_length, sampling=sampling)
+        return decode(self, inputs, max_length, sampling)
 
     def logits(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T V"]:
         """Scores over the vocabulary for decoder states `x`, in their dtype."""
         if self.head is not None:
             return self.head(x)
-        return F.linear(x * self.config.d_model**-0.5, self.embedding.weight)
+        return self.matmul(x * self.config.d_model**-0.5, self.embedding.weight)
 
     def _decode(
         self, tokens: Tensor, segments: Tensor | None, memory: Memory | None
@@ -241,31 +234,31 @@ class SwitchTransformer(nn.Module):
         """Teacher forcing: the decoder's states for every position, and its layers' reports."""
         length = tokens.shape[1]
         x = self.dropout(self.embedding(tokens))
-        seen = causal(length, length, tokens.device)
+        mask = causal(length, length, tokens.device)
         memory_bias = None
         if segments is not None:
-            seen = seen & segment_mask(segments, segments)
+            mask = mask & segment_mask(segments, segments)
         if segments is not None and memory is not None:
             keys = memory.segments
             if keys is None:
                 keys = torch.ones(memory.states.shape[:2], dtype=segments.dtype).to(x.device)
             memory_bias = mask_to_bias(segment_mask(segments, keys), x.dtype)
-        bias = self.decoder.relative_bias(length, length) + mask_to_bias(seen, x.dtype)
+        bias = self.decoder.relative_bias(length, length) + mask_to_bias(mask, x.dtype)
         states = None if memory is None else memory.states
         return self.decoder(x, bias, segments=segments, memory=states, memory_bias=memory_bias)
 
     def _losses(self, logits: Tensor, targets: Tensor, routing: tuple[Routing, ...]) -> Losses:
-        nats, squared_log_z = self.cross_entropy(logits, targets)
+        nll, squared_log_z = self.cross_entropy(logits, targets)
         output_z = self.config.z_loss * squared_log_z
-        balance, router_z = nats.new_zeros(()), nats.new_zeros(())
+        balance, router_z = nll.new_zeros(()), nll.new_zeros(())
         weights = self.config.routing
         if weights is not None:
             layers = self.switch_layers.values()
             for layer, report in zip(layers, routing, strict=True):
                 balance = balance + layer.balance_weight * report.balance
             router_z = weights.z_weight * sum((r.router_z for r in routing), router_z)
-        total = nats + output_z + balance + router_z
-        return Losses(total, nats, output_z, balance, router_z)
+        total = nll + output_z + balance + router_z
+        return Losses(total, nll, output_z, balance, router_z)
 
 
 def _check(
@@ -273,8 +266,7 @@ def _check(
     targets: Tensor,
     input_segments: Tensor | None,
     target_segments: Tensor | None,
-    *,
-    alone: bool,
+    decoder_only: bool,
 ) -> None:
     if inputs.shape[0] != targets.shape[0]:
         raise ConfigError(
@@ -284,13 +276,13 @@ def _check(
     if (input_segments is None) != (target_segments is None):
         given = "target_segments" if input_segments is None else "input_segments"
         raise ConfigError(
-            f"Only {given} is given, so packed targets would read the wrong inputs.\n"
+            f"Only {given} is given, so packed targets would attend to the wrong inputs.\n"
             "  Give segment ids for both, or for neither."
         )
-    if alone and target_segments is not None and inputs.shape[1]:
+    if decoder_only and target_segments is not None and inputs.shape[1]:
         raise ConfigError(
-            f"{inputs.shape[1]} positions of inputs beside packed targets: a decoder-only model "
-            "reads a row as one text.\n"
+            f"{inputs.shape[1]} positions of inputs beside packed targets: to a decoder-only model "
+            "a row is one text.\n"
             "  Put each prompt before its own targets and give inputs of width 0."
         )
 
@@ -298,7 +290,7 @@ def _check(
 def shift_right(
     targets: Int[Tensor, "B T"], segments: Int[Tensor, "B T"] | None
 ) -> Int[Tensor, "B T"]:
-    """What the decoder reads: each segment moved by one position, starting with id 0 (T5)."""
+    """The decoder's inputs: each segment moved by one position, starting with id 0 (T5)."""
     shifted = F.pad(targets[:, :-1], (1, 0))
     if segments is None:
         return shifted
@@ -306,5 +298,5 @@ def shift_right(
 
 
 def align_right(prompts: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:
-    """Each row's tokens in their order behind its padding (id 0), wherever that stood before."""
+    """Each row's tokens in their order behind all of its padding (id 0)."""
     return prompts.gather(1, (prompts != 0).to(torch.uint8).argsort(dim=1, stable=True))

@@ -1,4 +1,4 @@
-"""Everything that knows of other devices."""
+"""Training on several devices: mesh, layout, collectives, sharded weights, torchrun."""
 
 import lazy_loader
 

@@ -3,9 +3,9 @@ from .apply import parallelize as parallelize
 from .apply import shard_like as shard_like
 from .config import MeshConfig as MeshConfig
 from .gradients import GradientSum as GradientSum
-from .layout import Place as Place
+from .layout import WeightLayout as WeightLayout
 from .layout import check_fit as check_fit
-from .layout import places as places
+from .layout import weight_layouts as weight_layouts
 from .mesh import AXES as AXES
 from .mesh import SINGLE as SINGLE
 from .mesh import Ranks as Ranks

@@ -23,9 +23,9 @@ from switchworks.model import SwitchTransformer
 from switchworks.parallel.config import MeshConfig
 from switchworks.parallel.expert import AllToAllDispatcher
 from switchworks.parallel.gradients import GradientSum
-from switchworks.parallel.layout import Place, check_fit, places
+from switchworks.parallel.layout import WeightLayout, check_fit, weight_layouts
 from switchworks.parallel.mesh import batch_axis
-from switchworks.parallel.tensor import compute_with_own_part, split_width
+from switchworks.parallel.tensor import compute_with_shards, split_width
 
 # It warns of in-place changes to what a block returns. There are none.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
@@ -51,7 +51,7 @@ def parallelize(
     config = MeshConfig(**sizes, shard=shard, overlap=overlap)
     check_fit(model.config, config)
     shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
-    where = places(letters, shapes, config)
+    where = weight_layouts(letters, shapes, config)
     for name, place in where.items():
         _split_weight(model, name, place, mesh)
     _share_experts(model, mesh, config)
@@ -80,7 +80,7 @@ def gather_full(weight: Tensor) -> Tensor:
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
-def _split_weight(model: nn.Module, name: str, place: Place, mesh: DeviceMesh) -> None:
+def _split_weight(model: nn.Module, name: str, place: WeightLayout, mesh: DeviceMesh) -> None:
     """Over the expert and the model axis."""
     axes = {"expert": place.expert, "model": place.model}
     axes = {axis: dim for axis, dim in axes.items() if dim is not None}
@@ -111,13 +111,15 @@ def _tight(part: DTensor) -> DTensor:
 def _share_experts(model: SwitchTransformer, mesh: DeviceMesh, config: MeshConfig) -> None:
     for layer in model.switch_layers.values():
         if config.expert > 1 or config.model > 1:
-            compute_with_own_part(layer.experts)
+            compute_with_shards(layer.experts)
         if config.expert > 1:
             group = mesh.get_group("expert")
             layer.dispatcher = AllToAllDispatcher(layer.dispatcher, group, config.overlap)
 
 
-def _shard_fully(model: SwitchTransformer, where: Mapping[str, Place], mesh: DeviceMesh) -> None:
+def _shard_fully(
+    model: SwitchTransformer, where: Mapping[str, WeightLayout], mesh: DeviceMesh
+) -> None:
     """FSDP2: a block's weights are gathered when it is computed, and so are the rest, at the root.
 
     Weights are grouped by when they are needed: cross-attention's keys and values are projected
@@ -142,8 +144,8 @@ def _shard_fully(model: SwitchTransformer, where: Mapping[str, Place], mesh: Dev
                 _shard([cross.k, cross.v], batch, options)
             _shard([block], batch, options)
     fully_shard(model, mesh=batch, **options)
-    for beside_forward in ("encode", "init_cache", "prefill", "decode_step"):
-        register_fsdp_forward_method(model, beside_forward)
+    for method in ("encode", "init_cache", "prefill", "decode_step"):
+        register_fsdp_forward_method(model, method)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Added, not averaged: the losses are shares already.

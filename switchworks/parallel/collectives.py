@@ -1,7 +1,7 @@
 """Sums and exchanges over ranks with gradients.
 
-Two sums are all that splitting a layer's width needs (Megatron-LM, section 3): before its first
-product `copy_to_tp`, after its second `reduce_from_tp`.
+Tensor parallelism needs two sums (Megatron-LM, section 3): `copy_to_tp` before the first product of
+a split layer and `reduce_from_tp` after the second. Expert parallelism needs the all-to-all.
 """
 
 from collections.abc import Sequence
@@ -23,26 +23,27 @@ class _CopyToTP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor, None]:
-        return _summed(grad_x, ctx.group), None
+        return _all_reduce(grad_x, ctx.group), None
 
 
 class _ReduceFromTP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        return _summed(x, group)
+        return _all_reduce(x, group)
 
     @staticmethod
-    def backward(ctx: Any, of_sum: Tensor) -> tuple[Tensor, None]:
-        return of_sum, None
+    def backward(ctx: Any, grad_sum: Tensor) -> tuple[Tensor, None]:
+        return grad_sum, None
 
 
 def copy_to_tp(x: Float[Tensor, "..."], group: ProcessGroup) -> Float[Tensor, "..."]:
-    """`x`, whose gradient is the sum over ranks that each go on with a part of the width."""
+    """`x` itself; its gradient is summed over the ranks, each of which computes a part of the
+    width."""
     return _CopyToTP.apply(x, group)
 
 
 def reduce_from_tp(x: Float[Tensor, "..."], group: ProcessGroup) -> Float[Tensor, "..."]:
-    """The sum of `x` over ranks that all go on with it and so have the same gradient."""
+    """The sum of `x` over the ranks; the gradient is passed on, as all ranks have the same."""
     return _ReduceFromTP.apply(x, group)
 
 
@@ -53,9 +54,10 @@ def exchange(
     send: Sequence[int] | None = None,
     receive: Sequence[int] | None = None,
 ) -> Float[Tensor, "M D"]:
-    """`send[r]` rows go to rank r and `receive[r]` come from it, in order; None: equally many.
+    """All-to-all: the first `send[0]` rows go to rank 0 and the next `send[1]` to rank 1; the first
+    `receive[0]` rows of the result come from rank 0, and so on. None: equally many.
 
-    Rows move in their own dtype, and so do their gradients, the other way. None at all is fine.
+    Rows keep their dtype, and so do their gradients on the way back. Counts may be 0.
     """
     splits = (None, None) if send is None or receive is None else (list(receive), list(send))
     return functional.wait_tensor(
@@ -64,7 +66,7 @@ def exchange(
 
 
 class AsyncAllToAll:
-    """Rows that are on their way to other ranks, and later their gradients on the way back."""
+    """An `exchange` that has been started and not finished, and later that of its gradients."""
 
     def __init__(
         self, group: ProcessGroup, send: Sequence[int] | None, receive: Sequence[int] | None
@@ -73,48 +75,54 @@ class AsyncAllToAll:
         self.send = None if send is None else list(send)
         self.receive = None if receive is None else list(receive)
         self.rows: Tensor
-        """What comes; not to be read before `finish`."""
-        self._under_way: tuple[Any, Tensor, Tensor]
+        """The result; undefined until `finish`."""
+        self._pending: tuple[Any, Tensor, Tensor]
 
-    def start(self, rows: Tensor, *, back: bool) -> Tensor:
-        """Where `rows` will be on the other side."""
-        going, coming = (self.receive, self.send) if back else (self.send, self.receive)
+    def start(self, rows: Tensor, *, backward: bool) -> Tensor:
+        """Start to send `rows` and return the tensor that will hold those received."""
+        sent, received = self.send, self.receive
+        if backward:  # gradients of received rows go back to where the rows came from
+            sent, received = received, sent
         rows = rows.contiguous()
-        space = rows.new_empty(len(rows) if coming is None else sum(coming), *rows.shape[1:])
-        work = dist.all_to_all_single(space, rows, coming, going, group=self.group, async_op=True)
-        self._under_way = work, rows, space  # both are kept until they have landed
-        return space
+        result = rows.new_empty(len(rows) if received is None else sum(received), *rows.shape[1:])
+        work = dist.all_to_all_single(result, rows, received, sent, self.group, async_op=True)
+        self._pending = work, rows, result  # both buffers are in use until `work` is done
+        return result
 
     def finish(self) -> Tensor:
-        """The rows, once they are there."""
-        work, _, space = self._under_way
+        """Wait for the rows and return them."""
+        work, _, result = self._pending
         work.wait()
-        del self._under_way
-        return space
+        del self._pending
+        return result
 
 
+# Autograd runs `_Finish.backward` as soon as the gradient of the received rows is there, and
+# `_Start.backward` when the gradient of the rows sent is needed. So the first starts the exchange
+# of gradients and the second waits for it, and what autograd does in between overlaps with it.
 class _Start(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, flight: AsyncAllToAll) -> Tensor:
-        ctx.flight = flight
-        return flight.start(rows, back=False)
+    def forward(ctx: Any, rows: Tensor, exchange: AsyncAllToAll) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.start(rows, backward=False)
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
-        return ctx.flight.finish(), None
+        return ctx.exchange.finish(), None
 
 
 class _Finish(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, flight: AsyncAllToAll) -> Tensor:
-        ctx.flight = flight
-        flight.finish()
+    def forward(ctx: Any, rows: Tensor, exchange: AsyncAllToAll) -> Tensor:
+        ctx.exchange = exchange
+        exchange.finish()
         return rows.view_as(rows)
 
     @staticmethod
-    def backward(ctx: Any, of_rows: Tensor) -> tuple[Tensor, None]:
-        ctx.flight.start(of_rows, back=True)
-        return of_rows, None  # only has the shape; what `_Start` returns is what travelled
+    def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor, None]:
+        ctx.exchange.start(grad_rows, backward=True)
+        # Autograd wants a gradient of the shape of `rows`; `_Start.backward` ignores its values.
+        return grad_rows, None
 
 
 def start(
@@ -124,20 +132,17 @@ def start(
     send: Sequence[int] | None = None,
     receive: Sequence[int] | None = None,
 ) -> AsyncAllToAll:
-    """Begin to `exchange` rows; `finish` ends it. What is computed between the two hides it.
-
-    The gradient of what is computed after `finish` begins its way back as soon as it is there, and
-    is waited for where the rows came from.
-    """
-    flight = AsyncAllToAll(group, send, receive)
-    flight.rows = _Start.apply(rows, flight)
-    return flight
+    """Start to `exchange` rows. What is computed before `finish` overlaps with it, and so does what
+    the backward pass computes between the two."""
+    exchange = AsyncAllToAll(group, send, receive)
+    exchange.rows = _Start.apply(rows, exchange)
+    return exchange
 
 
-def finish(flight: AsyncAllToAll) -> Float[Tensor, "M D"]:
-    """The rows that have come."""
-    return _Finish.apply(flight.rows, flight)
+def finish(exchange: AsyncAllToAll) -> Float[Tensor, "M D"]:
+    """Wait for the rows of `exchange` and return them."""
+    return _Finish.apply(exchange.rows, exchange)
 
 
-def _summed(x: Tensor, group: ProcessGroup) -> Tensor:
+def _all_reduce(x: Tensor, group: ProcessGroup) -> Tensor:
     return functional.wait_tensor(functional.all_reduce(x.contiguous(), "sum", group))

@@ -17,19 +17,18 @@ class MeshConfig:
     model: int = 1
     """Ranks that share the width of each layer (letters F, H and V) and see the same rows."""
     shard: bool = True
-    """Each rank that sees rows of its own keeps a part of every weight, gradient and moment and
-    gathers a block's weights when it computes it (full shard); without, each keeps them whole."""
+    """Full shard: ranks that see different rows split every weight, gradient and moment among them,
+    and gather a block's weights to compute it. Without, each rank keeps them all."""
     overlap: int = 1
-    """Parts in which a rank's tokens go to the experts of other ranks: while the experts have one,
-    the next is on its way, and so are gradients. 1: all at once. The sums of weights' gradients are
-    taken in another order, and an expert's weights may be gathered once for each part."""
+    """Parts in which tokens travel to the experts of other ranks: while the experts compute one,
+    the next is under way, and so are gradients. 1: all at once. More parts sum the gradients of
+    weights in another order, and may gather an expert's weights once for each part."""
     timeout: float = 1800.0
     """Seconds after which ranks give up a step that does not end, and say which of them hangs and
-    where. What happens between steps, validation for one, counts as part of one. 0: never."""
+    where. Work between steps, such as validation, counts as part of a step. 0: never."""
 
     def __post_init__(self) -> None:
         check_at_least(self, "mesh.", 1, "data", "expert", "model")
-
         if self.overlap < 1:
             raise ConfigError(f"mesh.overlap = {self.overlap} parts must be at least 1.")
         if not self.timeout >= 0:
@@ -37,10 +36,10 @@ class MeshConfig:
 
     @property
     def size(self) -> int:
-        """Ranks in all."""
+        """Number of ranks."""
         return self.data * self.expert * self.model
 
     @property
     def batch(self) -> int:
-        """Ranks, or groups of them, that see different rows of a batch."""
+        """Number of ranks, or groups of them, that see different rows of a batch."""
         return self.data * self.expert

@@ -1,4 +1,4 @@
-"""Which dimension of a weight is split over which axis of the mesh, read off its letters.
+"""Which dimension of a weight is split over which axis of the mesh, derived from its letters.
 
 | letters            | over expert | over model      | over data (full shard)              |
 | ------------------ | ----------- | --------------- | ----------------------------------- |
@@ -6,8 +6,8 @@
 | H, F or V          | -           | that one        | another, over data and expert       |
 | anything else      | -           | -               | the first, over data and expert     |
 
-The dimension over data is the first that is free and that the ranks divide evenly; a weight that
-has none is kept whole. Nothing is split twice, so a shard is always one contiguous range.
+The dimension over data is the first that no other axis splits and whose size the ranks divide; a
+weight without one is replicated. No dimension is split twice, so a shard is one contiguous range.
 """
 
 from collections.abc import Mapping
@@ -18,11 +18,11 @@ from switchworks.model import ModelConfig
 from switchworks.parallel.config import MeshConfig
 
 WIDTHS = ("H", "F", "V")
-"""The letters that the model axis splits. H stands for a head's columns too."""
+"""The letters that the model axis splits. H also stands for the columns of all heads."""
 
 
-class Place(NamedTuple):
-    """The dimension of a weight that each axis splits; None: the axis leaves it whole."""
+class WeightLayout(NamedTuple):
+    """The dimension of a weight that each axis splits; None where the axis replicates it."""
 
     expert: int | None
     model: int | None
@@ -31,22 +31,41 @@ class Place(NamedTuple):
     """A stack of experts: split and summed over the data axis alone, not over the batch axis."""
 
 
-def place(letters: str, shape: tuple[int, ...], mesh: MeshConfig) -> Place:
-    """Where a weight with these dimensions goes."""
+def weight_layout(letters: str, shape: tuple[int, ...], mesh: MeshConfig) -> WeightLayout:
+    """The layout of a weight with these dimensions, considered by itself."""
     dims = letters.split()
     stacked = len(dims) > 2 and dims[0] == "E"
     expert = 0 if stacked and mesh.expert > 1 else None
     model = None
     if mesh.model > 1:
         model = next((i for i, letter in enumerate(dims) if letter in WIDTHS), None)
+        # `check_fit` has refused an uneven H or F. An uneven V is replicated.
         if model is not None and shape[model] % mesh.model:
-            model = None  # only V comes here, see `check_fit`: then every rank scores all words
+            model = None
     ranks = mesh.data if stacked else mesh.batch
     data = None
-    if mesh.shard and ranks > 1 and dims != ["E"]:  # a selection bias changes outside of steps
+    if mesh.shard and ranks > 1 and dims != ["E"]:  # a selection bias is updated outside of steps
         free = (i for i in range(len(shape)) if i not in (expert, model))
         data = next((i for i in free if shape[i] % ranks == 0), None)
-    return Place(expert, model, data, stacked)
+    return WeightLayout(expert, model, data, stacked)
+
+
+def weight_layouts(
+    letters: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], mesh: MeshConfig
+) -> dict[str, WeightLayout]:
+    """Name -> layout of every weight.
+
+    The weights of a layer's experts are all split over data or none is: FSDP would treat one that
+    is not as part of the block around the experts.
+    """
+    layouts = {
+        name: weight_layout(letters.get(name, ""), shape, mesh) for name, shape in shapes.items()
+    }
+    uneven = {_owner(name) for name, it in layouts.items() if it.stacked and it.data is None}
+    return {
+        name: it._replace(data=None) if it.stacked and _owner(name) in uneven else it
+        for name, it in layouts.items()
+    }
 
 
 def check_fit(model: ModelConfig, mesh: MeshConfig) -> None:
@@ -78,19 +97,6 @@ def check_fit(model: ModelConfig, mesh: MeshConfig) -> None:
             f"routing.layers = {routing.layers} has experts in attention, whose heads mesh.model = "
             f"{mesh.model} cannot split.\n  Set --mesh.model 1 and a larger --mesh.expert."
         )
-
-
-def places(
-    letters: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], mesh: MeshConfig
-) -> dict[str, Place]:
-    """Name -> place of every weight. A layer's experts are split over data all alike or not at all:
-    what is left whole of them must not be taken for a part of the block around them."""
-    found = {name: place(letters.get(name, ""), shape, mesh) for name, shape in shapes.items()}
-    uneven = {_owner(name) for name, at in found.items() if at.stacked and at.data is None}
-    return {
-        name: at._replace(data=None) if at.stacked and _owner(name) in uneven else at
-        for name, at in found.items()
-    }
 
 
 def _owner(name: str) -> str:

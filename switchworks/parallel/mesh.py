@@ -1,8 +1,8 @@
-"""The mesh of ranks, and what ranks have to agree on.
+"""The device mesh, and the collectives of plain numbers that a training loop needs.
 
 The axes are (data, expert, model), the last one innermost, so that ranks which share a layer's
-width are neighbours. Data and expert together are the batch axis: each of its ranks has rows of
-its own.
+width are neighbours. Data and expert together are the batch axis: each of its ranks has its own
+rows of a batch.
 """
 
 import os
@@ -16,45 +16,46 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from switchworks.config import ConfigError
 from switchworks.device import compute_device
-from switchworks.parallel import torchrun as launch
+from switchworks.parallel import torchrun
 from switchworks.parallel.config import MeshConfig
 
 AXES = ("data", "expert", "model")
 
 
 def build_mesh(config: MeshConfig, device_type: str = "cpu") -> DeviceMesh:
-    """The mesh of `config` over all ranks there are, with its batch axis made ready."""
+    """The mesh of `config` over all ranks of the default process group."""
     mesh = init_device_mesh(
         device_type, (config.data, config.expert, config.model), mesh_dim_names=AXES
     )
-    batch_axis(mesh)
+    batch_axis(mesh)  # every rank has to create its process group at the same time
     return mesh
 
 
 def batch_axis(mesh: DeviceMesh) -> DeviceMesh:
-    """The data and the expert axis of `mesh` as one, made when it is first asked for."""
+    """The data and the expert axis of `mesh` as one; created once and then reused."""
     return mesh["data", "expert"]._flatten("batch")
 
 
 class Ranks:
-    """The ranks that train together, as one of them sees them. Without a mesh it is alone.
+    """All ranks of a run as seen by one of them; without a mesh it is the only one.
 
-    Every method is to be called by all of them, in the same order.
+    Every method is a collective: all ranks call it in the same order.
     """
 
     def __init__(self, mesh: DeviceMesh | None = None) -> None:
         self.mesh = mesh
         self.batch = None if mesh is None else batch_axis(mesh)
         self.batch_rank = 0 if self.batch is None else self.batch.get_local_rank()
-        """Which part of a batch is its own."""
+        """Index of this rank's part of a batch."""
         self.batch_world = 1 if self.batch is None else self.batch.size()
+        """Parts of a batch."""
         self.is_main = mesh is None or mesh.get_rank() == 0
-        """Whether it is the one that talks and writes."""
+        """Whether this rank prints and writes files."""
         self.device = compute_device() if mesh is None else torch.device(mesh.device_type)
-        """Where its model computes."""
+        """The device of this rank's model."""
 
     def all_sum(self, values: Sequence[float]) -> list[float]:
-        """The sum of each value over the parts of a batch."""
+        """The sum of each value over the batch axis."""
         if self.batch is None:
             return list(values)
         sums = torch.tensor(values, dtype=torch.float64, device=self.batch.device_type)
@@ -62,15 +63,15 @@ class Ranks:
         return sums.tolist()
 
     def all_max(self, value: int) -> int:
-        """The largest value that any rank has."""
+        """The maximum of `value` over all ranks."""
         if self.mesh is None:
             return value
-        found = torch.tensor(value, device=self.mesh.device_type)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        return int(found)
+        maximum = torch.tensor(value, device=self.mesh.device_type)
+        dist.all_reduce(maximum, op=dist.ReduceOp.MAX)
+        return int(maximum)
 
     def all_gather(self, value: Any) -> list[Any]:
-        """What every rank has, in their order."""
+        """The `value` of every rank, in rank order; anything that can be pickled."""
         if self.mesh is None:
             return [value]
         values: list[Any] = [None] * self.mesh.size()
@@ -78,20 +79,21 @@ class Ranks:
         return values
 
     def barrier(self) -> None:
-        """Returns when all ranks are here."""
+        """Wait until all ranks are here."""
         if self.mesh is not None:
             dist.barrier()
 
 
 SINGLE = Ranks()
+"""The only rank of a run without a mesh."""
 
 
 @contextmanager
 def ranks_of(config: MeshConfig, world: int) -> Iterator[Ranks]:
-    """The ranks of `config` among the `world` processes that torchrun started, for the block.
+    """Inside, the `world` processes that torchrun started are connected as the mesh of `config`.
 
-    Raises ConfigError unless there are as many as the mesh has places. A process group that is
-    there already is used and left as it is.
+    Raises ConfigError unless `world` is the size of the mesh. A process group that exists already
+    is used and left as it is.
     """
     if world != config.size:
         raise ConfigError(_wrong_world(config, world))
@@ -99,14 +101,14 @@ def ranks_of(config: MeshConfig, world: int) -> Iterator[Ranks]:
         yield SINGLE
         return
     device = compute_device().type
-    begun = not dist.is_initialized()
-    if begun:
+    create = not dist.is_initialized()
+    if create:
         if device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        launch.begin("nccl" if device == "cuda" else "gloo", config.timeout)
+        torchrun.init_process_group("nccl" if device == "cuda" else "gloo", config.timeout)
     yield Ranks(build_mesh(config, device))
-    if begun:
-        dist.barrier()  # without it gloo may abort whoever is still listening
+    if create:
+        dist.barrier()  # gloo may abort a rank whose peer closes its connection first
         dist.destroy_process_group()
 
 
@@ -117,7 +119,7 @@ def _wrong_world(config: MeshConfig, world: int) -> str:
             f"{mesh} needs {config.size} processes and there is one.\n"
             f"  Start them: torchrun --nproc-per-node {config.size} -m switchworks train ..."
         )
-    rest = world // (config.expert * config.model)
-    fits = rest * config.expert * config.model == world
-    flag = f"--mesh.data {rest}" if fits else f"--mesh.data {world} --mesh.expert 1 --mesh.model 1"
+    data = world // (config.expert * config.model)
+    fits = data * config.expert * config.model == world
+    flag = f"--mesh.data {data}" if fits else f"--mesh.data {world} --mesh.expert 1 --mesh.model 1"
     return f"{mesh} has {config.size} places, but {world} processes were started.\n  Set {flag}."

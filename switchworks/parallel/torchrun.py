@@ -1,7 +1,6 @@
-"""What torchrun tells a process, and what processes tell each other beside their collectives.
+"""What torchrun tells a process, and what processes tell each other outside of collectives.
 
-torchrun's agent keeps a store, a small dictionary on the network, that outlives the workers and so
-also the restart of a group.
+torchrun's agent has a key-value store that outlives the workers, and so a restart of the group.
 """
 
 # pyright: reportPrivateImportUsage=false
@@ -13,8 +12,7 @@ from functools import lru_cache
 
 import torch.distributed as dist
 
-_PATIENCE = timedelta(seconds=60)
-"""For an answer of the store, which is a process of its own and always there."""
+_STORE_TIMEOUT = timedelta(seconds=60)
 _LOST = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -23,16 +21,16 @@ _LOST = (
     "Timed out waiting",
     "pair closure",
 )
-"""How gloo says that another rank is gone."""
+"""Words of gloo's messages about a rank that is gone."""
 
 
 def rank() -> int:
-    """Of this process; 0 if it is the only one."""
+    """The rank of this process; 0 if it is the only one."""
     return int(os.environ.get("RANK", "0"))
 
 
 def world() -> int:
-    """Processes that were started together."""
+    """The number of processes started together."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -41,41 +39,42 @@ def attempt() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
-def name() -> str:
-    """That of the launch, the same after a restart; empty without torchrun."""
+def run_id() -> str:
+    """The id of the launch, the same after a restart; empty without torchrun."""
     return os.environ.get("TORCHELASTIC_RUN_ID", "")
 
 
-def connect() -> "dist.Store | None":
-    """A connection of its own to the store of torchrun's agent; None if there is no agent's."""
+def agent_store() -> "dist.Store | None":
+    """A new connection to the store of torchrun's agent; None without an agent."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return dist.TCPStore(host, port, is_master=False, timeout=_PATIENCE)
+    return dist.TCPStore(host, port, is_master=False, timeout=_STORE_TIMEOUT)
 
 
-def begin(backend: str, patience: float) -> None:
-    """Form the process group of all ranks; they wait for one another half an hour, or five minutes
-    more than `patience` seconds."""
-    timeout = timedelta(seconds=max(1800.0, patience + 300.0))
-    store = connect()
+def init_process_group(backend: str, step_timeout: float) -> None:
+    """Create the default process group of all ranks.
+
+    A collective fails after half an hour, and not before the watchdog has had five minutes more
+    than `step_timeout` seconds to say which rank hangs.
+    """
+    timeout = timedelta(seconds=max(1800.0, step_timeout + 300.0))
+    store = agent_store()
     if store is None:
         dist.init_process_group(backend, timeout=timeout)
         return
-    # The store still has the addresses of those that a restart has killed.
-    ours = dist.PrefixStore(f"group of attempt {attempt()}", store)
-    dist.init_process_group(backend, store=ours, rank=rank(), world_size=world(), timeout=timeout)
+    # After a restart the store still has the addresses of the processes that were killed.
+    fresh = dist.PrefixStore(f"group of attempt {attempt()}", store)
+    dist.init_process_group(backend, store=fresh, rank=rank(), world_size=world(), timeout=timeout)
 
 
 def first_to_say(text: str) -> bool:
-    """Whether no process of this launch has said `text` yet: what all find wrong is said once.
-
-    Without torchrun there is nobody to ask, and everybody says it.
-    """
+    """Whether no process of this launch has called this with `text` before: an error that all ranks
+    find is printed once. Without torchrun's store, True on every rank."""
     if world() == 1:
         return True
     try:
-        store = _board()
+        store = _shared_store()
         digest = hashlib.sha256(text.encode()).hexdigest()
         return store is None or store.add(f"said {digest}", 1) == 1
     except RuntimeError:  # the agent is gone
@@ -83,10 +82,10 @@ def first_to_say(text: str) -> bool:
 
 
 def is_lost_contact(error: BaseException) -> bool:
-    """Whether `error` says no more than that another rank is gone."""
+    """Whether `error` only says that another rank is gone."""
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST)
 
 
 @lru_cache(maxsize=1)
-def _board() -> "dist.Store | None":
-    return connect()
+def _shared_store() -> "dist.Store | None":
+    return agent_store()

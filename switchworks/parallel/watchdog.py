@@ -1,9 +1,9 @@
-"""A step that does not end: noticed, and the rank named that the others wait for.
+"""Notices a step that does not end, and names the rank that the others wait for.
 
-A thread of each rank tells the others, through torchrun's store, which step its rank has done and
-where in the code it is. When a step takes longer than is allowed, whoever is not waiting for others
-in torch.distributed, or tells nothing any more, is to blame. Then the process leaves, so that
-torchrun can restart the group.
+A thread of every rank reports through torchrun's store which step its rank has done and where in
+the code it is. When a step takes longer than the timeout, the rank to blame is one that no longer
+reports or, if all do, one that is not waiting in torch.distributed. Then every process exits, so
+that torchrun can restart the group.
 """
 
 # pyright: reportPrivateImportUsage=false
@@ -21,27 +21,29 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from switchworks.parallel import torchrun as launch
+from switchworks.parallel import torchrun
 
-_DEEP = 6
-"""Innermost frames among which a wait in torch.distributed is looked for."""
+_DEPTH = 6
+"""Innermost frames in which a call of torch.distributed counts as waiting."""
+_MAX_NAMED = 8
+"""Ranks of a kind that a message names."""
 
 
 class RankStatus(NamedTuple):
-    """What a rank last told of itself."""
+    """The last report of a rank."""
 
     beat: int
-    """How often it has told."""
+    """Number of the report."""
     step: int
     """Steps done."""
     where: str
-    """What its main thread does."""
+    """The current frame of its main thread."""
     waits: bool
-    """Whether that is to wait for others."""
+    """Whether it waits there for other ranks."""
 
 
 class Watchdog:
-    """One rank's eye on all of them. `reached` is to be called after every step."""
+    """Reports for one rank and watches all of them. Call `reached` after every step."""
 
     def __init__(
         self,
@@ -53,21 +55,23 @@ class Watchdog:
         step: int = 0,
         leave: Callable[[int], Any] = os._exit,
     ) -> None:
-        """Watches the thread that makes it, from now on until `close`."""
+        """Watch the calling thread until `close`; `timeout` is in seconds. `leave` ends the
+        process, which may be stuck in a collective that no exception reaches."""
         self.store, self.rank, self.world, self.timeout = store, rank, world, timeout
         self.step = step
         self.leave = leave
-        self.pause = min(10.0, timeout / 20)
-        self._since = time.monotonic()
+        self.interval = min(10.0, timeout / 20)
+        """Seconds between two reports."""
+        self._step_started = time.monotonic()
         self._beat = 0
         self._watched = threading.get_ident()
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
 
     def reached(self, step: int) -> None:
-        """The rank has done `step` steps."""
-        self.step, self._since = step, time.monotonic()
+        """Note that `step` steps are done."""
+        self.step, self._step_started = step, time.monotonic()
 
     def close(self) -> None:
         """Stop watching."""
@@ -76,31 +80,33 @@ class Watchdog:
 
     def _run(self) -> None:
         try:
-            self._tell()
-            while not self._closed.wait(self.pause):
-                self._tell()
-                if time.monotonic() - self._since > self.timeout:
+            self._report()
+            while not self._closed.wait(self.interval):
+                self._report()
+                if time.monotonic() - self._step_started > self.timeout:
                     self._give_up()
                     return
         except RuntimeError:
-            return  # torchrun and its store are gone, and with them whoever could restart
+            return  # torchrun and its store are gone: nobody is left who could restart the group
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         self._beat += 1
         where, waits = current_frame(sys._current_frames().get(self._watched))
         self.store.set(f"rank {self.rank}", json.dumps([self._beat, self.step, where, waits]))
 
     def _give_up(self) -> None:
-        before = self._look()
-        if self._closed.wait(2.5 * self.pause):  # time for those who live to tell something new
+        before = self._statuses()
+        # Every rank that is alive reports at least twice in this time, so one whose beat stays the
+        # same is stopped or gone.
+        if self._closed.wait(2.5 * self.interval):
             return
-        self._tell()
-        message = diagnose(before, self._look(), self.timeout)
+        self._report()
+        message = diagnose(before, self._statuses(), self.timeout)
         if self.store.add("said", 1) == 1:
             print(f"error: {message}", file=sys.stderr, flush=True)
         self.leave(1)
 
-    def _look(self) -> list[RankStatus | None]:
+    def _statuses(self) -> list[RankStatus | None]:
         keys = [f"rank {rank}" for rank in range(self.world)]
         return [
             RankStatus(*json.loads(self.store.get(key))) if self.store.check([key]) else None
@@ -111,66 +117,77 @@ class Watchdog:
 def diagnose(
     before: list[RankStatus | None], after: list[RankStatus | None], timeout: float
 ) -> str:
-    """Who hangs at which step, from what ranks told at two times. At most eight are named."""
-    silent = [rank for rank, pair in enumerate(zip(before, after, strict=True)) if _same(*pair)]
-    awake = {rank: sight for rank, sight in enumerate(after) if sight and rank not in silent}
-    busy = {} if silent else {rank: sight for rank, sight in awake.items() if not sight.waits}
-    waiting = {rank: sight for rank, sight in awake.items() if sight.waits}
-    steps = [sight.step for sight in (busy or waiting or awake).values()]
+    """Which rank hangs in which step, from the reports of all ranks at two times; None: no report.
+
+    A silent rank explains why the others wait, and also why some may still be busy: then only the
+    silent ones are blamed. If all ranks report, those that do not wait are. The step named is the
+    one that the blamed ranks are in: ranks that wait may be one step ahead.
+    """
+    silent = [rank for rank, pair in enumerate(zip(before, after, strict=True)) if _silent(*pair)]
+    alive = {rank: status for rank, status in enumerate(after) if status and rank not in silent}
+    busy = {} if silent else {rank: status for rank, status in alive.items() if not status.waits}
+    waiting = {rank: status for rank, status in alive.items() if status.waits}
+    steps = [status.step for status in (busy or waiting or alive).values()]
     step = (min(steps) if busy else max(steps, default=0)) + 1
     lines = [f"step {step} has not ended for {timeout:g} seconds."]
-    for rank in silent[:8]:
-        sight = after[rank]
-        last = f"; last heard of in step {sight.step + 1}, at {sight.where}" if sight else ""
+    for rank in silent[:_MAX_NAMED]:
+        status = after[rank]
+        last = f"; last heard of in step {status.step + 1}, at {status.where}" if status else ""
         lines.append(f"rank {rank} does not answer: stopped, or its machine is gone{last}")
-    for rank, sight in list(busy.items())[:8]:
-        lines.append(f"rank {rank} hangs in step {sight.step + 1}, at {sight.where}")
+    for rank, status in list(busy.items())[:_MAX_NAMED]:
+        lines.append(f"rank {rank} hangs in step {status.step + 1}, at {status.where}")
     if waiting:
-        names = ", ".join(map(str, list(waiting)[:8])) + (", ..." if len(waiting) > 8 else "")
+        names = ", ".join(map(str, list(waiting)[:_MAX_NAMED]))
+        more = ", ..." if len(waiting) > _MAX_NAMED else ""
         first = next(iter(waiting.values()))
         lines.append(
-            f"waiting for others: rank {names}, in step {first.step + 1}, at {first.where}"
+            f"waiting for others: rank {names}{more}, in step {first.step + 1}, at {first.where}"
         )
     return "\n  ".join(lines)
 
 
-def _same(before: RankStatus | None, after: RankStatus | None) -> bool:
+def _silent(before: RankStatus | None, after: RankStatus | None) -> bool:
     return after is None or (before is not None and before.beat == after.beat)
 
 
 def current_frame(frame: FrameType | None) -> tuple[str, bool]:
-    """Where a thread is, and whether it waits there for other ranks. A backward pass that is in no
-    Python code does: what it computes by itself ends."""
-    inner: list[FrameType] = []
-    ours = ""
+    """Where the thread with this innermost frame is, and whether it waits there for other ranks.
+
+    A backward pass counts as waiting: it runs in C++, so a collective in it shows no frame, while
+    what it computes by itself comes to an end.
+    """
+    frames: list[FrameType] = []
     while frame is not None:
-        inner.append(frame)
-        if not ours and "switchworks" in Path(frame.f_code.co_filename).parts:
-            ours = _place(frame)
+        frames.append(frame)
         frame = frame.f_back
-    if not inner:
+    if not frames:
         return "its end", False
-    here = _place(inner[0])
-    parallel = os.path.join("torch", "distributed", "")
-    waits = any(parallel in at.f_code.co_filename for at in inner[:_DEEP])
-    waits = waits or inner[0].f_code.co_name == "_engine_run_backward"
-    return here if ours in ("", here) else f"{here}, called from {ours}", waits
+    inner = _location(frames[0])
+    package = (f for f in frames if "switchworks" in Path(f.f_code.co_filename).parts)
+    caller = next(map(_location, package), inner)
+    distributed = os.path.join("torch", "distributed", "")
+    waits = any(distributed in f.f_code.co_filename for f in frames[:_DEPTH])
+    waits = waits or frames[0].f_code.co_name == "_engine_run_backward"
+    return inner if caller == inner else f"{inner}, called from {caller}", waits
 
 
-def _place(frame: FrameType) -> str:
+def _location(frame: FrameType) -> str:
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} ({frame.f_code.co_name})"
 
 
 @contextmanager
 def watching(step: int, timeout: float) -> "Iterator[Callable[[int], None]]":
-    """Inside, ranks that torchrun started are watched. Yields what to call with each step done."""
-    store = launch.connect() if launch.world() > 1 and timeout else None
+    """Inside, a `Watchdog` watches ranks that torchrun started; yields its `reached`.
+
+    `step` steps are done already. A `timeout` of 0 watches nothing.
+    """
+    store = torchrun.agent_store() if torchrun.world() > 1 and timeout else None
     if store is None:
         yield lambda step: None
         return
-    own = dist.PrefixStore(f"watch of attempt {launch.attempt()}", store)
-    watch = Watchdog(own, launch.rank(), launch.world(), timeout, step=step)
+    reports = dist.PrefixStore(f"watch of attempt {torchrun.attempt()}", store)
+    watchdog = Watchdog(reports, torchrun.rank(), torchrun.world(), timeout, step=step)
     try:
-        yield watch.reached
+        yield watchdog.reached
     finally:
-        watch.close()
+        watchdog.close()

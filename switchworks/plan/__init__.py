@@ -1,4 +1,4 @@
-"""TODO face."""
+"""Plans for many ranks: what a step takes of each, on which mesh a model fits, who holds what."""
 
 import lazy_loader
 

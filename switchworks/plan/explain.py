@@ -1,31 +1,29 @@
-"""What an experiment costs, computed and not run: parameters, FLOPs, memory, capacity."""
+"""What an experiment costs by closed formulas: parameters, FLOPs, memory, expert capacity."""
 
 from typing import Any
 
 from switchworks.adapt import Shares, shares
 from switchworks.model import active_parameters, flops_per_sequence, flops_per_token, num_parameters
-from switchworks.plan.weights import numbers_of_a_rank
+from switchworks.plan.weights import parameters_per_rank
 from switchworks.training import Experiment
 
-_MASTER, _COMPUTE = 4, {"float64": 8, "float32": 4, "bfloat16": 2}
-"""Bytes per number."""
+_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 
 
 def explain_experiment(experiment: Experiment) -> dict[str, Any]:
-    """The figures of `experiment` as plain numbers, for `explain --json`.
+    """The figures of `experiment` by name, for `explain --json`.
 
-    FLOPs are of the forward pass (a training step takes three times as many), counted as the
-    paper's Table 9 counts them; bytes are those of one rank.
+    FLOPs per token and sequence are those of the forward pass, counted as in the paper's Table 9;
+    a training step takes three times as many. Bytes are those of one rank.
     """
     experiment = experiment.resolved("bfloat16")  # "auto" is, on machines that are good at it
     model, data = experiment.model, experiment.data
-    parameters = num_parameters(model)
-    counts = shares_of(experiment)
+    counts = shares(model, experiment.freeze, experiment.lora)
     per_token = flops_per_token(model, data.input_length, data.target_length)
     tokens = experiment.batch_size * (data.input_length + data.target_length)
     figures: dict[str, Any] = {
         "recipe": experiment.name,
-        "parameters": parameters,
+        "parameters": num_parameters(model),
         "active_parameters": active_parameters(model),
         "trainable_parameters": counts.trainable,
         "adapter_parameters": counts.adapters,
@@ -47,64 +45,54 @@ def explain_experiment(experiment: Experiment) -> dict[str, Any]:
     return figures
 
 
-def shares_of(experiment: Experiment) -> Shares:
-    """How much of the model, and of its adapters, the experiment trains."""
-    return shares(experiment.model, experiment.freeze, experiment.lora)
-
-
 def memory(experiment: Experiment, counts: Shares) -> dict[str, int]:
-    """Bytes of one rank that stay allocated through a step, activations not counted.
+    """Bytes of one rank that stay allocated during a step, activations not counted.
 
-    What is frozen has no gradients and no optimizer state. Its float32 weights stay beside
-    bfloat16 ones, so that they come out of the run as they went in. With `update_in_backward`
-    gradients come and go, as activations do.
+    Frozen weights have no gradients and no optimizer state; under bfloat16 they keep their masters,
+    so that a run exports them as they were. With `update_in_backward` no gradients stay.
     """
     optim = experiment.optim
-    compute = _COMPUTE[experiment.precision]
+    compute = _BYTES[experiment.precision]
     moments = {"adamw": 2, "muon": 1}.get(optim.name, int(optim.betas[0] > 0))
-    share = numbers_of_a_rank(experiment) / num_parameters(experiment.model)
+    share = parameters_per_rank(experiment) / num_parameters(experiment.model)
     parameters, trainable = round(counts.parameters * share), round(counts.trainable * share)
-    # A batch that is not cut leaves its gradients in the model's own precision.
-    alone = experiment.micro_batches == 1 and experiment.mesh.size == 1
-    bytes_of = {
+    # Without micro-batches or other ranks nothing is summed: gradients keep the model's dtype.
+    single = experiment.micro_batches == 1 and experiment.mesh.size == 1
+    gradients = 0 if experiment.update_in_backward else trainable * (compute if single else 4)
+    sizes = {
         "weights": parameters * compute,
-        "masters": 0 if compute == _MASTER else parameters * _MASTER,
-        "gradients": 0
-        if experiment.update_in_backward
-        else trainable * (compute if alone else _MASTER),
-        "optimizer": trainable * _MASTER * moments,
+        "masters": 0 if compute == 4 else parameters * 4,
+        "gradients": gradients,
+        "optimizer": trainable * 4 * moments,
     }
-    return bytes_of | {"total": sum(bytes_of.values())}
+    return sizes | {"total": sum(sizes.values())}
 
 
 def capacities(experiment: Experiment) -> dict[str, Any] | None:
-    """How many tokens share how many slots in each stack; None for a dense model."""
-    routing = experiment.model.routing
+    """For each stack the tokens of a routing group and the slots of an expert; None if dense."""
+    model, routing = experiment.model, experiment.model.routing
     if routing is None:
         return None
-    return {
-        "experts": routing.experts,
-        "switch_layers": sum(
-            map(experiment.model.is_sparse, range(experiment.model.encoder_layers))
-        )
-        + sum(map(experiment.model.is_sparse, range(experiment.model.decoder_layers))),
-        **{
-            where: {
-                "group_tokens": tokens,
-                "slots_per_expert": routing.capacity(tokens, training=True),
-            }
-            for where, tokens in experiment.group_tokens.items()
-        },
+    stacks = {
+        stack: {
+            "group_tokens": tokens,
+            "slots_per_expert": routing.capacity(tokens, training=True),
+        }
+        for stack, tokens in experiment.group_tokens.items()
     }
+    sparse = sum(len(model.sparse_blocks(decoder)) for decoder in (False, True))
+    return {"experts": routing.experts, "switch_layers": sparse, **stacks}
 
 
 def as_text(figures: dict[str, Any]) -> str:
-    """The same figures as lines for people."""
+    """The result of `explain_experiment` as text."""
+    adapters = figures["adapter_parameters"]
+    adapted = f", adapters {count(adapters)} on top of the model" if adapters else ""
     lines = [
         f"{figures['recipe']}",
         f"  parameters         {count(figures['parameters'])}"
         f" ({count(figures['active_parameters'])} used by each token)",
-        f"  trained            {count(figures['trainable_parameters'])}" + _of_adapters(figures),
+        f"  trained            {count(figures['trainable_parameters'])}{adapted}",
         f"  forward FLOPs      {flops(figures['flops_per_token'])} per token, "
         f"{flops(figures['flops_per_sequence'])} per sequence",
         f"  step               {figures['tokens_per_step']:,} tokens, "
@@ -115,32 +103,29 @@ def as_text(figures: dict[str, Any]) -> str:
     for name, size in figures["bytes_per_rank"].items():
         lines.append(f"  {name + ' per rank':<18} {size / 2**30:,.2f} GiB")
     lines[-1] += ", activations not counted"
-    routing = figures["routing"]
-    if routing is not None:
-        lines.append(
-            f"  switch layers      {routing['switch_layers']}, {routing['experts']} experts each"
-        )
-        for where in (stack for stack in ("encoder", "decoder") if stack in routing):
-            slots = routing[where]["slots_per_expert"]
-            lines.append(
-                f"  {where:<18} {routing[where]['group_tokens']} tokens compete for "
-                + ("no limit of slots" if slots is None else f"{slots} slots per expert")
-            )
-    return "\n".join(lines)
+    return "\n".join(lines + _routing_lines(figures["routing"]))
 
 
-def _of_adapters(figures: dict[str, Any]) -> str:
-    adapters = figures["adapter_parameters"]
-    return f", adapters {count(adapters)} on top of the model" if adapters else ""
+def _routing_lines(routing: dict[str, Any] | None) -> list[str]:
+    if routing is None:
+        return []
+    lines = [f"  switch layers      {routing['switch_layers']}, {routing['experts']} experts each"]
+    for stack in ("encoder", "decoder"):
+        if stack in routing:
+            slots = routing[stack]["slots_per_expert"]
+            limit = "no limit of slots" if slots is None else f"{slots} slots per expert"
+            tokens = routing[stack]["group_tokens"]
+            lines.append(f"  {stack:<18} {tokens} tokens compete for {limit}")
+    return lines
 
 
 def count(number: int | float) -> str:
-    """How many there are of parameters or tokens, for people: 222.9M, 7.4B, 1.6T."""
+    """A number of parameters or tokens in short: 222.9M, 7.4B, 1.6T."""
     return _short(number, "TBMk")
 
 
 def flops(number: int | float) -> str:
-    """Floating-point operations, for people: 1.4G, 765.3T, 5.5P."""
+    """A number of floating-point operations in short: 1.4G, 765.3T, 5.5P."""
     return _short(number, "PTGMk")
 
 

@@ -1,8 +1,8 @@
-"""Ranks that are not there, and tensors that hold no numbers, so that one process can go through
-what any of thousands would do.
+"""Fake ranks and fake tensors: one process goes through a step as any of thousands of ranks would.
 
-torch has both: a process group whose collectives do nothing, and `FakeTensorMode`, in which a
-tensor is its shape, dtype and device. What the code asks of a number is answered here.
+torch provides both: a process group whose collectives return at once and move nothing, and
+`FakeTensorMode`, in which a tensor has a shape, a dtype and a device and no values. Where the code
+reads a value, this module gives one.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,10 @@ from switchworks.plan.trace import tensors_in
 
 @contextmanager
 def fake_ranks(config: MeshConfig) -> Iterator[Ranks]:
-    """The ranks of `config`, of which this process is the first and the others do not exist."""
+    """The ranks of `config`: this process is rank 0 and the others do not exist.
+
+    Collectives leave their outputs as they are, so only shapes mean anything inside.
+    """
     if config.size == 1:
         yield SINGLE
         return
@@ -35,22 +38,24 @@ def fake_ranks(config: MeshConfig) -> Iterator[Ranks]:
         yield Ranks(build_mesh(config))
     finally:
         dist.destroy_process_group()
-        # DTensor caches the placement of results by mesh, and meshes of equal ranks compare equal:
-        # the next one would be handed this one, whose process groups are gone.
+        # DTensor caches the placement of results by mesh, and a mesh equals any other over the
+        # same ranks: the next one would get this one's, whose process groups are gone.
         _clear_sharding_prop_cache()
 
 
 @contextmanager
-def no_numbers() -> Iterator[None]:
-    """Inside, tensors that are made have no values and take no memory."""
+def fake_tensors() -> Iterator[None]:
+    """Inside, new tensors have no values and take no memory. Every scalar read from one is 1."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with _hidden_propagation(), fake, _Answers(), _Lists():
+    with _untraced_propagation(), fake, _FakeScalars(), _FakeLists():
         yield
 
 
-class _Answers(TorchDispatchMode):
-    """Any number that is asked of a fake tensor is 1, and a condition is false. Real integers,
-    which say who is where on a mesh, stay what they are."""
+class _FakeScalars(TorchDispatchMode):
+    """`item()` of a fake tensor is 1, or False for a condition, so loss and norms are finite.
+
+    Operations on real tensors alone, which are the ranks of a mesh, are done for real.
+    """
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -67,8 +72,8 @@ class _Answers(TorchDispatchMode):
         return function(*args, **kwargs)
 
 
-class _Lists(TorchFunctionMode):
-    """The same answer for all numbers of a tensor at once."""
+class _FakeLists(TorchFunctionMode):
+    """The same for `tolist()`, which no dispatch mode sees."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -83,17 +88,17 @@ def _is_real(tensor: Tensor) -> bool:
 
 
 @contextmanager
-def _hidden_propagation() -> Iterator[None]:
-    """DTensor finds out shapes by tensors of the whole's size, in the mode that is active: they
-    would be taken for memory of this rank."""
-    plain = ShardingPropagator._propagate_tensor_meta_non_cached
+def _untraced_propagation() -> Iterator[None]:
+    """DTensor infers shapes with tensors of the full size under whatever mode is active: a trace
+    would take them for memory of this rank."""
+    original = ShardingPropagator._propagate_tensor_meta_non_cached
 
-    def hidden(self: ShardingPropagator, *arguments: Any) -> Any:
+    def untraced(self: ShardingPropagator, *arguments: Any) -> Any:
         with _disable_current_modes():
-            return plain(self, *arguments)
+            return original(self, *arguments)
 
-    ShardingPropagator._propagate_tensor_meta_non_cached = hidden  # type: ignore[method-assign]
+    ShardingPropagator._propagate_tensor_meta_non_cached = untraced  # type: ignore[method-assign]
     try:
         yield
     finally:
-        ShardingPropagator._propagate_tensor_meta_non_cached = plain  # type: ignore[method-assign]
+        ShardingPropagator._propagate_tensor_meta_non_cached = original  # type: ignore[method-assign]

@@ -1,20 +1,20 @@
-"""What a training step takes of one rank, counted while it runs: for real, or with no numbers."""
+"""What one training step takes of one rank, counted while the step runs, real or simulated."""
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from switchworks.batch import Batch
-from switchworks.optim import BackwardUpdater, UpdateStats, local
-from switchworks.plan.trace import Trace, Traffic, Work, tensors_in
+from switchworks.optim import MasterWeights, local
+from switchworks.plan.trace import Operation, Trace, Traffic, tensors_in
 from switchworks.training import Experiment, TrainState, train_step
 
-PHASES = ("forward and backward", "gathering gradients", "updating")
-"""In each of them the peak grows evenly with the depth of a model; which is the highest changes."""
+PHASES = ("forward and backward", "accumulating gradients", "updating weights")
+"""Within each the peak is linear in the depth of a model. Which of them is highest is not."""
+_BACKWARD, _ACCUMULATE, _UPDATE = range(3)
 
 
 @dataclass(frozen=True)
@@ -22,137 +22,124 @@ class Footprint:
     """Bytes, operations and traffic of one rank in one step."""
 
     weights: int
-    """Bytes of the weights it computes with."""
+    """Bytes of the weights the model computes with."""
     masters: int
-    """Bytes of float32 weights beside those of 16 bits."""
+    """Bytes of float32 masters of 16-bit weights."""
     gradients: int
-    """Bytes of the gradients that the optimizer reads: of all, unless weights move in the backward
-    pass, when it is the most that are there at once."""
+    """Bytes of the gradients that the optimizer reads: all of them or, if weights are updated in
+    the backward pass, the most that exist at once."""
     optimizer: int
     """Bytes of the optimizer's state."""
-    others: tuple[int, ...]
-    """The most bytes of anything else that are alive at once, in each of the `PHASES`."""
-    passing: tuple[int, ...]
+    other_peaks: tuple[int, ...]
+    """The most bytes of anything else that exist at once, in each of the `PHASES`."""
+    transient_peaks: tuple[int, ...]
     """The same with gradients."""
-    work: Counter[Work] = field(repr=False)
+    operations: Counter[Operation] = field(repr=False)
     traffic: tuple[Traffic, ...]
 
     @property
     def activations(self) -> int:
-        """The most bytes of anything else that are alive at once."""
-        return max(self.others)
+        """The most bytes of activations and temporaries that exist at once."""
+        return max(self.other_peaks)
 
     @property
     def peak(self) -> int:
-        """The most bytes that are alive at once, of everything."""
-        return self.held + max(self.passing)
+        """The most bytes of everything that exist at once."""
+        return self.persistent + max(self.transient_peaks)
+
+    @property
+    def persistent(self) -> int:
+        """Bytes that stay from step to step."""
+        return self.weights + self.masters + self.optimizer
 
     @property
     def flops(self) -> int:
-        """Floating-point operations of matrix products, forward, backward and again."""
-        return sum(work.flops * times for work, times in self.work.items())
+        """Floating-point operations of matrix products, recomputation included."""
+        return sum(operation.flops * count for operation, count in self.operations.items())
 
     @property
     def moved(self) -> int:
-        """Bytes that operations read and write, each by itself as torch runs them eagerly."""
-        return sum(work.moved * times for work, times in self.work.items())
+        """Bytes that operations read and write, one by one as torch runs them eagerly."""
+        return sum(operation.bytes * count for operation, count in self.operations.items())
 
-    @property
-    def held(self) -> int:
-        """Bytes that stay between steps."""
-        return self.weights + self.masters + self.optimizer
+
+class _TracedMasters(MasterWeights):
+    """Tells a trace which tensors are gradients and when weights are updated.
+
+    It shares the tensors of `masters` and takes its place for one step. Updaters read gradients
+    through their masters alone, before these are summed, cast or dropped.
+    """
+
+    def __init__(self, masters: MasterWeights, trace: Trace) -> None:
+        vars(self).update(vars(masters))
+        self.trace = trace
+        self.gradient_bytes = 0
+
+    def gradients(self) -> dict[str, Tensor]:
+        gradients = super().gradients()
+        self.trace.mark_gradients(gradients.values())
+        self.gradient_bytes = max(self.gradient_bytes, _bytes(gradients.values()))
+        return gradients
+
+    def accumulate(self) -> None:
+        parameters = self.parameters().values()
+        self.trace.mark_gradients(p.grad for p in parameters if p.grad is not None)
+        self.trace.phase = _ACCUMULATE
+        super().accumulate()
+        self.trace.phase = _BACKWARD
+        self.gradients()
+
+    def prepare_grads(self, names: Iterable[str], scale: float) -> None:
+        self.trace.phase = _UPDATE
+        super().prepare_grads(names, scale)
+
+    def zero(self, names: Iterable[str] | None = None) -> None:
+        super().zero(names)
+        self.trace.phase = _BACKWARD  # the last act of an update, which may be in a backward pass
 
 
 def measure_step(state: TrainState, batch: Batch) -> Footprint:
-    """Take one step with `batch`, and what it took."""
+    """Take one step with `batch` and count what it takes."""
     trace, updater = Trace(state.ranks.mesh), state.updater
-    held = _held(state)
-    trace.hold(_lasting(state))
-    trace.hold(tensors_in(vars(batch)))
-    gradients: list[int] = []
-    accumulate, update = updater.accumulate, updater.step
-
-    def grads_of_parameters() -> Iterator[Tensor]:
-        return (p.grad for p in state.model.parameters() if p.grad is not None)
-
-    def marked() -> None:
-        trace.mark(grads_of_parameters())
-        before, trace.phase = trace.phase, max(1, trace.phase)
-        accumulate()
-        trace.phase = before
-        trace.mark(updater.gradients().values())
-
-    def counted(step: int, total_steps: int) -> UpdateStats:
-        trace.mark(grads_of_parameters())  # if there was nothing to accumulate
-        gradients.append(_bytes_of(updater.gradients().values()))
-        trace.phase = 2
-        return update(step, total_steps)
-
-    updater.accumulate, updater.step = marked, counted
-    if isinstance(updater, BackwardUpdater):
-        move = updater.update
-
-        def counted_early(names: list[str]) -> None:
-            trace.mark(grads_of_parameters())
-            gradients.append(_bytes_of(updater.gradients().values()))
-            move(names)
-
-        updater.update = counted_early
+    saved = state.state_dict()
+    parameters = dict(state.model.named_parameters())
+    slots = [slot for slots in saved["optimizer"].values() for slot in slots.values()]
+    trace.exclude([*parameters.values(), *saved["weights"].values(), *slots])
+    trace.exclude(tensors_in(vars(batch)))
+    masters = updater.masters
+    updater.masters = traced = _TracedMasters(masters, trace)
     try:
         with trace:
             train_step(state, batch)
     finally:
-        for name in ("accumulate", "step", "update"):
-            vars(updater).pop(name, None)
-    passing, others = trace.peaks(len(PHASES))
+        updater.masters = masters
+    transient_peaks, other_peaks = trace.peaks(len(PHASES))
     return Footprint(
-        **held,
-        gradients=max(gradients),
-        others=others,
-        passing=passing,
-        work=trace.work,
+        weights=_bytes(parameters.values()),
+        masters=_bytes(m for n, m in saved["weights"].items() if m.dtype != parameters[n].dtype),
+        gradients=traced.gradient_bytes,
+        optimizer=_bytes(slots),
+        other_peaks=other_peaks,
+        transient_peaks=transient_peaks,
+        operations=trace.operations,
         traffic=tuple(trace.traffic),
     )
 
 
-def _lasting(state: TrainState) -> Iterator[Tensor]:
-    """All that stays between steps."""
-    saved = state.state_dict()
-    yield from state.model.parameters()
-    yield from saved["weights"].values()
-    for slots in saved["optimizer"].values():
-        yield from slots.values()
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """Total size of this rank's shards of `tensors`."""
+    return sum(local(tensor).numel() * tensor.element_size() for tensor in tensors)
 
 
-def _held(state: TrainState) -> dict[str, int]:
-    weights = dict(state.model.named_parameters())
-    saved = state.state_dict()
-    masters = [saved["weights"][name] for name in weights]
-    apart = [m for m, w in zip(masters, weights.values(), strict=True) if m.dtype != w.dtype]
-    slots = [slot for slots in saved["optimizer"].values() for slot in slots.values()]
-    return {
-        "weights": _bytes_of(weights.values()),
-        "masters": _bytes_of(apart),
-        "optimizer": _bytes_of(slots),
-    }
-
-
-def _bytes_of(tensors: Any) -> int:
-    parts = [local(tensor) for tensor in tensors if isinstance(tensor, Tensor)]
-    return sum(part.numel() * part.element_size() for part in parts)
-
-
-def batch_like(experiment: Experiment) -> Batch:
-    """A rank's rows of a batch of `experiment`, as the pipeline shapes them, all of ones."""
+def dummy_batch(experiment: Experiment) -> Batch:
+    """One rank's rows of a batch of `experiment`: packed rows of full length, all of ones."""
     data = experiment.data
     rows = experiment.batch_size // experiment.mesh.batch
     inputs = torch.ones(rows, data.input_length, dtype=torch.int64)
     targets = torch.ones(rows, data.target_length, dtype=torch.int64)
-    if not data.packing:
-        return Batch(inputs=inputs, targets=targets)
-    segments = {"input_segments": torch.ones_like(inputs)} if inputs.shape[1] else {}
-    return replace(
-        Batch(inputs=inputs, targets=targets),
-        **segments,
+    return Batch(
+        inputs=inputs,
+        targets=targets,
+        input_segments=torch.ones_like(inputs) if data.input_length else None,
         target_segments=torch.ones_like(targets),
     )

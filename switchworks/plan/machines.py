@@ -1,12 +1,12 @@
-"""From what a rank does in a step to how long that takes: a formula, not a measurement.
+"""Time of a step from what a rank computes and sends: a formula, not a measurement.
 
-    computing  = sum over operations of max(FLOPs / (efficiency x peak), bytes / memory bandwidth)
-    travelling = sum over collectives of bytes sent / link + calls x latency
-    step       = computing + travelling           if nothing overlaps
-               = max(computing, travelling)       if all of it does
+    compute       = sum over operations of max(FLOPs / (efficiency x peak), bytes / bandwidth)
+    communication = sum over collectives of bytes sent / link + calls x latency
+    step          = compute + communication           without overlap
+                  = max(compute, communication)       with full overlap
 
-A rank sends (n - 1) / n of what an all-gather, a reduce-scatter or an all-to-all over n ranks
-holds, and twice that for a sum. The link is that inside a node if all n ranks are in one.
+Of what an all-gather, a reduce-scatter or an all-to-all over n ranks holds, a rank sends
+(n - 1) / n, and twice that for an all-reduce. The link is the one inside a node if all n ranks are.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from switchworks.config import ConfigError, from_toml
-from switchworks.plan.trace import Traffic, Work
+from switchworks.plan.trace import Operation, Traffic
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What one device can do, as its maker says. Bytes per second are those of one direction."""
+    """What one device can do by its maker's figures. Links count one direction."""
 
     name: str
     flops: float
@@ -36,7 +36,7 @@ class Machine:
     latency: float = 2e-5
     """Seconds before a collective moves anything."""
     efficiency: float = 0.5
-    """Share of `flops` that products reach."""
+    """Share of `flops` that matrix products reach."""
 
     def __post_init__(self) -> None:
         for name in ("flops", "memory_gib", "memory_bandwidth", "node", "near", "far"):
@@ -93,37 +93,44 @@ def find_machine(name: str) -> Machine:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of a step by the formula above."""
+    """Seconds of one step by the formula above."""
 
-    computing: float
-    travelling: float
+    compute: float
     by_traffic: tuple[float, ...]
-    """Seconds of each kind of collective, in the order they were given."""
+    """Seconds of each `Traffic`, in the order given."""
+
+    @property
+    def communication(self) -> float:
+        """Seconds of all collectives."""
+        return sum(self.by_traffic)
 
     @property
     def step(self) -> float:
-        """If nothing overlaps."""
-        return self.computing + self.travelling
+        """Seconds without overlap."""
+        return self.compute + self.communication
 
     @property
     def overlapped(self) -> float:
-        """If travelling hides behind computing, or the other way round."""
-        return max(self.computing, self.travelling)
+        """Seconds if communication hides behind compute, or the other way round."""
+        return max(self.compute, self.communication)
 
 
-def estimate(machine: Machine, work: Mapping[Work, int], traffic: Iterable[Traffic]) -> Estimate:
-    """How long `work` and `traffic` of one rank take."""
+def estimate(
+    machine: Machine, operations: Mapping[Operation, int], traffic: Iterable[Traffic]
+) -> Estimate:
+    """Time of the `operations`, each with its count, and the `traffic` of one rank."""
     peak, bandwidth = machine.efficiency * machine.flops, machine.memory_bandwidth
-    computing = sum(
-        times * max(kind.flops / peak, kind.moved / bandwidth) for kind, times in work.items()
+    compute = sum(
+        count * max(operation.flops / peak, operation.bytes / bandwidth)
+        for operation, count in operations.items()
     )
-    travelling = tuple(seconds(machine, item) for item in traffic)
-    return Estimate(computing, sum(travelling), travelling)
+    return Estimate(compute, tuple(seconds(machine, item) for item in traffic))
 
 
 def seconds(machine: Machine, traffic: Traffic) -> float:
-    """How long one kind of collective takes. The first rank's group stands for all."""
+    """Time of all calls of one collective. Other groups of its axis are taken to be as far apart
+    as rank 0's."""
     if traffic.ranks == 1:
         return 0.0
-    link = machine.near if traffic.far < machine.node else machine.far
+    link = machine.near if traffic.span < machine.node else machine.far
     return traffic.sent / link + traffic.calls * machine.latency

@@ -1,4 +1,4 @@
-"""Meshes that a model can be trained on, the fastest first by the formula of machines.py."""
+"""Meshes a model can be trained on, sorted by the estimated time of a step (`machines.py`)."""
 
 import math
 from collections.abc import Iterator
@@ -6,16 +6,15 @@ from dataclasses import dataclass, replace
 
 from switchworks.config import ConfigError
 from switchworks.parallel import check_fit
-from switchworks.plan.fake import fake_ranks
 from switchworks.plan.footprint import Footprint
 from switchworks.plan.machines import Estimate, Machine, estimate
-from switchworks.plan.simulate import along, simulate_on
-from switchworks.plan.weights import least_bytes
+from switchworks.plan.simulate import simulate_with_depth
+from switchworks.plan.weights import min_bytes_per_rank
 from switchworks.training import Experiment
 
 GIB = 2**30
-MOST = 4096
-"""Ranks of the largest mesh that is looked at."""
+MAX_RANKS = 4096
+"""Ranks of the largest mesh that `propose` tries."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +27,11 @@ class Candidate:
 
     @property
     def flags(self) -> str:
-        """How to ask for it."""
-        mesh, parts = self.experiment.mesh, self.experiment.micro_batches
+        """The flags that select this mesh."""
+        mesh, micro_batches = self.experiment.mesh, self.experiment.micro_batches
         return (
             f"--mesh.data {mesh.data} --mesh.expert {mesh.expert} --mesh.model {mesh.model} "
-            f"--micro-batches {parts}"
+            f"--micro-batches {micro_batches}"
         )
 
 
@@ -41,101 +40,82 @@ def search(
 ) -> list[Candidate]:
     """All meshes of `devices` ranks on which a step fits in `memory` GiB, fastest first.
 
-    Of each the fewest micro-batches that fit. What a step takes is traced at a small depth and
-    continued to the model's, see `outline`. Raises ConfigError, with what stands in the way, if
-    no mesh can work at all.
+    Each has the fewest micro-batches that fit. Footprints are those of `simulate_with_depth`.
+    Raises ConfigError, with the reason, if no mesh is possible at all.
     """
-    found = []
-    for some in workable(experiment, devices):
-        if least_bytes(some) <= memory * GIB:
-            footprint, fitting = _fewest_parts(some, memory)
-            if footprint is not None:
-                cost = estimate(machine, footprint.work, footprint.traffic)
-                found.append(Candidate(fitting, footprint, cost))
-    return sorted(found, key=lambda candidate: candidate.estimate.step)
+    candidates = []
+    for possible in possible_meshes(experiment, devices):
+        if min_bytes_per_rank(possible) <= memory * GIB:  # else it is not worth tracing
+            candidate = _fewest_micro_batches(possible, memory, machine)
+            if candidate is not None:
+                candidates.append(candidate)
+    return sorted(candidates, key=lambda candidate: candidate.estimate.step)
 
 
 def propose(
     experiment: Experiment, devices: int, memory: float, machine: Machine
 ) -> Candidate | None:
-    """The fastest mesh of `devices` that fits in `memory` GiB; else of twice as many, and so on."""
-    while devices <= MOST:
+    """The fastest mesh of `devices` ranks that fits in `memory` GiB, else of twice as many, up to
+    `MAX_RANKS`."""
+    while devices <= MAX_RANKS:
         try:
-            found = search(experiment, devices, memory, machine)
+            candidates = search(experiment, devices, memory, machine)
         except ConfigError:
-            found = []
-        if found:
-            return found[0]
+            candidates = []
+        if candidates:
+            return candidates[0]
         devices *= 2
     return None
 
 
-def workable(experiment: Experiment, devices: int) -> list[Experiment]:
-    """`experiment` on every mesh of `devices` that its shape and its batch allow, each with as few
-    micro-batches as there can be. Raises ConfigError with the last reason if there is none."""
-    found, reason = [], ""
+def possible_meshes(experiment: Experiment, devices: int) -> list[Experiment]:
+    """`experiment` on every mesh of `devices` ranks that its model and its batch allow, without
+    micro-batches. Raises ConfigError with the last reason if there is none."""
+    possible, reason = [], ""
     for data, expert, width in _factorisations(devices):
         mesh = replace(experiment.mesh, data=data, expert=expert, model=width)
         try:
             check_fit(experiment.model, mesh)
-            found.append(replace(experiment, mesh=mesh, micro_batches=1))
+            possible.append(replace(experiment, mesh=mesh, micro_batches=1))
         except ConfigError as error:
             reason = str(error)
-    if not found:
+    if not possible:
         raise ConfigError(f"No mesh of {devices} ranks can work. The last one:\n{reason}")
-    return found
+    return possible
 
 
-def outline(experiment: Experiment) -> Footprint:
-    """What a step takes, traced at two and three of the model's periods (`routing.every` blocks of
-    each stack) and continued to all of them. Counts are exact where blocks are alike; the peak is
-    within some per cent."""
-    model = experiment.model
-    period = 1 if model.routing is None else model.routing.every
-    periods = model.num_layers / period
-    with fake_ranks(experiment.mesh) as ranks:
-        if periods <= 3 or model.num_decoder_layers not in (None, model.num_layers):
-            return simulate_on(ranks, experiment)
-        two, three = (
-            simulate_on(
-                ranks,
-                replace(
-                    experiment,
-                    model=replace(model, num_layers=count * period, num_decoder_layers=None),
-                ),
-            )
-            for count in (2, 3)
-        )
-    return along(two, three, periods - 2)
-
-
-def _fewest_parts(experiment: Experiment, memory: float) -> tuple[Footprint | None, Experiment]:
-    """The fewest micro-batches with which a step fits, and what it takes; None if it never does."""
+def _fewest_micro_batches(
+    experiment: Experiment, memory: float, machine: Machine
+) -> Candidate | None:
+    """`experiment` with the fewest micro-batches whose step fits; None if it never does."""
     least = 1
-    for parts in _divisors(_groups_of_a_rank(experiment)):
-        if parts < least:
+    for micro_batches in _divisors(_groups_per_rank(experiment)):
+        if micro_batches < least:
             continue
-        some = replace(experiment, micro_batches=parts)
-        footprint = outline(some)
+        divided = replace(experiment, micro_batches=micro_batches)
+        footprint = simulate_with_depth(divided)
         if footprint.peak <= memory * GIB:
-            return footprint, some
+            cost = estimate(machine, footprint.operations, footprint.traffic)
+            return Candidate(divided, footprint, cost)
         room = memory * GIB - (footprint.peak - footprint.activations)
         if room <= 0:
             break
-        # Activations are about in proportion to the rows computed at once.
-        least = max(parts + 1, math.floor(0.9 * parts * footprint.activations / room))
-    return None, experiment
+        # Activations are roughly proportional to the rows computed at once, so numbers that are
+        # sure to be too small are skipped; 0.9 allows for what does not shrink with the rows.
+        enough = 0.9 * micro_batches * footprint.activations / room
+        least = max(micro_batches + 1, math.floor(enough))
+    return None
 
 
-def _groups_of_a_rank(experiment: Experiment) -> int:
-    """Into how many parts a rank's rows can be cut."""
+def _groups_per_rank(experiment: Experiment) -> int:
+    """Routing groups, or rows of a dense model, in a rank's share of the batch."""
     routing = experiment.model.routing
     rows = experiment.batch_size // experiment.mesh.batch
     return rows if routing is None else rows // routing.group_sequences
 
 
 def _factorisations(devices: int) -> Iterator[tuple[int, int, int]]:
-    """All (data, expert, model) of so many ranks."""
+    """All (data, expert, model) whose product is `devices`."""
     for model in _divisors(devices):
         for expert in _divisors(devices // model):
             yield devices // model // expert, expert, model

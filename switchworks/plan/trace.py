@@ -1,7 +1,7 @@
-"""What one rank does in a step: bytes that are alive, bytes that travel, operations.
+"""Counts what one process does: bytes allocated, bytes sent, floating-point operations.
 
-A `Trace` looks at every operation of torch while it is active, on real tensors and on fake ones
-alike, so a simulated step and a real one are counted by the same rules.
+A `Trace` sees every torch operation while it is active, on real and on fake tensors alike, so a
+simulated step and a real one are counted by the same rules.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from switchworks.optim import local
 from switchworks.parallel import AXES, batch_axis
 
 _COLLECTIVES = {
@@ -31,60 +32,61 @@ _COLLECTIVES = {
     "alltoall_base_": "all_to_all",
     "all_to_all_single": "all_to_all",
 }
-_HELD = 0
-"""The number of all storages that were there before."""
-_FREE = frozenset({"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"})
-"""Operations that touch no memory although they allocate some."""
+"""Operator -> collective, for `torch.distributed` and for its functional form."""
+_ALLOCATORS = frozenset({"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"})
+"""Operations that allocate memory and neither read nor write any."""
+_BEFORE = 0
+"""The number shared by all storages that are older than the trace."""
 
 
 class Traffic(NamedTuple):
-    """One kind of collective over one axis, as this rank takes part in it."""
+    """All calls of one collective over one axis, as this rank takes part in them."""
 
     collective: str
     axis: str
     """data, expert, model, batch (data and expert together) or world."""
     ranks: int
-    far: int
-    """Distance from the first to the last of them."""
+    span: int
+    """Difference between the highest and the lowest rank: less than a node's size inside one."""
     calls: int
     bytes: int
-    """The larger of what goes in and what comes out, over all calls."""
+    """The larger of input and output of this rank, over all calls."""
 
     @property
     def sent(self) -> float:
-        """Bytes that leave the rank: (n - 1) / n of them, twice for a sum (a ring, or pairwise)."""
+        """Bytes this rank sends: (n - 1) / n of `bytes`, twice for a sum (ring or pairwise)."""
         share = (self.ranks - 1) / self.ranks
         return (2 if self.collective == "all_reduce" else 1) * share * self.bytes
 
 
-class Work(NamedTuple):
-    """Operations that are alike."""
+class Operation(NamedTuple):
+    """The cost of one operation; equal ones are counted together."""
 
     flops: int
-    moved: int
-    """Bytes read and written by one of them."""
+    bytes: int
+    """Bytes read and written."""
 
 
 class Trace(TorchDispatchMode):
-    """Counts, from when it is entered, what this process does."""
+    """Inside `with Trace(mesh) as trace:` everything this process computes and sends is counted."""
 
     def __init__(self, mesh: DeviceMesh | None = None) -> None:
         super().__init__()
-        self.axes = _names(mesh)
-        self.work: Counter[Work] = Counter()
+        self.operations: Counter[Operation] = Counter()
+        self.phase = 0
+        """Index of the phase that `peaks` assigns an allocation to; set by the caller."""
+        self._axes = _axis_names(mesh)
         self._traffic: dict[tuple[str, str, int, int], list[int]] = {}
         self._live: dict[int, tuple[int, int]] = {}
         """Address of a storage -> its number and its bytes."""
-        self._numbers = 0
+        self._storages = 0
         self._events: list[tuple[int, int, int]] = []
-        """(number of a storage, bytes more or less, phase), in order."""
-        self.phase = 0
-        """Peaks are found for each; whoever traces counts it up."""
-        self._marked: set[int] = set()
+        """(number of a storage, change in bytes, phase) in order."""
+        self._gradients: set[int] = set()
         self._undo = contextlib.ExitStack()
 
     def __enter__(self) -> "Trace":
-        self._undo.enter_context(self._watching_resizes())
+        self._undo.enter_context(self._tracking_resizes())
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -94,115 +96,127 @@ class Trace(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
+        # A DTensor's operation comes here twice: first as such, then on this rank's shards, by
+        # which time collectives have been put in. Only the second is counted.
         if any(issubclass(kind, DTensor | AsyncCollectiveTensor) for kind in types):
-            return NotImplemented  # it comes again, with this rank's part
+            return NotImplemented
         kwargs = kwargs or {}
-        made = function(*args, **kwargs)
-        new = [self._notice(tensor) for tensor in tensors_in(made)]
+        result = function(*args, **kwargs)
+        allocated = [self._track(tensor) for tensor in tensors_in(result)]
         if function.namespace in ("c10d", "_c10d_functional"):
-            self._count_traffic(function, args, made)
-        elif any(new) or function._schema.is_mutable:
-            self._count_work(function, args, kwargs, made)
-        return made
+            self._count_traffic(function, args, result)
+        # What neither allocates nor writes in place is a view and costs nothing.
+        elif any(allocated) or function._schema.is_mutable:
+            self._count_operation(function, args, kwargs, result)
+        return result
 
     @property
     def traffic(self) -> list[Traffic]:
-        """What has travelled so far."""
+        """The collectives called so far."""
         return [Traffic(*key, *counts) for key, counts in sorted(self._traffic.items())]
 
-    def hold(self, tensors: Iterable[Tensor]) -> None:
-        """Their memory was there before: a view of it is nothing new."""
+    def exclude(self, tensors: Iterable[Tensor]) -> None:
+        """Leave the memory of `tensors`, allocated before the trace, out of the peaks."""
         for tensor in tensors:
-            storage = _local(tensor).untyped_storage()
-            if storage._cdata in self._live:
-                continue
-            self._live[storage._cdata] = (_HELD, storage.nbytes())
-            weakref.finalize(storage, self._forget, storage._cdata).atexit = False
+            storage = local(tensor).untyped_storage()
+            if storage._cdata not in self._live:
+                self._add(storage, _BEFORE)
 
-    def mark(self, tensors: Iterable[Tensor]) -> None:
-        """Their storages are gradients: `peaks` takes them out."""
+    def mark_gradients(self, tensors: Iterable[Tensor]) -> None:
+        """Leave the memory of `tensors`, also while it held something else, out of the second
+        result of `peaks`."""
         for tensor in tensors:
-            found = self._live.get(_local(tensor).untyped_storage()._cdata)
-            if found is not None:
-                self._marked.add(found[0])
+            entry = self._live.get(local(tensor).untyped_storage()._cdata)
+            if entry is not None:
+                self._gradients.add(entry[0])
 
     def peaks(self, phases: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The most bytes allocated since the beginning that were alive at once in each phase: all
-        of them, and all but what was ever marked."""
-        total = rest = 0
-        most, most_of_rest = [0] * phases, [0] * phases
-        for number, change, phase in self._events:
-            if number == _HELD:
-                continue
-            total += change
-            rest += 0 if number in self._marked else change
-            most[phase] = max(most[phase], total)
-            most_of_rest[phase] = max(most_of_rest[phase], rest)
-        return tuple(most), tuple(most_of_rest)
+        """The most bytes allocated at once in each phase: with gradients, and without.
 
-    def _notice(self, tensor: Tensor) -> bool:
-        """True if the tensor's memory is new."""
+        The whole history is replayed at the end, because whether a storage holds a gradient is
+        known only after it was allocated. A phase that begins below the level of the one before
+        does not inherit its peak.
+        """
+        total = others = 0
+        total_peaks, other_peaks = [0] * phases, [0] * phases
+        for storage, change, phase in self._events:
+            total += change
+            others += 0 if storage in self._gradients else change
+            total_peaks[phase] = max(total_peaks[phase], total)
+            other_peaks[phase] = max(other_peaks[phase], others)
+        return tuple(total_peaks), tuple(other_peaks)
+
+    def _track(self, tensor: Tensor) -> bool:
+        """Whether the memory of `tensor` is new; if so, record when it comes and goes."""
         storage = tensor.untyped_storage()
-        address = storage._cdata
-        if address in self._live:
+        if storage._cdata in self._live:
             return False
-        self._numbers += 1
-        self._live[address] = (self._numbers, storage.nbytes())
-        self._events.append((self._numbers, storage.nbytes(), self.phase))
-        weakref.finalize(storage, self._forget, address).atexit = False
+        self._storages += 1
+        self._record(self._storages, storage.nbytes())
+        self._add(storage, self._storages)
         return True
 
-    def _forget(self, address: int) -> None:
+    def _add(self, storage: torch.UntypedStorage, number: int) -> None:
+        self._live[storage._cdata] = (number, storage.nbytes())
+        # The Python object of a storage lives as long as its memory does.
+        weakref.finalize(storage, self._free, storage._cdata).atexit = False
+
+    def _free(self, address: int) -> None:
         number, size = self._live.pop(address)
-        self._events.append((number, -size, self.phase))
+        self._record(number, -size)
+
+    def _record(self, number: int, change: int) -> None:
+        if number != _BEFORE:
+            self._events.append((number, change, self.phase))
 
     @contextlib.contextmanager
-    def _watching_resizes(self) -> Iterator[None]:
-        """FSDP frees what it gathered by making its storage empty."""
-        plain = torch.UntypedStorage.resize_
+    def _tracking_resizes(self) -> Iterator[None]:
+        """FSDP keeps a gathered weight's storage and resizes it to 0 and back; torch has no hook
+        for that."""
+        original = torch.UntypedStorage.resize_
 
         def resize(storage: torch.UntypedStorage, size: int) -> Any:
-            done = plain(storage, size)
-            found = self._live.get(storage._cdata)
-            if found is not None:
-                number, before = found
+            result = original(storage, size)
+            entry = self._live.get(storage._cdata)
+            if entry is not None:
+                number, before = entry
                 self._live[storage._cdata] = (number, size)
-                self._events.append((number, size - before, self.phase))
-            return done
+                self._record(number, size - before)
+            return result
 
         torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
         try:
             yield
         finally:
-            torch.UntypedStorage.resize_ = plain  # type: ignore[method-assign]
+            torch.UntypedStorage.resize_ = original  # type: ignore[method-assign]
 
-    def _count_traffic(self, function: Any, args: tuple, made: Any) -> None:
+    def _count_traffic(self, function: Any, args: tuple, result: Any) -> None:
         name = _COLLECTIVES.get(function._opname)
-        if name is None:  # waiting and the like
+        if name is None:  # wait_tensor, barrier
             return
-        group = next(group for arg in args if (group := _group(arg)) is not None)
-        members = torch.distributed.get_process_group_ranks(group)
-        axis = self.axes.get(tuple(members), "world")
-        key = name, axis, len(members), max(members) - min(members)
+        ranks = torch.distributed.get_process_group_ranks(_process_group(args))
+        axis = self._axes.get(tuple(ranks), "world")
+        key = name, axis, len(ranks), max(ranks) - min(ranks)
         counts = self._traffic.setdefault(key, [0, 0])
         counts[0] += 1
-        counts[1] += max(_bytes(args[0]), _bytes(args[1]), _bytes(made))
+        # torch.distributed passes (output, input), the functional form input and returns output.
+        counts[1] += max(_bytes(args[0]), _bytes(args[1]), _bytes(result))
 
-    def _count_work(self, function: Any, args: tuple, kwargs: dict, made: Any) -> None:
+    def _count_operation(self, function: Any, args: tuple, kwargs: dict, result: Any) -> None:
         packet = function._overloadpacket
-        if packet.__name__ in _FREE:
+        if packet.__name__ in _ALLOCATORS:
             return
         if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
             flops = 4 * args[0].numel() * args[1].shape[-2]  # torch has no formula for this one
         else:
-            count = flop_registry.get(packet)
-            flops = 0 if count is None else count(*args, **kwargs, out_val=made)
-        self.work[Work(int(flops), _bytes((args, kwargs)) + _bytes(made))] += 1
+            formula = flop_registry.get(packet)
+            flops = 0 if formula is None else formula(*args, **kwargs, out_val=result)
+        self.operations[Operation(int(flops), _bytes((args, kwargs)) + _bytes(result))] += 1
 
 
-def _names(mesh: DeviceMesh | None) -> Mapping[tuple[int, ...], str]:
-    """The ranks of a group, this rank's own, -> their axis. Where expert ranks or data ranks alone
-    make up the batch axis, it goes by their name."""
+def _axis_names(mesh: DeviceMesh | None) -> Mapping[tuple[int, ...], str]:
+    """The ranks of each of this rank's groups -> the name of the axis. If the data or the expert
+    axis has one rank, the other's name stands for the batch axis too."""
     if mesh is None:
         return {}
     axes = {"batch": batch_axis(mesh)} | {axis: mesh[axis] for axis in AXES}
@@ -213,23 +227,11 @@ def _names(mesh: DeviceMesh | None) -> Mapping[tuple[int, ...], str]:
     }
 
 
-def _group(argument: Any) -> ProcessGroup | None:
-    """The process group that an argument of a collective is or names."""
-    if isinstance(argument, torch.ScriptObject):
-        try:
-            return ProcessGroup.unbox(argument)
-        except RuntimeError:  # a reduction
-            return None
-    if isinstance(argument, str):
-        try:
-            return distributed_c10d._resolve_process_group(argument)  # type: ignore[attr-defined]
-        except (RuntimeError, ValueError, LookupError):  # "sum"
-            return None
-    return None
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def _process_group(args: tuple) -> ProcessGroup:
+    """The group of a collective: functional ones name it last, others pass it before a ReduceOp."""
+    if isinstance(args[-1], str):
+        return distributed_c10d._resolve_process_group(args[-1])  # type: ignore[attr-defined]
+    return ProcessGroup.unbox(next(arg for arg in args if isinstance(arg, torch.ScriptObject)))
 
 
 def tensors_in(values: Any) -> Iterator[Tensor]:
@@ -244,7 +246,7 @@ def tensors_in(values: Any) -> Iterator[Tensor]:
 
 
 def _bytes(values: Any) -> int:
-    """Of the tensors in `values`; what is repeated by `expand` is counted once."""
+    """Total size of the tensors in `values`; what `expand` repeats is counted once."""
     return sum(
         min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
         for tensor in tensors_in(values)

@@ -2,88 +2,83 @@
 
 import math
 import re
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
 from switchworks.model import SwitchTransformer, num_parameters
 from switchworks.optim import dimension_letters
-from switchworks.parallel import MeshConfig, Place, check_fit, places
+from switchworks.parallel import MeshConfig, WeightLayout, check_fit, weight_layouts
 from switchworks.training import Experiment, cast_for_compute
 
 
-class Weight(NamedTuple):
-    """A weight, or several that are alike but for the number of their block."""
+class WeightShards(NamedTuple):
+    """The shards of one rank of a weight, or of several that differ in the block's number alone."""
 
     name: str
     count: int
+    """Weights."""
     letters: str
     shape: tuple[int, ...]
-    place: Place
-    numbers: int
-    """On one rank, of all of them."""
+    """Of one full weight."""
+    layout: WeightLayout
+    parameters: int
     bytes: int
-    """The same, as the model computes with them."""
+    """In the dtype the model computes with."""
 
 
-def weights_of(experiment: Experiment) -> list[Weight]:
-    """Every weight of the model, those of its blocks together, in the model's order."""
+def shards_of_rank(experiment: Experiment) -> list[WeightShards]:
+    """The shards of every weight of the model, in the model's order."""
     precision = experiment.resolved("bfloat16").precision
     with torch.device("meta"):
         model = SwitchTransformer(experiment.model)
     cast_for_compute(model, getattr(torch, precision))
-    parameters, letters = dict(model.named_parameters()), dimension_letters(model)
-    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    where = places(letters, shapes, experiment.mesh)
-    found: dict[tuple, Weight] = {}
-    for name, parameter in parameters.items():
-        numbers = parameter.numel() // parts(where[name], experiment.mesh)
-        short = re.sub(r"\.blocks\.\d+\.", ".*.", name)
-        key = (short, shapes[name], where[name])
-        before = found.get(key)
-        size = numbers * parameter.element_size()
-        found[key] = (
-            Weight(short, 1, letters.get(name, ""), shapes[name], where[name], numbers, size)
-            if before is None
-            else before._replace(
-                count=before.count + 1, numbers=before.numbers + numbers, bytes=before.bytes + size
-            )
+    weights, letters = dict(model.named_parameters()), dimension_letters(model)
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    merged: dict[tuple, WeightShards] = {}
+    for name, layout in weight_layouts(letters, shapes, experiment.mesh).items():
+        parameters = weights[name].numel() // num_shards(layout, experiment.mesh)
+        size = parameters * weights[name].element_size()
+        key = re.sub(r"\.blocks\.\d+\.", ".*.", name), shapes[name], layout
+        first = merged.get(key)
+        merged[key] = WeightShards(
+            key[0],
+            1 if first is None else first.count + 1,
+            letters.get(name, ""),
+            shapes[name],
+            layout,
+            parameters if first is None else first.parameters + parameters,
+            size if first is None else first.bytes + size,
         )
-    return list(found.values())
+    return list(merged.values())
 
 
-def parts(place: Place, mesh: MeshConfig) -> int:
-    """Into how many parts a weight is cut."""
-    ranks = {
-        "expert": mesh.expert,
-        "model": mesh.model,
-        "data": mesh.data if place.stacked else mesh.batch,
-    }
-    return math.prod(count for axis, count in ranks.items() if getattr(place, axis) is not None)
+def num_shards(layout: WeightLayout, mesh: MeshConfig) -> int:
+    """Number of different shards of a weight."""
+    return math.prod(ranks for _, dim, ranks in _splits(layout, mesh) if dim is not None)
 
 
-def numbers_of_a_rank(experiment: Experiment) -> int:
+def parameters_per_rank(experiment: Experiment) -> int:
     """Parameters that one rank keeps. Raises ConfigError if the model does not fit the mesh."""
     if experiment.mesh.size == 1:
         return num_parameters(experiment.model)
     check_fit(experiment.model, experiment.mesh)
-    precise = replace(experiment, precision="float32")  # "auto" is as good
-    return sum(weight.numbers for weight in weights_of(precise))
+    return sum(shards.parameters for shards in shards_of_rank(experiment))
 
 
-def least_bytes(experiment: Experiment) -> int:
-    """Weights, masters and gradients of one rank: what no order of operations avoids."""
-    weights = weights_of(experiment)
-    numbers = sum(weight.numbers for weight in weights)
-    masters = 4 * numbers if experiment.precision == "bfloat16" else 0
-    return sum(weight.bytes for weight in weights) + masters + 4 * numbers
+def min_bytes_per_rank(experiment: Experiment) -> int:
+    """Weights, masters and gradients of one rank: what a step needs in any case."""
+    shards = shards_of_rank(experiment)
+    parameters = sum(weight.parameters for weight in shards)
+    masters = 4 * parameters if experiment.precision == "bfloat16" else 0
+    return sum(weight.bytes for weight in shards) + masters + 4 * parameters
 
 
 def layout_table(experiment: Experiment) -> str:
-    """The weights of `experiment` as lines for people: letters, placement, bytes per rank."""
+    """The weights of `experiment` as a table in text: letters, placement, MiB per rank."""
     rows = [("weight", "letters", "shape", "placement", "MiB per rank")]
-    for weight in weights_of(experiment):
+    shards = shards_of_rank(experiment)
+    for weight in shards:
         rows.append(
             (
                 weight.name + (f"  ({weight.count})" if weight.count > 1 else ""),
@@ -93,28 +88,26 @@ def layout_table(experiment: Experiment) -> str:
                 f"{weight.bytes / 2**20:,.3f}",
             )
         )
-    total = sum(weight.bytes for weight in weights_of(experiment))
+    total = sum(weight.bytes for weight in shards)
     rows.append(("all weights", "", "", "", f"{total / 2**20:,.3f}"))
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     return "\n".join(
-        "  ".join(
-            cell.rjust(width) if column == 4 else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
+        "  ".join([*map(str.ljust, row[:4], widths[:4]), row[4].rjust(widths[4])]) for row in rows
     )
 
 
-def _placement(weight: Weight, mesh: MeshConfig) -> str:
-    """Each dimension that is cut, into how many parts, over which axis: E/8 expert, F/2 model."""
-    dims = weight.letters.split() or ["0"] * len(weight.shape)
-    axes = {
-        "expert": (weight.place.expert, mesh.expert),
-        "model": (weight.place.model, mesh.model),
-        "data" if weight.place.stacked else "batch": (
-            weight.place.data,
-            mesh.data if weight.place.stacked else mesh.batch,
-        ),
-    }
-    cut = [f"{dims[dim]}/{count} {axis}" for axis, (dim, count) in axes.items() if dim is not None]
-    return ", ".join(cut) or "whole"
+def _placement(weight: WeightShards, mesh: MeshConfig) -> str:
+    """Each dimension that is split, into how many parts, over which axis: E/8 expert, F/2 model."""
+    letters = weight.letters.split() or ["0"] * len(weight.shape)
+    splits = _splits(weight.layout, mesh)
+    cut = [f"{letters[dim]}/{ranks} {axis}" for axis, dim, ranks in splits if dim is not None]
+    return ", ".join(cut) or "replicated"
+
+
+def _splits(layout: WeightLayout, mesh: MeshConfig) -> list[tuple[str, int | None, int]]:
+    """(axis, dimension it splits, its ranks) for the three axes a weight can be split over."""
+    return [
+        ("expert", layout.expert, mesh.expert),
+        ("model", layout.model, mesh.model),
+        ("data", layout.data, mesh.data) if layout.stacked else ("batch", layout.data, mesh.batch),
+    ]

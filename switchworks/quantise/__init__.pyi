@@ -1,13 +1,10 @@
-from .convert import grouped as grouped
-from .convert import quantise_directory as quantise_directory
-from .matmul import ones_for as ones_for
-from .matmul import packed as packed
 from .modules import QuantiseConfig as QuantiseConfig
 from .modules import QuantisedExperts as QuantisedExperts
 from .modules import QuantisedLinear as QuantisedLinear
-from .modules import Rounded as Rounded
-from .modules import TiedHead as TiedHead
+from .modules import QuantisedModule as QuantisedModule
+from .modules import Scheme as Scheme
+from .modules import TensorBits as TensorBits
+from .modules import dequantise as dequantise
 from .modules import quantise as quantise
 from .modules import quantise_config_of as quantise_config_of
 from .modules import tensors_of as tensors_of
-from .modules import widened as widened

@@ -1,10 +1,10 @@
-"""A model in 8 or 4 bits: which tensors are rounded, and modules that compute with them.
+"""A model in 8 or 4 bits: which tensors are quantised, and modules that compute with them.
 
 Matrices and stacked experts are; so are the rows of the embedding, always to 8 bits, and a tied
 head multiplies by those. Routers, norms and relative biases, a hundredth of a model, stay.
 Nothing else can be in a model: `tensors_of` lists all of it, with its bits.
 
-Letters: O output channels, I inputs, E experts, N rows, D model width.
+Letters: O output channels, I inputs, E experts, N rows, D model width, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -15,34 +15,43 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from switchworks.config import ConfigError
-from switchworks.fast import is_slow, product
-from switchworks.model import ExpertInput, Experts, SwitchTransformer, activate
+from switchworks.model import (
+    Embedding,
+    ExpertInput,
+    Experts,
+    Linear,
+    SwitchTransformer,
+    activate,
+)
 from switchworks.quantise.matmul import (
-    FEW,
+    MAX_ROWS,
     PRODUCTS,
     Product,
     best_product,
-    by_kernel,
     from_int4,
-    kernel_order,
-    kernel_takes,
+    int4_kernel,
+    int4_kernel_order,
+    int4_kernel_takes,
+    int8_kernel,
+    ones_for,
     to_int4,
     to_int8,
 )
 
 Scheme = Literal["int8", "int8-dynamic", "int4"]
-"""int8 and int4 round weights alone; int8-dynamic the inputs of every product too."""
+"""int8 and int4 quantise weights alone; int8-dynamic the inputs of every product too."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantiseConfig:
-    """How the weights of a model are rounded. It lies beside them as quantised.toml."""
+    """How the weights of a model are quantised. Stored beside them as quantised.toml."""
 
     bits: Literal[4, 8] = 8
     group: int = 32
     """Of 4-bit weights: inputs of a channel that share a scale."""
-    product: Product = "packed"
-    """How weights are multiplied by; see `products.py`. 4-bit ones are "packed" or "unpacked"."""
+    product: Product = "int8_kernel"
+    """How weights are multiplied, see `matmul.py`. 4 bits have a kernel of the same kind, and
+    "dequantised"."""
 
     def __post_init__(self) -> None:
         if self.group < 2 or self.group % 2:
@@ -50,137 +59,138 @@ class QuantiseConfig:
                 f"group = {self.group} must be an even number of weights, two of which share a "
                 "byte. 32 is usual."
             )
-        if self.bits == 4 and self.product == "dynamic":
-            raise ConfigError("product = dynamic is for 8 bits; 4-bit weights are widened.")
+        if self.bits == 4 and self.product == "int8_dynamic":
+            raise ConfigError("product = int8_dynamic is for 8 bits; 4-bit weights have a kernel.")
 
     @staticmethod
     def of(scheme: Scheme, group: int = 32) -> "QuantiseConfig":
         """The settings that a scheme's name stands for."""
         if scheme == "int4":
             return QuantiseConfig(bits=4, group=group)
-        return QuantiseConfig(product="dynamic" if scheme == "int8-dynamic" else "packed")
+        return QuantiseConfig(product="int8_dynamic" if scheme == "int8-dynamic" else "int8_kernel")
 
     @property
     def scheme(self) -> Scheme:
+        """The name of these settings."""
         if self.bits == 4:
             return "int4"
-        return "int8-dynamic" if self.product == "dynamic" else "int8"
+        return "int8-dynamic" if self.product == "int8_dynamic" else "int8"
 
-    def rounded(self, weight: Float[Tensor, "*E O I"]) -> tuple[Tensor, Tensor]:
-        """Whole numbers, and the scales that make weights of them."""
+    def quantise(self, weight: Float[Tensor, "*E O I"]) -> tuple[Tensor, Tensor]:
+        """(qweight, scale): integers, and the scales that make weights of them."""
         return to_int8(weight) if self.bits == 8 else to_int4(weight, self.group)
 
-    def widened(self, whole: Tensor, scale: Tensor, inputs: int) -> Float[Tensor, "*E O I"]:
-        """The weights that `rounded` stands for, in float32."""
+    def dequantise(self, qweight: Tensor, scale: Tensor, inputs: int) -> Float[Tensor, "*E O I"]:
+        """The weights that `quantise` kept, in float32."""
         if self.bits == 4:
-            return from_int4(whole, scale, self.group, inputs)
-        return whole * scale.float()[..., None]
-
-    def times(self, x: Float[Tensor, "N I"], whole: Tensor, scale: Tensor) -> Float[Tensor, "N O"]:
-        """x times the transposed weights, in the dtype of x. No gradients."""
-        if self.bits == 8:
-            return PRODUCTS[self.product](x, whole, scale)
-        weight = self.widened(whole, scale, x.shape[-1])
-        return product(x, weight) if is_slow(x) else x @ weight.to(x.dtype).T
+            return from_int4(qweight, scale, self.group, inputs)
+        return qweight * scale.float()[..., None]
 
 
-def quantise(model: SwitchTransformer, how: QuantiseConfig | None = None) -> SwitchTransformer:
-    """`model` itself, for reading and decoding only, rounded as `how` says.
+def quantise(model: SwitchTransformer, config: QuantiseConfig | None = None) -> SwitchTransformer:
+    """`model` itself, for inference only, with quantised modules in place of its own.
 
-    None: to 8 bits, with inputs rounded too where the processor has instructions for that. Raises
-    ConfigError if it is rounded already, or if a weight is not finite.
+    `config` None: to 8 bits, with inputs quantised too if the CPU has instructions for that. Raises
+    ConfigError if it is quantised already, or if a weight is not finite.
     """
     if (before := quantise_config_of(model)) is not None:
         raise ConfigError(
-            f"The model is rounded already, to {before.scheme}.\n"
-            "  Use it as it is, or round the one it was made from."
+            f"The model is quantised already, to {before.scheme}.\n"
+            "  Use it as it is, or quantise the one it was made from."
         )
     for name, parameter in model.named_parameters():
         if not parameter.is_meta and not parameter.isfinite().all():
             raise ConfigError(
                 f"{name} holds values that are not finite: the model has diverged.\n"
-                "  Rounded it would only look healed; round an earlier checkpoint."
+                "  Quantised it would only look healed; quantise an earlier checkpoint."
             )
-    how = how or QuantiseConfig(product=best_product())
-    model.embedding = QuantisedEmbedding(model.embedding, how)  # type: ignore[assignment]
+    config = config or QuantiseConfig(product=best_product())
+    embedding = QuantisedEmbedding(model.embedding)
+    model.embedding = embedding
     if model.head is None:
-        scale = model.config.d_model**-0.5
-        model.head = TiedHead(model.embedding, scale, how)  # type: ignore[assignment, arg-type]
+        model.head = QuantisedTiedHead(embedding, model.config.d_model**-0.5, config)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(module, name, QuantisedLinear(child.weight, how))
+            if type(child) is Linear:
+                setattr(module, name, QuantisedLinear(child.weight, config))
             elif isinstance(child, Experts):
-                setattr(module, name, QuantisedExperts(child, how))
+                setattr(module, name, QuantisedExperts(child, config))
     return model.eval()
 
 
 def quantise_config_of(model: SwitchTransformer) -> QuantiseConfig | None:
-    """How `model` is rounded; None if it is not."""
-    found: Any = model.embedding
-    return found.how if isinstance(found, QuantisedEmbedding) else None
+    """How `model` is quantised; None if it is not."""
+    heads = (module for module in model.modules() if isinstance(module, QuantisedModule))
+    return next((module.config for module in heads), None)
 
 
 @torch.no_grad()
-def widened(model: SwitchTransformer) -> SwitchTransformer:
-    """An ordinary float32 model with the rounded weights of `model`, to train, change or export.
+def dequantise(model: SwitchTransformer) -> SwitchTransformer:
+    """An ordinary float32 model with the quantised weights of `model`, to train, change or export.
 
     In evaluation mode, and sharing memory with `model` where that is in float32.
     """
     with torch.device("meta"):
-        wide = SwitchTransformer(model.config)
+        plain = SwitchTransformer(model.config)
     before = dict(model.named_parameters())
-    for name, _ in list(wide.named_parameters()):
+    for name, _ in list(plain.named_parameters()):
         path, _, leaf = name.rpartition(".")
-        rounded = model.get_submodule(path)
-        value = before[name] if name in before else rounded.widened(leaf)  # type: ignore[operator]
-        setattr(wide.get_submodule(path), leaf, nn.Parameter(value.float()))
-    return wide.eval()
+        source: Any = model.get_submodule(path)
+        value = before[name] if name in before else source.dequantise(leaf)
+        plain.get_submodule(path).register_parameter(leaf, nn.Parameter(value.float()))
+    return plain.eval()
 
 
-class Rounded(nn.Module):
-    """Holds rounded weights as buffers: `name` and `name`_scale.
+class QuantisedModule(nn.Module):
+    """Holds quantised weights as buffers: `name`, the integers, and `name`_scale.
 
-    Of 4-bit weights that few rows were multiplied by there is a second copy, in the kernel's order.
+    4-bit weights that few rows were multiplied by have a second copy, in the kernel's order.
     """
 
-    def __init__(self, how: QuantiseConfig) -> None:
+    def __init__(self, config: QuantiseConfig) -> None:
         super().__init__()
-        self.how = how
-        self.ordered: dict[tuple[str, int | None], tuple[Tensor, Tensor]] = {}
+        self.config = config
         self.inputs: dict[str, int] = {}
-        """How many inputs the weights of each name have: packed ones do not tell."""
+        """Inputs of the weights of each name, which the bytes of 4-bit ones do not tell."""
+        self.ordered: dict[tuple[str, int | None], tuple[Tensor, Tensor]] = {}
+        self.ones: dict[str, Tensor] = {}
 
     def keep(self, name: str, weight: Float[Tensor, "*E O I"]) -> None:
-        whole, scale = self.how.rounded(weight.detach())
-        self.register_buffer(name, whole)
+        """Quantises `weight` into the buffers of that name."""
+        qweight, scale = self.config.quantise(weight.detach())
+        self.register_buffer(name, qweight)
         self.register_buffer(f"{name}_scale", scale)
         self.inputs[name] = weight.shape[-1]
+        self.ones[name] = ones_for(weight.shape[-2])
 
     def parts(self, name: str) -> tuple[Tensor, Tensor]:
-        """Whole numbers and scales. Looked up directly: a decoded token has some fifty products."""
+        """(qweight, scale). Looked up directly: a decoded token has some fifty products."""
         return self._buffers[name], self._buffers[f"{name}_scale"]  # type: ignore[return-value]
 
-    def widened(self, name: str) -> Float[Tensor, "*E O I"]:
-        """The weights, in float32, as the module in this one's place had them."""
-        return self.how.widened(*self.parts(name), self.inputs[name])
+    def dequantise(self, name: str) -> Float[Tensor, "*E O I"]:
+        """The weights in float32, as the module in whose place this one is had them."""
+        return self.config.dequantise(*self.parts(name), self.inputs[name])
 
-    def times(
+    def multiply(
         self, x: Float[Tensor, "N I"], name: str, expert: int | None = None
     ) -> Float[Tensor, "N O"]:
         """x times the transposed weights, of one expert of a stack, in the dtype of x."""
-        whole, scale = self.parts(name)
+        qweight, scale = self.parts(name)
         if expert is not None:
-            whole, scale = whole[expert], scale[expert]
-        how = self.how
-        few = how.bits == 4 and how.product == "packed" and 0 < len(x) <= FEW
-        if not (few and kernel_takes(whole, how.group, x.shape[1])):
-            return how.times(x, whole, scale)
+            qweight, scale = qweight[expert], scale[expert]
+        config = self.config
+        if config.bits == 8:
+            if config.product == "int8_kernel":
+                return int8_kernel(x, qweight, scale, self.ones[name])
+            return PRODUCTS[config.product](x, qweight, scale)
+        few = config.product == "int8_kernel" and 0 < len(x) <= MAX_ROWS
+        if not (few and int4_kernel_takes(qweight, config.group, x.shape[1])):
+            return x @ config.dequantise(qweight, scale, x.shape[-1]).to(x.dtype).T
         if (name, expert) not in self.ordered:
-            self.ordered[name, expert] = kernel_order(whole, scale)
-        return by_kernel(x, *self.ordered[name, expert], how.group)
+            self.ordered[name, expert] = int4_kernel_order(qweight, scale)
+        return int4_kernel(x, *self.ordered[name, expert], config.group)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "Rounded":
+    def _apply(self, fn: Any, recurse: bool = True) -> "QuantisedModule":
         self.ordered.clear()  # the weights may go to another device
         return super()._apply(fn, recurse)
 
@@ -189,95 +199,107 @@ class Rounded(nn.Module):
         super()._load_from_state_dict(*args)
 
 
-class QuantisedLinear(Rounded):
-    """A matrix without bias."""
+class QuantisedLinear(QuantisedModule):
+    """A matrix without bias, in place of a `Linear`."""
 
-    def __init__(self, weight: Float[Tensor, "O I"], how: QuantiseConfig) -> None:
-        super().__init__(how)
+    def __init__(self, weight: Float[Tensor, "O I"], config: QuantiseConfig) -> None:
+        super().__init__(config)
+        self.outputs = len(weight)
         self.keep("weight", weight)
+
+    @property
+    def opaque(self) -> bool:
+        """Whether a compiled step has to call it as it is: 4-bit weights are reordered at the first
+        product."""
+        return self.config.bits == 4
 
     def forward(self, x: Float[Tensor, "*b I"]) -> Float[Tensor, "*b O"]:
         """x times the transposed weight, in the dtype of x. No gradients."""
-        flat = self.times(x.reshape(-1, x.shape[-1]), "weight")
-        return flat.view(*x.shape[:-1], flat.shape[-1])
+        return self.multiply(x.reshape(-1, x.shape[-1]), "weight").view(*x.shape[:-1], self.outputs)
 
 
-class QuantisedEmbedding(Rounded):
+class QuantisedEmbedding(Embedding):
     """A table of vectors in 8 bits, each vector with a scale of its own."""
 
-    def __init__(self, embedding: nn.Embedding, how: QuantiseConfig) -> None:
-        super().__init__(how)
+    weight_scale: Tensor
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        nn.Module.__init__(self)  # in place of what makes the float table
         self.dtype = embedding.weight.dtype
-        """Of the vectors that are looked up, and so of all that is computed."""
-        whole, scale = to_int8(embedding.weight.detach())
-        self.register_buffer("weight", whole)
+        """That of the vectors, and so of all that is computed."""
+        qweight, scale = to_int8(embedding.weight.detach())
+        self.register_buffer("weight", qweight)
         self.register_buffer("weight_scale", scale)
 
     def forward(self, ids: Int[Tensor, "..."]) -> Float[Tensor, "... D"]:
-        whole, scale = self.parts("weight")
-        return (whole[ids] * scale[ids][..., None]).to(self.dtype)
+        """The vectors of `ids`, dequantised."""
+        return (self.weight[ids] * self.weight_scale[ids][..., None]).to(self.dtype)
 
-    def widened(self, name: str) -> Float[Tensor, "V D"]:
-        whole, scale = self.parts(name)
-        return whole * scale[:, None]
+    def dequantise(self, _name: str) -> Float[Tensor, "V D"]:
+        """The table in float32."""
+        return self.weight * self.weight_scale[:, None]
 
 
-class TiedHead(nn.Module):
+class QuantisedTiedHead(Linear):
     """A head that multiplies by the vectors of the embedding, whose scales are its channels'."""
 
-    def __init__(self, embedding: QuantisedEmbedding, scale: float, how: QuantiseConfig) -> None:
-        super().__init__()
-        self.of = [embedding]  # in a list: its tensors are the embedding's, not the head's
+    def __init__(self, embedding: QuantisedEmbedding, scale: float, config: QuantiseConfig) -> None:
+        nn.Module.__init__(self)  # without a weight
+        self.table = [embedding]  # in a list: its tensors are the embedding's, not the head's
         self.scale = scale
-        self.product = PRODUCTS[how.product]
+        self.config = config
+        self.ones = ones_for(len(embedding.weight))
 
     def forward(self, x: Float[Tensor, "*b D"]) -> Float[Tensor, "*b V"]:
-        whole, scale = self.of[0].parts("weight")
-        y = self.product((x * self.scale).reshape(-1, x.shape[-1]), whole, scale)
+        """Scores of decoder states over the vocabulary."""
+        qweight, scale = self.table[0].weight, self.table[0].weight_scale
+        rows = (x * self.scale).reshape(-1, x.shape[-1])
+        if self.config.product == "int8_kernel":
+            y = int8_kernel(rows, qweight, scale, self.ones)
+        else:
+            y = PRODUCTS[self.config.product](rows, qweight, scale)
         return y.view(*x.shape[:-1], -1)
 
 
-class QuantisedExperts(Experts, Rounded):
+class QuantisedExperts(Experts, QuantisedModule):
     """Experts of which only those that have tokens are called.
 
     Their stacks are E F D and E O F: output channels before inputs, as in `QuantisedLinear`.
     """
 
-    def __init__(self, experts: Experts, how: QuantiseConfig) -> None:
-        Rounded.__init__(self, how)  # in place of what makes the float weights
+    def __init__(self, experts: Experts, config: QuantiseConfig) -> None:
+        QuantisedModule.__init__(self, config)  # in place of what makes the float weights
         self.activation = experts.activation
-        self.num_experts, self.width = experts.w_in.shape[0], experts.w_out.shape[2]
+        self.num_experts, self.d_out = experts.num_experts, experts.d_out
         for name, stack in list(experts.named_parameters()):
             self.keep(name, stack.mT)
 
-    def forward(self, inbox: ExpertInput) -> Float[Tensor, "N O"]:
-        """Each expert's answer to its tokens, in the same order."""
-        tokens = inbox.tokens
-        even = [len(tokens) // self.num_experts] * self.num_experts
-        counts = even if inbox.counts is None else list(inbox.counts)
+    def forward(self, inputs: ExpertInput) -> Float[Tensor, "N O"]:
+        """Each expert's outputs for its tokens, in the same order."""
+        tokens, counts = inputs
+        if counts is None:
+            counts = [len(tokens) // self.num_experts] * self.num_experts
         used = [expert for expert, count in enumerate(counts) if count]
-        if not used:
-            return tokens.new_zeros(0, self.width)
-        if len(used) == 1:
-            return self._one(used[0], tokens)
-        parts = tokens.split([counts[expert] for expert in used])
-        return torch.cat([self._one(e, x) for e, x in zip(used, parts, strict=True)])
+        parts = tokens.split([int(counts[expert]) for expert in used])
+        outputs = [self._run_one(e, x) for e, x in zip(used, parts, strict=True)]
+        return torch.cat([tokens.new_zeros(0, self.d_out), *outputs])
 
-    def widened(self, name: str) -> Float[Tensor, "E I O"]:
-        return Rounded.widened(self, name).mT.contiguous()
+    def dequantise(self, name: str) -> Float[Tensor, "E I O"]:
+        """A stack in float32, inputs first."""
+        return super().dequantise(name).mT.contiguous()
 
-    def _one(self, expert: int, x: Float[Tensor, "n I"]) -> Float[Tensor, "n O"]:
-        gate = self.times(x, "w_gate", expert) if "w_gate" in self.inputs else None
-        hidden = activate(self.times(x, "w_in", expert), gate, self.activation)
-        return self.times(hidden, "w_out", expert)
+    def _run_one(self, expert: int, x: Float[Tensor, "n I"]) -> Float[Tensor, "n O"]:
+        gate = self.multiply(x, "w_gate", expert) if "w_gate" in self.inputs else None
+        hidden = activate(self.multiply(x, "w_in", expert), gate, self.activation)
+        return self.multiply(hidden, "w_out", expert)
 
 
 class TensorBits(NamedTuple):
-    """A weight of a model and what it takes."""
+    """A weight of a model and its size."""
 
     name: str
     shape: tuple[int, ...]
-    """Of the weights, however they are packed. Experts' stacks as they are kept."""
+    """Of the weights, not of the bytes they are packed into. Experts' stacks as they are kept."""
     bits: int
     """Of each weight, its share of scales not counted."""
     bytes: int
@@ -285,20 +307,21 @@ class TensorBits(NamedTuple):
 
 
 def tensors_of(model: SwitchTransformer) -> list[TensorBits]:
-    """Every tensor of `model`, rounded or not, in the order of its modules."""
-    found: list[TensorBits] = []
+    """Every tensor of `model`, quantised or not, in the order of its modules."""
+    result: list[TensorBits] = []
     for path, module in model.named_modules():
         for name, weight in module.named_parameters(path, recurse=False):
             bits = 8 * weight.element_size()
-            found.append(TensorBits(name, tuple(weight.shape), bits, weight.nbytes))
-        if not isinstance(module, Rounded):
-            continue
-        for name, buffer in module.named_buffers(recurse=False):
-            if name.endswith("_scale"):
+            result.append(TensorBits(name, tuple(weight.shape), bits, weight.nbytes))
+        buffers = dict(module.named_buffers(recurse=False))
+        for name, qweight in buffers.items():
+            if (scale := buffers.get(f"{name}_scale")) is None:
                 continue
-            whole, scale = module.parts(name)
-            inputs = module.inputs.get(name, whole.shape[-1])
-            bits = 4 if whole.dtype == torch.uint8 else 8
-            shape = (*buffer.shape[:-1], inputs)
-            found.append(TensorBits(f"{path}.{name}", shape, bits, whole.nbytes + scale.nbytes))
-    return found
+            bits = 4 if qweight.dtype == torch.uint8 else 8
+            inputs = qweight.shape[-1]
+            if bits == 4 and isinstance(module, QuantisedModule):
+                inputs = module.inputs[name]
+            shape = (*qweight.shape[:-1], inputs)
+            size = qweight.nbytes + scale.nbytes
+            result.append(TensorBits(f"{path}.{name}", shape, bits, size))
+    return result

@@ -18,6 +18,7 @@ import torch
 
 from switchworks.batch import Batch
 from switchworks.checkpoint import is_model, load, open_model, weight_files, write_json
+from switchworks.compress import grouped
 from switchworks.config import CheckpointError, ConfigError
 from switchworks.data import (
     DataConfig,
@@ -33,7 +34,7 @@ from switchworks.distil import fraction_of_gain
 from switchworks.evaluate import DecodingConfig, held_out_losses, measure, questions_of
 from switchworks.generate import generate
 from switchworks.model import SwitchTransformer, active_parameters, flops_per_token, num_parameters
-from switchworks.quantise import grouped, quantise_config_of, tensors_of
+from switchworks.quantise import quantise_config_of, tensors_of
 from switchworks.report.compression_page import compression_page
 
 ROWS = 16

@@ -61,7 +61,7 @@ def gains(runs: Sequence[Run]) -> list[Tile]:
     base = baseline(runs)
     target = base.last("val/loss")
     first = None if target is None else when_reached(base, target)
-    found: list[Tile] = []
+    speedup_tiles: list[Tile] = []
     for run in runs:
         reached = None if run is base or target is None else when_reached(run, target)
         if first is None or reached is None:
@@ -69,11 +69,11 @@ def gains(runs: Sequence[Run]) -> list[Tile]:
         steps, ratio, time, time_ratio = _speedup(first, reached)
         step_note = f"{steps} instead of {first.step:,.0f} steps"
         time_note = f"{time} instead of {duration(first.seconds)}"
-        found += [
+        speedup_tiles += [
             (f"Speed-up in steps, {run.name}", ratio, step_note),
             (f"Speed-up in time, {run.name}", time_ratio, time_note),
         ]
-    return found
+    return speedup_tiles
 
 
 def _speedup(base: Reached | None, run: Reached | None) -> list[str]:

@@ -1,7 +1,7 @@
 """Reading run directories, and the figures that follow from them.
 
-A run that was killed and resumed notes some steps twice, and its last line may be torn. What a
-later line says wins; a line that cannot be read is skipped, counted and told to the reader.
+A run that was killed and resumed has some steps twice, and its last line may be torn. The later
+line wins; a line that cannot be read is skipped and counted, and the page says so.
 """
 
 import json
@@ -35,7 +35,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a run directory says, with every step noted once and in order."""
+    """The contents of a run directory, with every step once and in order."""
 
     path: Path
     name: str
@@ -43,7 +43,7 @@ class Run:
     """experiment.toml, flattened: dotted name -> value."""
     about: dict[str, Any] = field(default_factory=dict)
     best: dict[str, Any] = field(default_factory=dict)
-    """best.json: which step's weights became the model, and by what. Empty: the last one's."""
+    """best.json: the step whose weights became the model, and its metric. Empty: the last step."""
     rows: tuple[dict[str, Any], ...] = ()
     samples: tuple[Sample, ...] = ()
     """Newest first."""
@@ -105,9 +105,9 @@ def read_run(path: Path) -> Run:
     Raises DataError if `path` is no run directory, that is, holds no metrics.jsonl.
     """
     if not (path / "metrics.jsonl").is_file():
-        what = "has no metrics.jsonl" if path.is_dir() else "is no directory"
+        reason = "has no metrics.jsonl" if path.is_dir() else "is no directory"
         raise DataError(
-            f"{path} is not a run directory: it {what}.\n"
+            f"{path} is not a run directory: it {reason}.\n"
             "  A run directory holds metrics.jsonl, experiment.toml, about.json, samples.jsonl;\n"
             "  `switchworks train RECIPE --run-dir D` makes one."
         )
@@ -145,7 +145,7 @@ class Reached:
 def when_reached(run: Run, loss: float, key: str = "val/loss") -> Reached | None:
     """When `run`'s validation loss, `key`, first was `loss` or less; None if it never was.
 
-    Between the two validations on either side of `loss`, time runs in a straight line.
+    Interpolated linearly between the two validations on either side of `loss`.
     """
     steps, losses = run.series(key)
     step = crossing(steps, losses, loss)
@@ -167,7 +167,7 @@ def _table(lines: Sequence[tuple[int, list[float]]]) -> tuple[np.ndarray, np.nda
 
 
 def crossing(x: np.ndarray, losses: np.ndarray, target: float) -> float | None:
-    """Where `losses` first is `target` or less, along straight lines; None if it never is."""
+    """The x at which `losses`, interpolated linearly, first is `target` or less; None if never."""
     below = np.flatnonzero(losses <= target)
     if not len(below):
         return None
@@ -193,19 +193,18 @@ def _rows(path: Path, notes: list[str]) -> tuple[dict[str, Any], ...]:
 def _samples(path: Path, notes: list[str]) -> tuple[Sample, ...]:
     if not path.exists():
         return ()
-    found: dict[tuple[int, str], Sample] = {}
+    samples: dict[tuple[int, str], Sample] = {}
     for line in _lines(path, notes):
         texts = {key: str(line.get(key, "")) for key in ("inputs", "truth", "prediction")}
-        found[line["step"], texts["inputs"]] = Sample(step=line["step"], **texts)
-    return tuple(sorted(found.values(), key=lambda sample: -sample.step))
+        samples[line["step"], texts["inputs"]] = Sample(step=line["step"], **texts)
+    return tuple(sorted(samples.values(), key=lambda sample: -sample.step))
 
 
 def _lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
     """The lines of `path` that are JSON objects with a step; the others are counted in `notes`."""
     skipped = 0
-    for text in path.read_text(encoding="utf-8", errors="replace").split(
-        "\n"
-    ):  # not splitlines: text may hold U+2028
+    content = path.read_text(encoding="utf-8", errors="replace")
+    for text in content.split("\n"):  # not splitlines: text may hold U+2028
         try:
             line = json.loads(text)
         except json.JSONDecodeError:

@@ -289,7 +289,7 @@ def _describe(
         "torch": torch.__version__,
         "version": version("switchworks"),
         "command": shlex.join([_program(), *sys.argv[1:]]),
-        "launch": launch.name(),
+        "launch": launch.run_id(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "vocabulary": dataset.tokenizer.vocab_size,
         "train_tokens": dataset.train_tokens,

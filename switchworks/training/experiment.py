@@ -198,12 +198,10 @@ class Experiment:
             "compile": (
                 "a step must be one graph of known shapes",
                 {
-                    "kernels = 'fast'": self.kernels == "fast",
-                    "activation_checkpointing": self.activation_checkpointing,
                     "routing without a limit": routing is not None
                     and None in (routing.capacity(tokens, training=True) for tokens in sparse),
-                    "routing.strategy = 'expert_choice'": routing is not None
-                    and routing.strategy == "expert_choice",
+                    f"routing.strategy = {routing and routing.strategy!r}": routing is not None
+                    and routing.rule.experts_choose,
                     f"a mesh of {mesh.size} ranks": mesh.size > 1,
                 },
             ),

@@ -62,7 +62,7 @@ def train(
     if experiment.threads:
         torch.set_num_threads(experiment.threads)
     run_dir = Path(run_dir or Path("runs") / experiment.name)
-    resume = resume or (launch.attempt() > 0 and launched_by(run_dir) == launch.name())
+    resume = resume or (launch.attempt() > 0 and launched_by(run_dir) == launch.run_id())
     experiment = resolve_tokenizer(experiment, init)
     with ranks_of(experiment.mesh, launch.world()) as ranks, _silent_unless(ranks.is_main):
         check_mesh(experiment)

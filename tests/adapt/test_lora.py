@@ -16,7 +16,7 @@ from switchworks.batch import Batch
 from switchworks.cli.main import main
 from switchworks.config import CheckpointError, ConfigError
 from switchworks.model import RoutingConfig, SwitchTransformer
-from switchworks.model.experts import ExpertInput
+from switchworks.model.experts import ExpertInput, Experts, ExpertWeights
 from switchworks.plan.explain import explain_experiment
 from switchworks.recipes.tiny import tiny
 from switchworks.training import Interrupted, train
@@ -70,7 +70,12 @@ def test_each_expert_has_a_pair_of_its_own(gated, counts):
     assert experts.lora["w_out"].a.shape == (4, 64, 2)
     x = torch.randn(8, 32, dtype=torch.float64)
     sizes = [2] * 4 if counts is None else list(counts)
-    slow = torch.cat([experts.one(e, part) for e, part in enumerate(x.split(sizes))])
+    pairs = experts.weights
+    merged = ExpertWeights(*(p and p.weight + p.scale * p.a @ p.b for p in pairs))
+    plain = Experts(4, 32, 64, gated=gated, activation="gelu")
+    slow = torch.cat(
+        [plain.feed_forward(part, merged.of(e)) for e, part in enumerate(x.split(sizes))]
+    )
     torch.testing.assert_close(experts(ExpertInput(x, counts)), slow)
 
 

@@ -11,7 +11,8 @@ import torch
 import switchworks
 from switchworks.batch import Batch
 from switchworks.cli.main import main
-from switchworks.compress.fewer_experts import dense_equivalent, merge_experts, prune_experts
+from switchworks.compress.merge import dense_equivalent, merge_experts
+from switchworks.compress.prune import prune_experts
 from switchworks.compress.reduce import as_text, text_to_count
 from switchworks.compress.usage import measure_usage, watch_routers
 from switchworks.config import ConfigError, DataError

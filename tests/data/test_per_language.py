@@ -268,7 +268,7 @@ def test_realised_rates_of_107_tasks_of_very_different_size_follow_the_formula()
         np.add.at(seen, (inputs.max(dim=1).values // 10_000_000 - 1).numpy(), 1)
     assert np.abs(seen - formula * seen.sum()).max() < 1 + 107 * formula.max()
     many = 5 * BLOCK_ROWS + 12_345
-    realised = mixture.turns.before(many) / many
+    realised = mixture.schedule.counts_before(many) / many
     np.testing.assert_allclose(realised, formula, atol=2 / BLOCK_ROWS, rtol=2e-3)
     assert realised.max() / realised.min() == pytest.approx(1_000**0.3, rel=0.02)
 

@@ -156,7 +156,7 @@ def test_bad_lines_are_counted_once_however_many_shards_read_them(tmp_path, cach
         report = Report()
         read(path, shard=shard, num_shards=3, report=report, cache=cache)
         total.merge(report)
-    assert (total.documents, total.num_bad_lines) == (10, 1)
+    assert total.num_bad_lines == 1
 
 
 def test_only_bad_lines_is_an_error_that_lists_the_keys(tmp_path, cache):

@@ -591,7 +591,7 @@ def test_what_two_groups_have_is_there_once(tmp_path):
     assert len(names) == len(set(names))
     (tmp_path / "own.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ConfigError, match="names 'dpr' twice"):
-        find_tasks(["glue", f"dpr={tmp_path / 'own.csv'}"])
+        find_tasks(["super_glue", f"dpr={tmp_path / 'own.csv'}"])
 
 
 def test_an_example_has_its_target_as_answer_unless_it_names_others():

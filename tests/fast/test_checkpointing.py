@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from switchworks.fast.apply import use_fast_kernels
 from switchworks.fast.checkpointing import checkpoint_blocks
+from switchworks.fast.kernels import use_fast_kernels
 from switchworks.model import ModelConfig, Output, RoutingConfig, SwitchTransformer
 from switchworks.model.dispatch import DISPATCHERS
-from switchworks.model.routing import Routes
+from switchworks.model.strategies import Routes
 
 ROUTING = RoutingConfig(experts=4, group_sequences=2, jitter=0.1)
 CONFIG = ModelConfig(

@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as torch_flex
 
 from switchworks.fast import flex
-from switchworks.fast.apply import use_fast_kernels
 from switchworks.fast.attention import spread_diagonals
 from switchworks.fast.flex import attend_fused
+from switchworks.fast.kernels import use_fast_kernels
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
 from switchworks.model.attention import FactoredBias, attend, mask_to_bias
 from switchworks.model.layers import SharedDropout
@@ -31,7 +31,7 @@ def calls(monkeypatch) -> list[tuple[int, ...]]:
 
     def plain(q: Tensor, *rest: Tensor | None) -> Tensor:
         seen.append(tuple(q.shape))
-        return flex.answer(q, *rest)  # type: ignore[arg-type]
+        return flex.flex(q, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(flex, "_compiled", lambda: plain)
     return seen
@@ -46,14 +46,14 @@ def wide(**shapes) -> list[Tensor]:
 def test_fused_attention_is_attention(mask, biased, calls):
     q, k, v = wide()
     distances = torch.randn(2, 5 + 7 - 1, requires_grad=True)
-    hidden = masks()[mask]
-    hidden = None if hidden is None else hidden.float()
+    mask = masks()[mask]
+    mask = None if mask is None else mask.float()
     inputs = [q, k, v, distances] if biased else [q, k, v]
     whole = spread_diagonals(distances, 7)[None] if biased else None
-    if hidden is not None:
-        whole = hidden if whole is None else whole + hidden
+    if mask is not None:
+        whole = mask if whole is None else whole + mask
     expected = attend(q, k, v, whole, NO_DROPOUT)
-    y = attend_fused(q, k, v, FactoredBias(distances, hidden) if biased else hidden, NO_DROPOUT)
+    y = attend_fused(q, k, v, FactoredBias(distances, mask) if biased else mask, NO_DROPOUT)
     assert calls == [(3, 2, 5, 16)]
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(gradients(y, inputs), gradients(expected, inputs), strict=True):
@@ -73,9 +73,9 @@ def test_a_query_that_sees_nothing_has_no_gradient_where_no_loss_asks_about_it()
     q, k, v = wide()
     seen = torch.ones(3, 1, 5, 7, dtype=torch.bool)
     seen[1, :, 2:] = False
-    hidden = mask_to_bias(seen, torch.float32)
-    y = attend_fused(q, k, v, hidden, NO_DROPOUT)
-    expected = attend(q, k, v, hidden, NO_DROPOUT)
+    mask = mask_to_bias(seen, torch.float32)
+    y = attend_fused(q, k, v, mask, NO_DROPOUT)
+    expected = attend(q, k, v, mask, NO_DROPOUT)
     asked = seen[..., :1].float()
     for ours, theirs in zip(
         torch.autograd.grad((y * asked).square().sum(), [q, k, v]),

@@ -8,11 +8,10 @@ from switchworks.data.tokens.tokenizer import ByteTokenizer
 from switchworks.fast.skip_losses import skip_losses
 from switchworks.generate import Sampling, generate
 from switchworks.generate.beam import BeamSearch
-from switchworks.generate.decode import check_shape
 from switchworks.generate.fill_in import fill, parse_fills
-from switchworks.generate.sampling import choose
 from switchworks.generate.text import GenerationConfig, fill_texts
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
+from switchworks.model.decoding import check_inputs, choose
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +168,7 @@ def test_settings_that_cannot_work_are_refused(settings, message):
 )
 def test_inputs_that_are_no_texts_are_refused(inputs, message, model):
     with pytest.raises(ConfigError, match=message):
-        check_shape(model, inputs)
+        check_inputs(model, inputs, 4)
 
 
 @pytest.mark.parametrize("power", [float("nan"), 1e6, -11.0])

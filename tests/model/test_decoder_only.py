@@ -163,7 +163,7 @@ def test_the_gradient_reaches_every_parameter(config):
 
 
 def test_encoding_is_refused_with_what_to_call_instead():
-    with pytest.raises(ConfigError, match=r"has no encoder.\n  Use read_prompts"):
+    with pytest.raises(ConfigError, match=r"has no encoder.\n  Use prefill"):
         SwitchTransformer(DENSE).encode(text(1, 3))
 
 

@@ -8,7 +8,7 @@ import torch
 from switchworks.model.dispatch import DISPATCHERS, Dispatcher, EinsumDispatcher, sort_by_expert
 from switchworks.model.experts import Experts
 from switchworks.model.losses import balance_loss
-from switchworks.model.routing import Routes, route
+from switchworks.model.strategies import Routes, route
 
 D, F = 6, 10
 every_dispatcher = pytest.mark.parametrize("name", DISPATCHERS)
@@ -89,7 +89,7 @@ def test_the_einsum_gives_each_kept_token_its_experts_answer_times_the_gate(case
     y = layer.run(EinsumDispatcher())
     for place in torch.cartesian_prod(torch.arange(case.groups), torch.arange(case.tokens)):
         g, s = place.tolist()
-        answer = layer.experts.one(int(routes.expert[g, s]), layer.x[g, s][None])[0]
+        answer = layer.experts.run_one(int(routes.expert[g, s]), layer.x[g, s][None])[0]
         expected = answer * routes.gate[g, s] * routes.kept[g, s]
         torch.testing.assert_close(y[g, s], expected)
 

@@ -22,14 +22,14 @@ def new_experts(experts: int = 3, d_model: int = 5, d_ff: int = 7, **settings) -
 
 def one_by_one(experts: Experts, tokens: torch.Tensor, counts: list[int]) -> torch.Tensor:
     parts = tokens.split(counts)
-    return torch.cat([experts.one(number, part) for number, part in enumerate(parts)])
+    return torch.cat([experts.run_one(number, part) for number, part in enumerate(parts)])
 
 
 def test_an_expert_is_two_matrices_around_a_relu():
     """Fedus et al. 2021, section 2.1; no bias."""
     experts, x = new_experts(), torch.randn(4, 5, dtype=torch.float64)
     expected = torch.einsum("cf,fd->cd", (x @ experts.w_in[2]).clamp(min=0), experts.w_out[2])
-    torch.testing.assert_close(experts.one(2, x), expected)
+    torch.testing.assert_close(experts.run_one(2, x), expected)
 
 
 def test_a_gated_expert_multiplies_the_activated_gate_with_the_hidden_values():
@@ -40,7 +40,7 @@ def test_a_gated_expert_multiplies_the_activated_gate_with_the_hidden_values():
     gate = x @ experts.w_gate[1]
     gelu = 0.5 * gate * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3)))
     expected = (gelu * (x @ experts.w_in[1])) @ experts.w_out[1]
-    torch.testing.assert_close(experts.one(1, x), expected)
+    torch.testing.assert_close(experts.run_one(1, x), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)

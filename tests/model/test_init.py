@@ -105,7 +105,7 @@ STACK = "encoder.blocks.1.ffn.experts.w_in"
 
 
 def stack_of(*ranges: tuple[int, int]) -> torch.Tensor:
-    """The stack of experts in the encoder of CONFIG, or these (first, last + 1) of each dimension."""
+    """The stack of experts in CONFIG's encoder, or these (first, last + 1) of each dimension."""
     bounds = ranges or ((0, 6), (0, 64), (0, 96))
     shard = torch.empty([stop - start for start, stop in bounds])
     init.fill_shard(shard, STACK, CONFIG, 3, (6, 64, 96), [start for start, _ in bounds])

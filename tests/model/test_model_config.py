@@ -1,9 +1,17 @@
 """The settings of the model: what follows from them, and what is refused."""
 
+from dataclasses import replace
+
 import pytest
 
-from switchworks.config import ConfigError, from_dict
-from switchworks.model import ModelConfig, RoutingConfig, SwitchFFN
+from switchworks.config import ConfigError, from_dict, from_toml, to_toml
+from switchworks.model import (
+    ModelConfig,
+    RoutingConfig,
+    SwitchFFN,
+    SwitchTransformer,
+    num_parameters,
+)
 
 
 def test_what_is_not_set_is_as_the_paper_has_it():
@@ -59,11 +67,12 @@ def test_training_can_be_dropless_too():
 def test_the_last_block_of_every_run_is_sparse(every, sparse):
     """Fedus et al. 2021, table 9, "expert frequency"; 0-based 1, 3, 5, ... as in flaxformer."""
     config = ModelConfig(num_layers=6, routing=RoutingConfig(every=every))
-    assert [layer for layer in range(6) if config.is_sparse(layer)] == sparse
+    for decoder in (False, True):
+        assert [n for n in range(6) if config.is_sparse(n, decoder=decoder)] == sparse
 
 
 def test_a_model_without_routing_has_no_sparse_block():
-    assert not any(ModelConfig().is_sparse(layer) for layer in range(6))
+    assert not any(ModelConfig().is_sparse(layer, decoder=False) for layer in range(6))
 
 
 def test_the_decoder_is_as_deep_as_the_encoder_unless_told_otherwise():
@@ -131,3 +140,36 @@ def test_an_unknown_activation_is_refused_by_a_layer_of_its_own():
 def test_an_unknown_activation_in_an_experiment_file_is_refused():
     with pytest.raises(ConfigError, match="activation = 'silu' is not one of 'relu', 'gelu'"):
         from_dict(ModelConfig, {"activation": "silu"})
+
+
+def test_a_dense_encoder_beside_a_sparse_decoder_can_be_built():
+    routing = RoutingConfig(experts=2, encoder_blocks=(), decoder_blocks=(0, 2))
+    config = ModelConfig(vocab_size=40, d_model=8, d_ff=8, d_kv=4, num_heads=2, num_layers=3)
+    config = replace(config, routing=routing)
+    assert list(SwitchTransformer(config).switch_layers) == ["decoder.0", "decoder.2"]
+    assert num_parameters(config) == sum(p.numel() for p in SwitchTransformer(config).parameters())
+
+
+def test_transformers_own_default_layout_can_be_built():
+    """SwitchTransformersConfig(num_layers=12, num_sparse_encoder_layers=3): blocks 1, 5, 9."""
+    routing = RoutingConfig(encoder_blocks=(1, 5, 9), decoder_blocks=(1, 5, 9))
+    config = ModelConfig(num_layers=12, routing=routing)
+    assert config.sparse_blocks(decoder=False) == config.sparse_blocks(decoder=True) == (1, 5, 9)
+
+
+def test_a_block_beyond_the_stack_is_refused():
+    with pytest.raises(ConfigError, match=r"encoder_blocks has 3, and the encoder has 2 blocks"):
+        ModelConfig(num_layers=2, routing=RoutingConfig(encoder_blocks=(1, 3)))
+
+
+def test_the_blocks_of_a_layout_go_into_a_file_and_come_back(tmp_path):
+    routing = RoutingConfig(encoder_blocks=(), decoder_blocks=(1, 4))
+    (tmp_path / "c.toml").write_text(to_toml(routing), encoding="utf-8")
+    assert from_toml(RoutingConfig, tmp_path / "c.toml") == routing
+    (tmp_path / "c.toml").write_text(to_toml(RoutingConfig()), encoding="utf-8")
+    assert from_toml(RoutingConfig, tmp_path / "c.toml").encoder_blocks is None
+
+
+def test_a_strategy_that_is_not_listed_is_refused_with_those_that_are():
+    with pytest.raises(ConfigError, match=r"strategy = 'mine' is not known(?s:.*)top2"):
+        RoutingConfig(strategy="mine")

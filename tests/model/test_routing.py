@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from switchworks.model.config import RoutingConfig
-from switchworks.model.routing import Router, queue, route
+from switchworks.model.routing import Router
+from switchworks.model.strategies import queue, route
 
 
 def wanting(*experts: int, of: int = 3) -> torch.Tensor:

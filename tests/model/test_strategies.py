@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 
 from switchworks.config import ConfigError
 from switchworks.model import ModelConfig, RoutingConfig, SwitchFFN, SwitchTransformer
-from switchworks.model.config import NON_CAUSAL
 from switchworks.model.dispatch import DISPATCHERS, EinsumDispatcher
-from switchworks.model.routing import STRATEGIES, Router, Routes, RoutingLimits
+from switchworks.model.routing import Router
 from switchworks.model.sizes import flops_per_sequence, num_parameters
+from switchworks.model.strategies import STRATEGIES, Routes, RoutingLimits
 
 D = 8
-IN_DECODERS = [name for name in STRATEGIES if name not in NON_CAUSAL]
+NON_CAUSAL = [name for name, each in STRATEGIES.items() if each.looks_ahead]
+IN_DECODERS = [name for name, each in STRATEGIES.items() if not each.looks_ahead]
 every_strategy = pytest.mark.parametrize("name", STRATEGIES)
 
 
@@ -27,7 +28,7 @@ def probabilities(*rows: list[float]) -> torch.Tensor:
 def plan(name: str, probs: torch.Tensor, capacity: int | None, real=None, **rules: Any) -> Routes:
     """What strategy `name` makes of `probs`, each token wanting the likeliest expert."""
     real = torch.ones(probs.shape[:2], dtype=torch.bool) if real is None else real
-    return STRATEGIES[name](probs, probs.argmax(-1), real, RoutingLimits(capacity, **rules))
+    return STRATEGIES[name].plan(probs, probs.argmax(-1), real, RoutingLimits(capacity, **rules))
 
 
 def assignments(routes: Routes) -> list[set[tuple[int, int]]]:
@@ -239,7 +240,7 @@ def test_each_token_gets_the_gated_sum_of_its_experts_answers(name):
     token = torch.arange(9).expand(2, -1) if routes.token is None else routes.token
     for g, a in routes.kept.nonzero().tolist():
         t, e = int(token[g, a]), int(routes.expert[g, a])
-        expected[g, t] += routes.gate[g, a] * layer.experts.one(e, x[g, t][None])[0]
+        expected[g, t] += routes.gate[g, a] * layer.experts.run_one(e, x[g, t][None])[0]
     torch.testing.assert_close(y, expected)
 
 

@@ -28,7 +28,7 @@ def by_hand(layer: SwitchFFN, x: torch.Tensor) -> torch.Tensor:
     outputs = []
     for token, p in zip(x.flatten(0, 1), probs.flatten(0, 1), strict=True):
         expert = int(p.argmax())
-        outputs.append(p[expert] * layer.experts.one(expert, token[None])[0])
+        outputs.append(p[expert] * layer.experts.run_one(expert, token[None])[0])
     return torch.stack(outputs).view_as(x)
 
 

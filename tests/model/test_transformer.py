@@ -166,9 +166,9 @@ def test_a_token_is_decoded_without_another_look_at_the_table_of_biases():
     """What it depends on, the distance, is the same from any position: one look for all."""
     model = evaluated(SPARSE)
     cache = model.init_cache(model.encode(tokens(2, 5)), max_length=6)
-    del model.decoder.relative_bias
+    torch.nn.init.constant_(model.decoder.relative_bias.weight, torch.nan)
     for token in shift_right(tokens(2, 6), None).split(1, dim=1):
-        model.decode_step(token, cache)
+        assert model.decode_step(token, cache).isfinite().all()
 
 
 @every_kind
@@ -222,7 +222,9 @@ def test_a_block_hands_on_a_dropped_token_as_it_came():
     crowd(model)
     block, x = model.encoder.blocks[1], torch.randn(1, 6, 16)
     torch.nn.init.zeros_(block.self_attention.o.weight)
-    y, _ = block(x, model.encoder.relative_bias(6, 6), segments=None)
+    y, _ = model.encoder.call_block(
+        block, x, model.encoder.relative_bias(6, 6), model.encoder.relative_bias, segments=None
+    )
     assert (y[:, :2] != x[:, :2]).any(-1).all()  # int(6 * 1.0 / 3) slots
     assert torch.equal(y[:, 2:], x[:, 2:])
 
@@ -405,7 +407,7 @@ def test_a_row_of_padding_gives_finite_logits_and_no_loss_of_its_own():
 def test_inputs_and_targets_of_different_batch_sizes_are_refused():
     """The message counts both; the annotations alone would not name them to a user."""
     with pytest.raises(ConfigError, match="3 rows of inputs but 2 rows of targets"):
-        _check(tokens(3, 6), tokens(2, 5), None, None, alone=False)
+        _check(tokens(3, 6), tokens(2, 5), None, None, decoder_only=False)
 
 
 def test_segment_ids_on_one_side_only_are_refused():

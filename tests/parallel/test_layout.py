@@ -7,45 +7,53 @@ import pytest
 from switchworks.config import ConfigError
 from switchworks.model import ModelConfig, RoutingConfig
 from switchworks.parallel import MeshConfig
-from switchworks.parallel.layout import Place, check_fit, place, places
+from switchworks.parallel.layout import WeightLayout, check_fit, weight_layout, weight_layouts
 
 SPARSE = ModelConfig(d_model=16, d_ff=32, num_heads=4, routing=RoutingConfig(experts=4))
 
 
 def test_experts_are_split_over_all_three_axes_in_three_dimensions():
     mesh = MeshConfig(data=2, expert=4, model=2)
-    assert place("E D F", (8, 16, 32), mesh) == Place(expert=0, model=2, data=1, stacked=True)
-    assert place("E F D", (8, 32, 16), mesh) == Place(expert=0, model=1, data=2, stacked=True)
+    assert weight_layout("E D F", (8, 16, 32), mesh) == WeightLayout(
+        expert=0, model=2, data=1, stacked=True
+    )
+    assert weight_layout("E F D", (8, 32, 16), mesh) == WeightLayout(
+        expert=0, model=1, data=2, stacked=True
+    )
 
 
 def test_dense_weights_are_split_over_the_width_and_over_data_and_expert_ranks_together():
     mesh = MeshConfig(data=2, expert=4, model=2)
-    assert place("H D", (32, 16), mesh) == Place(None, model=0, data=1, stacked=False)
-    assert place("D", (16,), mesh) == Place(None, None, data=0, stacked=False)
-    assert place("D", (12,), mesh).data is None  # 8 ranks do not divide it
+    assert weight_layout("H D", (32, 16), mesh) == WeightLayout(
+        None, model=0, data=1, stacked=False
+    )
+    assert weight_layout("D", (16,), mesh) == WeightLayout(None, None, data=0, stacked=False)
+    assert weight_layout("D", (12,), mesh).data is None  # 8 ranks do not divide it
 
 
 def test_a_router_is_whole_on_the_model_axis_and_its_bias_everywhere():
     mesh = MeshConfig(data=2, expert=2, model=2)
-    assert place("E D", (4, 16), mesh) == Place(None, None, data=0, stacked=False)
-    assert place("E", (4,), mesh) == Place(None, None, None, stacked=False)
+    assert weight_layout("E D", (4, 16), mesh) == WeightLayout(None, None, data=0, stacked=False)
+    assert weight_layout("E", (4,), mesh) == WeightLayout(None, None, None, stacked=False)
 
 
 def test_a_vocabulary_that_does_not_divide_is_scored_whole():
-    assert place("V D", (65, 16), MeshConfig(model=2)).model is None
-    assert place("V D", (64, 16), MeshConfig(model=2)).model == 0
+    assert weight_layout("V D", (65, 16), MeshConfig(model=2)).model is None
+    assert weight_layout("V D", (64, 16), MeshConfig(model=2)).model == 0
 
 
 def test_a_layer_s_experts_are_split_over_data_all_alike():
     letters = {"x.w_in": "E D F", "x.w_out": "E F O", "y.w_in": "E D F"}
     shapes = {"x.w_in": (2, 6, 5), "x.w_out": (2, 5, 5), "y.w_in": (2, 6, 5)}
-    found = places(letters, shapes, MeshConfig(data=2, expert=2))
+    found = weight_layouts(letters, shapes, MeshConfig(data=2, expert=2))
     assert [at.data for at in found.values()] == [None, None, 1]
 
 
 def test_nothing_is_split_over_data_where_ranks_keep_weights_whole():
     mesh = MeshConfig(data=2, model=2, shard=False)
-    assert place("F D", (32, 16), mesh) == Place(None, model=0, data=None, stacked=False)
+    assert weight_layout("F D", (32, 16), mesh) == WeightLayout(
+        None, model=0, data=None, stacked=False
+    )
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,8 @@ IN_PARTS = MeshConfig(expert=2, overlap=3)
 LEAN = (("activation_checkpointing", True), ("kernels", "fast"))
 """Less memory: blocks computed twice, with the routing of the first time."""
 
+EXPERTS_CHOOSE = (("routing.strategy", "expert_choice"), ("routing.decoder_strategy", "switch"))
+
 ON_TWO = [
     *(Case(mesh) for mesh in TWO),
     *(Case(mesh, capacity_factor=None) for mesh in TWO[1:]),
@@ -44,6 +46,7 @@ ON_TWO = [
     Case(TWO[2], optimizer="adamw", more=OTHER_WORDS),
     Case(TWO[0], more=(*LEAN, ("micro_batches", 2))),
     *(Case(mesh, more=LEAN) for mesh in TWO[1:]),
+    *(Case(mesh, more=EXPERTS_CHOOSE) for mesh in TWO),
 ]
 ON_FOUR = [
     *(Case(mesh, capacity, precision) for mesh in FOUR for capacity in (1.0, None)

@@ -21,13 +21,11 @@ from switchworks.training.export import export
 from switchworks.training.step import train_step
 
 
-def sitting(
+def train_until(
     rank: int, case: Case, folder: Path, until: int, background: bool = False
 ) -> list[float]:
-    """Go on from the newest checkpoint in `folder` to step `until`, save, and tell the losses.
-
-    In the background it saves after every step, and trains on meanwhile.
-    """
+    """Resume from the newest checkpoint in `folder`, train to step `until`, save, and return the
+    losses. In the background it saves after every step."""
     state, losses = state_of(case), []
     checkpoints = Checkpoints(folder, keep=0, background=background)
     newest = checkpoints.latest()
@@ -57,22 +55,22 @@ def test_a_run_saved_on_four_ranks_goes_on_on_two_on_one_and_on_four(tmp_path):
     for until, mesh in zip((3, 5, 7, STEPS), meshes, strict=True):
         part = replace(case, mesh=mesh)
         if mesh.size == 1:
-            losses += sitting(0, part, folder, until)
+            losses += train_until(0, part, folder, until)
         else:
-            losses += spawn(mesh.size, sitting, tmp_path, part, folder, until)[0]
+            losses += spawn(mesh.size, train_until, tmp_path, part, folder, until)[0]
     assert losses == pytest.approx(uninterrupted["loss"], rel=1e-10)
 
 
-def two_sittings(rank: int, folder: Path) -> list[float]:
-    first = sitting(rank, Case(MeshConfig(expert=2)), folder, 2, background=True)
-    return first + sitting(rank, Case(MeshConfig(model=2)), folder, 4)
+def train_twice(rank: int, folder: Path) -> list[float]:
+    first = train_until(rank, Case(MeshConfig(expert=2)), folder, 2, background=True)
+    return first + train_until(rank, Case(MeshConfig(model=2)), folder, 4)
 
 
 def test_a_checkpoint_of_one_mesh_is_read_on_another_and_on_one_process(tmp_path):
     folder = tmp_path / "checkpoints"
-    losses = spawn(2, two_sittings, tmp_path, folder)[0]
+    losses = spawn(2, train_twice, tmp_path, folder)[0]
     assert digests_of(again(folder, 4, tmp_path / "again")) == digests_of(folder / "step_00000004")
-    losses += sitting(0, Case(), folder, 6)
+    losses += train_until(0, Case(), folder, 6)
     assert losses == pytest.approx(run_case(Case(), 6)["loss"], rel=1e-10)
 
 
@@ -164,7 +162,9 @@ def test_weak_scaling_is_measured_on_one_process_and_on_two():
     script = Path(__file__).parents[2] / "experiments" / "weak_scaling.py"
     command = [sys.executable, str(script), "tiny", "--rows", "2", "--steps", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
-    heading, *rows = (line.replace(", apart", "*").split() for line in done.stdout.splitlines())
+    heading, *rows = (
+        line.replace(", independent", "*").split() for line in done.stdout.splitlines()
+    )
     assert heading == ["processes", "s/step", "efficiency", "communicating"]
     assert [row[0] for row in rows] == ["1", "2*", "2"]
     assert rows[0][2:] == ["100.0%", "0.0%"]

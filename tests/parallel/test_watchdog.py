@@ -6,7 +6,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from switchworks.parallel import torchrun as launch
+from switchworks.parallel import torchrun
 from switchworks.parallel.watchdog import RankStatus, Watchdog, diagnose
 
 
@@ -71,37 +71,37 @@ def test_of_many_waiting_ranks_eight_are_named():
 
 @pytest.fixture
 def agent(monkeypatch):
-    """The store of torchrun's agent, and what it tells its workers."""
+    """The store of torchrun's agent, and the environment it gives its workers."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    told = {
+    environment = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "WORLD_SIZE": "2",
     }
-    for name, value in told.items():
+    for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    launch._board.cache_clear()
+    torchrun._shared_store.cache_clear()
     yield store
-    launch._board.cache_clear()
+    torchrun._shared_store.cache_clear()
 
 
 def test_what_all_ranks_find_wrong_is_said_by_the_first_to_find_it(agent):
-    assert launch.first_to_say("lr = -1 must be positive")
-    assert not launch.first_to_say("lr = -1 must be positive")
-    assert launch.first_to_say("texts/ is empty")
+    assert torchrun.first_to_say("lr = -1 must be positive")
+    assert not torchrun.first_to_say("lr = -1 must be positive")
+    assert torchrun.first_to_say("texts/ is empty")
 
 
 def test_without_torchrun_everything_is_said(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    launch._board.cache_clear()
-    assert launch.first_to_say("lr = -1")
-    assert launch.first_to_say("lr = -1")
+    torchrun._shared_store.cache_clear()
+    assert torchrun.first_to_say("lr = -1")
+    assert torchrun.first_to_say("lr = -1")
 
 
 def test_a_lost_rank_is_told_from_other_errors():
     gloo = "[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:34"
-    assert launch.is_lost_contact(RuntimeError(gloo))
-    assert not launch.is_lost_contact(RuntimeError("shape mismatch"))
-    assert not launch.is_lost_contact(ValueError(gloo))
+    assert torchrun.is_lost_contact(RuntimeError(gloo))
+    assert not torchrun.is_lost_contact(RuntimeError("shape mismatch"))
+    assert not torchrun.is_lost_contact(ValueError(gloo))

@@ -9,6 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Shard
 
 from switchworks.cli.explain import ExplainFlags
 from switchworks.cli.main import main
@@ -20,12 +23,11 @@ from switchworks.parallel.layout import check_fit
 from switchworks.plan.fake import fake_ranks
 from switchworks.plan.machines import MACHINES, Machine, estimate, find_machine
 from switchworks.plan.picture import cells, draw_mesh, grid_shape
-from switchworks.plan.search import outline, workable
-from switchworks.plan.simulate import _trace as traced
-from switchworks.plan.simulate import simulate
-from switchworks.plan.trace import Traffic, Work
-from switchworks.plan.verdict import make_plan
-from switchworks.plan.weights import layout_table, weights_of
+from switchworks.plan.search import possible_meshes, search
+from switchworks.plan.simulate import simulate, simulate_with_depth, trace_step
+from switchworks.plan.summary import make_plan
+from switchworks.plan.trace import Operation, Traffic
+from switchworks.plan.weights import layout_table, shards_of_rank
 from switchworks.recipes import find_recipe
 from switchworks.recipes.tiny import tiny
 
@@ -50,8 +52,8 @@ def small(**mesh: int):
 
 
 def test_an_operation_takes_as_long_as_its_products_or_its_memory():
-    work = Counter({Work(flops=200, moved=10): 2, Work(flops=0, moved=30): 1})
-    assert estimate(MACHINE, work, []).computing == 2 * 200 / 50 + 30 / 10
+    work = Counter({Operation(flops=200, bytes=10): 2, Operation(flops=0, bytes=30): 1})
+    assert estimate(MACHINE, work, []).compute == 2 * 200 / 50 + 30 / 10
 
 
 @pytest.mark.parametrize(
@@ -64,14 +66,14 @@ def test_an_operation_takes_as_long_as_its_products_or_its_memory():
 )
 def test_a_collective_takes_what_it_sends_over_its_link_and_a_latency(collective, far, seconds):
     traffic = Traffic(collective, "data", 4, far, calls=2, bytes=32)
-    assert estimate(MACHINE, {}, [traffic]).travelling == pytest.approx(seconds)
+    assert estimate(MACHINE, {}, [traffic]).communication == pytest.approx(seconds)
 
 
 def test_a_step_lies_between_all_overlapping_and_nothing_overlapping():
     cost = estimate(
-        MACHINE, Counter({Work(100, 0): 1}), [Traffic("all_gather", "data", 2, 1, 1, 80)]
+        MACHINE, Counter({Operation(100, 0): 1}), [Traffic("all_gather", "data", 2, 1, 1, 80)]
     )
-    assert (cost.computing, cost.travelling) == (2.0, 5.5)
+    assert (cost.compute, cost.communication) == (2.0, 5.5)
     assert (cost.overlapped, cost.step) == (5.5, 7.5)
 
 
@@ -86,11 +88,11 @@ def test_a_machine_of_ones_own_is_read_from_a_file_and_an_unknown_one_refused(tm
 
 def test_a_simulated_rank_has_the_bytes_of_the_layout_and_all_ranks_the_parameters():
     experiment = small(data=2, expert=2)
-    footprint, weights = simulate(experiment), weights_of(experiment)
+    footprint, weights = simulate(experiment), shards_of_rank(experiment)
     assert footprint.weights == footprint.gradients == sum(weight.bytes for weight in weights)
     assert footprint.weights * 4 == 4 * num_parameters(experiment.model)
     assert footprint.masters == 0
-    assert footprint.peak >= footprint.held + footprint.gradients
+    assert footprint.peak >= footprint.persistent + footprint.gradients
 
 
 def test_masters_of_bfloat16_weights_are_counted():
@@ -112,12 +114,29 @@ def test_all_to_all_moves_each_slot_there_and_back_forward_and_backward():
     assert found[0].bytes == 4 * (slots * groups * experts * width * 4)
 
 
+def test_a_fake_mesh_gets_no_process_groups_of_an_earlier_one():
+    """Both have pairs of neighbours on the model axis, so their meshes compare equal."""
+    for config in (MeshConfig(data=4, model=2), MeshConfig(data=2, expert=2, model=2)):
+        with fake_ranks(config) as ranks:
+            assert ranks.mesh is not None
+            shards = DTensor.from_local(torch.ones(2), ranks.mesh["model"], [Shard(0)])
+            group = (2 * shards).device_mesh.get_group()
+            assert dist.get_process_group_ranks(group) == [0, 1]
+
+
+@pytest.mark.slow
+def test_meshes_are_simulated_one_after_the_other():
+    experiment = replace(small(), batch_size=16)
+    candidates = search(experiment, 8, 16.0, MACHINES["tpuv3"])
+    assert len(candidates) == len(possible_meshes(experiment, 8))
+
+
 @pytest.mark.slow
 def test_many_micro_batches_are_two_and_three_continued():
     experiment = replace(small(expert=2), batch_size=20, micro_batches=5)
     continued = simulate(experiment)
     with fake_ranks(experiment.mesh) as ranks:
-        whole = traced(ranks, experiment)
+        whole = trace_step(ranks, experiment)
     assert (continued.flops, continued.moved) == (whole.flops, whole.moved)
     assert (continued.activations, continued.peak) == (whole.activations, whole.peak)
     assert continued.traffic == whole.traffic
@@ -143,23 +162,23 @@ def test_the_flops_of_a_step_are_three_times_the_forward_pass_of_the_closed_form
 
 
 @pytest.mark.slow
-def test_a_deep_model_is_outlined_from_a_shallow_one():
+def test_a_deep_model_is_extrapolated_from_a_shallow_one():
     experiment = small(expert=2)
     deep = replace(experiment, model=replace(experiment.model, num_layers=8))
-    outlined, whole = outline(deep), simulate(deep)
-    assert outlined.flops == whole.flops
-    assert outlined.weights == whole.weights
-    assert outlined.traffic == whole.traffic
-    assert outlined.peak == pytest.approx(whole.peak, rel=0.05)
+    shallow, whole = simulate_with_depth(deep), simulate(deep)
+    assert shallow.flops == whole.flops
+    assert shallow.weights == whole.weights
+    assert shallow.traffic == whole.traffic
+    assert shallow.peak == pytest.approx(whole.peak, rel=0.05)
 
 
 def test_meshes_that_the_batch_or_the_shape_forbid_are_not_among_the_workable_ones():
-    found = {some.mesh for some in workable(small(), 8)}
+    found = {some.mesh for some in possible_meshes(small(), 8)}
     assert MeshConfig(data=2, expert=2, model=2) in found
     assert all(mesh.batch <= 4 for mesh in found)  # eight rows are four groups
     assert all(mesh.expert <= 4 for mesh in found)
     with pytest.raises(ConfigError, match=r"(?s)No mesh of 7 ranks.*"):
-        workable(small(), 7)
+        possible_meshes(small(), 7)
 
 
 def test_a_mesh_that_does_not_fit_the_model_is_refused_with_one_that_does():
@@ -173,9 +192,9 @@ def test_a_step_that_does_not_fit_gets_a_mesh_that_does():
     alone = simulate(experiment).peak / 2**30
     plan = make_plan(experiment, MACHINES["a100"], memory=0.8 * alone)
     assert not plan.fits
-    assert plan.better is not None
-    assert plan.better.footprint.peak <= 0.8 * alone * 2**30
-    assert plan.better.flags in plan.text()
+    assert plan.proposal is not None
+    assert plan.proposal.footprint.peak <= 0.8 * alone * 2**30
+    assert plan.proposal.flags in plan.text()
 
 
 def test_explain_simulates_and_writes_what_the_contract_names(tmp_path, capsys):
@@ -203,7 +222,7 @@ def test_explain_takes_a_number_of_ranks_and_lists_the_best_meshes(tmp_path, cap
     seconds = [one["step_seconds"] for one in found]
     assert len(found) == 3
     assert seconds == sorted(seconds)
-    assert "nothing overlapping" in capsys.readouterr().out
+    assert "without overlap" in capsys.readouterr().out
 
 
 def test_the_layout_says_what_is_cut_into_how_many_parts():
@@ -226,9 +245,9 @@ def test_the_picture_gives_ranks_that_hold_the_same_the_same_colour(tmp_path):
 def test_the_paper_s_largest_model_is_laid_out_without_memory():
     experiment = replace(find_recipe("c4_switch_c")(), micro_batches=1, batch_size=65536)
     experiment = replace(experiment, mesh=MeshConfig(expert=2048))
-    weights = weights_of(experiment)
-    experts = [weight for weight in weights if weight.place.stacked]
-    assert sum(w.numbers for w in experts) == 30 * 2 * 2080 * 6144
+    weights = shards_of_rank(experiment)
+    experts = [weight for weight in weights if weight.layout.stacked]
+    assert sum(w.parameters for w in experts) == 30 * 2 * 2080 * 6144
     # 2048 ranks cannot share 32128 rows: each has the whole embedding and head.
     vocabulary = 2 * 32128 * 2080
     rest = sum(w.bytes for w in weights) - 2 * (30 * 2 * 2080 * 6144 + vocabulary)
@@ -236,14 +255,40 @@ def test_the_paper_s_largest_model_is_laid_out_without_memory():
 
 
 PAGE = (Path(__file__).parents[2] / "docs" / "scale.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^\$ switchworks explain (.*)$", PAGE.replace("\\\n", " "), re.MULTILINE)
+SMALL = {
+    r"\bc4_\w+": "tiny",
+    r"(--mesh\.(expert|model)) \d+": r"\1 2",
+    r"(--ranks|--devices) \d+": r"\1 2",
+    r"(--batch-size) \d+": r"\1 16",
+}
 
 
-@pytest.mark.parametrize(
-    "command", re.findall(r"^\$ switchworks explain (.*)$", PAGE.replace("\\\n", " "), re.MULTILINE)
-)
+def small_command(command: str) -> str:
+    """The command with a tiny model on a few ranks and all other flags as they are."""
+    for pattern, small in SMALL.items():
+        command = re.sub(pattern, small, command)
+    return command
+
+
+@pytest.mark.parametrize("command", dict.fromkeys(map(small_command, COMMANDS)))
+def test_a_command_of_the_page_runs_with_a_small_model(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["explain", *command.split()]) == 0
+    assert "per rank" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_the_page_runs(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["explain", *command.split()]) == 0
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_of_the_page_names_a_mesh_that_can_work(command):
     experiment, flags = parse_experiment("explain", command.split(), ExplainFlags)
     ranks = flags.devices or flags.ranks or experiment.mesh.size
-    assert workable(experiment, ranks)
+    assert possible_meshes(experiment, ranks)
     check_fit(experiment.model, experiment.mesh)
     find_machine(flags.machine)

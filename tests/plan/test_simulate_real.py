@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from switchworks.optim.sharded_stats import local
 from switchworks.parallel import MeshConfig, Ranks, build_mesh
-from switchworks.plan.footprint import batch_like, measure_step
+from switchworks.plan.footprint import dummy_batch, measure_step
 from switchworks.plan.simulate import simulate
 from switchworks.training import Experiment
 from switchworks.training.state import build_state
@@ -60,7 +60,7 @@ def measured(rank: int, cases: list[Case]) -> list[dict]:
 def _measured(case: Case) -> dict:
     experiment = experiment_of(case)
     state = build_state(experiment, ranks=Ranks(build_mesh(case.mesh)))
-    batch = batch_like(experiment)
+    batch = dummy_batch(experiment)
     footprint = measure_step(state, batch)
     with profile(
         activities=[ProfilerActivity.CPU], profile_memory=True, record_shapes=True
@@ -118,7 +118,7 @@ def test_a_simulated_step_is_what_torch_s_own_records_say_of_a_real_one(case, on
     simulated, real = simulate(experiment_of(case)), on_four[case][0]
     assert simulated.weights == real["parameters"]
     assert simulated.optimizer == real["optimizer"]
-    assert simulated.peak - simulated.held == pytest.approx(real["peak"], rel=0.1)
+    assert simulated.peak - simulated.persistent == pytest.approx(real["peak"], rel=0.1)
     calls = Counter()
     for item in simulated.traffic:
         sums = "all_reduce" if item.collective == "reduce_scatter" else item.collective

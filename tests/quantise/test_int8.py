@@ -7,13 +7,13 @@ from torch import Tensor, nn
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
 from switchworks.model.experts import ExpertInput, Experts
 from switchworks.quantise.matmul import (
-    FEW,
+    MAX_ROWS,
     PRODUCTS,
     best_product,
-    dynamic,
-    packed,
+    dequantised,
+    int8_dynamic,
+    int8_kernel,
     to_int8,
-    unpacked,
 )
 from switchworks.quantise.modules import (
     QuantiseConfig,
@@ -39,27 +39,29 @@ each_product = pytest.mark.parametrize("product", PRODUCTS)
 
 def test_a_weight_is_off_by_half_a_step_of_its_channel_at_most():
     weight = torch.randn(6, 50) * torch.tensor([[1e-3], [1.0], [50.0], [1e-9], [3.0], [0.0]])
-    rounded, scale = to_int8(weight)
-    off = (weight - rounded * scale[:, None]).abs()
+    qweight, scale = to_int8(weight)
+    off = (weight - qweight * scale[:, None]).abs()
     assert (off <= scale[:, None] * 0.5001).all()
     assert torch.equal(scale[:5], weight.abs().amax(dim=1)[:5] / 127)
-    assert rounded[5].count_nonzero() == 0
+    assert qweight[5].count_nonzero() == 0
 
 
 def test_integers_are_multiplied_exactly():
     """At the ends of the range too, where 16 bits in between would overflow."""
     x, weight = torch.full((3, 300), 127.0), torch.full((5, 300), -127, dtype=torch.int8)
-    assert torch.equal(dynamic(x, weight, torch.ones(5)), torch.full((3, 5), -127.0 * 127 * 300))
+    assert torch.equal(
+        int8_dynamic(x, weight, torch.ones(5)), torch.full((3, 5), -127.0 * 127 * 300)
+    )
 
 
 @each_product
 def test_a_product_is_within_the_bound_of_its_rounding(product):
-    """|dw| <= s / 2 for every weight, and |dx| <= r / 2 for inputs where they are rounded too."""
+    """|dw| <= s / 2 for every weight, and |dx| <= r / 2 for inputs where they are qweight too."""
     torch.manual_seed(0)
     x, weight = torch.randn(7, 33), torch.randn(9, 33) * torch.logspace(-2, 2, 9)[:, None]
     y = QuantisedLinear(weight, QuantiseConfig(product=product))(x)
     s = weight.abs().amax(dim=1) / 254
-    r = x.abs().amax(dim=1, keepdim=True) / 254 if product == "dynamic" else torch.zeros(7, 1)
+    r = x.abs().amax(dim=1, keepdim=True) / 254 if product == "int8_dynamic" else torch.zeros(7, 1)
     bound = x.abs().sum(dim=1, keepdim=True) * s + r * weight.abs().sum(dim=1) + 33 * r * s
     off = (y - x @ weight.T).abs()
     assert (off <= bound * 1.0001).all()
@@ -67,29 +69,29 @@ def test_a_product_is_within_the_bound_of_its_rounding(product):
 
 
 @with_kernels
-@pytest.mark.parametrize("rows", [1, 3, FEW])
+@pytest.mark.parametrize("rows", [1, 3, MAX_ROWS])
 @pytest.mark.parametrize("outputs", [1, 33, 64])
 def test_few_rows_by_weights_as_they_are_are_off_by_what_bfloat16_rounds(rows, outputs):
     """|dx| <= |x| / 2^9 for every input and |dy| <= |y| / 2^9 for every answer, beside the product
-    with widened weights in float64. Channels of any size, and of zeros, have their own scale."""
+    with dequantised weights in float64. Channels of any size, and zeros, have a scale each."""
     torch.manual_seed(0)
     x, weight = torch.randn(rows, 96), torch.randn(outputs, 96)
     weight *= torch.logspace(-6, 3, outputs)[:, None]
     weight[outputs // 2] = 0.0
-    rounded, scale = to_int8(weight)
-    wide = rounded.double() * scale.double()[:, None]
+    qweight, scale = to_int8(weight)
+    wide = qweight.double() * scale.double()[:, None]
     exact = x.double() @ wide.T
     bound = (x.double().abs() @ wide.T.abs()) * 2**-9 + exact.abs() * 2**-9
-    y = packed(x, rounded, scale)
+    y = int8_kernel(x, qweight, scale)
     assert y.dtype == torch.float32
     assert ((y - exact).abs() <= bound * 1.01).all()
-    assert outputs == 1 or not torch.equal(y, unpacked(x, rounded, scale))
+    assert outputs == 1 or not torch.equal(y, dequantised(x, qweight, scale))
 
 
-@pytest.mark.parametrize(("rows", "inputs"), [(FEW + 1, 64), (3, 33), (0, 64)])
-def test_more_rows_and_odd_widths_are_multiplied_by_widened_weights(rows, inputs):
-    x, (rounded, scale) = torch.randn(rows, inputs), to_int8(torch.randn(5, inputs))
-    assert torch.equal(packed(x, rounded, scale), unpacked(x, rounded, scale))
+@pytest.mark.parametrize(("rows", "inputs"), [(MAX_ROWS + 1, 64), (3, 33), (0, 64)])
+def test_more_rows_and_odd_widths_are_multiplied_by_dequantised_weights(rows, inputs):
+    x, (qweight, scale) = torch.randn(rows, inputs), to_int8(torch.randn(5, inputs))
+    assert torch.equal(int8_kernel(x, qweight, scale), dequantised(x, qweight, scale))
 
 
 @each_product
@@ -128,7 +130,7 @@ def test_experts_in_8_bits_answer_nearly_as_before(product, gated, counts):
 def test_experts_without_tokens_are_not_called(monkeypatch):
     called: list[int] = []
     monkeypatch.setattr(
-        QuantisedExperts, "_one", lambda self, expert, x: called.append(expert) or x[:, :8]
+        QuantisedExperts, "_run_one", lambda self, expert, x: called.append(expert) or x[:, :8]
     )
     QuantisedExperts(new_experts(False), QuantiseConfig())(
         ExpertInput(torch.randn(3, 32), [0, 2, 0, 1])
@@ -197,7 +199,7 @@ def test_decoding_in_8_bits_goes_token_by_token_as_all_at_once(product):
 
 
 def test_the_default_is_what_the_processor_has_instructions_for():
-    assert best_product() == ("dynamic" if torch.cpu._is_vnni_supported() else "packed")
+    assert best_product() == ("int8_dynamic" if torch.cpu._is_vnni_supported() else "int8_kernel")
 
 
 def test_the_reference_experts_answer_the_same_with_and_without_gradients():

@@ -12,20 +12,20 @@ from torch import Tensor
 import switchworks
 from switchworks.checkpoint.model_files import stored_quantisation
 from switchworks.cli.main import main
+from switchworks.compress.quantise import quantise_directory
 from switchworks.config import CheckpointError, ConfigError
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
 from switchworks.model.experts import ExpertInput, Experts
 from switchworks.model.sizes import num_parameters
-from switchworks.quantise.convert import quantise_directory
-from switchworks.quantise.matmul import FEW, from_int4, to_int4
+from switchworks.quantise.matmul import MAX_ROWS, from_int4, to_int4
 from switchworks.quantise.modules import (
     QuantiseConfig,
     QuantisedExperts,
     QuantisedLinear,
+    dequantise,
     quantise,
     quantise_config_of,
     tensors_of,
-    widened,
 )
 
 CONFIG = ModelConfig(
@@ -105,40 +105,40 @@ def test_smaller_groups_are_closer():
     assert off == sorted(off)
 
 
-def test_a_product_with_4_bits_is_the_product_with_the_widened_weights():
+def test_a_product_with_4_bits_is_the_product_with_the_dequantise_weights():
     layer = QuantisedLinear(torch.randn(9, 33), QuantiseConfig(bits=4))
     x = torch.randn(7, 33)
-    torch.testing.assert_close(layer(x), x @ layer.widened("weight").T)
+    torch.testing.assert_close(layer(x), x @ layer.dequantise("weight").T)
     assert layer(x.bfloat16()).dtype == torch.bfloat16
 
 
 @with_kernels
 @pytest.mark.parametrize("group", [32, 64])
-@pytest.mark.parametrize("rows", [1, 3, FEW])
+@pytest.mark.parametrize("rows", [1, 3, MAX_ROWS])
 def test_few_rows_by_4_bits_as_they_are_are_off_by_what_bfloat16_rounds(rows, group):
     """Inputs, weights and answers lose 2^-9 of themselves each, beside a product in float64."""
     torch.manual_seed(0)
     x, weight = torch.randn(rows, 128), torch.randn(48, 128) * torch.logspace(-6, 3, 48)[:, None]
     weight[5] = 0.0
     layer = QuantisedLinear(weight, QuantiseConfig(bits=4, group=group))
-    wide = layer.widened("weight").double()
+    wide = layer.dequantise("weight").double()
     exact = x.double() @ wide.T
     bound = (x.double().abs() @ wide.T.abs()) * 2**-8 + exact.abs() * 2**-9
     y = layer(x)
     assert ((y - exact).abs() <= bound * 1.01).all()
-    assert not torch.equal(y, (x @ layer.widened("weight").T))
-    reference = QuantisedLinear(weight, QuantiseConfig(bits=4, group=group, product="unpacked"))
-    assert torch.equal(reference(x), x @ layer.widened("weight").T)
+    assert not torch.equal(y, (x @ layer.dequantise("weight").T))
+    reference = QuantisedLinear(weight, QuantiseConfig(bits=4, group=group, product="dequantised"))
+    assert torch.equal(reference(x), x @ layer.dequantise("weight").T)
 
 
 @pytest.mark.parametrize(
     ("rows", "outputs", "inputs", "group"),
-    [(FEW + 1, 16, 64, 32), (2, 15, 64, 32), (2, 16, 40, 32), (2, 16, 64, 16), (0, 16, 64, 32)],
+    [(17, 16, 64, 32), (2, 15, 64, 32), (2, 16, 40, 32), (2, 16, 64, 16), (0, 16, 64, 32)],
 )
-def test_what_the_kernel_for_4_bits_does_not_take_is_widened(rows, outputs, inputs, group):
+def test_what_the_kernel_for_4_bits_does_not_take_is_dequantise(rows, outputs, inputs, group):
     layer = QuantisedLinear(torch.randn(outputs, inputs), QuantiseConfig(bits=4, group=group))
     x = torch.randn(rows, inputs)
-    assert torch.equal(layer(x), x @ layer.widened("weight").T)
+    assert torch.equal(layer(x), x @ layer.dequantise("weight").T)
 
 
 def test_other_weights_are_not_multiplied_in_the_order_of_the_old_ones():
@@ -156,7 +156,7 @@ def test_every_expert_in_4_bits_has_an_order_of_its_own():
     for weight in experts.parameters():
         torch.nn.init.normal_(weight, std=0.2)
     x, counts = torch.randn(6, 32), [3, 0, 2, 1]
-    how = [QuantiseConfig(bits=4, product=product) for product in ("packed", "unpacked")]
+    how = [QuantiseConfig(bits=4, product=product) for product in ("int8_kernel", "dequantised")]
     with torch.no_grad():
         ours, reference = (QuantisedExperts(experts, each)(ExpertInput(x, counts)) for each in how)
     assert 0 < (ours - reference).norm() < 0.01 * reference.norm()
@@ -236,9 +236,9 @@ def test_the_file_is_as_large_as_computed(scheme, config, tmp_path):
 
 @each_kind
 @each_scheme
-def test_a_widened_model_is_an_ordinary_one_that_computes_the_same(scheme, config):
+def test_a_dequantise_model_is_an_ordinary_one_that_computes_the_same(scheme, config):
     model = quantise(SwitchTransformer(config, seed=1), QuantiseConfig.of(scheme))
-    wide = widened(model)
+    wide = dequantise(model)
     assert all(parameter.dtype == torch.float32 for parameter in wide.parameters())
     if scheme != "int8-dynamic":
         torch.testing.assert_close(logits(wide), logits(model), rtol=1e-4, atol=1e-4)
@@ -254,7 +254,7 @@ def test_a_rounded_model_may_compute_in_bfloat16(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["sparse", "decoder alone"])
-def test_a_model_stored_in_bfloat16_is_rounded_and_the_rest_widened(name, tmp_path):
+def test_a_model_stored_in_bfloat16_is_rounded_and_the_rest_dequantise(name, tmp_path):
     model = SwitchTransformer(KINDS[name], seed=1).bfloat16()
     for layer in model.switch_layers.values():
         layer.router.float()
@@ -271,7 +271,7 @@ def test_a_model_stored_in_bfloat16_is_rounded_and_the_rest_widened(name, tmp_pa
 
 def test_a_model_is_rounded_once():
     model = quantise(SwitchTransformer(CONFIG), QuantiseConfig(bits=4))
-    with pytest.raises(ConfigError, match="rounded already, to int4"):
+    with pytest.raises(ConfigError, match="quantised already, to int4"):
         quantise(model)
 
 
@@ -315,7 +315,7 @@ def test_the_command_lists_every_tensor_with_its_bits(tiny_run, tmp_path, capsys
     assert f"{total / 1e6:,.2f} MB" in said
     assert "encoder.blocks.1.ffn.experts.w_in" in said
     assert "router" in said
-    assert stored_quantisation(Path(out)) == QuantiseConfig(product="dynamic")
+    assert stored_quantisation(Path(out)) == QuantiseConfig(product="int8_dynamic")
 
 
 def test_generate_reads_a_rounded_model(rounded, capsys):
@@ -351,4 +351,4 @@ def test_flags_that_do_not_fit_are_refused(flags, message, tiny_run, tmp_path, c
 
 def test_a_rounded_directory_is_not_rounded_again(rounded, tmp_path, capsys):
     assert main(["convert", str(rounded), str(tmp_path / "out"), "--quantise", "int8"]) == 2
-    assert "rounded already, to int4" in capsys.readouterr().err
+    assert "quantised already, to int4" in capsys.readouterr().err

@@ -242,7 +242,7 @@ def _sparse_values(config: ModelConfig, routing: RoutingConfig) -> dict[str, Any
     if routing.exploration != "input_jitter":
         values["router_jitter_noise"] = 0.0
     for stack, layers in (("encoder", config.num_layers), ("decoder", config.decoder_layers)):
-        count = _num_sparse(layers, _sparse_blocks(layers, routing.every), routing.every)
+        count = _num_sparse(layers, set(config.sparse_blocks(stack == "decoder")), routing.every)
         values[f"num_sparse_{stack}_layers"] = count
         values[f"{stack}_sparse_step"] = layers // count
     return values | {

@@ -156,7 +156,7 @@ class Mixture:
             positions.setdefault(corpus, []).append(position)
             numbers.setdefault(corpus, []).append(number)
         parts = list(self.parts.values())
-        by_corpus = Batch.join([parts[corpus].rows(own) for corpus, own in numbers.items()])
+        by_corpus = Batch.join([parts[corpus].rows(ids) for corpus, ids in numbers.items()])
         return by_corpus.take(torch.tensor(list(chain(*positions.values()))).argsort())
 
     def batches(self, start_step: int = 0) -> Generator[Batch, None, None]:

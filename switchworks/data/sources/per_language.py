@@ -21,9 +21,7 @@ def unusable(code: str, reason: str) -> DataError:
 
 
 def choose_languages(
-    config: TextConfig,
-    available: Mapping[str, TextConfig],
-    lack_of: Callable[[str], str | None],
+    config: TextConfig, available: Mapping[str, TextConfig], lack_of: Callable[[str], str | None]
 ) -> dict[str, TextConfig]:
     """Of the languages `available` those that `config` names, or all with enough text.
 

@@ -1,9 +1,9 @@
 """One documentation string in, its clean English paragraphs out.
 
-`paragraphs` works in three passes, each a list of regular expressions: whole blocks that are not
-prose are cut out (code, doctests, tables, directives), what is left is split where a new thought
-starts, and markup inside the lines is taken off. Last, only what reads like English sentences is
-kept: it is better to lose a good paragraph than to keep a bad one.
+`paragraphs` works in three passes, each a list of regular expressions: remove blocks that are not
+prose (code, doctests, tables, directives), split the rest into paragraphs, remove markup inside
+lines. Only paragraphs that read like English sentences are kept: losing a good paragraph is better
+than keeping a bad one.
 """
 
 import html
@@ -87,7 +87,7 @@ def paragraphs(text: str) -> Iterator[str]:
 
 
 def is_english(paragraph: str) -> bool:
-    """Whether `paragraph` reads like one or more English sentences and holds little else."""
+    """Whether `paragraph` reads like English sentences with little else in between."""
     if len(paragraph) < 25 or not (_BEGINS.match(paragraph) and _ENDS.search(paragraph)):
         return False
     tokens = paragraph.split()
@@ -132,7 +132,7 @@ def _split(text: str) -> Iterator[str]:
 
 
 def _start(line: str, *, ended: bool) -> int:
-    """How many characters of list or field mark `line` starts with. 0: it starts nothing."""
+    """Length of the list or field mark at the start of `line`; 0: it does not start a block."""
     for pattern in (_ITEM, _FIELD):
         if match := pattern.match(line):
             return match.end() + (_start(line[match.end() :], ended=True) if match.end() else 0)

@@ -106,10 +106,10 @@ def _characters(path: Path) -> Iterator[str]:
     offset = 0  # of the first byte that is not decoded yet
     for block in chain(_blocks(path), [None]):  # None: the end, where no character may be open
         data = block or b""
-        held = len(decoder.getstate()[0])  # bytes of a character that the last block cut in two
+        pending = len(decoder.getstate()[0])  # bytes of a character that the last block cut in two
         if b"\0" in data:
             raise DataError(
-                f"{path} is binary, not text: byte {offset + held + data.index(0)} is zero.\n"
+                f"{path} is binary, not text: byte {offset + pending + data.index(0)} is zero.\n"
                 "  Give UTF-8 text; a UTF-16 file must be converted first."
             )
         try:
@@ -122,7 +122,7 @@ def _characters(path: Path) -> Iterator[str]:
             ) from error
         if offset == 0:
             text = text.removeprefix("\ufeff")
-        offset += held + len(data) - len(decoder.getstate()[0])
+        offset += pending + len(data) - len(decoder.getstate()[0])
         if text:
             yield text
 

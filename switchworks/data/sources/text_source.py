@@ -58,7 +58,7 @@ class Report:
             )
 
 
-class NoText(DataError):  # noqa: N818  it says what is wrong, as the others do
+class NoText(DataError):  # noqa: N818  named like DataError's other kinds
     """A file or folder exists and holds no text."""
 
 

@@ -6,13 +6,11 @@ train-00000-of-00001.parquet.
 """
 
 import csv
-import inspect
 import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -271,31 +269,3 @@ def _delimited(path: Path, delimiter: str) -> Iterator[Record]:
             f"{path}:{read + 1} is not a row of a table: {error}.\n"
             "  A quote that opens a value has to be closed, and one inside is written twice."
         ) from error
-
-
-def code_of(function: Callable[..., Any], *, within: tuple[Any, ...] = ()) -> str:
-    """A text that changes when `function` may: its source file and the values in its closure.
-
-    `within`: the functions that hold this one, for recursion.
-    """
-    if function in within:  # it is in its own closure
-        return ""
-    within = (*within, function)
-    if isinstance(function, partial):
-        arguments = (*function.args, *function.keywords.items())
-        return code_of(function.func, within=within) + _values(arguments, within)
-    try:
-        file = inspect.getsourcefile(function)
-        code = Path(file).read_text(encoding="utf-8") if file else ""
-    except (TypeError, OSError):
-        code = ""
-    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
-    return code + _values(cells, within)
-
-
-def _values(values: Iterable[Any], within: tuple[Any, ...]) -> str:
-    """`values` as text that is the same in every process: without addresses."""
-    return " ".join(
-        code_of(v, within=within) if callable(v) else re.sub(r" at 0x[0-9a-f]+", "", repr(v))
-        for v in values
-    )

@@ -26,9 +26,7 @@ def multirc(record: Record) -> Example:
     text = fields("multirc", record, ("question", "answer", "paragraph"))
     text = re.sub("</?b>", "", text.replace("<br>", " "))
     return Example(
-        inputs=text,
-        target=label_of(record, TRUTH),
-        group=_group(record, "paragraph", "question"),
+        inputs=text, target=label_of(record, TRUTH), group=_group(record, "paragraph", "question")
     )
 
 

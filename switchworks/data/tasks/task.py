@@ -53,6 +53,8 @@ class Task:
     """The closed set of targets, in the order of the dataset's class numbers."""
     training_text: ToText | None = None
     """Another `to_text` to train on and to take the loss of, where it differs."""
+    code: str = ""
+    """The source of a user's task, an edit of which makes new tokens."""
 
     def examples(self, record: Record, split: str, *, judged: bool | None = None) -> list[Example]:
         """The examples of `record` of `split`: to judge answers by if `judged`, else to train on or

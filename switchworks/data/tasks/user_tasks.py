@@ -9,8 +9,8 @@
 import importlib.util
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from pathlib import Path
 
 from switchworks.config import ConfigError, DataError
@@ -21,7 +21,6 @@ from switchworks.data.tasks.sources import (
     Places,
     Record,
     Source,
-    code_of,
     read_tables,
     table_format,
     tables_named,
@@ -149,11 +148,17 @@ def task_in_file(entry: str) -> Task:
             f"data.tasks: {path} defines no TASK, a switchworks.data.tasks.Task.\n"
             "  docs/tasks.md has an example of 20 lines."
         )
-    return task
+    return replace(task, code=path.read_text(encoding="utf-8"))
 
 
 def task_fingerprint(task: Task, split: str, places: Places) -> str:
     """Hexadecimal; changes when the examples of `task` may: by data, by code or by settings."""
-    functions = (task.to_text, task.training_text) if task.training_text else (task.to_text,)
-    code = [code_of(function) for function in functions]
-    return digest(task.name, split, task.source.fingerprint(split, places), code, task.labels)
+    data = task.source.fingerprint(split, places)
+    return digest(task.name, split, data, task.code, _package_code(), task.labels)
+
+
+@cache
+def _package_code() -> str:
+    """The source of the tasks of this package."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return "".join(path.read_text(encoding="utf-8") for path in files)

@@ -39,12 +39,12 @@ def _mark(record: Record) -> str:
     words = record["text"].split(" ")
     if words[index : index + 1] == [pronoun]:
         return " ".join([*words[:index], f"*{pronoun}*", *words[index + 1 :]])
-    for place in (index, index + 1):
-        word = words[place] if place < len(words) else ""
+    for position in (index, index + 1):
+        word = words[position] if position < len(words) else ""
         rest = word.removeprefix(pronoun)
         if word.startswith(pronoun) and not rest[:1].isalnum():
-            marked = [f"*{pronoun}*", *([rest] if rest else []), *words[place + 1 :]]
-            return " ".join([*words[:place], *marked]).rstrip()
+            marked = [f"*{pronoun}*", *([rest] if rest else []), *words[position + 1 :]]
+            return " ".join([*words[:position], *marked]).rstrip()
     raise DataError(
         f"WSC: word {index} of {record['text']!r} is not the pronoun {pronoun!r}.\n"
         "  span2_index counts the words between spaces, from 0."
@@ -56,9 +56,7 @@ def dpr(record: Record) -> Example:
     pronoun, candidates = record["pronoun"], texts(record, "candidates")
     sentence = re.sub(rf" ({pronoun})( |\.|,)", r" *\1*\2", record["sentence"], count=1)
     return Example(
-        inputs=f"{PREFIX} {sentence}",
-        target=label_of(record, candidates),
-        choices=candidates,
+        inputs=f"{PREFIX} {sentence}", target=label_of(record, candidates), choices=candidates
     )
 
 

@@ -70,12 +70,12 @@ def measure_coverage(language: str, texts: Iterable[str], tokenizer: Tokenizer) 
     )
 
 
-def _coverage(texts: Iterable[str], known: frozenset[str]) -> float:
+def _coverage(texts: Iterable[str], characters: frozenset[str]) -> float:
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(text)
     letters = {c: n for c, n in counts.items() if not c.isspace()}
-    return sum(n for c, n in letters.items() if c in known) / max(1, sum(letters.values()))
+    return sum(n for c, n in letters.items() if c in characters) / max(1, sum(letters.values()))
 
 
 def alphabet(tokenizer: Tokenizer) -> frozenset[str]:

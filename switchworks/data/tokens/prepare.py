@@ -160,10 +160,7 @@ def _build(
     label = f"tokenising {name}".strip() + ("" if num_shards == 1 else f" {shard}/{num_shards}")
     total = source.num_characters
     total = None if total is None else total // num_shards
-    with (
-        file_lock(folder / f"shard-{shard}"),
-        BuildProgress(label, total, quiet=quiet) as progress,
-    ):
+    with file_lock(folder / f"shard-{shard}"):
         build_shard(
             folder,
             _with_split(config, source, shard, num_shards, report),
@@ -172,7 +169,7 @@ def _build(
             num_shards=num_shards,
             report=report,
             threads=config.workers,
-            progress=progress,
+            progress=BuildProgress(label, total, quiet=quiet),
         )
     return report
 

@@ -214,15 +214,15 @@ class SentencePieceTokenizer(Tokenizer):
         """
         parts = list(self._split(text))
         ids: list[int] = []
-        for place, part in enumerate(parts):
+        for index, part in enumerate(parts):
             if isinstance(part, int):
                 ids.append(part)
                 continue
-            if place + 1 < len(parts):
+            if index + 1 < len(parts):
                 part = part.removesuffix(" ")
             if not part.strip() and (self._collapses or not part):
                 continue
-            if place == 0:
+            if index == 0:
                 ids += self._exact.encode(part)
             elif part[0] == " ":
                 ids += self._exact.encode(part[1:])  # encoding puts one space in front

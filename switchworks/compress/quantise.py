@@ -5,33 +5,31 @@ from pathlib import Path
 
 from switchworks.checkpoint import merged_names, open_model, save, stored_quantisation
 from switchworks.config import ConfigError
-from switchworks.quantise.modules import QuantiseConfig, Scheme, TensorBits, quantise, tensors_of
+from switchworks.quantise import QuantiseConfig, Scheme, TensorBits, quantise, tensors_of
 
 
 def quantise_directory(
     source: Path | str, destination: Path | str, scheme: Scheme, *, group: int = 32
 ) -> str:
-    """`destination` holds the model in `source` in 8 or 4 bits; lists every tensor with its bits.
+    """Writes the model in `source` in 8 or 4 bits; returns a table of its tensors with their bits.
 
-    What is not rounded is in float32, also of a model that was in bfloat16.
-    `group` is for int4. Raises ConfigError if the model is rounded already, or for a group that
-    the scheme has not.
+    Tensors that are not quantised are in float32, also those of a bfloat16 model. `group` is for
+    int4. Raises ConfigError if the model is quantised already, or for a group with another scheme.
     """
     source = Path(source)
     if (before := stored_quantisation(source)) is not None:
         raise ConfigError(
-            f"The model in {source} is rounded already, to {before.scheme}.\n"
-            "  Round the one it was made from."
+            f"The model in {source} is quantised already, to {before.scheme}.\n"
+            "  Quantise the one it was made from."
         )
     if scheme != "int4" and group != 32:
         raise ConfigError(
             f"--group {group} is for int4; {scheme} has a scale for each output channel.\n"
             "  Leave it out."
         )
-    how = QuantiseConfig.of(scheme, group)
     model, tokenizer = open_model(source)
     fresh = sum(tensor.bytes for tensor in tensors_of(model))
-    model = quantise(model.float(), how)
+    model = quantise(model.float(), QuantiseConfig.of(scheme, group))
     save(model, destination, tokenizer)
     tensors = tensors_of(model)
     total = sum(tensor.bytes for tensor in tensors)
@@ -42,7 +40,7 @@ def quantise_directory(
 
 
 def as_text(tensors: Sequence[TensorBits]) -> str:
-    """A line for all tensors that differ in numbers alone: bits, bits with scales, megabytes."""
+    """A line for tensors whose names differ in numbers alone: bits, bits with scales, megabytes."""
     lines = [f"{'bits':>4} {'with scales':>11} {'MB':>9}  tensors"]
     for names, bits, with_scales, size in grouped(tensors):
         lines.append(f"{bits:>4} {with_scales:>11.2f} {size / 1e6:>9.3f}  {names}")

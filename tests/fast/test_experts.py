@@ -3,18 +3,17 @@
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
 from switchworks.fast import experts_on_gpu as grouped_mm
-from switchworks.fast.apply import use_fast_kernels
-from switchworks.fast.experts import answer, grouped_product
+from switchworks.fast.experts import grouped_matmul, run_grouped
+from switchworks.fast.kernels import use_fast_kernels
 from switchworks.model import ModelConfig, RoutingConfig, SwitchFFN, SwitchTransformer
 from switchworks.model.dispatch import DISPATCHERS
-from switchworks.model.experts import ExpertInput, Experts
+from switchworks.model.experts import ExpertInput, Experts, run_experts
 
 COUNTS = [3, 0, 5, 1]
 
@@ -31,7 +30,7 @@ def learnt(module: Experts, run) -> list[Tensor]:
     """The answer, and the gradients of tokens and weights."""
     torch.manual_seed(1)
     tokens = torch.randn(9, 6, dtype=torch.float64).requires_grad_()
-    y = run(ExpertInput(tokens, COUNTS))
+    y = run(module, ExpertInput(tokens, COUNTS), module.weights)
     grads = torch.autograd.grad(y, [tokens, *module.parameters()], torch.randn_like(y))
     return [y, *grads]
 
@@ -39,37 +38,35 @@ def learnt(module: Experts, run) -> list[Tensor]:
 @pytest.mark.parametrize("settings", [{}, {"activation": "gelu", "gated": True}, {"d_out": 5}])
 def test_the_answer_and_all_gradients_are_those_of_one_product_per_expert(settings):
     module = experts(**settings)
-    expected = learnt(module, lambda inbox: Experts.forward(module, inbox))
-    for got, wanted in zip(
-        learnt(module, lambda inbox: answer(module, inbox)), expected, strict=True
-    ):
+    expected = learnt(module, run_experts)
+    for got, wanted in zip(learnt(module, run_grouped), expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
 
 
 def test_an_expert_without_tokens_has_a_gradient_of_zero():
-    *_, of_in, of_out = learnt(module := experts(), lambda inbox: answer(module, inbox))
-    assert of_in[1].count_nonzero() == of_out[1].count_nonzero() == 0
-    assert all(of_in[expert].count_nonzero() for expert in (0, 2, 3))
+    *_, grad_in, grad_out = learnt(experts(), run_grouped)
+    assert grad_in[1].count_nonzero() == grad_out[1].count_nonzero() == 0
+    assert all(grad_in[expert].count_nonzero() for expert in (0, 2, 3))
 
 
 def test_gradients_are_the_slopes_of_the_values():
     torch.manual_seed(0)
     tokens = torch.randn(9, 3, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(4, 3, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, w: grouped_product(x, w, COUNTS), (tokens, weights))
+    assert torch.autograd.gradcheck(lambda x, w: grouped_matmul(x, w, COUNTS), (tokens, weights))
 
 
 def test_frozen_weights_and_tokens_without_gradient_cost_no_product():
     weights = torch.randn(4, 3, 2, requires_grad=True)
-    grouped_product(torch.randn(9, 3), weights, COUNTS).sum().backward()
+    grouped_matmul(torch.randn(9, 3), weights, COUNTS).sum().backward()
     assert weights.grad is not None
     tokens = torch.randn(9, 3, requires_grad=True)
-    grouped_product(tokens, weights.detach(), COUNTS).sum().backward()
+    grouped_matmul(tokens, weights.detach(), COUNTS).sum().backward()
     torch.testing.assert_close(tokens.grad[:3], weights[0].sum(dim=1).detach().expand(3, 3))
 
 
 def test_bfloat16_stays_bfloat16():
-    y = grouped_product(torch.ones(9, 3).bfloat16(), torch.ones(4, 3, 2).bfloat16(), COUNTS)
+    y = grouped_matmul(torch.ones(9, 3).bfloat16(), torch.ones(4, 3, 2).bfloat16(), COUNTS)
     assert y.dtype is torch.bfloat16
     assert (y == 3).all()
 
@@ -80,10 +77,11 @@ def test_dropout_in_experts_drops_its_share_and_keeps_the_mean():
         module.w_in.fill_(1.0)
         module.w_out.fill_(1.0)
     tokens = torch.ones(4000, 6, dtype=torch.float64).requires_grad_()
-    y = answer(module, ExpertInput(tokens, [1000] * 4)).detach()
+    module.run = run_grouped
+    y = module(ExpertInput(tokens, [1000] * 4)).detach()
     assert y.mean() == pytest.approx(48, rel=0.02)
     assert not (y == 48).all()
-    assert (answer(module.eval(), ExpertInput(tokens, [1000] * 4)) == 48).all()
+    assert (module.eval()(ExpertInput(tokens, [1000] * 4)) == 48).all()
 
 
 @pytest.mark.parametrize("strategy", ["switch", "switch_max", "top2", "no_token_left_behind"])
@@ -139,7 +137,7 @@ def on_device(request) -> tuple[SwitchFFN, SwitchFFN]:
         layers.append(SwitchFFN(8, 16, config, gated=True, activation="gelu"))
     plain, fast = layers
     fast.dispatcher = grouped_mm.DeviceDispatcher()
-    fast.experts.forward = partial(grouped_mm.answer, fast.experts)
+    fast.experts.run = grouped_mm.run_grouped_mm
     return plain, fast
 
 
@@ -157,14 +155,13 @@ def test_counts_that_stay_on_the_device_give_the_same_layer(on_device):
 
 ONE_GRAPH = """
 import torch
-from functools import partial
 from switchworks.fast import experts_on_gpu as grouped_mm
 from switchworks.model import RoutingConfig, SwitchFFN
 
 torch.manual_seed(0)
 layer = SwitchFFN(8, 16, RoutingConfig(experts=4, group_sequences=2, jitter=0.0)).bfloat16()
 layer.dispatcher = grouped_mm.DeviceDispatcher()
-layer.experts.forward = partial(grouped_mm.answer, layer.experts)
+layer.experts.run = grouped_mm.run_grouped_mm
 x = torch.randn(4, 10, 8).bfloat16()
 whole = torch.compile(layer, fullgraph=True, backend="aot_eager")
 print(torch.equal(whole(x)[0], layer(x)[0]))
@@ -185,8 +182,8 @@ def test_a_gpu_s_kernel_takes_counts_that_were_read_too_and_experts_without_toke
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter)
     tokens = torch.randn(9, 8)
-    expected = Experts.forward(module, ExpertInput(tokens, COUNTS))
-    y = grouped_mm.answer(module, ExpertInput(tokens, COUNTS))
+    expected = module(ExpertInput(tokens, COUNTS))
+    y = grouped_mm.run_grouped_mm(module, ExpertInput(tokens, COUNTS), module.weights)
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-4)
     y.square().sum().backward()
     assert module.w_in.grad[1].count_nonzero() == 0
@@ -210,7 +207,7 @@ def test_widths_that_the_kernel_does_not_take_keep_their_slots():
     x = torch.randn(4, 10, 6)
     expected = layer(x)[0]
     layer.dispatcher = grouped_mm.DeviceDispatcher()
-    layer.experts.forward = partial(grouped_mm.answer, layer.experts)
+    layer.experts.run = grouped_mm.run_grouped_mm
     assert torch.equal(layer(x)[0], expected)
 
 

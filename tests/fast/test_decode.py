@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from switchworks.cli.main import main
 from switchworks.config import ConfigError
 from switchworks.fast import CompiledDecoder
-from switchworks.fast.decode import attend_once, one_row
+from switchworks.fast.decode import attend_once, one_row_linear
 from switchworks.generate import generate
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
 from switchworks.model.attention import attend, mask_to_bias
@@ -36,10 +36,10 @@ from dataclasses import replace
 from functools import partial
 import torch
 from torch._dynamo.backends.debugging import aot_eager
-from switchworks.generate import BeamSearch, TokenGraph, generate
-from switchworks.generate.start import start
+from switchworks.fast import CompiledDecoder
+from switchworks.generate import BeamSearch, generate
 from switchworks.quantise.modules import QuantiseConfig, quantise
-from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
+from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer, first_logits
 
 compiled = []
 def counted(graph, inputs, **_):
@@ -61,12 +61,12 @@ config = {
 }.get(kind, config)
 model = SwitchTransformer(config, seed=1).eval().to(getattr(torch, precision))
 how = {
-    "int8": QuantiseConfig(), "dynamic": QuantiseConfig(product="dynamic"),
-    "unpacked": QuantiseConfig(product="unpacked"), "int4": QuantiseConfig(bits=4),
+    "int8": QuantiseConfig(), "dynamic": QuantiseConfig(product="int8_dynamic"),
+    "dequantised": QuantiseConfig(product="dequantised"), "int4": QuantiseConfig(bits=4),
 }.get(kind)
 if how is not None:
     model = quantise(model, how)
-graph = TokenGraph(model)
+graph = CompiledDecoder(model)
 
 def texts(rows, length):
     drawn = torch.randint(2, 512, (rows, length), generator=torch.Generator().manual_seed(rows))
@@ -75,11 +75,11 @@ def texts(rows, length):
 
 def largest_difference(rows, length, tokens):
     # All tokens are given, so that no tie decides which come after.
-    caches = [start(model, texts(rows, length), tokens + 1)[1] for _ in range(2)]
-    step, worst = graph.begin(caches[1]), 0.0
+    caches = [first_logits(model, texts(rows, length), tokens + 1)[1] for _ in range(2)]
+    step, worst = graph.start(caches[1]), 0.0
     for token in torch.randint(2, 512, (tokens, rows, 1)):
         with torch.no_grad():
-            plain = model.decode_next(token, caches[0])
+            plain = model.decode_step(token, caches[0])
         worst = max(worst, float((step(token) - plain).abs().max() / plain.abs().max()))
     return worst
 
@@ -93,7 +93,7 @@ found += [largest_difference(3, 5, 4)]
 print(of_one, len(compiled), *found)
 if precision == "float32":
     for beams in (None, BeamSearch(beams=3)):
-        ways = [generate(model, texts(1, 8), max_length=6, beams=beams, graph=g)
+        ways = [generate(model, texts(1, 8), max_length=6, beams=beams, compiled=g)
                 for g in (None, graph)]
         print(torch.equal(*ways))
 """
@@ -101,7 +101,7 @@ if precision == "float32":
 CHEAP = ["switch float32"]
 COSTLY = [
     *("dense float32", "top2 float32", "attention float32", "limited float32", "alone float32"),
-    *("int8 float32", "dynamic float32", "unpacked float32", "int4 float32"),
+    *("int8 float32", "dynamic float32", "dequantised float32", "int4 float32"),
     *("switch bfloat16", "alone bfloat16", "int8 bfloat16"),
 ]
 ROUNDS_INPUTS = ("int8", "int4", "dynamic")
@@ -135,9 +135,11 @@ def in_a_fresh_python(script: str, *words: str) -> str:
 def test_the_product_of_one_row_is_the_product(dtype):
     x, weight = torch.randn(1, 1, 96, dtype=dtype), torch.randn(40, 96, dtype=dtype)
     exact = F.linear(x.double(), weight.double())
-    assert one_row(x, weight).dtype == dtype
+    assert one_row_linear(x, weight).dtype == dtype
     precise = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
-    torch.testing.assert_close(one_row(x, weight).double(), exact, rtol=precise, atol=precise)
+    torch.testing.assert_close(
+        one_row_linear(x, weight).double(), exact, rtol=precise, atol=precise
+    )
 
 
 @torch.no_grad()
@@ -154,7 +156,7 @@ def test_one_query_attends_as_many_do(rows):
 def test_a_graph_of_another_model_is_refused():
     model, other = (SwitchTransformer(CONFIG, seed=seed) for seed in (0, 1))
     with pytest.raises(ConfigError, match="of another model"):
-        generate(model, torch.tensor([[5, 1]]), graph=CompiledDecoder(other))
+        generate(model, torch.tensor([[5, 1]]), compiled=CompiledDecoder(other))
 
 
 def test_a_graph_made_before_the_weights_were_rounded_is_refused():
@@ -167,7 +169,7 @@ def test_a_graph_made_before_the_weights_were_rounded_is_refused():
 def test_a_model_that_is_on_no_processor_has_no_graph():
     with torch.device("meta"):
         model = SwitchTransformer(CONFIG)
-    with pytest.raises(ConfigError, match="on a processor, and this one is on meta"):
+    with pytest.raises(ConfigError, match="on a CPU, and this one is on meta"):
         CompiledDecoder(model)
 
 
@@ -177,8 +179,8 @@ def test_making_a_graph_leaves_the_model_as_it_was_and_holds_no_second_copy():
     graph = CompiledDecoder(model)
     assert {name: set(vars(module)) for name, module in model.named_modules()} == before
     assert model.training
-    theirs = {weight.data_ptr() for weight in graph._model.parameters()}
-    assert theirs == {weight.data_ptr() for weight in model.parameters()}
+    copied = {weight.data_ptr() for weight in graph._model.parameters()}
+    assert copied < {weight.data_ptr() for weight in model.parameters()}  # experts are the model's
 
 
 COMMAND = """

@@ -132,8 +132,6 @@ def test_a_compiled_run_is_resumed_as_if_nothing_had_been(corpus, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
-        ({"kernels": "fast"}, "kernels = 'fast'"),
-        ({"activation_checkpointing": True}, "activation_checkpointing"),
         ({"mesh": MeshConfig(expert=2)}, "a mesh of 2 ranks"),
     ],
 )

@@ -1,11 +1,18 @@
-"""Products of few rows in shares: the same numbers, and a model that is afterwards as it was."""
+"""Products of few rows in shares: the same numbers, and a model that is afterwards as before."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-from switchworks.fast.small_batch import FEW, few_rows, product, rms_norm, split_n_linear
+from switchworks.fast.seams import swapped
+from switchworks.fast.small_batch import (
+    MAX_ROWS,
+    rms_norm,
+    small_batch,
+    split_k_matmul,
+    split_n_linear,
+)
 from switchworks.generate import BeamSearch, generate
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
 from switchworks.model.layers import RMSNorm
@@ -37,11 +44,11 @@ def inputs(rows: int = 3) -> torch.Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("shape", [(1, 1), (5, 1), (FEW, 1), (2, 3), (1, 3)])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 1), (MAX_ROWS, 1), (2, 3), (1, 3)])
 def test_a_product_in_shares_of_the_outputs_is_the_product(shape):
     torch.manual_seed(0)
     x, weight = torch.randn(*shape, 128), torch.randn(512, 128)
-    ours, exact = split_n_linear(x, weight.view(8, 64, 128)), x.double() @ weight.double().T
+    ours, exact = split_n_linear(x, weight), x.double() @ weight.double().T
     assert ours.shape == (*shape, 512)
     assert ours.is_contiguous()
     torch.testing.assert_close(ours.double(), exact, **CLOSE)
@@ -52,20 +59,18 @@ def test_rows_taken_from_the_middle_of_others_are_read_where_they_lie():
     torch.manual_seed(0)
     many, weight = torch.randn(6, 3, 256), torch.randn(512, 128)
     for x in (many[2:4, 1, 128:], many[1, :, :128], many.mT[1, :128, :2].T):
-        torch.testing.assert_close(
-            split_n_linear(x, weight.view(8, 64, 128)), x @ weight.T, **CLOSE
-        )
-        by_inputs = product(x, weight.T.contiguous())
+        torch.testing.assert_close(split_n_linear(x, weight), x @ weight.T, **CLOSE)
+        by_inputs = split_k_matmul(x, weight.T.contiguous())
         torch.testing.assert_close(by_inputs, x @ weight.T, **CLOSE)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("rows", [1, 3, FEW])
+@pytest.mark.parametrize("rows", [1, 3, MAX_ROWS])
 def test_a_product_in_shares_of_the_inputs_is_the_product(rows):
     torch.manual_seed(0)
     x, weight = torch.randn(rows, 128), torch.randn(128, 512)
     exact = x.double() @ weight.double()
-    torch.testing.assert_close(product(x, weight).double(), exact, **CLOSE)
+    torch.testing.assert_close(split_k_matmul(x, weight).double(), exact, **CLOSE)
 
 
 @torch.no_grad()
@@ -74,7 +79,7 @@ def test_a_norm_of_fewer_operations_is_the_norm(size):
     torch.manual_seed(0)
     norm, x = RMSNorm(128, epsilon=1e-6), size * torch.randn(2, 3, 128)
     norm.weight.copy_(torch.randn(128))
-    ours = rms_norm(x, norm.weight, torch.tensor([1e-6]))
+    ours = rms_norm(x, norm.weight, 1e-6)
     torch.testing.assert_close(ours.double(), norm.double()(x.double()), rtol=1e-5, atol=1e-6)
 
 
@@ -83,7 +88,7 @@ def test_with_gradients_nothing_changes():
     model(tokens, tokens).losses.total.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    with few_rows(model):
+    with swapped(small_batch(model)):
         model(tokens, tokens).losses.total.backward()
     assert expected
     assert all(torch.equal(model.get_parameter(name).grad, g) for name, g in expected.items())
@@ -96,7 +101,7 @@ def test_a_model_scores_the_same_and_is_afterwards_as_it_was(config):
     given = inputs()[:, :0] if config.decoder_only else inputs()
     with torch.no_grad():
         expected = model(given, inputs()[:1].expand(3, -1)).logits
-        with few_rows(model):
+        with swapped(small_batch(model)):
             inside = {name: set(vars(module)) for name, module in model.named_modules()}
             got = model(given, inputs()[:1].expand(3, -1)).logits
     assert inside != modules
@@ -109,23 +114,23 @@ def test_a_model_scores_the_same_and_is_afterwards_as_it_was(config):
 def test_the_tokens_written_are_those_of_the_plain_products(config, beams, monkeypatch):
     model = SwitchTransformer(config, seed=1)
     ours = generate(model, inputs(), max_length=12, beams=beams)
-    monkeypatch.setattr("switchworks.fast.small_batch.FEW", 0)
+    monkeypatch.setattr("switchworks.fast.small_batch.MAX_ROWS", 0)
     assert torch.equal(ours, generate(model, inputs(), max_length=12, beams=beams))
 
 
 def test_inside_another_s_decoding_nothing_is_taken_away_twice():
     model = SwitchTransformer(CONFIG, seed=1)
     before = set(vars(model.encoder.blocks[0].ffn.w_in))
-    with few_rows(model):
-        with few_rows(model):
+    with swapped(small_batch(model)):
+        with swapped(small_batch(model)):
             pass
-        assert set(vars(model.encoder.blocks[0].ffn.w_in)) == before | {"forward"}
+        assert set(vars(model.encoder.blocks[0].ffn.w_in)) == before | {"matmul"}
     assert set(vars(model.encoder.blocks[0].ffn.w_in)) == before
 
 
 def changed(model: SwitchTransformer) -> set[str]:
     before = {name: set(vars(module)) for name, module in model.named_modules()}
-    with few_rows(model):
+    with swapped(small_batch(model)):
         inside = {name: set(vars(module)) for name, module in model.named_modules()}
     return {name for name in before if inside[name] != before[name]}
 
@@ -138,11 +143,3 @@ def test_of_a_small_model_only_the_norms_change():
     small = SwitchTransformer(replace(CONFIG, d_model=32, d_ff=64, d_kv=16, vocab_size=40), seed=1)
     norms = {name for name, module in small.named_modules() if isinstance(module, RMSNorm)}
     assert changed(small) == norms
-
-
-def test_queries_keys_and_values_are_joined_where_a_copy_of_them_is_small(monkeypatch):
-    model = SwitchTransformer(CONFIG, seed=1)
-    joined = {f"decoder.blocks.{number}.self_attention" for number in range(2)}
-    assert joined < changed(model)
-    monkeypatch.setattr("switchworks.fast.small_batch.JOINED", 2**16 - 1)
-    assert not joined & changed(model)

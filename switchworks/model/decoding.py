@@ -1,0 +1,112 @@
+"""Decoding one token after another, greedily or by sampling, with a cache of keys and values.
+
+Unless `RoutingConfig.eval_capacity_factor` asks for it no token is dropped here, so a row's tokens
+do not depend on its neighbours in the batch, and cached decoding gives what a full forward pass
+gives.
+
+Letters: B sequences, L input or prompt length, T tokens written, V vocabulary.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from switchworks.config import ConfigError
+from switchworks.model.cache import DecoderCache
+from switchworks.model.config import Sampling
+
+if TYPE_CHECKING:
+    from switchworks.model.transformer import SwitchTransformer
+
+PAD, EOS = 0, 1
+
+Step = Callable[[Int[Tensor, "B 1"]], Float[Tensor, "B 1 V"]]
+"""From each row's last token to the logits of its next; extends the cache it was made for."""
+
+
+@torch.no_grad()
+def decode(
+    model: "SwitchTransformer",
+    inputs: Int[Tensor, "B L"],
+    max_length: int,
+    sampling: Sampling,
+    *,
+    generator: torch.Generator | None = None,
+    make_step: Callable[[DecoderCache], Step] | None = None,
+    goes_on: Callable[[Tensor], bool] = lambda ended: not bool(ended.all()),
+) -> Int[Tensor, "B T"]:
+    """The tokens written for `inputs`, each row ended by EOS and then padded with 0.
+
+    T is the length of the longest row and at most `max_length`; a row that has not ended by then
+    has no EOS. Random numbers come from `generator`; None: from the sampling's seed. `make_step`
+    makes the step for a cache (None: `model.decode_step`), `goes_on` says from which rows have
+    ended whether to take another. The model's training mode is restored afterwards.
+    """
+    check_inputs(model, inputs, max_length)
+    if generator is None:
+        generator = torch.Generator(inputs.device).manual_seed(sampling.seed)
+    was_training = model.training
+    model.eval()
+    try:
+        logits, cache = first_logits(model, inputs, max_length)
+        step = partial(model.decode_step, cache=cache) if make_step is None else make_step(cache)
+        token = choose(logits[:, -1], sampling, generator)
+        written, ended = [token], token == EOS
+        while len(written) < max_length and goes_on(ended):
+            logits = step(token[:, None])
+            token = choose(logits[:, -1], sampling, generator).masked_fill(ended, PAD)
+            ended = ended | (token == EOS)
+            written.append(token)
+    finally:
+        model.train(was_training)
+    return torch.stack(written, dim=1)
+
+
+def check_inputs(model: "SwitchTransformer", inputs: Tensor, max_length: int) -> None:
+    """Raises ConfigError unless decoding can start from `inputs`."""
+    if max_length < 1:
+        raise ConfigError(f"max_length = {max_length} must be at least 1 token.")
+    if inputs.dim() != 2 or not inputs.shape[0]:
+        raise ConfigError(
+            f"inputs of shape {list(inputs.shape)} are not [batch, length] with a row or more.\n"
+            "  One text is inputs[None]."
+        )
+    if not inputs.shape[1] and not model.config.decoder_only:
+        raise ConfigError("inputs of length 0 leave the encoder nothing: give it EOS at least.")
+
+
+def first_logits(
+    model: "SwitchTransformer", inputs: Int[Tensor, "B L"], max_length: int
+) -> tuple[Float[Tensor, "B 1 V"], DecoderCache]:
+    """The logits of the first token for each of `inputs`, and a cache for `max_length` tokens."""
+    if model.config.decoder_only:
+        return model.prefill(inputs, max_length)
+    cache = model.init_cache(model.encode(inputs), max_length)
+    first = torch.zeros_like(inputs[:, :1])  # decoding starts from id 0, as in T5
+    return model.decode_step(first, cache), cache
+
+
+def choose(
+    logits: Float[Tensor, "B V"], sampling: Sampling, generator: torch.Generator
+) -> Int[Tensor, "B"]:
+    """One token per sequence; a tie goes to the lowest id when greedy."""
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1)
+    scores = logits.float() / sampling.temperature
+    if sampling.top_k is not None:
+        least = scores.topk(min(sampling.top_k, scores.shape[-1])).values[:, -1:]
+        scores = scores.masked_fill(scores < least, -torch.inf)
+    if sampling.top_p is not None:
+        scores = scores.masked_fill(_outside_nucleus(scores, sampling.top_p), -torch.inf)
+    return torch.multinomial(scores.softmax(dim=-1), 1, generator=generator).squeeze(-1)
+
+
+def _outside_nucleus(scores: Tensor, top_p: float) -> Tensor:
+    """True for tokens outside the smallest set of likeliest ones that holds `top_p`."""
+    ordered, order = scores.softmax(dim=-1).sort(dim=-1, descending=True)
+    before = ordered.cumsum(dim=-1) - ordered
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, before >= top_p)
