@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from switchworks.checkpoint import MAX_SPARE_ROWS, stored_config
+from switchworks import checkpoint
 from switchworks.config import ConfigError
 from switchworks.device import compute_device
 from switchworks.parallel import SINGLE, Ranks
@@ -117,8 +117,8 @@ def resolve_vocab_size(
     """Vocabulary size to build: that of `init` (else of the teacher) if it has at most 1024 padding
     rows more than the tokenizer has ids, else the tokenizer's."""
     ids = dataset.tokenizer.vocab_size
-    rows = teacher_rows if init is None else stored_config(init).vocab_size
-    return rows if rows is not None and 0 <= rows - ids < MAX_SPARE_ROWS else ids
+    rows = teacher_rows if init is None else checkpoint.stored_config(init).vocab_size
+    return rows if rows is not None and 0 <= rows - ids < checkpoint.MAX_SPARE_ROWS else ids
 
 
 def check_initial_weights(experiment: Experiment, init: Path | str | None) -> None:
