@@ -14,15 +14,16 @@ students only.
 
 `--table 6` adds the other rows of that table: the teacher's probabilities alone (plain), the same
 from the teacher's weights (weights), and the weights without the probabilities (weights_only).
-`--table 7` has a teacher for each of `--experts` (4 8 16 32 64) and one baseline. With `--experts N`
-table 6 uses table 7's teacher of N experts; neither repeats the other's runs. `--stored K` adds a
-student that reads the teacher's K most likely ids from disk (`switchworks prepare --distil.store`).
+`--table 7` has a teacher for each of `--experts` (4 8 16 32 64) and one baseline. With `--experts
+N` table 6 uses table 7's teacher of N experts; neither repeats the other's runs. `--stored K` adds
+a student that reads the teacher's K most likely ids from disk (`switchworks prepare
+--distil.store`).
 
 `--table 8` is for a task: experiments/finetune.py has left a pre-trained and fine-tuned pair in
-`--tuned`. The pre-trained dense model is fine-tuned again with the sparse one as its teacher, and so
-is a dense model made of the sparse one's weights, experts averaged. FLAGS and `--measure` are those
-that the pair was fine-tuned with. Scores are the best on the validation examples; the loss is that of
-the last step.
+`--tuned`. The pre-trained dense model is fine-tuned again with the sparse one as its teacher, and
+so is a dense model made of the sparse one's weights, experts averaged. FLAGS and `--measure` are
+those that the pair was fine-tuned with. Scores are the best on the validation examples; the loss is
+that of the last step.
 """
 
 import argparse
@@ -166,8 +167,8 @@ def require_same(run: Path, baseline: Path, *, but: tuple[str, ...] = OWN) -> No
     differ = [key for key in common if settings[key] != expected[key]]
     if differ:
         sys.exit(
-            f"{run} and {baseline} were trained with other
-            f"compared.\n  Remove {run} and give the flags of the other."
+            f"{run} and {baseline} differ in {', '.join(differ)} and cannot be compared.\n"
+            f"  Remove {run} and give the flags of the other."
         )
 
 
@@ -175,7 +176,7 @@ def settings_of(run: Path) -> dict[str, object]:
     """The settings of the run by their full names."""
     values = tomllib.loads((run / "experiment.toml").read_text("utf-8"))
     tables = {key: value for key, value in values.items() if isinstance(value, dict)}
-    nested = {f"{key}.{leaf}": value for key, table in tables.items() for leaf, value in table.items()}
+    nested = {f"{key}.{leaf}": tables[key][leaf] for key in tables for leaf in tables[key]}
     return {key: value for key, value in values.items() if key not in tables} | nested
 
 

@@ -8,16 +8,17 @@ Every run is a process of its own; the same command continues what an earlier ca
 flags are refused. It prints the best score of every run on the same validation examples, and the
 margins; the scores are also in OUT/table.json.
 
-FLAGS are for all runs; --pretrain.X, --tune.X and --scratch.X are --X for pre-training, for training
-that starts from its weights, and for training from initial weights: each may have its own rate.
+FLAGS are for all runs; --pretrain.X, --tune.X and --scratch.X are --X for pre-training, for
+training that starts from its weights, and for training from initial weights: each may have its own
+rate.
 
     ... --pretrain.steps 2000 --tune.optim.lr 0.003 --tune.steps 500 --scratch.steps 500
 
 Scores are the task's own; `--measure rouge1` takes another of its metrics (ROUGE-2, T5's choice for
 summaries, stays near zero in a small model).
 
-`--expert-dropout` adds Table 4: the pre-trained switch model on every task with dropout 0.1, 0.2 and
-0.3 everywhere, and with 0.1 and 0.4 inside experts, as in all other runs.
+`--expert-dropout` adds Table 4: the pre-trained switch model on every task with dropout 0.1, 0.2
+and 0.3 everywhere, and with 0.1 and 0.4 inside experts, as in all other runs.
 """
 
 import argparse
