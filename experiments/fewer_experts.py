@@ -4,7 +4,7 @@
         [--text FILE] [--batches 32] [--held-out 16]
         [--recover 100] [--recipe quickstart] [--dense quickstart_dense]
 
-Held-out loss of RUN, and after pruning and merging to each number of experts (by default half, a
+Validation loss of RUN, and after pruning and merging to each number of experts (by default half, a
 quarter, ... and one). With `--recover N` each of the smaller models is then trained for N steps by
 `switchworks train RECIPE --init`, or where one expert made it dense by RECIPE_dense (--dense), and
 its loss is given again; so is that of RUN, since N more steps are worth something to any model.
@@ -52,35 +52,35 @@ def main() -> None:
     parser.add_argument("--recipe", default="quickstart")
     parser.add_argument("--dense")
     parser.add_argument("--out", type=Path, default=Path("runs/fewer_experts"))
-    known, flags = parser.parse_known_args()
-    counted = {"text": known.text, "batches": known.batches, "recover": known.recover}
-    weights = weights_hash(known.run)
-    require_same(known.out, {"run": known.run, "weights": weights, **counted, "flags": flags})
-    model, corpora = open_run(known.run)
-    held_out = corpora.held_out(batch_size=16, batches=known.held_out)
+    args, flags = parser.parse_known_args()
+    counted = {"text": args.text, "batches": args.batches, "recover": args.recover}
+    weights = weights_hash(args.run)
+    require_same(args.out, {"run": args.run, "weights": weights, **counted, "flags": flags})
+    model, dataset = open_run(args.run)
+    held_out = dataset.held_out(batch_size=16, batches=args.held_out)
     if model.config.routing is None:
-        sys.exit(f"{known.run} is dense: there are no experts to drop or merge")
+        sys.exit(f"{args.run} is dense: there are no experts to drop or merge")
     experts = model.config.routing.experts
     losses = {f"{experts}": {"as it is": held_out_losses(model, held_out)[0]}}
-    if known.recover:
-        place = known.out / "as_it_is"
-        done = recovered(known.recipe, known.run, place, experts, known.recover, flags)
+    if args.recover:
+        place = args.out / "as_it_is"
+        done = recovered(args.recipe, args.run, place, experts, args.recover, flags)
         losses[f"{experts}"]["as it is, trained on"] = held_out_losses(load(done)[0], held_out)[0]
-    for keep in known.keep or halves(experts):
+    for keep in args.keep or halves(experts):
         row = losses.setdefault(str(keep), {})
-        for how in ("prune", "merge"):
-            smaller = known.out / f"{how}_{keep}_by_{known.by}"
+        for method in ("prune", "merge"):
+            smaller = args.out / f"{method}_{keep}_by_{args.by}"
             if not is_model(smaller):
-                given = {"by": known.by, "text": known.text, "batches": known.batches}
-                reduce_directory(known.run, smaller, keep, how=how, **given)
-            row[how] = held_out_losses(load(smaller)[0], held_out)[0]
-            if known.recover:
-                dense = known.dense or f"{known.recipe}_dense"
-                recipe = known.recipe if keep > 1 else dense
-                done = recovered(recipe, smaller, smaller, keep, known.recover, flags)
-                row[f"{how}, recovered"] = held_out_losses(load(done)[0], held_out)[0]
+                given = {"by": args.by, "text": args.text, "batches": args.batches}
+                reduce_directory(args.run, smaller, keep, method=method, **given)
+            row[method] = held_out_losses(load(smaller)[0], held_out)[0]
+            if args.recover:
+                dense = args.dense or f"{args.recipe}_dense"
+                recipe = args.recipe if keep > 1 else dense
+                done = recovered(recipe, smaller, smaller, keep, args.recover, flags)
+                row[f"{method}, recovered"] = held_out_losses(load(done)[0], held_out)[0]
         print(f"{keep} experts: {row}", flush=True)
-    show(losses, known.out)
+    show(losses, args.out)
 
 
 def show(losses: dict[str, dict[str, float]], out: Path) -> None:

@@ -1,4 +1,4 @@
-"""What an earlier call of an experiment left is used again only if it is of the same."""
+"""Results of an earlier call of an experiment are used again only if its settings were the same."""
 
 import json
 import subprocess
@@ -9,8 +9,10 @@ from typing import Any
 
 
 def require_same(out: Path, about: dict[str, Any]) -> None:
-    """`out` holds `about` as of.json. Ends the program if it holds another: what lies there is not
-    to be mixed with what comes."""
+    """Write `about` to of.json in `out`; ends the program if an earlier call wrote another.
+
+    Results of different settings would be mixed in one folder otherwise.
+    """
     out.mkdir(parents=True, exist_ok=True)
     file = out / "of.json"
     now = json.loads(json.dumps(about, default=str))
@@ -33,8 +35,8 @@ def is_finished(directory: Path) -> bool:
 def begun(recipe: str, directory: Path, flags: Sequence[str]) -> subprocess.Popen | None:
     """`switchworks train RECIPE` at work in `directory`, going on with what an earlier call left;
     None if that run is finished. Ends the program if the earlier call had other flags."""
-    asked = {"recipe": recipe, "flags": " ".join(flags)}
-    require_same(directory.parent / "flags" / directory.name, asked)
+    settings = {"recipe": recipe, "flags": " ".join(flags)}
+    require_same(directory.parent / "flags" / directory.name, settings)
     if is_finished(directory):
         return None
     words = ["train", recipe, "--run-dir", str(directory), "--resume", *flags]

@@ -1,8 +1,8 @@
-"""What rounding costs a finished run: held-out loss and bytes in int8, int8-dynamic and int4.
+"""What quantising costs a finished run: validation loss and bytes in int8, int8-dynamic and int4.
 
     python experiments/quantise.py runs/quickstart [--groups 16 32 64] [--held-out 16]
 
-Every rounded model is written to OUT by `convert --quantise`, opened as `load` opens it, and
+Every quantised model is written to OUT by `convert --quantise`, opened as `load` opens it, and
 measured on the run's held-out text. The loss is given as it is and relative to the run's own.
 """
 
@@ -23,23 +23,23 @@ def main() -> None:
     parser.add_argument("--groups", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--held-out", type=int, default=16)
     parser.add_argument("--out", type=Path, default=Path("runs/quantise"))
-    known = parser.parse_args()
-    require_same(known.out, {"run": known.run, "weights": weights_hash(known.run)})
-    model, corpora = open_run(known.run)
-    held_out = corpora.held_out(batch_size=16, batches=known.held_out)
+    args = parser.parse_args()
+    require_same(args.out, {"run": args.run, "weights": weights_hash(args.run)})
+    model, dataset = open_run(args.run)
+    held_out = dataset.held_out(batch_size=16, batches=args.held_out)
     before = held_out_losses(model, held_out)[0]
-    rows = [{"weights": "as trained", "loss": before, "bytes": _bytes(known.run), "more": 0.0}]
-    for scheme, group in [("int8", 32), ("int8-dynamic", 32), *(("int4", g) for g in known.groups)]:
+    rows = [{"weights": "as trained", "loss": before, "bytes": _bytes(args.run), "more": 0.0}]
+    for scheme, group in [("int8", 32), ("int8-dynamic", 32), *(("int4", g) for g in args.groups)]:
         name = f"{scheme}, groups of {group}" if scheme == "int4" else scheme
-        place = known.out / (f"int4_{group}" if scheme == "int4" else scheme)
+        place = args.out / (f"int4_{group}" if scheme == "int4" else scheme)
         if not is_model(place):
-            quantise_directory(known.run, place, scheme, group=group)
+            quantise_directory(args.run, place, scheme, group=group)
         loss = held_out_losses(load(place)[0], held_out)[0]
         row = {"weights": name, "loss": loss, "bytes": _bytes(place), "more": loss / before - 1}
         rows.append(row)
         print(row, flush=True)
-    (known.out / "table.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    print("| weights | held-out loss | relative | MB on disk |\n| --- | --- | --- | --- |")
+    (args.out / "table.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    print("| weights | validation loss | relative | MB on disk |\n| --- | --- | --- | --- |")
     for row in rows:
         print(
             f"| {row['weights']} | {row['loss']:.4f} | {row['more']:+.2%} | "

@@ -40,11 +40,11 @@ def dense_experiment(text: Path) -> Experiment:
 
 
 def show(run_dir: Path) -> None:
-    """Held-out losses and the share of dropped tokens, step by step."""
+    """Validation losses and the share of dropped tokens, step by step."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     losses = [f"{line['val/loss']:.3f}" for line in lines if "val/loss" in line]
     dropped = [f"{line['train/dropped']:.1%}" for line in lines if "train/dropped" in line]
-    print(f"{run_dir.name:12} held-out loss {' '.join(losses)}")
+    print(f"{run_dir.name:12} validation loss {' '.join(losses)}")
     if dropped:
         print(f"{'':12} dropped {' '.join(dropped)}")
 

@@ -87,7 +87,9 @@ def test_the_model_can_be_read_in_one_sitting():
     sources = {path.stem: path.read_text(encoding="utf-8") for path in FILES}
     assert max(len(source.splitlines()) for source in sources.values()) < 350
     counts = {name: lines_of_code(source) for name, source in sources.items()}
-    assert sum(counts.values()) - sum(counts[name] for name in ("config", "sizes", "__init__")) < 1350
+    assert (
+        sum(counts.values()) - sum(counts[name] for name in ("config", "sizes", "__init__")) < 1350
+    )
 
 
 def test_lines_of_code_are_neither_blank_nor_comment_nor_docstring():
