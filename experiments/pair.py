@@ -1,14 +1,14 @@
-"""A switch recipe against its dense twin over several seeds: losses, spread, speed-up.
+"""A switch recipe against its dense twin over several seeds: losses, spread and speed-up.
 
     python experiments/pair.py quickstart --seeds 0 1 2 --out runs/pairs [FLAGS of train ...]
 
-Runs RECIPE and RECIPE_dense, each seed in turn and each side in a process of its own, and goes on
-with what an earlier call left. Then prints the table. Both sides get the same flags, tokens, order
-and FLOPs per token. The speed-up is the paper's: the dense run's steps (and seconds) to its final
-validation loss, over the switch run's to the same loss, interpolated between validations.
+Runs RECIPE and RECIPE_dense, seed by seed and each in a process of its own, continues what an
+earlier call left, and prints a table. Both models get the same flags, tokens, order and FLOPs per
+token. The speed-up is the paper's: the steps (and seconds) of the dense run to its final validation
+loss, over those of the switch run to the same loss, interpolated between validations.
 
-`--together` runs the two sides of a seed at the same time with one thread each, which takes less
-time in all than two threads for one after the other; seconds are then those of a shared machine.
+`--together` trains the two models of a seed at the same time with one thread each. That takes less
+time in all than one after the other with two threads; seconds are then those of a shared machine.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from switchworks.report import read_run, when_reached
 
 
 def run(recipes: Sequence[str], seed: int, out: Path, flags: list[str]) -> list[Path]:
-    """The finished run directories of `recipes` with `seed`, trained at the same time."""
+    """Train `recipes` with `seed` at the same time; returns the finished run directories."""
     directories = [out / f"{recipe}_{seed}" for recipe in recipes]
     seeded = ["--seed", str(seed), *flags]
     pairs = zip(recipes, directories, strict=True)

@@ -121,7 +121,7 @@ def test_a_fine_tuned_pair_has_its_dense_one_taught_the_task(script, corpus, tmp
     names = ["teacher", "baseline", "student", "student with the teacher's weights"]
     assert [row["run"] for row in rows] == names
     assert all(0 <= row["score"] <= 100 for row in rows)
-    assert "| seed | run | held-out score | of the teacher's gain | held-out loss | " in said
+    assert "| seed | run | validation score | of the teacher's gain | validation loss | " in said
     assert all({"loss", "gain kept by loss"} <= set(row) for row in rows)
     with pytest.raises(AssertionError, match="were trained with other steps: not to be compared"):
         script("distillation.py", *words, "--steps", "3", "--out", "u")

@@ -15,8 +15,7 @@ def run(words: list[str]) -> int:
     parse_flags(RecipesFlags, "recipes", words)
     from switchworks.model import num_parameters
     from switchworks.plan import count
-    from switchworks.recipes import GROUPS
-    from switchworks.recipes.sizes import FAMILIES
+    from switchworks.recipes import FAMILIES, GROUPS
 
     for heading, recipes in GROUPS.items():
         print(f"{heading}:")

@@ -33,7 +33,7 @@ def run(words: list[str]) -> int:
             "switchworks routing needs a model first: a run or model directory.\n"
             "  Example: switchworks routing runs/quickstart --data.path texts"
         )
-    from switchworks.recipes.finetune import text_of
+    from switchworks.recipes import text_of
     from switchworks.report import write_routing_report
 
     path = Path(words[0])

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from switchworks.config import ConfigError
 from switchworks.recipes import c4, finetune, mt5, multilingual, quickstart, tiny
+from switchworks.recipes.finetune import text_of as text_of
+from switchworks.recipes.sizes import FAMILIES as FAMILIES
 from switchworks.recipes.sizes import MT5, SIZES
 from switchworks.training import Experiment
 

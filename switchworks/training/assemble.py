@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from switchworks.checkpoint import Checkpoints, weights_hash
+from switchworks import checkpoint
+from switchworks.checkpoint import Checkpoints
 from switchworks.config import CheckpointError, ConfigError, DataError
 from switchworks.data import run_metadata
 from switchworks.model import active_parameters, flops_per_token, num_parameters
@@ -296,7 +297,7 @@ def _describe(
         "text_digest": dataset.digest,
         "text": data.named,
         "init": None if init is None else str(init),
-        "init_weights": None if init is None else weights_hash(Path(init)),
+        "init_weights": None if init is None else checkpoint.weights_hash(Path(init)),
     }
     if teacher is not None:
         about["teacher_weights"] = teacher.weights

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from switchworks.checkpoint import on_rank_zero, save
+from switchworks import checkpoint
+from switchworks.checkpoint import on_rank_zero
 from switchworks.model import SwitchTransformer
 from switchworks.training.state import TrainState
 
@@ -31,4 +32,4 @@ def export(state: TrainState, directory: Path, tokenizer: "Tokenizer") -> None:
     with torch.device("meta"):
         model = SwitchTransformer(state.experiment.model)
     model.load_state_dict(weights, assign=True)
-    save(model, directory / "model", tokenizer=tokenizer)
+    checkpoint.save(model, directory / "model", tokenizer=tokenizer)

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from switchworks.checkpoint import Checkpoints, load, require_match, stored_config
+from switchworks import checkpoint
+from switchworks.checkpoint import Checkpoints, require_match
 from switchworks.config import CheckpointError
 from switchworks.model import SwitchTransformer
 from switchworks.parallel import Ranks
@@ -57,7 +58,7 @@ def _full_model(
     fresh = SwitchTransformer(experiment.model, seed=experiment.seed)
     if init is None:
         return fresh
-    model, trained_with = load(Path(init), to_float32=True)
+    model, trained_with = checkpoint.load(Path(init), to_float32=True)
     if trained_with is not None and trained_with.fingerprint != tokenizer.fingerprint:
         raise CheckpointError(
             f"{init} was trained with another tokenizer: its embeddings are of other tokens.\n"
@@ -79,7 +80,7 @@ def require_shape(experiment: Experiment, init: Path | str) -> None:
 
     Reads only its settings, so it can be called early; the vocabulary is compared later.
     """
-    stored = stored_config(init)
+    stored = checkpoint.stored_config(init)
     with torch.device("meta"):
         needed = SwitchTransformer(replace(experiment.model, vocab_size=stored.vocab_size))
         model = SwitchTransformer(stored)

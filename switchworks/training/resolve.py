@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from switchworks.checkpoint import MAX_SPARE_ROWS, stored_config
+from switchworks import checkpoint
 from switchworks.config import ConfigError
 from switchworks.device import compute_device
 from switchworks.parallel import SINGLE, Ranks
@@ -28,18 +28,21 @@ def resolve_auto(experiment: Experiment, run_dir: Path, ranks: Ranks = SINGLE) -
 
     Prints every choice. Warns where bfloat16 is asked for and far slower than float32.
     """
-    open_settings = [name for name in _AUTO if getattr(experiment, name) == "auto"]
+    auto = [name for name in _AUTO if getattr(experiment, name) == "auto"]
     begun = settings_in(run_dir)
     if begun is not None:
-        resolved = replace(experiment, **{name: getattr(begun, name) for name in open_settings})
-        reasons = dict.fromkeys(open_settings, "as this run began")
+        resolved = replace(experiment, **{name: getattr(begun, name) for name in auto})
+        reasons = dict.fromkeys(auto, "as this run began")
     else:
         _warn_of_slow_bfloat16(experiment)
-        fastest = machine.fastest_precision() if experiment.precision == "auto" else "float32"
+        fastest = machine.fastest_precision() if "precision" in auto else "float32"
         resolved = experiment.resolved(ranks.all_gather(fastest)[0])
         resolved = replace(resolved, kernels=kernels_of(resolved, compute_device()))
-        reasons = _reasons(resolved, open_settings)
-    for name in open_settings:
+        reasons = {"steps": f"in {resolved.precision}", "kernels": "docs/speed.md has the figures"}
+        if "precision" in auto:
+            gain = machine.bfloat16_gain()
+            reasons["precision"] = f"bfloat16 products run at {gain:.2g} times the speed of float32"
+    for name in auto:
         print(f"{name} auto -> {getattr(resolved, name)}: {reasons[name]}")
     return resolved
 
@@ -55,14 +58,6 @@ def kernels_of(experiment: Experiment, device: torch.device) -> Literal["referen
         sparse=experiment.model.routing is not None,
         training=True,
     )
-
-
-def _reasons(resolved: Experiment, names: list[str]) -> dict[str, str]:
-    reasons = {"steps": f"in {resolved.precision}", "kernels": "docs/speed.md has the figures"}
-    if "precision" in names:
-        gain = machine.bfloat16_gain()
-        reasons["precision"] = f"bfloat16 products run at {gain:.2g} times the speed of float32"
-    return reasons
 
 
 def _warn_of_slow_bfloat16(experiment: Experiment) -> None:
@@ -117,8 +112,8 @@ def resolve_vocab_size(
     """Vocabulary size to build: that of `init` (else of the teacher) if it has at most 1024 padding
     rows more than the tokenizer has ids, else the tokenizer's."""
     ids = dataset.tokenizer.vocab_size
-    rows = teacher_rows if init is None else stored_config(init).vocab_size
-    return rows if rows is not None and 0 <= rows - ids < MAX_SPARE_ROWS else ids
+    rows = teacher_rows if init is None else checkpoint.stored_config(init).vocab_size
+    return rows if rows is not None and 0 <= rows - ids < checkpoint.MAX_SPARE_ROWS else ids
 
 
 def check_initial_weights(experiment: Experiment, init: Path | str | None) -> None:

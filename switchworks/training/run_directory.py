@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from switchworks.checkpoint import weights_hash
+from switchworks import checkpoint
 from switchworks.config import (
     CheckpointError,
     ConfigError,
@@ -141,7 +141,7 @@ def require_same_run(
     """Raises ConfigError, DataError or CheckpointError unless the run in `path` began with the
     weights of `init` (None: with any), read this text, and has a teacher with these weights."""
     about = run_metadata(path)
-    if init is not None and about.get("init_weights") != weights_hash(Path(init)):
+    if init is not None and about.get("init_weights") != checkpoint.weights_hash(Path(init)):
         begun = (
             "initial weights" if about.get("init") is None else f"the weights in {about['init']}"
         )

@@ -191,13 +191,13 @@ def _teacher_logits(state: TrainState, batch: Batch) -> Float[Tensor, "B T V"] |
         return forward(state.teacher, batch).logits
 
 
-def explain_divergence(state: TrainState, batch: Batch, what: str) -> str:
+def explain_divergence(state: TrainState, batch: Batch, problem: str) -> str:
     """One to three lines: the step, the first tensor that is not finite, and what to try."""
     weights = "The weights are as they were before this step"
-    if state.experiment.update_in_backward and what.startswith("gradient"):
+    if state.experiment.update_in_backward and problem.startswith("gradient"):
         weights = "Some weights have been updated in this step, because of update_in_backward,"
     return (
-        f"Step {state.step + 1}: {what} is not finite; the first offending tensor is "
+        f"Step {state.step + 1}: {problem} is not finite; the first offending tensor is "
         f"{_first_nonfinite(state, batch)}.\n"
         f"  {weights} and the last checkpoint is untouched.\n"
         "  Try a lower optim.lr, optim.clip_norm 1.0, routing.z_weight 1e-3 or precision float32."

@@ -16,7 +16,7 @@ from switchworks.evaluate.answers import DecodingConfig, write
 from switchworks.generate import generate
 from switchworks.model import SwitchTransformer
 from switchworks.model.init import initialise
-from switchworks.optim.build import dimension_letters
+from switchworks.optim import dimension_letters
 from switchworks.parallel import MeshConfig, Ranks, build_mesh, parallelize
 from switchworks.training import Experiment, train
 from switchworks.training.experiment import BestConfig

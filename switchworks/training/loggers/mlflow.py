@@ -21,7 +21,9 @@ class MLflow:
     def start(self, run: RunInfo) -> None:
         """A resumed run is found by its tag."""
         self.info = run
-        uri = os.environ.get("MLFLOW_TRACKING_URI", (run.directory / "mlruns").resolve().as_uri())
+        if (uri := os.environ.get("MLFLOW_TRACKING_URI")) is None:
+            uri = (run.directory / "mlruns").resolve().as_uri()
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow prefers a database
         self.client = self.mlflow.MlflowClient(uri)
         name, key = os.environ.get("MLFLOW_EXPERIMENT_NAME", "switchworks"), run.info["id"]
         experiment = self.client.get_experiment_by_name(name)
