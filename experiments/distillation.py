@@ -37,7 +37,7 @@ from pathlib import Path
 import numpy as np
 from kept import finished, is_finished
 
-from switchworks.compress import fraction_of_gain
+from switchworks.distil import fraction_of_gain
 from switchworks.report import Run, read_run
 
 ABLATION = {
