@@ -103,9 +103,8 @@ def show(
     print(f"| from | to | {' | '.join(f'{m}, {STARTS[s]}' for m, s in results)} |")
     print(f"| --- | --- | {' | '.join('---:' for _ in results)} |")
     for way in directions:
-        print(
-            f"| {way[0]} | {way[1]} | {' | '.join(f'{chrf[way]:.1f}' for chrf in results.values())} |"  # noqa: E501
-        )
+        cells = [*way, *(f"{chrf[way]:.1f}" for chrf in results.values())]
+        print(f"| {' | '.join(cells)} |")
     for model in dict.fromkeys(model for model, _ in results):
         tuned, scratch = results[model, "tune"], results[model, "scratch"]
         better = sum(tuned[way] > scratch[way] for way in tuned)

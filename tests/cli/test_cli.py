@@ -47,7 +47,7 @@ def test_a_run_directory_that_cannot_be_is_refused_before_text_is_read(tmp_path,
     (tmp_path / "file").write_text("")
     words = ["--data.path", str(tmp_path / "absent"), "--run-dir", str(tmp_path / "file" / "run")]
     assert main(["train", "tiny", *words]) == 2
-    assert f"{tmp_path / 'file'} is no folder" in capsys.readouterr().err
+    assert f"{tmp_path / 'file'} is not a folder" in capsys.readouterr().err
 
 
 def test_an_error_of_the_system_is_said_without_a_traceback(monkeypatch, capsys):
@@ -69,7 +69,7 @@ def test_an_unknown_verb_is_refused_with_the_usage(capsys):
 def test_a_tiny_training_runs_from_the_command_line(tiny_flags, tmp_path, capsys):
     assert main(["train", "tiny", "--run-dir", str(tmp_path / "run"), *tiny_flags]) == 0
     output = capsys.readouterr().out
-    assert "held-out loss" in output
+    assert "validation loss" in output
     assert (tmp_path / "run" / "report.html").exists()
 
 
