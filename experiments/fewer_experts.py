@@ -21,7 +21,7 @@ from kept import finished, require_same
 
 from switchworks.checkpoint import is_model, load, weights_hash
 from switchworks.compress import reduce_directory
-from switchworks.evaluate import held_out_losses, open_run
+from switchworks.evaluate import open_run, validation_losses
 
 
 def halves(experts: int) -> list[int]:
@@ -61,11 +61,11 @@ def main() -> None:
     if model.config.routing is None:
         sys.exit(f"{args.run} is dense: there are no experts to drop or merge")
     experts = model.config.routing.experts
-    losses = {f"{experts}": {"as it is": held_out_losses(model, held_out)[0]}}
+    losses = {f"{experts}": {"as it is": validation_losses(model, held_out)[0]}}
     if args.recover:
         place = args.out / "as_it_is"
         done = recovered(args.recipe, args.run, place, experts, args.recover, flags)
-        losses[f"{experts}"]["as it is, trained on"] = held_out_losses(load(done)[0], held_out)[0]
+        losses[f"{experts}"]["as it is, trained on"] = validation_losses(load(done)[0], held_out)[0]
     for keep in args.keep or halves(experts):
         row = losses.setdefault(str(keep), {})
         for method in ("prune", "merge"):
@@ -73,12 +73,12 @@ def main() -> None:
             if not is_model(smaller):
                 given = {"by": args.by, "text": args.text, "batches": args.batches}
                 reduce_directory(args.run, smaller, keep, method=method, **given)
-            row[method] = held_out_losses(load(smaller)[0], held_out)[0]
+            row[method] = validation_losses(load(smaller)[0], held_out)[0]
             if args.recover:
                 dense = args.dense or f"{args.recipe}_dense"
                 recipe = args.recipe if keep > 1 else dense
                 done = recovered(recipe, smaller, smaller, keep, args.recover, flags)
-                row[f"{method}, recovered"] = held_out_losses(load(done)[0], held_out)[0]
+                row[f"{method}, recovered"] = validation_losses(load(done)[0], held_out)[0]
         print(f"{keep} experts: {row}", flush=True)
     show(losses, args.out)
 

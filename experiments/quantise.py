@@ -14,7 +14,7 @@ from kept import require_same
 
 from switchworks.checkpoint import is_model, load, weight_files, weights_hash
 from switchworks.compress import quantise_directory
-from switchworks.evaluate import held_out_losses, open_run
+from switchworks.evaluate import open_run, validation_losses
 
 
 def main() -> None:
@@ -27,14 +27,14 @@ def main() -> None:
     require_same(args.out, {"run": args.run, "weights": weights_hash(args.run)})
     model, dataset = open_run(args.run)
     held_out = dataset.held_out(batch_size=16, batches=args.held_out)
-    before = held_out_losses(model, held_out)[0]
+    before = validation_losses(model, held_out)[0]
     rows = [{"weights": "as trained", "loss": before, "bytes": _bytes(args.run), "more": 0.0}]
     for scheme, group in [("int8", 32), ("int8-dynamic", 32), *(("int4", g) for g in args.groups)]:
         name = f"{scheme}, groups of {group}" if scheme == "int4" else scheme
         place = args.out / (f"int4_{group}" if scheme == "int4" else scheme)
         if not is_model(place):
             quantise_directory(args.run, place, scheme, group=group)
-        loss = held_out_losses(load(place)[0], held_out)[0]
+        loss = validation_losses(load(place)[0], held_out)[0]
         row = {"weights": name, "loss": loss, "bytes": _bytes(place), "more": loss / before - 1}
         rows.append(row)
         print(row, flush=True)

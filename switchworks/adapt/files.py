@@ -69,7 +69,7 @@ def merge_adapters(model: SwitchTransformer, directory: Path) -> SwitchTransform
             for name, p in adapted.named_parameters()
             if MARK in name or name in also
         },
-        found=stored.shapes,
+        actual=stored.shapes,
         fix="Merge them into the model they were trained on.",
     )
     base = {name: p.detach().float() for name, p in model.named_parameters()}

@@ -99,7 +99,7 @@ def load(
     require_match(
         f"{directory} is not the model that its {CONFIG} describes.",
         wanted={name: tuple(meta.shape) for name, meta in _state(model).items()},
-        found=stored.shapes,
+        actual=stored.shapes,
         fix="Write it again from the checkpoint.",
     )
     parameter_dtype = dtype if quantisation is None else dtype or torch.float32

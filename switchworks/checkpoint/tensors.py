@@ -96,7 +96,7 @@ def require_match(
     problem: str,
     *,
     wanted: Mapping[str, object],
-    found: Mapping[str, object],
+    actual: Mapping[str, object],
     fix: str,
 ) -> None:
     """Returns if both map the same names to the same shapes.
@@ -106,13 +106,13 @@ def require_match(
     entries of each kind are shown and the others counted.
     """
     complaints: list[str] = []
-    if missing := [name for name in wanted if name not in found]:
+    if missing := [name for name in wanted if name not in actual]:
         complaints.append(f"missing: {_listed(merged_names(missing))}")
-    if unknown := [name for name in found if name not in wanted]:
+    if unknown := [name for name in actual if name not in wanted]:
         complaints.append(f"unknown: {_listed(merged_names(unknown))}")
     wrong: dict[str, list[str]] = {}
     for name, shape in wanted.items():
-        if name in found and found[name] != shape:
+        if name in actual and actual[name] != shape:
             text = f" is {_shape_text(found[name])} and should be {_shape_text(shape)}"
             wrong.setdefault(text, []).append(name)
     if wrong:

@@ -134,7 +134,7 @@ class Checkpoints:
         require_match(
             f"{path} does not fit this run.",
             wanted={name: _layout(tensor.dtype, tensor.shape) for name, tensor in tensors.items()},
-            found=_stored_layouts(path, list(state)),
+            actual=_stored_layouts(path, list(state)),
             fix="Resume with the settings the run was started with.",
         )
         _read_tensors(tensors, path)

@@ -3,9 +3,9 @@ from .language_routing import LanguageRouting as LanguageRouting
 from .language_routing import routing_by_language as routing_by_language
 from .metrics import averages as averages
 from .metrics import check_metrics as check_metrics
-from .perplexity import held_out_losses as held_out_losses
 from .perplexity import mean_nats as mean_nats
 from .perplexity import measure_perplexity as measure_perplexity
+from .perplexity import validation_losses as validation_losses
 from .routing import routing_report as routing_report
 from .run import evaluate_run as evaluate_run
 from .run import open_run as open_run
@@ -13,8 +13,8 @@ from .tasks import EvalSet as EvalSet
 from .tasks import TaskResult as TaskResult
 from .tasks import as_json as as_json
 from .tasks import as_table as as_table
+from .tasks import build_eval_set as build_eval_set
 from .tasks import evaluate_tasks as evaluate_tasks
 from .tasks import measure as measure
 from .tasks import named_tasks as named_tasks
-from .tasks import questions_of as questions_of
 from .tasks import write_predictions as write_predictions

@@ -40,7 +40,7 @@ def mean_nats(model: SwitchTransformer, batches: Iterable[Batch], ranks: Ranks =
     return nats / max(1.0, tokens)
 
 
-def held_out_losses(
+def validation_losses(
     model: SwitchTransformer, held_out: ValidationSet, ranks: Ranks = SINGLE
 ) -> tuple[float, dict[str, float]]:
     """(mean weighted by the corpora's shares, corpus -> loss), in nats per target token.

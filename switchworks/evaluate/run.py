@@ -19,7 +19,7 @@ from switchworks.data import (
     text_for,
 )
 from switchworks.device import compute_device
-from switchworks.evaluate.perplexity import held_out_losses, measure_perplexity
+from switchworks.evaluate.perplexity import measure_perplexity, validation_losses
 from switchworks.model import SwitchTransformer
 
 NEARLY_ALL = 1 - 1e-9
@@ -44,7 +44,7 @@ def evaluate_run(
     """
     model, dataset = open_run(path, text, dtype)
     held_out = dataset.held_out(batch_size=batch_size, batches=batches)
-    loss, by_corpus = held_out_losses(model, held_out)
+    loss, by_corpus = validation_losses(model, held_out)
     rows = chain.from_iterable(held_out.batches.values())
     return {
         "loss": loss,

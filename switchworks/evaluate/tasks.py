@@ -80,7 +80,7 @@ class TaskResult:
         }
 
 
-def questions_of(task: Task, split: str, places: Places, most: int = 0) -> EvalSet:
+def build_eval_set(task: Task, split: str, places: Places, most: int = 0) -> EvalSet:
     """The examples of a split, or at most `most` of them, evenly spread over it.
 
     Examples of one group are judged together and stay together, so of groups there may be a few
@@ -192,7 +192,7 @@ def evaluate_tasks(
     read or judged.
     """
     places, tasks = places_of(data), _with_split(tasks_of(data), split)
-    eval_sets = [questions_of(task, split, places, config.examples) for task in tasks]
+    eval_sets = [build_eval_set(task, split, places, config.examples) for task in tasks]
     if not eval_sets:
         raise ConfigError("There is no task to evaluate. Name one: --tasks glue_rte.")
     for eval_set in eval_sets:

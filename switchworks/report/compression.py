@@ -31,7 +31,7 @@ from switchworks.data import (
 )
 from switchworks.device import compute_device
 from switchworks.distil import fraction_of_gain
-from switchworks.evaluate import DecodingConfig, held_out_losses, measure, questions_of
+from switchworks.evaluate import DecodingConfig, build_eval_set, measure, validation_losses
 from switchworks.generate import generate
 from switchworks.model import SwitchTransformer, active_parameters, flops_per_token, num_parameters
 from switchworks.quantise import quantise_config_of, tensors_of
@@ -147,7 +147,7 @@ def _figures(entry: _Model, held_out: ValidationSet, data: DataConfig) -> dict[s
     """Sizes and quality of one model, as plain values."""
     config, quantised = entry.model.config, quantise_config_of(entry.model)
     print(f"reading held-out text with {entry.path}", flush=True)
-    loss, _ = held_out_losses(entry.model, held_out)
+    loss, _ = validation_losses(entry.model, held_out)
     return {
         "path": str(entry.path),
         "kind": "dense" if config.routing is None else f"{config.routing.experts} experts",
@@ -169,7 +169,7 @@ def _score(entry: _Model, data: DataConfig) -> float:
     """Mean over the tasks, out of 100."""
     decoding = DecodingConfig(examples=EXAMPLES, input_length=data.input_length)
     places = places_of(data)
-    eval_sets = (questions_of(task, "validation", places, EXAMPLES) for task in tasks_of(data))
+    eval_sets = (build_eval_set(task, "validation", places, EXAMPLES) for task in tasks_of(data))
     return fmean(
         measure(entry.model, entry.tokenizer, eval_set, decoding).score for eval_set in eval_sets
     )

@@ -71,9 +71,11 @@ def test_router_only_is_all_but_routers():
 
 def test_patterns_go_over_whole_names_and_add_up():
     model = a_model()
-    found = select(model, ("decoder.*", "encoder.blocks.0.ffn.w_??.weight", "embeddings"), "freeze")
-    assert "decoder.blocks.1.ffn.experts.w_in" in found
-    assert {name for name in found if not name.startswith("decoder.")} == {
+    actual = select(
+        model, ("decoder.*", "encoder.blocks.0.ffn.w_??.weight", "embeddings"), "freeze"
+    )
+    assert "decoder.blocks.1.ffn.experts.w_in" in actual
+    assert {name for name in actual if not name.startswith("decoder.")} == {
         "encoder.blocks.0.ffn.w_in.weight",
         "embedding.weight",
     }

@@ -136,9 +136,9 @@ def test_complaints_name_every_tensor_and_stay_short():
         for expert in range(8)
     ]
     wanted: dict[str, object] = dict.fromkeys(sparse, (3, 4)) | {"a.0.b": (1,), "a.1.b": (1,)}
-    found: dict[str, object] = {"a.0.b": (2,), "a.1.b": (2,), "c.7": (), "d": ()}
+    actual: dict[str, object] = {"a.0.b": (2,), "a.1.b": (2,), "c.7": (), "d": ()}
     with pytest.raises(CheckpointError) as error:
-        require_match("X.", wanted=wanted, found=found, fix="Y.")
+        require_match("X.", wanted=wanted, actual=actual, fix="Y.")
     experts = "mlp.experts.expert_{0-7}"
     assert str(error.value).split("\n  ") == [
         "X.",
@@ -155,7 +155,7 @@ def test_complaints_name_every_tensor_and_stay_short():
 
 def test_of_many_different_names_ten_are_shown_and_the_rest_counted():
     with pytest.raises(CheckpointError, match=r"unknown: a, b, c, d, e, f, g, h, i, j and 3 more"):
-        require_match("X.", wanted={}, found=dict.fromkeys("abcdefghijklm", ()), fix="Y.")
+        require_match("X.", wanted={}, actual=dict.fromkeys("abcdefghijklm", ()), fix="Y.")
 
 
 def live(values: dict[str, Any], state: dict[str, Tensor]) -> Any:

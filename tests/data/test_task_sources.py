@@ -17,7 +17,7 @@ from switchworks.data.tasks.dataset import places_of
 from switchworks.data.tasks.sources import parse_slice, read_tables, tables_named
 from switchworks.data.tasks.store import Counts, examples_of
 from switchworks.data.tasks.user_tasks import task_fingerprint
-from switchworks.evaluate.tasks import questions_of
+from switchworks.evaluate.tasks import build_eval_set
 
 ROWS = [
     {"sentence1": "Big news.", "sentence2": 'He said "no".', "label": 1, "idx": 0},
@@ -166,7 +166,7 @@ def test_all_of_a_table_can_be_measured_and_so_can_a_folder_without_a_train_spli
     rows = table(tmp_path / "test" / "test.csv")
     for place, split in ((rows, "all"), (rows.parent, "test")):
         (task,) = find_tasks([f"reviews={place}"])
-        assert len(questions_of(task, split, Places(tmp_path)).examples) == 100
+        assert len(build_eval_set(task, split, Places(tmp_path)).examples) == 100
     with pytest.raises(DataError, match=r"has no train split\. It has: test"):
         read(task, "train", Places(tmp_path))
 
@@ -240,7 +240,7 @@ def test_empty_targets_that_are_held_out_are_counted_and_refuse_nothing(tmp_path
     counts = Counts()
     assert len(list(examples_of(task, "validation", Places(tmp_path), counts))) == 9
     assert counts.empty == 1
-    assert questions_of(task, "validation", Places(tmp_path)).unanswered == 1
+    assert build_eval_set(task, "validation", Places(tmp_path)).unanswered == 1
 
 
 def test_the_space_around_a_cell_is_no_part_of_an_answer(tmp_path):

@@ -16,7 +16,7 @@ from switchworks.data.tasks.docstrings import split_docstring, split_of
 from switchworks.data.tasks.store import open_task
 from switchworks.data.tasks.translation import language_name
 from switchworks.data.tokens.tokenizer import ByteTokenizer
-from switchworks.evaluate.tasks import questions_of
+from switchworks.evaluate.tasks import build_eval_set
 
 PAIR = {"sentence1": "Big news.", "sentence2": "No idea.", "idx": 10}
 NLI = {"premise": "It rains.", "hypothesis": "It is wet.", "idx": 0}
@@ -332,7 +332,7 @@ def test_some_examples_of_multirc_are_whole_questions(tmp_path):
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "validation.jsonl").write_text(lines, encoding="utf-8")
     places = Places(tmp_path, tmp_path)
-    asked = questions_of(TASKS["super_glue_multirc"], "validation", places, 23)
+    asked = build_eval_set(TASKS["super_glue_multirc"], "validation", places, 23)
     assert asked.total == 100
     sizes = Counter(example.group for example in asked.examples)
     assert list(sizes.values()) == [5] * 4  # 23 of 100 are 4 of 20 questions
@@ -405,7 +405,7 @@ def test_the_loss_of_held_out_examples_is_that_of_right_answers(tmp_path):
     stored = open_task(TASKS["super_glue_wsc"], "validation", places, ByteTokenizer())
     assert len(stored) == 1
     assert ByteTokenizer().decode(stored.example(0)[1].tolist()) == "Tom"
-    asked = questions_of(TASKS["super_glue_wsc"], "validation", places)
+    asked = build_eval_set(TASKS["super_glue_wsc"], "validation", places)
     assert [example.target for example in asked.examples] == ["Mitchell", "Tom"]
 
 

@@ -96,7 +96,7 @@ def load_hf(
     require_match(
         f"{directory} is not the model that its configuration describes.",
         wanted={name: tuple(tensor.shape) for name, tensor in wanted.items()},
-        found=stored.shapes,
+        actual=stored.shapes,
         fix="Fetch or write it again; the names are those of transformers.",
     )
     _fill_from(model, stored, ffn=ffn, dtype=dtype or stored.read("shared.weight").dtype)

@@ -9,9 +9,9 @@ from switchworks.evaluate import (
     EvalSet,
     TaskResult,
     averages,
+    build_eval_set,
     check_metrics,
     measure,
-    questions_of,
 )
 from switchworks.training.experiment import Experiment
 from switchworks.training.recorder import Recorder
@@ -75,7 +75,7 @@ def tasks_to_evaluate(experiment: Experiment, dataset: TextDataset) -> list[Eval
         return []
     places = places_of(experiment.data)
     sets = [
-        questions_of(task, "validation", places, experiment.evaluate_examples)
+        build_eval_set(task, "validation", places, experiment.evaluate_examples)
         for task in dataset.tasks
         if "validation" in task.source.splits
     ]

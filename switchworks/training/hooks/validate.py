@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from switchworks.data import Mixture, ValidationSet
-from switchworks.evaluate import held_out_losses, measure_perplexity
+from switchworks.evaluate import measure_perplexity, validation_losses
 from switchworks.training.recorder import Recorder
 from switchworks.training.state import TrainState
 
@@ -20,7 +20,7 @@ class Validate:
 
     def __call__(self, state: TrainState) -> None:
         """Write and print the losses, in nats per target token, and bits per byte."""
-        loss, per_corpus = held_out_losses(state.model, self.data, state.ranks)
+        loss, per_corpus = validation_losses(state.model, self.data, state.ranks)
         epochs = {} if self.mixture is None else self.mixture.epochs(state.step)
         bits = {
             bits_key(name): self.data.bits_per_byte(name, nats)
