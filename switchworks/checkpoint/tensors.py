@@ -113,7 +113,7 @@ def require_match(
     wrong: dict[str, list[str]] = {}
     for name, shape in wanted.items():
         if name in actual and actual[name] != shape:
-            text = f" is {_shape_text(found[name])} and should be {_shape_text(shape)}"
+            text = f" is {_shape_text(actual[name])} and should be {_shape_text(shape)}"
             wrong.setdefault(text, []).append(name)
     if wrong:
         entries = [name + text for text, names in wrong.items() for name in merged_names(names)]

@@ -11,7 +11,7 @@ from .mesh import SINGLE as SINGLE
 from .mesh import Ranks as Ranks
 from .mesh import batch_axis as batch_axis
 from .mesh import build_mesh as build_mesh
-from .mesh import ranks_of as ranks_of
+from .mesh import connect_ranks as connect_ranks
 from .sharded_init import allocate_shards as allocate_shards
 from .sharded_init import initialise_shards as initialise_shards
 from .torchrun import first_to_say as first_to_say

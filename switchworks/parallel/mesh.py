@@ -89,7 +89,7 @@ SINGLE = Ranks()
 
 
 @contextmanager
-def ranks_of(config: MeshConfig, world: int) -> Iterator[Ranks]:
+def connect_ranks(config: MeshConfig, world: int) -> Iterator[Ranks]:
     """Inside, the `world` processes that torchrun started are connected as the mesh of `config`.
 
     Raises ConfigError unless `world` is the size of the mesh. A process group that exists already

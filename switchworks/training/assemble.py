@@ -18,8 +18,7 @@ from switchworks.checkpoint import Checkpoints
 from switchworks.config import CheckpointError, ConfigError, DataError
 from switchworks.data import run_metadata
 from switchworks.model import active_parameters, flops_per_token, num_parameters
-from switchworks.parallel import Ranks
-from switchworks.parallel import torchrun as launch
+from switchworks.parallel import Ranks, torchrun
 from switchworks.training import machine
 from switchworks.training.experiment import Experiment
 from switchworks.training.export import export
@@ -290,7 +289,7 @@ def _describe(
         "torch": torch.__version__,
         "version": version("switchworks"),
         "command": shlex.join([_program(), *sys.argv[1:]]),
-        "launch": launch.run_id(),
+        "launch": torchrun.run_id(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "vocabulary": dataset.tokenizer.vocab_size,
         "train_tokens": dataset.train_tokens,

@@ -91,6 +91,6 @@ def _require_fit(init: Path | str, needed: SwitchTransformer, model: SwitchTrans
     require_match(
         f"The weights in {init} do not fit this experiment's model.",
         wanted={name: tuple(p.shape) for name, p in needed.named_parameters()},
-        found={name: tuple(p.shape) for name, p in model.named_parameters()},
+        actual={name: tuple(p.shape) for name, p in model.named_parameters()},
         fix="Give the experiment the model settings in that folder's config.toml.",
     )

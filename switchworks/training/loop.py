@@ -9,8 +9,7 @@ from types import FrameType
 from typing import Protocol, runtime_checkable
 
 from switchworks.batch import Batch
-from switchworks.parallel import Ranks
-from switchworks.parallel import torchrun as launch
+from switchworks.parallel import Ranks, torchrun
 from switchworks.training.state import TrainState
 from switchworks.training.step import StepResult, train_step
 
@@ -78,7 +77,7 @@ def run_loop(
     try:
         _loop(state, batches, hooks, interrupt)
     except RuntimeError as error:
-        if state.ranks.mesh is None or not launch.is_lost_contact(error):
+        if state.ranks.mesh is None or not torchrun.is_lost_contact(error):
             raise
         raise LostContactError(
             f"A rank was lost in step {state.step + 1}: killed, or failed with an error of its own."

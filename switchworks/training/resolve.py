@@ -10,8 +10,7 @@ import torch
 from switchworks import checkpoint
 from switchworks.config import ConfigError
 from switchworks.device import compute_device
-from switchworks.parallel import SINGLE, Ranks
-from switchworks.parallel import torchrun as launch
+from switchworks.parallel import SINGLE, Ranks, torchrun
 from switchworks.training import machine
 from switchworks.training.experiment import Experiment
 from switchworks.training.run_directory import settings_in
@@ -61,7 +60,7 @@ def kernels_of(experiment: Experiment, device: torch.device) -> Literal["referen
 
 
 def _warn_of_slow_bfloat16(experiment: Experiment) -> None:
-    if experiment.precision != "bfloat16" or launch.rank() != 0:
+    if experiment.precision != "bfloat16" or torchrun.rank() != 0:
         return
     if (gain := machine.bfloat16_gain()) < 0.5:
         print(

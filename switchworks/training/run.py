@@ -8,8 +8,7 @@ from pathlib import Path
 
 import torch
 
-from switchworks.parallel import ranks_of, watching
-from switchworks.parallel import torchrun as launch
+from switchworks.parallel import connect_ranks, torchrun, watching
 from switchworks.training import machine
 from switchworks.training.assemble import (
     Run,
@@ -62,9 +61,9 @@ def train(
     if experiment.threads:
         torch.set_num_threads(experiment.threads)
     run_dir = Path(run_dir or Path("runs") / experiment.name)
-    resume = resume or (launch.attempt() > 0 and launched_by(run_dir) == launch.run_id())
+    resume = resume or (torchrun.attempt() > 0 and launched_by(run_dir) == torchrun.run_id())
     experiment = resolve_tokenizer(experiment, init)
-    with ranks_of(experiment.mesh, launch.world()) as ranks, _silent_unless(ranks.is_main):
+    with connect_ranks(experiment.mesh, torchrun.world()) as ranks, _silent_unless(ranks.is_main):
         check_mesh(experiment)
         run = assemble(experiment, run_dir, resume=resume, init=init, ranks=ranks)
         interrupted = _train(run, hooks, loggers)

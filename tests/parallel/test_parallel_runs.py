@@ -16,7 +16,7 @@ from support.ranks import STEPS, Case, batch_of, run_case, spawn, state_of, torc
 import switchworks
 from switchworks.checkpoint.training_state import Checkpoints
 from switchworks.config import ConfigError
-from switchworks.parallel import MeshConfig, ranks_of
+from switchworks.parallel import MeshConfig, connect_ranks
 from switchworks.training.export import export
 from switchworks.training.step import train_step
 
@@ -107,12 +107,12 @@ def test_a_model_exported_from_parts_is_the_model(tmp_path):
 def test_a_mesh_of_another_size_than_the_processes_is_refused_with_the_fix():
     with (
         pytest.raises(ConfigError, match="torchrun --nproc-per-node 2"),
-        ranks_of(MeshConfig(expert=2), world=1),
+        connect_ranks(MeshConfig(expert=2), world=1),
     ):
         pass
     with (
         pytest.raises(ConfigError, match=r"Set --mesh\.data 2"),
-        ranks_of(MeshConfig(expert=2), world=4),
+        connect_ranks(MeshConfig(expert=2), world=4),
     ):
         pass
 
