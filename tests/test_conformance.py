@@ -88,7 +88,7 @@ def test_1_ours_experts_see_the_token_itself():
     before = x.clone()
     y, _ = layer(x)
     assert torch.equal(x, before)
-    torch.testing.assert_close(y, layer.experts.one(0, x.flatten(0, 1)).view_as(x))
+    torch.testing.assert_close(y, layer.experts.run_one(0, x.flatten(0, 1)).view_as(x))
 
 
 # 2. Padding takes experts' slots and counts in the losses, whatever the flag against it says.

@@ -98,7 +98,7 @@ def test_wi_0_is_the_gate_as_in_t5(tmp_path):
     expert = "decoder.block.3.layer.2.mlp.experts.expert_1"
     wi_0, wi_1, wo = (state[f"{expert}.{name}.weight"] for name in ("wi_0", "wi_1", "wo"))
     hidden = torch.nn.functional.gelu(x @ wi_0.T, approximate="tanh") * (x @ wi_1.T)
-    got = load_hf(tmp_path / "hf").decoder.blocks[3].ffn.experts.one(1, x)
+    got = load_hf(tmp_path / "hf").decoder.blocks[3].ffn.experts.run_one(1, x)
     torch.testing.assert_close(got, hidden @ wo.T, rtol=1e-5, atol=1e-6)
 
 

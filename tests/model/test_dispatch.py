@@ -179,4 +179,4 @@ def test_sorting_puts_the_kept_tokens_in_the_order_of_experts_and_then_of_places
     )
     order = sort_by_expert(routes, 4)
     assert order.assignment.tolist() == [1, 3, 0, 4]
-    assert order.counts == [2, 0, 2, 0]
+    assert order.tokens_per_expert == [2, 0, 2, 0]
