@@ -100,7 +100,8 @@ def test_a_merged_model_computes_what_the_adapted_one_does():
 
 
 def test_the_first_loss_is_exactly_that_of_the_model_without_adapters():
-    recipe = replace(tiny(), model=replace(tiny().model, dropout=0.1))
+    # The fast kernels sort the tokens of plain experts, and would draw their dropout in that order.
+    recipe = replace(tiny(), model=replace(tiny().model, dropout=0.1), kernels="reference")
     plain = train_step(build_state(recipe), some_batch())
     adapted = train_step(
         build_state(replace(recipe, lora=LoraConfig(rank=2, targets=EVERY))), some_batch()
