@@ -23,35 +23,31 @@ from switchworks.model import (
     queue,
 )
 
-K = 2
-
 
 def top_k(probs: Tensor, _choice: Tensor, real: Tensor, limits: RoutingLimits) -> Routes:
-    """From probabilities [G, S, E] K assignments a token, in order of position: it is causal."""
+    """From probabilities [G, S, E] two assignments a token, in order of position: it is causal."""
     groups, tokens, experts = probs.shape
     bias = 0.0 if limits.selection_bias is None else limits.selection_bias
-    expert = (probs + bias).topk(K, dim=-1).indices  # G S K
+    expert = (probs + bias).topk(2, dim=-1).indices  # G S 2
     gate = probs.gather(-1, expert)
     gate = gate / gate.sum(dim=-1, keepdim=True)
-    token = torch.arange(tokens, device=probs.device).repeat_interleave(K).expand(groups, -1)
-    wanted = real.repeat_interleave(K, dim=1)
+    token = torch.arange(tokens, device=probs.device).repeat_interleave(2).expand(groups, -1)
+    wanted = real.repeat_interleave(2, dim=1)
     slot = queue(expert.flatten(1), wanted, experts)
     kept = wanted if limits.capacity is None else wanted & (slot < limits.capacity)
     return Routes(expert.flatten(1), slot, kept, gate.flatten(1), token)
 
 
 STRATEGIES["sigmoid_top2"] = Strategy(
-    plan=top_k, experts_per_token=K, gates_sum_to_one=True, score=torch.sigmoid
+    plan=top_k, experts_per_token=2, gates_sum_to_one=True, score=torch.sigmoid
 )
 
 
 def fullest(bias_rate: float, steps: int) -> float:
     """Trains a layer on crowded tokens; the load of its fullest expert, 1 if all are equal."""
     torch.manual_seed(0)
-    routing = RoutingConfig(
-        experts=8, strategy="sigmoid_top2", capacity_factor=None, bias_rate=bias_rate,
-        balance_weight=0.0,
-    )  # fmt: skip
+    balance = {"bias_rate": bias_rate, "balance_weight": 0.0, "capacity_factor": None}
+    routing = RoutingConfig(experts=8, strategy="sigmoid_top2", **balance)
     layer = SwitchFFN(16, 32, routing, init_scale=1.0)
     optimizer = torch.optim.Adam(layer.parameters(), lr=1e-3)
     crowd, target, loads = torch.randn(16), torch.randn(16, 16), []
@@ -74,9 +70,7 @@ def main(words: Sequence[str] | None = None) -> tuple[float, float]:
     parser.add_argument("--steps", type=int, default=60)
     steps = parser.parse_args(words).steps
     balanced, plain = fullest(0.02, steps), fullest(0.0, steps)
-    print(
-        f"the fullest expert has {balanced:.2f} of an even share with the bias, {plain:.2f} without"
-    )
+    print(f"fullest expert: {balanced:.2f} of an even share with the bias, {plain:.2f} without")
     return balanced, plain
 
 

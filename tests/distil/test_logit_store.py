@@ -273,7 +273,7 @@ def test_a_student_of_all_stored_ids_learns_what_one_beside_its_teacher_does(
 
 def test_a_student_of_few_stored_ids_ends_close_to_it(student, student_run, tmp_path):
     few = replace(student, distil=replace(student.distil, store=str(tmp_path / "few")))
-    precompute_teacher(few, top_k=24)
+    precompute_teacher(few, top_k=48)
     run_dir = train(few, tmp_path / "run")
     losses = [
         json.loads(p.read_text().splitlines()[-1])["val/loss"]

@@ -178,7 +178,7 @@ def test_a_length_penalty_beyond_reason_is_refused(power):
 
 
 def test_texts_of_several_batches_are_drawn_with_other_numbers(byte_model):
-    how = GenerationConfig(max_length=8, sampling=Sampling(temperature=1.0, seed=3), batch_size=1)
+    how = GenerationConfig(max_length=16, sampling=Sampling(temperature=1.0, seed=3), batch_size=1)
     texts = fill_texts(byte_model, ByteTokenizer(), ["The <extra_id_0> is"] * 4, how)
     assert len(set(texts)) > 1
     assert texts == fill_texts(byte_model, ByteTokenizer(), ["The <extra_id_0> is"] * 4, how)
