@@ -7,6 +7,7 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
+from hypothesis import settings
 from jaxtyping import install_import_hook
 
 PACKAGE = Path(__file__).parent.parent / "switchworks"
@@ -21,6 +22,8 @@ def shaped_modules() -> list[str]:
 
 install_import_hook(shaped_modules(), "beartype.beartype")
 torch.set_num_threads(1)  # tiny shapes gain nothing from more
+settings.register_profile("house", deadline=None)  # the machine may be busy
+settings.load_profile("house")
 
 
 @pytest.fixture(autouse=True)

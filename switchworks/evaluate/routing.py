@@ -15,11 +15,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from switchworks.batch import Batch
+from switchworks.batch import Batch, align_right, shift_right
 from switchworks.config import CheckpointError
 from switchworks.data import Tokenizer
 from switchworks.evaluate.token_types import TYPES, TokenTypes
-from switchworks.model import Routes, SwitchTransformer, align_right, rows_of, shift_right
+from switchworks.model import Routes, SwitchTransformer, rows_of
 
 IDLE = 0.1
 """Share of the even load below which an expert is called idle; with no token at all it is dead."""

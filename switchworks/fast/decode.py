@@ -29,7 +29,6 @@ from switchworks.fast.compiler import require_compiler
 from switchworks.fast.seams import reset
 from switchworks.fast.skip_losses import no_statistics
 from switchworks.model import (
-    DISPATCHERS,
     AttentionBase,
     DecoderCache,
     Experts,
@@ -275,7 +274,7 @@ def call_experts(
 ) -> Tensor:
     """The sorted dispatcher on `x` and its `Routes`, with the experts of that number."""
     routes = Routes(expert, slot, kept, gate, token)
-    return DISPATCHERS["sorted"](x, routes, _CALLED[number], None)
+    return small_batch.dispatch_few(x, routes, _CALLED[number], None)
 
 
 def _fake_outputs(x: Tensor, *rest: Any) -> Tensor:

@@ -30,7 +30,7 @@ ALIGNMENT = 16
 
 
 class DeviceDispatcher:
-    """As `SortedDispatcher`, but the counts stay on the device.
+    """As `sorted_by_expert`, but the counts stay on the device.
 
     Experts on other ranks, whose counts have to be sent, and widths that the kernel does not take
     get the dispatcher that a model has without this.

@@ -6,7 +6,8 @@ outputs (of an expert's, whose inputs lie first: of its inputs, summed) it is re
 Beside such products every small operation counts: norms take five in place of eight
 (experiments/speed.md).
 
-Letters: N rows, I inputs, O outputs, C tokens of one expert, S shares, D model width.
+Letters: N rows, I inputs, O outputs, C tokens of one expert, S shares, D model width; those
+of routes are in `model/dispatch.py`.
 """
 
 from collections.abc import Iterator
@@ -21,11 +22,23 @@ from torch.distributed.tensor import DTensor
 
 from switchworks.fast.seams import Change, swapped
 from switchworks.fast.skip_losses import without_losses
-from switchworks.model import Experts, Linear, RMSNorm, SwitchTransformer, normalise
+from switchworks.model import (
+    DISPATCHERS,
+    ExpertBank,
+    ExpertInput,
+    Experts,
+    Linear,
+    RMSNorm,
+    Routes,
+    SwitchFFN,
+    SwitchTransformer,
+    normalise,
+)
 
 MAX_ROWS = 32
 """Rows up to which shares are faster."""
 SHARES = 8
+_LOCAL = DISPATCHERS["chosen"], DISPATCHERS["sorted"]
 MIN_WEIGHTS = 2**16
 """Weights below which a product is over before a second thread has begun."""
 
@@ -45,6 +58,8 @@ def small_batch(model: SwitchTransformer) -> Iterator[Change]:
             yield module, "matmul", expert_matmul
         elif type(module) is RMSNorm and _is_plain(module.weight):
             yield module, "normalise", rms_norm
+        elif isinstance(module, SwitchFFN) and module.dispatcher in _LOCAL:
+            yield module, "dispatcher", dispatch_few
     if model.head is None and suits(model.embedding.weight):
         yield model, "matmul", linear
 
@@ -88,6 +103,19 @@ def split_k_matmul(x: Float[Tensor, "C I"], weight: Float[Tensor, "I O"]) -> Flo
     part = inputs // SHARES
     strips = x.contiguous().as_strided((SHARES, rows, part), (part, inputs, 1))
     return torch.bmm(strips, weight.view(SHARES, part, -1)).sum(dim=0)
+
+
+def dispatch_few(
+    x: Float[Tensor, "G S D"], routes: Routes, experts: ExpertBank, capacity: int | None
+) -> Float[Tensor, "G S O"]:
+    """`SwitchFFN.dispatcher`; of a single token, as decoding one text has them, without a sort."""
+    if x.shape[:2] != (1, 1) or routes.token is not None:
+        return DISPATCHERS["chosen"](x, routes, experts, capacity)
+    kept = int(routes.kept)
+    counts = [0] * experts.num_experts
+    counts[int(routes.expert)] = kept
+    outputs = experts(ExpertInput(x[0, :kept], counts)) * routes.gate[:, :kept].mT.to(x.dtype)
+    return F.pad(outputs, (0, 0, 0, 1 - kept))[None]  # 0 for padding
 
 
 def suits(weight: Tensor) -> bool:

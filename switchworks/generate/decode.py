@@ -9,10 +9,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from switchworks.batch import check_prompts
 from switchworks.config import ConfigError
 from switchworks.fast import CompiledDecoder, for_decoding
 from switchworks.generate.beam import BeamSearch, search
-from switchworks.model import Sampling, SwitchTransformer, check_inputs, decode
+from switchworks.model import Sampling, SwitchTransformer, decode
 from switchworks.parallel import SINGLE, Ranks
 
 
@@ -47,7 +48,7 @@ def generate(
     if beams is not None and beams.beams == 1:
         beams = None
     _check(model, sampling, beams, compiled, ranks)
-    check_inputs(model, inputs, max_length)
+    check_prompts(inputs, max_length, model.config.decoder_only)
     with for_decoding(model):
         if beams is not None:
             return search(model, inputs, max_length, beams, compiled)

@@ -26,7 +26,6 @@ from switchworks.model.config import Sampling as Sampling
 from switchworks.model.decoding import EOS as EOS
 from switchworks.model.decoding import PAD as PAD
 from switchworks.model.decoding import Step as Step
-from switchworks.model.decoding import check_inputs as check_inputs
 from switchworks.model.decoding import decode as decode
 from switchworks.model.decoding import first_logits as first_logits
 from switchworks.model.dispatch import DISPATCHERS as DISPATCHERS
@@ -68,8 +67,6 @@ from switchworks.model.switch_ffn import Routing as Routing
 from switchworks.model.switch_ffn import SwitchFFN as SwitchFFN
 from switchworks.model.transformer import Output as Output
 from switchworks.model.transformer import SwitchTransformer as SwitchTransformer
-from switchworks.model.transformer import align_right as align_right
-from switchworks.model.transformer import shift_right as shift_right
 
 
 class Seam(NamedTuple):

@@ -26,8 +26,8 @@ at all (a padded row) gets a meaningless average and not NaN."""
 
 
 def relative_bucket(
-    distance: Int[Tensor, "L M"], *, bidirectional: bool, buckets: int, max_distance: int
-) -> Int[Tensor, "L M"]:
+    distance: Int[Tensor, "*b"], bidirectional: bool, buckets: int, max_distance: int
+) -> Int[Tensor, "*b"]:
     """Bucket of each `distance` = key position - query position (Mesh-TF
     `_relative_position_bucket`).
 
@@ -95,7 +95,7 @@ class PositionEncoding(nn.Module):
 class RelativeBias(PositionEncoding):
     """A learned number per head and distance bucket, added to self-attention's scores (T5)."""
 
-    letters = {"weight": "_ H"}  # noqa: RUF012
+    letters = {"weight": "_ H"}
     factored = False
     """Whether to give a `FactoredBias`, to an attention that takes one; only under gradients."""
     look_up: Callable[[Tensor, Tensor], Tensor] = staticmethod(look_up)
@@ -117,12 +117,8 @@ class RelativeBias(PositionEncoding):
         return self._by_distance(keys[None] - queries[:, None])[None]
 
     def _by_distance(self, distances: Int[Tensor, "L M"]) -> Float[Tensor, "H L M"]:
-        bucket = relative_bucket(
-            distances,
-            bidirectional=self.bidirectional,
-            buckets=self.weight.shape[0],
-            max_distance=self.max_distance,
-        )
+        buckets = self.weight.shape[0]
+        bucket = relative_bucket(distances, self.bidirectional, buckets, self.max_distance)
         return self.look_up(self.weight, bucket).permute(2, 0, 1)
 
 
@@ -205,12 +201,7 @@ class AttentionBase(nn.Module):
 class Attention(AttentionBase):
     """Multi-head attention from `x` to `memory`. H in the letters stands for H * K rows."""
 
-    letters = {  # noqa: RUF012
-        "q.weight": "H D",
-        "k.weight": "H D",
-        "v.weight": "H D",
-        "o.weight": "D H",
-    }
+    letters = {"q.weight": "H D", "k.weight": "H D", "v.weight": "H D", "o.weight": "D H"}
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)

@@ -7,7 +7,7 @@ Letters: B sequences, L length, M length of the keys, D model width, H heads.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import cast
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -63,10 +63,8 @@ class Block(nn.Module):
         real = None if segments is None else segments != 0
         query, keys, attention_routing = self.self_attention.qkv(self.self_norm(x), real)
         first = 0 if past is None else past.length
-        query, keys = (
-            positions.rotate(query, first),
-            keys._replace(k=positions.rotate(keys.k, first)),
-        )
+        query = positions.rotate(query, first)
+        keys = keys._replace(k=positions.rotate(keys.k, first))
         keys = keys if past is None else past.extend(keys)
         x = x + self.dropout(self.self_attention.attend_out(query, keys, bias))
         if self.cross_attention is not None and self.cross_norm is not None:
@@ -89,22 +87,17 @@ class Block(nn.Module):
         return x + self.dropout(y), routing
 
 
-def call_block(block: Block, *inputs: Any, **named: Any) -> tuple[Tensor, list[Routing]]:
-    """The plain form of `Stack.call_block`."""
-    return block(*inputs, **named)
-
-
 class Stack(nn.Module):
     """The blocks of an encoder or a decoder, their position encoding and the final norm."""
 
-    call_block: Callable[..., tuple[Tensor, list[Routing]]] = staticmethod(call_block)
+    call_block: Callable[..., tuple[Tensor, list[Routing]]] = staticmethod(Block.__call__)
 
-    def __init__(self, config: ModelConfig, *, layers: int, decoder: bool) -> None:
+    def __init__(self, config: ModelConfig, *, decoder: bool) -> None:
         super().__init__()
         self.relative_bias: PositionEncoding = RelativeBias(config, bidirectional=not decoder)
         self.blocks = nn.ModuleList(
             Block(config, sparse=config.is_sparse(layer, decoder=decoder), decoder=decoder)
-            for layer in range(layers)
+            for layer in range(config.decoder_layers if decoder else config.encoder_layers)
         )
         self.final_norm = RMSNorm(config.d_model, config.norm_epsilon)
         self.dropout = SharedDropout(config.dropout)

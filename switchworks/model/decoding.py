@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from switchworks.config import ConfigError
+from switchworks.batch import check_prompts
 from switchworks.model.cache import DecoderCache
 from switchworks.model.config import Sampling
 
@@ -46,7 +46,7 @@ def decode(
     makes the step for a cache (None: `model.decode_step`), `goes_on` says from which rows have
     ended whether to take another. The model's training mode is restored afterwards.
     """
-    check_inputs(model, inputs, max_length)
+    check_prompts(inputs, max_length, model.config.decoder_only)
     if generator is None:
         generator = torch.Generator(inputs.device).manual_seed(sampling.seed)
     was_training = model.training
@@ -64,19 +64,6 @@ def decode(
     finally:
         model.train(was_training)
     return torch.stack(written, dim=1)
-
-
-def check_inputs(model: "SwitchTransformer", inputs: Tensor, max_length: int) -> None:
-    """Raises ConfigError unless decoding can start from `inputs`."""
-    if max_length < 1:
-        raise ConfigError(f"max_length = {max_length} must be at least 1 token.")
-    if inputs.dim() != 2 or not inputs.shape[0]:
-        raise ConfigError(
-            f"inputs of shape {list(inputs.shape)} are not [batch, length] with a row or more.\n"
-            "  One text is inputs[None]."
-        )
-    if not inputs.shape[1] and not model.config.decoder_only:
-        raise ConfigError("inputs of length 0 leave the encoder nothing: give it EOS at least.")
 
 
 def first_logits(

@@ -86,7 +86,7 @@ def run_experts(
 class Experts(nn.Module):
     """E feed-forward networks of one shape, each with its own weights."""
 
-    letters = {"w_in": "E D F", "w_gate": "E D F", "w_out": "E F D"}  # noqa: RUF012
+    letters = {"w_in": "E D F", "w_gate": "E D F", "w_out": "E F D"}
     run: Callable[["Experts", ExpertInput, ExpertWeights], Tensor] = staticmethod(run_experts)
     matmul: Matmul = staticmethod(torch.matmul)
 

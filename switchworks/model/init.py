@@ -159,12 +159,7 @@ def _aligned_slope(name: str, config: "ModelConfig") -> Tensor:
     nats by which it falls off from one neighbour, in the others 0."""
     bidirectional, far = name.startswith("encoder."), config.relative_max_distance
     distance = torch.arange(-far, far + 1)
-    bucket = relative_bucket(
-        distance[None],
-        bidirectional=bidirectional,
-        buckets=config.relative_buckets,
-        max_distance=far,
-    )[0]
+    bucket = relative_bucket(distance, bidirectional, config.relative_buckets, far)
     slope = torch.zeros(config.relative_buckets, config.num_heads)
     for head in range(max(1, config.num_heads // 2)):
         step = head // 2 + 1

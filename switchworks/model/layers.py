@@ -43,7 +43,7 @@ def normalise(
 class RMSNorm(nn.Module):
     """Divide by the root mean square, multiply by a learned scale; no bias, no mean (T5)."""
 
-    letters = {"weight": "D"}  # noqa: RUF012
+    letters = {"weight": "D"}
     normalise: Callable[[Tensor, Tensor, float], Tensor] = staticmethod(normalise)
 
     def __init__(self, width: int, epsilon: float) -> None:
@@ -117,7 +117,7 @@ def activate(hidden: Tensor, gate: Tensor | None, activation: str) -> Tensor:
 class FFN(nn.Module):
     """The dense feed-forward layer: two matrices, three when gated, no bias."""
 
-    letters = {"w_in.weight": "F D", "w_gate.weight": "F D", "w_out.weight": "D F"}  # noqa: RUF012
+    letters = {"w_in.weight": "F D", "w_gate.weight": "F D", "w_out.weight": "D F"}
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

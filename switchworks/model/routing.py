@@ -27,7 +27,7 @@ def jitter(x: Float[Tensor, "*b"], size: float) -> Float[Tensor, "*b"]:
 class Router(nn.Module):
     """One bias-free matrix from tokens to expert logits (equation 1), and the first choice."""
 
-    letters = {"weight": "E D", "selection_bias": "E"}  # noqa: RUF012
+    letters = {"weight": "E D", "selection_bias": "E"}
 
     def __init__(self, d_model: int, config: RoutingConfig) -> None:
         super().__init__()

@@ -221,15 +221,10 @@ def expert_choice(probs: Tensor, choice: Tensor, real: Tensor, limits: RoutingLi
     kept = gate >= 0  # not padding
     if limits.group_capacity is not None:
         kept = kept & (number < limits.group_capacity[:, None])[..., None]
-    return Routes(
-        expert=torch.arange(experts, device=probs.device)
-        .repeat_interleave(slots)
-        .repeat(groups, 1),
-        slot=number.repeat(groups, experts),
-        kept=kept.mT.flatten(1),
-        gate=gate.mT.flatten(1),
-        token=token.mT.flatten(1),
-    )
+    # E queues of C slots, one behind the other.
+    expert = torch.arange(experts, device=probs.device).repeat_interleave(slots)
+    kept, gate, token = (x.mT.flatten(1) for x in (kept, gate, token))
+    return Routes(expert.repeat(groups, 1), number.repeat(groups, experts), kept, gate, token)
 
 
 STRATEGIES: dict[str, Strategy] = {

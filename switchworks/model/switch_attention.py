@@ -23,7 +23,7 @@ class SwitchAttention(AttentionBase):
     have the initialisation of a dense query that makes the factor unnecessary.
     """
 
-    letters = {"o.weight": "D H"}  # noqa: RUF012
+    letters = {"o.weight": "D H"}
 
     def __init__(self, config: ModelConfig, *, causal: bool) -> None:
         super().__init__(config)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from switchworks.config import ConfigError
 from switchworks.model.config import ModelConfig, RoutingConfig
-from switchworks.model.dispatch import DISPATCHERS, Dispatcher
+from switchworks.model.dispatch import Dispatcher, padded_or_sorted
 from switchworks.model.experts import Experts
 from switchworks.model.init import initialise_switch_ffn
 from switchworks.model.losses import balance_loss, expert_load, router_z_loss
@@ -75,7 +75,7 @@ class SwitchFFN(nn.Module):
     """E expert feed-forward networks of which each token uses the one its router prefers, or
     those that another `routing.strategy` gives it."""
 
-    dispatcher: Dispatcher = DISPATCHERS["chosen"]
+    dispatcher: Dispatcher = staticmethod(padded_or_sorted)
     reporter: Callable[..., Routing] = staticmethod(statistics)
 
     def __init__(

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from switchworks.batch import align_right, check_rows, shift_right
 from switchworks.config import ConfigError
 from switchworks.model.attention import causal, mask_to_bias, segment_mask
 from switchworks.model.blocks import Stack
@@ -56,7 +57,7 @@ class SwitchTransformer(nn.Module):
     without values.
     """
 
-    letters = {"embedding.weight": "V D", "head.weight": "V D"}  # noqa: RUF012
+    letters = {"embedding.weight": "V D", "head.weight": "V D"}
     matmul: Matmul = staticmethod(F.linear)
     cross_entropy: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = staticmethod(cross_entropy)
     gather_logits: Callable[[Tensor], Tensor] = staticmethod(lambda logits: logits)
@@ -68,12 +69,8 @@ class SwitchTransformer(nn.Module):
         with torch.device("meta"):  # so that nothing is drawn twice
             self.embedding = Embedding(config.vocab_size, config.d_model)
             self.dropout = SharedDropout(config.dropout)
-            self.encoder = (
-                None
-                if config.decoder_only
-                else Stack(config, layers=config.num_layers, decoder=False)
-            )
-            self.decoder = Stack(config, layers=config.decoder_layers, decoder=True)
+            self.encoder = None if config.decoder_only else Stack(config, decoder=False)
+            self.decoder = Stack(config, decoder=True)
             self.head = None if config.tied_head else Linear(config.d_model, config.vocab_size)
         if device.type != "meta":
             self.to_empty(device=device)
@@ -109,7 +106,7 @@ class SwitchTransformer(nn.Module):
         In a decoder-only model inputs and targets are one text, of which only the targets
         count in the loss: inputs are prompts, padded on either side, or have width 0.
         """
-        _check(inputs, targets, input_segments, target_segments, self.config.decoder_only)
+        check_rows(inputs, targets, input_segments, target_segments, self.config.decoder_only)
         memory, tokens, segments = None, targets, target_segments
         if self.encoder is None:
             tokens = torch.cat([align_right(inputs) if padding else inputs, targets], dim=1)
@@ -259,44 +256,3 @@ class SwitchTransformer(nn.Module):
             router_z = weights.z_weight * sum((r.router_z for r in routing), router_z)
         total = nll + output_z + balance + router_z
         return Losses(total, nll, output_z, balance, router_z)
-
-
-def _check(
-    inputs: Tensor,
-    targets: Tensor,
-    input_segments: Tensor | None,
-    target_segments: Tensor | None,
-    decoder_only: bool,
-) -> None:
-    if inputs.shape[0] != targets.shape[0]:
-        raise ConfigError(
-            f"{inputs.shape[0]} rows of inputs but {targets.shape[0]} rows of targets.\n"
-            "  Both need one row per sequence."
-        )
-    if (input_segments is None) != (target_segments is None):
-        given = "target_segments" if input_segments is None else "input_segments"
-        raise ConfigError(
-            f"Only {given} is given, so packed targets would attend to the wrong inputs.\n"
-            "  Give segment ids for both, or for neither."
-        )
-    if decoder_only and target_segments is not None and inputs.shape[1]:
-        raise ConfigError(
-            f"{inputs.shape[1]} positions of inputs beside packed targets: to a decoder-only model "
-            "a row is one text.\n"
-            "  Put each prompt before its own targets and give inputs of width 0."
-        )
-
-
-def shift_right(
-    targets: Int[Tensor, "B T"], segments: Int[Tensor, "B T"] | None
-) -> Int[Tensor, "B T"]:
-    """The decoder's inputs: each segment moved by one position, starting with id 0 (T5)."""
-    shifted = F.pad(targets[:, :-1], (1, 0))
-    if segments is None:
-        return shifted
-    return torch.where(segments == F.pad(segments[:, :-1], (1, 0), value=-1), shifted, 0)
-
-
-def align_right(prompts: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:
-    """Each row's tokens in their order behind all of its padding (id 0)."""
-    return prompts.gather(1, (prompts != 0).to(torch.uint8).argsort(dim=1, stable=True))

@@ -8,14 +8,17 @@ import torch
 from switchworks.fast.seams import swapped
 from switchworks.fast.small_batch import (
     MAX_ROWS,
+    dispatch_few,
     rms_norm,
     small_batch,
     split_k_matmul,
     split_n_linear,
 )
 from switchworks.generate import BeamSearch, generate
-from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
+from switchworks.model import DISPATCHERS, ModelConfig, RoutingConfig, SwitchFFN, SwitchTransformer
+from switchworks.model.experts import Experts
 from switchworks.model.layers import RMSNorm
+from switchworks.model.strategies import route
 
 CONFIG = ModelConfig(
     vocab_size=512,
@@ -135,11 +138,27 @@ def changed(model: SwitchTransformer) -> set[str]:
     return {name for name in before if inside[name] != before[name]}
 
 
-def test_other_dtypes_are_left_alone():
-    assert not changed(SwitchTransformer(CONFIG, seed=1).bfloat16())
+def names_of(model: SwitchTransformer, *kinds: type) -> set[str]:
+    return {name for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
-def test_of_a_small_model_only_the_norms_change():
+def test_in_other_dtypes_only_the_dispatch_of_a_single_token_changes():
+    model = SwitchTransformer(CONFIG, seed=1).bfloat16()
+    assert changed(model) == names_of(model, SwitchFFN)
+
+
+def test_of_a_small_model_no_product_changes():
     small = SwitchTransformer(replace(CONFIG, d_model=32, d_ff=64, d_kv=16, vocab_size=40), seed=1)
-    norms = {name for name, module in small.named_modules() if isinstance(module, RMSNorm)}
-    assert changed(small) == norms
+    assert changed(small) == names_of(small, RMSNorm, SwitchFFN)
+
+
+@pytest.mark.parametrize("real", [True, False])
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_single_token_is_dispatched_as_by_the_einsum(real, gated):
+    experts = Experts(4, 6, 10, gated=gated)
+    for weight in experts.parameters():
+        torch.nn.init.normal_(weight)
+    probs, x = torch.rand(1, 1, 4).softmax(dim=-1), torch.randn(1, 1, 6)
+    routes = route(probs, torch.tensor([[real]]), None)
+    expected = DISPATCHERS["einsum"](x, routes, experts, None)
+    torch.testing.assert_close(dispatch_few(x, routes, experts, None), expected)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from switchworks.batch import check_prompts
 from switchworks.config import ConfigError
 from switchworks.data.tokens.tokenizer import ByteTokenizer
 from switchworks.fast.skip_losses import skip_losses
@@ -11,7 +12,7 @@ from switchworks.generate.beam import BeamSearch
 from switchworks.generate.fill_in import fill, parse_fills
 from switchworks.generate.text import GenerationConfig, fill_texts
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
-from switchworks.model.decoding import check_inputs, choose
+from switchworks.model.decoding import choose
 
 
 @pytest.fixture(scope="module")
@@ -166,9 +167,9 @@ def test_settings_that_cannot_work_are_refused(settings, message):
         (torch.ones(2, 0, dtype=torch.long), "give it EOS at least"),
     ],
 )
-def test_inputs_that_are_no_texts_are_refused(inputs, message, model):
+def test_inputs_that_are_no_texts_are_refused(inputs, message):
     with pytest.raises(ConfigError, match=message):
-        check_inputs(model, inputs, 4)
+        check_prompts(inputs, 4, decoder_only=False)
 
 
 @pytest.mark.parametrize("power", [float("nan"), 1e6, -11.0])

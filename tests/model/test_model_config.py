@@ -10,7 +10,6 @@ from switchworks.model import (
     RoutingConfig,
     SwitchFFN,
     SwitchTransformer,
-    num_parameters,
 )
 
 
@@ -147,7 +146,6 @@ def test_a_dense_encoder_beside_a_sparse_decoder_can_be_built():
     config = ModelConfig(vocab_size=40, d_model=8, d_ff=8, d_kv=4, num_heads=2, num_layers=3)
     config = replace(config, routing=routing)
     assert list(SwitchTransformer(config).switch_layers) == ["decoder.0", "decoder.2"]
-    assert num_parameters(config) == sum(p.numel() for p in SwitchTransformer(config).parameters())
 
 
 def test_transformers_own_default_layout_can_be_built():

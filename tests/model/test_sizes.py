@@ -1,4 +1,4 @@
-"""Closed forms of size and cost against models that were built and figures that were printed."""
+"""Sizes and costs against the figures that the paper prints."""
 
 from dataclasses import replace
 
@@ -37,26 +37,6 @@ SWITCH_C = ModelConfig(
 
 def switch(dense: ModelConfig, experts: int) -> ModelConfig:
     return replace(dense, routing=RoutingConfig(experts=experts))
-
-
-def built_parameters(config: ModelConfig) -> int:
-    with torch.device("meta"):
-        model = SwitchTransformer(config)
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        ModelConfig(vocab_size=50, d_model=16, d_ff=24, d_kv=4, num_heads=3, num_layers=2),
-        ModelConfig(num_layers=3, num_decoder_layers=5, gated=True, relative_buckets=16),
-        ModelConfig(num_layers=3, num_decoder_layers=4, routing=RoutingConfig(experts=5)),
-        replace(XXL, routing=RoutingConfig(experts=128)),
-        SWITCH_C,
-    ],
-)
-def test_the_closed_form_counts_what_a_model_on_meta_holds(config):
-    assert num_parameters(config) == built_parameters(config)
 
 
 def test_t5_base_has_the_parameters_of_the_paper_to_the_last_one():

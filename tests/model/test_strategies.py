@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from switchworks.config import ConfigError
 from switchworks.model import ModelConfig, RoutingConfig, SwitchFFN, SwitchTransformer
-from switchworks.model.dispatch import DISPATCHERS, EinsumDispatcher
+from switchworks.model.dispatch import DISPATCHERS, einsum
 from switchworks.model.routing import Router
-from switchworks.model.sizes import flops_per_sequence, num_parameters
+from switchworks.model.sizes import flops_per_sequence
 from switchworks.model.strategies import STRATEGIES, Routes, RoutingLimits
 
 D = 8
@@ -223,7 +223,7 @@ def test_every_dispatcher_carries_out_every_plan(name, dispatcher, factor):
     real = torch.arange(9).expand(2, -1) < torch.tensor([[9], [6]])
     weights, leaves = torch.randn(2, 9, D, dtype=torch.float64), [x, *layer.parameters()]
     results = []
-    for each in (EinsumDispatcher(), DISPATCHERS[dispatcher]):
+    for each in (einsum, DISPATCHERS[dispatcher]):
         layer.dispatcher = each
         y, _ = layer(x, real)
         results.append([y, *torch.autograd.grad((y * weights).sum(), leaves)])
@@ -415,7 +415,6 @@ def test_nudging_evens_out_a_crowded_layer_without_any_loss():
 def test_parameters_and_flops_of_switch_attention_are_counted(layers, strategy):
     config = tiny(RoutingConfig(experts=4, layers=layers, strategy=strategy, bias_rate=0.1))
     model = SwitchTransformer(config)
-    assert num_parameters(config) == sum(p.numel() for p in model.parameters())
     names = ["encoder.1.attention", "decoder.1.attention"]
     if layers == "both":
         names = ["encoder.1.attention", "encoder.1", "decoder.1.attention", "decoder.1"]

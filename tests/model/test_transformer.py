@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from switchworks.batch import check_rows, shift_right
 from switchworks.config import ConfigError
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
 from switchworks.model.attention import mask_to_bias
 from switchworks.model.layers import SharedDropout
-from switchworks.model.transformer import Output, _check, shift_right
+from switchworks.model.transformer import Output
 
 V = 40
 SPARSE = ModelConfig(
@@ -407,7 +408,7 @@ def test_a_row_of_padding_gives_finite_logits_and_no_loss_of_its_own():
 def test_inputs_and_targets_of_different_batch_sizes_are_refused():
     """The message counts both; the annotations alone would not name them to a user."""
     with pytest.raises(ConfigError, match="3 rows of inputs but 2 rows of targets"):
-        _check(tokens(3, 6), tokens(2, 5), None, None, decoder_only=False)
+        check_rows(tokens(3, 6), tokens(2, 5), None, None, decoder_only=False)
 
 
 def test_segment_ids_on_one_side_only_are_refused():
