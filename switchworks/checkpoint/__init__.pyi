@@ -24,3 +24,4 @@ from .tensors import num_bytes as num_bytes
 from .tensors import open_safetensors as open_safetensors
 from .tensors import require_match as require_match
 from .training_state import Checkpoints as Checkpoints
+from .training_state import steps_in as steps_in

@@ -144,10 +144,7 @@ class Checkpoints:
 
     def steps(self) -> dict[int, Path]:
         """Step -> directory of every checkpoint, damaged or not."""
-        paths = self.directory.glob("step_*") if self.directory.is_dir() else ()
-        return {
-            int(path.name[5:]): path for path in paths if re.fullmatch(r"step_\d{8,}", path.name)
-        }
+        return steps_in(self.directory)
 
     def _clear(self, path: Path) -> None:
         """Delete what killed runs left half-written, and a damaged checkpoint at `path`."""
@@ -170,6 +167,12 @@ class Checkpoints:
         if not earlier:
             return "No earlier checkpoint exists."
         return f"Training state is safe at step {max(earlier)}, in {self.steps()[max(earlier)]}."
+
+
+def steps_in(directory: Path) -> dict[int, Path]:
+    """Step -> path of everything in `directory` that is named step_XXXXXXXX."""
+    paths = directory.glob("step_*") if directory.is_dir() else ()
+    return {int(path.name[5:]): path for path in paths if re.fullmatch(r"step_\d{8,}", path.name)}
 
 
 def _flatten(state: Mapping[Any, Any], path: Path, prefix: str = "") -> dict[str, Tensor]:

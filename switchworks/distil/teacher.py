@@ -45,6 +45,15 @@ class Teacher(NamedTuple):
             )
 
 
+TeacherSource = Teacher | LogitStore
+"""A teacher that runs, or its stored probabilities."""
+
+
+def open_source(distil: DistilConfig, *, decoder_only: bool) -> TeacherSource:
+    """What `distil` names: the store if it names one, else the teacher. Raises as both do."""
+    return open_store(distil) if distil.store else open_teacher(distil, decoder_only=decoder_only)
+
+
 def open_teacher(distil: DistilConfig, *, decoder_only: bool) -> Teacher:
     """The teacher that `distil` names, for a student with an encoder or without one.
 

@@ -18,9 +18,9 @@ from switchworks.distil import (
     LogitWriter,
     StoreInfo,
     Teacher,
+    TeacherSource,
     initialise_from_teacher,
     is_store,
-    open_store,
     open_teacher,
     require_same_rows,
 )
@@ -30,7 +30,6 @@ from switchworks.training import machine
 from switchworks.training.experiment import Experiment
 from switchworks.training.resolve import kernels_of, resolve_auto, resolve_vocabulary
 from switchworks.training.state import cast_for_compute
-from switchworks.training.step import forward
 
 COUNTED_ROWS, COUNT_BATCH = 512, 16
 """Rows on which the use of the teacher's experts is counted, and how many at once."""
@@ -39,20 +38,8 @@ NOT_CONTENT = ("cache", "workers", "prefetch", "tokenizer")
 """Data settings that change no row; of the tokenizer the fingerprint is compared."""
 
 
-def teacher_of(experiment: Experiment) -> Teacher | LogitStore:
-    """The teacher of `experiment`, or its stored probabilities if there is a store.
-
-    Raises CheckpointError, ConfigError or DataError if it cannot be opened or cannot teach this
-    student.
-    """
-    assert experiment.distil is not None
-    if experiment.distil.store is not None:
-        return open_store(experiment.distil)
-    return open_teacher(experiment.distil, decoder_only=experiment.model.decoder_only)
-
-
 def require_fit(
-    teacher: Teacher | LogitStore,
+    teacher: TeacherSource,
     experiment: Experiment,
     tokenizer: Tokenizer,
     first: Batch,
@@ -71,7 +58,7 @@ def require_fit(
 
 def initialise_student(
     student: SwitchTransformer,
-    teacher: Teacher | LogitStore,
+    teacher: TeacherSource,
     experiment: Experiment,
     dataset: TextDataset,
 ) -> None:
@@ -185,7 +172,7 @@ def _write(
         before = writer.written
         for part in rest or batch.split(experiment.micro_batches):
             with skip_losses(model):
-                logits = forward(model, part).logits
+                logits = model(**part.arguments()).logits
             writer.add(part, logits)
         if writer.written != before:
             print(f"rows {writer.written:,} of {steps * size:,}", flush=True)

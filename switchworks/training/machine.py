@@ -1,4 +1,4 @@
-"""The machine: memory allocator, speed of bfloat16, faster kernels, a description."""
+"""The machine: memory allocator, speed of bfloat16, a description."""
 
 import contextlib
 import ctypes
@@ -66,25 +66,6 @@ def bfloat16_gain(size: int = 256) -> float:
 def fastest_precision() -> Literal["float32", "bfloat16"]:
     """bfloat16 if its products are at least 1.2 times as fast as float32's."""
     return "bfloat16" if bfloat16_gain() > 1.2 else "float32"
-
-
-def resolve_kernels(
-    kernels: Literal["auto", "reference", "fast"],
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    sparse: bool,
-    training: bool,
-) -> Literal["reference", "fast"]:
-    """The set of kernels that docs/speed.md has as faster; the reference where none was measured.
-
-    In float32 on CPUs a training step with experts is 5 % faster with the fast kernels, a dense one
-    2 to 5 % slower. bfloat16 with instructions for it and GPUs have not been measured.
-    """
-    if kernels != "auto":
-        return kernels
-    faster = device.type == "cpu" and dtype == torch.float32 and sparse and training
-    return "fast" if faster else "reference"
 
 
 def describe() -> str:

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from switchworks.batch import Batch
 from switchworks.data import Tokenizer, ValidationSet
 from switchworks.generate import continuation, fill, generate, parse_fills
-from switchworks.training.loggers.json_lines import append_line
+from switchworks.training.loggers import append_line
 from switchworks.training.state import TrainState
 
 ROWS = 4

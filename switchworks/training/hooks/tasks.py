@@ -14,7 +14,7 @@ from switchworks.evaluate import (
     measure,
 )
 from switchworks.training.experiment import Experiment
-from switchworks.training.recorder import Recorder
+from switchworks.training.loggers import Recorder
 from switchworks.training.state import TrainState
 
 
@@ -59,20 +59,19 @@ def task_metrics(results: Sequence[TaskResult]) -> Mapping[str, float]:
     """The metrics of several tasks by their names in metrics.jsonl."""
     metrics: dict[str, float] = {}
     for result in results:
-        for name, value in (*result.figures.items(), ("score", result.score)):
-            metrics[f"task/{result.name}/{name}"] = value
+        figures = {**result.figures, "score": result.score}
+        metrics |= {f"task/{result.name}/{name}": value for name, value in figures.items()}
     scores = {result.name: result.score for result in results}
     metrics["task/mean"] = fmean(scores.values())
     return metrics | {f"task/{name}": value for name, value in averages(scores).items()}
 
 
 def tasks_to_evaluate(experiment: Experiment, dataset: TextDataset) -> list[EvalSet]:
-    """One `EvalSet` for each task of a run that has a validation split; none for plain text.
+    """One `EvalSet` for each task of a run that has a validation split.
 
     Raises ConfigError for a metric that does not apply to a task, DataError for unusable data.
     """
-    if not isinstance(dataset, TaskDataset) or not experiment.evaluate_every:
-        return []
+    assert isinstance(dataset, TaskDataset)
     places = places_of(experiment.data)
     sets = [
         build_eval_set(task, "validation", places, experiment.evaluate_examples)

@@ -1,30 +1,26 @@
-"""Where a run starts: a checkpoint, weights of another model or the teacher, or initial weights."""
+"""The weights a run starts from (a checkpoint, another model, the teacher, initial values), and
+those it ends with, as files that `switchworks.load` opens."""
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
-from switchworks import checkpoint
-from switchworks.checkpoint import Checkpoints, require_match
+from switchworks import adapt, checkpoint, data, distil, parallel
+from switchworks.checkpoint import Checkpoints, on_rank_zero, require_match
 from switchworks.config import CheckpointError
 from switchworks.model import SwitchTransformer
 from switchworks.parallel import Ranks
 from switchworks.training.experiment import Experiment
 from switchworks.training.state import TrainState, build_state
 
-if TYPE_CHECKING:
-    from switchworks.data import TextDataset, Tokenizer
-    from switchworks.distil import LogitStore, Teacher
-
 
 def initial_state(
     experiment: Experiment,
     checkpoints: Checkpoints | None,
     init: Path | str | None,
-    teacher: "Teacher | LogitStore | None",
-    dataset: "TextDataset",
+    teacher: "distil.TeacherSource | None",
+    dataset: "data.TextDataset",
     ranks: Ranks,
 ) -> TrainState:
     """The state a run starts from. In order of precedence: the newest of `checkpoints`, the weights
@@ -53,7 +49,7 @@ def initial_state(
 
 
 def _full_model(
-    experiment: Experiment, init: Path | str | None, tokenizer: "Tokenizer"
+    experiment: Experiment, init: Path | str | None, tokenizer: "data.Tokenizer"
 ) -> SwitchTransformer:
     fresh = SwitchTransformer(experiment.model, seed=experiment.seed)
     if init is None:
@@ -94,3 +90,21 @@ def _require_fit(init: Path | str, needed: SwitchTransformer, model: SwitchTrans
         actual={name: tuple(p.shape) for name, p in model.named_parameters()},
         fix="Give the experiment the model settings in that folder's config.toml.",
     )
+
+
+def export(state: TrainState, directory: Path, tokenizer: "data.Tokenizer") -> None:
+    """Writes the float32 weights and the tokenizer to model/ of `directory`.
+
+    LoRA adapters are merged in, and also written to adapters/ by themselves; for that each rank
+    gathers the full model, as it did when the adapters were made.
+    """
+    weights, lora = state.updater.float_state(), state.experiment.lora
+    if lora is not None and state.adapted is not None:
+        also = state.adapted.also
+        weights = {name: parallel.gather_full(weight) for name, weight in weights.items()}
+        on_rank_zero(lambda: adapt.save_adapters(directory / "adapters", weights, lora, also))
+        weights = adapt.merged(weights, lora)
+    with torch.device("meta"):
+        model = SwitchTransformer(state.experiment.model)
+    model.load_state_dict(weights, assign=True)
+    checkpoint.save(model, directory / "model", tokenizer=tokenizer)
