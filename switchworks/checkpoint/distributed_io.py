@@ -86,10 +86,7 @@ def shared_directory(
         listings = all_gather(_caught(lambda: entries(partial, names)), group)
         failure = _first_error(listings)
         more["files"] = {
-            name: entry
-            for listing in listings
-            if isinstance(listing, dict)
-            for name, entry in listing.items()
+            k: v for part in listings if isinstance(part, dict) for k, v in part.items()
         }
     on_rank_zero(lambda: _leave(stack, failure), group)
     if failure is not None:

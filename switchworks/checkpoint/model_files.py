@@ -2,6 +2,7 @@
 
 For a model in 8 or 4 bits (`quantise/`) the files hold the quantised weights and their scales,
 under the names of its modules, and `quantised.toml` has the settings of the quantisation.
+`convert_checkpoint` and `open_model` read Hugging Face's format too.
 """
 
 import hashlib
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from switchworks.checkpoint import tensors
 from switchworks.checkpoint.distributed_io import on_rank_zero, shared_directory
 from switchworks.checkpoint.files import MANIFEST, read_manifest, sha256, verify
+from switchworks.checkpoint.hugging_face.config import Capacity
+from switchworks.checkpoint.hugging_face.weights import load_hf, save_hf
 from switchworks.checkpoint.tensors import (
     SHARD_BYTES,
     cast_tensor,
@@ -22,7 +25,7 @@ from switchworks.checkpoint.tensors import (
     require_match,
     write_tensors,
 )
-from switchworks.config import CheckpointError, from_toml, to_toml
+from switchworks.config import CheckpointError, ConfigError, from_toml, to_toml
 from switchworks.data import MODEL_FILE, SETTINGS_FILE, Tokenizer, load_tokenizer
 from switchworks.model import ModelConfig, SwitchTransformer
 from switchworks.quantise import QuantiseConfig, dequantise, quantise, quantise_config_of
@@ -145,6 +148,51 @@ def weights_hash(path: Path) -> str:
     listed = read_manifest(directory) if (directory / MANIFEST).is_file() else {}
     hashes = [listed[f.name]["sha256"] if f.name in listed else sha256(f) for f in files]
     return hashlib.sha256("".join(hashes).encode()).hexdigest()[:32]
+
+
+def convert_checkpoint(
+    source: Path | str, destination: Path | str, *, capacity: Capacity = "paper"
+) -> str:
+    """Write the model in `source` to `destination` in the other format; returns a sentence on it.
+
+    A SentencePiece tokenizer beside the weights is copied. `capacity` is for reading Hugging Face's
+    format, see `load_hf`. Raises CheckpointError if the model cannot be read or expressed, or if
+    `destination` holds other files.
+    """
+    source = Path(source)
+    if is_model(source):
+        if capacity != "paper":
+            raise ConfigError(
+                f"--capacity {capacity} is for reading Hugging Face's format, but {source} is in "
+                "switchworks'.\n  Its routing.expert_capacity, if set, is written as it is."
+            )
+        model, tokenizer = load(source, to_float32=True)
+        save_hf(model, destination, tokenizer)
+        return f"{destination} holds the model for transformers: from_pretrained opens it."
+    model, tokenizer = open_model(source, capacity)
+    save(model, destination, tokenizer)
+    without = "" if tokenizer else f", without a tokenizer: {source} has no {MODEL_FILE}"
+    return f"{destination} holds the model for switchworks{without}."
+
+
+def open_model(
+    source: Path, capacity: Capacity = "paper"
+) -> tuple[SwitchTransformer, Tokenizer | None]:
+    """The model in `source`, of either format, and the tokenizer beside it if any.
+
+    A quantised model is dequantised: the ordinary model that computes the same.
+    """
+    if not source.exists():
+        raise CheckpointError(f"{source} does not exist.")
+    if is_model(source):
+        return load(source, to_float32=True)
+    if (source / "experiment.toml").is_file():
+        raise CheckpointError(
+            f"{source} is a run that has not ended: it has no model/ yet.\n"
+            "  Go on with it: switchworks train RECIPE --run-dir ... --resume"
+        )
+    model, pieces = load_hf(source, capacity=capacity), source / MODEL_FILE
+    return model, load_tokenizer(pieces) if pieces.is_file() else None
 
 
 def _model_in(path: Path) -> Path:

@@ -81,12 +81,9 @@ class Checkpoints:
     def _write(self, step: int, tensors: dict[str, Tensor], about: str, path: Path) -> None:
         group, more = self._group, {}
         on_rank_zero(lambda: self._clear(path), group)
+        needs, otherwise = num_bytes(tensors), self._otherwise(step)
         with shared_directory(
-            path,
-            needs=num_bytes(tensors),
-            otherwise=self._otherwise(step),
-            more=more,
-            group=group,
+            path, needs=needs, otherwise=otherwise, more=more, group=group
         ) as partial:
             on_rank_zero(lambda: (partial / COUNTERS).write_text(about, encoding="utf-8"), group)
             _write_tensors(tensors, partial, group)
@@ -163,10 +160,10 @@ class Checkpoints:
             shutil.rmtree(self.steps()[number], ignore_errors=True)
 
     def _otherwise(self, step: int) -> str:
-        earlier = [number for number in self.steps() if number < step]
+        earlier = {number: path for number, path in self.steps().items() if number < step}
         if not earlier:
             return "No earlier checkpoint exists."
-        return f"Training state is safe at step {max(earlier)}, in {self.steps()[max(earlier)]}."
+        return f"Training state is safe at step {max(earlier)}, in {earlier[max(earlier)]}."
 
 
 def steps_in(directory: Path) -> dict[int, Path]:
@@ -204,13 +201,12 @@ def _staged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _write_tensors(
     tensors: dict[str, Tensor], directory: Path, group: dist.ProcessGroup | None
 ) -> None:
-    from torch.distributed.checkpoint.filesystem import FileSystemWriter
-    from torch.distributed.checkpoint.state_dict_saver import save
+    import torch.distributed.checkpoint as dcp
 
     _expect_single_process()
     # One thread: torch loses an error, such as a full disk, that a second one meets.
-    writer = FileSystemWriter(directory, thread_count=1)
-    save(dict(tensors), storage_writer=writer, process_group=group, no_dist=is_single())
+    writer = dcp.FileSystemWriter(directory, thread_count=1)
+    dcp.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=is_single())
 
 
 def _read_tensors(tensors: dict[str, Tensor], directory: Path) -> None:
@@ -219,22 +215,21 @@ def _read_tensors(tensors: dict[str, Tensor], directory: Path) -> None:
     Resharding: `.metadata` lists the range of every stored piece of a tensor. Each rank reads, of
     all files, the overlap of these ranges with the part that its DTensor has.
     """
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.state_dict_loader import load
+    import torch.distributed.checkpoint as dcp
 
     _expect_single_process()
-    load(dict(tensors), storage_reader=FileSystemReader(directory), no_dist=is_single())
+    dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(directory), no_dist=is_single())
 
 
 def _stored_layouts(directory: Path, sections: list[str]) -> dict[str, str]:
     """Name -> shape and dtype of every stored tensor of `sections`."""
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    import torch.distributed.checkpoint as dcp
 
+    entries = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
     return {
         name: _layout(entry.properties.dtype, entry.size)
-        for name, entry in FileSystemReader(directory).read_metadata().state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata) and name.split(".")[0] in sections
+        for name, entry in entries.items()
+        if isinstance(entry, dcp.TensorStorageMetadata) and name.split(".")[0] in sections
     }
 
 

@@ -70,12 +70,7 @@ class Run:
 
 
 def assemble(
-    experiment: Experiment,
-    run_dir: Path,
-    *,
-    resume: bool,
-    init: Path | str | None,
-    ranks: Ranks,
+    experiment: Experiment, run_dir: Path, *, resume: bool, init: Path | str | None, ranks: Ranks
 ) -> Run:
     """Checks everything, cheap checks first, and only then writes to `run_dir`.
 

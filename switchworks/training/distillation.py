@@ -39,11 +39,7 @@ NOT_CONTENT = ("cache", "workers", "prefetch", "tokenizer")
 
 
 def require_fit(
-    teacher: TeacherSource,
-    experiment: Experiment,
-    tokenizer: Tokenizer,
-    first: Batch,
-    rows: range,
+    teacher: TeacherSource, experiment: Experiment, tokenizer: Tokenizer, first: Batch, rows: range
 ) -> None:
     """Raises CheckpointError or DataError unless the teacher has the student's vocabulary and, if
     stored, covers its rows; `first` is this rank's first batch, of the rows `rows`."""
@@ -57,10 +53,7 @@ def require_fit(
 
 
 def initialise_student(
-    student: SwitchTransformer,
-    teacher: TeacherSource,
-    experiment: Experiment,
-    dataset: TextDataset,
+    student: SwitchTransformer, teacher: TeacherSource, experiment: Experiment, dataset: TextDataset
 ) -> None:
     """Copies the teacher's weights that fit to `student`, and prints how many do."""
     distil = experiment.distil

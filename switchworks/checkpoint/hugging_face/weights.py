@@ -65,10 +65,7 @@ _ALIASES = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_token
 
 
 def load_hf(
-    source: Path | str | Any,
-    *,
-    capacity: Capacity = "paper",
-    dtype: torch.dtype | None = None,
+    source: Path | str | Any, *, capacity: Capacity = "paper", dtype: torch.dtype | None = None
 ) -> SwitchTransformer:
     """The model in `source`, in evaluation mode.
 
