@@ -26,11 +26,9 @@ def initialise_from_teacher(student: SwitchTransformer, teacher: SwitchTransform
     attention, norms and the FFNs of dense blocks; the FFNs in place of the teacher's switch layers
     keep their initial values, unless the teacher is made dense first (`dense_teacher`).
     """
-    excluded = (
-        _in_switch_layers(student)
-        | _in_switch_layers(teacher)
-        | _incompatible(student, teacher.config)
-    )
+    sparse = (Experts, Router)
+    excluded = _parameters_in(student, sparse) | _parameters_in(teacher, sparse)
+    excluded |= _incompatible(student, teacher.config)
     sources = dict(teacher.named_parameters())
     inherited = Inherited([], [])
     for name, parameter in student.named_parameters():
@@ -63,10 +61,6 @@ def _incompatible(student: SwitchTransformer, teacher: ModelConfig) -> set[str]:
     if (config.activation, config.gated) != (teacher.activation, teacher.gated):
         kinds += (FFN,)
     return _parameters_in(student, kinds)
-
-
-def _in_switch_layers(model: SwitchTransformer) -> set[str]:
-    return _parameters_in(model, (Experts, Router))
 
 
 def _parameters_in(model: SwitchTransformer, kinds: tuple[type[nn.Module], ...]) -> set[str]:

@@ -77,7 +77,7 @@ def open_teacher(distil: DistilConfig, *, decoder_only: bool) -> Teacher:
     if model.config.decoder_only != decoder_only:
         kinds = "an encoder and a decoder", "a decoder only"
         raise ConfigError(
-            f"The teacher in {path} has {kinds[model.config.decoder_only]} and the student "
+            f"The teacher in {path} has {kinds[not decoder_only]} and the student "
             f"{kinds[decoder_only]}: they read different rows."
             "\n  Choose a student of the teacher's kind, see model.decoder_only."
         )
@@ -128,9 +128,8 @@ def require_same_rows(
     try:
         store.read(rows, first)
     except DataError as error:
-        text = ("data.", "seed:")
-        changed = [line for line in info_differences(info, here) if line.startswith(text)]
-        listed = "".join(f"    {line}\n" for line in changed) or "    the text itself\n"
+        lines = [x for x in info_differences(info, here) if x.startswith(("data.", "seed:"))]
+        listed = "".join(f"    {line}\n" for line in lines) or "    the text itself\n"
         raise DataError(
             f"The teacher's probabilities in {store.folder} are for other rows than this run's. "
             f"What differs:\n{listed}"
@@ -144,11 +143,10 @@ def _has_model(teacher: str) -> bool:
 
 
 def _reason(teacher: str) -> str:
-    path = Path(teacher)
     if not teacher:
         return "none is named"
-    if not path.exists():
+    if not Path(teacher).exists():
         return "it does not exist"
-    if (path / "experiment.toml").is_file():
+    if (Path(teacher) / "experiment.toml").is_file():
         return "that run has not finished, so it has no model/ yet"
     return "it is no model"
