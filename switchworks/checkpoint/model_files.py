@@ -16,15 +16,6 @@ from switchworks.checkpoint.distributed_io import on_rank_zero, shared_directory
 from switchworks.checkpoint.files import MANIFEST, read_manifest, sha256, verify
 from switchworks.checkpoint.hugging_face.config import Capacity
 from switchworks.checkpoint.hugging_face.weights import load_hf, save_hf
-from switchworks.checkpoint.tensors import (
-    SHARD_BYTES,
-    cast_tensor,
-    materialise,
-    num_bytes,
-    open_tensors,
-    require_match,
-    write_tensors,
-)
 from switchworks.config import CheckpointError, ConfigError, from_toml, to_toml
 from switchworks.data import MODEL_FILE, SETTINGS_FILE, Tokenizer, load_tokenizer
 from switchworks.model import ModelConfig, SwitchTransformer
@@ -43,7 +34,7 @@ def save(
     directory: Path | str,
     tokenizer: Tokenizer | None = None,
     *,
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int = tensors.SHARD_BYTES,
 ) -> None:
     """Write `model`, and its `tokenizer` if given, into `directory`; `load` reads it.
 
@@ -55,8 +46,10 @@ def save(
         _require_fit(model.config, tokenizer, "The tokenizer")
     state = _state(model)
     otherwise = "Nothing was written; the model itself is untouched."
-    with shared_directory(Path(directory), needs=num_bytes(state), otherwise=otherwise) as partial:
-        write_tensors(state, partial, shard_bytes=shard_bytes)
+    with shared_directory(
+        Path(directory), needs=tensors.num_bytes(state), otherwise=otherwise
+    ) as partial:
+        tensors.write_tensors(state, partial, shard_bytes=shard_bytes)
         on_rank_zero(lambda: _describe(partial, model, tokenizer))
 
 
@@ -94,12 +87,12 @@ def load(
         from_toml(ModelConfig, directory / CONFIG),
         stored_quantisation(directory),
     )
-    stored = open_tensors(directory)
+    stored = tensors.open_tensors(directory)
     with torch.device("meta"):
         model = SwitchTransformer(config)
         if quantisation is not None:
             model = quantise(model if dtype is None else model.to(dtype), quantisation)
-    require_match(
+    tensors.require_match(
         f"{directory} is not the model that its {CONFIG} describes.",
         wanted={name: tuple(meta.shape) for name, meta in _state(model).items()},
         actual=stored.shapes,
@@ -111,13 +104,13 @@ def load(
         # A quantised weight and its scales are buffers and keep their dtypes. Copied, because what
         # is read shares memory with the file.
         cast_to = parameter_dtype if isinstance(meta, nn.Parameter) else None
-        return cast_tensor(name, stored.read(name), cast_to).to(device, copy=True)
+        return tensors.cast_tensor(name, stored.read(name), cast_to).to(device, copy=True)
 
-    materialise(model, read)
+    tensors.materialise(model, read)
     if quantisation is not None and to_float32:
         model = dequantise(model)
         for name, parameter in model.named_parameters():
-            parameter.data = cast_tensor(name, parameter.data, dtype)
+            parameter.data = tensors.cast_tensor(name, parameter.data, dtype)
     return model.eval(), _load_tokenizer(directory, config)
 
 

@@ -8,6 +8,7 @@ only torch's own `.metadata` is a pickle, so resume your own runs and exchange `
 torch.distributed.checkpoint is imported by the functions that use it: it takes a quarter second.
 """
 
+# pyright: reportPrivateImportUsage=false
 import json
 import logging
 import re

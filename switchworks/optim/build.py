@@ -5,14 +5,14 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from switchworks.config import CheckpointError, ConfigError
+from switchworks.config import CheckpointError, ConfigError, flatten
 from switchworks.optim.clip import clip_coefficient, first_nonfinite, global_norm
 from switchworks.optim.config import OptimConfig, optimizer_builder
 from switchworks.optim.groups import group_parameters
@@ -40,10 +40,7 @@ class Updater:
     """
 
     def __init__(
-        self,
-        masters: MasterWeights,
-        optimizers: Sequence[torch.optim.Optimizer],
-        config: OptimConfig,
+        self, masters: MasterWeights, optimizers: list[torch.optim.Optimizer], config: OptimConfig
     ) -> None:
         self.masters = masters
         self.optimizers = optimizers
@@ -127,7 +124,7 @@ class Updater:
         model follows its masters. Raises CheckpointError, with nothing changed, if a name or a
         shape does not fit.
         """
-        current, stored = _flat(self.state_dict()), _flat(state)
+        current, stored = flatten(self.state_dict()), flatten(state)
         _check_fit(current, stored)
         for name, tensor in current.items():
             tensor.copy_(stored[name])
@@ -160,7 +157,7 @@ def build_optimizer(
 
 
 def _check_complete(
-    masters: MasterWeights, optimizers: Sequence[torch.optim.Optimizer], name: str
+    masters: MasterWeights, optimizers: list[torch.optim.Optimizer], name: str
 ) -> None:
     groups = chain.from_iterable(optimizer.param_groups for optimizer in optimizers)
     held = Counter(parameter for group in groups for parameter in group["params"])
@@ -173,20 +170,12 @@ def _check_complete(
             )
 
 
-def _flat(state: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Every tensor by a name for messages: "NAME (weight)", "NAME (exp_avg)"."""
-    flat = {f"{name} (weight)": tensor for name, tensor in state["weights"].items()}
-    for name, slots in state["optimizer"].items():
-        flat |= {f"{name} ({slot})": tensor for slot, tensor in slots.items()}
-    return flat
-
-
 def _check_fit(current: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
-    def shape(tensors: Mapping[str, Tensor], name: str) -> str:
-        return f"of shape {tuple(tensors[name].shape)}" if name in tensors else "absent"
-
     for name in [*current, *stored]:
-        here, there = shape(current, name), shape(stored, name)
+        here, there = (
+            f"of shape {tuple(tensors[name].shape)}" if name in tensors else "absent"
+            for tensors in (current, stored)
+        )
         if here != there:
             raise CheckpointError(
                 f"{name} is {there} in the checkpoint and {here} here.\n"

@@ -7,7 +7,6 @@ ranks, or clipping by the norm of all gradients, needs them side by side.
 
 import math
 import weakref
-from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -35,10 +34,7 @@ class BackwardUpdater(Updater):
     """
 
     def __init__(
-        self,
-        masters: MasterWeights,
-        optimizers: Sequence[torch.optim.Optimizer],
-        config: OptimConfig,
+        self, masters: MasterWeights, optimizers: list[torch.optim.Optimizer], config: OptimConfig
     ) -> None:
         super().__init__(masters, optimizers, config)
         assert config.clip_norm is None, "clipping needs the norm of all gradients"

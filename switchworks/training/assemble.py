@@ -19,7 +19,7 @@ from switchworks.checkpoint import Checkpoints
 from switchworks.config import CheckpointError, ConfigError, DataError
 from switchworks.model import active_parameters, flops_per_token, num_parameters
 from switchworks.parallel import Ranks, torchrun
-from switchworks.training import hooks, machine
+from switchworks.training import hooks, machine, resolve, run_directory
 from switchworks.training.experiment import Experiment
 from switchworks.training.loggers import (
     SAMPLES,
@@ -30,19 +30,6 @@ from switchworks.training.loggers import (
     metrics_after,
 )
 from switchworks.training.loop import Hook
-from switchworks.training.resolve import (
-    resolve_auto,
-    resolve_vocab_size,
-    resolve_vocabulary,
-    warn_of_warmup,
-)
-from switchworks.training.run_directory import (
-    claim,
-    made_longer,
-    may_resume,
-    require_same_run,
-    require_writable,
-)
 from switchworks.training.state import TrainState
 from switchworks.training.weights import export, initial_state, require_shape
 
@@ -78,11 +65,13 @@ def assemble(
     until there is a tokenizer: reading text may take long, and a wrong --run-dir should not wait
     for it. Then with it.
     """
-    experiment = resolve_auto(experiment, run_dir, ranks)
-    may_resume(run_dir, experiment, resume=resume, ignoring=frozenset({"model.vocab_size"}))
+    experiment = resolve.resolve_auto(experiment, run_dir, ranks)
+    run_directory.may_resume(
+        run_dir, experiment, resume=resume, ignoring=frozenset({"model.vocab_size"})
+    )
     if ranks.is_main:
-        require_writable(run_dir)
-        warn_of_warmup(experiment)
+        run_directory.require_writable(run_dir)
+        resolve.warn_of_warmup(experiment)
     if init is not None:
         require_shape(experiment, init)
     teacher = None
@@ -93,11 +82,15 @@ def assemble(
         ranks, lambda: data.open_dataset(experiment.data, vocab_size=experiment.model.vocab_size)
     )
     rows = None if teacher is None else teacher.vocab_size
-    experiment = resolve_vocabulary(experiment, resolve_vocab_size(dataset, init, rows))
+    experiment = resolve.resolve_vocabulary(
+        experiment, resolve.resolve_vocab_size(dataset, init, rows)
+    )
     pipeline = _training_batches(experiment, dataset, teacher, ranks)
-    resuming = may_resume(run_dir, experiment, resume=resume)
+    resuming = run_directory.may_resume(run_dir, experiment, resume=resume)
     if resuming:
-        require_same_run(run_dir, init, dataset, None if teacher is None else teacher.weights)
+        run_directory.require_same_run(
+            run_dir, init, dataset, None if teacher is None else teacher.weights
+        )
     elif ranks.is_main:
         print(dataset.coverage_warning(), end="")
     checkpoints = Checkpoints(
@@ -109,13 +102,13 @@ def assemble(
     state = initial_state(experiment, newest, init, teacher, dataset, ranks)
     if state.adapted is not None:
         print(state.adapted)
-    print(made_longer(run_dir, experiment) if resuming else "", end="")
+    print(run_directory.made_longer(run_dir, experiment) if resuming else "", end="")
     validation, tasks = _validation_set(state, dataset), ()
     if experiment.data.tasks and experiment.evaluate_every:
         tasks = hooks.tasks_to_evaluate(experiment, dataset)
     ranks.barrier()  # every rank has read the directory before the main one changes it
     if ranks.is_main:
-        claim(run_dir, experiment, _describe(experiment, dataset, teacher, init))
+        run_directory.claim(run_dir, experiment, _describe(experiment, dataset, teacher, init))
     return Run(experiment, run_dir, ranks, dataset, pipeline, validation, tasks, checkpoints, state)
 
 

@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, redirect_stdout
 from pathlib import Path
 
-import torch
-
 from switchworks import report
 from switchworks.parallel import connect_ranks, torchrun, watching
 from switchworks.training import machine
@@ -52,9 +50,7 @@ def train(
     check_initial_weights(experiment, init)
     num_trainable(experiment)  # refuses what --freeze and --lora cannot mean, before text is read
     loggers = [*make_loggers(experiment.log), *loggers]
-    machine.keep_freed_memory()
-    if experiment.threads:
-        torch.set_num_threads(experiment.threads)
+    machine.prepare(experiment.threads)
     run_dir = Path(run_dir or Path("runs") / experiment.name)
     resume = resume or (torchrun.attempt() > 0 and launched_by(run_dir) == torchrun.run_id())
     experiment = resolve_tokenizer(experiment, init)

@@ -248,7 +248,7 @@ def test_no_more_than_one_tensor_of_the_files_is_held_at_a_time(large, monkeypat
 
         return Tensors(stored.shapes, read)
 
-    monkeypatch.setattr(hugging_face, "open_tensors", watched)
+    monkeypatch.setattr(hugging_face.tensors, "open_tensors", watched)
     model = load_hf(large / "st")
     assert sum(parameter.nbytes for parameter in model.parameters()) > 40e6
     assert (alive, peak) == (0, 64 * 1024 * 4)
@@ -272,7 +272,7 @@ def watched(directory):
     return Tensors(stored.shapes, read)
 
 load_hf(Path(sys.argv[1]) / "st")  # what torch loads at its first use does not count
-hugging_face.open_tensors = watched
+hugging_face.tensors.open_tensors = watched
 for kind in ("st", "bin"):
     seen = []
     before = anonymous()

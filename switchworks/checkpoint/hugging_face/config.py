@@ -187,8 +187,8 @@ def _routing(
     for every in range(1, max(layers) + 1):
         if [_sparse_blocks(count, every) for count in layers] == [encoder, decoder]:
             return RoutingConfig(**chosen, every=every)
-    blocks = {"encoder_blocks": tuple(sorted(encoder)), "decoder_blocks": tuple(sorted(decoder))}
-    return RoutingConfig(**chosen, **blocks)
+    blocks = tuple(sorted(encoder)), tuple(sorted(decoder))
+    return RoutingConfig(**chosen, encoder_blocks=blocks[0], decoder_blocks=blocks[1])
 
 
 def _sparse_blocks(layers: int, every: int) -> set[int]:
