@@ -22,10 +22,9 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from switchworks.checkpoint.digests import combine_digests, digest_parts, require_same
+from switchworks.checkpoint.digests import combine_digests, digest_part, require_same
 from switchworks.checkpoint.distributed_io import (
     all_gather,
-    gloo_group,
     is_single,
     on_rank_zero,
     shared_directory,
@@ -53,7 +52,8 @@ class Checkpoints:
         self.keep = keep
         self._pool = ThreadPoolExecutor(1, "checkpoint") if background else None
         # A group of its own: collectives of the background thread must not mix with training's.
-        self._group = gloo_group() if background else None
+        shares = background and not is_single()
+        self._group: Any = dist.new_group(backend="gloo") if shares else None
         self._writing: Future[None] | None = None
         self._verified: Path | None = None
 
@@ -88,7 +88,7 @@ class Checkpoints:
         ) as partial:
             on_rank_zero(lambda: (partial / COUNTERS).write_text(about, encoding="utf-8"), group)
             _write_tensors(tensors, partial, group)
-            more["tensors"] = combine_digests(all_gather(digest_parts(tensors), group))
+            more["tensors"] = _digests(tensors, group)
         on_rank_zero(lambda: self._prune(step), group)
 
     def latest(self) -> Path | None:
@@ -136,8 +136,7 @@ class Checkpoints:
             fix="Resume with the settings the run was started with.",
         )
         _read_tensors(tensors, path)
-        digests = combine_digests(all_gather(digest_parts(tensors)))
-        require_same(str(path), read_json(path / MANIFEST)["tensors"], digests)
+        require_same(str(path), read_json(path / MANIFEST)["tensors"], _digests(tensors))
         return read_json(path / COUNTERS)["about"]
 
     def steps(self) -> dict[int, Path]:
@@ -190,6 +189,11 @@ def _flatten(state: Mapping[Any, Any], path: Path, prefix: str = "") -> dict[str
     return tensors
 
 
+def _digests(tensors: Mapping[str, Tensor], group: Any = None) -> dict[str, list[str]]:
+    parts = {name: digest_part(name, tensor) for name, tensor in tensors.items()}
+    return combine_digests(all_gather(parts, group))
+
+
 def _staged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """A copy in CPU memory, sharded alike."""
     from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
@@ -239,8 +243,6 @@ def _layout(dtype: Any, shape: Any) -> str:
 
 
 def _expect_single_process() -> None:
-    """Silence torch's warning that it works in a single process, which is intended.
-
-    For good and not for a block: warning filters are shared by all threads.
-    """
+    """Silence torch's warning that it works in a single process; for good, as warning filters are
+    shared by all threads."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")

@@ -111,28 +111,13 @@ class LogitStore:
         if values.pop("version", None) != VERSION:
             raise DataError(f"{folder} was made by another version of switchworks. Make it anew.")
         self.info = StoreInfo(**values)
+        self.path, self.weights = self.info.teacher, self.info.weights
+        """Path of the teacher, and hash of its weights."""
+        self.vocab_size = self.info.vocab_size
         self._parts = parts_in(folder)
-        self._open: dict[Path, Any] = {}
-
-    @property
-    def path(self) -> str:
-        """Path of the teacher."""
-        return self.info.teacher
-
-    @property
-    def weights(self) -> str:
-        """Hash of the teacher's weights."""
-        return self.info.weights
-
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the teacher's embedding."""
-        return self.info.vocab_size
-
-    @property
-    def num_rows(self) -> int:
+        self.num_rows = self._parts[-1][1] if self._parts else 0
         """Rows from the first on, without a gap."""
-        return self._parts[-1][1] if self._parts else 0
+        self._open: dict[Path, Any] = {}
 
     @property
     def num_targets(self) -> int:

@@ -10,31 +10,20 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from secrets import token_hex
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
-from switchworks import adapt, checkpoint, data, distil
+from switchworks import adapt, checkpoint, data, distil, evaluate
 from switchworks.checkpoint import Checkpoints
 from switchworks.config import CheckpointError, ConfigError, DataError
 from switchworks.model import active_parameters, flops_per_token, num_parameters
 from switchworks.parallel import Ranks, torchrun
-from switchworks.training import hooks, machine, resolve, run_directory
+from switchworks.training import hooks, loggers, machine, resolve, run_directory
 from switchworks.training.experiment import Experiment
-from switchworks.training.loggers import (
-    SAMPLES,
-    JsonLines,
-    Logger,
-    Recorder,
-    RunInfo,
-    metrics_after,
-)
 from switchworks.training.loop import Hook
 from switchworks.training.state import TrainState
 from switchworks.training.weights import export, initial_state, require_shape
-
-if TYPE_CHECKING:
-    from switchworks import evaluate
 
 T = TypeVar("T")
 
@@ -171,21 +160,21 @@ def _validation_set(state: TrainState, dataset: "data.TextDataset") -> "data.Val
     )
 
 
-def open_recorder(run: Run, loggers: Sequence[Logger]) -> Recorder:
-    """A recorder with JSON lines and `loggers`, started; without any on ranks but the main one."""
+def open_recorder(run: Run, extra: Sequence[loggers.Logger]) -> loggers.Recorder:
+    """A recorder with JSON lines and the `extra` loggers, started; on other ranks without any."""
     if not run.ranks.is_main:
-        return Recorder()
+        return loggers.Recorder()
     directory, step = run.directory, run.state.step
-    logged = metrics_after(directory, step)  # before JsonLines deletes them
-    recorder = Recorder([JsonLines(), *loggers])
-    info = RunInfo(directory, run.experiment, step, data.run_metadata(directory), logged)
+    logged = loggers.metrics_after(directory, step)  # before JsonLines deletes them
+    recorder = loggers.Recorder([loggers.JsonLines(), *extra])
+    info = loggers.RunInfo(directory, run.experiment, step, data.run_metadata(directory), logged)
     for logger in recorder.loggers:
         logger.start(info)
     return recorder
 
 
 def make_hooks(
-    run: Run, recorder: Recorder, extra: Sequence[Hook], reached: Callable[[int], None]
+    run: Run, recorder: loggers.Recorder, extra: Sequence[Hook], reached: Callable[[int], None]
 ) -> "tuple[list[Hook], hooks.KeepBest | None]":
     """All hooks in order, and the one that keeps the best weights.
 
@@ -203,7 +192,7 @@ def make_hooks(
     return [*standard, save, *extra, hooks.Every(1, lambda state: reached(state.step))], best
 
 
-def _measuring(run: Run, recorder: Recorder) -> list[Hook]:
+def _measuring(run: Run, recorder: loggers.Recorder) -> list[Hook]:
     """The hooks that measure, as far as the experiment wants them."""
     experiment, validation, tokenizer = run.experiment, run.validation, run.dataset.tokenizer
     measuring: list[Hook] = [hooks.Progress(recorder, experiment.log_every, run.state)]
@@ -212,13 +201,13 @@ def _measuring(run: Run, recorder: Recorder) -> list[Hook]:
         validate = hooks.Validate(recorder, validation, mixture)
         measuring.append(hooks.Every(experiment.validate_every, validate))
     if validation is not None and experiment.sample_every and not experiment.data.tasks:
-        path = run.directory / SAMPLES if run.ranks.is_main else None
+        path = run.directory / loggers.SAMPLES if run.ranks.is_main else None
         samples = hooks.Samples(path, hooks.sample_rows(validation), tokenizer)
         measuring.append(hooks.Every(experiment.sample_every, samples))
     if run.tasks:
         decoding = hooks.decoding_of(experiment)
-        evaluate = hooks.EvaluateTasks(recorder, run.tasks, tokenizer, decoding)
-        measuring.append(hooks.Every(experiment.evaluate_every, evaluate))
+        answer = hooks.EvaluateTasks(recorder, run.tasks, tokenizer, decoding)
+        measuring.append(hooks.Every(experiment.evaluate_every, answer))
     return measuring
 
 

@@ -70,8 +70,7 @@ def _warn_of_slow_bfloat16(experiment: Experiment) -> None:
 def warn_of_warmup(experiment: Experiment) -> None:
     """Warns if the learning rate would rise until the last step."""
     optim, steps = experiment.optim, experiment.num_steps
-    rising = optim.schedule != "rsqrt" and 1 < steps <= optim.warmup_steps
-    if rising:
+    if optim.schedule != "rsqrt" and 1 < steps <= optim.warmup_steps:
         print(
             f"warning: all {steps} steps are warm-up: the rate rises to "
             f"{steps / optim.warmup_steps:.0%} of optim.lr and never falls. Set "
@@ -95,10 +94,8 @@ def resolve_vocabulary(experiment: Experiment, vocab_size: int) -> Experiment:
     """`experiment` with this vocabulary size; prints it if it is another than the model's."""
     if experiment.model.vocab_size == vocab_size:
         return experiment
-    print(
-        f"vocabulary: {vocab_size} (to fit the tokenizer; {experiment.model.vocab_size} was asked "
-        "for)"
-    )
+    wanted = experiment.model.vocab_size
+    print(f"vocabulary: {vocab_size} (to fit the tokenizer; {wanted} was asked for)")
     return replace(experiment, model=replace(experiment.model, vocab_size=vocab_size))
 
 
@@ -123,14 +120,13 @@ def check_initial_weights(experiment: Experiment, init: Path | str | None) -> No
 
 def check_mesh(experiment: Experiment) -> None:
     """Raises ConfigError for what cannot be combined with a model axis yet."""
-    mesh = experiment.mesh
-    if mesh.model > 1 and experiment.distil is not None:
-        raise ConfigError(
-            f"mesh.model = {mesh.model} shards the student's vocabulary over ranks, but not the "
-            "teacher's.\n  Set --mesh.model 1 and a larger --mesh.data."
-        )
-    if mesh.model > 1 and experiment.lora is not None:
-        raise ConfigError(
-            f"mesh.model = {mesh.model} shards matrices whose adapters every rank would need whole."
-            "\n  Set --mesh.model 1 and a larger --mesh.data."
-        )
+    excluded = {
+        "the student's vocabulary over ranks, but not the teacher's": experiment.distil,
+        "matrices whose adapters every rank would need whole": experiment.lora,
+    }
+    for reason, config in excluded.items():
+        if experiment.mesh.model > 1 and config is not None:
+            raise ConfigError(
+                f"mesh.model = {experiment.mesh.model} shards {reason}.\n"
+                "  Set --mesh.model 1 and a larger --mesh.data."
+            )

@@ -67,9 +67,7 @@ def may_resume(
 
 def require_writable(path: Path) -> None:
     """Raises ConfigError if `path`, which need not exist yet, cannot be written to."""
-    existing = path
-    while not existing.exists():
-        existing = existing.parent
+    existing = next(folder for folder in (path, *path.parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         reason = "is not writable" if existing.is_dir() else "is not a folder"
         raise ConfigError(

@@ -83,9 +83,8 @@ class TrainState:
 def build_state(
     experiment: Experiment,
     model: SwitchTransformer | None = None,
-    teacher: SwitchTransformer | None = None,
+    teacher: "SwitchTransformer | distil.LogitStore | None" = None,
     ranks: Ranks = SINGLE,
-    logits: "distil.LogitStore | None" = None,
     *,
     empty: bool = False,
 ) -> TrainState:
@@ -97,15 +96,17 @@ def build_state(
     more than that. `empty` allocates weights without values, for a checkpoint to fill.
 
     `teacher` is cast like the model and put in evaluation mode without gradients, so it drops no
-    token and draws no noise. `logits`, stored probabilities, replace it.
+    token and draws no noise. Stored probabilities may replace it.
     """
-    assert (experiment.distil is not None) == ((teacher is None) != (logits is None))
+    assert (experiment.distil is None) == (teacher is None)
     spread = spread_model(experiment, model, ranks, empty=empty)
     state = state_of(experiment, spread, ranks, empty=empty)
-    if teacher is not None:
+    if isinstance(teacher, SwitchTransformer):
         cast_for_compute(teacher, getattr(torch, experiment.precision))
         teacher.to(state.model.embedding.weight.device).eval().requires_grad_(False)
-    state.teacher, state.logits = teacher, logits
+        state.teacher = teacher
+    else:
+        state.logits = teacher
     return state
 
 

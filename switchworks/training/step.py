@@ -76,7 +76,7 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
     sums = sum(losses[1:], start=losses[0]).tolist()
     total, cross_entropy, soft = state.ranks.all_sum(sums)
     _require_finite(state, batch, "loss", total)
-    state.gradients.finish(state.updater.gradients())
+    state.gradients.finish(state.updater.masters.gradients())
     update = state.updater.step(state.step, experiment.num_steps)
     _require_finite(state, batch, "gradient norm", update.grad_norm)
     layers = layer_reports(model, routings, state.ranks)
@@ -112,7 +112,7 @@ def _accumulate(
         _require_finite(state, part, "loss", float(loss.detach()))
     loss.backward()
     if num_parts > 1 or ranks.mesh is not None:
-        state.updater.accumulate()
+        state.updater.masters.accumulate()
     parts = torch.stack([loss, losses.cross_entropy * share, soft * share])
     return parts.detach(), output.routing
 

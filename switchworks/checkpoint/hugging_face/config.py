@@ -198,36 +198,23 @@ def _sparse_blocks(layers: int, every: int) -> set[int]:
 def _refuse_other_routing(config: ModelConfig, routing: RoutingConfig) -> None:
     """Raises CheckpointError if the model would compute something else in transformers."""
     strategies = {routing.strategy, routing.decoder_strategy or routing.strategy}
-    capacity, sequences = routing.expert_capacity, routing.group_sequences
-    refused = [
-        (config.gated, "model.gated = true with routing", "whose experts have no gate"),
-        (
-            strategies != {"switch"},
-            f"routing.strategy = {' and '.join(sorted(strategies))}",
-            "which sends each token to one expert",
-        ),
-        (
-            routing.layers != "ffn",
-            f"routing.layers = {routing.layers}",
-            "which has experts in feed-forward layers only",
-        ),
-        (
-            routing.bias_rate > 0,
-            f"routing.bias_rate = {routing.bias_rate}",
-            "whose routers have no selection bias",
-        ),
-        (
-            capacity is not None and sequences > 1,
-            f"routing.expert_capacity = {capacity} over routing.group_sequences = {sequences}",
-            "which counts in each sequence",
-        ),
-    ]
-    for is_refused, setting, reason in refused:
+
+    def refuse(is_refused: bool, setting: str, reason: str) -> None:
         if is_refused:
             raise CheckpointError(
                 f"{setting} cannot be written for transformers, {reason}.\n"
                 "  Use switchworks' own format."
             )
+
+    names, layers = " and ".join(sorted(strategies)), routing.layers
+    refuse(config.gated, "model.gated = true with routing", "whose experts have no gate")
+    refuse(names != "switch", f"routing.strategy = {names}", "which sends each token to one expert")
+    refuse(layers != "ffn", f"routing.layers = {layers}", "which has experts in FFN layers only")
+    rate, capacity = routing.bias_rate, routing.expert_capacity
+    refuse(rate > 0, f"routing.bias_rate = {rate}", "whose routers have no selection bias")
+    sequences = routing.group_sequences
+    setting = f"routing.expert_capacity = {capacity} over routing.group_sequences = {sequences}"
+    refuse(capacity is not None and sequences > 1, setting, "which counts in each sequence")
 
 
 def _sparse_values(config: ModelConfig, routing: RoutingConfig) -> dict[str, Any]:

@@ -104,7 +104,8 @@ def save_hf(
     Raises CheckpointError for what transformers cannot express, a decoder-only model among it,
     before anything is written, and for a full disk.
     """
-    values = to_hf_config(model.config) | {"dtype": _dtype_name(model)}
+    dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
+    values = to_hf_config(model.config) | {"dtype": dtype}
     ffn = "DenseReluDense" if model.config.routing is None else "mlp"
     state = to_hf_state(model, ffn=ffn)
     if model.config.routing is not None and not model.config.tied_head:
@@ -214,7 +215,3 @@ def _require_same(stored: tensors.Tensors, first: str, name: str) -> None:
         f"{name} and {first} differ, so the two stacks read different embeddings.\n"
         "  Here they share one, as in T5; such a model cannot be converted."
     )
-
-
-def _dtype_name(model: SwitchTransformer) -> str:
-    return str(model.embedding.weight.dtype).removeprefix("torch.")
