@@ -1,5 +1,3 @@
-from .convert import convert_checkpoint as convert_checkpoint
-from .convert import open_model as open_model
 from .distributed_io import on_rank_zero as on_rank_zero
 from .files import copy_whole as copy_whole
 from .files import read_json as read_json
@@ -11,8 +9,10 @@ from .hugging_face.weights import load_hf as load_hf
 from .hugging_face.weights import save_hf as save_hf
 from .hugging_face.weights import to_hf_state as to_hf_state
 from .model_files import MAX_SPARE_ROWS as MAX_SPARE_ROWS
+from .model_files import convert_checkpoint as convert_checkpoint
 from .model_files import is_model as is_model
 from .model_files import load as load
+from .model_files import open_model as open_model
 from .model_files import save as save
 from .model_files import stored_config as stored_config
 from .model_files import stored_quantisation as stored_quantisation
@@ -24,3 +24,4 @@ from .tensors import num_bytes as num_bytes
 from .tensors import open_safetensors as open_safetensors
 from .tensors import require_match as require_match
 from .training_state import Checkpoints as Checkpoints
+from .training_state import steps_in as steps_in

@@ -49,11 +49,6 @@ def digest_part(name: str, tensor: Tensor) -> DigestPart:
     return DigestPart(shape, begin, part.numel(), tuple(sums.tolist()))
 
 
-def digest_parts(tensors: Mapping[str, Tensor]) -> dict[str, DigestPart]:
-    """`digest_part` of each."""
-    return {name: digest_part(name, tensor) for name, tensor in tensors.items()}
-
-
 def is_stack(name: str, shape: Sequence[int]) -> bool:
     """Whether the first dimension counts experts: tensors of modules named `experts`."""
     return "experts" in name.split(".") and len(shape) > 1
@@ -73,15 +68,14 @@ def require_same(
 ) -> None:
     """Raises CheckpointError naming the first tensor, and its experts, that is not as saved."""
     for name, digests in loaded.items():
-        if digests == saved.get(name):
-            continue
         before = saved.get(name, [])
         wrong = [str(i) for i in range(len(digests)) if digests[i : i + 1] != before[i : i + 1]]
-        experts = f"experts {', '.join(wrong[:8])} of " if len(digests) > 1 else ""
-        raise CheckpointError(
-            f"{where}: {experts}{name} came back other than it was saved.\n"
-            "  Nothing that was read can be trusted: use another checkpoint."
-        )
+        if digests != before:
+            experts = f"experts {', '.join(wrong[:8])} of " if len(digests) > 1 else ""
+            raise CheckpointError(
+                f"{where}: {experts}{name} came back other than it was saved.\n"
+                "  Nothing that was read can be trusted: use another checkpoint."
+            )
 
 
 def _combine(name: str, parts: list[DigestPart]) -> list[str]:

@@ -4,6 +4,7 @@ Without a process group everything works as on one rank. Ranks have to share the
 """
 
 import shutil
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -21,15 +22,6 @@ T = TypeVar("T")
 def is_single() -> bool:
     """Whether this process is the only one of its run."""
     return not (dist.is_available() and dist.is_initialized())
-
-
-def gloo_group() -> ProcessGroup | None:
-    """A new group of all ranks, for collectives beside those of other groups; None on one rank."""
-    if is_single():
-        return None
-    group = dist.new_group(backend="gloo")
-    assert isinstance(group, ProcessGroup)
-    return group
 
 
 def on_rank_zero(action: Callable[[], T], group: ProcessGroup | None = None) -> T:
@@ -79,18 +71,13 @@ def shared_directory(
     except BaseException as error:  # torch's CheckpointException is no Exception
         failure = error
     # From here on no rank may leave early, or the others would wait for it in a collective.
-    failure = _first_error(all_gather(failure, group))
+    failures = all_gather(failure, group)
+    failure = next((error for error in failures if error is not None), None)
     if failure is None and not is_single():
         names = on_rank_zero(lambda: file_names(partial), group)
         names = names[dist.get_rank() :: dist.get_world_size()]
-        listings = all_gather(_caught(lambda: entries(partial, names)), group)
-        failure = _first_error(listings)
-        more["files"] = {
-            name: entry
-            for listing in listings
-            if isinstance(listing, dict)
-            for name, entry in listing.items()
-        }
+        listings, failure = _try_all(lambda: entries(partial, names), group)
+        more["files"] = dict(ChainMap(*listings))
     on_rank_zero(lambda: _leave(stack, failure), group)
     if failure is not None:
         raise failure
@@ -99,8 +86,8 @@ def shared_directory(
 def verify_shared(directory: Path, group: ProcessGroup | None = None) -> None:
     """`verify`, each rank reading its share of the files. An error is raised on all of them."""
     share = (0, 1) if is_single() else (dist.get_rank(), dist.get_world_size())
-    results = all_gather(_caught(lambda: verify(directory, share=share)), group)
-    if (failure := _first_error(results)) is not None:
+    _, failure = _try_all(lambda: verify(directory, share=share), group)
+    if failure is not None:
         raise failure
 
 
@@ -120,15 +107,18 @@ def write_parts(tensors: Mapping[str, Tensor], files: list[list[str]], directory
     on_rank_zero(lambda: shutil.rmtree(directory / "sharded"))
 
 
-def _caught(action: Callable[[], T]) -> T | Exception:
-    try:
-        return action()
-    except Exception as error:
-        return error
+def _try_all(action: Callable[[], T], group: ProcessGroup | None) -> tuple[list[T], Any]:
+    """The results of all ranks in rank order, and the first error of any of them or None."""
 
+    def attempt() -> tuple[list[T], Exception | None]:
+        try:
+            return [action()], None
+        except Exception as error:
+            return [], error
 
-def _first_error(results: list[Any]) -> BaseException | None:
-    return next((result for result in results if isinstance(result, BaseException)), None)
+    results = all_gather(attempt(), group)
+    failure = next((error for _, error in results if error is not None), None)
+    return [result for succeeded, _ in results for result in succeeded], failure
 
 
 def _leave(stack: ExitStack, failure: BaseException | None) -> None:

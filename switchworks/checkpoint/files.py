@@ -70,8 +70,7 @@ def copy_whole(source: Path, destination: Path) -> None:
     verify(source)
     files = read_manifest(source)
     needs = sum(entry["bytes"] for entry in files.values())
-    otherwise = f"{source} is untouched."
-    with whole_directory(destination, needs=needs, otherwise=otherwise) as partial:
+    with whole_directory(destination, needs=needs, otherwise=f"{source} is untouched.") as partial:
         for name in files:
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source / name, partial / name)
@@ -84,11 +83,8 @@ def _seal(directory: Path, more: Mapping[str, Any]) -> None:
     """
     known = more.get("files", {})
     rest = entries(directory, [name for name in file_names(directory) if name not in known])
-    write_json(
-        directory / MANIFEST,
-        {"files": dict(sorted({**known, **rest}.items()))}
-        | {name: value for name, value in more.items() if name != "files"},
-    )
+    files = dict(sorted({**known, **rest}.items()))
+    write_json(directory / MANIFEST, {**more, "files": files})
     for folder in [*(path for path in directory.rglob("*") if path.is_dir()), directory]:
         _flush(folder)
 
@@ -97,12 +93,15 @@ def entries(directory: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Flush these files to the disk; returns their entries of the manifest."""
     for name in names:
         _flush(directory / name)
+    return {
+        name: {"bytes": (directory / name).stat().st_size, "sha256": digest}
+        for name, digest in _hashes(directory, names).items()
+    }
+
+
+def _hashes(directory: Path, names: Sequence[str]) -> dict[str, str]:
     with ThreadPoolExecutor() as pool:
-        hashes = pool.map(lambda name: sha256(directory / name), names)
-        return {
-            name: {"bytes": (directory / name).stat().st_size, "sha256": digest}
-            for name, digest in zip(names, hashes, strict=True)
-        }
+        return dict(zip(names, pool.map(lambda name: sha256(directory / name), names), strict=True))
 
 
 def verify(
@@ -129,15 +128,12 @@ def verify(
             f"{directory / foreign[0]} is not part of the checkpoint it lies in.\n"
             "  Move it elsewhere."
         )
-    with ThreadPoolExecutor() as pool:
-        names = list(listing)[share[0] :: share[1]]
-        hashes = pool.map(lambda name: sha256(directory / name), names)
-        for name, digest in zip(names, hashes, strict=True):
-            if digest != listing[name]["sha256"]:
-                raise CheckpointError(
-                    f"{directory / name} has changed since it was written: its sha256 is not "
-                    f"the one in {MANIFEST}.{_FIX}"
-                )
+    for name, digest in _hashes(directory, list(listing)[share[0] :: share[1]]).items():
+        if digest != listing[name]["sha256"]:
+            raise CheckpointError(
+                f"{directory / name} has changed since it was written: its sha256 is not "
+                f"the one in {MANIFEST}.{_FIX}"
+            )
 
 
 def read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
@@ -230,9 +226,7 @@ def _no_room(error: BaseException) -> bool:
     """Whether `error`, or one that it wraps, means that the disk is full."""
     inner: list[BaseException | None] = [error.__cause__, error.__context__]
     # torch.distributed.checkpoint collects rank -> (error, stack) in its own exception.
-    failures = getattr(error, "failures", None)
-    if isinstance(failures, dict):
-        inner += [failure[0] for failure in failures.values()]
+    inner += [failure[0] for failure in getattr(error, "failures", {}).values()]
     return (
         getattr(error, "errno", None) in _NO_ROOM
         or any(words in str(error) for words in _NO_ROOM_WORDS)

@@ -2,6 +2,7 @@
 
 For a model in 8 or 4 bits (`quantise/`) the files hold the quantised weights and their scales,
 under the names of its modules, and `quantised.toml` has the settings of the quantisation.
+`convert_checkpoint` and `open_model` read Hugging Face's format too.
 """
 
 import hashlib
@@ -13,16 +14,9 @@ from torch import Tensor, nn
 from switchworks.checkpoint import tensors
 from switchworks.checkpoint.distributed_io import on_rank_zero, shared_directory
 from switchworks.checkpoint.files import MANIFEST, read_manifest, sha256, verify
-from switchworks.checkpoint.tensors import (
-    SHARD_BYTES,
-    cast_tensor,
-    materialise,
-    num_bytes,
-    open_tensors,
-    require_match,
-    write_tensors,
-)
-from switchworks.config import CheckpointError, from_toml, to_toml
+from switchworks.checkpoint.hugging_face.config import Capacity
+from switchworks.checkpoint.hugging_face.weights import load_hf, save_hf
+from switchworks.config import CheckpointError, ConfigError, from_toml, to_toml
 from switchworks.data import MODEL_FILE, SETTINGS_FILE, Tokenizer, load_tokenizer
 from switchworks.model import ModelConfig, SwitchTransformer
 from switchworks.quantise import QuantiseConfig, dequantise, quantise, quantise_config_of
@@ -40,7 +34,7 @@ def save(
     directory: Path | str,
     tokenizer: Tokenizer | None = None,
     *,
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int = tensors.SHARD_BYTES,
 ) -> None:
     """Write `model`, and its `tokenizer` if given, into `directory`; `load` reads it.
 
@@ -52,8 +46,10 @@ def save(
         _require_fit(model.config, tokenizer, "The tokenizer")
     state = _state(model)
     otherwise = "Nothing was written; the model itself is untouched."
-    with shared_directory(Path(directory), needs=num_bytes(state), otherwise=otherwise) as partial:
-        write_tensors(state, partial, shard_bytes=shard_bytes)
+    with shared_directory(
+        Path(directory), needs=tensors.num_bytes(state), otherwise=otherwise
+    ) as partial:
+        tensors.write_tensors(state, partial, shard_bytes=shard_bytes)
         on_rank_zero(lambda: _describe(partial, model, tokenizer))
 
 
@@ -91,12 +87,12 @@ def load(
         from_toml(ModelConfig, directory / CONFIG),
         stored_quantisation(directory),
     )
-    stored = open_tensors(directory)
+    stored = tensors.open_tensors(directory)
     with torch.device("meta"):
         model = SwitchTransformer(config)
         if quantisation is not None:
             model = quantise(model if dtype is None else model.to(dtype), quantisation)
-    require_match(
+    tensors.require_match(
         f"{directory} is not the model that its {CONFIG} describes.",
         wanted={name: tuple(meta.shape) for name, meta in _state(model).items()},
         actual=stored.shapes,
@@ -108,13 +104,13 @@ def load(
         # A quantised weight and its scales are buffers and keep their dtypes. Copied, because what
         # is read shares memory with the file.
         cast_to = parameter_dtype if isinstance(meta, nn.Parameter) else None
-        return cast_tensor(name, stored.read(name), cast_to).to(device, copy=True)
+        return tensors.cast_tensor(name, stored.read(name), cast_to).to(device, copy=True)
 
-    materialise(model, read)
+    tensors.materialise(model, read)
     if quantisation is not None and to_float32:
         model = dequantise(model)
         for name, parameter in model.named_parameters():
-            parameter.data = cast_tensor(name, parameter.data, dtype)
+            parameter.data = tensors.cast_tensor(name, parameter.data, dtype)
     return model.eval(), _load_tokenizer(directory, config)
 
 
@@ -145,6 +141,51 @@ def weights_hash(path: Path) -> str:
     listed = read_manifest(directory) if (directory / MANIFEST).is_file() else {}
     hashes = [listed[f.name]["sha256"] if f.name in listed else sha256(f) for f in files]
     return hashlib.sha256("".join(hashes).encode()).hexdigest()[:32]
+
+
+def convert_checkpoint(
+    source: Path | str, destination: Path | str, *, capacity: Capacity = "paper"
+) -> str:
+    """Write the model in `source` to `destination` in the other format; returns a sentence on it.
+
+    A SentencePiece tokenizer beside the weights is copied. `capacity` is for reading Hugging Face's
+    format, see `load_hf`. Raises CheckpointError if the model cannot be read or expressed, or if
+    `destination` holds other files.
+    """
+    source = Path(source)
+    if is_model(source):
+        if capacity != "paper":
+            raise ConfigError(
+                f"--capacity {capacity} is for reading Hugging Face's format, but {source} is in "
+                "switchworks'.\n  Its routing.expert_capacity, if set, is written as it is."
+            )
+        model, tokenizer = load(source, to_float32=True)
+        save_hf(model, destination, tokenizer)
+        return f"{destination} holds the model for transformers: from_pretrained opens it."
+    model, tokenizer = open_model(source, capacity)
+    save(model, destination, tokenizer)
+    without = "" if tokenizer else f", without a tokenizer: {source} has no {MODEL_FILE}"
+    return f"{destination} holds the model for switchworks{without}."
+
+
+def open_model(
+    source: Path, capacity: Capacity = "paper"
+) -> tuple[SwitchTransformer, Tokenizer | None]:
+    """The model in `source`, of either format, and the tokenizer beside it if any.
+
+    A quantised model is dequantised: the ordinary model that computes the same.
+    """
+    if not source.exists():
+        raise CheckpointError(f"{source} does not exist.")
+    if is_model(source):
+        return load(source, to_float32=True)
+    if (source / "experiment.toml").is_file():
+        raise CheckpointError(
+            f"{source} is a run that has not ended: it has no model/ yet.\n"
+            "  Go on with it: switchworks train RECIPE --run-dir ... --resume"
+        )
+    model, pieces = load_hf(source, capacity=capacity), source / MODEL_FILE
+    return model, load_tokenizer(pieces) if pieces.is_file() else None
 
 
 def _model_in(path: Path) -> Path:

@@ -93,11 +93,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def require_match(
-    problem: str,
-    *,
-    wanted: Mapping[str, object],
-    actual: Mapping[str, object],
-    fix: str,
+    problem: str, *, wanted: Mapping[str, object], actual: Mapping[str, object], fix: str
 ) -> None:
     """Returns if both map the same names to the same shapes.
 
@@ -105,19 +101,19 @@ def require_match(
     `problem` and ends with `fix`. Names that differ in numbers only share an entry; the first ten
     entries of each kind are shown and the others counted.
     """
-    complaints: list[str] = []
-    if missing := [name for name in wanted if name not in actual]:
-        complaints.append(f"missing: {_listed(merged_names(missing))}")
-    if unknown := [name for name in actual if name not in wanted]:
-        complaints.append(f"unknown: {_listed(merged_names(unknown))}")
     wrong: dict[str, list[str]] = {}
-    for name, shape in wanted.items():
-        if name in actual and actual[name] != shape:
-            text = f" is {_shape_text(actual[name])} and should be {_shape_text(shape)}"
+    for name in wanted:
+        if name in actual and actual[name] != wanted[name]:
+            text = f" is {_shape_text(actual[name])} and should be {_shape_text(wanted[name])}"
             wrong.setdefault(text, []).append(name)
-    if wrong:
-        entries = [name + text for text, names in wrong.items() for name in merged_names(names)]
-        complaints.append(f"of another shape: {_listed(entries)}")
+    entries = {
+        "missing": merged_names([name for name in wanted if name not in actual]),
+        "unknown": merged_names([name for name in actual if name not in wanted]),
+        "of another shape": [
+            n + text for text, names in wrong.items() for n in merged_names(names)
+        ],
+    }
+    complaints = [f"{kind}: {_listed(names)}" for kind, names in entries.items() if names]
     if complaints:
         raise CheckpointError("\n  ".join([problem, *complaints, fix]))
 
@@ -179,19 +175,15 @@ def _open_bin(files: list[Path]) -> Tensors:
     state: dict[str, Tensor] = {}
     for file in files:
         try:
-            state |= _load_bin(file)
+            with file.open("rb") as opened:
+                zipped = opened.read(2) == b"PK"  # torch < 1.6 wrote a format that cannot be mapped
+            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+            if not isinstance(loaded, dict) or not all(map(torch.is_tensor, loaded.values())):
+                raise pickle.UnpicklingError("it does not hold a dictionary of tensors")
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise _unreadable(file, error) from error
+        state |= loaded
     return from_state_dict(state)
-
-
-def _load_bin(file: Path) -> dict[str, Tensor]:
-    with file.open("rb") as opened:
-        zipped = opened.read(2) == b"PK"  # torch < 1.6 wrote a format that cannot be mapped
-    loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
-    if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):
-        raise pickle.UnpicklingError("it does not hold a dictionary of tensors")
-    return loaded
 
 
 def _unreadable(file: Path, error: Exception) -> CheckpointError:
@@ -221,17 +213,16 @@ def merged_names(names: list[str]) -> list[str]:
 
 def _pattern(names: list[str]) -> str:
     """The common form of `names`, with the numbers that occur at each place."""
-    words = re.split(r"\d+", names[0])
     columns = zip(*(map(int, re.findall(r"\d+", name)) for name in names), strict=True)
-    numbers = [_numbers(sorted(set(column))) for column in columns]
-    return "".join(word + number for word, number in zip(words, [*numbers, ""], strict=True))
+    numbers = (_numbers(sorted(set(column))) for column in columns)
+    return re.sub(r"\d+", lambda _: next(numbers), names[0])
 
 
 def _numbers(numbers: list[int]) -> str:
     """5, {1,3} or, without gaps, {0-7}."""
-    if len(numbers) == 1:
-        return str(numbers[0])
     first, last = numbers[0], numbers[-1]
+    if first == last:
+        return str(first)
     if last - first + 1 == len(numbers) > 2:
         return f"{{{first}-{last}}}"
     return "{" + ",".join(map(str, numbers)) + "}"

@@ -8,6 +8,7 @@ only torch's own `.metadata` is a pickle, so resume your own runs and exchange `
 torch.distributed.checkpoint is imported by the functions that use it: it takes a quarter second.
 """
 
+# pyright: reportPrivateImportUsage=false
 import json
 import logging
 import re
@@ -21,10 +22,9 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from switchworks.checkpoint.digests import combine_digests, digest_parts, require_same
+from switchworks.checkpoint.digests import combine_digests, digest_part, require_same
 from switchworks.checkpoint.distributed_io import (
     all_gather,
-    gloo_group,
     is_single,
     on_rank_zero,
     shared_directory,
@@ -52,7 +52,8 @@ class Checkpoints:
         self.keep = keep
         self._pool = ThreadPoolExecutor(1, "checkpoint") if background else None
         # A group of its own: collectives of the background thread must not mix with training's.
-        self._group = gloo_group() if background else None
+        shares = background and not is_single()
+        self._group: Any = dist.new_group(backend="gloo") if shares else None
         self._writing: Future[None] | None = None
         self._verified: Path | None = None
 
@@ -81,16 +82,13 @@ class Checkpoints:
     def _write(self, step: int, tensors: dict[str, Tensor], about: str, path: Path) -> None:
         group, more = self._group, {}
         on_rank_zero(lambda: self._clear(path), group)
+        needs, otherwise = num_bytes(tensors), self._otherwise(step)
         with shared_directory(
-            path,
-            needs=num_bytes(tensors),
-            otherwise=self._otherwise(step),
-            more=more,
-            group=group,
+            path, needs=needs, otherwise=otherwise, more=more, group=group
         ) as partial:
             on_rank_zero(lambda: (partial / COUNTERS).write_text(about, encoding="utf-8"), group)
             _write_tensors(tensors, partial, group)
-            more["tensors"] = combine_digests(all_gather(digest_parts(tensors), group))
+            more["tensors"] = _digests(tensors, group)
         on_rank_zero(lambda: self._prune(step), group)
 
     def latest(self) -> Path | None:
@@ -138,16 +136,12 @@ class Checkpoints:
             fix="Resume with the settings the run was started with.",
         )
         _read_tensors(tensors, path)
-        digests = combine_digests(all_gather(digest_parts(tensors)))
-        require_same(str(path), read_json(path / MANIFEST)["tensors"], digests)
+        require_same(str(path), read_json(path / MANIFEST)["tensors"], _digests(tensors))
         return read_json(path / COUNTERS)["about"]
 
     def steps(self) -> dict[int, Path]:
         """Step -> directory of every checkpoint, damaged or not."""
-        paths = self.directory.glob("step_*") if self.directory.is_dir() else ()
-        return {
-            int(path.name[5:]): path for path in paths if re.fullmatch(r"step_\d{8,}", path.name)
-        }
+        return steps_in(self.directory)
 
     def _clear(self, path: Path) -> None:
         """Delete what killed runs left half-written, and a damaged checkpoint at `path`."""
@@ -166,10 +160,16 @@ class Checkpoints:
             shutil.rmtree(self.steps()[number], ignore_errors=True)
 
     def _otherwise(self, step: int) -> str:
-        earlier = [number for number in self.steps() if number < step]
+        earlier = {number: path for number, path in self.steps().items() if number < step}
         if not earlier:
             return "No earlier checkpoint exists."
-        return f"Training state is safe at step {max(earlier)}, in {self.steps()[max(earlier)]}."
+        return f"Training state is safe at step {max(earlier)}, in {earlier[max(earlier)]}."
+
+
+def steps_in(directory: Path) -> dict[int, Path]:
+    """Step -> path of everything in `directory` that is named step_XXXXXXXX."""
+    paths = directory.glob("step_*") if directory.is_dir() else ()
+    return {int(path.name[5:]): path for path in paths if re.fullmatch(r"step_\d{8,}", path.name)}
 
 
 def _flatten(state: Mapping[Any, Any], path: Path, prefix: str = "") -> dict[str, Tensor]:
@@ -189,6 +189,11 @@ def _flatten(state: Mapping[Any, Any], path: Path, prefix: str = "") -> dict[str
     return tensors
 
 
+def _digests(tensors: Mapping[str, Tensor], group: Any = None) -> dict[str, list[str]]:
+    parts = {name: digest_part(name, tensor) for name, tensor in tensors.items()}
+    return combine_digests(all_gather(parts, group))
+
+
 def _staged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """A copy in CPU memory, sharded alike."""
     from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
@@ -201,13 +206,12 @@ def _staged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _write_tensors(
     tensors: dict[str, Tensor], directory: Path, group: dist.ProcessGroup | None
 ) -> None:
-    from torch.distributed.checkpoint.filesystem import FileSystemWriter
-    from torch.distributed.checkpoint.state_dict_saver import save
+    import torch.distributed.checkpoint as dcp
 
     _expect_single_process()
     # One thread: torch loses an error, such as a full disk, that a second one meets.
-    writer = FileSystemWriter(directory, thread_count=1)
-    save(dict(tensors), storage_writer=writer, process_group=group, no_dist=is_single())
+    writer = dcp.FileSystemWriter(directory, thread_count=1)
+    dcp.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=is_single())
 
 
 def _read_tensors(tensors: dict[str, Tensor], directory: Path) -> None:
@@ -216,22 +220,21 @@ def _read_tensors(tensors: dict[str, Tensor], directory: Path) -> None:
     Resharding: `.metadata` lists the range of every stored piece of a tensor. Each rank reads, of
     all files, the overlap of these ranges with the part that its DTensor has.
     """
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.state_dict_loader import load
+    import torch.distributed.checkpoint as dcp
 
     _expect_single_process()
-    load(dict(tensors), storage_reader=FileSystemReader(directory), no_dist=is_single())
+    dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(directory), no_dist=is_single())
 
 
 def _stored_layouts(directory: Path, sections: list[str]) -> dict[str, str]:
     """Name -> shape and dtype of every stored tensor of `sections`."""
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    import torch.distributed.checkpoint as dcp
 
+    entries = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
     return {
         name: _layout(entry.properties.dtype, entry.size)
-        for name, entry in FileSystemReader(directory).read_metadata().state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata) and name.split(".")[0] in sections
+        for name, entry in entries.items()
+        if isinstance(entry, dcp.TensorStorageMetadata) and name.split(".")[0] in sections
     }
 
 
@@ -240,8 +243,6 @@ def _layout(dtype: Any, shape: Any) -> str:
 
 
 def _expect_single_process() -> None:
-    """Silence torch's warning that it works in a single process, which is intended.
-
-    For good and not for a block: warning filters are shared by all threads.
-    """
+    """Silence torch's warning that it works in a single process; for good, as warning filters are
+    shared by all threads."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")

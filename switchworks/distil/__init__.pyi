@@ -6,9 +6,10 @@ from .store import LogitStore as LogitStore
 from .store import LogitWriter as LogitWriter
 from .store import StoreInfo as StoreInfo
 from .store import is_store as is_store
-from .student import fraction_of_gain as fraction_of_gain
-from .student import initialise_from_teacher as initialise_from_teacher
 from .teacher import Teacher as Teacher
-from .teacher import open_store as open_store
+from .teacher import TeacherSource as TeacherSource
+from .teacher import fraction_of_gain as fraction_of_gain
+from .teacher import initialise_from_teacher as initialise_from_teacher
+from .teacher import open_source as open_source
 from .teacher import open_teacher as open_teacher
 from .teacher import require_same_rows as require_same_rows

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from switchworks.batch import Batch
 from switchworks.checkpoint import read_json
-from switchworks.config import ConfigError, DataError
+from switchworks.config import ConfigError, DataError, differences
 from switchworks.data import atomic_write_json
 
 VERSION = 1
@@ -109,32 +109,15 @@ class LogitStore:
             )
         values = read_json(folder / FILE)
         if values.pop("version", None) != VERSION:
-            raise DataError(
-                f"{folder} was written by another version of switchworks. Make it anew."
-            )
+            raise DataError(f"{folder} was made by another version of switchworks. Make it anew.")
         self.info = StoreInfo(**values)
+        self.path, self.weights = self.info.teacher, self.info.weights
+        """Path of the teacher, and hash of its weights."""
+        self.vocab_size = self.info.vocab_size
         self._parts = parts_in(folder)
-        self._open: dict[Path, Any] = {}
-
-    @property
-    def path(self) -> str:
-        """Path of the teacher."""
-        return self.info.teacher
-
-    @property
-    def weights(self) -> str:
-        """Hash of the teacher's weights."""
-        return self.info.weights
-
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the teacher's embedding."""
-        return self.info.vocab_size
-
-    @property
-    def num_rows(self) -> int:
+        self.num_rows = self._parts[-1][1] if self._parts else 0
         """Rows from the first on, without a gap."""
-        return self._parts[-1][1] if self._parts else 0
+        self._open: dict[Path, Any] = {}
 
     @property
     def num_targets(self) -> int:
@@ -155,25 +138,21 @@ class LogitStore:
         hashes = row_hashes(batch)
         ids = torch.arange(self.info.top_k).expand(*targets.shape, -1).clone()
         logs = torch.zeros(*targets.shape, self.info.top_k + 1)
-        place, first, last = 0, rows[0], rows[-1] + 1
-        while first < last:
-            start, stop, path = self._part(first)
-            stop = min(stop, last)
-            count = stop - first
-            part = self._read_part(path, first - start, count, hashes[place : place + count], first)
-            real = targets[place : place + count].cpu() != 0
-            ids[place : place + count][real] = part.ids
-            logs[place : place + count][real] = part.logs
-            place, first = place + count, stop
+        row = rows[0]
+        while row <= rows[-1]:
+            start, stop, path = self._part(row)
+            here = slice(row - rows[0], min(stop - 1, rows[-1]) - rows[0] + 1)
+            part = self._read_part(path, row - start, hashes[here], row)
+            real = targets[here].cpu() != 0
+            ids[here][real], logs[here][real] = part.ids, part.logs
+            row = stop
         device = targets.device
         return TeacherTargets(ids.to(device), logs.log_softmax(dim=-1).to(device))
 
-    def _read_part(
-        self, path: Path, place: int, count: int, hashes: np.ndarray, row: int
-    ) -> "TeacherTargets":
-        """N k and N k+1 of `count` rows from row `place` of a part, whose hashes must agree."""
+    def _read_part(self, path: Path, place: int, hashes: np.ndarray, row: int) -> TeacherTargets:
+        """N k and N k+1 of the rows from `place` of a part on, which must have these hashes."""
         file = self._file(path)
-        stored = file.get_slice("hashes")[place : place + count]
+        stored = file.get_slice("hashes")[place : place + len(hashes)]
         if (other := np.flatnonzero(stored != hashes)).size:
             raise DataError(
                 f"Row {row + int(other[0])} of this run is not the row whose teacher probabilities "
@@ -182,7 +161,7 @@ class LogitStore:
             )
         ends = file.get_slice("ends")
         begin = int(ends[place - 1 : place][0]) if place else 0
-        end = int(ends[place + count - 1 : place + count][0])
+        end = int(ends[place + len(hashes) - 1 : place + len(hashes)][0])
         return TeacherTargets(
             torch.from_numpy(file.get_slice("ids")[begin:end].astype(np.int64)),
             torch.from_numpy(file.get_slice("logs")[begin:end].astype(np.float32)),
@@ -217,11 +196,11 @@ class LogitWriter:
         self.folder, self.info = folder, info
         if is_store(folder):
             stored = LogitStore(folder).info
+            lines = "".join(f"    {line}\n" for line in info_differences(stored, info))
             if stored != info:
                 raise ConfigError(
-                    f"{folder} holds other probabilities. They differ in:\n"
-                    + "".join(f"    {line}\n" for line in info_differences(stored, info))
-                    + "  Choose another --distil.store, or delete that one."
+                    f"{folder} holds other probabilities. They differ in:\n{lines}"
+                    "  Choose another --distil.store, or delete that one."
                 )
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError(
@@ -233,10 +212,7 @@ class LogitWriter:
         parts = parts_in(folder)
         self.written = parts[-1][1] if parts else 0
         """Rows on disk."""
-        self._rows: list[np.ndarray] = []
-        self._ids: list[np.ndarray] = []
-        self._logs: list[np.ndarray] = []
-        self._counts: list[np.ndarray] = []
+        self._pending: list[dict[str, np.ndarray]] = []
 
     def add(self, batch: Batch, logits: Float[Tensor, "B T V"]) -> None:
         """Append the next rows, with the teacher's logits for them.
@@ -250,33 +226,31 @@ class LogitWriter:
                 f"The teacher's logits are not finite in {self.info.precision}.\n"
                 "  Try --precision float32."
             )
-        self._rows.append(row_hashes(batch))
-        self._ids.append(ids.cpu().numpy().astype(self.info.id_type))
-        self._logs.append(logs.cpu().numpy().astype(self.info.dtype))
-        self._counts.append(real.sum(dim=1).cpu().numpy())
-        if sum(map(len, self._rows)) >= PART_ROWS:
+        part = {
+            "ids": ids.cpu().numpy().astype(self.info.id_type),
+            "logs": logs.cpu().numpy().astype(self.info.dtype),
+            "ends": real.sum(dim=1).cpu().numpy(),
+            "hashes": row_hashes(batch),
+        }
+        self._pending.append(part)
+        if sum(len(part["hashes"]) for part in self._pending) >= PART_ROWS:
             self.flush()
 
     def flush(self) -> None:
         """Write all rows so far to disk."""
-        if not self._rows:
+        if not self._pending:
             return
-        stop = self.written + sum(map(len, self._rows))
-        tensors = {
-            "ids": np.concatenate(self._ids),
-            "logs": np.concatenate(self._logs),
-            "ends": np.concatenate(self._counts).cumsum(),
-            "hashes": np.concatenate(self._rows),
-        }
+        columns = {name: [part[name] for part in self._pending] for name in self._pending[0]}
+        tensors = {name: np.concatenate(parts) for name, parts in columns.items()}
+        tensors["ends"] = tensors["ends"].cumsum()
+        stop = self.written + len(tensors["hashes"])
         path = self.folder / f"rows-{self.written:09d}-{stop:09d}.safetensors"
         aside = path.with_suffix(".partial")
         save_file(tensors, aside)
         with aside.open("rb") as file:
             os.fsync(file.fileno())
         aside.replace(path)
-        self.written = stop
-        for rows in (self._rows, self._ids, self._logs, self._counts):
-            rows.clear()
+        self.written, self._pending = stop, []
 
 
 def top_log_probs(
@@ -295,18 +269,9 @@ def row_hashes(batch: Batch) -> np.ndarray:
     parts = [batch.inputs, batch.targets, batch.input_segments, batch.target_segments]
     columns = [part.cpu().numpy().astype("<i8") for part in parts if part is not None]
     widths = np.array([len(columns), *(column.shape[1] for column in columns)], "<i8").tobytes()
-    return np.array(
-        [
-            int.from_bytes(
-                blake2b(
-                    widths + b"".join(column[row].tobytes() for column in columns), digest_size=8
-                ).digest(),
-                "little",
-            )
-            for row in range(len(columns[0]))
-        ],
-        np.uint64,
-    )
+    rows = (widths + b"".join(map(np.ndarray.tobytes, row)) for row in zip(*columns, strict=True))
+    digests = [blake2b(row, digest_size=8).digest() for row in rows]
+    return np.frombuffer(b"".join(digests), "<u8").astype(np.uint64)
 
 
 def is_store(folder: Path) -> bool:
@@ -327,14 +292,5 @@ def parts_in(folder: Path) -> list[tuple[int, int, Path]]:
 
 def info_differences(stored: StoreInfo, here: StoreInfo) -> list[str]:
     """One line per differing value; data settings one by one."""
-    left, right = _flat(stored), _flat(here)
-    return [
-        f"{name}: {left.get(name)} there, {right.get(name)} here"
-        for name in sorted(left.keys() | right.keys())
-        if left.get(name) != right.get(name)
-    ]
-
-
-def _flat(info: StoreInfo) -> dict[str, Any]:
-    values = asdict(info)
-    return {f"data.{name}": value for name, value in values.pop("data").items()} | values
+    differing = differences(stored, here)
+    return [f"{name}: {there} there, {now} here" for name, (there, now) in differing.items()]

@@ -1,7 +1,11 @@
-"""The teacher of a distilled run, or its stored probabilities: opened, and checked to fit."""
+"""The teacher of a distilled run, or its stored probabilities: opened, and checked to fit; a
+student's initial weights, and how much of its teacher's gain it kept (section 4.2)."""
 
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
+from torch import nn
 
 from switchworks.batch import Batch
 from switchworks.checkpoint import is_model, open_model, weights_hash
@@ -9,7 +13,7 @@ from switchworks.config import CheckpointError, ConfigError, DataError
 from switchworks.data import Tokenizer
 from switchworks.distil.config import DistilConfig
 from switchworks.distil.store import LogitStore, StoreInfo, info_differences
-from switchworks.model import SwitchTransformer
+from switchworks.model import FFN, AttentionBase, Experts, ModelConfig, Router, SwitchTransformer
 
 
 class Teacher(NamedTuple):
@@ -45,6 +49,15 @@ class Teacher(NamedTuple):
             )
 
 
+TeacherSource = Teacher | LogitStore
+"""A teacher that runs, or its stored probabilities."""
+
+
+def open_source(distil: DistilConfig, *, decoder_only: bool) -> TeacherSource:
+    """What `distil` names: the store if it names one, else the teacher. Raises as both do."""
+    return open_store(distil) if distil.store else open_teacher(distil, decoder_only=decoder_only)
+
+
 def open_teacher(distil: DistilConfig, *, decoder_only: bool) -> Teacher:
     """The teacher that `distil` names, for a student with an encoder or without one.
 
@@ -68,7 +81,7 @@ def open_teacher(distil: DistilConfig, *, decoder_only: bool) -> Teacher:
     if model.config.decoder_only != decoder_only:
         kinds = "an encoder and a decoder", "a decoder only"
         raise ConfigError(
-            f"The teacher in {path} has {kinds[model.config.decoder_only]} and the student "
+            f"The teacher in {path} has {kinds[not decoder_only]} and the student "
             f"{kinds[decoder_only]}: they read different rows."
             "\n  Choose a student of the teacher's kind, see model.decoder_only."
         )
@@ -119,14 +132,78 @@ def require_same_rows(
     try:
         store.read(rows, first)
     except DataError as error:
-        text = ("data.", "seed:")
-        changed = [line for line in info_differences(info, here) if line.startswith(text)]
-        listed = "".join(f"    {line}\n" for line in changed) or "    the text itself\n"
+        lines = [x for x in info_differences(info, here) if x.startswith(("data.", "seed:"))]
+        listed = "".join(f"    {line}\n" for line in lines) or "    the text itself\n"
         raise DataError(
             f"The teacher's probabilities in {store.folder} are for other rows than this run's. "
             f"What differs:\n{listed}"
             "  Train with the settings the store was made with, or make another store."
         ) from error
+
+
+class Inherited(NamedTuple):
+    """Names of a student's parameters, in its order."""
+
+    copied: list[str]
+    """Those with the teacher's values."""
+    fresh: list[str]
+    """Those left as they were."""
+
+
+@torch.no_grad()
+def initialise_from_teacher(student: SwitchTransformer, teacher: SwitchTransformer) -> Inherited:
+    """Copies the teacher's values to every parameter of `student` with the same name and shape.
+
+    Except experts and routers, attention with another number or width of heads, and FFNs with
+    another activation. From a sparse teacher to a student of the same width this copies embeddings,
+    attention, norms and the FFNs of dense blocks; the FFNs in place of the teacher's switch layers
+    keep their initial values, unless the teacher is made dense first (`dense_teacher`).
+    """
+    sparse = (Experts, Router)
+    excluded = _parameters_in(student, sparse) | _parameters_in(teacher, sparse)
+    excluded |= _incompatible(student, teacher.config)
+    sources = dict(teacher.named_parameters())
+    inherited = Inherited([], [])
+    for name, parameter in student.named_parameters():
+        source = sources.get(name)
+        if source is None or source.shape != parameter.shape or name in excluded:
+            inherited.fresh.append(name)
+            continue
+        parameter.copy_(source)
+        inherited.copied.append(name)
+    return inherited
+
+
+def fraction_of_gain(*, baseline: float, teacher: float, student: float) -> float:
+    """(student - baseline) / (teacher - baseline), the paper's "percent of teacher gain" / 100.
+
+    Of losses, log perplexities or any score, all three of one kind. 0: no better than the baseline,
+    which was trained without a teacher; 1: as good as the teacher; nan: teacher and baseline are
+    equal.
+    """
+    gain = teacher - baseline
+    return (student - baseline) / gain if gain else float("nan")
+
+
+def _incompatible(student: SwitchTransformer, teacher: ModelConfig) -> set[str]:
+    """Parameters whose values mean something else in the teacher although the shapes may agree."""
+    config = student.config
+    kinds: tuple[type[nn.Module], ...] = ()
+    if (config.num_heads, config.d_kv) != (teacher.num_heads, teacher.d_kv):
+        kinds += (AttentionBase,)
+    if (config.activation, config.gated) != (teacher.activation, teacher.gated):
+        kinds += (FFN,)
+    return _parameters_in(student, kinds)
+
+
+def _parameters_in(model: SwitchTransformer, kinds: tuple[type[nn.Module], ...]) -> set[str]:
+    """Names of the parameters inside modules of these classes."""
+    return {
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if isinstance(module, kinds)
+        for name, _ in module.named_parameters()
+    }
 
 
 def _has_model(teacher: str) -> bool:
@@ -135,11 +212,10 @@ def _has_model(teacher: str) -> bool:
 
 
 def _reason(teacher: str) -> str:
-    path = Path(teacher)
     if not teacher:
         return "none is named"
-    if not path.exists():
+    if not Path(teacher).exists():
         return "it does not exist"
-    if (path / "experiment.toml").is_file():
+    if (Path(teacher) / "experiment.toml").is_file():
         return "that run has not finished, so it has no model/ yet"
     return "it is no model"

@@ -1,4 +1,5 @@
 from .adafactor import Adafactor as Adafactor
+from .build import BackwardUpdater as BackwardUpdater
 from .build import Updater as Updater
 from .build import UpdateStats as UpdateStats
 from .build import build_optimizer as build_optimizer
@@ -10,7 +11,6 @@ from .config import OptimConfig as OptimConfig
 from .config import optimizer_builder as optimizer_builder
 from .groups import ParameterGroup as ParameterGroup
 from .groups import dimension_letters as dimension_letters
-from .in_backward import BackwardUpdater as BackwardUpdater
 from .masters import MasterWeights as MasterWeights
 from .muon import Muon as Muon
 from .schedule import learning_rate as learning_rate

@@ -11,7 +11,7 @@ more than its arithmetic, are updated together with others of their shape.
 Letters: a matrix is D F; *E are the dimensions before the matrix, experts first if it is a stack.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -92,12 +92,8 @@ class Adafactor(torch.optim.Optimizer):
             self.state[parameter] = _initial_state(parameter, group)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:
         """Update every parameter that has a gradient; the others and their state stay."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         scratch = _Scratch()
         for group in self.param_groups:
             with_grad = [parameter for parameter in group["params"] if parameter.grad is not None]
@@ -114,7 +110,6 @@ class Adafactor(torch.optim.Optimizer):
                     _update(local(batch[0]), local(grad), parts, dims, rule, scratch)
                 else:
                     _update_together(batch, states, dims, rule, scratch)
-        return loss
 
 
 def build_adafactor(
@@ -127,17 +122,9 @@ def build_adafactor(
         | {"stacked": group.stacked, "scale_floor": floors.get(group.kind, EPS_SCALE)}
         for group in groups
     ]
-    optimizer = Adafactor(
-        param_groups,
-        lr=config.lr,
-        beta1=config.betas[0],
-        decay_exponent=config.decay_exponent,
-        clip_update=config.clip_update,
-        parameter_scale=config.parameter_scale,
-        min_factored_dim=config.min_factored_dim,
-        per_expert=config.per_expert,
-    )
-    return [optimizer]
+    names = ("lr", "decay_exponent", "clip_update", "parameter_scale", "min_factored_dim")
+    settings = {name: getattr(config, name) for name in (*names, "per_expert")}
+    return [Adafactor(param_groups, beta1=config.betas[0], **settings)]
 
 
 class _Rule(NamedTuple):
@@ -220,13 +207,10 @@ def _initial_state(parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor
 
 def _rule(group: dict[str, Any], step: int) -> _Rule:
     """The rule of step number `step`, counted from 1."""
+    names = ("lr", "beta1", "clip_update", "parameter_scale", "scale_floor")
     return _Rule(
-        lr=group["lr"],
+        **{name: group[name] for name in names},
         mixing=step ** -group["decay_exponent"],
-        beta1=group["beta1"],
-        clip_update=group["clip_update"],
-        parameter_scale=group["parameter_scale"],
-        scale_floor=group["scale_floor"],
         decay=1.0 - group["lr"] * group["weight_decay"],
         per_index=group["stacked"] and group["per_expert"],
     )

@@ -1,18 +1,25 @@
 """From a model's parameters and an OptimConfig to one object that takes steps.
 
 `build_optimizer` groups the parameters (`groups.py`) and gives them to the optimizer of that name.
+
+With `BackwardUpdater` the gradients of all weights never exist together: once the backward pass has
+accumulated the whole gradient of a weight it does not read that weight again, so the weight can be
+updated at once and its gradient freed. Only a sum over micro-batches or ranks, or clipping by the
+norm of all gradients, needs them side by side.
 """
 
 import math
+import weakref
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from switchworks.config import CheckpointError, ConfigError
+from switchworks.config import CheckpointError, ConfigError, flatten
 from switchworks.optim.clip import clip_coefficient, first_nonfinite, global_norm
 from switchworks.optim.config import OptimConfig, optimizer_builder
 from switchworks.optim.groups import group_parameters
@@ -20,6 +27,12 @@ from switchworks.optim.masters import MasterWeights
 from switchworks.optim.schedule import learning_rate
 
 State = dict[str, dict[str, Any]]
+
+LARGE = 2**16
+"""Elements from which a weight is updated during the pass. Smaller ones are updated together after
+it, since calling an optimizer for each would cost more than its arithmetic."""
+BUCKET = 2**24
+"""Elements of large gradients that are updated together: 64 MB in float32."""
 
 
 class UpdateStats(NamedTuple):
@@ -34,16 +47,13 @@ class UpdateStats(NamedTuple):
 class Updater:
     """Masters, optimizers, clipping and schedule as one: gradients in, updated weights out.
 
-    Call `accumulate()` after each micro-batch's backward pass and `step()` after the last. With a
-    single micro-batch call `step()` alone: it casts 16-bit gradients to float32 bucket by bucket,
-    so that a float32 copy of all of them never exists.
+    Call `masters.accumulate()` after each micro-batch's backward pass and `step()` after the last.
+    With a single micro-batch call `step()` alone: it casts 16-bit gradients to float32 bucket by
+    bucket, so that a float32 copy of all of them never exists.
     """
 
     def __init__(
-        self,
-        masters: MasterWeights,
-        optimizers: Sequence[torch.optim.Optimizer],
-        config: OptimConfig,
+        self, masters: MasterWeights, optimizers: list[torch.optim.Optimizer], config: OptimConfig
     ) -> None:
         self.masters = masters
         self.optimizers = optimizers
@@ -51,10 +61,6 @@ class Updater:
 
     def begin(self, step: int, total_steps: int) -> None:
         """Call before the first backward pass of step number `step`. Does nothing here."""
-
-    def accumulate(self) -> None:
-        """Add the parameters' gradients to the accumulated ones, in float32."""
-        self.masters.accumulate()
 
     def step(self, step: int, total_steps: int) -> UpdateStats:
         """Take step number `step` (from 0) of `total_steps` with the accumulated gradients.
@@ -64,7 +70,7 @@ class Updater:
         parameter without a gradient keeps its value and its state.
         """
         if self.masters.accumulating:
-            self.accumulate()
+            self.masters.accumulate()
         lr = learning_rate(self.config, step, total_steps)
         norm = float(global_norm(list(self.masters.gradients().values())))
         if math.isfinite(norm):
@@ -73,22 +79,10 @@ class Updater:
                 self._update(names, clip_coefficient(norm, self.config.clip_norm))
         return UpdateStats(lr, norm)
 
-    def gradients(self) -> dict[str, Tensor]:
-        """Name -> accumulated gradient. The tensors are not copies."""
-        return self.masters.gradients()
-
-    def zero(self, names: Iterable[str] | None = None) -> None:
-        """Drop the gradients of `names`, or all."""
-        self.masters.zero(names)
-
     def first_nonfinite_gradient(self) -> str | None:
         """The first parameter, in the model's order, whose gradient is not finite, or None."""
-        self.accumulate()
+        self.masters.accumulate()
         return first_nonfinite(self.masters.gradients().items())
-
-    def float_state(self) -> dict[str, Tensor]:
-        """Name -> weight in full precision, for export. The tensors are not copies."""
-        return self.masters.float_state()
 
     def _set_rate(self, lr: float) -> None:
         for optimizer in self.optimizers:
@@ -101,7 +95,7 @@ class Updater:
         for optimizer in self.optimizers:
             optimizer.step()
         self.masters.copy_to_model(names)
-        self.zero(names)
+        self.masters.zero(names)
 
     def state_dict(self) -> State:
         """{"weights": {name: tensor}, "optimizer": {name: {slot: tensor}}}, complete from step 0.
@@ -117,7 +111,7 @@ class Updater:
             for name, master in self.masters.named().items()
             if master.requires_grad
         }
-        return {"weights": self.float_state(), "optimizer": slots}
+        return {"weights": self.masters.float_state(), "optimizer": slots}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
@@ -127,11 +121,81 @@ class Updater:
         model follows its masters. Raises CheckpointError, with nothing changed, if a name or a
         shape does not fit.
         """
-        current, stored = _flat(self.state_dict()), _flat(state)
+        current, stored = flatten(self.state_dict()), flatten(state)
         _check_fit(current, stored)
         for name, tensor in current.items():
             tensor.copy_(stored[name])
         self.masters.copy_to_model()
+
+
+class BackwardUpdater(Updater):
+    """An `Updater` that updates large weights in the backward pass, to the same values bit for bit.
+
+    Call `begin()`, one backward pass, and `step()`, which updates the rest. From the first gradient
+    that is not finite nothing is updated, and `step()` reports it in the norm; earlier updates of
+    the same step stay.
+    """
+
+    def __init__(
+        self, masters: MasterWeights, optimizers: list[torch.optim.Optimizer], config: OptimConfig
+    ) -> None:
+        super().__init__(masters, optimizers, config)
+        assert config.clip_norm is None, "clipping needs the norm of all gradients"
+        self._in_step = False
+        self._bucket: list[str] = []
+        """Names of large weights with a gradient, not yet updated."""
+        self._small: dict[str, Tensor | None] = {}
+        self._norms: list[float] = []
+        # The hooks hold a weak reference: the model would otherwise keep its updater, and the
+        # updater its model, alive until the garbage collector runs.
+        updater: weakref.ref[BackwardUpdater] = weakref.ref(self)
+        for name, parameter in masters.parameters().items():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(partial(_on_grad, updater, name))
+
+    def begin(self, step: int, total_steps: int) -> None:
+        """The next backward pass is that of step number `step` (from 0) of `total_steps`."""
+        self._set_rate(learning_rate(self.config, step, total_steps))
+        self._bucket, self._small, self._norms = [], {}, []
+        self._in_step = True
+
+    def step(self, step: int, total_steps: int) -> UpdateStats:
+        """Update the weights that are left; the norm is that of all gradients of the step."""
+        assert self._in_step, "begin() comes before the backward pass"
+        self._in_step = False
+        parameters = self.masters.parameters()
+        for name, grad in self._small.items():
+            parameters[name].grad = grad
+        self._small = {}
+        self.update(list(self.masters.gradients()))
+        lr = learning_rate(self.config, step, total_steps)
+        return UpdateStats(lr, math.hypot(*self._norms))
+
+    def update(self, names: list[str]) -> None:
+        """Update `names`, all weights that have a gradient now, if all norms so far are finite."""
+        gradients = self.masters.gradients()
+        self._norms.append(float(global_norm([gradients[name] for name in names])))
+        if math.isfinite(sum(self._norms)):
+            self._update(names, scale=1.0)
+
+    def on_grad(self, name: str, parameter: nn.Parameter) -> None:
+        """Called by autograd when the gradient of `parameter` is complete."""
+        if not self._in_step:  # a backward pass outside of a training step
+            return
+        if parameter.numel() < LARGE:
+            # Hidden from the optimizer, which updates every parameter that has a gradient.
+            self._small[name], parameter.grad = parameter.grad, None
+            return
+        self._bucket.append(name)
+        parameters = self.masters.parameters()
+        if sum(parameters[other].numel() for other in self._bucket) >= BUCKET:
+            names, self._bucket = self._bucket, []
+            self.update(names)
+
+
+def _on_grad(reference: "weakref.ref[BackwardUpdater]", name: str, parameter: nn.Parameter) -> None:
+    if (updater := reference()) is not None:
+        updater.on_grad(name, parameter)
 
 
 def build_optimizer(
@@ -160,7 +224,7 @@ def build_optimizer(
 
 
 def _check_complete(
-    masters: MasterWeights, optimizers: Sequence[torch.optim.Optimizer], name: str
+    masters: MasterWeights, optimizers: list[torch.optim.Optimizer], name: str
 ) -> None:
     groups = chain.from_iterable(optimizer.param_groups for optimizer in optimizers)
     held = Counter(parameter for group in groups for parameter in group["params"])
@@ -173,20 +237,12 @@ def _check_complete(
             )
 
 
-def _flat(state: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Every tensor by a name for messages: "NAME (weight)", "NAME (exp_avg)"."""
-    flat = {f"{name} (weight)": tensor for name, tensor in state["weights"].items()}
-    for name, slots in state["optimizer"].items():
-        flat |= {f"{name} ({slot})": tensor for slot, tensor in slots.items()}
-    return flat
-
-
 def _check_fit(current: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
-    def shape(tensors: Mapping[str, Tensor], name: str) -> str:
-        return f"of shape {tuple(tensors[name].shape)}" if name in tensors else "absent"
-
     for name in [*current, *stored]:
-        here, there = shape(current, name), shape(stored, name)
+        here, there = (
+            f"of shape {tuple(tensors[name].shape)}" if name in tensors else "absent"
+            for tensors in (current, stored)
+        )
         if here != there:
             raise CheckpointError(
                 f"{name} is {there} in the checkpoint and {here} here.\n"

@@ -9,7 +9,7 @@ Letters: E experts, D F a matrix.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -62,17 +62,12 @@ class Muon(torch.optim.Optimizer):
             self.state[parameter]["momentum"] = torch.zeros_like(parameter, requires_grad=False)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:
         """Update every parameter that has a gradient; the others and their state stay."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self._update(parameter, parameter.grad, group)
-        return loss
 
     def _update(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         weight, grad, beta = local(parameter), local(grad), group["momentum"]
@@ -108,14 +103,11 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 def build_muon(groups: Sequence[ParameterGroup], config: OptimConfig) -> list[Any]:
     """Muon for the groups of matrices and expert stacks, `config.fallback` for the others."""
-    matrices = [group for group in groups if group.kind in ("matrix", "experts")]
+    kinds = ("matrix", "experts")
+    matrices = [group for group in groups if group.kind in kinds]
     # Rates are factors on the scheduled `lr`, so that both follow one schedule.
     factor = 1.0 if config.fallback_lr is None else config.fallback_lr / config.lr
-    others = [
-        group._replace(rate=group.rate * factor)
-        for group in groups
-        if group.kind not in ("matrix", "experts")
-    ]
+    others = [g._replace(rate=g.rate * factor) for g in groups if g.kind not in kinds]
     optimizers: list[Any] = []
     if matrices:
         settings = [group.settings() for group in matrices]

@@ -1,4 +1,6 @@
+from .apply import allocate_shards as allocate_shards
 from .apply import gather_full as gather_full
+from .apply import initialise_shards as initialise_shards
 from .apply import parallelize as parallelize
 from .apply import shard_like as shard_like
 from .config import MeshConfig as MeshConfig
@@ -12,7 +14,5 @@ from .mesh import Ranks as Ranks
 from .mesh import batch_axis as batch_axis
 from .mesh import build_mesh as build_mesh
 from .mesh import connect_ranks as connect_ranks
-from .sharded_init import allocate_shards as allocate_shards
-from .sharded_init import initialise_shards as initialise_shards
 from .torchrun import first_to_say as first_to_say
 from .watchdog import watching as watching

@@ -3,6 +3,10 @@
 In a fixed order: experts over the expert axis, widths over the model axis, and what is left of
 each weight over the ranks that see different rows (FSDP2). The model's code does not change; its
 weights become `DTensor`s with the names and shapes they had.
+
+A model may be on the meta device meanwhile. Then each rank allocates its shards and draws their
+values alone, those that the full parameters would have there (`switchworks.model.fill_shard`): one
+process and any mesh begin with the same values, and a model may be larger than any host.
 """
 
 import warnings
@@ -18,8 +22,9 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from switchworks.model import SwitchTransformer
+from switchworks.model import SwitchTransformer, fill_shard
 from switchworks.parallel.config import MeshConfig
 from switchworks.parallel.expert import AllToAllDispatcher
 from switchworks.parallel.gradients import GradientSum
@@ -33,20 +38,18 @@ warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
 
 def parallelize(
     model: SwitchTransformer,
-    mesh: DeviceMesh | None,
+    mesh: DeviceMesh,
     letters: Mapping[str, str],
     *,
     shard: bool = True,
     overlap: int = 1,
 ) -> GradientSum:
-    """Spread `model`, which every rank holds whole, over `mesh`; None leaves it alone.
+    """Spread `model`, which every rank holds whole, over `mesh`.
 
     `letters` are the dimensions of its weights by name. Afterwards the model is called as before,
     with this rank's rows; its losses are means over these, and the gradients of a step are those
     that the returned object leaves. Raises ConfigError if the two do not fit.
     """
-    if mesh is None:
-        return GradientSum(model, {})
     sizes = dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True))
     config = MeshConfig(**sizes, shard=shard, overlap=overlap)
     check_fit(model.config, config)
@@ -80,6 +83,38 @@ def gather_full(weight: Tensor) -> Tensor:
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
+@torch.no_grad()
+def allocate_shards(model: nn.Module, device: torch.device | str) -> None:
+    """Give every parameter of `model` that is on the meta device memory for this rank's shard."""
+    for name, weight in list(model.named_parameters()):
+        if weight.is_meta:
+            owner, _, leaf = name.rpartition(".")
+            shard = torch.empty_like(weight, device=device)
+            parameter = nn.Parameter(shard, requires_grad=weight.requires_grad)
+            model.get_submodule(owner).register_parameter(leaf, parameter)
+
+
+@torch.no_grad()
+def initialise_shards(model: SwitchTransformer, seed: int) -> dict[str, Tensor]:
+    """Initialise every parameter of `model`, a shard of it where it is a `DTensor`.
+
+    Returns the float32 values of those parameters that keep 16 bits of them, by name.
+    """
+    exact: dict[str, Tensor] = {}
+    for name, weight in model.named_parameters():
+        shape, offset = tuple(weight.shape), (0,) * weight.dim()
+        if isinstance(weight, DTensor):
+            mesh, placements = weight.device_mesh, weight.placements
+            shape, offset = compute_local_shape_and_global_offset(weight.shape, mesh, placements)
+        shard = torch.empty(shape)
+        fill_shard(shard, name, model.config, seed, weight.shape, offset)
+        values = _as_part(shard.to(weight.device), weight)
+        weight.copy_(values)
+        if weight.dtype in (torch.bfloat16, torch.float16):
+            exact[name] = values
+    return exact
+
+
 def _split_weight(model: nn.Module, name: str, place: WeightLayout, mesh: DeviceMesh) -> None:
     """Over the expert and the model axis."""
     axes = {"expert": place.expert, "model": place.model}
@@ -91,20 +126,23 @@ def _split_weight(model: nn.Module, name: str, place: WeightLayout, mesh: Device
     weight = getattr(module, leaf)
     placements = [Shard(dim) for dim in axes.values()]
     part = distribute_tensor(weight.detach(), mesh[tuple(axes)], placements, src_data_rank=None)
-    part = nn.Parameter(_tight(part), requires_grad=weight.requires_grad)
+    # Memory of its own, so that the whole is freed.
+    shard = part.to_local().clone(memory_format=torch.contiguous_format)
+    part = nn.Parameter(_as_part(shard, part), requires_grad=weight.requires_grad)
     module.register_parameter(leaf, part)
 
 
-def _tight(part: DTensor) -> DTensor:
-    """`part` with memory of its own, so that the whole is freed."""
-    local = part.to_local().clone(memory_format=torch.contiguous_format)
+def _as_part(shard: Tensor, whole: Tensor) -> Tensor:
+    """`shard` as this rank's part of a tensor that is split as `whole` is."""
+    if not isinstance(whole, DTensor):
+        return shard
     return DTensor.from_local(
-        local,
-        part.device_mesh,
-        part.placements,
+        shard,
+        whole.device_mesh,
+        whole.placements,
         run_check=False,
-        shape=part.shape,
-        stride=part.stride(),
+        shape=whole.shape,
+        stride=whole.stride(),
     )
 
 

@@ -13,6 +13,8 @@ import torch.distributed._functional_collectives as functional
 from jaxtyping import Float
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
 
 
 class _CopyToTP(torch.autograd.Function):
@@ -47,26 +49,13 @@ def reduce_from_tp(x: Float[Tensor, "..."], group: ProcessGroup) -> Float[Tensor
     return _ReduceFromTP.apply(x, group)
 
 
-def exchange(
-    rows: Float[Tensor, "N D"],
-    group: ProcessGroup,
-    *,
-    send: Sequence[int] | None = None,
-    receive: Sequence[int] | None = None,
-) -> Float[Tensor, "M D"]:
-    """All-to-all: the first `send[0]` rows go to rank 0 and the next `send[1]` to rank 1; the first
-    `receive[0]` rows of the result come from rank 0, and so on. None: equally many.
-
-    Rows keep their dtype, and so do their gradients on the way back. Counts may be 0.
-    """
-    splits = (None, None) if send is None or receive is None else (list(receive), list(send))
-    return functional.wait_tensor(
-        functional.all_to_all_single_autograd(rows.contiguous(), *splits, group)
-    )
-
-
 class AsyncAllToAll:
-    """An `exchange` that has been started and not finished, and later that of its gradients."""
+    """An all-to-all that has been started and not finished, and later that of its gradients.
+
+    The first `send[0]` rows go to rank 0 and the next `send[1]` to rank 1; the first `receive[0]`
+    rows of the result come from rank 0, and so on. None: equally many. Counts may be 0. Rows keep
+    their dtype, and so do their gradients on the way back.
+    """
 
     def __init__(
         self, group: ProcessGroup, send: Sequence[int] | None, receive: Sequence[int] | None
@@ -132,7 +121,7 @@ def start(
     send: Sequence[int] | None = None,
     receive: Sequence[int] | None = None,
 ) -> AsyncAllToAll:
-    """Start to `exchange` rows. What is computed before `finish` overlaps with it, and so does what
+    """Start to exchange rows. What is computed before `finish` overlaps with it, and so does what
     the backward pass computes between the two."""
     exchange = AsyncAllToAll(group, send, receive)
     exchange.rows = _Start.apply(rows, exchange)
@@ -142,6 +131,11 @@ def start(
 def finish(exchange: AsyncAllToAll) -> Float[Tensor, "M D"]:
     """Wait for the rows of `exchange` and return them."""
     return _Finish.apply(exchange.rows, exchange)
+
+
+def to_local(weight: Any) -> Any:
+    """This rank's shard of a weight, or of each in a structure of several."""
+    return tree_map_only(DTensor, lambda each: each.to_local(), weight)
 
 
 def _all_reduce(x: Tensor, group: ProcessGroup) -> Tensor:

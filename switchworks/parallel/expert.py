@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from switchworks.model import Dispatcher, ExpertBank, ExpertInput, Routes
-from switchworks.parallel.collectives import exchange, finish, start
+from switchworks.parallel.collectives import finish, start
 
 
 class AllToAllDispatcher:
@@ -107,10 +107,7 @@ class RemoteExperts:
         send: Sequence[int] | None = None,
         receive: Sequence[int] | None = None,
     ) -> Callable[[], Tensor]:
-        """Starts to `exchange` rows. The returned function waits for the rows received."""
-        if self.parts == 1:  # nothing to do in the meantime
-            received = exchange(rows, self.group, send=send, receive=receive)
-            return lambda: received
+        """Starts to exchange rows. The returned function waits for the rows received."""
         exchanging = start(rows, self.group, send=send, receive=receive)
         return lambda: finish(exchanging)
 

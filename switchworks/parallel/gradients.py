@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+
+from switchworks.parallel.collectives import to_local
 
 _BUCKET = 2**23
 """Numbers summed by one all-reduce."""
@@ -42,19 +43,15 @@ class GradientSum:
         members: dict[ProcessGroup, list[Tensor]] = {}
         for name, group in self.groups.items():
             if name in gradients:
-                members.setdefault(group, []).append(_local(gradients[name]))
+                members.setdefault(group, []).append(to_local(gradients[name]))
         for group, tensors in members.items():
             for bucket in _buckets(tensors):
-                _all_reduce(bucket, group)
-
-
-def _all_reduce(bucket: list[Tensor], group: ProcessGroup) -> None:
-    """One call for many small tensors: each would cost a latency of its own."""
-    flat = torch.cat([tensor.flatten() for tensor in bucket])
-    dist.all_reduce(flat, group=group)
-    parts = flat.split([tensor.numel() for tensor in bucket])
-    for tensor, part in zip(bucket, parts, strict=True):
-        tensor.copy_(part.view_as(tensor))
+                # One call for many small tensors: each would cost a latency of its own.
+                flat = torch.cat([tensor.flatten() for tensor in bucket])
+                dist.all_reduce(flat, group=group)
+                parts = flat.split([tensor.numel() for tensor in bucket])
+                for tensor, part in zip(bucket, parts, strict=True):
+                    tensor.copy_(part.view_as(tensor))
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
@@ -71,7 +68,3 @@ def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         bucket.append(tensor)
     if bucket:
         yield bucket
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -11,7 +11,6 @@ Letters: B sequences, L length, T target length, V vocabulary, v ids of one rank
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +18,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_map_only
 
 from switchworks.model import (
     FFN,
@@ -36,7 +34,7 @@ from switchworks.model import (
     SwitchTransformer,
     to_float32,
 )
-from switchworks.parallel.collectives import copy_to_tp, reduce_from_tp
+from switchworks.parallel.collectives import copy_to_tp, reduce_from_tp, to_local
 
 
 def compute_with_shards(experts: Experts) -> None:
@@ -204,8 +202,3 @@ def _copy_after(norm: RMSNorm, group: ProcessGroup) -> None:
     """What the norm gives goes to layers split over `group`: one sum of their gradients for all."""
     normalise = norm.normalise
     norm.normalise = lambda x, weight, epsilon: copy_to_tp(normalise(x, weight, epsilon), group)
-
-
-def to_local(weight: Any) -> Any:
-    """This rank's shard of a weight, or of each in a structure of several."""
-    return tree_map_only(DTensor, lambda each: each.to_local(), weight)

@@ -86,6 +86,4 @@ def is_lost_contact(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST)
 
 
-@lru_cache(maxsize=1)
-def _shared_store() -> "dist.Store | None":
-    return agent_store()
+_shared_store = lru_cache(maxsize=1)(agent_store)

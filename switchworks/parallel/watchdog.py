@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from traceback import walk_stack
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -156,12 +157,9 @@ def current_frame(frame: FrameType | None) -> tuple[str, bool]:
     A backward pass counts as waiting: it runs in C++, so a collective in it shows no frame, while
     what it computes by itself comes to an end.
     """
-    frames: list[FrameType] = []
-    while frame is not None:
-        frames.append(frame)
-        frame = frame.f_back
-    if not frames:
+    if frame is None:
         return "its end", False
+    frames = [frame for frame, _ in walk_stack(frame)]
     inner = _location(frames[0])
     package = (f for f in frames if "switchworks" in Path(f.f_code.co_filename).parts)
     caller = next(map(_location, package), inner)

@@ -2,9 +2,9 @@ from .distillation import precompute_teacher as precompute_teacher
 from .experiment import BestConfig as BestConfig
 from .experiment import Experiment as Experiment
 from .experiment import MeshConfig as MeshConfig
-from .loggers.logger import LOGGERS as LOGGERS
-from .loggers.logger import Logger as Logger
-from .loggers.logger import RunInfo as RunInfo
+from .loggers import LOGGERS as LOGGERS
+from .loggers import Logger as Logger
+from .loggers import RunInfo as RunInfo
 from .loop import Hook as Hook
 from .loop import LostContactError as LostContactError
 from .machine import give_back_memory as give_back_memory

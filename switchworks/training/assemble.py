@@ -6,47 +6,24 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from secrets import token_hex
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
-from switchworks import checkpoint
+from switchworks import adapt, checkpoint, data, distil, evaluate
 from switchworks.checkpoint import Checkpoints
 from switchworks.config import CheckpointError, ConfigError, DataError
-from switchworks.data import run_metadata
 from switchworks.model import active_parameters, flops_per_token, num_parameters
 from switchworks.parallel import Ranks, torchrun
-from switchworks.training import machine
+from switchworks.training import hooks, loggers, machine, resolve, run_directory
 from switchworks.training.experiment import Experiment
-from switchworks.training.export import export
-from switchworks.training.initial_state import initial_state, require_shape
-from switchworks.training.loggers.json_lines import SAMPLES, JsonLines, metrics_after
-from switchworks.training.loggers.logger import Logger, RunInfo
 from switchworks.training.loop import Hook
-from switchworks.training.recorder import Recorder
-from switchworks.training.resolve import (
-    resolve_auto,
-    resolve_vocab_size,
-    resolve_vocabulary,
-    warn_of_warmup,
-)
-from switchworks.training.run_directory import (
-    claim,
-    made_longer,
-    may_resume,
-    require_same_run,
-    require_writable,
-)
 from switchworks.training.state import TrainState
-
-if TYPE_CHECKING:
-    from switchworks.data import Mixture, Pipeline, TextDataset, ValidationSet
-    from switchworks.distil import LogitStore, Teacher
-    from switchworks.evaluate import EvalSet
-    from switchworks.training.hooks.best import KeepBest
+from switchworks.training.weights import export, initial_state, require_shape
 
 T = TypeVar("T")
 
@@ -59,22 +36,17 @@ class Run:
     """Resolved: without "auto", with the tokenizer's vocabulary."""
     directory: Path
     ranks: Ranks
-    dataset: "TextDataset"
-    pipeline: "Pipeline | Mixture"
+    dataset: "data.TextDataset"
+    pipeline: "data.Pipeline | data.Mixture"
     """This rank's part of the training batches."""
-    validation: "ValidationSet | None"
-    tasks: "Sequence[EvalSet]"
+    validation: "data.ValidationSet | None"
+    tasks: "Sequence[evaluate.EvalSet]"
     checkpoints: Checkpoints
     state: TrainState
 
 
 def assemble(
-    experiment: Experiment,
-    run_dir: Path,
-    *,
-    resume: bool,
-    init: Path | str | None,
-    ranks: Ranks,
+    experiment: Experiment, run_dir: Path, *, resume: bool, init: Path | str | None, ranks: Ranks
 ) -> Run:
     """Checks everything, cheap checks first, and only then writes to `run_dir`.
 
@@ -82,25 +54,32 @@ def assemble(
     until there is a tokenizer: reading text may take long, and a wrong --run-dir should not wait
     for it. Then with it.
     """
-    from switchworks.data import open_dataset
-
-    experiment = resolve_auto(experiment, run_dir, ranks)
-    may_resume(run_dir, experiment, resume=resume, ignoring=frozenset({"model.vocab_size"}))
+    experiment = resolve.resolve_auto(experiment, run_dir, ranks)
+    run_directory.may_resume(
+        run_dir, experiment, resume=resume, ignoring=frozenset({"model.vocab_size"})
+    )
     if ranks.is_main:
-        require_writable(run_dir)
-        warn_of_warmup(experiment)
+        run_directory.require_writable(run_dir)
+        resolve.warn_of_warmup(experiment)
     if init is not None:
         require_shape(experiment, init)
-    teacher = _open_teacher(experiment)
+    teacher = None
+    if experiment.distil is not None:
+        decoder_only = experiment.model.decoder_only
+        teacher = distil.open_source(experiment.distil, decoder_only=decoder_only)
     dataset = _one_per_machine_first(
-        ranks, lambda: open_dataset(experiment.data, vocab_size=experiment.model.vocab_size)
+        ranks, lambda: data.open_dataset(experiment.data, vocab_size=experiment.model.vocab_size)
     )
     rows = None if teacher is None else teacher.vocab_size
-    experiment = resolve_vocabulary(experiment, resolve_vocab_size(dataset, init, rows))
+    experiment = resolve.resolve_vocabulary(
+        experiment, resolve.resolve_vocab_size(dataset, init, rows)
+    )
     pipeline = _training_batches(experiment, dataset, teacher, ranks)
-    resuming = may_resume(run_dir, experiment, resume=resume)
+    resuming = run_directory.may_resume(run_dir, experiment, resume=resume)
     if resuming:
-        require_same_run(run_dir, init, dataset, None if teacher is None else teacher.weights)
+        run_directory.require_same_run(
+            run_dir, init, dataset, None if teacher is None else teacher.weights
+        )
     elif ranks.is_main:
         print(dataset.coverage_warning(), end="")
     checkpoints = Checkpoints(
@@ -112,11 +91,13 @@ def assemble(
     state = initial_state(experiment, newest, init, teacher, dataset, ranks)
     if state.adapted is not None:
         print(state.adapted)
-    print(made_longer(run_dir, experiment) if resuming else "", end="")
-    validation, tasks = _validation_set(state, dataset), _tasks(experiment, dataset)
+    print(run_directory.made_longer(run_dir, experiment) if resuming else "", end="")
+    validation, tasks = _validation_set(state, dataset), ()
+    if experiment.data.tasks and experiment.evaluate_every:
+        tasks = hooks.tasks_to_evaluate(experiment, dataset)
     ranks.barrier()  # every rank has read the directory before the main one changes it
     if ranks.is_main:
-        claim(run_dir, experiment, _describe(experiment, dataset, teacher, init))
+        run_directory.claim(run_dir, experiment, _describe(experiment, dataset, teacher, init))
     return Run(experiment, run_dir, ranks, dataset, pipeline, validation, tasks, checkpoints, state)
 
 
@@ -124,17 +105,7 @@ def num_trainable(experiment: Experiment) -> int:
     """Parameters that `experiment` trains, adapters included. Raises ConfigError if it cannot."""
     if experiment.lora is None and not experiment.freeze:
         return num_parameters(experiment.model)
-    from switchworks.adapt import shares
-
-    return shares(experiment.model, experiment.freeze, experiment.lora).trainable
-
-
-def _open_teacher(experiment: Experiment) -> "Teacher | LogitStore | None":
-    if experiment.distil is None:
-        return None
-    from switchworks.training.distillation import teacher_of
-
-    return teacher_of(experiment)
+    return adapt.shares(experiment.model, experiment.freeze, experiment.lora).trainable
 
 
 def _one_per_machine_first(ranks: Ranks, make: Callable[[], T]) -> T:
@@ -156,26 +127,24 @@ def _one_per_machine_first(ranks: Ranks, make: Callable[[], T]) -> T:
 
 def _training_batches(
     experiment: Experiment,
-    dataset: "TextDataset",
-    teacher: "Teacher | LogitStore | None",
+    dataset: "data.TextDataset",
+    teacher: "distil.TeacherSource | None",
     ranks: Ranks,
-) -> "Pipeline | Mixture":
+) -> "data.Pipeline | data.Mixture":
     """This rank's batches; checked against the teacher's, and of a mixture printed."""
-    from switchworks.data import Mixture, rows_of_step
-
     part = {"rank": ranks.batch_rank, "world": ranks.batch_world}
     pipeline = dataset.training(batch_size=experiment.batch_size, seed=experiment.seed, **part)
     if teacher is not None:
         from switchworks.training.distillation import require_fit
 
-        rows = rows_of_step(0, experiment.batch_size, **part)
+        rows = data.rows_of_step(0, experiment.batch_size, **part)
         require_fit(teacher, experiment, dataset.tokenizer, pipeline.batch(0), rows)
-    if isinstance(pipeline, Mixture):
+    if isinstance(pipeline, data.Mixture):
         print(dataset.summary(pipeline, experiment.num_steps))
     return pipeline
 
 
-def _validation_set(state: TrainState, dataset: "TextDataset") -> "ValidationSet | None":
+def _validation_set(state: TrainState, dataset: "data.TextDataset") -> "data.ValidationSet | None":
     """This rank's validation batches, with the sizes of all ranks'; None if nothing needs them."""
     experiment, ranks = state.experiment, state.ranks
     if not (experiment.validate_every or experiment.sample_every):
@@ -191,99 +160,71 @@ def _validation_set(state: TrainState, dataset: "TextDataset") -> "ValidationSet
     )
 
 
-def _tasks(experiment: Experiment, dataset: "TextDataset") -> "Sequence[EvalSet]":
-    if not (experiment.data.tasks and experiment.evaluate_every):
-        return ()
-    from switchworks.training.hooks.tasks import tasks_to_evaluate
-
-    return tasks_to_evaluate(experiment, dataset)
-
-
-def open_recorder(run: Run, loggers: Sequence[Logger]) -> Recorder:
-    """A recorder with JSON lines and `loggers`, started; without any on ranks but the main one."""
+def open_recorder(run: Run, extra: Sequence[loggers.Logger]) -> loggers.Recorder:
+    """A recorder with JSON lines and the `extra` loggers, started; on other ranks without any."""
     if not run.ranks.is_main:
-        return Recorder()
+        return loggers.Recorder()
     directory, step = run.directory, run.state.step
-    logged = metrics_after(directory, step)  # before JsonLines deletes them
-    info = RunInfo(directory, run.experiment, step, run_metadata(directory), logged)
-    recorder = Recorder([JsonLines(), *loggers])
-    recorder.start(info)
+    logged = loggers.metrics_after(directory, step)  # before JsonLines deletes them
+    recorder = loggers.Recorder([loggers.JsonLines(), *extra])
+    info = loggers.RunInfo(directory, run.experiment, step, data.run_metadata(directory), logged)
+    for logger in recorder.loggers:
+        logger.start(info)
     return recorder
 
 
 def make_hooks(
-    run: Run, recorder: Recorder, hooks: Sequence[Hook], reached: Callable[[int], None]
-) -> "tuple[list[Hook], KeepBest | None]":
+    run: Run, recorder: loggers.Recorder, extra: Sequence[Hook], reached: Callable[[int], None]
+) -> "tuple[list[Hook], hooks.KeepBest | None]":
     """All hooks in order, and the one that keeps the best weights.
 
     Those that measure come first, then the best of what they measured, then checkpoints, which
-    contain it; then the user's. The watchdog is last, so that a step includes all hooks.
+    contain it; then the user's `extra` ones. The watchdog is last, so that a step includes all.
     """
-    from switchworks.training.hooks.checkpoints import ReportProgress, SaveCheckpoints
-    from switchworks.training.hooks.progress import Progress
-
-    experiment, state = run.experiment, run.state
-    standard = [Progress(recorder, experiment.log_every, state), *_measuring(run, recorder)]
-    best = None
-    if experiment.best is not None:
-        from switchworks.training.hooks.best import KeepBest
-
-        tokenizer = run.dataset.tokenizer
-        config = experiment.resolved_best
-        assert config is not None
-        best = KeepBest(
-            config,
-            recorder,
-            run.checkpoints,
-            state,
-            lambda state, directory: export(state, directory, tokenizer),
-        )
+    experiment, state, tokenizer = run.experiment, run.state, run.dataset.tokenizer
+    standard = _measuring(run, recorder)
+    best, config = None, experiment.resolved_best
+    if config is not None:
+        write = partial(export, tokenizer=tokenizer)
+        best = hooks.KeepBest(config, recorder, run.checkpoints, state, write)
         standard.append(best)
-    standard.append(SaveCheckpoints(run.checkpoints, experiment.checkpoint_every))
-    return [*standard, *hooks, ReportProgress(reached)], best
+    save = hooks.SaveCheckpoints(run.checkpoints, experiment.checkpoint_every)
+    return [*standard, save, *extra, hooks.Every(1, lambda state: reached(state.step))], best
 
 
-def _measuring(run: Run, recorder: Recorder) -> list[Hook]:
-    """The hooks that measure: validation, samples, tasks, as far as the experiment wants them."""
-    from switchworks.training.hooks.every import Every
-
+def _measuring(run: Run, recorder: loggers.Recorder) -> list[Hook]:
+    """The hooks that measure, as far as the experiment wants them."""
     experiment, validation, tokenizer = run.experiment, run.validation, run.dataset.tokenizer
-    hooks: list[Hook] = []
+    measuring: list[Hook] = [hooks.Progress(recorder, experiment.log_every, run.state)]
     if validation is not None and experiment.validate_every:
-        from switchworks.data import Mixture
-        from switchworks.training.hooks.validate import Validate
-
-        mixture = run.pipeline if isinstance(run.pipeline, Mixture) else None
-        validate = Validate(recorder, validation, mixture)
-        hooks.append(Every(experiment.validate_every, validate))
+        mixture = run.pipeline if isinstance(run.pipeline, data.Mixture) else None
+        validate = hooks.Validate(recorder, validation, mixture)
+        measuring.append(hooks.Every(experiment.validate_every, validate))
     if validation is not None and experiment.sample_every and not experiment.data.tasks:
-        from switchworks.training.hooks.samples import Samples, sample_rows
-
-        path = run.directory / SAMPLES if run.ranks.is_main else None
-        samples = Samples(path, sample_rows(validation), tokenizer)
-        hooks.append(Every(experiment.sample_every, samples))
+        path = run.directory / loggers.SAMPLES if run.ranks.is_main else None
+        samples = hooks.Samples(path, hooks.sample_rows(validation), tokenizer)
+        measuring.append(hooks.Every(experiment.sample_every, samples))
     if run.tasks:
-        from switchworks.training.hooks.tasks import EvaluateTasks, decoding_of
-
-        evaluate = EvaluateTasks(recorder, run.tasks, tokenizer, decoding_of(experiment))
-        hooks.append(Every(experiment.evaluate_every, evaluate))
-    return hooks
+        decoding = hooks.decoding_of(experiment)
+        answer = hooks.EvaluateTasks(recorder, run.tasks, tokenizer, decoding)
+        measuring.append(hooks.Every(experiment.evaluate_every, answer))
+    return measuring
 
 
 def _describe(
     experiment: Experiment,
-    dataset: "TextDataset",
-    teacher: "Teacher | LogitStore | None",
+    dataset: "data.TextDataset",
+    teacher: "distil.TeacherSource | None",
     init: Path | str | None,
 ) -> dict[str, Any]:
     """The contents of about.json."""
-    data, model = experiment.data, experiment.model
+    model, settings = experiment.model, experiment.data
     about: dict[str, Any] = {
         "id": token_hex(4),
         "parameters": num_parameters(model),
         "active_parameters": active_parameters(model),
         "trainable_parameters": num_trainable(experiment),
-        "flops_per_token": flops_per_token(model, data.input_length, data.target_length),
+        "flops_per_token": flops_per_token(model, settings.input_length, settings.target_length),
         "machine": machine.describe(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -294,13 +235,13 @@ def _describe(
         "vocabulary": dataset.tokenizer.vocab_size,
         "train_tokens": dataset.train_tokens,
         "text_digest": dataset.digest,
-        "text": data.named,
+        "text": settings.named,
         "init": None if init is None else str(init),
         "init_weights": None if init is None else checkpoint.weights_hash(Path(init)),
     }
     if teacher is not None:
         about["teacher_weights"] = teacher.weights
-    if data.is_mixture or data.tasks:
+    if settings.is_mixture or settings.tasks:
         about["corpora"] = {
             name: {"train_tokens": dataset.parts[name].train.num_tokens, "rate": rate}
             for name, rate in dataset.rates.items()

@@ -7,30 +7,18 @@ from typing import Literal
 
 import torch
 
+from switchworks import distil
 from switchworks.batch import Batch
 from switchworks.compress import dense_equivalent, merge_experts, prune_experts
 from switchworks.config import ConfigError, to_dict
 from switchworks.data import TextDataset, Tokenizer, open_dataset
 from switchworks.device import compute_device
-from switchworks.distil import (
-    Dtype,
-    LogitStore,
-    LogitWriter,
-    StoreInfo,
-    Teacher,
-    initialise_from_teacher,
-    is_store,
-    open_store,
-    open_teacher,
-    require_same_rows,
-)
 from switchworks.fast import skip_losses, use_fast_kernels
 from switchworks.model import SwitchTransformer
 from switchworks.training import machine
 from switchworks.training.experiment import Experiment
 from switchworks.training.resolve import kernels_of, resolve_auto, resolve_vocabulary
 from switchworks.training.state import cast_for_compute
-from switchworks.training.step import forward
 
 COUNTED_ROWS, COUNT_BATCH = 512, 16
 """Rows on which the use of the teacher's experts is counted, and how many at once."""
@@ -39,20 +27,8 @@ NOT_CONTENT = ("cache", "workers", "prefetch", "tokenizer")
 """Data settings that change no row; of the tokenizer the fingerprint is compared."""
 
 
-def teacher_of(experiment: Experiment) -> Teacher | LogitStore:
-    """The teacher of `experiment`, or its stored probabilities if there is a store.
-
-    Raises CheckpointError, ConfigError or DataError if it cannot be opened or cannot teach this
-    student.
-    """
-    assert experiment.distil is not None
-    if experiment.distil.store is not None:
-        return open_store(experiment.distil)
-    return open_teacher(experiment.distil, decoder_only=experiment.model.decoder_only)
-
-
 def require_fit(
-    teacher: Teacher | LogitStore,
+    teacher: distil.TeacherSource,
     experiment: Experiment,
     tokenizer: Tokenizer,
     first: Batch,
@@ -60,30 +36,30 @@ def require_fit(
 ) -> None:
     """Raises CheckpointError or DataError unless the teacher has the student's vocabulary and, if
     stored, covers its rows; `first` is this rank's first batch, of the rows `rows`."""
-    if isinstance(teacher, Teacher):
+    if isinstance(teacher, distil.Teacher):
         teacher.require_same_ids(tokenizer, experiment.model.vocab_size)
         return
     info = teacher.info
     here = store_info(experiment, tokenizer, info.top_k, info.dtype, info.weights)
     num_rows = experiment.num_steps * experiment.batch_size
-    require_same_rows(teacher, here, num_rows, first, rows)
+    distil.require_same_rows(teacher, here, num_rows, first, rows)
 
 
 def initialise_student(
     student: SwitchTransformer,
-    teacher: Teacher | LogitStore,
+    teacher: distil.TeacherSource,
     experiment: Experiment,
     dataset: TextDataset,
 ) -> None:
     """Copies the teacher's weights that fit to `student`, and prints how many do."""
-    distil = experiment.distil
-    assert distil is not None
-    if isinstance(teacher, LogitStore):  # its probabilities are stored, its weights are not
-        teacher = open_teacher(distil, decoder_only=experiment.model.decoder_only)
+    config = experiment.distil
+    assert config is not None
+    if isinstance(teacher, distil.LogitStore):  # its probabilities are stored, its weights are not
+        teacher = distil.open_teacher(config, decoder_only=experiment.model.decoder_only)
     source = teacher.model
-    if distil.ffn != "fresh":
-        source = dense_teacher(source, rows_to_count(dataset, experiment.seed), distil.ffn)
-    copied, fresh = initialise_from_teacher(student, source)
+    if config.ffn != "fresh":
+        source = dense_teacher(source, rows_to_count(dataset, experiment.seed), config.ffn)
+    copied, fresh = distil.initialise_from_teacher(student, source)
     print(f"student: {len(copied)} of {len(copied) + len(fresh)} tensors from {teacher.path}")
     if fresh:
         print(f"  fresh: {', '.join(fresh[:6])}{', ...' if len(fresh) > 6 else ''}")
@@ -111,12 +87,12 @@ def rows_to_count(dataset: TextDataset, seed: int) -> list[Batch]:
 
 
 def store_info(
-    experiment: Experiment, tokenizer: Tokenizer, top_k: int, dtype: Dtype, weights: str
-) -> StoreInfo:
+    experiment: Experiment, tokenizer: Tokenizer, top_k: int, dtype: distil.Dtype, weights: str
+) -> distil.StoreInfo:
     """The info of a store with the teacher's probabilities for the rows of `experiment`."""
     assert experiment.distil is not None
     data = to_dict(experiment.data)
-    return StoreInfo(
+    return distil.StoreInfo(
         teacher=experiment.distil.teacher,
         weights=weights,
         tokenizer=tokenizer.fingerprint,
@@ -130,47 +106,44 @@ def store_info(
     )
 
 
-def precompute_teacher(experiment: Experiment, *, top_k: int = 32, dtype: Dtype = "float16") -> str:
+def precompute_teacher(
+    experiment: Experiment, *, top_k: int = 32, dtype: distil.Dtype = "float16"
+) -> str:
     """Writes the teacher's probabilities for every row of `experiment` to `distil.store`.
 
     Continues what an earlier call left; returns a summary in two lines. The rows are those of any
     run with the same text, tokenizer, row lengths and seed, up to this number of rows. Raises
     CheckpointError if there is no such teacher, ConfigError if the folder holds another store.
     """
-    distil = experiment.distil
-    if distil is None or distil.store is None:
+    config = experiment.distil
+    if config is None or config.store is None:
         raise ConfigError(
             "There is no folder for the teacher's probabilities.\n  Give one: --distil.store DIR."
         )
-    machine.keep_freed_memory()
-    if experiment.threads:
-        torch.set_num_threads(experiment.threads)
-    folder = Path(distil.store)
-    if experiment.precision == "auto" and is_store(folder):
-        experiment = replace(experiment, precision=LogitStore(folder).info.precision)
+    machine.prepare(experiment.threads)
+    folder = Path(config.store)
+    if experiment.precision == "auto" and distil.is_store(folder):
+        experiment = replace(experiment, precision=distil.LogitStore(folder).info.precision)
     experiment = resolve_auto(experiment, folder)
-    teacher = open_teacher(distil, decoder_only=experiment.model.decoder_only)
+    teacher = distil.open_teacher(config, decoder_only=experiment.model.decoder_only)
     dataset = open_dataset(experiment.data, vocab_size=experiment.model.vocab_size)
     experiment = resolve_vocabulary(experiment, teacher.vocab_size)
     teacher.require_same_ids(dataset.tokenizer, experiment.model.vocab_size)
     info = store_info(experiment, dataset.tokenizer, top_k, dtype, teacher.weights)
-    writer = LogitWriter(folder, info)
+    writer = distil.LogitWriter(folder, info)
     batches = dataset.training(batch_size=experiment.batch_size, seed=experiment.seed)
-    _write(writer, _ready(teacher.model, experiment), batches.batch, experiment)
-    return summary(LogitStore(folder))
-
-
-def _ready(model: SwitchTransformer, experiment: Experiment) -> SwitchTransformer:
-    """`model` on the device and in the precision of the run, for evaluation."""
-    device = compute_device()
+    model, device = teacher.model, compute_device()
     cast_for_compute(model, getattr(torch, experiment.precision))
     model.to(device).eval()
-    return use_fast_kernels(model, device) if kernels_of(experiment, device) == "fast" else model
+    if kernels_of(experiment, device) == "fast":
+        use_fast_kernels(model, device)
+    _write(writer, model, batches.batch, experiment)
+    return summary(distil.LogitStore(folder))
 
 
 @torch.no_grad()
 def _write(
-    writer: LogitWriter,
+    writer: distil.LogitWriter,
     model: SwitchTransformer,
     batch_at: Callable[[int], Batch],
     experiment: Experiment,
@@ -180,26 +153,25 @@ def _write(
     for step in range(writer.written // size, steps):
         batch, skipped = batch_at(step), max(0, writer.written - step * size)
         batch = batch.to(model.embedding.weight.device)
-        # A killed writer may have stopped within a batch, whose rest is then computed at once.
-        rest = [batch.take(torch.arange(skipped, size))] if skipped else None
+        parts = batch.split(experiment.micro_batches)
+        if skipped:  # a killed writer stopped within this batch: the rest of it at once
+            parts = [batch.take(torch.arange(skipped, size))]
         before = writer.written
-        for part in rest or batch.split(experiment.micro_batches):
+        for part in parts:
             with skip_losses(model):
-                logits = forward(model, part).logits
-            writer.add(part, logits)
+                writer.add(part, model(**part.arguments()).logits)
         if writer.written != before:
             print(f"rows {writer.written:,} of {steps * size:,}", flush=True)
     writer.flush()
 
 
-def summary(store: LogitStore) -> str:
+def summary(store: distil.LogitStore) -> str:
     """What a store holds and its size on disk, in two lines."""
     info, targets = store.info, max(1, store.num_targets)
-    all_logits = info.vocab_size * 4
     return (
         f"{store.folder} holds the {info.top_k} likeliest of {info.vocab_size:,} ids for "
         f"{store.num_targets:,} targets in {store.num_rows:,} rows.\n"
         f"{store.num_bytes / 1e6:,.1f} MB: {store.num_bytes / targets:.1f} bytes per target "
         f"({info.bytes_per_target} for ids and logarithms; all logits in float32 take "
-        f"{all_logits:,})."
+        f"{4 * info.vocab_size:,})."
     )

@@ -187,42 +187,42 @@ class Experiment:
             return {"decoder": inputs + targets}
         return {"encoder": inputs, "decoder": targets}
 
-    def _refusals(self) -> dict[str, tuple[str, dict[str, bool]]]:
-        """Switch -> why it is exclusive, and the settings it excludes -> whether they are on.
-
-        Every pair of switches that is not listed here composes.
-        """
-        routing, mesh = self.model.routing, self.mesh
-        sparse = [] if routing is None else list(self.group_tokens.values())
-        return {
-            "compile": (
-                "a step must be one graph of known shapes",
-                {
-                    "routing without a limit": routing is not None
-                    and None in (routing.capacity(tokens, training=True) for tokens in sparse),
-                    f"routing.strategy = {routing and routing.strategy!r}": routing is not None
-                    and routing.rule.experts_choose,
-                    f"a mesh of {mesh.size} ranks": mesh.size > 1,
-                },
-            ),
-            "update_in_backward": (
-                "all gradients must be complete before a weight is updated",
-                {
-                    f"micro_batches = {self.micro_batches}": self.micro_batches > 1,
-                    f"optim.clip_norm = {self.optim.clip_norm}": self.optim.clip_norm is not None,
-                    f"a mesh of {mesh.size} ranks": mesh.size > 1,
-                },
-            ),
-        }
-
     def _check_switches(self) -> None:
-        for switch, (reason, excluded) in self._refusals().items():
-            conflicts = [setting for setting, is_on in excluded.items() if is_on]
-            if getattr(self, switch) and conflicts:
-                raise ConfigError(
-                    f"{switch} beside {', '.join(conflicts)}: {reason}.\n"
-                    f"  Leave out --{switch.replace('_', '-')} or that."
-                )
+        """Every pair of switches that is not refused here composes."""
+        routing, strategy = self.model.routing, None
+        mesh = {f"a mesh of {self.mesh.size} ranks": self.mesh.size > 1}
+        unlimited = experts_choose = False
+        if routing is not None:
+            strategy, experts_choose = routing.strategy, routing.rule.experts_choose
+            tokens = self.group_tokens.values()
+            unlimited = None in [routing.capacity(count, training=True) for count in tokens]
+        self._refuse(
+            "compile",
+            "a step must be one graph of known shapes",
+            {
+                "routing without a limit": unlimited,
+                f"routing.strategy = {strategy!r}": experts_choose,
+                **mesh,
+            },
+        )
+        self._refuse(
+            "update_in_backward",
+            "all gradients must be complete before a weight is updated",
+            {
+                f"micro_batches = {self.micro_batches}": self.micro_batches > 1,
+                f"optim.clip_norm = {self.optim.clip_norm}": self.optim.clip_norm is not None,
+                **mesh,
+            },
+        )
+
+    def _refuse(self, switch: str, reason: str, excluded: dict[str, bool]) -> None:
+        """Raises ConfigError if `switch` is on and so is one of the settings that it excludes."""
+        conflicts = [setting for setting, is_on in excluded.items() if is_on]
+        if getattr(self, switch) and conflicts:
+            raise ConfigError(
+                f"{switch} beside {', '.join(conflicts)}: {reason}.\n"
+                f"  Leave out --{switch.replace('_', '-')} or that."
+            )
 
     def _check_steps(self) -> None:
         if self.steps != "auto":
@@ -235,18 +235,14 @@ class Experiment:
 
     def _check_best(self) -> None:
         best = self.resolved_best
-        metric = "" if best is None else best.metric
+        metric, reason = "" if best is None else best.metric, ""
         if metric.startswith("val/") and not self.validate_every:
-            raise ConfigError(
-                f"best.metric = {metric} is never measured: validate_every is 0.\n"
-                "  Set --validate-every to a number of steps."
-            )
+            reason = "validate_every is 0.\n  Set --validate-every to a number of steps."
         if metric.startswith("task/") and not (self.data.tasks and self.evaluate_every):
-            why = "evaluate_every is 0" if self.data.tasks else "there are no data.tasks"
-            raise ConfigError(
-                f"best.metric = {metric} is never measured: {why}.\n"
-                "  Set --data.tasks, and --evaluate-every to a number of steps."
-            )
+            reason = "evaluate_every is 0" if self.data.tasks else "there are no data.tasks"
+            reason += ".\n  Set --data.tasks, and --evaluate-every to a number of steps."
+        if reason:
+            raise ConfigError(f"best.metric = {metric} is never measured: {reason}")
 
     def _check_objective(self) -> None:
         causal = self.data.objective == "causal"
@@ -307,15 +303,8 @@ class Experiment:
 
 
 _CADENCES = (
-    "log_every",
-    "validate_every",
-    "validation_batches",
-    "evaluate_every",
-    "evaluate_examples",
-    "sample_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "threads",
+    *("log_every", "validate_every", "validation_batches", "evaluate_every"),
+    *("evaluate_examples", "sample_every", "checkpoint_every", "keep_checkpoints", "threads"),
 )
 
 MAY_CHANGE = (

@@ -1,10 +1,11 @@
-"""The machine: memory allocator, speed of bfloat16, faster kernels, a description."""
+"""The machine: memory allocator, speed of bfloat16, a description."""
 
 import contextlib
 import ctypes
 import gc
 import os
 import platform
+import re
 import sys
 import time
 from functools import cache
@@ -33,6 +34,13 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):
         return False
     return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))
+
+
+def prepare(threads: int) -> None:
+    """Keep freed memory, and compute with this number of threads; 0: torch's default."""
+    keep_freed_memory()
+    if threads:
+        torch.set_num_threads(threads)
 
 
 def give_back_memory() -> None:
@@ -68,39 +76,15 @@ def fastest_precision() -> Literal["float32", "bfloat16"]:
     return "bfloat16" if bfloat16_gain() > 1.2 else "float32"
 
 
-def resolve_kernels(
-    kernels: Literal["auto", "reference", "fast"],
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    sparse: bool,
-    training: bool,
-) -> Literal["reference", "fast"]:
-    """The set of kernels that docs/speed.md has as faster; the reference where none was measured.
-
-    In float32 on CPUs a training step with experts is 5 % faster with the fast kernels, a dense one
-    2 to 5 % slower. bfloat16 with instructions for it and GPUs have not been measured.
-    """
-    if kernels != "auto":
-        return kernels
-    faster = device.type == "cpu" and dtype == torch.float32 and sparse and training
-    return "fast" if faster else "reference"
-
-
 def describe() -> str:
     """CPU, cores and memory, for about.json and reports."""
     cpu = platform.processor() or platform.machine()
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                cpu = line.split(":", 1)[1].strip()
-                break
+        if names := re.findall(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.M):
+            cpu = names[0].strip()
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     except (OSError, ValueError):
         return cpu
-    flags = ""
-    if torch.cpu._is_amx_tile_supported():
-        flags = ", AMX"
-    elif torch.cpu._is_avx512_bf16_supported():
-        flags = ", AVX-512 bf16"
+    flags = ", AVX-512 bf16" if torch.cpu._is_avx512_bf16_supported() else ""
+    flags = ", AMX" if torch.cpu._is_amx_tile_supported() else flags
     return f"{cpu}{flags}, {os.cpu_count()} cores, {memory:.0f} GiB"

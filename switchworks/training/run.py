@@ -6,23 +6,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, redirect_stdout
 from pathlib import Path
 
-import torch
-
+from switchworks import report
 from switchworks.parallel import connect_ranks, torchrun, watching
 from switchworks.training import machine
-from switchworks.training.assemble import (
-    Run,
-    assemble,
-    make_hooks,
-    num_trainable,
-    open_recorder,
-)
+from switchworks.training.assemble import Run, assemble, make_hooks, num_trainable, open_recorder
 from switchworks.training.experiment import Experiment
-from switchworks.training.export import export
-from switchworks.training.loggers.logger import Logger, make_loggers
+from switchworks.training.loggers import Logger, make_loggers
 from switchworks.training.loop import Hook, Interrupt, run_loop
 from switchworks.training.resolve import check_initial_weights, check_mesh, resolve_tokenizer
 from switchworks.training.run_directory import launched_by
+from switchworks.training.weights import export
 
 
 class Interrupted(Exception):  # noqa: N818  it is not an error
@@ -57,9 +50,7 @@ def train(
     check_initial_weights(experiment, init)
     num_trainable(experiment)  # refuses what --freeze and --lora cannot mean, before text is read
     loggers = [*make_loggers(experiment.log), *loggers]
-    machine.keep_freed_memory()
-    if experiment.threads:
-        torch.set_num_threads(experiment.threads)
+    machine.prepare(experiment.threads)
     run_dir = Path(run_dir or Path("runs") / experiment.name)
     resume = resume or (torchrun.attempt() > 0 and launched_by(run_dir) == torchrun.run_id())
     experiment = resolve_tokenizer(experiment, init)
@@ -88,9 +79,7 @@ def _train(run: Run, hooks: Sequence[Hook], loggers: Sequence[Logger]) -> Interr
     else:
         best.write_model(state, run.directory)
     if run.ranks.is_main:
-        from switchworks.report import write_report
-
-        write_report([run.directory])
+        report.write_report([run.directory])
     return None
 
 

@@ -15,9 +15,9 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from switchworks import checkpoint
+from switchworks import checkpoint, data
 from switchworks.config import (
     CheckpointError,
     ConfigError,
@@ -26,12 +26,8 @@ from switchworks.config import (
     from_toml,
     to_toml,
 )
-from switchworks.data import run_metadata
 from switchworks.optim import learning_rate
 from switchworks.training.experiment import MAY_CHANGE, Experiment
-
-if TYPE_CHECKING:
-    from switchworks.data import TextDataset
 
 _ENDLESS = ("rsqrt", "constant")
 """Schedules that do not depend on the number of steps, so that a run may always be made longer."""
@@ -54,16 +50,12 @@ def may_resume(
     free = MAY_CHANGE | ignoring
     if _may_be_longer(path, stored, experiment):
         free |= {"steps"}
-    changed = {
-        name: pair for name, pair in differences(stored, experiment).items() if name not in free
-    }
-    if changed:
+    changed = differences(stored, experiment)
+    lines = [f"    {x}: {a} there, {b} now\n" for x, (a, b) in changed.items() if x not in free]
+    if lines:
         raise ConfigError(
-            f"{path} already holds another experiment. It differs in:\n"
-            + "".join(
-                f"    {name}: {old} there, {new} now\n" for name, (old, new) in changed.items()
-            )
-            + "  Choose another --run-dir, or make the settings agree and add --resume."
+            f"{path} already holds another experiment. It differs in:\n{''.join(lines)}"
+            "  Choose another --run-dir, or make the settings agree and add --resume."
         )
     if not resume:
         raise ConfigError(
@@ -75,9 +67,7 @@ def may_resume(
 
 def require_writable(path: Path) -> None:
     """Raises ConfigError if `path`, which need not exist yet, cannot be written to."""
-    existing = path
-    while not existing.exists():
-        existing = existing.parent
+    existing = next(folder for folder in (path, *path.parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         reason = "is not writable" if existing.is_dir() else "is not a folder"
         raise ConfigError(
@@ -118,7 +108,7 @@ def claim(path: Path, experiment: Experiment, about: Mapping[str, Any] | None = 
     """
     path.mkdir(parents=True, exist_ok=True)
     if about is not None:
-        before = run_metadata(path) if (path / "experiment.toml").exists() else {}
+        before = data.run_metadata(path) if (path / "experiment.toml").exists() else {}
         kept = {name: before[name] for name in _OF_BEGINNING if name in before}
         session = {name: about[name] for name in _OF_SESSION if name in about}
         contents = {**about, **kept, "sessions": [*before.get("sessions", []), session]}
@@ -132,19 +122,17 @@ _OF_SESSION = ("command", "started", "machine", "threads", "torch", "version")
 
 def launched_by(path: Path) -> str | None:
     """The name of torchrun's launch that last trained in `path`; None if there was none."""
-    return run_metadata(path).get("launch")
+    return data.run_metadata(path).get("launch")
 
 
 def require_same_run(
-    path: Path, init: Path | str | None, dataset: "TextDataset", teacher_weights: str | None
+    path: Path, init: Path | str | None, dataset: "data.TextDataset", teacher_weights: str | None
 ) -> None:
     """Raises ConfigError, DataError or CheckpointError unless the run in `path` began with the
     weights of `init` (None: with any), read this text, and has a teacher with these weights."""
-    about = run_metadata(path)
+    about = data.run_metadata(path)
     if init is not None and about.get("init_weights") != checkpoint.weights_hash(Path(init)):
-        begun = (
-            "initial weights" if about.get("init") is None else f"the weights in {about['init']}"
-        )
+        begun = f"the weights in {about['init']}" if about.get("init") else "initial weights"
         raise ConfigError(
             f"{path} began with {begun}, and those in {init} are others.\n"
             "  Leave --init out to continue, or choose another --run-dir."

@@ -2,20 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from switchworks import adapt, distil, fast, parallel
 from switchworks.model import Output, Router, SwitchTransformer
-from switchworks.optim import Updater, build_optimizer, dimension_letters
+from switchworks.optim import BackwardUpdater, Updater, build_optimizer, dimension_letters
 from switchworks.parallel import SINGLE, GradientSum, Ranks
 from switchworks.training.experiment import Experiment
 from switchworks.training.resolve import kernels_of
-
-if TYPE_CHECKING:
-    from switchworks.adapt import Table
-    from switchworks.distil import LogitStore
 
 
 @dataclass(frozen=True)
@@ -48,9 +45,9 @@ class TrainState:
     """Time spent in steps over all sessions, without validation and saving."""
     teacher: SwitchTransformer | None = None
     """The teacher, if there is one that runs. It never changes and is in no checkpoint."""
-    logits: "LogitStore | None" = None
+    logits: "distil.LogitStore | None" = None
     """The teacher's stored probabilities, in place of `teacher`."""
-    adapted: "Table | None" = None
+    adapted: "adapt.Table | None" = None
     """The matrices with LoRA adapters, if the experiment has any."""
     best: Best | None = None
     """None before the first measurement."""
@@ -86,9 +83,8 @@ class TrainState:
 def build_state(
     experiment: Experiment,
     model: SwitchTransformer | None = None,
-    teacher: SwitchTransformer | None = None,
+    teacher: "SwitchTransformer | distil.LogitStore | None" = None,
     ranks: Ranks = SINGLE,
-    logits: "LogitStore | None" = None,
     *,
     empty: bool = False,
 ) -> TrainState:
@@ -100,15 +96,17 @@ def build_state(
     more than that. `empty` allocates weights without values, for a checkpoint to fill.
 
     `teacher` is cast like the model and put in evaluation mode without gradients, so it drops no
-    token and draws no noise. `logits`, stored probabilities, replace it.
+    token and draws no noise. Stored probabilities may replace it.
     """
-    assert (experiment.distil is not None) == ((teacher is None) != (logits is None))
+    assert (experiment.distil is None) == (teacher is None)
     spread = spread_model(experiment, model, ranks, empty=empty)
     state = state_of(experiment, spread, ranks, empty=empty)
-    if teacher is not None:
+    if isinstance(teacher, SwitchTransformer):
         cast_for_compute(teacher, getattr(torch, experiment.precision))
         teacher.to(state.model.embedding.weight.device).eval().requires_grad_(False)
-    state.teacher, state.logits = teacher, logits
+        state.teacher = teacher
+    else:
+        state.logits = teacher
     return state
 
 
@@ -120,7 +118,7 @@ class Sharding(NamedTuple):
     gradients: GradientSum
     weights: dict[str, Tensor]
     """This rank's shards of the float32 weights; empty on the meta device."""
-    adapted: "Table | None"
+    adapted: "adapt.Table | None"
 
 
 def spread_model(
@@ -140,21 +138,22 @@ def spread_model(
         model.to(ranks.device)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     cast_for_compute(model, getattr(torch, experiment.precision))
-    _apply_fast_paths(model, experiment, ranks.device)
+    if kernels_of(experiment, ranks.device) == "fast":
+        fast.use_fast_kernels(model, ranks.device)
+    if experiment.activation_checkpointing:
+        fast.checkpoint_blocks(model)
     letters = dimension_letters(model)
-    if ranks.mesh is None:
-        gradients = GradientSum(model, {})
-    else:
-        from switchworks.parallel import parallelize, shard_like
-
-        mesh = experiment.mesh
-        gradients = parallelize(model, ranks.mesh, letters, shard=mesh.shard, overlap=mesh.overlap)
-        if not model.embedding.weight.is_meta:
-            for name, parameter in model.named_parameters():
-                # One by one, so that each full tensor is freed before the next one is sharded.
-                weights[name] = shard_like(weights[name], parameter)
+    mesh, gradients = experiment.mesh, GradientSum(model, {})
+    if ranks.mesh is not None:
+        gradients = parallel.parallelize(
+            model, ranks.mesh, letters, shard=mesh.shard, overlap=mesh.overlap
+        )
     if model.embedding.weight.is_meta:
         weights = {}
+    elif ranks.mesh is not None:
+        for name, parameter in model.named_parameters():
+            # One by one, so that each full tensor is freed before the next one is sharded.
+            weights[name] = parallel.shard_like(weights[name], parameter)
     return Sharding(model, letters, gradients, weights, table)
 
 
@@ -164,45 +163,25 @@ def state_of(
     """Second half of `build_state`: allocates and initialises a meta model; makes the optimizer."""
     model, letters, gradients, weights, table = spread
     if model.embedding.weight.is_meta:
-        from switchworks.parallel import allocate_shards, initialise_shards
-
-        allocate_shards(model, ranks.device)
-        weights = {} if empty else initialise_shards(model, experiment.seed)
+        parallel.allocate_shards(model, ranks.device)
+        weights = {} if empty else parallel.initialise_shards(model, experiment.seed)
     updater = build_optimizer(model.named_parameters(), letters, experiment.optim, weights)
     if experiment.update_in_backward:
-        from switchworks.optim import BackwardUpdater
-
         updater = BackwardUpdater(updater.masters, updater.optimizers, updater.config)
     state = TrainState(experiment, model, updater, gradients, ranks, adapted=table)
     if experiment.compile:
-        from switchworks.fast import compile_step
-
-        state.compiled = compile_step(model)
+        state.compiled = fast.compile_step(model)
     return state
 
 
-def _freeze(model: SwitchTransformer, experiment: Experiment) -> "Table | None":
+def _freeze(model: SwitchTransformer, experiment: Experiment) -> "adapt.Table | None":
     """Add the experiment's adapters and freeze its parameters; returns the adapted matrices."""
     if experiment.lora is None and not experiment.freeze:
         return None
-    from switchworks.adapt import adapt, freeze_parameters
-
-    table = None if experiment.lora is None else adapt(model, experiment.lora, experiment.seed)
-    freeze_parameters(model, experiment.freeze)
+    lora, seed = experiment.lora, experiment.seed
+    table = None if lora is None else adapt.adapt(model, lora, seed)
+    adapt.freeze_parameters(model, experiment.freeze)
     return table
-
-
-def _apply_fast_paths(
-    model: SwitchTransformer, experiment: Experiment, device: torch.device
-) -> None:
-    if kernels_of(experiment, device) == "fast":
-        from switchworks.fast import use_fast_kernels
-
-        use_fast_kernels(model, device)
-    if experiment.activation_checkpointing:
-        from switchworks.fast import checkpoint_blocks
-
-        checkpoint_blocks(model)
 
 
 def _fresh_model(experiment: Experiment, *, whole: bool) -> SwitchTransformer:

@@ -4,14 +4,15 @@ Letters: B sequences, T target length, V vocabulary, E experts.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
+from switchworks import data, distil, fast
 from switchworks.batch import Batch
 from switchworks.model import Output, Routing, SwitchTransformer
 from switchworks.optim import UpdateStats, first_nonfinite
@@ -48,15 +49,6 @@ class StepResult(NamedTuple):
     """The distillation loss before it is weighted; None if no teacher enters the loss."""
 
 
-class _Part(NamedTuple):
-    """The losses of one micro-batch, detached, and its routing."""
-
-    total: Tensor
-    cross_entropy: Tensor
-    soft: Tensor
-    routing: tuple[Routing, ...]
-
-
 def train_step(state: TrainState, batch: Batch) -> StepResult:
     """Take one optimizer step: updates the weights and advances the counters.
 
@@ -76,17 +68,18 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
     counts = state.ranks.all_sum([float((batch.targets != 0).sum()), float(batch.num_tokens)])
     num_targets, num_tokens = max(1, int(counts[0])), int(counts[1])
     state.updater.begin(state.step, experiment.num_steps)
-    parts = [
-        _accumulate(state, part, number, num_targets)
-        for number, part in enumerate(batch.split(experiment.micro_batches), start=1)
-    ]
-    sums = [float(sum(losses)) for losses in list(zip(*parts, strict=True))[:3]]
+    losses, routings = [], []
+    for number, part in enumerate(batch.split(experiment.micro_batches), start=1):
+        means, routing = _accumulate(state, part, number, num_targets)
+        losses.append(means)
+        routings.append(routing)
+    sums = sum(losses[1:], start=losses[0]).tolist()
     total, cross_entropy, soft = state.ranks.all_sum(sums)
     _require_finite(state, batch, "loss", total)
-    state.gradients.finish(state.updater.gradients())
+    state.gradients.finish(state.updater.masters.gradients())
     update = state.updater.step(state.step, experiment.num_steps)
     _require_finite(state, batch, "gradient norm", update.grad_norm)
-    layers = layer_reports(model, [part.routing for part in parts], state.ranks)
+    layers = layer_reports(model, routings, state.ranks)
     for name, layer in model.switch_layers.items():
         if layer.router.weight.requires_grad:  # else it is frozen, its selection bias too
             layer.router.update_bias(torch.tensor(layers[name].load))
@@ -98,11 +91,14 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
     )
 
 
-def _accumulate(state: TrainState, part: Batch, number: int, num_targets: int) -> _Part:
+def _accumulate(
+    state: TrainState, part: Batch, number: int, num_targets: int
+) -> tuple[Float[Tensor, "3"], tuple[Routing, ...]]:
     """Forward and backward of the `number`-th micro-batch (from 1) of this rank's batch.
 
     Its cross-entropy is weighted by its share of the batch's `num_targets`, its balance and router
-    losses, which are means over routing groups, by its share of the groups.
+    losses, which are means over routing groups, by its share of the groups. Returns its parts of
+    total, cross-entropy and soft loss, and its routing.
     """
     experiment, ranks = state.experiment, state.ranks
     num_parts = experiment.micro_batches * ranks.batch_world
@@ -116,15 +112,24 @@ def _accumulate(state: TrainState, part: Batch, number: int, num_targets: int) -
         _require_finite(state, part, "loss", float(loss.detach()))
     loss.backward()
     if num_parts > 1 or ranks.mesh is not None:
-        state.updater.accumulate()
-    return _Part(
-        loss.detach(), losses.cross_entropy.detach() * share, soft.detach() * share, output.routing
-    )
+        state.updater.masters.accumulate()
+    parts = torch.stack([loss, losses.cross_entropy * share, soft * share])
+    return parts.detach(), output.routing
 
 
 def _require_finite(state: TrainState, batch: Batch, name: str, value: float) -> None:
-    if not math.isfinite(value):
-        raise DivergenceError(explain_divergence(state, batch, f"{name} {value}"))
+    """Raises DivergenceError with the step, the first tensor not finite, and what to try."""
+    if math.isfinite(value):
+        return
+    weights = "The weights are as they were before this step"
+    if state.experiment.update_in_backward and name.startswith("gradient"):
+        weights = "Some weights have been updated in this step, because of update_in_backward,"
+    raise DivergenceError(
+        f"Step {state.step + 1}: {name} {value} is not finite; the first offending tensor is "
+        f"{_first_nonfinite(state, batch)}.\n"
+        f"  {weights} and the last checkpoint is untouched.\n"
+        "  Try a lower optim.lr, optim.clip_norm 1.0, routing.z_weight 1e-3 or precision float32."
+    )
 
 
 def _seed_noise(state: TrainState) -> None:
@@ -146,62 +151,42 @@ def _forward_and_loss(
     run, they are the cross-entropy with the text, and 0.
     """
     compute = state.model if state.compiled is None else state.compiled
-    distil = state.experiment.distil
-    if distil is None or not distil.uses_teacher:
-        output = forward(compute, batch)
+    config = state.experiment.distil
+    if config is None or not config.uses_teacher:
+        output = compute(**batch.arguments())
         hard = output.losses.cross_entropy
         return output, hard, hard.new_zeros(())
-    from switchworks.distil import distillation_loss, stored_distillation_loss
-
     # The teacher runs first: of it only logits remain while the student's activations pile up.
     teacher_logits = _teacher_logits(state, batch)
-    output = forward(compute, batch)
+    output = compute(**batch.arguments())
     if state.logits is not None:
         stored = state.logits.read(_rows_of(state, number), batch)
-        soft = stored_distillation_loss(output.logits, stored, batch.targets, distil.temperature)
+        soft = distil.stored_distillation_loss(
+            output.logits, stored, batch.targets, config.temperature
+        )
     else:
         assert teacher_logits is not None
-        soft = distillation_loss(output.logits, teacher_logits, batch.targets, distil.temperature)
+        soft = distil.distillation_loss(
+            output.logits, teacher_logits, batch.targets, config.temperature
+        )
     hard = output.losses.cross_entropy
-    return output, (1 - distil.soft_weight) * hard + distil.soft_weight * soft, soft
+    return output, (1 - config.soft_weight) * hard + config.soft_weight * soft, soft
 
 
 def _rows_of(state: TrainState, number: int) -> range:
     """Numbers, in the whole run, of the rows in the `number`-th micro-batch of this rank."""
-    from switchworks.data import rows_of_step
-
     experiment, ranks = state.experiment, state.ranks
-    rows = rows_of_step(state.step, experiment.batch_size, ranks.batch_rank, ranks.batch_world)
+    rows = data.rows_of_step(state.step, experiment.batch_size, ranks.batch_rank, ranks.batch_world)
     size = experiment.micro_batch_size
     return rows[(number - 1) * size : number * size]
-
-
-def forward(model: Callable[..., Output], batch: Batch) -> Output:
-    """The output of `model` for `batch`."""
-    return model(**batch.arguments())
 
 
 def _teacher_logits(state: TrainState, batch: Batch) -> Float[Tensor, "B T V"] | None:
     """The teacher's logits for the same rows; None without a teacher that runs."""
     if state.teacher is None:
         return None
-    from switchworks.fast import skip_losses
-
-    with torch.no_grad(), skip_losses(state.teacher):
-        return forward(state.teacher, batch).logits
-
-
-def explain_divergence(state: TrainState, batch: Batch, problem: str) -> str:
-    """One to three lines: the step, the first tensor that is not finite, and what to try."""
-    weights = "The weights are as they were before this step"
-    if state.experiment.update_in_backward and problem.startswith("gradient"):
-        weights = "Some weights have been updated in this step, because of update_in_backward,"
-    return (
-        f"Step {state.step + 1}: {problem} is not finite; the first offending tensor is "
-        f"{_first_nonfinite(state, batch)}.\n"
-        f"  {weights} and the last checkpoint is untouched.\n"
-        "  Try a lower optim.lr, optim.clip_norm 1.0, routing.z_weight 1e-3 or precision float32."
-    )
+    with torch.no_grad(), fast.skip_losses(state.teacher):
+        return state.teacher(**batch.arguments()).logits
 
 
 def _first_nonfinite(state: TrainState, batch: Batch) -> str:
@@ -219,7 +204,7 @@ def _first_nonfinite(state: TrainState, batch: Batch) -> str:
     with _watch_outputs(state.model, names), torch.no_grad():
         _seed_noise(state)  # the same noise as in the step that failed
         for part in batch.split(state.experiment.micro_batches):
-            forward(state.model, part)
+            state.model(**part.arguments())
             logits = _teacher_logits(state, part)
             if logits is not None and not logits.isfinite().all():
                 names.append("the teacher")
@@ -233,25 +218,17 @@ def _first_nonfinite(state: TrainState, batch: Batch) -> str:
 @contextmanager
 def _watch_outputs(model: SwitchTransformer, names: list[str]) -> Iterator[None]:
     """Inside, every module whose output is not finite is appended to `names`, innermost first."""
+    watched = {module: name for name, module in model.named_modules() if name}
 
-    def hook_for(name: str) -> Callable[..., None]:
-        def hook(_module: object, _inputs: object, output: object) -> None:
-            first = output[0] if isinstance(output, tuple) else output
-            if isinstance(first, Tensor) and not first.isfinite().all():
-                names.append(name)
+    def note(module: nn.Module, _inputs: object, output: object) -> None:
+        first = output[0] if isinstance(output, tuple) else output
+        if isinstance(first, Tensor) and not first.isfinite().all():
+            names.append(watched[module])
 
-        return hook
-
-    handles = [
-        module.register_forward_hook(hook_for(name))
-        for name, module in model.named_modules()
-        if name
-    ]
-    try:
+    with ExitStack() as stack:
+        for module in watched:
+            stack.enter_context(module.register_forward_hook(note))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _first_on_any_rank(state: TrainState, name: str | None) -> str | None:
@@ -278,17 +255,12 @@ def layer_reports(
 
 def _summed(reports: tuple[Routing, ...]) -> list[float]:
     """Sums of balance, router z and tokens, and of dropped, confidence and load times tokens."""
-    rows = [
-        torch.cat(
-            [
-                torch.stack([report.balance, report.router_z, report.tokens]).detach(),
-                torch.stack([report.dropped, report.confidence]) * report.tokens,
-                report.load * report.tokens,
-            ]
-        )
-        for report in reports
-    ]
-    return torch.stack(rows).double().sum(dim=0).tolist()
+    rows = []
+    for part in reports:
+        weighted = (part.dropped * part.tokens, part.confidence * part.tokens)
+        numbers = torch.stack([part.balance, part.router_z, part.tokens, *weighted])
+        rows.append(torch.cat([numbers, part.load * part.tokens]))
+    return torch.stack(rows).detach().double().sum(dim=0).tolist()
 
 
 def _report(sums: list[float], parts: int) -> LayerReport:

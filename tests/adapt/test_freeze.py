@@ -115,7 +115,7 @@ def test_frozen_parameters_have_no_gradient_no_state_and_do_not_move(optimizer, 
     recipe = tiny()
     optim = replace(recipe.optim, name=optimizer, betas=(0.9, 0.99), lr=0.01, weight_decay=0.1)
     state = build_state(replace(recipe, freeze=("experts",), precision=precision, optim=optim))
-    before = {name: t.clone() for name, t in state.updater.float_state().items()}
+    before = {name: t.clone() for name, t in state.updater.masters.float_state().items()}
     kept: dict[str, bool] = {}
 
     step = state.updater.step
@@ -130,7 +130,7 @@ def test_frozen_parameters_have_no_gradient_no_state_and_do_not_move(optimizer, 
     assert len(frozen) == 4
     assert kept.keys() == before.keys() - frozen
     assert state.state_dict()["optimizer"].keys() == before.keys() - frozen
-    after = state.updater.float_state()
+    after = state.updater.masters.float_state()
     assert {name for name in before if torch.equal(before[name], after[name])} == frozen
 
 

@@ -112,11 +112,11 @@ def test_the_first_loss_is_exactly_that_of_the_model_without_adapters():
 
 def test_only_the_adapters_are_trained_and_every_one_of_them_is():
     state = build_state(replace(tiny(), lora=LoraConfig(rank=2, targets=EVERY)))
-    before = {name: t.clone() for name, t in state.updater.float_state().items()}
+    before = {name: t.clone() for name, t in state.updater.masters.float_state().items()}
     assert state.state_dict()["optimizer"].keys() == {name for name in before if MARK in name}
     for _ in range(2):  # A learns from the second step on, when B is no longer 0
         train_step(state, some_batch())
-    after = state.updater.float_state()
+    after = state.updater.masters.float_state()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == {name for name in before if MARK in name}
 

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from switchworks.checkpoint.convert import convert_checkpoint
-from switchworks.checkpoint.model_files import load, save
+from switchworks.checkpoint.model_files import convert_checkpoint, load, save
 from switchworks.config import CheckpointError
 from switchworks.data.tokens.tokenizer import Tokenizer
 from switchworks.data.tokens.train import train_sentencepiece

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from switchworks import load, load_hf, save, save_hf
-from switchworks.checkpoint.convert import convert_checkpoint
+from switchworks.checkpoint.model_files import convert_checkpoint
 from switchworks.cli.main import main
 from switchworks.config import ConfigError
 

@@ -114,6 +114,25 @@ def test_transformers_itself_leaves_such_experts_at_random(tmp_path):
     assert f"{expert}.wi_0.weight" in info["unexpected_keys"]
 
 
+@pytest.mark.parametrize("decoder", [(), (0, 1)])
+def test_stacks_with_different_sparse_blocks_survive_the_round_trip(decoder, tmp_path):
+    """transformers has a number of sparse blocks for each stack, and so has routing."""
+    routing = RoutingConfig(experts=3, encoder_blocks=(1, 3), decoder_blocks=decoder)
+    sizes = {"vocab_size": 23, "d_model": 10, "num_layers": 4, "num_decoder_layers": 2}
+    model = SwitchTransformer(ModelConfig(**sizes, routing=routing)).eval()
+    save_hf(model, tmp_path / "hf")
+    back = load_hf(tmp_path / "hf")
+    assert tuple(back.config.sparse_blocks(False)) == (1, 3)
+    assert tuple(back.config.sparse_blocks(True)) == decoder
+    batch = torch.randint(2, 23, (2, 5)), torch.randint(2, 23, (2, 4))
+    torch.testing.assert_close(back(*batch).logits, model(*batch).logits, rtol=0, atol=0)
+    transformers = pytest.importorskip("transformers")
+    kind = transformers.SwitchTransformersForConditionalGeneration
+    _, info = kind.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+
+
 def test_experts_said_to_be_gated_that_are_not_are_refused(tmp_path):
     config = ModelConfig(
         vocab_size=23, d_model=10, num_layers=2, routing=RoutingConfig(experts=3), activation="gelu"
@@ -229,7 +248,7 @@ def test_no_more_than_one_tensor_of_the_files_is_held_at_a_time(large, monkeypat
 
         return Tensors(stored.shapes, read)
 
-    monkeypatch.setattr(hugging_face, "open_tensors", watched)
+    monkeypatch.setattr(hugging_face.tensors, "open_tensors", watched)
     model = load_hf(large / "st")
     assert sum(parameter.nbytes for parameter in model.parameters()) > 40e6
     assert (alive, peak) == (0, 64 * 1024 * 4)
@@ -253,7 +272,7 @@ def watched(directory):
     return Tensors(stored.shapes, read)
 
 load_hf(Path(sys.argv[1]) / "st")  # what torch loads at its first use does not count
-hugging_face.open_tensors = watched
+hugging_face.tensors.open_tensors = watched
 for kind in ("st", "bin"):
     seen = []
     before = anonymous()

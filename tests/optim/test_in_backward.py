@@ -11,7 +11,7 @@ from torch import Tensor
 
 from switchworks.batch import Batch
 from switchworks.config import ConfigError
-from switchworks.optim import OptimConfig, in_backward
+from switchworks.optim import OptimConfig, build
 from switchworks.parallel import MeshConfig
 from switchworks.plan.explain import explain_experiment
 from switchworks.plan.simulate import simulate
@@ -29,8 +29,8 @@ OPTIMIZERS = {
 @pytest.fixture
 def many_moves(monkeypatch):
     """Weights of the tiny model count as large, and two or three of them move at once."""
-    monkeypatch.setattr(in_backward, "LARGE", 1000)
-    monkeypatch.setattr(in_backward, "BUCKET", 5000)
+    monkeypatch.setattr(build, "LARGE", 1000)
+    monkeypatch.setattr(build, "BUCKET", 5000)
 
 
 def some_batch() -> Batch:
@@ -95,7 +95,7 @@ def test_gradients_go_while_the_pass_goes_on(many_moves):
 
 
 def test_small_gradients_wait_for_the_end_of_the_pass(monkeypatch):
-    monkeypatch.setattr(in_backward, "LARGE", 2**30)
+    monkeypatch.setattr(build, "LARGE", 2**30)
     plain, early = state(False), state(True)
     for one in (plain, early):
         train_step(one, some_batch())

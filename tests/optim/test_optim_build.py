@@ -250,7 +250,7 @@ def test_a_bfloat16_model_with_masters_follows_a_float32_run_within_rounding(con
     updater = updater_of(slim, config, weights=cast(slim))
     train(wide, updater_of(wide, config), range(20))
     train(slim, updater, range(20))
-    start, state = weights_of(Net()), updater.float_state()
+    start, state = weights_of(Net()), updater.masters.float_state()
     for name, weight in weights_of(wide).items():
         moved = (weight - start[name]).norm()
         assert float((state[name] - weight).norm() / moved) < 0.05
@@ -265,7 +265,7 @@ def test_micro_batches_take_the_step_of_the_whole_batch(config):
     for step in range(3):
         for part in inputs(step).split(2):
             (parts(part) / 4).backward()
-            updater.accumulate()
+            updater.masters.accumulate()
         updater.step(step, 100)
     for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
@@ -283,17 +283,17 @@ def test_a_step_of_one_backward_pass_is_the_same_bucket_by_bucket(config, clip_n
     for step in range(3):
         for model in models:
             model(inputs(step).bfloat16()).backward()
-        whole.accumulate()
-        assert {grad.dtype for grad in shared.gradients().values()} == {torch.bfloat16}
+        whole.masters.accumulate()
+        assert {grad.dtype for grad in shared.masters.gradients().values()} == {torch.bfloat16}
         norms = [updater.step(step, 100).grad_norm for updater in (whole, shared)]
         assert norms[0] == pytest.approx(norms[1], rel=1e-6)
-        assert not shared.gradients()
+        assert not shared.masters.gradients()
     for one, other in zip(
         weights_of(models[0]).values(), weights_of(models[1]).values(), strict=True
     ):
         torch.testing.assert_close(one, other, rtol=2**-8, atol=1e-6)
-    for name, weight in whole.float_state().items():
-        torch.testing.assert_close(shared.float_state()[name], weight, rtol=1e-6, atol=1e-7)
+    for name, weight in whole.masters.float_state().items():
+        torch.testing.assert_close(shared.masters.float_state()[name], weight, rtol=1e-6, atol=1e-7)
 
 
 @EVERY
@@ -307,7 +307,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(config, prepare: 
     train(first, updater, range(4, 8))
     train(second, resumed, range(4, 8))
     assert same(weights_of(first), weights_of(second))
-    assert same(updater.float_state(), resumed.float_state())
+    assert same(updater.masters.float_state(), resumed.masters.float_state())
 
 
 @EVERY
@@ -337,16 +337,17 @@ def test_the_state_of_another_optimizer_or_model_is_refused_and_nothing_changes(
     updater = updater_of(model, ADAFACTOR)
     before = weights_of(model)
     with pytest.raises(
-        CheckpointError, match=r"matrix \(row\) is absent in the checkpoint and of shape \(6,"
+        CheckpointError,
+        match=r"optimizer\.matrix\.row is absent in the checkpoint and of shape \(6,",
     ):
         updater.load_state_dict(updater_of(Net(seed=1), ADAMW).state_dict())
     bigger = updater_of(Net(seed=1), ADAFACTOR).state_dict()
     bigger["weights"]["scale"] = torch.zeros(9)
-    with pytest.raises(CheckpointError, match=r"scale \(weight\) is of shape \(9,\).*\(5,\) here"):
+    with pytest.raises(CheckpointError, match=r"weights\.scale is of shape \(9,\).*\(5,\) here"):
         updater.load_state_dict(bigger)
     stranger = updater_of(Net(seed=1), ADAFACTOR).state_dict()
     stranger["weights"]["bias"] = torch.zeros(9)
-    with pytest.raises(CheckpointError, match=r"bias \(weight\) is of .* and absent here"):
+    with pytest.raises(CheckpointError, match=r"weights\.bias is of .* and absent here"):
         updater.load_state_dict(stranger)
     assert same(weights_of(model), before)
 
@@ -380,7 +381,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_can_be_named(config):
     assert same(weights_of(model), before)
     for name, slots in updater.state_dict()["optimizer"].items():
         assert same(slots, state["optimizer"][name])
-    updater.zero()
+    updater.masters.zero()
     assert updater.first_nonfinite_gradient() is None
 
 

@@ -17,8 +17,8 @@ import switchworks
 from switchworks.checkpoint.training_state import Checkpoints
 from switchworks.config import ConfigError
 from switchworks.parallel import MeshConfig, connect_ranks
-from switchworks.training.export import export
 from switchworks.training.step import train_step
+from switchworks.training.weights import export
 
 
 def train_until(
@@ -93,7 +93,7 @@ def export_parts(rank: int, case: Case, folder: Path) -> dict[str, torch.Tensor]
     state = state_of(case)
     train_step(state, batch_of(0, state.ranks))
     export(state, folder, ByteTokenizer())
-    return {name: whole(weight) for name, weight in state.updater.float_state().items()}
+    return {name: whole(weight) for name, weight in state.updater.masters.float_state().items()}
 
 
 def test_a_model_exported_from_parts_is_the_model(tmp_path):

@@ -28,7 +28,7 @@ def initial_state(rank: int, cases: list[Case]) -> list[dict[str, dict[str, torc
     states = []
     for case in cases:
         state = build_state(case.experiment(), ranks=Ranks(build_mesh(case.mesh)))
-        masters = {n: whole(w) for n, w in state.updater.float_state().items()}
+        masters = {n: whole(w) for n, w in state.updater.masters.float_state().items()}
         states.append({"masters": masters, "model": {n: whole(w) for n, w in
                       state.model.named_parameters()}})  # fmt: skip
     return states
@@ -38,7 +38,7 @@ def test_on_two_ranks_every_initial_value_is_that_of_one_process(tmp_path, monke
     monkeypatch.setattr(init, "CHUNK", 128)
     for case, shards in zip(CASES, spawn(2, initial_state, tmp_path, CASES)[0], strict=True):
         alone = build_state(replace(case, mesh=MeshConfig()).experiment())
-        for name, weight in alone.updater.float_state().items():
+        for name, weight in alone.updater.masters.float_state().items():
             assert torch.equal(shards["masters"][name], weight), name
         for name, weight in alone.model.named_parameters():
             assert torch.equal(shards["model"][name], weight), name

@@ -157,7 +157,9 @@ def run_case(case: Case, steps: int = STEPS) -> dict[str, Any]:
 
     def spy(*arguments: int) -> Any:
         if len(found["loss"]) == steps - 1:
-            found["gradients"] = {n: whole(g) for n, g in sorted(state.updater.gradients().items())}
+            found["gradients"] = {
+                n: whole(g) for n, g in sorted(state.updater.masters.gradients().items())
+            }
         return update(*arguments)
 
     state.updater.step = spy

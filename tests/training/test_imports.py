@@ -34,7 +34,7 @@ PARTS = {
     "best weights": "switchworks.training.hooks.best",
     "adapters": "switchworks.adapt.lora",
     "plans": "switchworks.plan",
-    "a dashboard": "switchworks.training.loggers.wandb",
+    "a dashboard": "switchworks.training.dashboards",
     "sharding": "switchworks.parallel.apply",
 }
 RUN = """

@@ -14,8 +14,13 @@ import pytest
 
 from switchworks.config import ConfigError
 from switchworks.training import Experiment, Interrupted, train
-from switchworks.training.loggers.json_lines import JsonLines, metrics_after
-from switchworks.training.loggers.logger import LOGGERS, RunInfo, make_loggers
+from switchworks.training.loggers import (
+    LOGGERS,
+    JsonLines,
+    RunInfo,
+    make_loggers,
+    metrics_after,
+)
 
 
 class Listed:

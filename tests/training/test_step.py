@@ -104,7 +104,7 @@ def test_bfloat16_training_keeps_routers_and_masters_in_float32():
     train_step(state, some_batch())
     assert state.model.encoder.blocks[1].ffn.router.weight.dtype == torch.float32
     assert state.model.encoder.blocks[1].ffn.experts.w_in.dtype == torch.bfloat16
-    masters = state.updater.float_state()
+    masters = state.updater.masters.float_state()
     assert {tensor.dtype for tensor in masters.values()} == {torch.float32}
     weight = masters["embedding.weight"]
     assert torch.equal(state.model.embedding.weight, weight.bfloat16())

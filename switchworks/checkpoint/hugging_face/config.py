@@ -64,15 +64,7 @@ def from_hf_config(
     tokens per expert and sequence, padding included. Raises CheckpointError naming a setting that
     cannot be expressed.
     """
-    try:
-        return _from_hf_config(values, list(names), capacity)
-    except ConfigError as error:
-        raise CheckpointError(
-            f"config.json describes no model that can be built: {error}"
-        ) from error
-
-
-def _from_hf_config(values: Mapping[str, Any], names: list[str], capacity: Capacity) -> ModelConfig:
+    names = list(names)
     kind = values.get("model_type")
     if kind not in ("t5", "mt5", "switch_transformers"):
         raise CheckpointError(
@@ -85,13 +77,18 @@ def _from_hf_config(values: Mapping[str, Any], names: list[str], capacity: Capac
     if sparse:  # a Switch configuration has no setting for gates: the tensors' names decide
         gated = gated or any(name.endswith(".wi_0.weight") for name in names)
     settings = {ours: _get(values, theirs) for ours, theirs in _NAMES.items()}
-    return ModelConfig(
-        **settings,
-        activation=activation,
-        gated=gated,
-        tied_head=_is_tied(values, kind),
-        routing=_routing(values, names, settings, capacity) if sparse else None,
-    )
+    try:
+        return ModelConfig(
+            **settings,
+            activation=activation,
+            gated=gated,
+            tied_head=_is_tied(values, kind),
+            routing=_routing(values, names, settings, capacity) if sparse else None,
+        )
+    except ConfigError as error:
+        raise CheckpointError(
+            f"config.json describes no model that can be built: {error}"
+        ) from error
 
 
 def to_hf_config(config: ModelConfig) -> dict[str, Any]:
@@ -170,10 +167,7 @@ def _is_tied(values: Mapping[str, Any], kind: str) -> bool:
 
 
 def _routing(
-    values: Mapping[str, Any],
-    names: Iterable[str],
-    settings: Mapping[str, Any],
-    capacity: Capacity,
+    values: Mapping[str, Any], names: Iterable[str], settings: Mapping[str, Any], capacity: Capacity
 ) -> RoutingConfig | None:
     """The routing of a Switch model; the tensors' names show which blocks are sparse."""
     if values.get("router_bias"):
@@ -193,11 +187,8 @@ def _routing(
     for every in range(1, max(layers) + 1):
         if [_sparse_blocks(count, every) for count in layers] == [encoder, decoder]:
             return RoutingConfig(**chosen, every=every)
-    raise CheckpointError(
-        f"Blocks {sorted(encoder)} of the encoder and {sorted(decoder)} of the decoder are sparse, "
-        "which no routing.every describes.\n  It makes the last of every so many blocks sparse, "
-        "in both stacks alike: 1, 3, 5, ... for 2."
-    )
+    blocks = tuple(sorted(encoder)), tuple(sorted(decoder))
+    return RoutingConfig(**chosen, encoder_blocks=blocks[0], decoder_blocks=blocks[1])
 
 
 def _sparse_blocks(layers: int, every: int) -> set[int]:
@@ -207,32 +198,23 @@ def _sparse_blocks(layers: int, every: int) -> set[int]:
 def _refuse_other_routing(config: ModelConfig, routing: RoutingConfig) -> None:
     """Raises CheckpointError if the model would compute something else in transformers."""
     strategies = {routing.strategy, routing.decoder_strategy or routing.strategy}
-    reasons = {
-        "model.gated = true with routing": (config.gated, "whose experts have no gate"),
-        f"routing.strategy = {' and '.join(sorted(strategies))}": (
-            strategies != {"switch"},
-            "which sends each token to one expert",
-        ),
-        f"routing.layers = {routing.layers}": (
-            routing.layers != "ffn",
-            "which has experts in feed-forward layers only",
-        ),
-        f"routing.bias_rate = {routing.bias_rate}": (
-            routing.bias_rate > 0,
-            "whose routers have no selection bias",
-        ),
-        f"routing.expert_capacity = {routing.expert_capacity} over routing.group_sequences = "
-        f"{routing.group_sequences}": (
-            routing.expert_capacity is not None and routing.group_sequences > 1,
-            "which counts in each sequence",
-        ),
-    }
-    for setting, (refused, why) in reasons.items():
-        if refused:
+
+    def refuse(is_refused: bool, setting: str, reason: str) -> None:
+        if is_refused:
             raise CheckpointError(
-                f"{setting} cannot be written for transformers, {why}.\n"
+                f"{setting} cannot be written for transformers, {reason}.\n"
                 "  Use switchworks' own format."
             )
+
+    names, layers = " and ".join(sorted(strategies)), routing.layers
+    refuse(config.gated, "model.gated = true with routing", "whose experts have no gate")
+    refuse(names != "switch", f"routing.strategy = {names}", "which sends each token to one expert")
+    refuse(layers != "ffn", f"routing.layers = {layers}", "which has experts in FFN layers only")
+    rate, capacity = routing.bias_rate, routing.expert_capacity
+    refuse(rate > 0, f"routing.bias_rate = {rate}", "whose routers have no selection bias")
+    sequences = routing.group_sequences
+    setting = f"routing.expert_capacity = {capacity} over routing.group_sequences = {sequences}"
+    refuse(capacity is not None and sequences > 1, setting, "which counts in each sequence")
 
 
 def _sparse_values(config: ModelConfig, routing: RoutingConfig) -> dict[str, Any]:
@@ -242,7 +224,7 @@ def _sparse_values(config: ModelConfig, routing: RoutingConfig) -> dict[str, Any
     if routing.exploration != "input_jitter":
         values["router_jitter_noise"] = 0.0
     for stack, layers in (("encoder", config.num_layers), ("decoder", config.decoder_layers)):
-        count = _num_sparse(layers, set(config.sparse_blocks(stack == "decoder")), routing.every)
+        count = _num_sparse(layers, set(config.sparse_blocks(stack == "decoder")))
         values[f"num_sparse_{stack}_layers"] = count
         values[f"{stack}_sparse_step"] = layers // count
     return values | {
@@ -254,7 +236,7 @@ def _sparse_values(config: ModelConfig, routing: RoutingConfig) -> dict[str, Any
     }
 
 
-def _num_sparse(layers: int, blocks: set[int], every: int) -> int:
+def _num_sparse(layers: int, blocks: set[int]) -> int:
     """The num_sparse_layers with which transformers makes `blocks` sparse.
 
     Its rule: with step = layers // number, blocks 1, 1 + step, ... or, if step is 1, all. A step
@@ -265,6 +247,6 @@ def _num_sparse(layers: int, blocks: set[int], every: int) -> int:
         if blocks == {b for b in range(layers) if step == 1 or (step > 1 and b % step == 1)}:
             return number
     raise CheckpointError(
-        f"routing.every = {every} with {layers} blocks cannot be written for transformers, which "
-        f"would not make {sorted(blocks)} sparse.\n  It can with every 1 or 2."
+        f"Sparse blocks {sorted(blocks)} of {layers} cannot be written for transformers, which "
+        "makes every so many sparse, beginning with block 1.\n  It can with routing.every 1 or 2."
     )

@@ -19,19 +19,9 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from switchworks.checkpoint import tensors
 from switchworks.checkpoint.files import MANIFEST, read_json, verify, whole_directory, write_json
 from switchworks.checkpoint.hugging_face.config import Capacity, from_hf_config, to_hf_config
-from switchworks.checkpoint.tensors import (
-    SHARD_BYTES,
-    Tensors,
-    cast_tensor,
-    from_state_dict,
-    materialise,
-    num_bytes,
-    open_tensors,
-    require_match,
-    write_tensors,
-)
 from switchworks.config import CheckpointError, ConfigError
 from switchworks.data import MODEL_FILE, SentencePieceTokenizer, Tokenizer
 from switchworks.model import ModelConfig, SwitchTransformer
@@ -65,10 +55,7 @@ _ALIASES = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_token
 
 
 def load_hf(
-    source: Path | str | Any,
-    *,
-    capacity: Capacity = "paper",
-    dtype: torch.dtype | None = None,
+    source: Path | str | Any, *, capacity: Capacity = "paper", dtype: torch.dtype | None = None
 ) -> SwitchTransformer:
     """The model in `source`, in evaluation mode.
 
@@ -84,7 +71,7 @@ def load_hf(
         raise ConfigError(f'capacity = {capacity!r} is not known.\n  Use "paper" or "hf".')
     if isinstance(source, str | Path):
         directory = Path(source)
-        values, stored = _read_config(directory), open_tensors(directory)
+        values, stored = _read_config(directory), tensors.open_tensors(directory)
     else:
         directory, values, stored = type(source).__name__, *_of_model(source)
     config = from_hf_config(values, stored.shapes, capacity)
@@ -93,7 +80,7 @@ def load_hf(
         model = SwitchTransformer(config)
     ffn = "DenseReluDense" if values["model_type"] in ("t5", "mt5") else "mlp"
     wanted = to_hf_state(model, ffn=ffn)
-    require_match(
+    tensors.require_match(
         f"{directory} is not the model that its configuration describes.",
         wanted={name: tuple(tensor.shape) for name, tensor in wanted.items()},
         actual=stored.shapes,
@@ -108,7 +95,7 @@ def save_hf(
     directory: Path | str,
     tokenizer: Tokenizer | None = None,
     *,
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int = tensors.SHARD_BYTES,
 ) -> None:
     """Write `model` so that transformers' `from_pretrained` opens it: as T5 or, when sparse, as
     Switch Transformers.
@@ -117,16 +104,19 @@ def save_hf(
     Raises CheckpointError for what transformers cannot express, a decoder-only model among it,
     before anything is written, and for a full disk.
     """
-    values = to_hf_config(model.config) | {"dtype": _dtype_name(model)}
+    dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
+    values = to_hf_config(model.config) | {"dtype": dtype}
     ffn = "DenseReluDense" if model.config.routing is None else "mlp"
     state = to_hf_state(model, ffn=ffn)
     if model.config.routing is not None and not model.config.tied_head:
         # transformers 5 then unties the embeddings of both stacks too: each needs its copy.
         state |= dict.fromkeys(_ALIASES, model.embedding.weight)
     otherwise = "Nothing was written; the model itself is untouched."
-    with whole_directory(Path(directory), needs=num_bytes(state), otherwise=otherwise) as partial:
+    with whole_directory(
+        Path(directory), needs=tensors.num_bytes(state), otherwise=otherwise
+    ) as partial:
         write_json(partial / "config.json", values)
-        write_tensors(state, partial, shard_bytes=shard_bytes)
+        tensors.write_tensors(state, partial, shard_bytes=shard_bytes)
         if isinstance(tokenizer, SentencePieceTokenizer):
             (partial / MODEL_FILE).write_bytes(tokenizer.model)
 
@@ -156,21 +146,23 @@ def to_hf(name: str, tensor: Tensor, *, gated: bool, ffn: str) -> Iterator[tuple
         yield pattern.replace("<e>", str(expert)), weight.T
 
 
-def _fill_from(model: SwitchTransformer, stored: Tensors, *, ffn: str, dtype: torch.dtype) -> None:
+def _fill_from(
+    model: SwitchTransformer, stored: tensors.Tensors, *, ffn: str, dtype: torch.dtype
+) -> None:
     """Every parameter of `model` read from `stored`, one tensor at a time."""
     gated = model.config.gated
 
     def read(name: str, meta: Tensor) -> Tensor:
         parts = [hf_name for hf_name, _ in to_hf(name, meta, gated=gated, ffn=ffn)]
         if ".experts." not in name:
-            return cast_tensor(name, stored.read(parts[0]), dtype).clone()
+            return tensors.cast_tensor(name, stored.read(parts[0]), dtype).clone()
         stack = torch.empty(meta.shape, dtype=dtype)
         for expert, hf_name in zip(stack, parts, strict=True):
             expert.copy_(stored.read(hf_name).T)
         return stack
 
     with torch.no_grad():
-        materialise(model, read)
+        tensors.materialise(model, read)
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -184,22 +176,22 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return read_json(directory / "config.json")
 
 
-def _of_model(source: Any) -> tuple[dict[str, Any], Tensors]:
+def _of_model(source: Any) -> tuple[dict[str, Any], tensors.Tensors]:
     if not hasattr(source, "config") or not hasattr(source, "state_dict"):
         raise CheckpointError(
             f"load_hf was given a {type(source).__name__}.\n"
             "  It takes a directory or a transformers model."
         )
-    return source.config.to_dict(), from_state_dict(source.state_dict())
+    return source.config.to_dict(), tensors.from_state_dict(source.state_dict())
 
 
-def _resolve_aliases(stored: Tensors, config: ModelConfig) -> Tensors:
+def _resolve_aliases(stored: tensors.Tensors, config: ModelConfig) -> tensors.Tensors:
     """`stored` with each weight once: the embedding as shared.weight, the head only if untied."""
     shapes = {name: shape for name, shape in stored.shapes.items() if name not in _UNUSED}
     names = [*_ALIASES, "lm_head.weight"] if config.tied_head else list(_ALIASES)
     present = [name for name in names if name in shapes]
     if not present:
-        return Tensors(shapes, stored.read)
+        return tensors.Tensors(shapes, stored.read)
     renamed = {"shared.weight": present[0]}
     for name in present[1:]:
         _require_same(stored, present[0], name)
@@ -208,10 +200,10 @@ def _resolve_aliases(stored: Tensors, config: ModelConfig) -> Tensors:
     if not config.tied_head and "lm_head.weight" not in shapes:
         renamed["lm_head.weight"] = present[0]  # transformers 5 ties it, unscaled
         shapes["lm_head.weight"] = shape
-    return Tensors(shapes, lambda name: stored.read(renamed.get(name) or name))
+    return tensors.Tensors(shapes, lambda name: stored.read(renamed.get(name) or name))
 
 
-def _require_same(stored: Tensors, first: str, name: str) -> None:
+def _require_same(stored: tensors.Tensors, first: str, name: str) -> None:
     if torch.equal(stored.read(name), stored.read(first)):
         return
     if name == "lm_head.weight":
@@ -223,7 +215,3 @@ def _require_same(stored: Tensors, first: str, name: str) -> None:
         f"{name} and {first} differ, so the two stacks read different embeddings.\n"
         "  Here they share one, as in T5; such a model cannot be converted."
     )
-
-
-def _dtype_name(model: SwitchTransformer) -> str:
-    return str(model.embedding.weight.dtype).removeprefix("torch.")

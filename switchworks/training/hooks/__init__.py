@@ -1,1 +1,5 @@
 """Hooks: what happens beside training. `loop.py` has the protocol."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

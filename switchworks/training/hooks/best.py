@@ -5,19 +5,17 @@ where an uninterrupted one would. The weights lie in best/step_XXXXXXXX/ as `exp
 until a better step is found and no kept checkpoint refers to them.
 """
 
-import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from difflib import get_close_matches
 from math import isnan
 from pathlib import Path
-from typing import Any
 
-from switchworks.checkpoint import Checkpoints, copy_whole, on_rank_zero, write_json
+from switchworks.checkpoint import Checkpoints, copy_whole, on_rank_zero, steps_in, write_json
 from switchworks.config import CheckpointError, ConfigError
 from switchworks.training.experiment import BestConfig
-from switchworks.training.recorder import Recorder
+from switchworks.training.loggers import Recorder
 from switchworks.training.state import Best, TrainState
 from switchworks.training.step import StepResult
 
@@ -86,7 +84,6 @@ class KeepBest:
             self.export(state, run_dir)
             print(f"warning: {self._absent()}\n  model/ is that of the last step, {state.step}.")
             return
-        on_rank_zero(lambda: self._copy(best.step, run_dir))
         about = {
             "metric": self.config.metric,
             "mode": self.config.direction,
@@ -95,7 +92,13 @@ class KeepBest:
             "last_step": state.step,
             "ended_early": state.ended,
         }
-        on_rank_zero(lambda: write_json(run_dir / "best.json", about))
+
+        def write() -> None:
+            for part in sorted(self._path(best.step).iterdir()):
+                copy_whole(part, run_dir / part.name)
+            write_json(run_dir / "best.json", about)
+
+        on_rank_zero(write)
         print(
             f"model/ is that of step {best.step}, the best by {self.config.metric} "
             f"({best.value:.4g}); the last step was {state.step}"
@@ -103,21 +106,21 @@ class KeepBest:
 
     def _measured(self, state: TrainState) -> float | None:
         """The main rank's value, so that all ranks decide alike."""
-        value = self.recorder.at(state.step).get(self.config.metric)
-        if value is not None:
-            value = state.ranks.all_gather(value)[0]
-        if value is not None and type(value) not in (int, float):
+        values = self.recorder.at(state.step)
+        if self.config.metric not in values:
+            return None
+        value = state.ranks.all_gather(values[self.config.metric])[0]
+        if type(value) not in (int, float):
+            numbers = [name for name, other in values.items() if type(other) in (int, float)]
             raise ConfigError(
                 f"best.metric = {self.config.metric} is not one number: {str(value)[:60]}.\n"
-                f"  Numbers: {', '.join(_numbers(self.recorder.at(state.step)))}."
+                f"  Numbers: {', '.join(numbers)}."
             )
-        return None if value is None else float(value)
+        return float(value)
 
     def _is_better(self, value: float, best: Best | None) -> bool:
-        if isnan(value):
-            return False
-        if best is None:
-            return True
+        if isnan(value) or best is None:
+            return not isnan(value)
         gain = best.value - value if self.config.direction == "min" else value - best.value
         return gain > self.config.min_delta
 
@@ -138,22 +141,13 @@ class KeepBest:
     def _path(self, step: int) -> Path:
         return self.directory / f"step_{step:08d}"
 
-    def _copy(self, step: int, run_dir: Path) -> None:
-        for part in sorted(self._path(step).iterdir()):
-            copy_whole(part, run_dir / part.name)
-
     def _prune(self, current: int) -> None:
         """Delete the weights that are the best neither of `current` nor of any kept checkpoint."""
         self.checkpoints.wait()  # one that is being written is kept too
         on_rank_zero(lambda: self._delete_all_but(current))
 
     def _delete_all_but(self, current: int) -> None:
-        pattern = re.compile(r"step_(\d{8,})")
-        steps = {
-            int(match[1]): path
-            for path in self.directory.iterdir()
-            if (match := pattern.fullmatch(path.name))
-        }
+        steps = steps_in(self.directory)
         # The best that a checkpoint knows is the newest one not after it.
         needed = [
             max((step for step in steps if step <= checkpoint), default=current)
@@ -161,7 +155,3 @@ class KeepBest:
         ]
         for step in steps.keys() - {current, *needed}:
             shutil.rmtree(steps[step], ignore_errors=True)
-
-
-def _numbers(values: Mapping[str, Any]) -> list[str]:
-    return [name for name, value in values.items() if type(value) in (int, float)]

@@ -1,12 +1,52 @@
-"""Progress lines: the averages of the steps since the last line."""
+"""Hooks of every run: progress lines, checkpoints, and actions every so many steps."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
 
-from switchworks.training.recorder import Recorder
+from switchworks.checkpoint import Checkpoints
+from switchworks.training.loggers import Recorder
 from switchworks.training.state import TrainState
 from switchworks.training.step import StepResult
+
+
+class Every:
+    """Calls `action` every `steps` steps (0: never), and after the last step unless a signal ended
+    the run."""
+
+    def __init__(self, steps: int, action: Callable[[TrainState], None]) -> None:
+        self.steps = steps
+        self.action = action
+        self._done = -1
+
+    def after_step(self, state: TrainState, result: StepResult) -> None:
+        if self.steps and state.step % self.steps == 0:
+            self._act(state)
+
+    def finish(self, state: TrainState, *, interrupted: bool) -> None:
+        if self.steps and not interrupted and self._done != state.step:
+            self._act(state)
+
+    def _act(self, state: TrainState) -> None:
+        self._done = state.step
+        self.action(state)
+
+
+class SaveCheckpoints(Every):
+    """Saves all training state every `steps` steps (0: never), and always when the loop ends."""
+
+    def __init__(self, checkpoints: Checkpoints, steps: int) -> None:
+        super().__init__(steps, self._save)
+        self.checkpoints = checkpoints
+
+    def finish(self, state: TrainState, *, interrupted: bool) -> None:
+        """Save the last step and return when it is on the disk."""
+        if self._done != state.step:
+            self._act(state)
+        self.checkpoints.wait()
+
+    def _save(self, state: TrainState) -> None:
+        self.checkpoints.save(state.step, state.state_dict(), state.about())
 
 
 class Progress:
@@ -19,7 +59,6 @@ class Progress:
         self._mark = (state.tokens, state.seconds)
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
-        """Collect the result; report when it is time."""
         self._since.append(result)
         if self.every and state.step % self.every == 0:
             self._report(state)
@@ -52,25 +91,19 @@ def averages(results: Sequence[StepResult]) -> dict[str, Any]:
     softs = [result.soft for result in results if result.soft is not None]
     if softs:
         values["train/soft"] = fmean(softs)
-    names = results[0].layers
-    if not names:
+    layers = [layer for result in results for layer in result.layers.values()]
+    if not layers:
         return values
     for field in ("balance", "router_z", "dropped", "confidence"):
-        values[f"train/{field}"] = fmean(
-            getattr(layer, field) for result in results for layer in result.layers.values()
-        )
-    loads = {
-        name: [
-            fmean(e) for e in zip(*(result.layers[name].load for result in results), strict=True)
-        ]
-        for name in names
-    }
-    values["train/experts_in_use"] = fmean(
-        sum(share > 0 for share in load) for load in loads.values()
-    )
-    for name, load in loads.items():
+        values[f"train/{field}"] = fmean(getattr(layer, field) for layer in layers)
+    in_use: list[int] = []
+    for name in results[0].layers:
+        loads = zip(*(result.layers[name].load for result in results), strict=True)
+        load = [fmean(shares) for shares in loads]
+        in_use.append(sum(share > 0 for share in load))
         values[f"load/{name}"] = [round(share, 5) for share in load]
         values[f"dropped/{name}"] = fmean(result.layers[name].dropped for result in results)
+    values["train/experts_in_use"] = fmean(in_use)
     return values
 
 
@@ -86,11 +119,8 @@ def progress_line(state: TrainState, values: dict[str, Any]) -> str:
             f"dropped {values['train/dropped']:.1%}",
             f"experts in use {values['train/experts_in_use']:.1f}/{routing.experts}",
         ]
-    parts += [
-        f"{values['tokens_per_second'] / 1000:.1f}k tok/s",
-        f"{clock(values['seconds_left'])} left",
-    ]
-    return "  ".join(parts)
+    speed, left = values["tokens_per_second"] / 1000, clock(values["seconds_left"])
+    return "  ".join([*parts, f"{speed:.1f}k tok/s", f"{left} left"])
 
 
 def clock(seconds: float) -> str:

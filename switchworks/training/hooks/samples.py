@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from switchworks.batch import Batch
 from switchworks.data import Tokenizer, ValidationSet
 from switchworks.generate import continuation, fill, generate, parse_fills
-from switchworks.training.loggers.json_lines import append_line
+from switchworks.training.loggers import append_line
 from switchworks.training.state import TrainState
 
 ROWS = 4
@@ -25,35 +25,28 @@ class Samples:
     A decoder-only model gets the first half of each row's longest packed example.
     """
 
-    def __init__(
-        self, path: Path | None, batch: Batch, tokenizer: Tokenizer, num_printed: int = 1
-    ) -> None:
+    def __init__(self, path: Path | None, batch: Batch, tokenizer: Tokenizer) -> None:
         """Samples are appended to the JSON lines in `path`; None: on this rank they are not."""
         self.path = path
         self.batch = batch
         self.tokenizer = tokenizer
-        self.num_printed = num_printed
 
     def __call__(self, state: TrainState) -> None:
         """Generate, write all samples and print the first."""
         continues = state.model.config.decoder_only
         samples = self._continuations(state) if continues else self._fill_ins(state)
-        for row, sample in enumerate(samples):
-            if self.path is not None:
+        if self.path is not None:
+            for sample in samples:
                 append_line(self.path, {"step": state.step} | sample)
-            if row < self.num_printed:
-                print(f"step {state.step}  {_as_line(sample, continues)}", flush=True)
+        print(f"step {state.step}  {_as_line(samples[0], continues)}", flush=True)
 
     def _fill_ins(self, state: TrainState) -> list[dict[str, str]]:
         inputs, targets = first_pieces(self.batch)
         answers = self._generate(state, inputs, targets.shape[1])
+        columns = {"inputs": inputs.tolist(), "truth": targets.tolist(), "prediction": answers}
         return [
-            {
-                "inputs": self.tokenizer.decode(inputs[row].tolist()),
-                "truth": self.tokenizer.decode(targets[row].tolist()),
-                "prediction": self.tokenizer.decode(answer),
-            }
-            for row, answer in enumerate(answers)
+            {name: self.tokenizer.decode(ids) for name, ids in zip(columns, row, strict=True)}
+            for row in zip(*columns.values(), strict=True)
         ]
 
     def _continuations(self, state: TrainState) -> list[dict[str, str]]:

@@ -3,18 +3,10 @@
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
+from switchworks import evaluate
 from switchworks.data import TaskDataset, TextDataset, Tokenizer, places_of
-from switchworks.evaluate import (
-    DecodingConfig,
-    EvalSet,
-    TaskResult,
-    averages,
-    build_eval_set,
-    check_metrics,
-    measure,
-)
 from switchworks.training.experiment import Experiment
-from switchworks.training.recorder import Recorder
+from switchworks.training.loggers import Recorder
 from switchworks.training.state import TrainState
 
 
@@ -28,20 +20,20 @@ class EvaluateTasks:
     def __init__(
         self,
         recorder: Recorder,
-        sets: Sequence[EvalSet],
+        sets: Sequence[evaluate.EvalSet],
         tokenizer: Tokenizer,
-        decoding: DecodingConfig,
+        decoding: evaluate.DecodingConfig,
     ) -> None:
         self.recorder = recorder
         self.sets = sets
         self.tokenizer = tokenizer
         self.decoding = decoding
-        self.results: list[TaskResult] = []
+        self.results: list[evaluate.TaskResult] = []
 
     def __call__(self, state: TrainState) -> None:
         """Evaluate, write the metrics and print a line per task with its first answer."""
         self.results = [
-            measure(state.model, self.tokenizer, eval_set, self.decoding, state.ranks)
+            evaluate.measure(state.model, self.tokenizer, eval_set, self.decoding, state.ranks)
             for eval_set in self.sets
         ]
         self.recorder.write(state, task_metrics(self.results))
@@ -55,39 +47,38 @@ class EvaluateTasks:
             )
 
 
-def task_metrics(results: Sequence[TaskResult]) -> Mapping[str, float]:
+def task_metrics(results: Sequence[evaluate.TaskResult]) -> Mapping[str, float]:
     """The metrics of several tasks by their names in metrics.jsonl."""
     metrics: dict[str, float] = {}
     for result in results:
-        for name, value in (*result.figures.items(), ("score", result.score)):
-            metrics[f"task/{result.name}/{name}"] = value
+        figures = {**result.figures, "score": result.score}
+        metrics |= {f"task/{result.name}/{name}": value for name, value in figures.items()}
     scores = {result.name: result.score for result in results}
     metrics["task/mean"] = fmean(scores.values())
-    return metrics | {f"task/{name}": value for name, value in averages(scores).items()}
+    return metrics | {f"task/{name}": value for name, value in evaluate.averages(scores).items()}
 
 
-def tasks_to_evaluate(experiment: Experiment, dataset: TextDataset) -> list[EvalSet]:
-    """One `EvalSet` for each task of a run that has a validation split; none for plain text.
+def tasks_to_evaluate(experiment: Experiment, dataset: TextDataset) -> list[evaluate.EvalSet]:
+    """One `EvalSet` for each task of a run that has a validation split.
 
     Raises ConfigError for a metric that does not apply to a task, DataError for unusable data.
     """
-    if not isinstance(dataset, TaskDataset) or not experiment.evaluate_every:
-        return []
+    assert isinstance(dataset, TaskDataset)
     places = places_of(experiment.data)
     sets = [
-        build_eval_set(task, "validation", places, experiment.evaluate_examples)
+        evaluate.build_eval_set(task, "validation", places, experiment.evaluate_examples)
         for task in dataset.tasks
         if "validation" in task.source.splits
     ]
     for eval_set in sets:
-        check_metrics(eval_set.task, eval_set.examples)
+        evaluate.check_metrics(eval_set.task, eval_set.examples)
     return sets
 
 
-def decoding_of(experiment: Experiment) -> DecodingConfig:
+def decoding_of(experiment: Experiment) -> evaluate.DecodingConfig:
     """Row lengths as in training."""
     data = experiment.data
-    return DecodingConfig(input_length=data.input_length, max_length=data.target_length)
+    return evaluate.DecodingConfig(input_length=data.input_length, max_length=data.target_length)
 
 
 def _shortened(text: str, most: int = 60) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from switchworks.data import Mixture, ValidationSet
 from switchworks.evaluate import measure_perplexity, validation_losses
-from switchworks.training.recorder import Recorder
+from switchworks.training.loggers import Recorder
 from switchworks.training.state import TrainState
 
 
@@ -22,25 +22,14 @@ class Validate:
         """Write and print the losses, in nats per target token, and bits per byte."""
         loss, per_corpus = validation_losses(state.model, self.data, state.ranks)
         epochs = {} if self.mixture is None else self.mixture.epochs(state.step)
-        bits = {
-            bits_key(name): self.data.bits_per_byte(name, nats)
-            for name, nats in (per_corpus or {"": loss}).items()
-        }
-        self.recorder.write(
-            state,
-            {"val/loss": loss}
-            | {f"val/loss/{name}": nats for name, nats in per_corpus.items()}
-            | bits
-            | {f"epoch/{name}": times for name, times in epochs.items()},
-        )
+        values = {"val/loss": loss} | {f"val/loss/{name}": x for name, x in per_corpus.items()}
+        for name, nats in (per_corpus or {"": loss}).items():
+            values[f"val/bits_per_byte/{name}".rstrip("/")] = self.data.bits_per_byte(name, nats)
+        values |= {f"epoch/{name}": times for name, times in epochs.items()}
+        self.recorder.write(state, values)
         perplexity = measure_perplexity(loss)
         line = f"step {state.step}  validation loss {loss:.3f}  perplexity {perplexity:.1f}"
         print(line + losses_text(per_corpus) + epochs_text(epochs), flush=True)
-
-
-def bits_key(name: str) -> str:
-    """The metric with a corpus's bits per byte; `name` is empty where there is only one corpus."""
-    return f"val/bits_per_byte/{name}".rstrip("/")
 
 
 def losses_text(losses: Mapping[str, float], most: int = 6) -> str:

@@ -1,30 +1,27 @@
-"""Where a run starts: a checkpoint, weights of another model or the teacher, or initial weights."""
+"""The weights a run starts from (a checkpoint, another model, the teacher, initial values), and
+those it ends with, as files that `switchworks.load` opens."""
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
-from switchworks import checkpoint
-from switchworks.checkpoint import Checkpoints, require_match
+from switchworks import adapt, checkpoint, data, distil, parallel
+from switchworks.checkpoint import Checkpoints, on_rank_zero, require_match
 from switchworks.config import CheckpointError
 from switchworks.model import SwitchTransformer
 from switchworks.parallel import Ranks
 from switchworks.training.experiment import Experiment
 from switchworks.training.state import TrainState, build_state
 
-if TYPE_CHECKING:
-    from switchworks.data import TextDataset, Tokenizer
-    from switchworks.distil import LogitStore, Teacher
-
 
 def initial_state(
     experiment: Experiment,
     checkpoints: Checkpoints | None,
     init: Path | str | None,
-    teacher: "Teacher | LogitStore | None",
-    dataset: "TextDataset",
+    teacher: "distil.TeacherSource | None",
+    dataset: "data.TextDataset",
     ranks: Ranks,
 ) -> TrainState:
     """The state a run starts from. In order of precedence: the newest of `checkpoints`, the weights
@@ -40,10 +37,9 @@ def initial_state(
         assert model is not None
         assert teacher is not None
         initialise_student(model, teacher, experiment, dataset)
-    live = getattr(teacher, "model", None)
-    stored = None if teacher is None or live is not None else teacher
     empty = sharded and newest is not None
-    state = build_state(experiment, model, live, ranks, stored, empty=empty)  # type: ignore[arg-type]
+    source: Any = getattr(teacher, "model", teacher)  # a store of probabilities is no model
+    state = build_state(experiment, model, source, ranks, empty=empty)
     if checkpoints is not None and newest is not None:
         contents = state.state_dict()
         about = checkpoints.load(newest, contents)
@@ -53,7 +49,7 @@ def initial_state(
 
 
 def _full_model(
-    experiment: Experiment, init: Path | str | None, tokenizer: "Tokenizer"
+    experiment: Experiment, init: Path | str | None, tokenizer: "data.Tokenizer"
 ) -> SwitchTransformer:
     fresh = SwitchTransformer(experiment.model, seed=experiment.seed)
     if init is None:
@@ -70,7 +66,6 @@ def _full_model(
             f"{experiment.model.vocab_size}.\n"
             f"  Use the model's own tokenizer: --data.tokenizer {init}."
         )
-    _require_fit(init, fresh, model)
     fresh.load_state_dict(model.state_dict())
     return fresh
 
@@ -84,13 +79,31 @@ def require_shape(experiment: Experiment, init: Path | str) -> None:
     with torch.device("meta"):
         needed = SwitchTransformer(replace(experiment.model, vocab_size=stored.vocab_size))
         model = SwitchTransformer(stored)
-    _require_fit(init, needed, model)
-
-
-def _require_fit(init: Path | str, needed: SwitchTransformer, model: SwitchTransformer) -> None:
+    wanted, actual = (
+        {name: tuple(weight.shape) for name, weight in each.named_parameters()}
+        for each in (needed, model)
+    )
     require_match(
         f"The weights in {init} do not fit this experiment's model.",
-        wanted={name: tuple(p.shape) for name, p in needed.named_parameters()},
-        actual={name: tuple(p.shape) for name, p in model.named_parameters()},
+        wanted=wanted,
+        actual=actual,
         fix="Give the experiment the model settings in that folder's config.toml.",
     )
+
+
+def export(state: TrainState, directory: Path, tokenizer: "data.Tokenizer") -> None:
+    """Writes the float32 weights and the tokenizer to model/ of `directory`.
+
+    LoRA adapters are merged in, and also written to adapters/ by themselves; for that each rank
+    gathers the full model, as it did when the adapters were made.
+    """
+    weights, lora = state.updater.masters.float_state(), state.experiment.lora
+    if lora is not None and state.adapted is not None:
+        also = state.adapted.also
+        weights = {name: parallel.gather_full(weight) for name, weight in weights.items()}
+        on_rank_zero(lambda: adapt.save_adapters(directory / "adapters", weights, lora, also))
+        weights = adapt.merged(weights, lora)
+    with torch.device("meta"):
+        model = SwitchTransformer(state.experiment.model)
+    model.load_state_dict(weights, assign=True)
+    checkpoint.save(model, directory / "model", tokenizer=tokenizer)

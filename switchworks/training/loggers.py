@@ -1,0 +1,201 @@
+"""Where the metrics of a run go: the protocol of a logger, the table of those that `--log` names,
+and the two that write files in the run directory."""
+
+import importlib
+import json
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple, Protocol
+
+from switchworks.config import ConfigError
+from switchworks.training.experiment import Experiment
+from switchworks.training.state import TrainState
+
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+
+
+class RunInfo(NamedTuple):
+    """What a logger is told when a session of a run starts."""
+
+    directory: Path
+    experiment: Experiment
+    step: int
+    """Steps done before this session: 0 in a new run."""
+    info: Mapping[str, Any]
+    """Contents of about.json: parameters, machine, versions, command; and `id`, which a resumed run
+    keeps."""
+    logged: Mapping[int, frozenset[str]] = {}
+    """Step -> metrics that an earlier session logged after `step`. The resumed run logs them again:
+    a logger that cannot delete skips them (`new_numbers`)."""
+
+    def new_numbers(self, step: int, values: Mapping[str, Any]) -> dict[str, float]:
+        """Those of `values` that are single numbers and that no earlier session logged."""
+        known = self.logged.get(step, frozenset())
+        numbers = {name: x for name, x in values.items() if isinstance(x, int | float)}
+        return {name: float(x) for name, x in numbers.items() if name not in known}
+
+
+class Logger(Protocol):
+    """Receives the metrics of a run. Only the main rank has loggers."""
+
+    def start(self, run: RunInfo) -> None:
+        """Called once, before the first step of a session."""
+        ...
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """`values` were measured after `step` steps: numbers, and lists of numbers.
+
+        May be called several times per step; steps never decrease.
+        """
+        ...
+
+    def close(self) -> None:
+        """Called once, when the session ends, also by an error."""
+        ...
+
+
+_HERE = "switchworks.training"
+LOGGERS: dict[str, str] = {
+    "tensorboard": f"{_HERE}.loggers:TensorBoard",
+    "trackio": f"{_HERE}.dashboards:trackio",
+    "wandb": f"{_HERE}.dashboards:WandB",
+    "mlflow": f"{_HERE}.dashboards:MLflow",
+}
+"""Name in `--log` -> module:class, imported when named."""
+
+
+def make_loggers(names: Sequence[str]) -> list[Logger]:
+    """The loggers called `names`, not started. Raises ConfigError if one cannot be imported."""
+    return [_make(name) for name in names if name.lower() != "none"]
+
+
+def _make(name: str) -> Logger:
+    module, _, attribute = LOGGERS.get(name, name).partition(":")
+    if not attribute:
+        raise ConfigError(
+            f"log: there is no logger {name!r}. Loggers: {', '.join(LOGGERS)}.\n"
+            "  Your own: module:class with the methods start, log and close."
+        )
+    if (here := str(Path.cwd())) not in sys.path:  # as `python` does, and installed commands do not
+        sys.path.insert(0, here)
+    try:
+        return getattr(importlib.import_module(module), attribute)()
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"log: the logger {name!r} cannot be imported: {error}.") from error
+
+
+def require_package(name: str) -> ModuleType:
+    """The module `name`. Raises ConfigError with the command that installs it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(
+            f"--log {name} needs the package {name}, which cannot be imported: {error}.\n"
+            f"  Install it: pip install {name}"
+        ) from error
+
+
+class Recorder:
+    """Sends metrics to `loggers`, of which ranks other than the main one have none, and keeps those
+    of the current step for hooks."""
+
+    def __init__(self, loggers: Sequence[Logger] = ()) -> None:
+        self.loggers = loggers
+        self.names: set[str] = set()
+        """All metrics of this session."""
+        self._step = -1
+        self._values: dict[str, Any] = {}
+
+    def write(self, state: TrainState, values: Mapping[str, Any]) -> None:
+        """Log `values` for the current step, with the tokens and seconds so far."""
+        self.names |= values.keys()
+        self._values = self.at(state.step) | dict(values)
+        self._step = state.step
+        counters = {"tokens": state.tokens, "seconds": round(state.seconds, 3)}
+        for logger in self.loggers:
+            logger.log(state.step, counters | dict(values))
+
+    def at(self, step: int) -> dict[str, Any]:
+        """All metrics of `step`, if it is the last step of which any were written."""
+        return dict(self._values) if self._step == step else {}
+
+    def close(self) -> None:
+        """Close every logger."""
+        for logger in self.loggers:
+            logger.close()
+
+
+class TensorBoard:
+    """Writes every number as a scalar to the event files in tensorboard/."""
+
+    def start(self, run: RunInfo) -> None:
+        """TensorBoard hides what an earlier session logged after the step it is resumed from."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        logging.getLogger("tensorboard").setLevel(logging.ERROR)
+        self.writer = SummaryWriter(str(run.directory / "tensorboard"), purge_step=run.step + 1)
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class JsonLines:
+    """Appends to metrics.jsonl, from which the report is made. A line is complete once written."""
+
+    def start(self, run: RunInfo) -> None:
+        """Lines after the step that the run is resumed from go, since it writes them again."""
+        self.path = run.directory / METRICS
+        for name in (METRICS, SAMPLES):
+            _drop_after(run.directory / name, run.step)
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        append_line(self.path, {"step": step, **values})
+
+    def close(self) -> None:
+        """Nothing is buffered."""
+
+
+def append_line(path: Path, values: Mapping[str, Any]) -> None:
+    """Add `values` as one line of JSON."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(values, ensure_ascii=False) + "\n")
+
+
+def metrics_after(path: Path, step: int) -> dict[int, frozenset[str]]:
+    """Step -> names of the metrics that the metrics.jsonl in `path` has after `step`."""
+    names: dict[int, frozenset[str]] = {}
+    for _, values in _lines(path / METRICS):
+        if values["step"] > step:
+            names[values["step"]] = names.get(values["step"], frozenset()) | values.keys()
+    return names
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Each line and its values. An incomplete last line is left out."""
+    if not path.exists():
+        return
+    # Not splitlines: text may contain other line separators than the one that ends a line here.
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            values = json.loads(line)
+            int(values["step"])
+        except (ValueError, KeyError, TypeError):
+            continue
+        yield line, values
+
+
+def _drop_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    aside = path.with_suffix(".tmp")
+    kept = [line for line, values in _lines(path) if values["step"] <= step]
+    aside.write_bytes(b"".join(line + b"\n" for line in kept))
+    aside.replace(path)
