@@ -80,7 +80,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def differences(left: Any, right: Any) -> dict[str, tuple[Any, Any]]:
     """Every setting in which two configs differ: dotted name -> (left value, right value)."""
-    a, b = _flatten(to_dict(left)), _flatten(to_dict(right))
+    a, b = flatten(to_dict(left)), flatten(to_dict(right))
     absent = "(absent)"
     return {
         name: (a.get(name, absent), b.get(name, absent))
@@ -113,11 +113,12 @@ def check_rate(config: Any, section: str, *names: str) -> None:
             raise ConfigError(f"{section}{name} = {value} must lie in [0, 1).")
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted name -> value, in their order."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
-            flat |= _flatten(typing.cast("Mapping[str, Any]", value), f"{prefix}{name}.")
+            flat |= flatten(typing.cast("Mapping[str, Any]", value), f"{prefix}{name}.")
         else:
             flat[prefix + name] = value
     return flat

@@ -229,21 +229,15 @@ def _drift(report: Mapping[str, Any]) -> str:
 
 
 def _numbers(layers: Layers, several: bool) -> str:
+    categories = ["type", "label"] if several else ["type"]
     head = ["layer", "tokens", "evenness", "router's entropy", "confidence", "dead", "idle"]
-    head += ["type tells", *(["label tells"] if several else [])]
-    rows = [
-        [
-            escape(name),
-            f"{layer['tokens']:,}",
-            percent(_evenness(layer)),
-            f"{layer['token_entropy']:.3f} of {layer['even_entropy']:.3f}",
-            percent(layer["confidence"]),
-            str(len(layer["dead"])),
-            str(len(layer["idle"])),
-            f"{layer['information']['type']:.3f}",
-            *([f"{layer['information']['label']:.3f}"] if several else []),
-        ]
-        for name, layer in layers.items()
-    ]
+    head += [f"{category} tells" for category in categories]
+    rows = []
+    for name, layer in layers.items():
+        row = [escape(name), f"{layer['tokens']:,}", percent(_evenness(layer))]
+        row.append(f"{layer['token_entropy']:.3f} of {layer['even_entropy']:.3f}")
+        row += [percent(layer["confidence"]), str(len(layer["dead"])), str(len(layer["idle"]))]
+        row += [f"{layer['information'][category]:.3f}" for category in categories]
+        rows.append(row)
     note = "Entropies, and what type and label tell about the expert, are in nats."
     return html.section("In numbers", note, html.card(html.table(head, rows)))

@@ -6,7 +6,7 @@ line wins; a line that cannot be read is skipped and counted, and the page says 
 
 import json
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from switchworks.config import DataError
+from switchworks.config import DataError, flatten
 
 
 class Sample(NamedTuple):
@@ -123,15 +123,6 @@ def read_run(path: Path) -> Run:
         samples=_samples(path / "samples.jsonl", notes),
         notes=tuple(notes),
     )
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as dotted name -> value, in the order of the file."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        inner = isinstance(value, Mapping)
-        flat |= flatten(value, f"{prefix}{name}.") if inner else {prefix + name: value}
-    return flat
 
 
 class Reached(NamedTuple):
