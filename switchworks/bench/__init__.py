@@ -1,7 +1,7 @@
 """Our speed against transformers, our own dense twin and the machine's limit, paired in one run.
 
-Read config (what is compared), train, decode, layer and memory (comparisons and workloads), timing
-and measure (from comparisons to rows), run (all of it).
+Read config (what is compared), comparisons (all rows), workloads and peers (both sides), measure
+(from comparisons to rows), run (all of it).
 """
 
 import lazy_loader

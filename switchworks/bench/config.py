@@ -42,11 +42,11 @@ class Shape:
 
     def model(self, experts: int, dropout: float = 0.0) -> ModelConfig:
         """The model with so many experts in every other FFN; 0: its dense twin."""
-        many = experts >= 128 and self.many_d_ff is not None
+        many_d_ff = self.many_d_ff if experts >= 128 else None
         return ModelConfig(
             vocab_size=self.vocab_size,
             d_model=self.d_model,
-            d_ff=self.many_d_ff if many and self.many_d_ff else self.d_ff,
+            d_ff=many_d_ff or self.d_ff,
             d_kv=self.d_kv,
             num_heads=self.num_heads,
             num_layers=self.layers,
@@ -57,15 +57,9 @@ class Shape:
 
     def _routing(self, experts: int) -> RoutingConfig:
         """Groups of as few rows as make every expert reachable."""
-        shortest = min(self.input_length, self.target_length)
-        rows = next(
-            (
-                n
-                for n in range(1, self.batch_size + 1)
-                if self.batch_size % n == 0 and n * shortest >= experts
-            ),
-            self.batch_size,
-        )
+        shortest, rows = min(self.input_length, self.target_length), 1
+        while rows < self.batch_size and (self.batch_size % rows or rows * shortest < experts):
+            rows += 1
         return RoutingConfig(experts=experts, group_sequences=rows)
 
 
@@ -94,6 +88,11 @@ class Workload:
     """ours, decode: with 8-bit weights and that product of `quantise/matmul.py`."""
 
     @property
+    def label(self) -> str:
+        """The name of the model in rows."""
+        return f"E={self.experts}" if self.experts else "dense"
+
+    @property
     def tokens(self) -> int:
         """Tokens that one call processes: read in training, written in decoding."""
         if self.kind == "decode":
@@ -105,7 +104,7 @@ class Workload:
         return replace(self, **changes)  # type: ignore[arg-type]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Comparison:
     """A row before it is measured: `ours` against `peer`."""
 
@@ -115,11 +114,6 @@ class Comparison:
     ours: Workload
     peer: Workload | None
     """None: ours is measured alone."""
-
-
-def label(experts: int) -> str:
-    """The name of a model in rows."""
-    return f"E={experts}" if experts else "dense"
 
 
 @dataclass(frozen=True, kw_only=True)

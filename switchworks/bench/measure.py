@@ -1,20 +1,20 @@
 """From comparisons to rows: builds both sides, times them in turns, and takes medians."""
 
 import statistics
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from switchworks.bench.config import BenchConfig, Comparison, Precision, Workload, label
-from switchworks.bench.decode import build_decoding
-from switchworks.bench.layer import build_layer
+from switchworks.bench.config import BenchConfig, Comparison, Precision, Workload
 from switchworks.bench.memory import available_bytes, peaks
-from switchworks.bench.peers import build_peer
-from switchworks.bench.timing import Times, Work, alternate, seconds, spread, take_turns
-from switchworks.bench.train import build_step
-from switchworks.bench.weights import bytes_needed, new_model, random_batch
+from switchworks.bench.peers import Work
+from switchworks.bench.workloads import build, bytes_needed
 from switchworks.device import compute_device
 from switchworks.model import training_flops_per_token
 from switchworks.training import give_back_memory
@@ -26,7 +26,7 @@ class Row:
 
     name: str
     unit: str
-    ours: float | None
+    ours: float | None = None
     peer: float | None = None
     ratio: float | None = None
     """Ours over the peer's, in every unit."""
@@ -43,49 +43,118 @@ class Row:
         return self.unit in ("ms", "s", "MB")
 
 
-def build(workload: Workload) -> Work:
-    """`workload` ready to be called: a training step, a decoding or a layer's pass."""
-    if workload.system != "ours":
-        return build_peer(workload, new_model(workload), random_batch(workload.shape))
-    builders = {"train": build_step, "decode": build_decoding, "layer": build_layer}
-    return builders[workload.kind](workload)
-
-
 def measure(row: Comparison, bench: BenchConfig) -> Row:
     """`row` measured; a row with a note and no figures where a side does not fit in memory."""
     give_back_memory()
-    largest = max(bytes_needed(side) for side in (row.ours, row.peer) if side is not None)
-    free = available_bytes()
-    if free is not None and largest > 0.85 * free:
-        note = f"left out: needs about {largest / 1e9:.0f} GB of {free / 1e9:.0f} GB free"
-        return Row(name=row.name, unit=row.unit, ours=None, note=note)
+    sides = [side for side in (row.ours, row.peer) if side is not None]
+    needed, free = [bytes_needed(side) for side in sides], available_bytes()
+    if free is not None and max(needed) > 0.85 * free:
+        note = f"needs about {max(needed) / 1e9:.0f} GB of {free / 1e9:.0f} GB free"
+        return Row(name=row.name, unit=row.unit, note=f"left out: {note}")
     if row.unit == "MB":
-        return _memory(row)
-    return _alone(row, bench.rounds) if row.peer is None else _paired(row, row.peer, bench.rounds)
+        return _memory(row, sides)
+    builders = [partial(build, side) for side in sides]
+    if len(sides) == 1 or free is None or sum(needed) < 0.7 * free:
+        note, seconds = "", take_turns([build() for build in builders], bench.rounds)
+    else:
+        note, seconds = "built in turns, for want of memory", alternate(builders, bench.rounds)
+    names = ("ours", "peer")[: len(sides)]
+    details: dict[str, Any] = dict(zip(names, map(asdict, sides), strict=True))
+    details["seconds"] = dict(zip(names, seconds, strict=True))
+    values = [_values(row.unit, *each) for each in zip(sides, seconds, strict=True)]
+    return _row(row, values, note, details)
+
+
+def _values(unit: str, side: Workload, seconds: Sequence[float]) -> list[float]:
+    return [side.tokens / each if unit == "tokens/s" else 1000 * each for each in seconds]
+
+
+def _row(row: Comparison, values: list[list[float]], note: str, details: dict[str, Any]) -> Row:
+    """The medians of each side's `values`, one a round, and of their ratios."""
+    ours, *peer = values
+    ratios = [a / b for a, b in zip(ours, *peer, strict=True)] if peer else []
+    return Row(
+        name=row.name,
+        unit=row.unit,
+        ours=statistics.median(ours),
+        peer=statistics.median(peer[0]) if peer else None,
+        ratio=statistics.median(ratios) if peer else None,
+        spread=spread(ratios or ours) if len(ours) > 1 else None,
+        note=note,
+        details=details,
+    )
+
+
+def _memory(row: Comparison, sides: Sequence[Workload]) -> Row:
+    try:
+        phases = [peaks(side, torch.get_num_threads()) for side in sides]
+    except RuntimeError as error:  # costs this row, not the whole run
+        note = f"left out: {str(error).splitlines()[0]}"
+        return Row(name=row.name, unit=row.unit, note=note)
+    named = dict(zip(("ours", "peer"), [phase._asdict() for phase in phases], strict=False))
+    details = {"phases": {"peer": None} | named, "side": asdict(row.ours)}
+    return _row(row, [[max(phase)] for phase in phases], "", details)
+
+
+def seconds(work: Work) -> float:
+    """Seconds of one call."""
+    started = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def take_turns(works: Sequence[Work], rounds: int) -> list[list[float]]:
+    """Seconds of each: once to warm up, then A B A B ... `rounds` times each.
+
+    So a machine that slows down slows all.
+    """
+    for work in works:
+        work()
+    turns = [[seconds(work) for work in works] for _ in range(rounds)]
+    return [list(taken) for taken in zip(*turns, strict=True)]
+
+
+def alternate(builders: Sequence[Callable[[], Work]], rounds: int) -> list[list[float]]:
+    """As `take_turns`, for sides that do not fit in memory together.
+
+    Each turn builds a side, calls it once to warm up and twice timed, and frees it.
+    """
+    times: list[list[float]] = [[] for _ in builders]
+    for _ in range(-(-rounds // 2)):
+        for builder, taken in zip(builders, times, strict=True):
+            work = builder()
+            work()
+            taken += [seconds(work), seconds(work)]
+            del work
+            give_back_memory()
+    return times
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """The quartiles of `values`; of fewer than four, the least and the largest."""
+    shares = [0.0, 1.0] if len(values) < 4 else [0.25, 0.75]
+    low, high = np.quantile(values, shares).tolist()
+    return low, high
 
 
 def share_of_limit(row: Comparison, measured: Row, limit: float) -> Row | None:
     """The share of `limit` (FLOP/s) that a plain training step reaches; None for other rows."""
-    side = row.ours
+    side, shape = row.ours, row.ours.shape
     plain = side.kind == "train" and row.unit == "tokens/s" and side.optimizer == "adamw"
     if not plain or side.dropout or measured.ours is None or "compiled" in row.name:
         return None
-    shape = side.shape
-    flops = training_flops_per_token(
-        shape.model(side.experts), shape.input_length, shape.target_length
-    )
-
-    def share(rate: float) -> float:
-        return 100 * rate * flops / limit
-
+    lengths = shape.input_length, shape.target_length
+    each = 100 * training_flops_per_token(shape.model(side.experts), *lengths) / limit
     quartiles, peer = measured.spread, measured.peer
     if quartiles is not None and peer is None:  # without a peer the spread is of rates
-        quartiles = share(quartiles[0]), share(quartiles[1])
+        quartiles = each * quartiles[0], each * quartiles[1]
     return Row(
-        name=f"share of the limit, train {label(side.experts)}",
+        name=f"share of the limit, train {side.label}",
         unit="%",
-        ours=share(measured.ours),
-        peer=None if peer is None else share(peer),
+        ours=each * measured.ours,
+        peer=None if peer is None else each * peer,
         ratio=measured.ratio,
         spread=quartiles,
     )
@@ -100,66 +169,3 @@ def matrix_limit(size: int, precision: Precision, rounds: int = 5) -> float:
     a, b = (torch.randn(size, size).to(compute_device(), dtype) for _ in range(2))
     F.linear(a, b)
     return 2 * size**3 / min(seconds(lambda: F.linear(a, b)) for _ in range(rounds))
-
-
-def _paired(row: Comparison, peer: Workload, rounds: int) -> Row:
-    both, free = bytes_needed(row.ours) + bytes_needed(peer), available_bytes()
-    together = free is None or both < 0.7 * free
-    if together:
-        times = take_turns(build(row.ours), build(peer), rounds)
-    else:
-        times = alternate(lambda: build(row.ours), lambda: build(peer), rounds)
-    return _row(row, peer, times, "" if together else "built in turns, for want of memory")
-
-
-def _row(row: Comparison, peer: Workload, times: Times, note: str) -> Row:
-    ours, theirs = times.medians
-    ratios = times.ratios()
-    if row.unit == "tokens/s":
-        rates, ratios = (row.ours.tokens / ours, peer.tokens / theirs), [1 / r for r in ratios]
-    else:
-        rates = (1000 * ours, 1000 * theirs)
-    return Row(
-        name=row.name,
-        unit=row.unit,
-        ours=rates[0],
-        peer=rates[1],
-        ratio=statistics.median(ratios),
-        spread=spread(ratios),
-        note=note,
-        details={"seconds": times._asdict(), "ours": asdict(row.ours), "peer": asdict(peer)},
-    )
-
-
-def _alone(row: Comparison, rounds: int) -> Row:
-    work = build(row.ours)
-    work()
-    taken = [seconds(work) for _ in range(rounds)]
-    per_token = row.unit == "tokens/s"
-    values = [row.ours.tokens / each if per_token else 1000 * each for each in taken]
-    return Row(
-        name=row.name,
-        unit=row.unit,
-        ours=statistics.median(values),
-        spread=spread(values),
-        details={"seconds": {"ours": taken}, "ours": asdict(row.ours)},
-    )
-
-
-def _memory(row: Comparison) -> Row:
-    threads = torch.get_num_threads()
-    try:
-        ours = peaks(row.ours, threads)
-        peer = None if row.peer is None else peaks(row.peer, threads)
-    except RuntimeError as error:  # costs this row, not the whole run
-        note = f"left out: {str(error).splitlines()[0]}"
-        return Row(name=row.name, unit=row.unit, ours=None, note=note)
-    phases = {"ours": ours._asdict(), "peer": None if peer is None else peer._asdict()}
-    return Row(
-        name=row.name,
-        unit="MB",
-        ours=max(ours),
-        peer=None if peer is None else max(peer),
-        ratio=None if peer is None else max(ours) / max(peer),
-        details={"phases": phases, "side": asdict(row.ours)},
-    )

@@ -5,11 +5,10 @@ import json
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from switchworks.bench.config import BenchConfig, Comparison, Workload, label
+from switchworks.bench.config import Workload
 from switchworks.config import from_dict, to_dict
 
 STEPS = 3
@@ -22,18 +21,6 @@ class Peaks(NamedTuple):
     """Until the model is there."""
     working: float
     """In the steps that follow."""
-
-
-def peak_memory(bench: BenchConfig, base: Workload) -> Iterator[Comparison]:
-    """The widest model with each optimizer, also where it updates in the backward pass."""
-    experts = max(bench.narrow(), default=0)
-    for optimizer in ("adamw", "adafactor"):
-        plain = base.but(experts=experts, optimizer=optimizer)
-        for early in (False, True):
-            name = f"peak memory {label(experts)}, {optimizer}"
-            name += ", updated in backward" * early
-            ours, peer = plain.but(update_in_backward=early), plain.but(system="peer")
-            yield Comparison(name=name, unit="MB", ours=ours, peer=peer)
 
 
 def peaks(workload: Workload, threads: int) -> Peaks:
@@ -57,14 +44,15 @@ def available_bytes() -> int | None:
 def _main() -> None:
     import torch
 
-    from switchworks.bench.measure import build
+    from switchworks.bench.workloads import build
     from switchworks.training import keep_freed_memory
 
     keep_freed_memory()
     torch.set_num_threads(int(sys.argv[2]))
     work = build(from_dict(Workload, json.loads(sys.argv[1])))
     built = _peak()
-    _forget_peak()
+    with contextlib.suppress(OSError):  # the peak is reset on Linux and where that is allowed
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     for _ in range(STEPS):
         work()
     print(json.dumps([built / 1e6, _peak() / 1e6]))
@@ -77,12 +65,6 @@ def _peak() -> int:
         return peak
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _forget_peak() -> None:
-    """Reset the peak, on Linux and where that is allowed."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def _kilobytes(file: Path, key: str) -> int | None:

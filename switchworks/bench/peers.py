@@ -3,18 +3,20 @@
 Used when the extra `hf` is installed. docs/speed.md says how the sides differ.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from switchworks.batch import Batch
-from switchworks.bench.config import BenchConfig, Comparison, Workload
-from switchworks.bench.timing import Work
+from switchworks.bench.config import Workload
 from switchworks.checkpoint import to_hf_config, to_hf_state
 from switchworks.device import compute_device
 from switchworks.model import SwitchTransformer
+
+Work = Callable[[], object]
+"""A function to time; it returns when its result is computed, on a GPU when it is enqueued."""
 
 LR = 1e-4
 _TIED = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"}
@@ -23,14 +25,6 @@ _TIED = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.
 def available() -> bool:
     """Whether transformers is installed."""
     return find_spec("transformers") is not None
-
-
-def against_peers(bench: BenchConfig, name: str, ours: Workload) -> Iterator[Comparison]:
-    """`ours` against transformers, and with `bench.compile_peers` against it compiled, too."""
-    yield Comparison(name=name, unit="tokens/s", ours=ours, peer=ours.but(system="peer"))
-    if bench.compile_peers:
-        peer = ours.but(system="compiled peer")
-        yield Comparison(name=f"{name}, compiled peer", unit="tokens/s", ours=ours, peer=peer)
 
 
 def peer_model(model: SwitchTransformer, *, expert_capacity: int | None = None) -> Any:
@@ -92,13 +86,8 @@ def _optimizer(workload: Workload, peer: Any) -> torch.optim.Optimizer:
         return torch.optim.AdamW(peer.parameters(), lr=LR, fused=True, weight_decay=0.0)
     from transformers.optimization import Adafactor
 
-    return Adafactor(
-        peer.parameters(),
-        lr=LR,
-        scale_parameter=True,
-        relative_step=False,
-        warmup_init=False,
-    )
+    fixed = {"scale_parameter": True, "relative_step": False, "warmup_init": False}
+    return Adafactor(peer.parameters(), lr=LR, **fixed)
 
 
 def _decoding(workload: Workload, peer: Any, batch: Batch) -> Work:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
@@ -18,8 +19,7 @@ from switchworks.bench.comparisons import comparisons
 from switchworks.bench.config import BenchConfig, Precision
 from switchworks.bench.measure import Row, matrix_limit, measure, share_of_limit
 from switchworks.bench.peers import available
-from switchworks.bench.picture import draw_bars, draw_sweep
-from switchworks.bench.sweep import sweep
+from switchworks.bench.sweep import BLUE, GREY, draw_sweep, save_picture, sweep
 from switchworks.training import machine
 
 
@@ -42,7 +42,7 @@ def bench(
     precision: Precision = (
         machine.fastest_precision() if config.precision == "auto" else config.precision
     )
-    rows = [Row(name="conditions", unit="", ours=None, details=_conditions(config, precision))]
+    rows = [Row(name="conditions", unit="", details=_conditions(config, precision))]
     print(f"{machine.describe()}, {torch.get_num_threads()} threads, {precision}", flush=True)
     for row in _rows(config, precision, sweep_experts):
         rows.append(row)
@@ -51,9 +51,8 @@ def bench(
     Console().print(table(rows[1:]))
     if picture is not None:
         (draw_sweep if sweep_experts else draw_bars)(rows[1:], picture)
-    for file in (json_file, picture):
-        if file is not None:
-            print(f"wrote {file.resolve()}")
+    for file in filter(None, (json_file, picture)):
+        print(f"wrote {file.resolve()}")
     return rows
 
 
@@ -66,8 +65,9 @@ def write_json(rows: list[Row], file: Path) -> None:
 def table(rows: list[Row]) -> Table:
     """The rows for a terminal."""
     drawn = Table(caption="ratio: ours over the peer's; spread: its quartiles over the rounds")
-    for heading in ("", "ours", "peer", "ratio", "spread"):
-        drawn.add_column(heading, justify="left" if not heading else "right", overflow="fold")
+    drawn.add_column("", overflow="fold")
+    for heading in ("ours", "peer", "ratio", "spread"):
+        drawn.add_column(heading, justify="right", overflow="fold")
     for row in rows:
         drawn.add_row(*cells(row))
     return drawn
@@ -76,10 +76,35 @@ def table(rows: list[Row]) -> Table:
 def cells(row: Row) -> tuple[str, ...]:
     """A line of the table: name with its note, ours, peer, ratio, spread."""
     name = f"{row.name} ({row.note})" if row.note else row.name
-    values = [("" if v is None else f"{_figure(v)} {row.unit}") for v in (row.ours, row.peer)]
+    values = ["" if v is None else f"{_figure(v)} {row.unit}" for v in (row.ours, row.peer)]
     ratio = "" if row.ratio is None else _figure(row.ratio)
     quartiles = "" if row.spread is None else "-".join(map(_figure, row.spread))
     return name, *values, ratio, quartiles
+
+
+def draw_bars(rows: list[Row], file: Path) -> None:
+    """Write `file`: a bar with its spread per row that has a ratio.
+
+    Rows in which more is better are above, the others below.
+    """
+    rows = [row for row in reversed(rows) if row.ratio is not None]
+    halves = {
+        "more": [row for row in rows if not row.less_is_better],
+        "less": [row for row in rows if row.less_is_better],
+    }
+    heights = [max(1, len(half)) for half in halves.values()]
+    figure = Figure(figsize=(9, 1.6 + 0.3 * sum(heights)), layout="constrained")
+    axes = figure.subplots(2, 1, height_ratios=heights)
+    for ax, (better, half) in zip(axes, halves.items(), strict=True):
+        bars = ax.barh(range(len(half)), [row.ratio for row in half], color=BLUE)
+        ax.bar_label(bars, fmt=" %.2f", fontsize=8)
+        for place, row in enumerate(half):
+            ax.hlines(place, *(row.spread or (row.ratio, row.ratio)), color="black", linewidth=1)
+        ax.set_yticks(range(len(half)), [row.name for row in half], fontsize=8)
+        ax.set_title(f"ours over the peer's: {better} is better", loc="left", fontsize=10)
+        ax.axvline(1, color=GREY, linewidth=1)
+        ax.margins(x=0.08)
+    save_picture(figure, file)
 
 
 def _rows(config: BenchConfig, precision: Precision, sweep_experts: bool) -> Iterator[Row]:
@@ -89,18 +114,14 @@ def _rows(config: BenchConfig, precision: Precision, sweep_experts: bool) -> Ite
     peers = available()
     if not peers:
         print("transformers is not installed: rows against it have our side only")
-    limit = matrix_limit(config.limit_size, precision)
-    done = []
+    limit, done = matrix_limit(config.limit_size, precision), []
     for comparison in comparisons(config, precision, peers=peers):
-        row = _print(measure(comparison, config))
-        done.append((comparison, row))
-        yield row
+        done.append((comparison, _print(measure(comparison, config))))
+        yield done[-1][1]
     limit = max(limit, matrix_limit(config.limit_size, precision))
     yield _print(Row(name=f"matrix limit, {precision}", unit="TFLOP/s", ours=limit / 1e12))
-    for comparison, row in done:
-        share = share_of_limit(comparison, row, limit)
-        if share is not None:
-            yield _print(share)
+    shares = [share_of_limit(comparison, row, limit) for comparison, row in done]
+    yield from map(_print, filter(None, shares))
 
 
 def _print(row: Row) -> Row:

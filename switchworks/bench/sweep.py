@@ -5,17 +5,20 @@ Letters: E experts.
 
 import statistics
 from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
 
+import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from switchworks.bench.config import BenchConfig, Precision, Shape, Workload
-from switchworks.bench.measure import Row, build
+from switchworks.bench.measure import Row, alternate, seconds, spread
 from switchworks.bench.memory import available_bytes
-from switchworks.bench.timing import seconds, spread
-from switchworks.bench.weights import bytes_needed
+from switchworks.bench.workloads import build, bytes_needed
 from switchworks.model import num_parameters
-from switchworks.training import give_back_memory
 
+BLUE, GREY = "#0072b2", "#8a8f96"
 EXPERTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SWEEP = Shape(d_model=256, d_ff=512, num_heads=4, layers=2, vocab_size=4096, many_d_ff=None)
 """256 experts of this size and their AdamW state fit in 4 GB."""
@@ -25,25 +28,20 @@ def sweep(bench: BenchConfig, precision: Precision) -> list[Row]:
     """One row per E: "ours" is the measured time, "peer" the time that memory traffic predicts.
 
     That is the time at E = 1 plus the bytes that more experts add over the bandwidth of a copy in
-    this run. In each round every E that fits in memory takes a step, so that a slow spell of the
-    machine affects all.
+    this run. Every E that fits in memory takes its turn, so that a slow spell of the machine
+    affects all.
     """
-    shape = SWEEP if bench.shape == Shape() else replace(bench.shape, many_d_ff=None)
+    shape, free = SWEEP, available_bytes()
+    if bench.shape != Shape():
+        shape = replace(bench.shape, many_d_ff=None)
     sides = [Workload(shape=shape, precision=precision, experts=experts) for experts in EXPERTS]
-    sides = _fitting(sides)
-    taken: dict[int, list[float]] = {side.experts: [] for side in sides}
-    for _ in range(bench.rounds):
-        for side in sides:
-            work = build(side)
-            work()
-            taken[side.experts].append(seconds(work))
-            del work
-            give_back_memory()
+    sides = [side for side in sides if free is None or bytes_needed(side) < 0.7 * free]
+    times = alternate([partial(build, side) for side in sides], bench.rounds)
     bandwidth = copy_bandwidth()
-    first, least = statistics.median(taken[sides[0].experts]), traffic(sides[0])
+    first, least = statistics.median(times[0]), traffic(sides[0])
     return [
-        _row(side, taken[side.experts], first + (traffic(side) - least) / bandwidth, bandwidth)
-        for side in sides
+        _row(side, taken, first + (traffic(side) - least) / bandwidth, bandwidth)
+        for side, taken in zip(sides, times, strict=True)
     ]
 
 
@@ -67,15 +65,10 @@ def copy_bandwidth(megabytes: int = 256) -> float:
     return 2 * source.nbytes / min(seconds(lambda: target.copy_(source)) for _ in range(5))
 
 
-def _fitting(sides: list[Workload]) -> list[Workload]:
-    free = available_bytes()
-    return [side for side in sides if free is None or bytes_needed(side) < 0.7 * free]
-
-
 def _row(side: Workload, taken: list[float], line: float, bandwidth: float) -> Row:
     middle = statistics.median(taken)
     return Row(
-        name=f"step time E={side.experts}",
+        name=f"step time {side.label}",
         unit="ms",
         ours=1000 * middle,
         peer=1000 * line,
@@ -84,3 +77,29 @@ def _row(side: Workload, taken: list[float], line: float, bandwidth: float) -> R
         note=f"line at {bandwidth / 1e9:.1f} GB/s",
         details={"side": asdict(side), "seconds": taken, "traffic_bytes": traffic(side)},
     )
+
+
+def draw_sweep(rows: list[Row], file: Path) -> None:
+    """Write `file`: measured step time against E, with its quartiles, and the line of traffic."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    ax = figure.subplots()
+    experts = [(row.details or {})["side"]["experts"] for row in rows]
+    lines = np.array([row.peer for row in rows])
+    low, high = lines * np.array([row.spread or (1.0, 1.0) for row in rows]).T
+    ax.plot(experts, lines, "--", color=GREY, label="memory traffic")
+    ax.vlines(experts, low, high, color=BLUE, alpha=0.5)
+    ax.plot(experts, [row.ours or 0.0 for row in rows], "o-", color=BLUE, label="measured")
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(experts, [str(number) for number in experts])
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel("experts, at the same number of tokens")
+    ax.set_ylabel("ms per training step")
+    ax.grid(alpha=0.3)
+    ax.legend(frameon=False)
+    save_picture(figure, file)
+
+
+def save_picture(figure: Figure, file: Path) -> None:
+    """Write `figure` to `file`, making its folder."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=150)

@@ -5,11 +5,11 @@ from .machines import MACHINES as MACHINES
 from .machines import estimate as estimate
 from .machines import find_machine as find_machine
 from .picture import draw_mesh as draw_mesh
-from .search import GIB as GIB
+from .search import find_meshes as find_meshes
+from .search import make_plan as make_plan
 from .search import propose as propose
 from .simulate import simulate_with_depth as simulate_with_depth
-from .summary import find_meshes as find_meshes
-from .summary import make_plan as make_plan
+from .summary import GIB as GIB
+from .summary import layout_table as layout_table
 from .summary import search_figures as search_figures
 from .summary import search_text as search_text
-from .weights import layout_table as layout_table

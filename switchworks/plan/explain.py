@@ -1,8 +1,9 @@
 """What an experiment costs by closed formulas: parameters, FLOPs, memory, expert capacity."""
 
+from dataclasses import asdict
 from typing import Any
 
-from switchworks.adapt import Shares, shares
+from switchworks.adapt import shares
 from switchworks.model import active_parameters, flops_per_sequence, flops_per_token, num_parameters
 from switchworks.plan.weights import parameters_per_rank
 from switchworks.training import Experiment
@@ -33,26 +34,22 @@ def explain_experiment(experiment: Experiment) -> dict[str, Any]:
         "training_flops_per_step": 3 * per_token * tokens,
         "steps": experiment.steps,
         "training_tokens": experiment.num_steps * tokens,
-        "mesh": {
-            "data": experiment.mesh.data,
-            "expert": experiment.mesh.expert,
-            "model": experiment.mesh.model,
-        },
-        "bytes_per_rank": memory(experiment, counts),
+        "mesh": asdict(experiment.mesh),
+        "bytes_per_rank": memory_per_rank(experiment),
         "routing": capacities(experiment),
     }
     figures["parameter_bytes_per_rank"] = figures["bytes_per_rank"]["weights"]
     return figures
 
 
-def memory(experiment: Experiment, counts: Shares) -> dict[str, int]:
+def memory_per_rank(experiment: Experiment) -> dict[str, int]:
     """Bytes of one rank that stay allocated during a step, activations not counted.
 
     Frozen weights have no gradients and no optimizer state; under bfloat16 they keep their masters,
     so that a run exports them as they were. With `update_in_backward` no gradients stay.
     """
-    optim = experiment.optim
-    compute = _BYTES[experiment.precision]
+    optim, compute = experiment.optim, _BYTES[experiment.precision]
+    counts = shares(experiment.model, experiment.freeze, experiment.lora)
     moments = {"adamw": 2, "muon": 1}.get(optim.name, int(optim.betas[0] > 0))
     share = parameters_per_rank(experiment) / num_parameters(experiment.model)
     parameters, trainable = round(counts.parameters * share), round(counts.trainable * share)
@@ -73,50 +70,44 @@ def capacities(experiment: Experiment) -> dict[str, Any] | None:
     model, routing = experiment.model, experiment.model.routing
     if routing is None:
         return None
-    stacks = {
-        stack: {
-            "group_tokens": tokens,
-            "slots_per_expert": routing.capacity(tokens, training=True),
-        }
-        for stack, tokens in experiment.group_tokens.items()
-    }
     sparse = sum(len(model.sparse_blocks(decoder)) for decoder in (False, True))
-    return {"experts": routing.experts, "switch_layers": sparse, **stacks}
+    stacks: dict[str, Any] = {"experts": routing.experts, "switch_layers": sparse}
+    for stack, tokens in experiment.group_tokens.items():
+        slots = routing.capacity(tokens, training=True)
+        stacks[stack] = {"group_tokens": tokens, "slots_per_expert": slots}
+    return stacks
 
 
 def as_text(figures: dict[str, Any]) -> str:
     """The result of `explain_experiment` as text."""
-    adapters = figures["adapter_parameters"]
+    adapters, f = figures["adapter_parameters"], figures
     adapted = f", adapters {count(adapters)} on top of the model" if adapters else ""
-    lines = [
-        f"{figures['recipe']}",
-        f"  parameters         {count(figures['parameters'])}"
-        f" ({count(figures['active_parameters'])} used by each token)",
-        f"  trained            {count(figures['trainable_parameters'])}{adapted}",
-        f"  forward FLOPs      {flops(figures['flops_per_token'])} per token, "
-        f"{flops(figures['flops_per_sequence'])} per sequence",
-        f"  step               {figures['tokens_per_step']:,} tokens, "
-        f"{flops(figures['training_flops_per_step'])} FLOPs forward and backward",
-        f"  run                {figures['steps']:,} steps, "
-        f"{count(figures['training_tokens'])} tokens",
-    ]
-    for name, size in figures["bytes_per_rank"].items():
-        lines.append(f"  {name + ' per rank':<18} {size / 2**30:,.2f} GiB")
-    lines[-1] += ", activations not counted"
-    return "\n".join(lines + _routing_lines(figures["routing"]))
+    used = count(f["active_parameters"])
+    rows = {
+        "parameters": f"{count(f['parameters'])} ({used} used by each token)",
+        "trained": count(f["trainable_parameters"]) + adapted,
+        "forward FLOPs": f"{flops(f['flops_per_token'])} per token, "
+        f"{flops(f['flops_per_sequence'])} per sequence",
+        "step": f"{f['tokens_per_step']:,} tokens, {flops(f['training_flops_per_step'])} FLOPs "
+        "forward and backward",
+        "run": f"{f['steps']:,} steps, {count(f['training_tokens'])} tokens",
+    }
+    for name, size in f["bytes_per_rank"].items():
+        rows[f"{name} per rank"] = f"{size / 2**30:,.2f} GiB"
+    rows["total per rank"] += ", activations not counted"
+    rows |= _routing_rows(f["routing"] or {})
+    return "\n".join([f["recipe"], *(f"  {name:<18} {value}" for name, value in rows.items())])
 
 
-def _routing_lines(routing: dict[str, Any] | None) -> list[str]:
-    if routing is None:
-        return []
-    lines = [f"  switch layers      {routing['switch_layers']}, {routing['experts']} experts each"]
-    for stack in ("encoder", "decoder"):
-        if stack in routing:
-            slots = routing[stack]["slots_per_expert"]
-            limit = "no limit of slots" if slots is None else f"{slots} slots per expert"
-            tokens = routing[stack]["group_tokens"]
-            lines.append(f"  {stack:<18} {tokens} tokens compete for {limit}")
-    return lines
+def _routing_rows(routing: dict[str, Any]) -> dict[str, str]:
+    rows = {}
+    if routing:
+        rows["switch layers"] = f"{routing['switch_layers']}, {routing['experts']} experts each"
+    for stack in filter(routing.get, ("encoder", "decoder")):
+        slots, tokens = routing[stack]["slots_per_expert"], routing[stack]["group_tokens"]
+        limit = "no limit of slots" if slots is None else f"{slots} slots per expert"
+        rows[stack] = f"{tokens} tokens compete for {limit}"
+    return rows
 
 
 def count(number: int | float) -> str:

@@ -62,6 +62,11 @@ class Footprint:
         """Bytes that operations read and write, one by one as torch runs them eagerly."""
         return sum(operation.bytes * count for operation, count in self.operations.items())
 
+    @property
+    def sent(self) -> float:
+        """Bytes that this rank sends."""
+        return sum(item.sent for item in self.traffic)
+
 
 class _TracedMasters(MasterWeights):
     """Tells a trace which tensors are gradients and when weights are updated.
@@ -109,7 +114,7 @@ def measure_step(state: TrainState, batch: Batch) -> Footprint:
     masters = updater.masters
     updater.masters = traced = _TracedMasters(masters, trace)
     try:
-        with trace:
+        with trace.tracking_resizes(), trace:
             train_step(state, batch)
     finally:
         updater.masters = masters

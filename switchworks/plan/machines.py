@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from switchworks.config import ConfigError, from_toml
+from switchworks.config import ConfigError, check_positive, from_toml
 from switchworks.plan.trace import Operation, Traffic
 
 
@@ -39,9 +39,8 @@ class Machine:
     """Share of `flops` that matrix products reach."""
 
     def __post_init__(self) -> None:
-        for name in ("flops", "memory_gib", "memory_bandwidth", "node", "near", "far"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} = {getattr(self, name)} of a machine must be positive.")
+        positive = ("flops", "memory_gib", "memory_bandwidth", "node", "near", "far")
+        check_positive(self, "machine ", *positive)
         if not 0 < self.efficiency <= 1:
             raise ConfigError(f"efficiency = {self.efficiency} must lie in (0, 1].")
 

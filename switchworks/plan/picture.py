@@ -5,7 +5,6 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from switchworks.parallel import MeshConfig
@@ -38,15 +37,12 @@ def grid_shape(mesh: MeshConfig) -> tuple[int, int]:
 
 def draw_mesh(mesh: MeshConfig, file: Path) -> Path:
     """Write the picture of `mesh` to `file` (.svg, .png or .pdf) and return it."""
-    shape = grid_shape(mesh)
-    figure = Figure(figsize=(11, 1.3 + 3.4 * min(1.0, max(0.35, shape[0] / shape[1]))))
-    FigureCanvasAgg(figure)
-    for number, (heading, parts) in enumerate(cells(mesh).items(), start=1):
-        axes = figure.add_subplot(1, 3, number)
-        _draw_grid(axes, parts.reshape(shape))
+    rows, columns = grid_shape(mesh)
+    figure = Figure(figsize=(11, 1.3 + 3.4 * min(1.0, max(0.35, rows / columns))))
+    for axes, (heading, parts) in zip(figure.subplots(1, 3), cells(mesh).items(), strict=True):
+        _draw_grid(axes, parts.reshape(rows, columns))
         count = int(parts.max()) + 1
-        parts_text = "all alike" if count == 1 else f"{count} parts"
-        axes.set_title(f"{heading}: {parts_text}", fontsize=11)
+        axes.set_title(f"{heading}: {'all alike' if count == 1 else f'{count} parts'}", fontsize=11)
     figure.suptitle(
         f"{mesh.size} ranks = data {mesh.data} x expert {mesh.expert} x model {mesh.model}; "
         "ranks of one colour hold the same",
@@ -62,10 +58,9 @@ def _draw_grid(axes: Any, parts: np.ndarray) -> None:
     hue = (parts * 0.618034) % 1.0 if parts.max() else np.full(parts.shape, 0.58)
     colours = matplotlib.colormaps["turbo"](0.08 + 0.84 * hue)  # pyright: ignore[reportAttributeAccessIssue]
     axes.imshow(colours, interpolation="nearest", aspect="equal")
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.set(xticks=[], yticks=[])
     if parts.size <= MAX_FRAMED:
-        for row in range(parts.shape[0] + 1):
-            axes.axhline(row - 0.5, color="white", linewidth=1.2)
-        for column in range(parts.shape[1] + 1):
-            axes.axvline(column - 0.5, color="white", linewidth=1.2)
+        rows, columns = parts.shape
+        frame = {"color": "white", "linewidth": 1.2}
+        axes.hlines(np.arange(rows + 1) - 0.5, -0.5, columns - 0.5, **frame)
+        axes.vlines(np.arange(columns + 1) - 0.5, -0.5, rows - 0.5, **frame)

@@ -1,69 +1,75 @@
-"""Meshes a model can be trained on, sorted by the estimated time of a step (`machines.py`)."""
+"""Meshes a model can be trained on, and a step on one of them: `explain --search`, `--simulate`."""
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from switchworks.config import ConfigError
 from switchworks.parallel import check_fit
-from switchworks.plan.footprint import Footprint
-from switchworks.plan.machines import Estimate, Machine, estimate
-from switchworks.plan.simulate import simulate_with_depth
-from switchworks.plan.weights import min_bytes_per_rank
+from switchworks.plan.explain import memory_per_rank
+from switchworks.plan.machines import Machine
+from switchworks.plan.simulate import simulate, simulate_with_depth
+from switchworks.plan.summary import GIB, MAX_RANKS, Plan, mesh_flags
 from switchworks.training import Experiment
 
-GIB = 2**30
-MAX_RANKS = 4096
-"""Ranks of the largest mesh that `propose` tries."""
+
+def make_plan(
+    experiment: Experiment, machine: Machine, memory: float | None = None, ranks: int | None = None
+) -> Plan:
+    """Simulate a step on `machine`; with `memory` (GiB), propose another mesh if it does not fit.
+
+    `ranks`, in place of a mesh, selects the fastest mesh of so many that fits, else the last of
+    those that are possible. Raises ConfigError for a mesh that cannot work, naming one of the same
+    size that can.
+    """
+    experiment = _resolved(experiment)
+    limit = machine.memory_gib if memory is None else memory
+    if ranks is not None and ranks != experiment.mesh.size:
+        if experiment.mesh.size != 1:
+            raise ConfigError(
+                f"--ranks {ranks}, but the mesh has {experiment.mesh.size} places.\n"
+                "  Leave --ranks out, or the mesh, which is then chosen."
+            )
+        fitting = [plan.experiment for plan in search(experiment, ranks, limit, machine)]
+        experiment = fitting[0] if fitting else possible_meshes(experiment, ranks)[-1]
+    _check_mesh(experiment)
+    plan = Plan(experiment, simulate(experiment), machine, limit)
+    if plan.fits or memory is None:
+        return plan
+    return replace(plan, proposal=propose(experiment, experiment.mesh.size, limit, machine))
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A mesh with the micro-batches it needs."""
-
-    experiment: Experiment
-    footprint: Footprint
-    estimate: Estimate
-
-    @property
-    def flags(self) -> str:
-        """The flags that select this mesh."""
-        mesh, micro_batches = self.experiment.mesh, self.experiment.micro_batches
-        return (
-            f"--mesh.data {mesh.data} --mesh.expert {mesh.expert} --mesh.model {mesh.model} "
-            f"--micro-batches {micro_batches}"
-        )
+def find_meshes(
+    experiment: Experiment, devices: int, memory: float | None, machine: Machine
+) -> list[Plan]:
+    """`search` with the machine's memory unless another is given."""
+    limit = machine.memory_gib if memory is None else memory
+    return search(_resolved(experiment), devices, limit, machine)
 
 
-def search(
-    experiment: Experiment, devices: int, memory: float, machine: Machine
-) -> list[Candidate]:
+def search(experiment: Experiment, devices: int, memory: float, machine: Machine) -> list[Plan]:
     """All meshes of `devices` ranks on which a step fits in `memory` GiB, fastest first.
 
     Each has the fewest micro-batches that fit. Footprints are those of `simulate_with_depth`.
     Raises ConfigError, with the reason, if no mesh is possible at all.
     """
-    candidates = []
-    for possible in possible_meshes(experiment, devices):
-        if min_bytes_per_rank(possible) <= memory * GIB:  # else it is not worth tracing
-            candidate = _fewest_micro_batches(possible, memory, machine)
-            if candidate is not None:
-                candidates.append(candidate)
-    return sorted(candidates, key=lambda candidate: candidate.estimate.step)
+    plans = [
+        _fewest_micro_batches(possible, memory, machine)
+        for possible in possible_meshes(experiment, devices)
+        if memory_per_rank(possible)["total"] <= memory * GIB  # else it is not worth tracing
+    ]
+    return sorted(filter(None, plans), key=lambda plan: plan.estimate.step)
 
 
-def propose(
-    experiment: Experiment, devices: int, memory: float, machine: Machine
-) -> Candidate | None:
+def propose(experiment: Experiment, devices: int, memory: float, machine: Machine) -> Plan | None:
     """The fastest mesh of `devices` ranks that fits in `memory` GiB, else of twice as many, up to
     `MAX_RANKS`."""
     while devices <= MAX_RANKS:
         try:
-            candidates = search(experiment, devices, memory, machine)
+            if plans := search(experiment, devices, memory, machine):
+                return plans[0]
         except ConfigError:
-            candidates = []
-        if candidates:
-            return candidates[0]
+            pass  # no mesh of so many is possible
         devices *= 2
     return None
 
@@ -84,19 +90,36 @@ def possible_meshes(experiment: Experiment, devices: int) -> list[Experiment]:
     return possible
 
 
-def _fewest_micro_batches(
-    experiment: Experiment, memory: float, machine: Machine
-) -> Candidate | None:
+def _resolved(experiment: Experiment) -> Experiment:
+    """Machines are described in bfloat16, which is what "auto" means on all of them."""
+    return experiment.resolved("bfloat16")
+
+
+def _check_mesh(experiment: Experiment) -> None:
+    try:
+        check_fit(experiment.model, experiment.mesh)
+    except ConfigError as error:
+        try:
+            mesh = possible_meshes(experiment, experiment.mesh.size)[0].mesh
+        except ConfigError:
+            raise error from None
+        message = f"{error}\n  One of {mesh.size} that works: {mesh_flags(mesh)}."
+        raise ConfigError(message) from None
+
+
+def _fewest_micro_batches(experiment: Experiment, memory: float, machine: Machine) -> Plan | None:
     """`experiment` with the fewest micro-batches whose step fits; None if it never does."""
-    least = 1
-    for micro_batches in _divisors(_groups_per_rank(experiment)):
+    routing, least = experiment.model.routing, 1
+    rows = experiment.batch_size // experiment.mesh.batch
+    groups = rows if routing is None else rows // routing.group_sequences
+    for micro_batches in _divisors(groups):
         if micro_batches < least:
             continue
         divided = replace(experiment, micro_batches=micro_batches)
-        footprint = simulate_with_depth(divided)
-        if footprint.peak <= memory * GIB:
-            cost = estimate(machine, footprint.operations, footprint.traffic)
-            return Candidate(divided, footprint, cost)
+        plan = Plan(divided, simulate_with_depth(divided), machine, memory)
+        if plan.fits:
+            return plan
+        footprint = plan.footprint
         room = memory * GIB - (footprint.peak - footprint.activations)
         if room <= 0:
             break
@@ -105,13 +128,6 @@ def _fewest_micro_batches(
         enough = 0.9 * micro_batches * footprint.activations / room
         least = max(micro_batches + 1, math.floor(enough))
     return None
-
-
-def _groups_per_rank(experiment: Experiment) -> int:
-    """Routing groups, or rows of a dense model, in a rank's share of the batch."""
-    routing = experiment.model.routing
-    rows = experiment.batch_size // experiment.mesh.batch
-    return rows if routing is None else rows // routing.group_sequences
 
 
 def _factorisations(devices: int) -> Iterator[tuple[int, int, int]]:

@@ -1,23 +1,34 @@
 """One training step of one rank, traced without data or devices: `explain --simulate`.
 
 The model is built on the meta device and spread over fake ranks by the code that training uses, and
-the step is training's own, so what is counted is what a run does.
+the step is training's own, so what is counted is what a run does. torch provides the fakes: a
+process group whose collectives return at once and move nothing, and `FakeTensorMode`, in which a
+tensor has a shape, a dtype and a device and no values. Where the code reads one, it is given one.
 """
 
 import copy
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+from torch.overrides import TorchFunctionMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from switchworks.fast import attention, norm
 from switchworks.optim import adafactor
-from switchworks.parallel import Ranks, check_fit
-from switchworks.plan.fake import fake_ranks, fake_tensors
+from switchworks.parallel import SINGLE, MeshConfig, Ranks, build_mesh, check_fit
 from switchworks.plan.footprint import Footprint, dummy_batch, measure_step
-from switchworks.plan.trace import Operation, Traffic
+from switchworks.plan.trace import Operation, Traffic, tensors_in
 from switchworks.training import Experiment, spread_model, state_of
 
 
@@ -48,12 +59,11 @@ def simulate_with_depth(experiment: Experiment) -> Footprint:
     with fake_ranks(experiment.mesh) as ranks:
         if listed or periods <= 3 or model.num_decoder_layers not in (None, model.num_layers):
             return simulate_on(ranks, experiment)
-        two, three = (
+        shallow = [
             replace(model, num_layers=count * period, num_decoder_layers=None) for count in (2, 3)
-        )
-        first = simulate_on(ranks, replace(experiment, model=two))
-        second = simulate_on(ranks, replace(experiment, model=three))
-    return extrapolate(first, second, periods - 2)
+        ]
+        two, three = (simulate_on(ranks, replace(experiment, model=model)) for model in shallow)
+    return extrapolate(two, three, periods - 2)
 
 
 def simulate_on(ranks: Ranks, experiment: Experiment) -> Footprint:
@@ -62,7 +72,11 @@ def simulate_on(ranks: Ranks, experiment: Experiment) -> Footprint:
     parts = experiment.micro_batches
     if parts <= 3:
         return trace_step(ranks, experiment)
-    two, three = (trace_step(ranks, _with_micro_batches(experiment, count)) for count in (2, 3))
+    rows = experiment.batch_size // parts
+    two, three = (
+        trace_step(ranks, replace(experiment, micro_batches=count, batch_size=count * rows))
+        for count in (2, 3)
+    )
     return extrapolate(two, three, parts - 2)
 
 
@@ -82,17 +96,12 @@ def trace_step(ranks: Ranks, experiment: Experiment) -> Footprint:
 def _large_blocks() -> Iterator[None]:
     """Inside, optimizer and norms compute on a tensor in one piece, and attention on 2^24 scores
     at a time: an accelerator has no cache to fit, and every block takes time to trace."""
-    original = adafactor._BLOCK, norm._BLOCK, attention.BLOCK
-    adafactor._BLOCK, norm._BLOCK, attention.BLOCK = 2**62, 2**62, 2**24
-    try:
+    with (
+        patch.object(adafactor, "_BLOCK", 2**62),
+        patch.object(norm, "_BLOCK", 2**62),
+        patch.object(attention, "BLOCK", 2**24),
+    ):
         yield
-    finally:
-        adafactor._BLOCK, norm._BLOCK, attention.BLOCK = original
-
-
-def _with_micro_batches(experiment: Experiment, count: int) -> Experiment:
-    rows = experiment.batch_size // experiment.micro_batches * count
-    return replace(experiment, micro_batches=count, batch_size=rows)
 
 
 def _with_even_load(experiment: Experiment) -> Experiment:
@@ -114,21 +123,91 @@ def extrapolate(first: Footprint, second: Footprint, steps: float) -> Footprint:
     operations = Counter[Operation]()
     for operation in first.operations.keys() | second.operations.keys():
         operations[operation] = at(first.operations[operation], second.operations[operation])
-    counts, next_counts = _traffic_counts(first), _traffic_counts(second)
-    traffic = tuple(
-        Traffic(*key, *map(at, counts.get(key, (0, 0)), next_counts.get(key, (0, 0))))
-        for key in sorted(counts.keys() | next_counts.keys())
-    )
+    calls, more_calls = ({item[:4]: item[4:] for item in f.traffic} for f in (first, second))
     sizes = ("weights", "masters", "gradients", "optimizer")
     return Footprint(
         **{name: at(getattr(first, name), getattr(second, name)) for name in sizes},
         other_peaks=tuple(map(at, first.other_peaks, second.other_peaks)),
         transient_peaks=tuple(map(at, first.transient_peaks, second.transient_peaks)),
         operations=operations,
-        traffic=traffic,
+        traffic=tuple(
+            Traffic(*key, *map(at, calls.get(key, (0, 0)), more_calls.get(key, (0, 0))))
+            for key in sorted(calls.keys() | more_calls.keys())
+        ),
     )
 
 
-def _traffic_counts(footprint: Footprint) -> dict[tuple, tuple[int, int]]:
-    """(collective, axis, ranks, span) -> (calls, bytes)."""
-    return {item[:4]: (item.calls, item.bytes) for item in footprint.traffic}
+@contextmanager
+def fake_ranks(config: MeshConfig) -> Iterator[Ranks]:
+    """The ranks of `config`: this process is rank 0 and the others do not exist.
+
+    Collectives leave their outputs as they are, so only shapes mean anything inside.
+    """
+    if config.size == 1:
+        yield SINGLE
+        return
+    assert not dist.is_initialized(), "a simulation needs a process of its own"
+    dist.init_process_group("fake", rank=0, world_size=config.size, store=FakeStore())
+    try:
+        yield Ranks(build_mesh(config))
+    finally:
+        dist.destroy_process_group()
+        # DTensor caches the placement of results by mesh, and a mesh equals any other over the
+        # same ranks: the next one would get this one's, whose process groups are gone.
+        _clear_sharding_prop_cache()
+
+
+@contextmanager
+def fake_tensors() -> Iterator[None]:
+    """Inside, new tensors have no values and take no memory. Every scalar read from one is 1."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with _untraced_propagation(), fake, _FakeScalars(), _FakeLists():
+        yield
+
+
+class _FakeScalars(TorchDispatchMode):
+    """`item()` of a fake tensor is 1, or False for a condition, so loss and norms are finite.
+
+    Operations on real tensors alone, which are the ranks of a mesh, are done for real.
+    """
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tensors = list(tensors_in((args, kwargs)))
+        if tensors and all(_is_real(tensor) for tensor in tensors):
+            with _disable_current_modes():
+                return function(*args, **kwargs)
+        if function is torch.ops.aten._local_scalar_dense.default:
+            if tensors[0].dtype == torch.bool:
+                return False
+            return 1.0 if tensors[0].dtype.is_floating_point else 1
+        return function(*args, **kwargs)
+
+
+class _FakeLists(TorchFunctionMode):
+    """The same for `tolist()`, which no dispatch mode sees."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if function is Tensor.tolist and isinstance(args[0], FakeTensor) and args[0].dim() == 1:
+            return [1.0 if args[0].dtype.is_floating_point else 1] * len(args[0])
+        return function(*args, **(kwargs or {}))
+
+
+def _is_real(tensor: Tensor) -> bool:
+    return type(tensor) is Tensor and not isinstance(tensor, FakeTensor) and not tensor.is_meta
+
+
+def _untraced_propagation() -> AbstractContextManager[object]:
+    """DTensor infers shapes with tensors of the full size under whatever mode is active: a trace
+    would take them for memory of this rank."""
+    original = ShardingPropagator._propagate_tensor_meta_non_cached
+
+    def untraced(self: ShardingPropagator, *arguments: Any) -> Any:
+        with _disable_current_modes():
+            return original(self, *arguments)
+
+    return patch.object(ShardingPropagator, original.__name__, untraced)

@@ -1,23 +1,19 @@
-"""What `explain --simulate` and `explain --search` print, as numbers and as text."""
+"""What `explain --simulate`, `--search` and `--layout` print, as numbers and as text."""
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
-from switchworks.config import ConfigError
-from switchworks.parallel import check_fit
+from switchworks.parallel import MeshConfig
 from switchworks.plan.footprint import Footprint
-from switchworks.plan.machines import Estimate, Machine, estimate, seconds
-from switchworks.plan.search import (
-    GIB,
-    MAX_RANKS,
-    Candidate,
-    possible_meshes,
-    propose,
-    search,
-)
-from switchworks.plan.simulate import simulate
+from switchworks.plan.machines import Estimate, Machine, estimate
+from switchworks.plan.weights import placement, shards_of_rank
 from switchworks.training import Experiment
 
+GIB = 2**30
+MAX_RANKS = 4096
+"""Ranks of the largest mesh that is proposed."""
 _SIZES = {
     "weights": "the model computes with them",
     "masters": "float32 beside bfloat16",
@@ -35,16 +31,25 @@ class Plan:
     experiment: Experiment
     footprint: Footprint
     machine: Machine
-    estimate: Estimate
     memory: float
     """GiB of a device."""
-    proposal: Candidate | None = None
+    proposal: "Plan | None" = None
     """A mesh that fits, if this one does not."""
+
+    @cached_property
+    def estimate(self) -> Estimate:
+        """Seconds of the step by the formula of `machines.py`."""
+        return estimate(self.machine, self.footprint.operations, self.footprint.traffic)
 
     @property
     def fits(self) -> bool:
         """Whether the peak is within `memory`."""
         return self.footprint.peak <= self.memory * GIB
+
+    @property
+    def flags(self) -> str:
+        """The flags that select this mesh and its micro-batches."""
+        return f"{mesh_flags(self.experiment.mesh)} --micro-batches {self.experiment.micro_batches}"
 
     def figures(self) -> dict[str, Any]:
         """Everything as plain numbers, for --json."""
@@ -58,8 +63,8 @@ class Plan:
             "flops_per_rank": footprint.flops,
             "moved_bytes_per_rank": footprint.moved,
             "collectives": [
-                item._asdict() | {"sent": item.sent, "seconds": seconds(self.machine, item)}
-                for item in footprint.traffic
+                item._asdict() | {"sent": item.sent, "seconds": seconds}
+                for item, seconds in zip(footprint.traffic, cost.by_traffic, strict=True)
             ],
             "machine": asdict(self.machine),
             "memory_gib": self.memory,
@@ -75,29 +80,26 @@ class Plan:
 
     def text(self) -> str:
         """The same as text."""
-        sections = self._memory(), self._traffic(), self._time(), self._fit()
-        return "\n".join(line for section in sections for line in section)
-
-    def _memory(self) -> list[str]:
         experiment, mesh = self.experiment, self.experiment.mesh
-        return [
+        sizes = [(f"  {name}", short_bytes(getattr(self.footprint, name))) for name in _SIZES]
+        notes = zip(columns(sizes, left=1), _SIZES.values(), strict=True)
+        lines = [
             f"one step of one rank, traced on {mesh.size} ranks = data {mesh.data} x expert "
             f"{mesh.expert} x model {mesh.model}, {experiment.micro_batches} micro-batches of "
             f"{experiment.micro_batch_size} rows",
-            *(
-                f"  {name:<12} {short_bytes(getattr(self.footprint, name)):>11}  {note}".rstrip()
-                for name, note in _SIZES.items()
-            ),
+            *(f"{size}  {note}".rstrip() for size, note in notes),
         ]
+        return "\n".join(lines + self._traffic() + self._time() + self._fit())
 
     def _traffic(self) -> list[str]:
-        lines = [
-            f"  {item.collective:<15} {item.axis:<8} {item.ranks:>6} {item.calls:>8} "
-            f"{short_bytes(item.bytes):>11} {short_bytes(item.sent):>11} {time:>9.4f}"
-            for item, time in zip(self.footprint.traffic, self.estimate.by_traffic, strict=True)
-        ]
-        head = "  collective      axis      ranks    calls     payload        sent   seconds"
-        return [head, *lines] if lines else ["  no communication"]
+        if not self.footprint.traffic:
+            return ["  no communication"]
+        rows = [("  collective", "axis", "ranks", "calls", "payload", "sent", "seconds")]
+        for item, time in zip(self.footprint.traffic, self.estimate.by_traffic, strict=True):
+            sizes = short_bytes(item.bytes), short_bytes(item.sent)
+            counts = str(item.ranks), str(item.calls)
+            rows.append((f"  {item.collective}", item.axis, *counts, *sizes, f"{time:.4f}"))
+        return columns(rows, left=2)
 
     def _time(self) -> list[str]:
         m, f, cost = self.machine, self.footprint, self.estimate
@@ -123,11 +125,22 @@ class Plan:
         if proposal is None:
             note = f"  No mesh of up to {MAX_RANKS} ranks fits this batch and these settings."
             return [*lines, note]
-        return [
-            *lines,
-            f"  {proposal.experiment.mesh.size} ranks do: {proposal.flags}",
-            f"  ({proposal.footprint.peak / GIB:.2f} GiB, {proposal.estimate.step:.4f} s a step)",
-        ]
+        size, step = proposal.footprint.peak / GIB, proposal.estimate.step
+        lines.append(f"  {proposal.experiment.mesh.size} ranks do: {proposal.flags}")
+        return [*lines, f"  ({size:.2f} GiB, {step:.4f} s a step)"]
+
+
+def mesh_flags(mesh: MeshConfig) -> str:
+    """The flags that select `mesh`."""
+    return f"--mesh.data {mesh.data} --mesh.expert {mesh.expert} --mesh.model {mesh.model}"
+
+
+def columns(rows: Sequence[Sequence[str]], *, left: int) -> list[str]:
+    """Rows of a table as lines: the first `left` columns flush left, the others right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = "<" * left + ">" * (len(widths) - left)
+    line = "  ".join(f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True))
+    return [line.format(*row) for row in rows]
 
 
 def short_bytes(size: float) -> str:
@@ -138,95 +151,47 @@ def short_bytes(size: float) -> str:
     return f"{size:,.0f} B"
 
 
-def make_plan(
-    experiment: Experiment, machine: Machine, memory: float | None = None, ranks: int | None = None
-) -> Plan:
-    """Simulate a step on `machine`; with `memory` (GiB), propose another mesh if it does not fit.
-
-    `ranks`, in place of a mesh, selects the fastest mesh of so many that fits, else the last of
-    those that are possible. Raises ConfigError for a mesh that cannot work, naming one of the same
-    size that can.
-    """
-    experiment = _resolved(experiment)
-    limit = machine.memory_gib if memory is None else memory
-    if ranks is not None and ranks != experiment.mesh.size:
-        if experiment.mesh.size != 1:
-            raise ConfigError(
-                f"--ranks {ranks}, but the mesh has {experiment.mesh.size} places.\n"
-                "  Leave --ranks out, or the mesh, which is then chosen."
-            )
-        candidates = search(experiment, ranks, limit, machine)
-        chosen = [candidate.experiment for candidate in candidates]
-        experiment = chosen[0] if chosen else possible_meshes(experiment, ranks)[-1]
-    _check_mesh(experiment)
-    footprint = simulate(experiment)
-    cost = estimate(machine, footprint.operations, footprint.traffic)
-    plan = Plan(experiment, footprint, machine, cost, limit)
-    if plan.fits or memory is None:
-        return plan
-    return replace(plan, proposal=propose(experiment, experiment.mesh.size, limit, machine))
-
-
-def find_meshes(
-    experiment: Experiment, devices: int, memory: float | None, machine: Machine
-) -> list[Candidate]:
-    """`search` with the machine's memory unless another is given."""
-    limit = machine.memory_gib if memory is None else memory
-    return search(_resolved(experiment), devices, limit, machine)
-
-
-def search_text(candidates: list[Candidate], machine: Machine, memory: float) -> str:
-    """The candidates as a table in text, fastest first."""
-    if not candidates:
+def search_text(plans: Sequence[Plan], machine: Machine, memory: float) -> str:
+    """Meshes that fit as a table in text, fastest first."""
+    if not plans:
         return (
             f"No mesh fits in {memory:g} GiB with this batch and these settings.\n"
             "  Try more --devices, --activation-checkpointing or --kernels fast."
         )
-    lines = [
-        f"fits in {memory:g} GiB; seconds a step by formula on {machine.name}, without overlap",
-        "  data  expert  model  micro-batches    peak GiB  GiB sent   seconds",
-    ]
-    for candidate in candidates:
-        mesh, footprint = candidate.experiment.mesh, candidate.footprint
-        sent = sum(item.sent for item in footprint.traffic)
-        lines.append(
-            f"  {mesh.data:>4} {mesh.expert:>7} {mesh.model:>6} "
-            f"{candidate.experiment.micro_batches:>14} {footprint.peak / GIB:>11.2f} "
-            f"{sent / GIB:>9.3f} {candidate.estimate.step:>9.4f}"
-        )
-    return "\n".join(lines)
+    rows = [["  data", "expert", "model", "micro-batches", "peak GiB", "GiB sent", "seconds"]]
+    for plan in plans:
+        mesh, footprint = plan.experiment.mesh, plan.footprint
+        counts = mesh.data, mesh.expert, mesh.model, plan.experiment.micro_batches
+        sizes = f"{footprint.peak / GIB:.2f}", f"{footprint.sent / GIB:.3f}"
+        rows.append([*map(str, counts), *sizes, f"{plan.estimate.step:.4f}"])
+    head = f"fits in {memory:g} GiB; seconds a step by formula on {machine.name}, without overlap"
+    return "\n".join([head, *columns(rows, left=0)])
 
 
-def search_figures(candidates: list[Candidate]) -> list[dict[str, Any]]:
-    """The candidates as plain numbers, for --json."""
+def search_figures(plans: Sequence[Plan]) -> list[dict[str, Any]]:
+    """Meshes that fit as plain numbers, for --json."""
     return [
         {
-            "mesh": asdict(candidate.experiment.mesh),
-            "micro_batches": candidate.experiment.micro_batches,
-            "peak_bytes_per_rank": candidate.footprint.peak,
-            "sent_bytes_per_rank": sum(item.sent for item in candidate.footprint.traffic),
-            "step_seconds": candidate.estimate.step,
-            "overlapped_step_seconds": candidate.estimate.overlapped,
-            "flags": candidate.flags,
+            "mesh": asdict(plan.experiment.mesh),
+            "micro_batches": plan.experiment.micro_batches,
+            "peak_bytes_per_rank": plan.footprint.peak,
+            "sent_bytes_per_rank": plan.footprint.sent,
+            "step_seconds": plan.estimate.step,
+            "overlapped_step_seconds": plan.estimate.overlapped,
+            "flags": plan.flags,
         }
-        for candidate in candidates
+        for plan in plans
     ]
 
 
-def _resolved(experiment: Experiment) -> Experiment:
-    """Machines are described in bfloat16, which is what "auto" means on all of them."""
-    return experiment.resolved("bfloat16")
-
-
-def _check_mesh(experiment: Experiment) -> None:
-    try:
-        check_fit(experiment.model, experiment.mesh)
-    except ConfigError as error:
-        try:
-            mesh = possible_meshes(experiment, experiment.mesh.size)[0].mesh
-        except ConfigError:
-            raise error from None
-        raise ConfigError(
-            f"{error}\n  One of {mesh.size} that works: --mesh.data {mesh.data} --mesh.expert "
-            f"{mesh.expert} --mesh.model {mesh.model}."
-        ) from None
+def layout_table(experiment: Experiment) -> str:
+    """The weights of `experiment` as a table in text: letters, placement, MiB per rank."""
+    rows = [("weight", "letters", "shape", "placement", "MiB per rank")]
+    shards = shards_of_rank(experiment)
+    for weight in shards:
+        name = weight.name + (f"  ({weight.count})" if weight.count > 1 else "")
+        shape, place = " x ".join(map(str, weight.shape)), placement(weight, experiment.mesh)
+        rows.append((name, weight.letters or "-", shape, place, f"{weight.bytes / 2**20:,.3f}"))
+    total = sum(weight.bytes for weight in shards)
+    rows.append(("all weights", "", "", "", f"{total / 2**20:,.3f}"))
+    return "\n".join(columns(rows, left=4))

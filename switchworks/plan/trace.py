@@ -4,11 +4,12 @@ A `Trace` sees every torch operation while it is active, on real and on fake ten
 simulated step and a real one are counted by the same rules.
 """
 
-import contextlib
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from switchworks.optim import local
@@ -68,7 +70,7 @@ class Operation(NamedTuple):
 
 
 class Trace(TorchDispatchMode):
-    """Inside `with Trace(mesh) as trace:` everything this process computes and sends is counted."""
+    """Inside `with trace:` everything this process computes and sends is counted."""
 
     def __init__(self, mesh: DeviceMesh | None = None) -> None:
         super().__init__()
@@ -83,15 +85,6 @@ class Trace(TorchDispatchMode):
         self._events: list[tuple[int, int, int]] = []
         """(number of a storage, change in bytes, phase) in order."""
         self._gradients: set[int] = set()
-        self._undo = contextlib.ExitStack()
-
-    def __enter__(self) -> "Trace":
-        self._undo.enter_context(self._tracking_resizes())
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._undo.close()
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -110,6 +103,23 @@ class Trace(TorchDispatchMode):
             self._count_operation(function, args, kwargs, result)
         return result
 
+    def tracking_resizes(self) -> AbstractContextManager[object]:
+        """Inside, storages that change their size are followed, for which torch has no hook.
+
+        FSDP keeps a gathered weight's storage and resizes it to 0 and back.
+        """
+        original = torch.UntypedStorage.resize_
+
+        def resize(storage: torch.UntypedStorage, size: int) -> Any:
+            result = original(storage, size)
+            if storage._cdata in self._live:
+                number, before = self._live[storage._cdata]
+                self._live[storage._cdata] = (number, size)
+                self._record(number, size - before)
+            return result
+
+        return patch.object(torch.UntypedStorage, "resize_", resize)
+
     @property
     def traffic(self) -> list[Traffic]:
         """The collectives called so far."""
@@ -126,9 +136,9 @@ class Trace(TorchDispatchMode):
         """Leave the memory of `tensors`, also while it held something else, out of the second
         result of `peaks`."""
         for tensor in tensors:
-            entry = self._live.get(local(tensor).untyped_storage()._cdata)
-            if entry is not None:
-                self._gradients.add(entry[0])
+            address = local(tensor).untyped_storage()._cdata
+            if address in self._live:
+                self._gradients.add(self._live[address][0])
 
     def peaks(self, phases: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The most bytes allocated at once in each phase: with gradients, and without.
@@ -168,27 +178,6 @@ class Trace(TorchDispatchMode):
     def _record(self, number: int, change: int) -> None:
         if number != _BEFORE:
             self._events.append((number, change, self.phase))
-
-    @contextlib.contextmanager
-    def _tracking_resizes(self) -> Iterator[None]:
-        """FSDP keeps a gathered weight's storage and resizes it to 0 and back; torch has no hook
-        for that."""
-        original = torch.UntypedStorage.resize_
-
-        def resize(storage: torch.UntypedStorage, size: int) -> Any:
-            result = original(storage, size)
-            entry = self._live.get(storage._cdata)
-            if entry is not None:
-                number, before = entry
-                self._live[storage._cdata] = (number, size)
-                self._record(number, size - before)
-            return result
-
-        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            torch.UntypedStorage.resize_ = original  # type: ignore[method-assign]
 
     def _count_traffic(self, function: Any, args: tuple, result: Any) -> None:
         name = _COLLECTIVES.get(function._opname)
@@ -236,13 +225,7 @@ def _process_group(args: tuple) -> ProcessGroup:
 
 def tensors_in(values: Any) -> Iterator[Tensor]:
     """Every tensor in nested tuples, lists and dictionaries: the arguments of an operation."""
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, tuple | list):
-        for value in values:
-            yield from tensors_in(value)
-    elif isinstance(values, dict):
-        yield from tensors_in(list(values.values()))
+    return (leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
 
 
 def _bytes(values: Any) -> int:

@@ -11,17 +11,19 @@ from switchworks.optim import dimension_letters
 from switchworks.parallel import MeshConfig, WeightLayout, check_fit, weight_layouts
 from switchworks.training import Experiment, cast_for_compute
 
+_BLOCK = re.compile(r"\.blocks\.\d+\.")
+
 
 class WeightShards(NamedTuple):
     """The shards of one rank of a weight, or of several that differ in the block's number alone."""
 
     name: str
-    count: int
-    """Weights."""
     letters: str
     shape: tuple[int, ...]
     """Of one full weight."""
     layout: WeightLayout
+    count: int
+    """Weights."""
     parameters: int
     bytes: int
     """In the dtype the model computes with."""
@@ -35,22 +37,16 @@ def shards_of_rank(experiment: Experiment) -> list[WeightShards]:
     cast_for_compute(model, getattr(torch, precision))
     weights, letters = dict(model.named_parameters()), dimension_letters(model)
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-    merged: dict[tuple, WeightShards] = {}
+    merged: dict[tuple[str, str, tuple[int, ...], WeightLayout], list[tuple[int, int]]] = {}
     for name, layout in weight_layouts(letters, shapes, experiment.mesh).items():
         parameters = weights[name].numel() // num_shards(layout, experiment.mesh)
-        size = parameters * weights[name].element_size()
-        key = re.sub(r"\.blocks\.\d+\.", ".*.", name), shapes[name], layout
-        first = merged.get(key)
-        merged[key] = WeightShards(
-            key[0],
-            1 if first is None else first.count + 1,
-            letters.get(name, ""),
-            shapes[name],
-            layout,
-            parameters if first is None else first.parameters + parameters,
-            size if first is None else first.bytes + size,
-        )
-    return list(merged.values())
+        key = _BLOCK.sub(".*.", name), letters.get(name, ""), shapes[name], layout
+        shard = parameters, parameters * weights[name].element_size()
+        merged.setdefault(key, []).append(shard)
+    return [
+        WeightShards(*key, len(shards), *map(sum, zip(*shards, strict=True)))
+        for key, shards in merged.items()
+    ]
 
 
 def num_shards(layout: WeightLayout, mesh: MeshConfig) -> int:
@@ -66,37 +62,7 @@ def parameters_per_rank(experiment: Experiment) -> int:
     return sum(shards.parameters for shards in shards_of_rank(experiment))
 
 
-def min_bytes_per_rank(experiment: Experiment) -> int:
-    """Weights, masters and gradients of one rank: what a step needs in any case."""
-    shards = shards_of_rank(experiment)
-    parameters = sum(weight.parameters for weight in shards)
-    masters = 4 * parameters if experiment.precision == "bfloat16" else 0
-    return sum(weight.bytes for weight in shards) + masters + 4 * parameters
-
-
-def layout_table(experiment: Experiment) -> str:
-    """The weights of `experiment` as a table in text: letters, placement, MiB per rank."""
-    rows = [("weight", "letters", "shape", "placement", "MiB per rank")]
-    shards = shards_of_rank(experiment)
-    for weight in shards:
-        rows.append(
-            (
-                weight.name + (f"  ({weight.count})" if weight.count > 1 else ""),
-                weight.letters or "-",
-                " x ".join(map(str, weight.shape)),
-                _placement(weight, experiment.mesh),
-                f"{weight.bytes / 2**20:,.3f}",
-            )
-        )
-    total = sum(weight.bytes for weight in shards)
-    rows.append(("all weights", "", "", "", f"{total / 2**20:,.3f}"))
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    return "\n".join(
-        "  ".join([*map(str.ljust, row[:4], widths[:4]), row[4].rjust(widths[4])]) for row in rows
-    )
-
-
-def _placement(weight: WeightShards, mesh: MeshConfig) -> str:
+def placement(weight: WeightShards, mesh: MeshConfig) -> str:
     """Each dimension that is split, into how many parts, over which axis: E/8 expert, F/2 model."""
     letters = weight.letters.split() or ["0"] * len(weight.shape)
     splits = _splits(weight.layout, mesh)

@@ -1,5 +1,5 @@
 from .compression import write_compression as write_compression
-from .languages.write import write_languages as write_languages
+from .languages import write_languages as write_languages
 from .page import write_report as write_report
 from .routing import write_routing_report as write_routing_report
 from .runs import Run as Run

@@ -12,14 +12,14 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from switchworks.batch import Batch
-from switchworks.checkpoint import is_model, load, open_model, weight_files, write_json
+from switchworks.checkpoint import weight_files, write_json
 from switchworks.compress import grouped
-from switchworks.config import CheckpointError, ConfigError
+from switchworks.config import ConfigError
 from switchworks.data import (
     DataConfig,
     Tokenizer,
@@ -36,6 +36,8 @@ from switchworks.generate import generate
 from switchworks.model import SwitchTransformer, active_parameters, flops_per_token, num_parameters
 from switchworks.quantise import quantise_config_of, tensors_of
 from switchworks.report.compression_page import compression_page
+from switchworks.report.html import write_page
+from switchworks.report.routing import open_comparable
 
 ROWS = 16
 """Rows read at once, and texts continued at once."""
@@ -44,12 +46,6 @@ REPEATS = 5
 """Measurements of a speed, of which the median is taken, after one call to warm up."""
 EXAMPLES = 256
 """Examples of each task, evenly spread over the split."""
-
-
-class _Model(NamedTuple):
-    path: Path
-    model: SwitchTransformer
-    tokenizer: Tokenizer
 
 
 def write_compression(
@@ -69,38 +65,41 @@ def write_compression(
             "  Name the teacher first, then its students, and last the dense baseline."
         )
     data = _text_of(paths)
-    opened = [_open(path) for path in paths]
-    for other in opened[1:]:
-        _check_same_tokens(opened[0], other)
-    dataset = open_dataset(data, vocab_size=opened[0].model.config.vocab_size)
+    opened = open_comparable(paths)
+    dataset = open_dataset(data, vocab_size=opened[0][0].config.vocab_size)
     held_out = dataset.held_out(batch_size=ROWS, batches=batches)
-    models = [_figures(entry, held_out, data) for entry in opened]
-    roles = ["teacher", *(["student"] * (len(paths) - 2)), "baseline"]
-    quality = [model["score"] if data.tasks else -model["loss"] for model in models]
-    speeds = _speeds([entry.model for entry in opened], held_out)
-    for role, model, value, speed in zip(roles, models, quality, speeds, strict=True):
-        kept = fraction_of_gain(baseline=quality[-1], teacher=quality[0], student=value)
-        defined = quality[0] > quality[-1] and not math.isnan(kept)  # JSON has no nan
-        model |= speed | {
-            "role": role,
-            "quality": value,
-            "gain_kept": kept if defined else None,
-            "compression": 1 - model["parameters"] / models[0]["parameters"],
-        }
+    models = []
+    for path, (model, tokenizer) in zip(paths, opened, strict=True):
+        print(f"reading held-out text with {path}", flush=True)
+        models.append(_figures(path, model, data) | _quality(model, tokenizer, held_out, data))
+    speeds = _speeds([model for model, _ in opened], held_out)
+    models = [model | speed for model, speed in zip(models, speeds, strict=True)]
+    _compare(models)
     rows = list(chain.from_iterable(held_out.batches.values()))
     report = {
         "text": data.named,
         "metric": "mean task score" if data.tasks else "negative log perplexity",
         "target_tokens": sum(int((batch.targets != 0).sum()) for batch in rows),
-        "gain": quality[0] - quality[-1],
+        "gain": models[0]["quality"] - models[-1]["quality"],
         "threads": torch.get_num_threads(),
         "models": models,
     }
     page = output or _home(paths[1]) / "compression.html"
-    page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(compression_page(report), encoding="utf-8")
+    write_page(page, compression_page(report))
     write_json(page.with_suffix(".json"), report)
     return report | {"page": str(page)}
+
+
+def _compare(models: list[dict[str, Any]]) -> None:
+    """Adds each model's role, and its sizes and quality beside the teacher's and the baseline's."""
+    roles = ["teacher", *["student"] * (len(models) - 2), "baseline"]
+    teacher, baseline = models[0]["quality"], models[-1]["quality"]
+    for role, model in zip(roles, models, strict=True):
+        kept = fraction_of_gain(baseline=baseline, teacher=teacher, student=model["quality"])
+        defined = teacher > baseline and not math.isnan(kept)  # JSON has no nan
+        model["role"] = role
+        model["gain_kept"] = kept if defined else None
+        model["compression"] = 1 - model["parameters"] / models[0]["parameters"]
 
 
 def _home(path: Path) -> Path:
@@ -119,60 +118,34 @@ def _text_of(paths: Sequence[Path]) -> DataConfig:
     )
 
 
-def _open(path: Path) -> _Model:
-    """The model as it is stored: its dtype and bits are not changed."""
-    model, tokenizer = load(path) if is_model(path) else open_model(path)
-    if tokenizer is None:
-        raise CheckpointError(
-            f"The model in {path} has no tokenizer, so it cannot be compared on a text.\n"
-            "  Put its tokenizer beside its weights."
-        )
-    return _Model(path, model.to(compute_device()).eval(), tokenizer)
-
-
-def _check_same_tokens(first: _Model, other: _Model) -> None:
-    if other.tokenizer.fingerprint != first.tokenizer.fingerprint:
-        raise CheckpointError(
-            f"{first.path} and {other.path} have different tokenizers: their losses are of "
-            "different tokens.\n  Compare models of one vocabulary."
-        )
-    if other.model.config.decoder_only != first.model.config.decoder_only:
-        raise CheckpointError(
-            f"One of {first.path} and {other.path} is decoder-only and the other is not: "
-            "they read different rows.\n  Compare models of one kind."
-        )
-
-
-def _figures(entry: _Model, held_out: ValidationSet, data: DataConfig) -> dict[str, Any]:
-    """Sizes and quality of one model, as plain values."""
-    config, quantised = entry.model.config, quantise_config_of(entry.model)
-    print(f"reading held-out text with {entry.path}", flush=True)
-    loss, _ = validation_losses(entry.model, held_out)
+def _figures(path: Path, model: SwitchTransformer, data: DataConfig) -> dict[str, Any]:
+    """Sizes of one model, as plain values."""
+    config, quantised = model.config, quantise_config_of(model)
+    names = ("names", "bits", "bits_with_scales", "bytes")
     return {
-        "path": str(entry.path),
+        "path": str(path),
         "kind": "dense" if config.routing is None else f"{config.routing.experts} experts",
         "weights": "float" if quantised is None else quantised.scheme,
         "parameters": num_parameters(config),
         "active_parameters": active_parameters(config),
         "flops_per_token": flops_per_token(config, data.input_length, data.target_length),
-        "bytes_on_disk": sum(file.stat().st_size for file in weight_files(entry.path)),
-        "loss": loss,
-        **({"score": _score(entry, data)} if data.tasks else {}),
-        "tensors": [
-            {"names": names, "bits": bits, "bits_with_scales": with_scales, "bytes": size}
-            for names, bits, with_scales, size in grouped(tensors_of(entry.model))
-        ],
+        "bytes_on_disk": sum(file.stat().st_size for file in weight_files(path)),
+        "tensors": [dict(zip(names, row, strict=True)) for row in grouped(tensors_of(model))],
     }
 
 
-def _score(entry: _Model, data: DataConfig) -> float:
-    """Mean over the tasks, out of 100."""
+def _quality(
+    model: SwitchTransformer, tokenizer: Tokenizer, held_out: ValidationSet, data: DataConfig
+) -> dict[str, float]:
+    """The loss and, of runs over tasks, the mean score out of 100, which is then the quality."""
+    loss, _ = validation_losses(model, held_out)
+    if not data.tasks:
+        return {"loss": loss, "quality": -loss}
     decoding = DecodingConfig(examples=EXAMPLES, input_length=data.input_length)
     places = places_of(data)
-    eval_sets = (build_eval_set(task, "validation", places, EXAMPLES) for task in tasks_of(data))
-    return fmean(
-        measure(entry.model, entry.tokenizer, eval_set, decoding).score for eval_set in eval_sets
-    )
+    eval_sets = [build_eval_set(task, "validation", places, EXAMPLES) for task in tasks_of(data)]
+    score = fmean(measure(model, tokenizer, part, decoding).score for part in eval_sets)
+    return {"loss": loss, "score": score, "quality": score}
 
 
 def _speeds(models: Sequence[SwitchTransformer], held_out: ValidationSet) -> list[dict[str, float]]:
@@ -199,17 +172,13 @@ def _in_turns(works: Sequence[Callable[[], int]]) -> list[float]:
 
 
 def _speed(work: Callable[[], int]) -> float:
-    _wait()
+    """Tokens per second, between two moments in which a GPU has nothing to do."""
+    wait = torch.accelerator.synchronize if torch.accelerator.is_available() else lambda: None
+    wait()
     started = time.perf_counter()
     tokens = work()
-    _wait()
+    wait()
     return tokens / (time.perf_counter() - started)
-
-
-def _wait() -> None:
-    """Return when a GPU, if there is one, has finished its queue."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
 
 
 @torch.no_grad()

@@ -8,26 +8,15 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from switchworks.report.charts import COLOURS
+import numpy as np
+
+from switchworks.report import html
 from switchworks.report.figures import compact
-from switchworks.report.html import (
-    card,
-    cell,
-    details,
-    document,
-    figure,
-    grid,
-    header,
-    notice,
-    percent,
-    section,
-    table,
-    tiles,
-)
+from switchworks.report.html import percent
+from switchworks.report.svg import Frame, colour, svg, text, upright
 
 Models = Sequence[Mapping[str, Any]]
 
-_WIDTH, _LEFT, _RIGHT, _TOP, _BOTTOM = 480, 56, 464, 18, 236
 _LEAST, _MOST = -1.0, 2.0
 """Bars are cut off at these shares of the gain: longer ones would flatten all others."""
 
@@ -51,25 +40,22 @@ def compression_page(report: Mapping[str, Any]) -> str:
         f"{threads} thread{'s' * (threads != 1)}",
     ]
     above = any((model["gain_kept"] or 0) > 1 for model in models)
+    charts = html.grid([_gains(models), _sizes(models, metric)])
     sections = [
-        header(f"Compression of {models[0]['path']}", facts),
+        html.header(f"Compression of {models[0]['path']}", facts),
         _no_gain(models, metric),
         _tiles(models),
-        section("In numbers", "", card(_table(models, metric))),
-        section(
-            "Quality and size",
-            _NOTE + _ABOVE * above,
-            grid([_gains(models), _sizes(models, metric)]),
-        ),
+        html.section("In numbers", "", html.card(_table(models, metric))),
+        html.section("Quality and size", _NOTE + _ABOVE * above, charts),
         *(_tensors(number, model) for number, model in enumerate(models, start=1)),
     ]
-    return document(f"compression of {models[0]['path']}", sections)
+    return html.document(f"compression of {models[0]['path']}", sections)
 
 
 def _no_gain(models: Models, metric: str) -> str:
     if models[0]["quality"] > models[-1]["quality"]:
         return ""
-    return notice(
+    return html.notice(
         f"The teacher is no better than the baseline in {metric}: there is no gain to keep, and "
         "shares of it mean nothing."
     )
@@ -80,7 +66,7 @@ def _tiles(models: Models) -> str:
     teacher, best = models[0], max(models[1:-1], key=lambda model: model["quality"])
     size = best["bytes_on_disk"] / teacher["bytes_on_disk"]
     faster = best["written_tokens_per_second"] / teacher["written_tokens_per_second"]
-    return tiles(
+    return html.tiles(
         [
             ("Best student", f"no. {models.index(best) + 1}", best["path"]),
             ("Gain kept", percent(best["gain_kept"]), "of the teacher's over the baseline"),
@@ -94,28 +80,23 @@ def _tiles(models: Models) -> str:
 def _table(models: Models, metric: str) -> str:
     head = ["model", "parameters", "active", "FLOPs a token", metric, "gain kept"]
     head += ["on disk", "reads, tokens/s", "writes, tokens/s"]
-    return table(
-        head,
-        [
-            [
-                f'<div style="min-width:210px">{_name(number, model)}</div>',
-                compact(model["parameters"]),
-                compact(model["active_parameters"]),
-                compact(model["flops_per_token"]),
-                f"{model['quality']:.4f}",
-                percent(model["gain_kept"]) if model["role"] == "student" else "",
-                _bytes(model["bytes_on_disk"]),
-                f"{model['read_tokens_per_second']:,.0f}",
-                f"{model['written_tokens_per_second']:,.0f}",
-            ]
-            for number, model in enumerate(models, start=1)
-        ],
-    )
+    return html.table(head, [_row(number, model) for number, model in enumerate(models, start=1)])
 
 
-def _name(number: int, model: Mapping[str, Any]) -> str:
+def _row(number: int, model: Mapping[str, Any]) -> list[str]:
     about = f"{model['role']}, {model['kind']}, {model['weights']}"
-    return cell(f"{number}\N{EN SPACE}{model['path']}", about)
+    name = html.cell(f"{number}\N{EN SPACE}{model['path']}", about)
+    return [
+        f'<div style="min-width:210px">{name}</div>',
+        compact(model["parameters"]),
+        compact(model["active_parameters"]),
+        compact(model["flops_per_token"]),
+        f"{model['quality']:.4f}",
+        percent(model["gain_kept"]) if model["role"] == "student" else "",
+        _bytes(model["bytes_on_disk"]),
+        f"{model['read_tokens_per_second']:,.0f}",
+        f"{model['written_tokens_per_second']:,.0f}",
+    ]
 
 
 def _gains(models: Models) -> str:
@@ -128,83 +109,55 @@ def _gains(models: Models) -> str:
     if not shares:
         return ""
     low, high = max(_LEAST, min(0.0, *shares.values())), min(_MOST, max(1.0, *shares.values()))
-    height = _TOP + 30 * len(shares)
-
-    def across(share: float) -> float:
-        return _LEFT + (share - low) / (high - low) * (_RIGHT - 56 - _LEFT)
-
-    parts = [_upright(across(0.0), height, "baseline"), _upright(across(1.0), height, "teacher")]
+    frame = Frame(56, 18, 408, 22 + 30 * len(shares), (low, high), (0.0, 1.0))
+    parts = []
+    for share, name in ((0.0, "baseline"), (1.0, "teacher")):
+        x = frame.across(share)
+        parts += [upright(frame, x), text(x, frame.bottom + 14, name, "middle")]
     for place, (number, share) in enumerate(shares.items()):
-        left, right = sorted((across(0.0), across(min(max(share, low), high))))
-        top = _TOP + 30 * place + 6
-        parts.append(
-            f'<text x="{_LEFT - 10}" y="{top + 14}" text-anchor="end">{number}</text>'
+        left, right = sorted((frame.across(0.0), frame.across(min(max(share, low), high))))
+        top = frame.top + 30 * place + 6
+        parts += [
+            text(frame.left - 10, top + 14, str(number), "end", ""),
             f'<rect x="{left:.1f}" y="{top}" width="{max(1.0, right - left):.1f}" height="20" '
-            f'style="fill:{_colour(number)}"/>'
-            f'<text class="end" x="{_RIGHT + 12}" y="{top + 14}" text-anchor="end">'
-            f"{percent(share)}</text>"
-        )
+            f'style="fill:{colour(number - 1)}"/>',
+            text(476, top + 14, percent(share), "end", "end"),
+        ]
     cut = any(not low <= share <= high for share in shares.values())
     note = f"by student{', longer bars cut off' if cut else ''}"
-    return figure("Gain kept", note, _svg("Gain kept", parts, height + 24))
-
-
-def _upright(x: float, height: int, name: str) -> str:
-    return (
-        f'<path class="reference" d="M{x:.1f} {_TOP}V{height + 4}"/>'
-        f'<text class="small" x="{x:.1f}" y="{height + 18}" text-anchor="middle">{name}</text>'
-    )
+    return html.figure("Gain kept", note, svg("Gain kept", frame.bottom + 20, *parts))
 
 
 def _sizes(models: Models, metric: str) -> str:
     """Every model as a numbered dot: quality against bytes on a logarithmic axis."""
-    sizes = [math.log10(model["bytes_on_disk"]) for model in models]
-    values = [model["quality"] for model in models]
-    x0, x1 = min(sizes) - 0.12, max(sizes) + 0.12
-    room = 0.12 * (max(values) - min(values)) or 0.01
-    y0, y1 = min(values) - room, max(values) + room
-
-    def across(size: float) -> float:
-        return _LEFT + (size - x0) / (x1 - x0) * (_RIGHT - _LEFT)
-
-    def down(value: float) -> float:
-        return _BOTTOM - (value - y0) / (y1 - y0) * (_BOTTOM - _TOP)
-
-    parts = [f'<path class="axis" style="fill:none" d="M{_LEFT} {_TOP}V{_BOTTOM}H{_RIGHT}"/>']
-    parts += [
-        f'<text class="small" x="{across(size):.1f}" y="{_BOTTOM + 16}" text-anchor="middle">'
-        f"{_bytes(10**size)}</text>"
-        for size in _log_ticks(x0, x1)
-    ]
-    parts += [
-        f'<path class="grid" d="M{_LEFT} {down(value):.1f}H{_RIGHT}"/>'
-        f'<text class="small" x="{_LEFT - 6}" y="{down(value) + 4:.1f}" text-anchor="end">'
-        f"{value:.3f}</text>"
-        for value in (min(values), max(values))
-    ]
-    for number, (size, value) in enumerate(zip(sizes, values, strict=True), start=1):
-        x, y = across(size), down(value)
+    sizes = np.log10([model["bytes_on_disk"] for model in models])
+    values = np.array([model["quality"] for model in models])
+    low, high = values.min(), values.max()
+    span, room = (sizes.min() - 0.12, sizes.max() + 0.12), 0.12 * (high - low) or 0.01
+    frame = Frame(56, 18, 464, 236, span, (low - room, high + room))
+    corner = f"M{frame.left} {frame.top}V{frame.bottom}H{frame.right}"
+    parts = [f'<path class="axis" style="fill:none" d="{corner}"/>']
+    for size in _log_ticks(*span):
+        parts.append(text(frame.across(size), frame.bottom + 16, _bytes(10**size), "middle"))
+    for value in (low, high):
+        y = frame.down(value)
+        parts.append(f'<path class="grid" d="M{frame.left} {y:.1f}H{frame.right}"/>')
+        parts.append(text(frame.left - 6, y + 4, f"{value:.3f}", "end"))
+    for number, (x, y) in enumerate(frame.places(sizes, values), start=1):
         parts.append(
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="9" style="fill:{_colour(number)}"><title>'
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="9" style="fill:{colour(number - 1)}"><title>'
             f"{escape(models[number - 1]['path'])}</title></circle>"
             f'<text x="{x:.1f}" y="{y + 4:.1f}" text-anchor="middle" '
             f'style="fill:var(--card);font-weight:600">{number}</text>'
         )
-    picture = _svg("Quality by size", parts, _BOTTOM + 24)
-    return figure("Quality by size", f"{metric}, bytes on disk", picture)
+    picture = svg("Quality by size", frame.bottom + 24, *parts)
+    return html.figure("Quality by size", f"{metric}, bytes on disk", picture)
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
     """Logarithms of 1, 2 and 5 times powers of ten in [low, high]; the ends if there is none."""
     steps = [math.log10(first) + power for power in range(13) for first in (1, 2, 5)]
     return [step for step in steps if low <= step <= high] or [low, high]
-
-
-def _svg(title: str, parts: Sequence[str], height: int) -> str:
-    return (
-        f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(title)}">'
-        f"{''.join(parts)}</svg>"
-    )
 
 
 def _tensors(number: int, model: Mapping[str, Any]) -> str:
@@ -217,12 +170,8 @@ def _tensors(number: int, model: Mapping[str, Any]) -> str:
         ]
         for row in model["tensors"]
     ]
-    summary = f"Every tensor of no. {number}, {model['path']}"
-    return details(summary, table(["tensors", "bits a weight", "with scales", "bytes"], rows))
-
-
-def _colour(number: int) -> str:
-    return f"var(--c{(number - 1) % COLOURS})"
+    table = html.table(["tensors", "bits a weight", "with scales", "bytes"], rows)
+    return html.details(f"Every tensor of no. {number}, {model['path']}", html.scroll(table))
 
 
 def _bytes(count: float) -> str:

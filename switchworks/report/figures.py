@@ -4,7 +4,9 @@ import math
 from collections.abc import Sequence
 
 from switchworks.report.html import Tile
-from switchworks.report.runs import Reached, Run, baseline, when_reached
+from switchworks.report.runs import Reached, Run, when_reached
+
+_NOT_REACHED = "not reached"
 
 
 def figures(run: Run) -> list[Tile]:
@@ -35,54 +37,42 @@ def duration(seconds: int | float | None) -> str:
     return " ".join(f"{value} {unit}" for value, unit in parts[:2])
 
 
-def speedups(runs: Sequence[Run]) -> list[list[str]]:
-    """Rows of a table, name first: when each run had come down to the baseline's final loss.
+def speedups(runs: Sequence[Run], base: Run, target: float) -> tuple[list[Tile], list[list[str]]]:
+    """When each run had come down to `target`, the final loss of `base`: tiles, and table rows.
 
-    A speed-up is the baseline's steps (or seconds) to that loss over the run's. Empty if the
-    baseline was never validated.
+    A speed-up is the steps (or seconds) of `base` to that loss over the run's. The rows have their
+    name first; the tiles are of the other runs that reached it.
     """
-    base = baseline(runs)
-    target = base.last("val/loss")
-    if target is None:
-        return []
     first = when_reached(base, target)
-    columns = [_speedup(first, when_reached(run, target)) for run in runs]
+    assert first is not None
+    tiles, columns = [], []
+    for run in runs:
+        columns.append(_speedup(first, when_reached(run, target)))
+        steps, ratio, time, time_ratio = columns[-1]
+        if run is not base and steps != _NOT_REACHED:
+            note, time_note = f"{first.step:,.0f} steps", duration(first.seconds)
+            tiles += [
+                (f"Speed-up in steps, {run.name}", ratio, f"{steps} instead of {note}"),
+                (f"Speed-up in time, {run.name}", time_ratio, f"{time} instead of {time_note}"),
+            ]
     names = (
         f"Steps to a loss of {target:.3f}",
         "Speed-up in steps",
         f"Time to a loss of {target:.3f}",
         "Speed-up in time",
     )
-    return [[name, *cells] for name, *cells in zip(names, *columns, strict=True)]
+    return tiles, [[name, *cells] for name, *cells in zip(names, *columns, strict=True)]
 
 
-def gains(runs: Sequence[Run]) -> list[Tile]:
-    """Tiles of a comparison: the speed-ups of every run that reached the baseline's final loss."""
-    base = baseline(runs)
-    target = base.last("val/loss")
-    first = None if target is None else when_reached(base, target)
-    speedup_tiles: list[Tile] = []
-    for run in runs:
-        reached = None if run is base or target is None else when_reached(run, target)
-        if first is None or reached is None:
-            continue
-        steps, ratio, time, time_ratio = _speedup(first, reached)
-        step_note = f"{steps} instead of {first.step:,.0f} steps"
-        time_note = f"{time} instead of {duration(first.seconds)}"
-        speedup_tiles += [
-            (f"Speed-up in steps, {run.name}", ratio, step_note),
-            (f"Speed-up in time, {run.name}", time_ratio, time_note),
-        ]
-    return speedup_tiles
-
-
-def _speedup(base: Reached | None, run: Reached | None) -> list[str]:
-    if base is None or run is None:
-        return ["not reached"] * 4
+def _speedup(base: Reached, run: Reached | None) -> list[str]:
+    """Steps, speed-up in steps, time, speed-up in time."""
+    if run is None:
+        return [_NOT_REACHED] * 4
+    time = duration(run.seconds) or "-"
     return [
         f"{run.step:,.0f}",
         _ratio(base.step, run.step),
-        duration(run.seconds) or "-",
+        time,
         _ratio(base.seconds, run.seconds),
     ]
 
@@ -96,8 +86,8 @@ def by_corpus(runs: Sequence[Run]) -> dict[str, list[tuple[str, str] | None]]:
 
     None stands for a run that was not validated on the corpus.
     """
-    keys = dict.fromkeys(key for run in runs for row in run.rows for key in row)
-    names = [key.removeprefix("val/loss/") for key in keys if key.startswith("val/loss/")]
+    keys = dict.fromkeys(key for run in runs for key in run.keys("val/loss/"))
+    names = [key.removeprefix("val/loss/") for key in keys]
     return {name: [_corpus(run, name) for run in runs] for name in names}
 
 

@@ -41,8 +41,12 @@ def write_page(path: Path, html: str) -> None:
 
 def header(title: str, facts: Sequence[str]) -> str:
     """The top of a page: its title, and facts in a line below."""
-    line = escape(" \N{MIDDLE DOT} ".join(facts))
-    return f'<header><h1>{escape(title)}</h1><p class="soft">{line}</p></header>'
+    return f"<header><h1>{escape(title)}</h1>{soft(escape(' · '.join(facts)))}</header>"
+
+
+def soft(html: str) -> str:
+    """A paragraph of explanation; "" without text."""
+    return f'<p class="soft">{html}</p>' if html else ""
 
 
 def notice(*lines: str) -> str:
@@ -55,8 +59,7 @@ def section(title: str, note: str, *parts: str) -> str:
     """A section with its heading; `note` and `parts` are HTML. "" if all parts are empty."""
     if not any(parts):
         return ""
-    intro = f'<p class="soft">{note}</p>' if note else ""
-    return f"<section><h2>{escape(title)}</h2>{intro}{''.join(parts)}</section>"
+    return f"<section><h2>{escape(title)}</h2>{soft(note)}{''.join(parts)}</section>"
 
 
 def grid(figures: Sequence[str]) -> str:
@@ -80,32 +83,43 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, marked: Sequenc
     Rows with a number in `marked` are coloured.
     """
     top = "".join(f"<th>{escape(name)}</th>" for name in head)
-    differs = ' class="differs"'
-    body = "".join(
-        f"<tr{differs if number in marked else ''}><th>{row[0]}</th>"
-        + "".join(f"<td>{cell}</td>" for cell in row[1:])
-        + "</tr>"
-        for number, row in enumerate(rows)
-    )
+    body = ""
+    for number, (name, *cells) in enumerate(rows):
+        body += '<tr class="differs">' if number in marked else "<tr>"
+        body += f"<th>{name}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
     return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
 
 
+def scroll(html: str, kind: str = "scroll") -> str:
+    """A box that scrolls sideways where its table is too wide."""
+    return f'<div class="{kind}">{html}</div>'
+
+
 def card(html: str) -> str:
-    """A card that scrolls sideways where its table is too wide."""
-    return f'<div class="card scroll">{html}</div>'
+    """The same as a card."""
+    return scroll(html, "card scroll")
 
 
-def details(summary: str, html: str) -> str:
-    """A card with a table that is closed at first. `summary` is text."""
+def details(summary: str, html: str, *, opened: bool = False) -> str:
+    """A card that is closed at first, or `opened`. `summary` is text."""
     return (
-        f'<details class="card"><summary>{escape(summary)}</summary>'
-        f'<div class="scroll">{html}</div></details>'
+        f'<details class="card"{" open" * opened}><summary>{escape(summary)}</summary>'
+        f"{html}</details>"
     )
 
 
 def cell(value: str, note: str = "") -> str:
     """The HTML of a table's cell: text, and a smaller note below it."""
     return escape(value) + (f"<br><small>{escape(note)}</small>" if note else "")
+
+
+def row(name: str, values: Sequence[tuple[str, str] | None]) -> list[str]:
+    """A table's row of values with notes; a note that all share stands once, beside the name."""
+    notes = {note for _, note in filter(None, values)}
+    shared = notes.pop() if len(notes) == 1 else ""
+    pairs = [("-", "") if value is None else value for value in values]
+    cells = [cell(value, "" if note == shared else note) for value, note in pairs]
+    return [cell(name, shared), *cells]
 
 
 def figure(title: str, note: str, picture: str, legend: str = "") -> str:

@@ -8,25 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from switchworks.config import DataError
-from switchworks.report.charts import COLOURS, Curve, Kind, curves_of, line_chart
-from switchworks.report.figures import by_corpus, compact, figures, gains, recorded, speedups
-from switchworks.report.html import (
-    card,
-    cell,
-    details,
-    document,
-    grid,
-    header,
-    notice,
-    section,
-    table,
-    tiles,
-    write_page,
-)
+from switchworks.report import html
+from switchworks.report.charts import Curve, Kind, Mark, curves_of, line_chart, points_of
+from switchworks.report.figures import by_corpus, compact, figures, recorded, speedups
 from switchworks.report.load_chart import colour_bar, load_chart
 from switchworks.report.runs import Run, baseline, last_part, read_run
 from switchworks.report.samples import samples_section
-from switchworks.report.tasks import best_mark, best_sentence, task_charts, task_rows
+from switchworks.report.svg import COLOURS
+from switchworks.report.tasks import best_mark, tasks_section
 
 LOSS_UNIT = "nats per target token"
 
@@ -42,25 +31,25 @@ def write_report(run_dirs: Sequence[Path], output: Path | None = None) -> Path:
     runs = [read_run(Path(path)) for path in run_dirs]
     name = "report.html" if len(runs) == 1 else "comparison.html"
     target = runs[0].path / name if output is None else Path(output)
-    write_page(target, page(runs))
+    html.write_page(target, page(runs))
     return target
 
 
 def page(runs: Sequence[Run]) -> str:
     """The page as HTML. Sections for which the runs have no data are left out."""
-    runs = _with_distinct_names(runs)
+    runs, several = _with_distinct_names(runs), len(runs) > 1
     facts = [fact for fact in _facts(runs[0]) if all(fact in _facts(run) for run in runs)]
     names = ", ".join(run.name for run in runs)
-    sections = [header(names, facts), *(_problems(run) for run in runs)]
-    if len(runs) > 1:
+    sections = [html.header(names, facts), *(_problems(run) for run in runs)]
+    if several:
         sections.append(_comparison(runs))
     elif runs[0].rows:
-        sections.append(tiles(figures(runs[0])))
-    sections += [_learning(runs), _tasks(runs), _corpora(runs), _speed(runs), _routing(runs)]
-    sections += [_loads(run, several=len(runs) > 1) for run in runs]
-    sections += [samples_section(run, several=len(runs) > 1) for run in runs]
+        sections.append(html.tiles(figures(runs[0])))
+    sections += [_learning(runs), tasks_section(runs), _corpora(runs), _speed(runs), _routing(runs)]
+    sections += [_loads(run, several=several) for run in runs]
+    sections += [samples_section(run, several=several) for run in runs]
     sections += [_origin(runs), _settings(runs)]
-    return document(f"{names} - switchworks report", sections)
+    return html.document(f"{names} - switchworks report", sections)
 
 
 def _with_distinct_names(runs: Sequence[Run]) -> list[Run]:
@@ -88,66 +77,52 @@ def _facts(run: Run) -> list[str]:
 
 def _problems(run: Run) -> str:
     """What could not be read of the run, and whether it has finished."""
-    problems = list(run.notes)
+    problems, planned = list(run.notes), run.settings.get("steps")
     if not run.rows:
         problems.append("No metrics yet: metrics.jsonl holds no readable line.")
-    else:
-        planned, done = run.settings.get("steps"), run.rows[-1]["step"]
-        if isinstance(planned, int) and done < planned:
-            problems.append(f"Not finished: step {done:,} of {planned:,} so far.")
-    return notice(*(f"{run.path.name}: {problem}" for problem in problems))
+    elif isinstance(planned, int) and run.rows[-1]["step"] < planned:
+        done = run.rows[-1]["step"]
+        problems.append(f"Not finished: step {done:,} of {planned:,} so far.")
+    return html.notice(*(f"{run.path.name}: {problem}" for problem in problems))
 
 
 def _comparison(runs: Sequence[Run]) -> str:
     columns = [{name: (value, note) for name, value, note in figures(run)} for run in runs]
-    names = list(dict.fromkeys(name for column in columns for name in column))
-    rows = [_figure_row(name, [column.get(name) for column in columns]) for name in names]
-    rows += [[escape(text) for text in row] for row in speedups(runs)]
-    return section(
-        "Comparison", "", tiles(gains(runs)), _definition_of_speedup(runs), _by_run(runs, rows)
-    )
-
-
-def _by_run(runs: Sequence[Run], rows: Sequence[Sequence[str]]) -> str:
-    """A table with a column per run."""
-    return card(table(["", *(run.name for run in runs)], rows))
-
-
-def _figure_row(name: str, values: Sequence[tuple[str, str] | None]) -> list[str]:
-    """A figure of every run; a note that all runs share stands once, beside the name."""
-    notes = {note for _, note in filter(None, values)}
-    shared = notes.pop() if len(notes) == 1 else ""
-    pairs = [("-", "") if value is None else value for value in values]
-    return [
-        cell(name, shared),
-        *(cell(value, "" if note == shared else note) for value, note in pairs),
-    ]
-
-
-def _definition_of_speedup(runs: Sequence[Run]) -> str:
+    names = dict.fromkeys(name for column in columns for name in column)
+    rows = [html.row(name, [column.get(name) for column in columns]) for name in names]
     base = baseline(runs)
-    target = base.last("val/loss")
-    if target is None:
-        return ""
-    return (
-        f'<p class="soft">Speed-up, as in the Switch Transformer paper: the steps (or the seconds '
-        f"of training) {escape(base.name)} took to its final validation loss of {target:.3f}, "
-        "divided by those another run took to come down to the same loss. Between two validations "
-        "the loss is taken to fall in a straight line.</p>"
-    )
+    target, tiles, definition = base.last("val/loss"), [], ""
+    if target is not None:
+        tiles, speedup_rows = speedups(runs, base, target)
+        rows += [list(map(escape, row)) for row in speedup_rows]
+        definition = html.soft(
+            "Speed-up, as in the Switch Transformer paper: the steps (or the seconds of training) "
+            f"{escape(base.name)} took to its final validation loss of {target:.3f}, divided by "
+            "those another run took to come down to the same loss. Between two validations the "
+            "loss is taken to fall in a straight line."
+        )
+    by_run = html.card(html.table(_head(runs), rows))
+    return html.section("Comparison", "", html.tiles(tiles), definition, by_run)
 
 
-def _losses(runs: Sequence[Run], against: str, unit: int | float) -> list[Curve]:
+def _head(runs: Sequence[Run]) -> list[str]:
+    """The head of a table with a column per run."""
+    return ["", *(run.name for run in runs)]
+
+
+def _losses(runs: Sequence[Run], against: str, unit: int | float = 1) -> list[Curve]:
     """Training and validation loss of every run; x in units of `unit`."""
     curves: list[Curve] = []
     single = len(runs) == 1
-    kinds: dict[str, Kind] = {"training": "noisy" if single else "smooth", "validation": "points"}
-    for colour, run in enumerate(runs):
-        for name, kind in kinds.items():
-            x, y = run.series("train/loss" if name == "training" else "val/loss", against)
+    noisy: Kind = "noisy" if single else "smooth"
+    lines: list[tuple[str, str, Kind]] = [("training", "train/loss", noisy)]
+    lines.append(("validation", "val/loss", "points"))
+    for place, run in enumerate(runs):
+        for name, key, kind in lines:
+            x, y = run.series(key, against)
             label = name if single else f"{run.name}, {name}"
-            place = len(curves) if single else colour  # a colour for each curve, or for each run
-            curves.append(Curve(x=x / unit, y=y, label=label, colour=place, kind=kind))
+            colour = len(curves) if single else place  # one for each curve, or for each run
+            curves.append(Curve(x=x / unit, y=y, label=label, colour=colour, kind=kind))
     return curves
 
 
@@ -160,7 +135,7 @@ def _learning(runs: Sequence[Run]) -> str:
         if longest >= 3 * pair[0] or pair[0] == 1
     )
     tokens, magnitude = (1e9, "billion") if most >= 2e9 else (1e6, "million")
-    by_step, by_time = _losses(runs, "step", 1), _losses(runs, "seconds", seconds)
+    by_step, by_time = _losses(runs, "step"), _losses(runs, "seconds", seconds)
     by_tokens, rate = _losses(runs, "tokens", tokens), curves_of(runs, "train/lr", kind="plain")
     charts = [
         line_chart("Loss by step", LOSS_UNIT, "step", by_step, mark=best_mark(runs)),
@@ -170,23 +145,7 @@ def _learning(runs: Sequence[Run]) -> str:
     ]
     note = "Lower is better. Training loss is smoothed"
     note += ", with its raw values behind." if len(runs) == 1 else "."
-    return section("How it learned", note, grid(charts))
-
-
-def _tasks(runs: Sequence[Run]) -> str:
-    """Every task's metrics as measured while training, and which step was the best."""
-    charts = task_charts(runs)
-    sentences = [
-        escape((f"{run.name}: " if len(runs) > 1 else "") + sentence)
-        for run in runs
-        if (sentence := best_sentence(run))
-    ]
-    if not charts:
-        text = f'<p class="soft">{" ".join(sentences)}</p>'
-        return f"<section>{text}</section>" if sentences else ""
-    sentences.insert(0, "Answers to the same validation examples, out of 100; higher is better.")
-    rows = [[cell(*pair) for pair in row] for row in task_rows(runs)]
-    return section("The tasks", " ".join(sentences), grid(charts), _by_run(runs, rows))
+    return html.section("How it learned", note, html.grid(charts))
 
 
 def _corpora(runs: Sequence[Run]) -> str:
@@ -196,56 +155,61 @@ def _corpora(runs: Sequence[Run]) -> str:
         return ""
     chart = ""
     if len(runs) == 1 and len(losses) <= COLOURS:
-        keys = {name: f"val/loss/{name}" for name in losses}
-        curves = [
-            replace(curve, label=name, colour=colour)
-            for colour, (name, key) in enumerate(keys.items())
-            for curve in curves_of(runs, key, kind="points")
-        ]
+        curves = points_of(runs[0], {name: f"val/loss/{name}" for name in losses})
         chart = line_chart("Validation loss by corpus", LOSS_UNIT, "step", curves)
     note = (
         "The last validation loss on each. The validation loss of the run is their mean, each "
         "weighted by its share of the rows."
     )
-    rows = [_figure_row(name, values) for name, values in losses.items()]
-    return section("The corpora", note, f'<div class="grid">{chart}</div>', _by_run(runs, rows))
+    rows = [html.row(name, values) for name, values in losses.items()]
+    by_run = html.card(html.table(_head(runs), rows))
+    return html.section("The corpora", note, html.grid([chart]), by_run)
+
+
+def _chart(
+    runs: Sequence[Run],
+    title: str,
+    unit: str,
+    key: str,
+    *,
+    scale: int = 1,
+    line: Mark | None = None,
+) -> str:
+    curves = curves_of(runs, key, scale=scale)
+    return line_chart(title, unit, "step", curves, from_zero=True, reference=line)
 
 
 def _speed(runs: Sequence[Run]) -> str:
-    throughput, norm = curves_of(runs, "tokens_per_second"), curves_of(runs, "train/grad_norm")
     charts = [
-        line_chart("Throughput", "tokens per second", "step", throughput, from_zero=True),
-        line_chart("Gradient norm", "over all parameters", "step", norm, from_zero=True),
+        _chart(runs, "Throughput", "tokens per second", "tokens_per_second"),
+        _chart(runs, "Gradient norm", "over all parameters", "train/grad_norm"),
     ]
-    return section("How it ran", "Speed, and the size of the gradients.", grid(charts))
+    return html.section("How it ran", "Speed, and the size of the gradients.", html.grid(charts))
 
 
 def _routing(runs: Sequence[Run]) -> str:
     if not any(run.sparse for run in runs):
         return ""
-    balance, dropped = curves_of(runs, "train/balance"), curves_of(runs, "train/dropped", scale=100)
-    used, sure = curves_of(runs, "train/experts_in_use"), curves_of(runs, "train/confidence")
-    z = curves_of(runs, "train/router_z")
     experts = max((loads.shape[1] for run in runs for _, loads in run.loads().values()), default=0)
-    all_used = (float(experts), f"all {experts}") if experts else None
+    even, used = (1.0, "even"), (float(experts), f"all {experts}") if experts else None
+    balance, busiest = curves_of(runs, "train/balance"), _busiest(runs)
+    by_balance, by_load = (
+        "1 = even, E = all tokens to one expert",
+        "times the even share, of all layers",
+    )
     charts = [
-        line_chart(
-            "Balance", "1 = even, E = all tokens to one expert", "step", balance,
-            reference=(1.0, "even"),
-        ),
-        line_chart("Dropped tokens", "% of tokens", "step", dropped, from_zero=True),
-        line_chart("Busiest expert", "times the even share, of all layers", "step", _busiest(runs),
-            from_zero=True, reference=(1.0, "even")),
-        line_chart("Experts in use", "mean over layers", "step", used, from_zero=True,
-            reference=all_used),
-        line_chart("Confidence", "probability of the chosen expert", "step", sure, from_zero=True),
-        line_chart("Router z", "squared log-sum-exp of its logits", "step", z, from_zero=True),
-    ]  # fmt: skip
+        line_chart("Balance", by_balance, "step", balance, reference=even),
+        _chart(runs, "Dropped tokens", "% of tokens", "train/dropped", scale=100),
+        line_chart("Busiest expert", by_load, "step", busiest, from_zero=True, reference=even),
+        _chart(runs, "Experts in use", "mean over layers", "train/experts_in_use", line=used),
+        _chart(runs, "Confidence", "probability of the chosen expert", "train/confidence"),
+        _chart(runs, "Router z", "squared log-sum-exp of its logits", "train/router_z"),
+    ]
     note = (
         "Every switch layer sends each token to one expert. A token that finds its expert full is "
         "dropped: it passes the layer unchanged."
     )
-    return section("How it routed", note, grid(charts))
+    return html.section("How it routed", note, html.grid(charts))
 
 
 def _busiest(runs: Sequence[Run]) -> list[Curve]:
@@ -256,7 +220,7 @@ def _busiest(runs: Sequence[Run]) -> list[Curve]:
         for steps, loads in run.loads().values():
             for step, load in zip(steps.tolist(), loads.max(axis=1).tolist(), strict=True):
                 greatest[step] = max(load, greatest.get(step, 0.0))
-        x, y = np.array(sorted(greatest)), np.array([greatest[step] for step in sorted(greatest)])
+        x, y = np.array(sorted(greatest.items())).reshape(-1, 2).T
         kind = "noisy" if len(runs) == 1 else "smooth"
         curves.append(Curve(x=x, y=y, label=run.name, colour=colour, kind=kind))
     return curves
@@ -265,24 +229,21 @@ def _busiest(runs: Sequence[Run]) -> list[Curve]:
 def _loads(run: Run, *, several: bool) -> str:
     """A heat map and final bars for each switch layer, the bars to one scale."""
     loads = run.loads()
-    if not loads:
-        return ""
     ends = {layer: last_part(shares).mean(axis=0) for layer, (_, shares) in loads.items()}
-    most = max(2.0, *(1.05 * float(end.max()) for end in ends.values()))
+    most = max([2.0, *(1.05 * float(end.max()) for end in ends.values())])
     charts = []
     for layer, (steps, shares) in loads.items():
         end, dropped = ends[layer], run.settled(f"dropped/{layer}")
         note = f"busiest {end.max():.2f} (expert {end.argmax()})"
         note += f", idlest {end.min():.2f} (expert {end.argmin()})"
-        if dropped is not None:
-            note += f", {100 * dropped:.2f}\N{NO-BREAK SPACE}% dropped"
+        note += "" if dropped is None else f", {100 * dropped:.2f}\N{NO-BREAK SPACE}% dropped"
         charts.append(load_chart(layer, steps, shares, note=note, most=most))
     note = (
         "Each expert's share of the tokens, as a multiple of the even share. One row is one "
         "expert; the bars are the mean of the last tenth of the run."
     )
     title = "Load of the experts" + (f": {run.name}" if several else "")
-    return section(title, note, colour_bar(), grid(charts))
+    return html.section(title, note, colour_bar(), html.grid(charts)) if charts else ""
 
 
 def _origin(runs: Sequence[Run]) -> str:
@@ -291,24 +252,20 @@ def _origin(runs: Sequence[Run]) -> str:
         "version": "switchworks", "text": "Text", "train_tokens": "Tokens in the store",
         "vocabulary": "Vocabulary",
     }  # fmt: skip
-    rows = [
-        [title, *(cell(_value(run.about.get(key, "-"))) for run in runs)]
-        for key, title in names.items()
-        if any(key in run.about for run in runs)
-    ]
+    rows = []
+    for key, title in names.items():
+        values = [run.about.get(key, "-") for run in runs]
+        texts = [f"{value:,}" if isinstance(value, int) else str(value) for value in values]
+        if any(key in run.about for run in runs):
+            rows.append([title, *map(escape, texts)])
     commands = [str(run.about["command"]) for run in runs if run.about.get("command")]
-    origin = (
-        f"<pre>{escape(chr(10).join(commands))}</pre>"
-        if commands
-        else '<p class="soft">The command was not noted. experiment.toml in the run directory '
-        "holds every setting.</p>"
-    )
-    origins = table(["", *(run.name for run in runs)], rows) if rows else ""
-    return section("To repeat it", "", origin, f'<div class="scroll">{origins}</div>')
-
-
-def _value(value: object) -> str:
-    return f"{value:,}" if type(value) is int else str(value)
+    origin = f"<pre>{escape(chr(10).join(commands))}</pre>"
+    if not commands:
+        origin = html.soft(
+            "The command was not noted. experiment.toml in the run directory holds every setting."
+        )
+    origins = html.table(_head(runs), rows) if rows else ""
+    return html.section("To repeat it", "", origin, html.scroll(origins))
 
 
 def _settings(runs: Sequence[Run]) -> str:
@@ -317,7 +274,6 @@ def _settings(runs: Sequence[Run]) -> str:
         return ""
     rows = [[name, *(str(run.settings.get(name, "-")) for run in runs)] for name in names]
     differing = [number for number, row in enumerate(rows) if len(set(row[1:])) > 1]
-    cells = [list(map(escape, row)) for row in rows]
+    table = html.table(_head(runs), [list(map(escape, row)) for row in rows], marked=differing)
     summary = "All settings" + ("; those that differ are marked" if len(runs) > 1 else "")
-    head = ["", *(run.name for run in runs)]
-    return f"<section>{details(summary, table(head, cells, marked=differing))}</section>"
+    return f"<section>{html.details(summary, html.scroll(table))}</section>"

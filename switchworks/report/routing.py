@@ -12,27 +12,18 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from switchworks.checkpoint import open_model, write_json
+from switchworks.checkpoint import is_model, load, open_model, write_json
 from switchworks.config import CheckpointError
 from switchworks.data import DataConfig, Tokenizer, open_dataset
 from switchworks.device import compute_device
 from switchworks.evaluate import routing_report
 from switchworks.model import SwitchTransformer
-from switchworks.report.html import (
-    card,
-    document,
-    figure,
-    grid,
-    header,
-    percent,
-    section,
-    table,
-    tiles,
-    write_page,
-)
+from switchworks.report import html
+from switchworks.report.html import percent
 from switchworks.report.load_chart import ABOVE, BELOW, colour_bar
+from switchworks.report.svg import WIDTH, svg, text
 
-_LEFT, _RIGHT, _WIDTH, _TALL, _TOP = 108, 418, 480, 19, 20
+_LEFT, _RIGHT, _TALL, _TOP = 108, 418, 19, 20
 
 Layer = Mapping[str, Any]
 Layers = Mapping[str, Layer]
@@ -52,36 +43,44 @@ def write_routing_report(
     Held-out rows of `data` are routed, labelled by their corpus in a mixture or by their task.
     Raises CheckpointError if there is no tokenizer, or if `against` is another model.
     """
-    model, tokenizer = _open(path)
-    other = None
-    if against is not None:
-        other, other_tokenizer = _open(against)
-        if other_tokenizer.fingerprint != tokenizer.fingerprint:
-            raise CheckpointError(
-                f"{path} and {against} have different tokenizers, so they read different texts.\n"
-                "  Give two states of one model."
-            )
+    (model, tokenizer), *other = open_comparable([path] if against is None else [path, against])
     data = replace(data, tokenizer=str(path))
     dataset = open_dataset(data, vocab_size=model.config.vocab_size)
     held_out = dataset.held_out(batch_size=batch_size, batches=batches)
     by_label = {name or "text": rows for name, rows in held_out.batches.items()}
     report = {"model": str(path), "against": against and str(against), "text": str(data.named)}
-    report |= routing_report(model, tokenizer, by_label, against=other)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    report |= routing_report(model, tokenizer, by_label, against=other[0][0] if other else None)
+    html.write_page(output, routing_page(report))
     write_json(output.with_suffix(".json"), report)
-    write_page(output, routing_page(report))
     return report
 
 
-def _open(path: Path) -> tuple[SwitchTransformer, Tokenizer]:
-    model, tokenizer = open_model(path)
-    model.to(compute_device())
-    if tokenizer is None:
-        raise CheckpointError(
-            f"The model in {path} has no tokenizer, so no text can be routed.\n"
-            "  Put its spiece.model beside the weights, or save it with its tokenizer."
-        )
-    return model, tokenizer
+def open_comparable(paths: Sequence[Path]) -> list[tuple[SwitchTransformer, Tokenizer]]:
+    """The models in `paths` as they are stored, on the compute device, and their tokenizers.
+
+    Raises CheckpointError for one without a tokenizer, or with another than the first has, or if
+    one reads prompts and the first inputs and targets.
+    """
+    opened: list[tuple[SwitchTransformer, Tokenizer]] = []
+    for path in paths:
+        model, tokenizer = load(path) if is_model(path) else open_model(path)
+        if tokenizer is None:
+            raise CheckpointError(
+                f"The model in {path} has no tokenizer, so it cannot read text.\n"
+                "  Put its spiece.model beside its weights, or save it with its tokenizer."
+            )
+        opened.append((model.to(compute_device()).eval(), tokenizer))
+        if tokenizer.fingerprint != opened[0][1].fingerprint:
+            raise CheckpointError(
+                f"{paths[0]} and {path} have different tokenizers, so they read different tokens.\n"
+                "  Compare models of one vocabulary."
+            )
+        if model.config.decoder_only != opened[0][0].config.decoder_only:
+            raise CheckpointError(
+                f"One of {paths[0]} and {path} is decoder-only and the other is not: "
+                "they read different rows.\n  Compare models of one kind."
+            )
+    return opened
 
 
 def routing_page(report: Mapping[str, Any]) -> str:
@@ -97,15 +96,15 @@ def routing_page(report: Mapping[str, Any]) -> str:
         "it reads, not by the one it predicts."
     )
     sections = [
-        header(f"Routing of {report['model']}", facts),
+        html.header(f"Routing of {report['model']}", facts),
         _tiles(list(layers.values()), several),
-        section("By token type", note, colour_bar(), _maps(layers, "by_type")),
+        html.section("By token type", note, _maps(layers, "by_type")),
     ]
     if several:
         note = "The same, for each label of the text."
-        sections.append(section("By label", note, colour_bar(), _maps(layers, "by_label")))
+        sections.append(html.section("By label", note, _maps(layers, "by_label")))
     sections += [_drift(report), _numbers(layers, several)]
-    return document(f"routing of {report['model']}", sections)
+    return html.document(f"routing of {report['model']}", sections)
 
 
 def _tiles(layers: Sequence[Layer], several: bool) -> str:
@@ -127,7 +126,7 @@ def _tiles(layers: Sequence[Layer], several: bool) -> str:
     if "drift" in layers[0]:
         changed = fmean(layer["drift"]["changed"] for layer in layers)
         figures.append(("Changed", percent(changed), "of the tokens have another expert"))
-    return tiles(figures)
+    return html.tiles(figures)
 
 
 def _evenness(layer: Layer) -> float:
@@ -145,33 +144,39 @@ def _explained(layers: Sequence[Layer], category: str) -> float:
     )
 
 
-def _maps(layers: Layers, rows: str) -> str:
-    return grid([_map(name, layer, rows) for name, layer in layers.items()])
+def _maps(layers: Layers, categories: str) -> str:
+    maps = [_map(name, layer, categories) for name, layer in layers.items()]
+    return colour_bar() + html.grid(maps)
 
 
-def _map(name: str, layer: Layer, rows: str) -> str:
+def _map(name: str, layer: Layer, categories: str) -> str:
     """A `<figure>` of one layer: categories down, experts across, and the number of choices."""
     experts = layer["experts"]
-    total = sum(row["routed"] for row in layer[rows].values())
-    categories = {"all": {"routed": total, "load": layer["load"]}, **layer[rows]}
-    bottom = _TOP + _TALL * len(categories)
-    parts = [
-        _row(place, category, row, experts)
-        for place, (category, row) in enumerate(categories.items())
-    ]
+    total = sum(category["routed"] for category in layer[categories].values())
+    rows = {"all": {"routed": total, "load": layer["load"]}, **layer[categories]}
+    bottom = _TOP + _TALL * len(rows)
     dead = f", dead: {', '.join(map(str, layer['dead'][:12]))}" if layer["dead"] else ""
-    picture = (
-        f'<svg viewBox="0 0 {_WIDTH} {bottom + 28}" role="img" '
-        f'aria-label="Experts of {escape(name)}">'
-        f'<text class="small" x="{_WIDTH}" y="{_TOP - 6}" text-anchor="end">choices</text>'
-        f"{''.join(parts)}{_axis(experts, bottom)}</svg>"
+    wide = (_RIGHT - _LEFT) / experts
+    picture = svg(
+        f"Experts of {name}",
+        bottom + 28,
+        text(WIDTH, _TOP - 6, "choices", "end"),
+        *(
+            _row(_TOP + _TALL * place, category, row, experts)
+            for place, (category, row) in enumerate(rows.items())
+        ),
+        *(
+            text(_LEFT + (expert + 0.5) * wide, bottom + 12, str(expert), "middle")
+            for expert in range(0, experts, math.ceil(experts / 8))
+        ),
+        text(_LEFT - 8, bottom + 12, "expert", "end"),
     )
-    return figure(name, f"{experts} experts, evenness {percent(_evenness(layer))}{dead}", picture)
+    note = f"{experts} experts, evenness {percent(_evenness(layer))}{dead}"
+    return html.figure(name, note, picture)
 
 
-def _row(place: int, name: str, row: Mapping[str, Any], experts: int) -> str:
-    top, wide = _TOP + _TALL * place, (_RIGHT - _LEFT) / experts
-    middle = top + _TALL / 2 + 4
+def _row(top: int, name: str, row: Mapping[str, Any], experts: int) -> str:
+    wide, middle = (_RIGHT - _LEFT) / experts, top + _TALL / 2 + 4
     cells = "".join(
         f'<rect x="{_LEFT + expert * wide:.2f}" y="{top}" width="{wide + 0.05:.2f}" '
         f'height="{_TALL - 2}" style="{_colour(share * experts)}">'
@@ -179,12 +184,11 @@ def _row(place: int, name: str, row: Mapping[str, Any], experts: int) -> str:
         f"({percent(share)})</title></rect>"
         for expert, share in enumerate(row["load"])
     )
+    frame = f'x="{_LEFT}" y="{top}" width="{_RIGHT - _LEFT}" height="{_TALL - 2}"'
     return (
-        f'<text x="{_LEFT - 8}" y="{middle:.1f}" text-anchor="end">{escape(_short(name))}</text>'
-        f'{cells}<rect class="frame" x="{_LEFT}" y="{top}" width="{_RIGHT - _LEFT}" '
-        f'height="{_TALL - 2}"/>'
-        f'<text class="small" x="{_WIDTH}" y="{middle:.1f}" text-anchor="end">'
-        f"{row['routed']:,}</text>"
+        text(_LEFT - 8, middle, _short(name), "end", "")
+        + f'{cells}<rect class="frame" {frame}/>'
+        + text(WIDTH, middle, f"{row['routed']:,}", "end")
     )
 
 
@@ -197,19 +201,6 @@ def _colour(times_even: float) -> str:
     strength = max(-1.0, min(1.0, math.log2(max(times_even, 1e-9)) / 2))
     red, green, blue = ABOVE if strength > 0 else BELOW
     return f"fill:rgb({red},{green},{blue});fill-opacity:{abs(strength):.3f}"
-
-
-def _axis(experts: int, top: int) -> str:
-    step = max(1, math.ceil(experts / 8))
-    wide = (_RIGHT - _LEFT) / experts
-    names = "".join(
-        f'<text class="small" x="{_LEFT + (expert + 0.5) * wide:.1f}" y="{top + 12}" '
-        f'text-anchor="middle">{expert}</text>'
-        for expert in range(0, experts, step)
-    )
-    return (
-        f'{names}<text class="small" x="{_LEFT - 8}" y="{top + 12}" text-anchor="end">expert</text>'
-    )
 
 
 def _drift(report: Mapping[str, Any]) -> str:
@@ -232,25 +223,21 @@ def _drift(report: Mapping[str, Any]) -> str:
         f"{escape(report['against'])}, and the Jensen-Shannon divergence of the loads in nats "
         "(0: the same, 0.69: nothing in common)."
     )
-    return section("Drift", note, card(table(["layer", "changed", "divergence", *types], rows)))
+    return html.section(
+        "Drift", note, html.card(html.table(["layer", "changed", "divergence", *types], rows))
+    )
 
 
 def _numbers(layers: Layers, several: bool) -> str:
+    categories = ["type", "label"] if several else ["type"]
     head = ["layer", "tokens", "evenness", "router's entropy", "confidence", "dead", "idle"]
-    head += ["type tells", *(["label tells"] if several else [])]
-    rows = [
-        [
-            escape(name),
-            f"{layer['tokens']:,}",
-            percent(_evenness(layer)),
-            f"{layer['token_entropy']:.3f} of {layer['even_entropy']:.3f}",
-            percent(layer["confidence"]),
-            str(len(layer["dead"])),
-            str(len(layer["idle"])),
-            f"{layer['information']['type']:.3f}",
-            *([f"{layer['information']['label']:.3f}"] if several else []),
-        ]
-        for name, layer in layers.items()
-    ]
+    head += [f"{category} tells" for category in categories]
+    rows = []
+    for name, layer in layers.items():
+        row = [escape(name), f"{layer['tokens']:,}", percent(_evenness(layer))]
+        row.append(f"{layer['token_entropy']:.3f} of {layer['even_entropy']:.3f}")
+        row += [percent(layer["confidence"]), str(len(layer["dead"])), str(len(layer["idle"]))]
+        row += [f"{layer['information'][category]:.3f}" for category in categories]
+        rows.append(row)
     note = "Entropies, and what type and label tell about the expert, are in nats."
-    return section("In numbers", note, card(table(head, rows)))
+    return html.section("In numbers", note, html.card(html.table(head, rows)))

@@ -6,22 +6,18 @@ line wins; a line that cannot be read is skipped and counted, and the page says 
 
 import json
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
-from switchworks.config import DataError
-
-LAST_PART = 0.1
-"""Figures "at the end" that vary from line to line are means over this share of the steps."""
+from switchworks.config import DataError, flatten
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sample:
+class Sample(NamedTuple):
     """One held-out text after `step` steps: holes are `<extra_id_0>`, `<extra_id_1>`, ...
 
     From a decoder-only model: a prompt, and the original and written continuations of it.
@@ -54,49 +50,53 @@ class Run:
         self, key: str, against: str = "step"
     ) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]:
         """The finite values of `against` and of `key` on the lines that hold both."""
-        points = [(row[against], row[key]) for row in self.rows if key in row and against in row]
-        numbers = [(x, y) for x, y in points if _is_number(x) and _is_number(y)]
+        points = [(row.get(against), row.get(key)) for row in self.rows]
+        numbers = [pair for pair in points if all(isinstance(v, int | float) for v in pair)]
         pairs = np.array(numbers, dtype=float).reshape(-1, 2)
-        pairs = pairs[np.isfinite(pairs).all(axis=1)]
-        return pairs[:, 0], pairs[:, 1]
+        return tuple(pairs[np.isfinite(pairs).all(axis=1)].T)
 
     def loads(self) -> dict[str, tuple[Float[np.ndarray, " N"], Float[np.ndarray, "N E"]]]:
         """Per switch layer: steps, and each expert's share of the tokens times E (1 = even)."""
-        layers: dict[str, list[tuple[int, list[float]]]] = {}
-        for row in self.rows:
-            for key, shares in row.items():
-                if key.startswith("load/") and isinstance(shares, list) and shares:
-                    layers.setdefault(key.removeprefix("load/"), []).append((row["step"], shares))
-        return {layer: _table(lines) for layer, lines in layers.items()}
+        layers = {}
+        for key in self.keys("load/"):
+            lines = [(row["step"], row[key]) for row in self.rows if key in row]
+            shares = np.array([shares for _, shares in lines], dtype=float)
+            steps = np.array([step for step, _ in lines], dtype=float)
+            layers[key.removeprefix("load/")] = steps, np.nan_to_num(shares) * shares.shape[1]
+        return layers
 
     def last(self, key: str) -> float | None:
         """The last finite value of `key`; None if there is none."""
-        values = self.series(key)[1]
-        return float(values[-1]) if len(values) else None
+        return self._figure(key, lambda values: values[-1])
 
     def settled(self, key: str) -> float | None:
         """The mean of `key` over the last tenth of its lines, at least one; None without any."""
-        values = self.series(key)[1]
-        return float(last_part(values).mean()) if len(values) else None
+        return self._figure(key, lambda values: last_part(values).mean())
 
     def median(self, key: str) -> float | None:
         """The median of `key` over the run; None without a value."""
+        return self._figure(key, np.median)
+
+    def _figure(self, key: str, figure: Callable[[np.ndarray], Any]) -> float | None:
         values = self.series(key)[1]
-        return float(np.median(values)) if len(values) else None
+        return float(figure(values)) if len(values) else None
 
     @property
     def sparse(self) -> bool:
         """Whether the run has switch layers: whether it noted anything about routing."""
         return any(
-            key.startswith("load/") or key in ("train/balance", "train/experts_in_use")
-            for row in self.rows
-            for key in row
+            key in ("train/balance", "train/experts_in_use") or key.startswith("load/")
+            for key in self.keys()
         )
+
+    def keys(self, prefix: str = "") -> dict[str, None]:
+        """The keys of the lines that start with `prefix`, in the order they first occur in."""
+        return {key: None for row in self.rows for key in row if key.startswith(prefix)}
 
 
 def last_part(values: Float[np.ndarray, "N *rest"]) -> Float[np.ndarray, "M *rest"]:
-    """The last tenth of `values`, at least one."""
-    return values[-max(1, round(len(values) * LAST_PART)) :]
+    """The last tenth of `values`, at least one, of which figures "at the end" are means."""
+    return values[-max(1, round(len(values) * 0.1)) :]
 
 
 def read_run(path: Path) -> Run:
@@ -125,17 +125,7 @@ def read_run(path: Path) -> Run:
     )
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as dotted name -> value, in the order of the file."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        inner = isinstance(value, Mapping)
-        flat |= flatten(value, f"{prefix}{name}.") if inner else {prefix + name: value}
-    return flat
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reached:
+class Reached(NamedTuple):
     """When a run's validation loss first came down to a target."""
 
     step: float
@@ -147,11 +137,8 @@ def when_reached(run: Run, loss: float, key: str = "val/loss") -> Reached | None
 
     Interpolated linearly between the two validations on either side of `loss`.
     """
-    steps, losses = run.series(key)
-    step = crossing(steps, losses, loss)
-    if step is None:
-        return None
-    return Reached(step=step, seconds=crossing(*run.series(key, "seconds"), loss))
+    step = crossing(*run.series(key), loss)
+    return None if step is None else Reached(step, crossing(*run.series(key, "seconds"), loss))
 
 
 def baseline(runs: Sequence[Run]) -> Run:
@@ -159,44 +146,30 @@ def baseline(runs: Sequence[Run]) -> Run:
     return next((run for run in runs if not run.sparse), runs[0])
 
 
-def _table(lines: Sequence[tuple[int, list[float]]]) -> tuple[np.ndarray, np.ndarray]:
-    experts = len(lines[0][1])
-    lines = [line for line in lines if len(line[1]) == experts]
-    shares = np.array([shares for _, shares in lines], dtype=float)
-    return np.array([step for step, _ in lines], dtype=float), np.nan_to_num(shares) * experts
-
-
 def crossing(x: np.ndarray, losses: np.ndarray, target: float) -> float | None:
     """The x at which `losses`, interpolated linearly, first is `target` or less; None if never."""
     below = np.flatnonzero(losses <= target)
     if not len(below):
         return None
-    i = int(below[0])
-    if i == 0:
-        return float(x[0])
-    share = (losses[i - 1] - target) / (losses[i - 1] - losses[i])
-    return float(x[i - 1] + share * (x[i] - x[i - 1]))
+    around = slice(max(0, below[0] - 1), below[0] + 1)
+    return float(np.interp(target, losses[around][::-1], x[around][::-1]))
 
 
 def _rows(path: Path, notes: list[str]) -> tuple[dict[str, Any], ...]:
     rows: dict[int, dict[str, Any]] = {}
-    latest = -1
     for line in _lines(path, notes):
         step = line["step"]
-        if step < latest:  # resumed from a checkpoint: what came after it was done again
-            rows = {known: row for known, row in rows.items() if known <= step}
+        while rows and step < next(reversed(rows)):
+            rows.popitem()  # resumed from a checkpoint: what came after it was done again
         rows[step] = rows.get(step, {}) | line  # training and validation lines share a step
-        latest = step
-    return tuple(rows[step] for step in sorted(rows))
+    return tuple(rows.values())
 
 
 def _samples(path: Path, notes: list[str]) -> tuple[Sample, ...]:
-    if not path.exists():
-        return ()
-    samples: dict[tuple[int, str], Sample] = {}
-    for line in _lines(path, notes):
-        texts = {key: str(line.get(key, "")) for key in ("inputs", "truth", "prediction")}
-        samples[line["step"], texts["inputs"]] = Sample(step=line["step"], **texts)
+    samples = {}
+    for line in _lines(path, notes) if path.exists() else ():
+        texts = [str(line.get(key, "")) for key in ("inputs", "truth", "prediction")]
+        samples[line["step"], texts[0]] = Sample(line["step"], *texts)
     return tuple(sorted(samples.values(), key=lambda sample: -sample.step))
 
 
@@ -204,14 +177,14 @@ def _lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
     """The lines of `path` that are JSON objects with a step; the others are counted in `notes`."""
     skipped = 0
     content = path.read_text(encoding="utf-8", errors="replace")
-    for text in content.split("\n"):  # not splitlines: text may hold U+2028
+    for text in filter(str.strip, content.split("\n")):  # not splitlines: text may hold U+2028
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
             line = None
-        if isinstance(line, dict) and type(line.get("step")) is int:
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
             yield line
-        elif text.strip():
+        else:
             skipped += 1
     if skipped:
         lines = "1 line was" if skipped == 1 else f"{skipped} lines were"
@@ -227,7 +200,3 @@ def _mapping(path: Path, parse: Any, notes: list[str]) -> dict[str, Any]:
         notes.append(f"{path.name} could not be read: {error}")
         return {}
     return values if isinstance(values, dict) else {}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

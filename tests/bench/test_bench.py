@@ -13,13 +13,20 @@ import torch
 from switchworks.bench import BenchConfig, Shape, Workload, bench
 from switchworks.bench import peers as peers_module
 from switchworks.bench.comparisons import comparisons
-from switchworks.bench.measure import Row, build, matrix_limit, measure, share_of_limit
+from switchworks.bench.measure import (
+    Row,
+    alternate,
+    matrix_limit,
+    measure,
+    share_of_limit,
+    spread,
+    take_turns,
+)
 from switchworks.bench.memory import peaks
 from switchworks.bench.peers import peer_model
 from switchworks.bench.run import cells
 from switchworks.bench.sweep import traffic
-from switchworks.bench.timing import alternate, spread, take_turns
-from switchworks.bench.weights import bytes_needed, new_model, random_batch
+from switchworks.bench.workloads import build, bytes_needed, new_model, random_batch
 from switchworks.config import ConfigError, from_dict, to_dict
 from switchworks.model.sizes import num_parameters
 
@@ -103,9 +110,9 @@ def test_a_side_survives_the_way_to_another_process():
 
 def test_sides_take_turns_after_a_first_call_that_does_not_count():
     calls: list[str] = []
-    times = take_turns(lambda: calls.append("a"), lambda: calls.append("b"), 2)
+    times = take_turns([lambda: calls.append("a"), lambda: calls.append("b")], 2)
     assert "".join(calls) == "ab" + "abab"
-    assert len(times.ours) == len(times.peer) == 2
+    assert [len(taken) for taken in times] == [2, 2]
 
 
 def test_sides_too_large_to_be_together_are_never_there_together():
@@ -122,8 +129,8 @@ def test_sides_too_large_to_be_together_are_never_there_together():
         def __del__(self) -> None:
             alive.clear()
 
-    times = alternate(lambda: Work("a"), lambda: Work("b"), 3)
-    assert len(times.ours) == len(times.peer) == 4
+    times = alternate([lambda: Work("a"), lambda: Work("b")], 3)
+    assert [len(taken) for taken in times] == [4, 4]
 
 
 def test_the_spread_is_the_quartiles_or_the_ends_of_a_few():

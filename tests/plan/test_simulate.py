@@ -20,14 +20,13 @@ from switchworks.config import ConfigError
 from switchworks.model.sizes import num_parameters
 from switchworks.parallel import MeshConfig
 from switchworks.parallel.layout import check_fit
-from switchworks.plan.fake import fake_ranks
 from switchworks.plan.machines import MACHINES, Machine, estimate, find_machine
 from switchworks.plan.picture import cells, draw_mesh, grid_shape
-from switchworks.plan.search import possible_meshes, search
-from switchworks.plan.simulate import simulate, simulate_with_depth, trace_step
-from switchworks.plan.summary import make_plan
+from switchworks.plan.search import make_plan, possible_meshes, search
+from switchworks.plan.simulate import fake_ranks, simulate, simulate_with_depth, trace_step
+from switchworks.plan.summary import layout_table
 from switchworks.plan.trace import Operation, Traffic
-from switchworks.plan.weights import layout_table, shards_of_rank
+from switchworks.plan.weights import shards_of_rank
 from switchworks.recipes import find_recipe
 from switchworks.recipes.tiny import tiny
 

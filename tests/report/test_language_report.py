@@ -14,9 +14,8 @@ from scipy.spatial.distance import jensenshannon
 from switchworks.config import DataError
 from switchworks.evaluate.language_routing import LanguageRouting, routing_by_language
 from switchworks.evaluate.run import open_run
-from switchworks.report.languages.charts import draw_quality, draw_speedups
-from switchworks.report.languages.compare import compare, share_at, summary
-from switchworks.report.languages.write import write_routing, write_table
+from switchworks.report.language_charts import draw_quality, draw_speedups
+from switchworks.report.languages import compare, share_at, summary, write_routing, write_table
 from switchworks.report.runs import read_run
 
 DENSE = {"de": [4.0, 3.0, 2.0], "ar": [4.0, 3.5, 3.0], "fy": [3.0, 2.0, 1.0]}

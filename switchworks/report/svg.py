@@ -1,4 +1,4 @@
-"""The rectangle that a chart is drawn in, its axes and their numbers, as SVG.
+"""The rectangle that a chart is drawn in, its axes, and the elements of a picture, as SVG.
 
 Colours are CSS variables of the page (`--c0` ... `--c5`, `--ink`, `--grid`), so that light, dark
 and paper each get their own. A picture is 480 units wide: about as wide as a phone shows it.
@@ -9,6 +9,10 @@ from html import escape
 from typing import TypeVar
 
 import numpy as np
+
+WIDTH = 480
+COLOURS = 6
+"""Colours of the palette, `--c0` to `--c5`; a seventh curve begins again."""
 
 Numbers = TypeVar("Numbers", float, np.ndarray)
 
@@ -32,6 +36,42 @@ class Frame:
         """Values of y as picture units, which grow downwards."""
         return self.bottom - (y - self.y[0]) / (self.y[1] - self.y[0]) * (self.bottom - self.top)
 
+    def places(self, x: np.ndarray, y: np.ndarray) -> list[tuple[float, float]]:
+        """Points in picture units."""
+        return list(zip(self.across(x).tolist(), self.down(y).tolist(), strict=True))
+
+    @property
+    def box(self) -> str:
+        """The attributes of an element that fills the frame."""
+        wide, tall = self.right - self.left, self.bottom - self.top
+        return f'x="{self.left}" y="{self.top}" width="{wide}" height="{tall}"'
+
+
+def svg(title: str, height: float, *parts: str, attributes: str = "") -> str:
+    """A picture of `parts`, with its title for those who cannot see it."""
+    return (
+        f'<svg {attributes} viewBox="0 0 {WIDTH} {height}" role="img" '
+        f'aria-label="{escape(title)}">{"".join(parts)}</svg>'
+    )
+
+
+def text(x: float, y: float, words: str, anchor: str = "start", kind: str = "small") -> str:
+    """Words, escaped here, of which `anchor` (start, middle, end) stands at x."""
+    return (
+        f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">'
+        f"{escape(words)}</text>"
+    )
+
+
+def upright(frame: Frame, x: float) -> str:
+    """A dashed line down the frame, at a place in picture units."""
+    return f'<path class="reference" d="M{x:.1f} {frame.top}V{frame.bottom}"/>'
+
+
+def colour(number: int) -> str:
+    """A colour of the palette as CSS."""
+    return f"var(--c{number % COLOURS})"
+
 
 def axes(frame: Frame, x_label: str) -> str:
     """Both axes with their numbers, and a line across at each number of y."""
@@ -39,9 +79,7 @@ def axes(frame: Frame, x_label: str) -> str:
     for value in ticks(*frame.y, bins=5):
         y = frame.down(value)
         marks.append(f'<path class="grid" d="M{frame.left} {y:.1f}H{frame.right}"/>')
-        marks.append(
-            f'<text x="{frame.left - 7}" y="{y + 4:.1f}" text-anchor="end">{_number(value)}</text>'
-        )
+        marks.append(text(frame.left - 7, y + 4, _number(value), "end", ""))
     return "".join(marks) + bottom(frame, x_label, bins=6)
 
 
@@ -51,24 +89,16 @@ def bottom(frame: Frame, label: str, *, bins: int) -> str:
     for value in ticks(*frame.x, bins=bins):
         x = frame.across(value)
         marks.append(f'<path class="axis" d="M{x:.1f} {frame.bottom}v4"/>')
-        marks.append(
-            f'<text x="{x:.1f}" y="{frame.bottom + 17}" text-anchor="middle">'
-            f"{_number(value)}</text>"
-        )
+        marks.append(text(x, frame.bottom + 17, _number(value), "middle", ""))
     middle = (frame.left + frame.right) / 2
-    return (
-        "".join(marks) + f'<text class="label" x="{middle}" y="{frame.bottom + 34}" '
-        f'text-anchor="middle">{escape(label)}</text>'
-    )
+    return "".join(marks) + text(middle, frame.bottom + 34, label, "middle", "label")
 
 
 def ticks(low: int | float, high: int | float, *, bins: int) -> np.ndarray:
     """About `bins` round numbers within [low, high]."""
     from matplotlib.ticker import MaxNLocator  # a run that writes no report does without
 
-    ticks: np.ndarray = np.asarray(
-        MaxNLocator(nbins=bins, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
-    )
+    ticks = np.asarray(MaxNLocator(nbins=bins, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high))
     slack = 1e-9 * (high - low)
     return ticks[(ticks >= low - slack) & (ticks <= high + slack)]
 
