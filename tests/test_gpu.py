@@ -8,7 +8,7 @@ import torch
 import switchworks
 from switchworks.batch import Batch
 from switchworks.device import compute_device
-from switchworks.evaluate.run import evaluate_run
+from switchworks.evaluate.perplexity import evaluate_run
 from switchworks.fast.attention import spread_diagonals
 from switchworks.fast.experts_on_gpu import DeviceDispatcher
 from switchworks.fast.flex import attend_fused

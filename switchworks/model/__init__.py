@@ -28,6 +28,7 @@ from switchworks.model.decoding import PAD as PAD
 from switchworks.model.decoding import Step as Step
 from switchworks.model.decoding import check_inputs as check_inputs
 from switchworks.model.decoding import decode as decode
+from switchworks.model.decoding import evaluating as evaluating
 from switchworks.model.decoding import first_logits as first_logits
 from switchworks.model.dispatch import DISPATCHERS as DISPATCHERS
 from switchworks.model.dispatch import Dispatcher as Dispatcher
@@ -99,7 +100,7 @@ SEAMS = (
     ),
     Seam(Experts, "matmul", "(x [*E C I], weight [*E I O]) -> [*E C O]", "small_batch, lora"),
     Seam(SwitchFFN, "dispatcher", "a `Dispatcher`", "kernels, decode, parallel.expert"),
-    Seam(SwitchFFN, "reporter", "see `switch_ffn.statistics`", "skip_losses, decode"),
+    Seam(SwitchFFN, "reporter", "see `switch_ffn.statistics`", "skip_losses, decode, usage"),
     Seam(Stack, "call_block", "(block, *inputs) -> block(*inputs)", "checkpointing"),
     Seam(Stack, "relative_bias", "a `PositionEncoding`", "examples/rotary.py"),
     Seam(SwitchTransformer, "cross_entropy", "see `losses.cross_entropy`", "tensor, skip_losses"),
