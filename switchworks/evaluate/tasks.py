@@ -187,7 +187,6 @@ def evaluate_tasks(
     tokenizer, and before anything is answered ConfigError or DataError for tasks that cannot be
     read or judged.
     """
-    config = replace(config, input_length=config.input_length or data.input_length)
     places, tasks = places_of(data), _with_split(tasks_of(data), split)
     eval_sets = [build_eval_set(task, split, places, config.examples) for task in tasks]
     if not eval_sets:
@@ -219,6 +218,7 @@ def as_json(
         "command": command,
         "decode": config.decode,
         **(asdict(config.beams) if config.beams.beams > 1 else {}),
+        **(asdict(config.sampling) if config.sampling.temperature else {}),
         "input_length": config.input_length,
         "max_length": config.max_length,
         "tasks": {result.name: result.as_dict() for result in results},

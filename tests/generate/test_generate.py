@@ -5,7 +5,7 @@ import torch
 
 from switchworks.config import ConfigError
 from switchworks.data.tokens.tokenizer import ByteTokenizer
-from switchworks.fast.skip_losses import skip_losses
+from switchworks.fast.seams import skip_losses
 from switchworks.generate import Sampling, generate
 from switchworks.generate.beam import BeamSearch
 from switchworks.generate.texts import GenerationConfig, fill, fill_texts, parse_fills
