@@ -8,14 +8,7 @@ from typing import Any, Literal
 
 import tyro
 
-from switchworks.cli.parsing import (
-    Precision,
-    check_decoding,
-    check_needed,
-    check_writable,
-    dtype_of,
-    parse_flags,
-)
+from switchworks.cli import parsing
 from switchworks.config import ConfigError, check_at_least
 from switchworks.data import DataConfig
 from switchworks.evaluate import (
@@ -51,7 +44,7 @@ class EvaluateFlags:
     split: Literal["train", "validation", "test", "all"] = "validation"
     """Of each task. all: the whole of a table that is one file, which training would split."""
     decoding: tyro.conf.OmitArgPrefixes[DecodingConfig] = DecodingConfig()  # noqa: RUF009
-    precision: Precision = "stored"
+    precision: parsing.Precision = "stored"
     """What to compute in: as the weights are stored (float32 after training), or auto, which is
     bfloat16 where this machine multiplies it faster."""
     batches: int = 32
@@ -62,24 +55,24 @@ class EvaluateFlags:
     """Also write every input and answer to this file, a JSON object per line."""
 
     def __post_init__(self) -> None:
-        check_decoding(self.decoding)
+        parsing.check_decoding(self.decoding)
         check_at_least(self, "--", 1, "batches")
 
     def check_used(self, *, tasks: bool) -> None:
         """Raises ConfigError for a flag that is unused where tasks are measured, or are not."""
         for name in ("split", "predictions", "task_folder", "task_labels", "task_metrics"):
-            check_needed(self, name, "--tasks", given=tasks)
+            parsing.check_needed(self, name, "--tasks", given=tasks)
         for name in ("decode", "examples", "input_length", "max_length", "batch_size", "beams"):
-            check_needed(self.decoding, name, "--tasks", given=tasks)
-        check_needed(self.decoding, "compile", "--tasks", given=tasks)
-        check_needed(self.decoding.sampling, "temperature", "--tasks", given=tasks)
-        check_needed(self, "batches", "the validation loss, without tasks", given=not tasks)
+            parsing.check_needed(self.decoding, name, "--tasks", given=tasks)
+        parsing.check_needed(self.decoding, "compile", "--tasks", given=tasks)
+        parsing.check_needed(self.decoding.sampling, "temperature", "--tasks", given=tasks)
+        parsing.check_needed(self, "batches", "the validation loss, without tasks", given=not tasks)
 
 
 def run(words: list[str]) -> int:
     """Print the figures, and write the files that the flags name."""
-    flags = parse_flags(EvaluateFlags, "evaluate", words)
-    check_writable(flags.json, flags.predictions)
+    flags = parsing.parse_flags(EvaluateFlags, "evaluate", words)
+    parsing.check_writable(flags.json, flags.predictions)
     if flags.tasks and flags.text is not None:
         raise ConfigError(
             f"--tasks {' '.join(flags.tasks)} and --text {flags.text} ask for different figures.\n"
@@ -98,7 +91,7 @@ def run(words: list[str]) -> int:
     if with_tasks:
         figures = _evaluate_tasks(flags, data, command)
     else:
-        dtype = dtype_of(flags.precision)
+        dtype = parsing.dtype_of(flags.precision)
         figures = evaluate_run(flags.path, batches=flags.batches, text=flags.text, dtype=dtype)
         for name, value in figures.items():
             print(f"{name:<24} {value:.4g}" if isinstance(value, float) else f"{name:<24} {value}")
@@ -111,7 +104,7 @@ def run(words: list[str]) -> int:
 def _evaluate_tasks(flags: EvaluateFlags, data: DataConfig, command: str) -> dict[str, Any]:
     """Print the table of the tasks' figures, and return them as plain values."""
     length = flags.decoding.input_length or data.input_length
-    config, dtype = replace(flags.decoding, input_length=length), dtype_of(flags.precision)
+    config, dtype = replace(flags.decoding, input_length=length), parsing.dtype_of(flags.precision)
     results = evaluate_tasks(flags.path, data, config, split=flags.split, dtype=dtype)
     print(as_table(results))
     if flags.predictions is not None:

@@ -6,14 +6,7 @@ from typing import Any
 
 import tyro
 
-from switchworks.cli.parsing import (
-    Precision,
-    check_decoding,
-    check_needed,
-    check_writable,
-    dtype_of,
-    parse_flags,
-)
+from switchworks.cli import parsing
 from switchworks.config import ConfigError
 from switchworks.generate import GenerationConfig, complete, complete_file
 
@@ -32,7 +25,7 @@ class GenerateFlags:
     output: Path | None = None
     """Where their answers go, one in each line. Default: they are printed."""
     config: tyro.conf.OmitArgPrefixes[GenerationConfig] = GenerationConfig()  # noqa: RUF009
-    precision: Precision = "stored"
+    precision: parsing.Precision = "stored"
     """What to compute in: as the weights are stored (float32 after training), or auto, which is
     bfloat16 where this machine multiplies it faster."""
     int8: bool = False
@@ -40,20 +33,20 @@ class GenerateFlags:
     inputs of products, too: a quarter of the memory, nearly the same answers."""
 
     def __post_init__(self) -> None:
-        check_decoding(self.config)
-        check_needed(self, "output", "--file", given=self.file is not None)
+        parsing.check_decoding(self.config)
+        parsing.check_needed(self, "output", "--file", given=self.file is not None)
 
 
 def run(words: list[str]) -> int:
     """Print or write the model's answers."""
-    flags = parse_flags(GenerateFlags, "generate", words)
-    check_writable(flags.output)
+    flags = parsing.parse_flags(GenerateFlags, "generate", words)
+    parsing.check_writable(flags.output)
     if (flags.text is None) == (flags.file is None):
         raise ConfigError(
             "switchworks generate needs one text, or --file with a text in each line.\n"
             '  Example: switchworks generate runs/quickstart "The <extra_id_0> of the list."'
         )
-    weights: dict[str, Any] = {"int8": flags.int8, "dtype": dtype_of(flags.precision)}
+    weights: dict[str, Any] = {"int8": flags.int8, "dtype": parsing.dtype_of(flags.precision)}
     if flags.file is None:
         print(*complete(flags.path, [flags.text or ""], flags.config, **weights))
     else:

@@ -1,6 +1,6 @@
 """The entry point of the command line: finds the verb and prints errors in plain words.
 
-A verb's module is imported when the verb is called, so that help is instant.
+A verb's module is imported when the verb is called, so that the usage is printed at once.
 """
 
 import importlib

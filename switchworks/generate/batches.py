@@ -55,19 +55,15 @@ def generate(
 ) -> Int[Tensor, "B T"]:
     """The tokens `model` writes for `inputs`, each row ended by EOS and then padded with 0.
 
-    Greedily, or by `sampling` or `beams`. Random numbers come from `generator`, or else from the
-    sampling's seed anew at every call.
+    Greedily, or by `sampling` or `beams`; random numbers come from `generator`, or else from the
+    sampling's seed anew at every call. The inputs of a decoder-only model are prompts without EOS,
+    padded on either side, and the tokens are what follows them. T is the length of the longest row
+    and at most `max_length`; a row that has not ended by then has no EOS. The model's training mode
+    is restored afterwards.
 
-    For a decoder-only model the inputs are prompts without EOS, padded on either side, and the
-    tokens are what follows them.
-
-    T is the length of the longest row and at most `max_length`; a row that has not ended by then
-    has no EOS. The model's training mode is restored afterwards.
-
-    `compiled` is the compiled step of this model: faster from the second call on.
-
-    Of a model that is spread over several `ranks`, all of them call this together, each with its
-    rows; T is the same for all. Not with `beams`.
+    `compiled` is the compiled step of this model: faster from the second call on. Of a model that
+    is spread over several `ranks`, all of them call this together, each with its rows, and T is the
+    same for all; not with `beams`.
     """
     if compiled is not None and not compiled.matches(model):
         raise ConfigError(
