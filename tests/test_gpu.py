@@ -8,9 +8,9 @@ import torch
 import switchworks
 from switchworks.batch import Batch
 from switchworks.device import compute_device
-from switchworks.evaluate.run import evaluate_run
+from switchworks.evaluate.perplexity import evaluate_run
 from switchworks.fast.attention import spread_diagonals
-from switchworks.fast.experts_on_gpu import DeviceDispatcher
+from switchworks.fast.experts import DeviceDispatcher
 from switchworks.fast.flex import attend_fused
 from switchworks.fast.kernels import use_fast_kernels
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer

@@ -1,6 +1,6 @@
 """Training a part of a model: parameters frozen by name, and low-rank adapters (LoRA).
 
-Read `selection.py` first. All of it is applied from outside to a model that knows nothing of it.
+Read `freeze.py` first. All of it is applied from outside to a model that knows nothing of it.
 """
 
 import lazy_loader

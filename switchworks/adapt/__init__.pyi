@@ -1,9 +1,9 @@
 from .config import LoraConfig as LoraConfig
 from .files import merge_directory as merge_directory
 from .files import save_adapters as save_adapters
-from .freeze import Shares as Shares
 from .freeze import freeze_parameters as freeze_parameters
-from .freeze import shares as shares
+from .lora import Shares as Shares
 from .lora import Table as Table
 from .lora import adapt as adapt
 from .lora import merged as merged
+from .lora import shares as shares

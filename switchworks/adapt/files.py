@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from switchworks.adapt.config import LoraConfig
+from switchworks.adapt.freeze import select
 from switchworks.adapt.lora import MARK, adapt, merged
-from switchworks.adapt.selection import select
 from switchworks.checkpoint import (
     materialise,
     num_bytes,

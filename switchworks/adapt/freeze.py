@@ -1,15 +1,64 @@
-"""Parameters that are not trained, and how many numbers are."""
+"""Parameters by name, a kind, a pattern over the names or all but those, and which are trained."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from difflib import SequenceMatcher
+from fnmatch import fnmatchcase
 
-import torch
+from torch import nn
 
-from switchworks.adapt.config import LoraConfig
-from switchworks.adapt.lora import adapt
-from switchworks.adapt.selection import select
 from switchworks.config import ConfigError
-from switchworks.model import ModelConfig, SwitchTransformer
+from switchworks.model import (
+    FFN,
+    Attention,
+    Experts,
+    RelativeBias,
+    RMSNorm,
+    Router,
+    SwitchAttention,
+    SwitchTransformer,
+)
+
+ALL_BUT = "all-but-"
+
+_KINDS: Mapping[type[nn.Module], str] = {
+    Attention: "attention",
+    SwitchAttention: "attention",
+    RelativeBias: "attention",
+    FFN: "ffn",
+    Experts: "experts",
+    Router: "routers",
+    RMSNorm: "norms",
+    nn.Embedding: "embeddings",
+}
+KINDS = tuple(dict.fromkeys(_KINDS.values()))
+"""Kinds of parameters. "ffn" are the dense FFNs; "embeddings" are the table and, where there is
+one, the untied head."""
+
+
+def kinds_of(model: SwitchTransformer) -> dict[str, str]:
+    """The kind of every parameter, by its full name, in the model's order."""
+    kinds = {name: "embeddings" for name, _ in model.named_parameters()}
+    for path, module in model.named_modules():  # parents first, so that the innermost kind stays
+        kind = next((kind for cls, kind in _KINDS.items() if isinstance(module, cls)), None)
+        if kind is not None:
+            kinds |= {f"{path}.{name}": kind for name, _ in module.named_parameters()}
+    return kinds
+
+
+def select(model: SwitchTransformer, entries: Sequence[str], setting: str) -> set[str]:
+    """Names of the parameters that any of `entries` selects.
+
+    An entry is a kind (`KINDS`), or a pattern as in file names: * stands for anything, dots
+    included. The entries with "all-but-" before them together select all parameters but theirs.
+    Raises ConfigError, naming `setting` and similar names, for an entry without a match.
+    """
+    kinds = kinds_of(model)
+    excluded, named = set[str](), set[str]()
+    for entry in entries:
+        plain = entry.removeprefix(ALL_BUT)
+        (named if plain == entry else excluded).update(_matches(plain, kinds, setting))
+    every = set(kinds) if any(entry.startswith(ALL_BUT) for entry in entries) else set[str]()
+    return (every - excluded) | named
 
 
 def freeze_parameters(model: SwitchTransformer, entries: Sequence[str]) -> None:
@@ -28,24 +77,30 @@ def freeze_parameters(model: SwitchTransformer, entries: Sequence[str]) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Shares:
-    """Number of parameters that a run holds and trains."""
-
-    parameters: int
-    """Of the model and its adapters together."""
-    adapters: int
-    trainable: int
-
-
-def shares(config: ModelConfig, entries: Sequence[str], lora: LoraConfig | None) -> Shares:
-    """Counts on the meta device, so for any size. Raises as freezing and adapting do."""
-    with torch.device("meta"):
-        model = SwitchTransformer(config)
-    table = adapt(model, lora) if lora is not None else None
-    freeze_parameters(model, entries)
-    return Shares(
-        parameters=sum(p.numel() for p in model.parameters()),
-        adapters=0 if table is None else sum(row.parameters for row in table.rows),
-        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+def _matches(entry: str, kinds: Mapping[str, str], setting: str) -> list[str]:
+    matches = [
+        name for name, kind in kinds.items() if (entry in (kind, name)) or fnmatchcase(name, entry)
+    ]
+    if matches:
+        return matches
+    if entry in KINDS:
+        present = [kind for kind in KINDS if kind in kinds.values()]
+        raise ConfigError(
+            f"{setting} names {entry}, and this model has none. It has {', '.join(present)}."
+        )
+    near = sorted(kinds, key=lambda name: _distance(entry, name))[:3]
+    raise ConfigError(
+        f"{setting} has {entry!r}, which matches no parameter of this model.\n"
+        f"  Near it: {', '.join(near)}.\n"
+        f"  A pattern covers the whole name, as in *.{near[0].rpartition('.')[2]}; "
+        f"kinds are {', '.join(KINDS)}."
     )
+
+
+def _distance(entry: str, name: str) -> float:
+    """Smaller for a name more similar to `entry`, which may have wildcards."""
+    fragments = [part for part in entry.replace("?", "*").split("*") if part] or [entry]
+    longest = max(fragments, key=len)
+    shared = SequenceMatcher(None, longest, name, autojunk=False)
+    block = shared.find_longest_match()
+    return -block.size - SequenceMatcher(None, entry, name, autojunk=False).ratio()

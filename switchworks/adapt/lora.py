@@ -9,7 +9,9 @@ Letters: E experts, N tokens, C tokens of one expert, D width in, F width out, R
 
 import math
 import zlib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 import torch
@@ -18,13 +20,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from switchworks.adapt.config import LoraConfig
-from switchworks.adapt.selection import kinds_of, select
+from switchworks.adapt.freeze import freeze_parameters, kinds_of, select
 from switchworks.config import ConfigError
 from switchworks.model import (
     Experts,
     ExpertWeights,
     Linear,
     Matmul,
+    ModelConfig,
     Router,
     SwitchTransformer,
 )
@@ -181,11 +184,10 @@ class Table(NamedTuple):
 
     def __str__(self) -> str:
         """For people: one line per matrix that occurs, however often."""
-        groups: dict[tuple[str, str, tuple[int, ...], int], int] = {}
-        for row in self.rows:
-            leaf = ".".join(row.name.split(".")[3:])
-            key = (leaf, row.letters, row.shape, row.parameters)
-            groups[key] = groups.get(key, 0) + 1
+        groups = Counter(
+            (".".join(row.name.split(".")[3:]), row.letters, row.shape, row.parameters)
+            for row in self.rows
+        )
         wide = max(len(leaf) for leaf, *_ in groups)
         letters_wide = max(len(letters) for _, letters, *_ in groups)
         lines = [f"LoRA of rank {self.config.rank}, scaled by {self.config.scale:g}:"]
@@ -224,16 +226,15 @@ def adapt(model: SwitchTransformer, config: LoraConfig, seed: int = 0) -> Table:
             f"lora.targets = {' '.join(config.targets)}, and this model has nothing of these.\n"
             f"  It has {', '.join(sorted({kinds[name] for name in matrices}))}."
         )
-    pairs = {name: _pair(name, p, letters[name], config) for name, p in chosen.items()}
-    for name, pair in pairs.items():
-        _first_values(pair, seed + zlib.crc32(name.encode()))
+    pairs = {name: _pair(name, p, letters[name], config, seed) for name, p in chosen.items()}
     for path, adapters in _by_module(pairs).items():
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, _adapted(model.get_submodule(path), adapters))
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_((MARK in name or name in also) and _learns(name))
+        nudged = name.endswith("selection_bias")  # not by gradients
+        parameter.requires_grad_((MARK in name or name in also) and not nudged)
     rows = [
-        Row(name, kinds[name], letters[name], tuple(p.shape), _numbers(pairs[name]))
+        Row(name, kinds[name], letters[name], tuple(p.shape), num_elements(pairs[name]))
         for name, p in chosen.items()
     ]
     left = {
@@ -267,29 +268,20 @@ def _adaptable(name: str, kind: str) -> bool:
     return kind in ("attention", "ffn", "experts", "routers") and not tables
 
 
-def _learns(name: str) -> bool:
-    """Whether gradients move it: a selection bias is nudged instead."""
-    return not name.endswith("selection_bias")
-
-
-def _pair(name: str, weight: Tensor, letters: str, config: LoraConfig) -> LowRank:
+def _pair(name: str, weight: Tensor, letters: str, config: LoraConfig, seed: int) -> LowRank:
+    """The pair beside `weight`; A is drawn from `seed` and its name."""
     if config.rank >= min(weight.shape[-2:]):
         shape = " x ".join(map(str, weight.shape))
         raise ConfigError(
             f"lora.rank = {config.rank} is not low for {name}, which is {shape}.\n"
             f"  Use at most {min(weight.shape[-2:]) - 1}, or leave its kind out of lora.targets."
         )
-    return LowRank(weight.detach(), letters, config)
-
-
-def _first_values(pair: LowRank, seed: int) -> None:
-    if pair.a.is_meta:
-        return
-    generator = torch.Generator(pair.a.device)
-    generator.manual_seed(seed)
-    bound = 1 / math.sqrt(pair.a.shape[-2])
-    with torch.no_grad():
-        pair.a.uniform_(-bound, bound, generator=generator)
+    pair = LowRank(weight.detach(), letters, config)
+    if not weight.is_meta:
+        generator = torch.Generator(weight.device).manual_seed(seed + zlib.crc32(name.encode()))
+        bound = 1 / math.sqrt(pair.a.shape[-2])
+        nn.init.uniform_(pair.a, -bound, bound, generator=generator)
+    return pair
 
 
 def _by_module(pairs: Mapping[str, LowRank]) -> dict[str, dict[str, LowRank]]:
@@ -304,12 +296,37 @@ def _by_module(pairs: Mapping[str, LowRank]) -> dict[str, dict[str, LowRank]]:
 def _adapted(module: nn.Module, pairs: Mapping[str, LowRank]) -> nn.Module:
     """What stands in `module`'s place."""
     if isinstance(module, Experts):
-        return AdaptedExperts(module, pairs).train(module.training)
-    if isinstance(module, Router):
-        return AdaptedRouter(module, pairs["weight"]).train(module.training)
-    assert isinstance(module, nn.Linear)
-    return AdaptedLinear(module, pairs["weight"]).train(module.training)
+        adapted = AdaptedExperts(module, pairs)
+    elif isinstance(module, Router):
+        adapted = AdaptedRouter(module, pairs["weight"])
+    else:
+        assert isinstance(module, nn.Linear)
+        adapted = AdaptedLinear(module, pairs["weight"])
+    return adapted.train(module.training)
 
 
-def _numbers(pair: LowRank) -> int:
-    return pair.a.numel() + pair.b.numel()
+def num_elements(module: nn.Module, *, trained: bool = False) -> int:
+    """Numbers in the parameters of `module`, or in those that are trained."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Number of parameters that a run holds and trains."""
+
+    parameters: int
+    """Of the model and its adapters together."""
+    adapters: int
+    trainable: int
+
+
+def shares(config: ModelConfig, entries: Sequence[str], lora: LoraConfig | None) -> Shares:
+    """Counts on the meta device, so for any size. Raises as freezing and adapting do."""
+    with torch.device("meta"):
+        model = SwitchTransformer(config)
+    before = num_elements(model)
+    if lora is not None:
+        adapt(model, lora)
+    freeze_parameters(model, entries)
+    parameters = num_elements(model)
+    return Shares(parameters, parameters - before, num_elements(model, trained=True))

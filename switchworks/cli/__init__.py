@@ -1,7 +1,7 @@
 """The command line. Each verb is a file: its flags, and `run`, which carries it out.
 
 Start with `main.py`, which finds the verb and prints errors in plain words. `parsing.py` turns
-words into flags and settings, `decoding.py` holds the flags that several verbs share.
+words into flags and settings.
 """
 
 import lazy_loader

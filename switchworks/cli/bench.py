@@ -6,13 +6,15 @@ from typing import Annotated
 
 import tyro
 
-from switchworks.cli.parsing import check_picture, check_writable, parse_with_tyro
+from switchworks.bench import QUICK, BenchConfig, bench
+from switchworks.cli.parsing import check_picture, check_writable, parse_flags
 
 
 @dataclass(frozen=True)
 class BenchFlags:
     """How much is measured, and where the figures go."""
 
+    config: Annotated[BenchConfig, tyro.conf.arg(name="")]
     quick: bool = False
     """A small shape with 8 experts: under two minutes on two cores."""
     sweep_experts: bool = False
@@ -28,26 +30,9 @@ class BenchFlags:
 
 def run(words: list[str]) -> int:
     """Measure and print, and write rows and picture."""
-    from switchworks.bench import QUICK, BenchConfig, bench
-
-    @dataclass(frozen=True)
-    class Arguments:
-        bench: Annotated[BenchConfig, tyro.conf.arg(name="")]
-        flags: Annotated[BenchFlags, tyro.conf.arg(name="")]
-
-    default = QUICK if "--quick" in words else BenchConfig()
-    parsed = parse_with_tyro(
-        Arguments,
-        prog="switchworks bench",
-        args=words,
-        default=Arguments(bench=default, flags=BenchFlags()),
-    )
-    flags = parsed.flags
+    config = QUICK if "--quick" in words else BenchConfig()
+    flags = parse_flags(BenchFlags, "bench", words, default=BenchFlags(config=config))
     check_writable(flags.json, flags.picture)
-    bench(
-        parsed.bench,
-        sweep_experts=flags.sweep_experts,
-        json_file=flags.json,
-        picture=flags.picture,
-    )
+    places = {"json_file": flags.json, "picture": flags.picture}
+    bench(flags.config, sweep_experts=flags.sweep_experts, **places)
     return 0

@@ -7,6 +7,7 @@ from typing import Literal
 
 import tyro
 
+from switchworks import adapt, checkpoint, compress
 from switchworks.cli.parsing import check_needed, flag_name, parse_flags
 from switchworks.config import ConfigError
 
@@ -65,29 +66,26 @@ def run(words: list[str]) -> int:
 
 
 def _change_format(flags: ConvertFlags) -> str:
-    from switchworks.checkpoint import convert_checkpoint
-
-    return convert_checkpoint(flags.source, flags.destination, capacity=flags.capacity)
+    source, destination = flags.source, flags.destination
+    return checkpoint.convert_checkpoint(source, destination, capacity=flags.capacity)
 
 
 def _upcycle(flags: ConvertFlags) -> str:
-    from switchworks.compress import upcycle_directory
     from switchworks.model import RoutingConfig
 
     routing = RoutingConfig(experts=flags.upcycle or 0, every=flags.every)
     source, destination = flags.source, flags.destination
-    return upcycle_directory(source, destination, routing, noise=flags.noise, seed=flags.seed)
+    upcycle = compress.upcycle_directory
+    return upcycle(source, destination, routing, noise=flags.noise, seed=flags.seed)
 
 
 def _reduce(flags: ConvertFlags) -> str:
-    from switchworks.compress import reduce_directory
-
-    merges = flags.merge is not None
-    return reduce_directory(
+    method, keep = ("prune", flags.prune) if flags.merge is None else ("merge", flags.merge)
+    return compress.reduce_directory(
         flags.source,
         flags.destination,
-        (flags.merge if merges else flags.prune) or 0,
-        method="merge" if merges else "prune",
+        keep or 0,
+        method=method,
         by=flags.by,
         text=flags.text,
         only=flags.only,
@@ -96,16 +94,12 @@ def _reduce(flags: ConvertFlags) -> str:
 
 
 def _merge_lora(flags: ConvertFlags) -> str:
-    from switchworks.adapt import merge_directory
-
-    return merge_directory(flags.source, flags.destination, flags.merge_lora or Path())
+    return adapt.merge_directory(flags.source, flags.destination, flags.merge_lora or Path())
 
 
 def _quantise(flags: ConvertFlags) -> str:
-    from switchworks.compress import quantise_directory
-
-    scheme = flags.quantise or "int8"
-    return quantise_directory(flags.source, flags.destination, scheme, group=flags.group)
+    source, destination, scheme = flags.source, flags.destination, flags.quantise or "int8"
+    return compress.quantise_directory(source, destination, scheme, group=flags.group)
 
 
 CHANGES: dict[str | None, Callable[[ConvertFlags], str]] = {

@@ -2,22 +2,28 @@
 
 import json
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import tyro
 
-from switchworks.cli.decoding import DecodingFlags
-from switchworks.cli.parsing import check_needed, check_writable, parse_flags
+from switchworks.cli import parsing
 from switchworks.config import ConfigError, check_at_least
-
-if TYPE_CHECKING:
-    from switchworks.data import DataConfig
+from switchworks.data import DataConfig
+from switchworks.evaluate import (
+    DecodingConfig,
+    as_json,
+    as_table,
+    evaluate_run,
+    evaluate_tasks,
+    named_tasks,
+    write_predictions,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateFlags(DecodingFlags):
+class EvaluateFlags:
     """Measure a trained model: on tasks, or if there are none by its validation loss."""
 
     path: tyro.conf.Positional[Path]
@@ -37,12 +43,10 @@ class EvaluateFlags(DecodingFlags):
     default those of the run for a table of that name; else accuracy of any text."""
     split: Literal["train", "validation", "test", "all"] = "validation"
     """Of each task. all: the whole of a table that is one file, which training would split."""
-    decode: Literal["greedy", "rank"] = "greedy"
-    """Write the answer, or take the likeliest of the possible ones."""
-    examples: int = 0
-    """Examples of each task measured at most, evenly spread over the split. 0: all."""
-    input_length: int = 0
-    """Tokens of an input at most. 0: as in training, and 512 for a model directory."""
+    decoding: tyro.conf.OmitArgPrefixes[DecodingConfig] = DecodingConfig()  # noqa: RUF009
+    precision: parsing.Precision = "stored"
+    """What to compute in: as the weights are stored (float32 after training), or auto, which is
+    bfloat16 where this machine multiplies it faster."""
     batches: int = 32
     """Batches of 16 rows for the validation loss."""
     json: Path | None = None
@@ -51,30 +55,29 @@ class EvaluateFlags(DecodingFlags):
     """Also write every input and answer to this file, a JSON object per line."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        parsing.check_decoding(self.decoding)
         check_at_least(self, "--", 1, "batches")
-        check_at_least(self, "--", 0, "examples", "input_length")
 
     def check_used(self, *, tasks: bool) -> None:
         """Raises ConfigError for a flag that is unused where tasks are measured, or are not."""
-        answering = ("split", "decode", "examples", "input_length", "max_length", "predictions")
-        naming = ("task_folder", "task_labels", "task_metrics", "beams", "batch_size")
-        for name in (*answering, *naming):
-            check_needed(self, name, "--tasks", given=tasks)
-        check_needed(self, "batches", "the validation loss, without tasks", given=not tasks)
+        for name in ("split", "predictions", "task_folder", "task_labels", "task_metrics"):
+            parsing.check_needed(self, name, "--tasks", given=tasks)
+        for name in ("decode", "examples", "input_length", "max_length", "batch_size", "beams"):
+            parsing.check_needed(self.decoding, name, "--tasks", given=tasks)
+        parsing.check_needed(self.decoding, "compile", "--tasks", given=tasks)
+        parsing.check_needed(self.decoding.sampling, "temperature", "--tasks", given=tasks)
+        parsing.check_needed(self, "batches", "the validation loss, without tasks", given=not tasks)
 
 
 def run(words: list[str]) -> int:
     """Print the figures, and write the files that the flags name."""
-    flags = parse_flags(EvaluateFlags, "evaluate", words)
-    check_writable(flags.json, flags.predictions)
+    flags = parsing.parse_flags(EvaluateFlags, "evaluate", words)
+    parsing.check_writable(flags.json, flags.predictions)
     if flags.tasks and flags.text is not None:
         raise ConfigError(
             f"--tasks {' '.join(flags.tasks)} and --text {flags.text} ask for different figures.\n"
             "  Measure one after the other."
         )
-    from switchworks.evaluate import evaluate_run, named_tasks
-
     command = shlex.join(["switchworks", "evaluate", *words])
     data = named_tasks(
         flags.path,
@@ -88,9 +91,8 @@ def run(words: list[str]) -> int:
     if with_tasks:
         figures = _evaluate_tasks(flags, data, command)
     else:
-        figures = evaluate_run(
-            flags.path, batches=flags.batches, text=flags.text, dtype=flags.dtype()
-        )
+        dtype = parsing.dtype_of(flags.precision)
+        figures = evaluate_run(flags.path, batches=flags.batches, text=flags.text, dtype=dtype)
         for name, value in figures.items():
             print(f"{name:<24} {value:.4g}" if isinstance(value, float) else f"{name:<24} {value}")
         figures["command"] = command
@@ -99,25 +101,11 @@ def run(words: list[str]) -> int:
     return 0
 
 
-def _evaluate_tasks(flags: EvaluateFlags, data: "DataConfig", command: str) -> dict[str, Any]:
+def _evaluate_tasks(flags: EvaluateFlags, data: DataConfig, command: str) -> dict[str, Any]:
     """Print the table of the tasks' figures, and return them as plain values."""
-    from switchworks.evaluate import (
-        DecodingConfig,
-        as_json,
-        as_table,
-        evaluate_tasks,
-        write_predictions,
-    )
-
-    config = DecodingConfig(
-        decode=flags.decode,
-        input_length=flags.input_length or data.input_length,
-        max_length=flags.max_length,
-        beams=flags.beam_search(),
-        batch_size=flags.batch_size,
-        examples=flags.examples,
-    )
-    results = evaluate_tasks(flags.path, data, config, split=flags.split, dtype=flags.dtype())
+    length = flags.decoding.input_length or data.input_length
+    config, dtype = replace(flags.decoding, input_length=length), parsing.dtype_of(flags.precision)
+    results = evaluate_tasks(flags.path, data, config, split=flags.split, dtype=dtype)
     print(as_table(results))
     if flags.predictions is not None:
         write_predictions(flags.predictions, results)

@@ -5,12 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from switchworks.cli.parsing import (
-    check_needed,
-    check_picture,
-    check_writable,
-    parse_experiment,
-)
+from switchworks.cli import parsing
 from switchworks.config import check_at_least, check_positive
 
 if TYPE_CHECKING:
@@ -47,18 +42,18 @@ class ExplainFlags:
     def __post_init__(self) -> None:
         check_at_least(self, "--", 1, "devices", "ranks")
         check_positive(self, "--", "memory")
-        check_picture(self.picture)
-        check_needed(self, "devices", "--search", given=self.search)
-        check_needed(self, "ranks", "--simulate", given=self.simulate)
+        parsing.check_picture(self.picture)
+        parsing.check_needed(self, "devices", "--search", given=self.search)
+        parsing.check_needed(self, "ranks", "--simulate", given=self.simulate)
         planned = self.simulate or self.search
         for name in ("memory", "machine"):
-            check_needed(self, name, "--simulate or --search", given=planned)
+            parsing.check_needed(self, name, "--simulate or --search", given=planned)
 
 
 def run(words: list[str]) -> int:
     """Print the figures of a recipe and what else the flags ask for."""
-    experiment, flags = parse_experiment("explain", words, ExplainFlags)
-    check_writable(flags.json, flags.picture)
+    experiment, flags = parsing.parse_experiment("explain", words, ExplainFlags)
+    parsing.check_writable(flags.json, flags.picture)
     from switchworks.plan import as_text, draw_mesh, explain_experiment, layout_table
 
     figures = explain_experiment(experiment)

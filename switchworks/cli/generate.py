@@ -6,13 +6,13 @@ from typing import Any
 
 import tyro
 
-from switchworks.cli.decoding import DecodingFlags
-from switchworks.cli.parsing import check_needed, check_writable, parse_flags
+from switchworks.cli import parsing
 from switchworks.config import ConfigError
+from switchworks.generate import GenerationConfig, complete, complete_file
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateFlags(DecodingFlags):
+class GenerateFlags:
     """Fill the holes of a text, or continue it."""
 
     path: tyro.conf.Positional[Path]
@@ -24,52 +24,32 @@ class GenerateFlags(DecodingFlags):
     """Many texts instead, one in each line."""
     output: Path | None = None
     """Where their answers go, one in each line. Default: they are printed."""
-    temperature: float = 0.0
-    """0 always takes the likeliest token; 1 samples the model's own distribution."""
-    top_k: int | None = None
-    """With a temperature, only this many of the likeliest tokens may be chosen."""
-    top_p: float | None = None
-    """With a temperature, only the likeliest that together hold this much probability may be."""
-    seed: int = 0
-    """With a temperature, another seed gives other texts."""
+    config: tyro.conf.OmitArgPrefixes[GenerationConfig] = GenerationConfig()  # noqa: RUF009
+    precision: parsing.Precision = "stored"
+    """What to compute in: as the weights are stored (float32 after training), or auto, which is
+    bfloat16 where this machine multiplies it faster."""
     int8: bool = False
     """Quantise the weights to 8 bits first, and where the CPU multiplies 8-bit integers (VNNI) the
     inputs of products, too: a quarter of the memory, nearly the same answers."""
-    compile: bool = False
-    """Compile the step of decoding, which takes a minute for a new model and batch size: for many
-    texts, of which each token then takes two thirds of its time at batch size 1."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("top_k", "top_p", "seed"):
-            check_needed(self, name, "--temperature > 0", given=self.temperature != 0)
-        check_needed(self, "output", "--file", given=self.file is not None)
+        parsing.check_decoding(self.config)
+        parsing.check_needed(self, "output", "--file", given=self.file is not None)
 
 
 def run(words: list[str]) -> int:
     """Print or write the model's answers."""
-    flags = parse_flags(GenerateFlags, "generate", words)
-    check_writable(flags.output)
+    flags = parsing.parse_flags(GenerateFlags, "generate", words)
+    parsing.check_writable(flags.output)
     if (flags.text is None) == (flags.file is None):
         raise ConfigError(
             "switchworks generate needs one text, or --file with a text in each line.\n"
             '  Example: switchworks generate runs/quickstart "The <extra_id_0> of the list."'
         )
-    from switchworks.generate import GenerationConfig, Sampling, complete, complete_file
-
-    config = GenerationConfig(
-        max_length=flags.max_length,
-        sampling=Sampling(
-            temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p, seed=flags.seed
-        ),
-        beams=flags.beam_search(),
-        batch_size=flags.batch_size,
-        compile=flags.compile,
-    )
-    weights: dict[str, Any] = {"int8": flags.int8, "dtype": flags.dtype()}
+    weights: dict[str, Any] = {"int8": flags.int8, "dtype": parsing.dtype_of(flags.precision)}
     if flags.file is None:
-        print(*complete(flags.path, [flags.text or ""], config, **weights))
+        print(*complete(flags.path, [flags.text or ""], flags.config, **weights))
     else:
-        answers = complete_file(flags.path, flags.file, config, flags.output, **weights)
+        answers = complete_file(flags.path, flags.file, flags.config, flags.output, **weights)
         print(f"{len(answers)} texts  {flags.output}" if flags.output else "\n".join(answers))
     return 0

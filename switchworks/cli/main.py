@@ -1,7 +1,6 @@
 """The entry point of the command line: finds the verb and prints errors in plain words.
 
-A verb's module is imported when the verb is called, and what needs torch when its flags are parsed,
-so that help is instant.
+A verb's module is imported when the verb is called, so that the usage is printed at once.
 """
 
 import importlib

@@ -11,13 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
 from switchworks.config import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
+    import torch
+
+    from switchworks.generate import GenerationConfig
     from switchworks.training import Experiment
 
 T = TypeVar("T")
@@ -29,21 +32,17 @@ class UsageError(Exception):
     """Words that are no flags; the message is tyro's and goes to the user as it is."""
 
 
-def parse_flags(kind: type[T], verb: str, words: list[str]) -> T:
-    """The flags of `verb`, an instance of the dataclass `kind`."""
-    return parse_with_tyro(kind, prog=f"switchworks {verb}", args=words)
+def parse_flags(kind: type[T], verb: str, words: Sequence[str], **settings: Any) -> T:
+    """The flags of `verb`, an instance of the dataclass `kind`; `settings` are those of `tyro.cli`.
 
-
-def parse_with_tyro(kind: type[T], **settings: Any) -> T:
-    """The result of `tyro.cli`; `--help` prints and raises SystemExit.
-
-    Raises the ConfigError, DataError or CheckpointError of a setting, and UsageError for words that
-    are no flags: under torchrun each process would print tyro's message.
+    `--help` prints and raises SystemExit. Raises the ConfigError, DataError or CheckpointError of a
+    setting, and UsageError for words that are no flags: under torchrun each process would print
+    tyro's message.
     """
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
-            return tyro.cli(kind, **settings)
+            return tyro.cli(kind, prog=f"switchworks {verb}", args=words, **settings)
     except SystemExit as end:
         # tyro turns a ValueError of a dataclass into SystemExit; ours is in the chain behind it.
         cause: BaseException | None = end
@@ -76,10 +75,10 @@ def parse_experiment(verb: str, words: list[str], kind: type[T]) -> "tuple[Exper
         experiment: Annotated[Experiment, tyro.conf.arg(name="")]
         flags: Annotated[Any, tyro.conf.arg(name="", constructor=kind)]
 
-    parsed = parse_with_tyro(
+    parsed = parse_flags(
         Arguments,
-        prog=f"switchworks {verb} {words[0]}",
-        args=[expand(word) for word in words[1:]],
+        f"{verb} {words[0]}",
+        [expand(word) for word in words[1:]],
         default=Arguments(experiment=recipe, flags=kind()),
         config=(tyro.conf.AvoidSubcommands,),
     )
@@ -129,14 +128,12 @@ def _initial_model(verb: str, words: Sequence[str]) -> Path | None:
 
 def _without(words: list[str], *names: str) -> tuple[list[str], bool]:
     """`words` without `--NAME none`, and whether that was among them."""
-    left, removed = list(words), False
-    for name in names:
-        for pair in ([f"--{name}", "none"], [f"--{name}=none"]):
-            for place in range(len(left) - len(pair), -1, -1):
-                if left[place : place + len(pair)] == pair:
-                    del left[place : place + len(pair)]
-                    removed = True
-    return left, removed
+    flags = [f"--{name}" for name in names]
+    gone = {place for place, word in enumerate(words) if word in [f"{f}=none" for f in flags]}
+    for place, (flag, value) in enumerate(pairwise(words)):
+        if flag in flags and value == "none":
+            gone |= {place, place + 1}
+    return [word for place, word in enumerate(words) if place not in gone], bool(gone)
 
 
 def _check_routing(words: Sequence[str], *, dense: bool) -> None:
@@ -170,6 +167,29 @@ def check_needed(flags: Any, name: str, owner: str, *, given: bool) -> None:
         raise ConfigError(
             f"{flag_name(name)} needs {owner}.\n  Add {owner}, or leave {flag_name(name)} out."
         )
+
+
+def check_decoding(config: "GenerationConfig") -> None:
+    """Raises ConfigError for a setting of sampling or beams where there is none."""
+    for name in ("top_k", "top_p", "seed"):
+        given = config.sampling.temperature != 0
+        check_needed(config.sampling, name, "--temperature > 0", given=given)
+    for name in ("length_penalty", "penalty", "early_stopping"):
+        check_needed(config.beams, name, "--beams > 1", given=config.beams.beams > 1)
+
+
+Precision = Literal["stored", "float32", "bfloat16", "auto"]
+
+
+def dtype_of(precision: Precision) -> "torch.dtype | None":
+    """The dtype to read a model in; None: as it is stored."""
+    import torch
+
+    from switchworks.training import machine
+
+    if precision == "stored":
+        return None
+    return getattr(torch, machine.fastest_precision() if precision == "auto" else precision)
 
 
 def check_picture(path: Path | None) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from switchworks.cli.parsing import parse_experiment
+from switchworks.cli.parsing import check_needed, parse_experiment
 from switchworks.config import ConfigError
 
 
@@ -64,9 +64,5 @@ def _check_teacher_flags(flags: PrepareFlags, stores_teacher: bool) -> None:
             f"--shard {flags.shard} is for the text. The teacher reads whole batches of it.\n"
             "  Prepare the text first, then the store of --distil.store without --shard."
         )
-    defaults = PrepareFlags()
-    if not stores_teacher and (flags.top_k, flags.logits) != (defaults.top_k, defaults.logits):
-        raise ConfigError(
-            "--top-k and --logits need --distil.store, the folder for a teacher's probabilities.\n"
-            "  Add --distil.store, or leave them out."
-        )
+    for name in ("top_k", "logits"):
+        check_needed(flags, name, "--distil.store", given=stores_teacher)

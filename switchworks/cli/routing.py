@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from switchworks.cli.parsing import HELP, check_writable, expand, parse_flags, parse_with_tyro
+from switchworks.cli.parsing import HELP, check_writable, expand, parse_flags
 from switchworks.config import ConfigError, check_at_least
 from switchworks.data import DataConfig
 
@@ -37,12 +37,8 @@ def run(words: list[str]) -> int:
     from switchworks.report import write_routing_report
 
     path = Path(words[0])
-    flags = parse_with_tyro(
-        RoutingFlags,
-        prog=f"switchworks routing {path}",
-        args=[expand(word) for word in words[1:]],
-        default=RoutingFlags(data=text_of(path)),
-    )
+    default, more = RoutingFlags(data=text_of(path)), [expand(word) for word in words[1:]]
+    flags = parse_flags(RoutingFlags, f"routing {path}", more, default=default)
     home = path if (path / "experiment.toml").is_file() else Path()
     output = flags.output or home / "routing.html"
     check_writable(output)

@@ -1,8 +1,9 @@
-from .merge import dense_equivalent as dense_equivalent
-from .merge import merge_experts as merge_experts
-from .prune import prune_experts as prune_experts
-from .quantise import grouped as grouped
-from .quantise import quantise_directory as quantise_directory
-from .reduce import reduce_directory as reduce_directory
+from .directories import grouped as grouped
+from .directories import quantise_directory as quantise_directory
+from .directories import reduce_directory as reduce_directory
+from .fewer import dense_equivalent as dense_equivalent
+from .fewer import reduce_experts as reduce_experts
 from .upcycle import upcycle_directory as upcycle_directory
 from .upcycle import upcycle_model as upcycle_model
+from .usage import RoutedBatch as RoutedBatch
+from .usage import route_batch as route_batch

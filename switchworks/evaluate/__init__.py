@@ -1,7 +1,7 @@
 """Measuring a trained model: validation loss, answers to tasks, routing.
 
-Read `perplexity.py` and `run.py` for losses, `tasks.py` (with `answers.py` and `metrics.py`) for
-tasks, `routing.py` for what experts handle; `harness.py` is for EleutherAI's lm-eval.
+Read `perplexity.py` for losses, `tasks.py` (with `answers.py` and `metrics.py`) for tasks,
+`routing.py` for what experts handle; `harness.py` is for EleutherAI's lm-eval.
 """
 
 import lazy_loader

@@ -11,27 +11,22 @@ text, tokenised together, unless a token would span the boundary. EOS is not sco
 continuation. Contexts that are too long lose their beginning, as in the harness's own models.
 
 `lm_eval` is not a dependency; only `harness_model` imports it.
-Letters: B sequences, T tokens of a continuation, V vocabulary.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
-
 from switchworks.config import ConfigError, check_at_least
 from switchworks.data import Tokenizer
-from switchworks.evaluate.run import load_with_tokenizer
+from switchworks.evaluate.answers import score_all
 from switchworks.generate import (
     BeamSearch,
+    GenerationConfig,
     Sampling,
-    batches_by_length,
     continuation,
-    generate,
-    pad,
+    generate_all,
+    load_with_tokenizer,
 )
 from switchworks.model import SwitchTransformer
 
@@ -60,14 +55,10 @@ class Scorer:
     ) -> None:
         """`max_length`: tokens read at most, a decoder-only model's continuation included."""
         self.model, self.tokenizer = model.eval(), tokenizer
+        self.decoder_only = model.config.decoder_only
         self.batch_size, self.max_length, self.max_gen_toks = batch_size, max_length, max_gen_toks
         check_at_least(self, "", 1, "batch_size", "max_gen_toks")
         check_at_least(self, "", 2, "max_length")
-
-    @property
-    def decoder_only(self) -> bool:
-        """Whether there is no encoder."""
-        return self.model.config.decoder_only
 
     def pair(self, context: str, text: str) -> Pair:
         """The ids of both. Spaces at the end of the context go to the continuation."""
@@ -82,28 +73,15 @@ class Scorer:
             return Pair(before, self.tokenizer.encode(text))
         return Pair(before, joined[len(before) :])
 
-    @torch.no_grad()
     def score(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
         """ln p(continuation | context) in nats of each pair, and whether it is the greedy one.
 
         An empty continuation has probability 1.
         """
-        scores = [(0.0, True)] * len(pairs)
         contexts = [self._context(pair) for pair in pairs]
-        lengths = [
-            len(context) + len(pair.continuation)
-            for context, pair in zip(contexts, pairs, strict=True)
-        ]
-        for places in batches_by_length(lengths, self.batch_size):
-            targets = self._batch([pairs[place].continuation for place in places])
-            if not targets.shape[1]:
-                continue
-            inputs = self._batch([contexts[place] for place in places])
-            nats, greedy = likelihoods(self.model(inputs, targets).logits, targets)
-            values = zip(nats.tolist(), greedy.tolist(), strict=True)
-            for place, value in zip(places, values, strict=True):
-                scores[place] = value
-        return scores
+        return score_all(
+            self.model, contexts, [pair.continuation for pair in pairs], self.batch_size
+        )
 
     def rolling(self, text: str, windows: Windows) -> float:
         """ln p(text) in nats, each token predicted once.
@@ -126,31 +104,37 @@ class Scorer:
         for place, (_, settings) in enumerate(requests):
             groups.setdefault(repr(sorted(settings.items())), []).append(place)
         for group in groups.values():
-            config = _Settings.parse(requests[group[0]][1], self.max_gen_toks)
-            prompts = [self._prompt(requests[place][0], config.length) for place in group]
-            for places in batches_by_length([len(ids) for ids in prompts], self.batch_size):
-                texts = self._write([prompts[place] for place in places], config)
-                for place, text in zip(places, texts, strict=True):
-                    answers[group[place]] = until(text, config.stops)
+            config, stops = self._parse(requests[group[0]][1])
+            prompts = [self._prompt(requests[place][0], config.max_length) for place in group]
+            written = generate_all(self.model, prompts, config)
+            for place, prompt, ids in zip(group, prompts, written, strict=True):
+                before = prompt if self.decoder_only else []
+                answers[place] = until(continuation(self.tokenizer, before, ids), stops)
         return answers
 
-    def _write(self, prompts: Sequence[list[int]], config: "_Settings") -> list[str]:
-        written = generate(
-            self.model,
-            self._batch(prompts),
-            max_length=config.length,
-            sampling=config.sampling,
-            beams=config.beams,
-        ).tolist()
-        if not self.decoder_only:
-            return [self.tokenizer.decode(ids) for ids in written]
-        pairs = zip(prompts, written, strict=True)
-        return [continuation(self.tokenizer, prompt, ids) for prompt, ids in pairs]
+    def _parse(self, settings: Mapping[str, Any]) -> tuple[GenerationConfig, Sequence[str]]:
+        """The harness's settings of generation as ours, and its stop texts.
 
-    def _batch(self, rows: Sequence[list[int]]) -> Int[Tensor, "B _"]:
-        """`rows` padded to one length, on the model's device."""
-        ids = pad([torch.tensor(row, dtype=torch.long) for row in rows])
-        return ids.to(self.model.embedding.weight.device)
+        Raises ConfigError for an unknown setting.
+        """
+        left = dict(settings)
+        stops = left.pop("until", ()) or ()
+        choice = {name: left.pop(name, None) for name in ("temperature", "top_k", "top_p")}
+        if choice["temperature"] is None:
+            choice["temperature"] = 1.0
+        sampling = Sampling(**choice) if left.pop("do_sample", False) else Sampling()
+        penalty = left.pop("length_penalty", 1.0)
+        beams = BeamSearch(beams=left.pop("num_beams", 1), length_penalty=penalty)
+        length = left.pop("max_gen_toks", self.max_gen_toks)
+        if left:
+            raise ConfigError(
+                f"The harness asks for {', '.join(map(repr, left))}, which is not known "
+                "here.\n  Leave it out of the task's generation_kwargs, or of --gen_kwargs."
+            )
+        config = GenerationConfig(
+            max_length=length, sampling=sampling, beams=beams, batch_size=self.batch_size
+        )
+        return config, (stops,) if isinstance(stops, str) else tuple(stops)
 
     def _prompt(self, context: str, length: int) -> list[int]:
         room = self.max_length - (length if self.decoder_only else 0)
@@ -170,48 +154,6 @@ class Scorer:
         if self.decoder_only:
             return ids[max(0, len(ids) - room) :] if room > 0 else []
         return [*ids[max(0, len(ids) - room + 1) :], self.tokenizer.eos_id]
-
-
-class _Settings(NamedTuple):
-    """The harness's settings of generation, as ours."""
-
-    length: int
-    stops: tuple[str, ...]
-    sampling: Sampling
-    beams: BeamSearch
-
-    @staticmethod
-    def parse(settings: Mapping[str, Any], length: int) -> "_Settings":
-        """Raises ConfigError for an unknown setting."""
-        left = dict(settings)
-        stops = left.pop("until", ()) or ()
-        samples, temperature = left.pop("do_sample", False), left.pop("temperature", None)
-        top_k, top_p = left.pop("top_k", None), left.pop("top_p", None)
-        sampling = Sampling()
-        if samples:
-            temperature = 1.0 if temperature is None else temperature
-            sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-        beams = BeamSearch(
-            beams=left.pop("num_beams", 1), length_penalty=left.pop("length_penalty", 1.0)
-        )
-        length = left.pop("max_gen_toks", length)
-        if left:
-            raise ConfigError(
-                f"The harness asks for {', '.join(map(repr, left))}, which is not known "
-                "here.\n  Leave it out of the task's generation_kwargs, or of --gen_kwargs."
-            )
-        stops = (stops,) if isinstance(stops, str) else tuple(stops)
-        return _Settings(length, stops, sampling, beams)
-
-
-def likelihoods(
-    logits: Float[Tensor, "B T V"], targets: Int[Tensor, "B T"]
-) -> tuple[Float[Tensor, "B"], Bool[Tensor, "B"]]:
-    """The sums of the targets' log-probabilities in float32, and whether all are the likeliest."""
-    real = targets != 0
-    logs = logits.float().log_softmax(dim=-1).gather(-1, targets[..., None]).squeeze(-1)
-    greedy = (logits.argmax(dim=-1) == targets) | ~real
-    return logs.masked_fill(~real, 0.0).sum(dim=-1), greedy.all(dim=-1)
 
 
 def until(text: str, stops: Iterable[str]) -> str:

@@ -34,12 +34,10 @@ def f1_binary(predictions: Texts, examples: Examples, labels: Labels) -> Figures
     """F1 of the second label. A prediction that is no label counts as the wrong one of the two."""
     from sklearn.metrics import f1_score
 
-    truth = [labels.index(example.target) for example in examples]
-    answers = [
-        labels.index(answer) if answer in labels else 1 - right
-        for answer, right in zip(predictions, truth, strict=True)
-    ]
-    value = f1_score(truth, answers, zero_division=0.0)  # type: ignore[arg-type]
+    truth, other = [example.target for example in examples], {labels[0]: labels[1]}
+    wrong = [other.get(target, labels[0]) for target in truth]
+    answers = [a if a in labels else b for a, b in zip(predictions, wrong, strict=True)]
+    value = f1_score(truth, answers, pos_label=labels[1], zero_division=0.0)  # type: ignore[arg-type]
     return {"f1": 100 * float(value)}
 
 
@@ -47,53 +45,40 @@ def f1_macro(predictions: Texts, examples: Examples, labels: Labels) -> Figures:
     """The plain mean of every label's F1."""
     from sklearn.metrics import f1_score
 
-    truth, answers = _numbers(predictions, examples, labels)
-    named = list(range(len(labels)))
-    score = f1_score(truth, answers, labels=named, average="macro", zero_division=0.0)  # type: ignore[arg-type]
-    return {"f1": 100 * float(score)}
+    truth, names = [example.target for example in examples], list(labels)
+    value = f1_score(truth, predictions, labels=names, average="macro", zero_division=0.0)  # type: ignore[arg-type]
+    return {"f1": 100 * float(value)}
 
 
 def matthews(predictions: Texts, examples: Examples, labels: Labels) -> Figures:
     """Matthews' correlation; predictions that are no label are a class of their own."""
     from sklearn.metrics import matthews_corrcoef
 
-    truth, answers = _numbers(predictions, examples, labels)
+    truth = [example.target for example in examples]
+    answers = [answer if answer in labels else "" for answer in predictions]
     if len({*truth, *answers}) == 1:
         return {"matthews": 0.0}  # undefined; 0, as scikit-learn has it, but without its warning
     return {"matthews": 100 * float(matthews_corrcoef(truth, answers))}
 
 
-def _numbers(predictions: Texts, examples: Examples, labels: Labels) -> tuple[list[int], list[int]]:
-    """Indices of targets and predictions among `labels`; -1 is no label."""
-
-    def number(label: str) -> int:
-        return labels.index(label) if label in labels else -1
-
-    return [number(e.target) for e in examples], [number(p) for p in predictions]
-
-
 def pearson(predictions: Texts, examples: Examples, labels: Labels) -> Figures:
     """Pearson's correlation. A prediction that is no number counts as -1, as in T5."""
-    from scipy.stats import pearsonr
-
-    return {"pearson": _correlation(pearsonr, predictions, examples)}
+    return {"pearson": _correlation("pearsonr", predictions, examples)}
 
 
 def spearman(predictions: Texts, examples: Examples, labels: Labels) -> Figures:
     """Spearman's correlation of ranks; equal numbers share their mean rank."""
-    from scipy.stats import spearmanr
-
-    return {"spearman": _correlation(spearmanr, predictions, examples)}
+    return {"spearman": _correlation("spearmanr", predictions, examples)}
 
 
-def _correlation(
-    correlate: Callable[..., tuple[float, float]], predictions: Texts, examples: Examples
-) -> float:
+def _correlation(function: str, predictions: Texts, examples: Examples) -> float:
+    from scipy import stats
+
     answers = [_float(answer) for answer in predictions]
     truth = [_float(example.target) for example in examples]
     if len(set(answers)) == 1 or len(set(truth)) == 1:
         return 0.0  # undefined for a constant
-    return 100 * float(correlate(truth, answers)[0])
+    return 100 * float(getattr(stats, function)(truth, answers)[0])
 
 
 def _float(text: str) -> float:
@@ -253,24 +238,12 @@ METRICS: Mapping[str, Metric] = {
 }
 """Every metric by name."""
 
-AVERAGES: Mapping[str, tuple[tuple[str, ...], ...]] = {
-    "glue": (
-        ("glue_cola",),
-        ("glue_sst2",),
-        ("glue_mrpc",),
-        ("glue_stsb",),
-        ("glue_qqp",),
-        ("glue_mnli", "glue_mnli_mismatched"),
-        ("glue_qnli",),
-        ("glue_rte",),
-    ),
-    "super_glue": tuple(
-        (f"super_glue_{name}",)
-        for name in ("boolq", "cb", "copa", "multirc", "record", "rte", "wic", "wsc")
-    ),
-    "anli": (("anli_r1",), ("anli_r2",), ("anli_r3",)),
+AVERAGES: Mapping[str, tuple[str, ...]] = {
+    "glue": ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "mnli_mismatched", "qnli", "rte"),
+    "super_glue": ("boolq", "cb", "copa", "multirc", "record", "rte", "wic", "wsc"),
+    "anli": ("r1", "r2", "r3"),
 }
-"""Benchmarks as means of their tasks' scores; tasks in one bracket are averaged first."""
+"""Benchmarks as means of their tasks' scores, those of GLUE's two sets of MNLI averaged first."""
 
 
 def _numeric(task: Task, examples: Examples) -> bool:
@@ -366,10 +339,12 @@ def averages(scores: Mapping[str, float]) -> dict[str, float]:
     """
     means: Figures = {}
     for name, tasks in AVERAGES.items():
-        if all(task in scores for together in tasks for task in together):
-            parts = [fmean(scores[task] for task in together) for together in tasks]
-            means[name] = fmean(parts)
-            wnli = scores.get("glue_wnli")
-            if name == "glue" and wnli is not None:
-                means["glue_with_wnli"] = fmean([*parts, wnli])
+        parts = {task: scores.get(f"{name}_{task}", math.nan) for task in tasks}
+        if any(map(math.isnan, parts.values())):
+            continue
+        if name == "glue":
+            parts["mnli"] = fmean([parts["mnli"], parts.pop("mnli_mismatched")])
+            if "glue_wnli" in scores:
+                means["glue_with_wnli"] = fmean([*parts.values(), scores["glue_wnli"]])
+        means[name] = fmean(parts.values())
     return means

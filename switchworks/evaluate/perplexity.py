@@ -1,14 +1,30 @@
-"""Validation loss: the paper's negative log perplexity with its sign turned."""
+"""Validation loss, the paper's negative log perplexity with its sign turned: of a model in
+training, or of one on disk, on the text of its run or another."""
 
+import logging
 import math
 from collections.abc import Iterable
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from switchworks.batch import Batch
-from switchworks.data import ValidationSet
-from switchworks.model import SwitchTransformer
+from switchworks.data import (
+    TextDataset,
+    ValidationSet,
+    open_dataset,
+    run_data_config,
+    run_metadata,
+    text_for,
+)
+from switchworks.model import SwitchTransformer, evaluating
 from switchworks.parallel import SINGLE, Ranks
+
+NEARLY_ALL = 1 - 1e-9
+"""A validation share: a token store is split in two, so the first rows stay in the other part."""
 
 
 def measure_perplexity(loss: float) -> float:
@@ -23,19 +39,13 @@ def mean_nats(model: SwitchTransformer, batches: Iterable[Batch], ranks: Ranks =
     In evaluation mode: no dropout, no jitter, no dropped token; z-loss and balance loss are not
     added. Each of several `ranks` passes its part of every batch. The model's mode is restored.
     """
-    was_training = model.training
-    model.eval()
-    device = model.embedding.weight.device
     nats, tokens = 0.0, 0.0
-    try:
+    with evaluating(model):
         for batch in batches:
-            batch = batch.to(device)
+            batch = batch.to(model.embedding.weight.device)
             count = int((batch.targets != 0).sum())
-            output = model(**batch.arguments())
-            nats += float(output.losses.cross_entropy) * count
+            nats += float(model(**batch.arguments()).losses.cross_entropy) * count
             tokens += count
-    finally:
-        model.train(was_training)
     nats, tokens = ranks.all_sum([nats, tokens])
     return nats / max(1.0, tokens)
 
@@ -50,3 +60,63 @@ def validation_losses(
     losses = {name: mean_nats(model, batches, ranks) for name, batches in held_out.batches.items()}
     overall = sum(held_out.shares[name] * loss for name, loss in losses.items())
     return overall, {name: loss for name, loss in losses.items() if name}
+
+
+def evaluate_run(
+    path: Path,
+    *,
+    batches: int,
+    batch_size: int = 16,
+    text: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Any]:
+    """Loss in nats per token, perplexity and counts of the model in `path`.
+
+    Uses the validation text of the run in `path`, or all of the file, folder or glob `text`, the
+    model's tokenizer and the first `batches` batches, whose masks are the same at every call.
+    `dtype` is what it computes in, None: as the model is stored. "bits_per_byte" is roughly
+    comparable between tokenizers. Of a mixture, "loss/NAME" and "bits_per_byte/NAME" are of each
+    corpus. Raises CheckpointError as `open_run` does.
+    """
+    model, dataset = open_run(path, text, dtype)
+    held_out = dataset.held_out(batch_size=batch_size, batches=batches)
+    loss, by_corpus = validation_losses(model, held_out)
+    rows = chain.from_iterable(held_out.batches.values())
+    return {
+        "loss": loss,
+        "perplexity": measure_perplexity(loss),
+        "negative_log_perplexity": -loss,
+        "target_tokens": sum(int((batch.targets != 0).sum()) for batch in rows),
+        **{f"loss/{name}": nats for name, nats in by_corpus.items()},
+        **{
+            f"bits_per_byte/{name}".rstrip("/"): held_out.bits_per_byte(name, nats)
+            for name, nats in (by_corpus or {"": loss}).items()
+        },
+    }
+
+
+def open_run(
+    path: Path, text: str | None = None, dtype: torch.dtype | None = None
+) -> tuple[SwitchTransformer, TextDataset]:
+    """The model in `path` and the text it was trained on, or `text` in its place.
+
+    Warns in the log where that text has changed since. Raises CheckpointError if there is no model
+    or tokenizer, or no run that says which text to read.
+    """
+    from switchworks.generate import load_with_tokenizer
+
+    if text is None and run_data_config(path) is None:
+        text_for(path, decoder_only=False)  # raises before the weights are read
+    model, _ = load_with_tokenizer(path, dtype)
+    data = text_for(path, decoder_only=model.config.decoder_only, text=text)
+    if text is not None:  # nothing is trained on here, so that all of it may be measured
+        data = replace(data, validation_share=NEARLY_ALL)
+    dataset = open_dataset(data, vocab_size=model.config.vocab_size)
+    if text is None and (other := dataset.difference(run_metadata(path))) is not None:
+        logging.getLogger(__name__).warning(
+            "The text here is not what %s was trained on (%s): it may have been trained on what "
+            "is held out here.",
+            path,
+            other,
+        )
+    return model, dataset

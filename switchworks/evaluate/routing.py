@@ -1,51 +1,65 @@
-"""Which experts handle what: the choices of a trained router, counted by label and token type.
+"""Which experts handle what: the choices of a trained router, counted by label, token type and
+language.
 
 In a decoder's layer a position counts as the token that is read there, not as the one predicted.
 
-Letters: N positions, E experts, C categories (labels or token types), T token types.
+Letters: N positions, E experts, C categories (labels or token types), T token types, K languages,
+I switch layers.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from switchworks.batch import Batch, align_right, shift_right
+from switchworks.compress import RoutedBatch, route_batch
 from switchworks.config import CheckpointError
 from switchworks.data import Tokenizer
 from switchworks.evaluate.token_types import TYPES, TokenTypes
-from switchworks.model import Routes, SwitchTransformer, rows_of
+from switchworks.model import SwitchTransformer, evaluating, rows_of
 
 IDLE = 0.1
 """Share of the even load below which an expert is called idle; with no token at all it is dead."""
 
 
-@dataclass
 class _Layer:
     """Sums over all positions so far of one switch layer's choices."""
 
-    by_label: Float[Tensor, "C E"]
-    by_type: Float[Tensor, "T E"]
-    tokens: int = 0
-    dropped: float = 0.0
-    entropy: float = 0.0
-    confidence: float = 0.0
-    changed: Float[Tensor, "T"] = field(
-        default_factory=lambda: torch.zeros(len(TYPES), dtype=torch.float64)
-    )
-    """Positions by type at which the other model chooses other experts."""
-    positions: Float[Tensor, "T"] = field(
-        default_factory=lambda: torch.zeros(len(TYPES), dtype=torch.float64)
-    )
-    other_load: Float[Tensor, "E"] | None = None
+    def __init__(self, labels: int, experts: int) -> None:
+        self.by_label = torch.zeros(labels, experts, dtype=torch.float64)
+        self.by_type = torch.zeros(len(TYPES), experts, dtype=torch.float64)
+        self.tokens, self.dropped, self.entropy, self.confidence = 0, 0, 0.0, 0.0
+        self.changed = torch.zeros(len(TYPES), dtype=torch.float64)
+        """Positions by type at which the other model chooses other experts."""
+        self.compared = torch.zeros(len(TYPES), dtype=torch.float64)
+        self.other_load = torch.zeros(experts, dtype=torch.float64)
+
+    def count(
+        self, routed: RoutedBatch, other: RoutedBatch | None, kinds: Tensor, label: int
+    ) -> None:
+        """Add a batch of `label` with the types `kinds`, and how `other` routes it."""
+        real, mine = routed.real.cpu(), _members(routed)
+        kinds, probs = kinds.view_as(real)[real], routed.logits.cpu()[real].double().softmax(-1)
+        served = routed.routes.served(real.shape[1]).cpu() & real
+        self.tokens += len(mine)
+        self.dropped += len(mine) - int(served.sum())
+        self.entropy += float(torch.special.entr(probs).sum())
+        self.confidence += float(probs.max(dim=-1).values.sum())
+        self.by_label[label] += mine.sum(dim=0)
+        self.by_type.index_add_(0, kinds, mine)
+        if other is not None:
+            theirs = _members(other)
+            self.changed.index_add_(0, kinds, (theirs != mine).any(dim=-1).double())
+            self.compared += torch.bincount(kinds, minlength=len(TYPES))
+            self.other_load += theirs.sum(dim=0)
 
 
-@torch.no_grad()
 def routing_report(
     model: SwitchTransformer,
     tokenizer: Tokenizer,
@@ -65,15 +79,14 @@ def routing_report(
     _check(model, against)
     types, labels = TokenTypes(tokenizer, model.config.vocab_size), list(batches)
     layers = {
-        name: _Layer(
-            torch.zeros(len(labels), layer.config.experts, dtype=torch.float64),
-            torch.zeros(len(TYPES), layer.config.experts, dtype=torch.float64),
-        )
-        for name, layer in model.switch_layers.items()
+        n: _Layer(len(labels), layer.config.experts) for n, layer in model.switch_layers.items()
     }
-    for number, label in enumerate(labels):
-        for batch in batches[label]:
-            _count(model, against, types, batch, number, layers)
+    for label, rows in enumerate(batches.values()):
+        for batch in rows:
+            others = {} if against is None else route_batch(against, batch)
+            for name, routed in route_batch(model, batch).items():
+                kinds = types(_tokens_read(model, batch, name))
+                layers[name].count(routed, others.get(name), kinds, label)
     return {
         "labels": labels,
         "types": list(TYPES),
@@ -118,99 +131,25 @@ def _check(model: SwitchTransformer, against: SwitchTransformer | None) -> None:
         )
 
 
-def _count(
-    model: SwitchTransformer,
-    against: SwitchTransformer | None,
-    types: TokenTypes,
-    batch: Batch,
-    label: int,
-    layers: Mapping[str, _Layer],
-) -> None:
-    """Add a batch to the sums of each layer."""
-    others = {} if against is None else _choices(against, batch)
-    for name, (chosen, logits, routing) in _choices(model, batch).items():
-        ids, real = _read(model, batch, name)
-        layer, keep = layers[name], real.flatten()  # no padding
-        kinds, mine = types(ids).flatten()[keep], chosen[keep]
-        probs = logits.flatten(0, -2)[keep].double().softmax(dim=-1)
-        count = int(keep.sum())
-        layer.tokens += count
-        layer.entropy += float(torch.special.entr(probs).sum())
-        layer.confidence += float(probs.max(dim=-1).values.sum())
-        layer.dropped += float(routing.dropped) * count
-        layer.by_label[label] += mine.double().sum(dim=0)
-        layer.by_type.index_add_(0, kinds, mine.double())
-        if name in others:
-            theirs = others[name][0][keep]
-            differs = (theirs != mine).any(dim=-1).double()
-            layer.changed.index_add_(0, kinds, differs)
-            layer.positions.index_add_(0, kinds, torch.ones_like(differs))
-            load = theirs.double().sum(dim=0)
-            layer.other_load = load if layer.other_load is None else layer.other_load + load
-
-
-def _read(
-    model: SwitchTransformer, batch: Batch, name: str
-) -> tuple[Int[Tensor, "B L"], Bool[Tensor, "B L"]]:
-    """The tokens that the layer `name` reads, and which of its positions are not padding."""
+def _tokens_read(model: SwitchTransformer, batch: Batch, name: str) -> Int[Tensor, "B L"]:
+    """The tokens that the layer `name` reads."""
     if name.startswith("encoder"):
-        segments = batch.inputs if batch.input_segments is None else batch.input_segments
-        return batch.inputs, segments != 0
-    targets = batch.targets
+        return batch.inputs
+    targets, segments = batch.targets, batch.target_segments
     if model.config.decoder_only and batch.inputs.shape[1]:
         targets = torch.cat([align_right(batch.inputs), targets], dim=1)
-    segments = batch.target_segments
-    if segments is None:
-        segments = (targets != 0).long()
-    return shift_right(targets, segments), segments != 0
+    return shift_right(targets, (targets != 0).long() if segments is None else segments)
 
 
-def _choices(
-    model: SwitchTransformer, batch: Batch
-) -> dict[str, tuple[Bool[Tensor, "N E"], Tensor, Any]]:
-    """Layer -> which experts get each position, the router's logits, and its statistics."""
-    was_training = model.training
-    model.eval()
-    try:
-        with _logits(model) as logits:
-            output = model(**batch.to(model.embedding.weight.device).arguments())
-    finally:
-        model.train(was_training)
-    return {
-        name: (_members(routing.routes, logits[name]), logits[name].cpu(), routing)
-        for name, routing in zip(model.switch_layers, output.routing, strict=True)
-    }
-
-
-@contextmanager
-def _logits(model: SwitchTransformer) -> Iterator[dict[str, Float[Tensor, "G S E"]]]:
-    """Layer -> the output of its router in the last forward pass inside the context."""
-    kept: dict[str, Tensor] = {}
-
-    def keeper(name: str) -> Any:
-        return lambda _module, _inputs, output: kept.__setitem__(name, output)
-
-    handles = [
-        layer.router.register_forward_hook(keeper(name))
-        for name, layer in model.switch_layers.items()
-    ]
-    try:
-        yield kept
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _members(routes: Routes, logits: Float[Tensor, "G S E"]) -> Bool[Tensor, "N E"]:
-    """Which experts each position is sent to, for any strategy."""
-    groups, size, experts = logits.shape
-    tokens = rows_of(routes, size)
+def _members(routed: RoutedBatch) -> Float[Tensor, "N E"]:
+    """1 for the experts that each real position is sent to, for any strategy."""
+    groups, size, experts = routed.logits.shape
+    tokens, kept = rows_of(routed.routes, size), routed.routes.kept.flatten()
     if tokens is None:
-        tokens = torch.arange(groups * size, device=logits.device)
-    members = torch.zeros(groups * size, experts, dtype=torch.bool)
-    kept = routes.kept.flatten()
-    members[tokens[kept].cpu(), routes.expert.flatten()[kept].cpu()] = True
-    return members
+        tokens = torch.arange(groups * size, device=kept.device)
+    members = torch.zeros(groups * size, experts, dtype=torch.float64)
+    members[tokens[kept].cpu(), routed.routes.expert.flatten()[kept].cpu()] = 1.0
+    return members[routed.real.flatten().cpu()]
 
 
 def _figures(layer: _Layer, labels: Sequence[str]) -> dict[str, Any]:
@@ -234,16 +173,12 @@ def _figures(layer: _Layer, labels: Sequence[str]) -> dict[str, Any]:
         "by_label": _rows(labels, layer.by_label),
         "by_type": _rows(TYPES, layer.by_type),
     }
-    if layer.other_load is not None:
-        seen = layer.positions > 0
+    if layer.compared.any():
+        by_type = zip(TYPES, layer.changed.tolist(), layer.compared.tolist(), strict=True)
         figures["drift"] = {
-            "changed": float(layer.changed.sum() / layer.positions.sum().clamp(min=1)),
+            "changed": float(layer.changed.sum() / layer.compared.sum()),
             "jensen_shannon": jensen_shannon(load, _share(layer.other_load)),
-            "changed_by_type": {
-                name: float(layer.changed[at] / layer.positions[at])
-                for at, name in enumerate(TYPES)
-                if seen[at]
-            },
+            "changed_by_type": {name: n / total for name, n, total in by_type if total},
             "other_load": _plain(_share(layer.other_load)),
         }
     return figures
@@ -264,3 +199,62 @@ def _share(counts: Float[Tensor, "E"]) -> Float[Tensor, "E"]:
 
 def _plain(share: Float[Tensor, "E"]) -> list[float]:
     return [round(value, 6) for value in share.tolist()]
+
+
+@dataclass(frozen=True)
+class LanguageRouting:
+    """Each expert's share of the tokens of each language, in each switch layer."""
+
+    languages: tuple[str, ...]
+    layers: tuple[str, ...]
+    shares: Float[np.ndarray, "K I E"]
+    """Sums to 1 over the experts."""
+
+    def distances(self) -> Float[np.ndarray, "K K"]:
+        """Jensen-Shannon distance of the routing of two languages: 0 equal, 1 disjoint experts.
+
+        The square root, which is a metric, of the Jensen-Shannon divergence in bits, averaged over
+        the layers.
+        """
+        from scipy.special import rel_entr
+
+        p, q = self.shares[:, None], self.shares[None, :]
+        mean = (p + q) / 2
+        bits = (rel_entr(p, mean) + rel_entr(q, mean)).sum(axis=-1) / math.log(4)  # K K I
+        return np.sqrt(np.clip(bits.mean(axis=-1), 0.0, 1.0))
+
+    def tree(self) -> Float[np.ndarray, "merges four"]:
+        """Hierarchical clustering by average distance, as a linkage matrix of scipy.
+
+        Leaves are ordered so that neighbours are as similar as the tree allows. Needs two languages
+        or more.
+        """
+        from scipy.cluster.hierarchy import linkage, optimal_leaf_ordering
+        from scipy.spatial.distance import squareform
+
+        condensed = squareform(self.distances(), checks=False)
+        return optimal_leaf_ordering(linkage(condensed, method="average"), condensed)
+
+    def order(self) -> list[int]:
+        """Places of the languages in the order of the tree's leaves."""
+        from scipy.cluster.hierarchy import leaves_list
+
+        return [0] if len(self.languages) == 1 else leaves_list(self.tree()).tolist()
+
+
+@torch.no_grad()
+def routing_by_language(
+    model: SwitchTransformer, batches: Mapping[str, Sequence[Batch]]
+) -> LanguageRouting:
+    """The experts that tokens of each language choose; `batches` has its text by its name.
+
+    In evaluation mode, without jitter and before any token is dropped. All batches of a language
+    weigh the same. The model's mode is restored.
+    """
+    device, shares = model.embedding.weight.device, []
+    with evaluating(model):
+        for rows in batches.values():
+            reports = (model(**batch.to(device).arguments()).routing for batch in rows)
+            loads = [torch.stack([layer.load for layer in report]) for report in reports]
+            shares.append(torch.stack(loads).double().mean(dim=0).cpu().numpy())
+    return LanguageRouting(tuple(batches), tuple(model.switch_layers), np.stack(shares))

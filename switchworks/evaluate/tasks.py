@@ -5,6 +5,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from switchworks.data import (
 )
 from switchworks.evaluate.answers import DecodingConfig, answer, check_choices
 from switchworks.evaluate.metrics import averages, check_metrics, judge, score
-from switchworks.evaluate.run import load_with_tokenizer
+from switchworks.generate import load_with_tokenizer
 from switchworks.model import SwitchTransformer
 from switchworks.parallel import SINGLE, Ranks
 
@@ -124,7 +125,7 @@ def measure(
     predictions = answer(model, tokenizer, eval_set.task, eval_set.examples, config, ranks)
     figures = judge(eval_set.task, predictions, eval_set.examples)
     encoded = tokenizer.encode_batch([example.inputs for example in eval_set.examples])
-    cut = sum(len(ids) >= config.input_length for ids in encoded)
+    cut = sum(len(ids) >= (config.input_length or math.inf) for ids in encoded)
     return TaskResult(eval_set, tuple(predictions), figures, cut)
 
 
@@ -150,13 +151,8 @@ def named_tasks(
         if not (labels and metrics):
             data = _with_default_metrics(data, _tables(data.tasks), _tables(named))
         data = replace(data, tasks=named, mixture=(), input_length=length, task_packing="auto")
-    if labels:
-        data = replace(data, task_labels=labels)
-    if metrics:
-        data = replace(data, task_metrics=metrics)
-    if folder is not None:
-        data = replace(data, task_folder=str(folder))
-    return data
+    given = {"task_labels": labels, "task_metrics": metrics, "task_folder": str(folder or "")}
+    return replace(data, **{name: value for name, value in given.items() if value})
 
 
 def _tables(entries: Sequence[str]) -> set[str]:
@@ -222,6 +218,7 @@ def as_json(
         "command": command,
         "decode": config.decode,
         **(asdict(config.beams) if config.beams.beams > 1 else {}),
+        **(asdict(config.sampling) if config.sampling.temperature else {}),
         "input_length": config.input_length,
         "max_length": config.max_length,
         "tasks": {result.name: result.as_dict() for result in results},
@@ -255,14 +252,8 @@ def write_predictions(path: Path, results: Iterable[TaskResult]) -> None:
         for result in results:
             pairs = zip(result.eval_set.examples, result.predictions, strict=True)
             for example, prediction in pairs:
-                line = {
-                    "task": result.name,
-                    "inputs": example.inputs,
-                    "answers": list(example.answers),
-                    "prediction": prediction,
-                }
-                if example.label is not None:
-                    line["label"] = example.label
-                if example.group is not None:
-                    line["group"] = example.group
+                line = {"task": result.name, "inputs": example.inputs}
+                line |= {"answers": list(example.answers), "prediction": prediction}
+                extra = {"label": example.label, "group": example.group}
+                line |= {name: value for name, value in extra.items() if value is not None}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -1,7 +1,5 @@
 """The type of the token at each position of a text: sentinel, digits, the start of a word, ..."""
 
-from functools import cached_property
-
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -23,45 +21,30 @@ class TokenTypes:
 
     def __init__(self, tokenizer: Tokenizer, rows: int) -> None:
         """`rows` is the number of rows of the embedding; ids above the tokenizer's are special."""
-        self.tokenizer = tokenizer
-        self.rows = rows
+        pieces = [tokenizer.piece(id_) if id_ < tokenizer.size else "" for id_ in range(rows)]
+        types = torch.tensor([_type(piece) for piece in pieces])
+        ends = [tokenizer.sentinel(index) for index in (0, tokenizer.num_sentinels - 1)]
+        types[min(ends) : max(ends) + 1] = _SENTINEL  # ids may fall or rise from the first on
+        self._types = types
+        self._opens = torch.tensor([piece[-1:].isspace() for piece in pieces])
+        """Whether letters after an id are the start of a word."""
+        self._opens[0] = True
 
     def __call__(self, ids: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:
         """For each position an index into `TYPES`."""
         types = self._types[ids]
-        before = torch.full_like(types, 1)
-        before[:, 1:] = self._opens[ids[:, :-1]]
-        starts = (types == _CONTINUATION) & (before == 1)
-        return torch.where(starts, _START, types)
+        starts = types == _CONTINUATION
+        starts[:, 1:] &= self._opens[ids[:, :-1]]
+        return types.masked_fill(starts, _START)
 
-    @cached_property
-    def _types(self) -> Int[Tensor, "V"]:
-        """The type of each id without context: letters without a leading space continue a word."""
-        return torch.tensor([self._type(token) for token in range(self.rows)])
 
-    @cached_property
-    def _opens(self) -> Int[Tensor, "V"]:
-        """1 for ids after which letters are the start of a word."""
-        return torch.tensor(
-            [int(token == 0 or self._piece(token)[-1:].isspace()) for token in range(self.rows)]
-        )
-
-    def _piece(self, token: int) -> str:
-        return self.tokenizer.piece(token) if token < self.tokenizer.size else ""
-
-    def _type(self, token: int) -> int:
-        last = self.tokenizer.num_sentinels - 1  # ids may fall or rise from the first to the last
-        sentinels = {self.tokenizer.sentinel(index) for index in (0, last)}
-        if min(sentinels) <= token <= max(sentinels):
-            return _SENTINEL
-        piece = self._piece(token)
-        text = piece.strip()
-        if not piece:
-            return _SPECIAL
-        if not text:
-            return _SPACE
-        if text.isnumeric():
-            return _DIGITS
-        if any(char.isalnum() for char in text) or text == _HALF:
-            return _START if piece[0].isspace() else _CONTINUATION
-        return _PUNCTUATION
+def _type(piece: str) -> int:
+    """The type of a piece without context: letters without a leading space continue a word."""
+    text = piece.strip()
+    if not text:
+        return _SPACE if piece else _SPECIAL
+    if text.isnumeric():
+        return _DIGITS
+    if any(char.isalnum() for char in text) or text == _HALF:
+        return _START if piece[0].isspace() else _CONTINUATION
+    return _PUNCTUATION

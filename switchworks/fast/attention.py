@@ -71,10 +71,11 @@ class _Attention(torch.autograd.Function):
     ) -> Float[Tensor, "B H L K"]:
         # Heads lie side by side in memory, as the output matrix reads them.
         out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
-        bias = _Bias(distances, mask, q, k)
-        for rows, queries in blocks(q, k):
-            block = bias.block(rows, queries)
-            out[rows, :, queries] = _forward(q[rows, :, queries], k[rows], v[rows], block)
+        for queries, row_blocks in blocks(q, k):
+            spread = _spread(distances, queries, q, k)
+            for rows in row_blocks:
+                bias = _with_mask(spread, mask, rows, queries, compute_dtype(q.dtype))
+                out[rows, :, queries] = _forward(q[rows, :, queries], k[rows], v[rows], bias)
         ctx.save_for_backward(q, k, v, distances, mask)
         return out
 
@@ -85,56 +86,56 @@ class _Attention(torch.autograd.Function):
         heads, wide = q.shape[1], compute_dtype(q.dtype)
         grad_q = torch.empty_like(q)
         grad_k, grad_v = (x.new_zeros(x.shape, dtype=wide).flatten(0, 1) for x in (k, v))
-        bias = _Bias(distances, mask, q, k)
-        for rows, queries in blocks(q, k):
-            # Rows and heads are one batch dimension here: bH.
-            batch = slice(rows.start * heads, rows.stop * heads)
-            block_q, block_grad = (x[rows, :, queries].flatten(0, 1) for x in (q, grad_out))
-            keys, values = k[rows].flatten(0, 1), v[rows].flatten(0, 1)
-            weights = _scores(block_q, keys, bias.block(rows, queries), heads).softmax(dim=-1)
-            # out = W v, so dv = W^T dout and dW = dout v^T; then back through the softmax.
-            _accumulate(grad_v[batch], weights.to(q.dtype).mT, block_grad)
-            grad_weights = (block_grad @ values.mT).to(wide)
-            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, wide)  # pyright: ignore[reportPrivateImportUsage]
-            # scores = q k^T + bias: the bias gets this gradient as it is, q and k its products.
-            bias.accumulate(grad_scores)
-            grad_scores = grad_scores.to(q.dtype)
-            grad_q[rows, :, queries] = (grad_scores @ keys).unflatten(0, (-1, heads))
-            _accumulate(grad_k[batch], grad_scores.mT, block_q)
+        grad_distances = None if distances is None else torch.zeros_like(distances, dtype=wide)
+        for queries, row_blocks in blocks(q, k):
+            spread = _spread(distances, queries, q, k)
+            grad_spread = None if spread is None else torch.zeros_like(spread)
+            for rows in row_blocks:
+                # Rows and heads are one batch dimension here: bH.
+                batch = slice(rows.start * heads, rows.stop * heads)
+                block_q, block_grad = (x[rows, :, queries].flatten(0, 1) for x in (q, grad_out))
+                keys, values = k[rows].flatten(0, 1), v[rows].flatten(0, 1)
+                bias = _with_mask(spread, mask, rows, queries, wide)
+                weights = _scores(block_q, keys, bias, heads).softmax(dim=-1)
+                # out = W v, so dv = W^T dout and dW = dout v^T; then back through the softmax.
+                _accumulate(grad_v[batch], weights.to(q.dtype).mT, block_grad)
+                grad_weights = (block_grad @ values.mT).to(wide)
+                grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, wide)  # pyright: ignore[reportPrivateImportUsage]
+                # scores = q k^T + bias: the bias gets this gradient as it is, q and k its products.
+                if grad_spread is not None:
+                    by_row = grad_scores.unflatten(0, (-1, heads))
+                    grad_spread += by_row if len(by_row) == 1 else by_row.sum(dim=0)
+                grad_scores = grad_scores.to(q.dtype)
+                grad_q[rows, :, queries] = (grad_scores @ keys).unflatten(0, (-1, heads))
+                _accumulate(grad_k[batch], grad_scores.mT, block_q)
+            if grad_distances is not None and grad_spread is not None:
+                grad_distances[:, _window(queries, q, k)] += sum_diagonals(grad_spread[0])
         grad_k, grad_v = (x.unflatten(0, (-1, heads)).to(k.dtype) for x in (grad_k, grad_v))
-        return grad_q, grad_k, grad_v, bias.gradient(), None
+        if distances is not None and grad_distances is not None:
+            grad_distances = grad_distances.to(distances.dtype)
+        return grad_q, grad_k, grad_v, grad_distances, None
 
 
-def in_blocks(
-    q: Float[Tensor, "B H L K"],
-    k: Float[Tensor, "B H M K"],
-    v: Float[Tensor, "B H M K"],
-    distances: Float[Tensor, "H N"] | None,
-    mask: Float[Tensor, "#B #H #L M"] | None,
-) -> Float[Tensor, "B H L K"]:
-    """softmax(q k^T + bias) v, about `BLOCK` scores at a time, none of them kept."""
-    return _Attention.apply(q, k, v, distances, mask)
-
+in_blocks: Kernel = _Attention.apply  # type: ignore[assignment]
+"""softmax(q k^T + bias) v, about `BLOCK` scores at a time, none of them kept."""
 
 attend_in_blocks = partial(attend_by, in_blocks)
 
 
 def blocks(
     q: Float[Tensor, "B H L K"], k: Float[Tensor, "B H M K"]
-) -> Iterator[tuple[slice, slice]]:
-    """(rows, queries): together every query of every row once, about `BLOCK` scores at a time.
+) -> Iterator[tuple[slice, list[slice]]]:
+    """(queries, blocks of rows): together every query of every row once, about `BLOCK` scores at a
+    time.
 
     Several whole rows if they are short; parts of the queries of one row if it is long.
     """
     per_query = k.shape[1] * k.shape[2]
     length = min(q.shape[2], max(1, BLOCK // per_query))
     count = max(1, BLOCK // (per_query * length))
+    rows = [slice(row, min(row + count, len(q))) for row in range(0, len(q), count)]
     for first in range(0, q.shape[2], length):
-        for row in range(0, q.shape[0], count):
-            yield (
-                slice(row, min(row + count, len(q))),
-                slice(first, min(first + length, q.shape[2])),
-            )
+        yield slice(first, min(first + length, q.shape[2])), rows
 
 
 def spread_diagonals(
@@ -155,69 +156,35 @@ def sum_diagonals(matrix: Float[Tensor, "H l M"]) -> Float[Tensor, "H l_plus_M_m
     return padded[:, : length * (keys + length - 1)].view(heads, length, -1).sum(dim=1)
 
 
-class _Bias:
-    """The bias of one block after another, and the sum of their gradients by distance.
+def _window(queries: slice, q: Tensor, k: Tensor) -> slice:
+    """The distances between all keys and `queries`, among those of all queries."""
+    first = q.shape[2] - queries.stop
+    return slice(first, first + queries.stop - queries.start + k.shape[2] - 1)
 
-    `blocks` gives all rows for some queries before the next queries, so what depends on the queries
-    alone is made once for all rows.
-    """
 
-    def __init__(
-        self,
-        distances: Float[Tensor, "H N"] | None,
-        mask: Float[Tensor, "#B #H #L M"] | None,
-        q: Float[Tensor, "B H L K"],
-        k: Float[Tensor, "B H M K"],
-    ) -> None:
-        self.distances, self.mask = distances, mask
-        self.length, self.num_keys, self.dtype = q.shape[2], k.shape[2], compute_dtype(q.dtype)
-        self.queries = slice(0, 0)
-        self.spread: Tensor | None = None
-        self.summed: Tensor | None = None
-        self.grad_distances = (
-            None if distances is None else torch.zeros_like(distances, dtype=self.dtype)
-        )
+def _spread(
+    distances: Float[Tensor, "H N"] | None, queries: slice, q: Tensor, k: Tensor
+) -> Float[Tensor, "1 H l M"] | None:
+    """The relative bias of `queries`, in the dtype of the softmax; the same for all rows."""
+    if distances is None:
+        return None
+    window = distances[:, _window(queries, q, k)].to(compute_dtype(q.dtype))
+    return spread_diagonals(window, k.shape[2])[None]
 
-    def block(self, rows: slice, queries: slice) -> Float[Tensor, "#b #H #l M"] | None:
-        """The bias of one block, in the dtype of its softmax."""
-        if queries != self.queries:
-            self._move_to(queries)
-        if self.mask is None:
-            return self.spread
-        mask = self.mask if self.mask.shape[0] == 1 else self.mask[rows]
-        mask = mask if mask.shape[2] == 1 else mask[:, :, queries]
-        mask = mask.to(self.dtype)
-        return mask if self.spread is None else self.spread + mask
 
-    def accumulate(self, grad_scores: Float[Tensor, "bH l M"]) -> None:
-        """Adds the gradient of the scores of the block last taken."""
-        if self.summed is not None:
-            by_row = grad_scores.unflatten(0, (-1, len(self.summed)))
-            self.summed += by_row[0] if len(by_row) == 1 else by_row.sum(dim=0)
-
-    def gradient(self) -> Float[Tensor, "H N"] | None:
-        """The gradient of the distances, after all blocks."""
-        if self.distances is None or self.grad_distances is None:
-            return None
-        self._move_to(slice(0, 0))
-        return self.grad_distances.to(self.distances.dtype)
-
-    def _move_to(self, queries: slice) -> None:
-        """Sums the gradient of the queries before by distance, and spreads the bias of these."""
-        if self.distances is None or self.grad_distances is None:
-            return
-        if self.summed is not None:
-            self._range(self.grad_distances, self.queries).add_(sum_diagonals(self.summed))
-        self.queries, self.spread, self.summed = queries, None, None
-        if queries.stop > queries.start:
-            distances = self._range(self.distances, queries).to(self.dtype)
-            spread = spread_diagonals(distances, self.num_keys)
-            self.spread, self.summed = spread[None], torch.zeros_like(spread)
-
-    def _range(self, distances: Float[Tensor, "H N"], queries: slice) -> Float[Tensor, "H n"]:
-        """The distances between keys and `queries`, a view."""
-        first = self.length - queries.stop
-        return distances[:, first : first + queries.stop - queries.start + self.num_keys - 1]
+def _with_mask(
+    spread: Float[Tensor, "1 H l M"] | None,
+    mask: Float[Tensor, "#B #H #L M"] | None,
+    rows: slice,
+    queries: slice,
+    dtype: torch.dtype,
+) -> Float[Tensor, "#b #H #l M"] | None:
+    """The bias of one block, in the dtype of its softmax."""
+    if mask is None:
+        return spread
+    mask = mask if mask.shape[0] == 1 else mask[rows]
+    mask = (mask if mask.shape[2] == 1 else mask[:, :, queries]).to(dtype)
+    return mask if spread is None else spread + mask
 
 
 def _forward(

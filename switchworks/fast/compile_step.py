@@ -6,7 +6,7 @@ experiments/speed.md has what each setting here was measured to bring.
 """
 
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from typing import Any
 
 import torch
@@ -14,8 +14,8 @@ import torch._functorch.config
 from jaxtyping import Float
 from torch import Tensor
 
+from switchworks.config import ConfigError
 from switchworks.fast.attention import attend_by, spread_diagonals
-from switchworks.fast.compiler import require_compiler
 from switchworks.fast.kernels import set_attention
 from switchworks.fast.seams import reset
 from switchworks.model import Output, SharedDropout, SwitchTransformer, attend
@@ -64,3 +64,18 @@ def _attend_factored(
 
 
 _NO_DROPOUT = SharedDropout(0.0)
+
+
+@cache
+def require_compiler() -> None:
+    """Raises ConfigError if there is none, before minutes are spent on the way to it."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise ConfigError(
+            f"Compiling for a CPU takes a C++ compiler: {error}.\n"
+            "  Install g++, name another in the environment's CXX, or leave compiling out."
+        ) from error

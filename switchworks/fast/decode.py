@@ -25,9 +25,8 @@ from torch.distributed.tensor import DTensor
 
 from switchworks.config import ConfigError
 from switchworks.fast import small_batch
-from switchworks.fast.compiler import require_compiler
-from switchworks.fast.seams import reset
-from switchworks.fast.skip_losses import no_statistics
+from switchworks.fast.compile_step import require_compiler
+from switchworks.fast.seams import no_statistics, reset
 from switchworks.model import (
     AttentionBase,
     DecoderCache,

@@ -6,8 +6,7 @@ import torch
 from torch import nn
 
 from switchworks.fast.attention import attend_in_blocks
-from switchworks.fast.experts import run_grouped
-from switchworks.fast.experts_on_gpu import DeviceDispatcher, run_grouped_mm
+from switchworks.fast.experts import DeviceDispatcher, run_grouped, run_grouped_mm
 from switchworks.fast.flex import attend_fused
 from switchworks.fast.norm import rms_norm
 from switchworks.model import (

@@ -1,10 +1,18 @@
-"""Setting seams of a model for a while, and giving them their plain forms back."""
+"""Setting seams of a model for a while, and giving them their plain forms back.
+
+A model that decodes or is a teacher leaves out losses and routing statistics: they take a dozen
+small operations a switch layer, which beside the work of one token is much, and a pass over all
+logits, which beside a small teacher is.
+"""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from torch import nn
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from switchworks.model import Routes, Routing, SwitchFFN, SwitchTransformer
 
 Change = tuple[nn.Module, str, Any]
 """A module, the name of a seam of it (`switchworks.model.SEAMS`), and what to put there."""
@@ -35,3 +43,30 @@ def reset(module: nn.Module, *names: str) -> None:
     """Gives seams of this one module their plain forms, which are attributes of its class."""
     for name in names:
         vars(module).pop(name, None)
+
+
+def skip_losses(model: SwitchTransformer) -> AbstractContextManager[None]:
+    """While inside, `model` computes the same logits and plans; every loss and statistic is 0."""
+    return swapped(without_losses(model))
+
+
+def without_losses(model: SwitchTransformer) -> Iterator[Change]:
+    """The seams that `skip_losses` sets."""
+    yield model, "cross_entropy", _no_loss
+    for layer in model.switch_layers.values():
+        yield layer, "reporter", no_statistics
+
+
+def _no_loss(
+    logits: Float[Tensor, "B T V"], _targets: Int[Tensor, "B T"]
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    zero = logits.new_zeros(())
+    return zero, zero
+
+
+def no_statistics(
+    _layer: SwitchFFN, logits: Tensor, _probs: Tensor, _choice: Tensor, _real: Tensor, plan: Routes
+) -> Routing:
+    """In the place of a switch layer's reporter: the plan, and zeros."""
+    zero, load = logits.new_zeros(()), logits.new_zeros(logits.shape[-1])
+    return Routing(zero, zero, zero, load, zero, zero, zero, plan)

@@ -20,8 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from switchworks.fast.seams import Change, swapped
-from switchworks.fast.skip_losses import without_losses
+from switchworks.fast.seams import Change, swapped, without_losses
 from switchworks.model import (
     DISPATCHERS,
     ExpertBank,

@@ -58,8 +58,7 @@ class BeamSearch:
         if not abs(self.length_penalty) <= MAX_PENALTY:
             raise ConfigError(
                 f"length_penalty = {self.length_penalty} must lie between -{MAX_PENALTY} and "
-                f"{MAX_PENALTY}. T5 "
-                "used 0.6."
+                f"{MAX_PENALTY}. T5 used 0.6."
             )
 
     def divisor(self, length: int) -> float:
@@ -88,22 +87,8 @@ def search(
     config: BeamSearch,
     compiled: CompiledDecoder | None = None,
 ) -> Int[Tensor, "B T"]:
-    """The best hypothesis for each of `inputs`, ended by EOS and padded with id 0."""
-    was_training = model.training
-    model.eval()
-    try:
-        return _search(model, inputs, max_length, config, compiled)
-    finally:
-        model.train(was_training)
-
-
-def _search(
-    model: SwitchTransformer,
-    inputs: Tensor,
-    max_length: int,
-    config: BeamSearch,
-    compiled: CompiledDecoder | None,
-) -> Tensor:
+    """The best hypothesis for each of `inputs`, ended by EOS and padded with id 0; `model` is in
+    evaluation mode."""
     logits, cache = first_logits(model, inputs, max_length)
     rows, beams = inputs.shape[0], config.beams
     cache = _repeat(cache, beams)

@@ -27,6 +27,7 @@ from switchworks.model.decoding import EOS as EOS
 from switchworks.model.decoding import PAD as PAD
 from switchworks.model.decoding import Step as Step
 from switchworks.model.decoding import decode as decode
+from switchworks.model.decoding import evaluating as evaluating
 from switchworks.model.decoding import first_logits as first_logits
 from switchworks.model.dispatch import DISPATCHERS as DISPATCHERS
 from switchworks.model.dispatch import Dispatcher as Dispatcher
@@ -91,15 +92,13 @@ SEAMS = (
     Seam(
         AttentionBase, "attend", "see `attention.attend`", "attention, flex, compile_step, decode"
     ),
-    Seam(
-        Experts, "run", "(experts, inputs, weights) -> outputs", "experts, experts_on_gpu, tensor"
-    ),
+    Seam(Experts, "run", "(experts, inputs, weights) -> outputs", "experts, tensor"),
     Seam(Experts, "matmul", "(x [*E C I], weight [*E I O]) -> [*E C O]", "small_batch, lora"),
     Seam(SwitchFFN, "dispatcher", "a `Dispatcher`", "kernels, decode, parallel.expert"),
-    Seam(SwitchFFN, "reporter", "see `switch_ffn.statistics`", "skip_losses, decode"),
+    Seam(SwitchFFN, "reporter", "see `switch_ffn.statistics`", "seams, decode, usage"),
     Seam(Stack, "call_block", "(block, *inputs) -> block(*inputs)", "checkpointing"),
     Seam(Stack, "relative_bias", "a `PositionEncoding`", "examples/rotary.py"),
-    Seam(SwitchTransformer, "cross_entropy", "see `losses.cross_entropy`", "tensor, skip_losses"),
+    Seam(SwitchTransformer, "cross_entropy", "see `losses.cross_entropy`", "tensor, seams"),
     Seam(SwitchTransformer, "gather_logits", "logits of a rank -> of all ranks", "tensor"),
 )
 """Every seam of the model. Whoever sets one keeps its contract and calls what it replaces, if at

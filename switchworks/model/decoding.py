@@ -7,13 +7,14 @@ gives.
 Letters: B sequences, L input or prompt length, T tokens written, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from switchworks.batch import check_prompts
 from switchworks.model.cache import DecoderCache
@@ -49,9 +50,7 @@ def decode(
     check_prompts(inputs, max_length, model.config.decoder_only)
     if generator is None:
         generator = torch.Generator(inputs.device).manual_seed(sampling.seed)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         logits, cache = first_logits(model, inputs, max_length)
         step = partial(model.decode_step, cache=cache) if make_step is None else make_step(cache)
         token = choose(logits[:, -1], sampling, generator)
@@ -61,9 +60,18 @@ def decode(
             token = choose(logits[:, -1], sampling, generator).masked_fill(ended, PAD)
             ended = ended | (token == EOS)
             written.append(token)
+    return torch.stack(written, dim=1)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """While inside, `model` is in evaluation mode; afterwards in the mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
     finally:
         model.train(was_training)
-    return torch.stack(written, dim=1)
 
 
 def first_logits(

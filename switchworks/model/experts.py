@@ -123,11 +123,14 @@ class Experts(nn.Module):
         """Expert number `expert` applied to `x`. The reference for every `run`."""
         return self.feed_forward(x, self.weights.select(expert))
 
-    def feed_forward(self, x: Tensor, weights: ExpertWeights) -> Tensor:
+    def feed_forward(
+        self, x: Tensor, weights: ExpertWeights, matmul: Matmul | None = None
+    ) -> Tensor:
         """One expert's matrices applied to its tokens [C D], giving [C O], or those of all experts
-        to equally many each [E C D]."""
-        gate = None if weights.w_gate is None else self.matmul(x, weights.w_gate)
-        hidden = activate(self.matmul(x, weights.w_in), gate, self.activation)
+        to equally many each [E C D]; `matmul`, if given, is used in place of the seam's."""
+        matmul = matmul or self.matmul
+        gate = None if weights.w_gate is None else matmul(x, weights.w_gate)
+        hidden = activate(matmul(x, weights.w_in), gate, self.activation)
         if self.training and self.dropout > 0:
             hidden = F.dropout(hidden, self.dropout)
-        return self.matmul(hidden, weights.w_out)
+        return matmul(hidden, weights.w_out)

@@ -23,7 +23,6 @@ Letters: N rows, I inputs, O outputs (output channels), E experts, P bytes of I 
 """
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -32,7 +31,6 @@ from jaxtyping import Float, Int8, UInt8
 from torch import Tensor
 
 Product = Literal["int8_dynamic", "int8_kernel", "dequantised"]
-
 
 MAX_ROWS = 16
 """Rows up to which "int8_kernel" is the faster one, with AVX2 (experiments/speed.md)."""
@@ -70,26 +68,14 @@ def dequantised(
 
 
 def int8_kernel(
-    x: Float[Tensor, "N I"],
-    qweight: Int8[Tensor, "O I"],
-    scale: Float[Tensor, "O"],
-    ones: Float[Tensor, "O"] | None = None,
+    x: Float[Tensor, "N I"], qweight: Int8[Tensor, "O I"], scale: Float[Tensor, "O"]
 ) -> Float[Tensor, "N O"]:
-    """8-bit weights for few rows of `x`, which are rounded to bfloat16; else dequantised ones.
-
-    `ones` are those of `ones_for`, for modules in a graph, which cannot use its cache.
-    """
+    """8-bit weights for few rows of `x`, which are rounded to bfloat16; else dequantised ones."""
     if len(x) > MAX_ROWS or qweight.shape[1] % 32 or not _has_kernels(qweight):
         return dequantised(x, qweight, scale)
     multiply = torch._weight_int8pack_mm  # pyright: ignore[reportPrivateImportUsage]
-    ones = ones_for(len(scale)) if ones is None else ones
+    ones = x.new_ones(len(scale), dtype=torch.bfloat16)  # it would round the scales to bfloat16
     return (multiply(x.bfloat16(), qweight, ones) * scale).to(x.dtype)
-
-
-@cache
-def ones_for(outputs: int) -> Float[Tensor, "O"]:
-    """In place of the scales, which the kernel would round to bfloat16."""
-    return torch.ones(outputs, dtype=torch.bfloat16, device="cpu")
 
 
 _HAS_VECTORS = torch.backends.cpu.get_cpu_capability().startswith("AVX")  # no other was measured
@@ -144,9 +130,8 @@ def int4_kernel_order(
 ) -> tuple[UInt8[Tensor, "O P"], Float[Tensor, "G O 2"]]:
     """The same weights in the order of that kernel, and the scale and offset of every group."""
     reorder = torch._convert_weight_to_int4pack_for_cpu  # pyright: ignore[reportPrivateImportUsage]
-    return reorder(unpack_int4(qweight).int(), 1), torch.stack(
-        [scale.T, torch.zeros_like(scale.T)], -1
-    ).contiguous()
+    scales = torch.stack([scale.T, torch.zeros_like(scale.T)], dim=-1).contiguous()
+    return reorder(unpack_int4(qweight).int(), 1), scales
 
 
 def int4_kernel(

@@ -23,20 +23,8 @@ from switchworks.model import (
     SwitchTransformer,
     activate,
 )
-from switchworks.quantise.matmul import (
-    MAX_ROWS,
-    PRODUCTS,
-    Product,
-    best_product,
-    from_int4,
-    int4_kernel,
-    int4_kernel_order,
-    int4_kernel_takes,
-    int8_kernel,
-    ones_for,
-    to_int4,
-    to_int8,
-)
+from switchworks.quantise import matmul
+from switchworks.quantise.matmul import PRODUCTS, Product, to_int8
 
 Scheme = Literal["int8", "int8-dynamic", "int4"]
 """int8 and int4 quantise weights alone; int8-dynamic the inputs of every product too."""
@@ -78,12 +66,12 @@ class QuantiseConfig:
 
     def quantise(self, weight: Float[Tensor, "*E O I"]) -> tuple[Tensor, Tensor]:
         """(qweight, scale): integers, and the scales that make weights of them."""
-        return to_int8(weight) if self.bits == 8 else to_int4(weight, self.group)
+        return to_int8(weight) if self.bits == 8 else matmul.to_int4(weight, self.group)
 
     def dequantise(self, qweight: Tensor, scale: Tensor, inputs: int) -> Float[Tensor, "*E O I"]:
         """The weights that `quantise` kept, in float32."""
         if self.bits == 4:
-            return from_int4(qweight, scale, self.group, inputs)
+            return matmul.from_int4(qweight, scale, self.group, inputs)
         return qweight * scale.float()[..., None]
 
 
@@ -104,7 +92,7 @@ def quantise(model: SwitchTransformer, config: QuantiseConfig | None = None) -> 
                 f"{name} holds values that are not finite: the model has diverged.\n"
                 "  Quantised it would only look healed; quantise an earlier checkpoint."
             )
-    config = config or QuantiseConfig(product=best_product())
+    config = config or QuantiseConfig(product=matmul.best_product())
     embedding = QuantisedEmbedding(model.embedding)
     model.embedding = embedding
     if model.head is None:
@@ -153,7 +141,6 @@ class QuantisedModule(nn.Module):
         self.inputs: dict[str, int] = {}
         """Inputs of the weights of each name, which the bytes of 4-bit ones do not tell."""
         self.ordered: dict[tuple[str, int | None], tuple[Tensor, Tensor]] = {}
-        self.ones: dict[str, Tensor] = {}
 
     def keep(self, name: str, weight: Float[Tensor, "*E O I"]) -> None:
         """Quantises `weight` into the buffers of that name."""
@@ -161,7 +148,6 @@ class QuantisedModule(nn.Module):
         self.register_buffer(name, qweight)
         self.register_buffer(f"{name}_scale", scale)
         self.inputs[name] = weight.shape[-1]
-        self.ones[name] = ones_for(weight.shape[-2])
 
     def parts(self, name: str) -> tuple[Tensor, Tensor]:
         """(qweight, scale). Looked up directly: a decoded token has some fifty products."""
@@ -180,15 +166,13 @@ class QuantisedModule(nn.Module):
             qweight, scale = qweight[expert], scale[expert]
         config = self.config
         if config.bits == 8:
-            if config.product == "int8_kernel":
-                return int8_kernel(x, qweight, scale, self.ones[name])
             return PRODUCTS[config.product](x, qweight, scale)
-        few = config.product == "int8_kernel" and 0 < len(x) <= MAX_ROWS
-        if not (few and int4_kernel_takes(qweight, config.group, x.shape[1])):
+        few = config.product == "int8_kernel" and 0 < len(x) <= matmul.MAX_ROWS
+        if not (few and matmul.int4_kernel_takes(qweight, config.group, x.shape[1])):
             return x @ config.dequantise(qweight, scale, x.shape[-1]).to(x.dtype).T
         if (name, expert) not in self.ordered:
-            self.ordered[name, expert] = int4_kernel_order(qweight, scale)
-        return int4_kernel(x, *self.ordered[name, expert], config.group)
+            self.ordered[name, expert] = matmul.int4_kernel_order(qweight, scale)
+        return matmul.int4_kernel(x, *self.ordered[name, expert], config.group)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantisedModule":
         self.ordered.clear()  # the weights may go to another device
@@ -246,19 +230,12 @@ class QuantisedTiedHead(Linear):
     def __init__(self, embedding: QuantisedEmbedding, scale: float, config: QuantiseConfig) -> None:
         nn.Module.__init__(self)  # without a weight
         self.table = [embedding]  # in a list: its tensors are the embedding's, not the head's
-        self.scale = scale
-        self.config = config
-        self.ones = ones_for(len(embedding.weight))
+        self.scale, self.product = scale, PRODUCTS[config.product]
 
     def forward(self, x: Float[Tensor, "*b D"]) -> Float[Tensor, "*b V"]:
         """Scores of decoder states over the vocabulary."""
-        qweight, scale = self.table[0].weight, self.table[0].weight_scale
-        rows = (x * self.scale).reshape(-1, x.shape[-1])
-        if self.config.product == "int8_kernel":
-            y = int8_kernel(rows, qweight, scale, self.ones)
-        else:
-            y = PRODUCTS[self.config.product](rows, qweight, scale)
-        return y.view(*x.shape[:-1], -1)
+        table, rows = self.table[0], (x * self.scale).reshape(-1, x.shape[-1])
+        return self.product(rows, table.weight, table.weight_scale).view(*x.shape[:-1], -1)
 
 
 class QuantisedExperts(Experts, QuantisedModule):
@@ -317,11 +294,9 @@ def tensors_of(model: SwitchTransformer) -> list[TensorBits]:
         for name, qweight in buffers.items():
             if (scale := buffers.get(f"{name}_scale")) is None:
                 continue
-            bits = 4 if qweight.dtype == torch.uint8 else 8
-            inputs = qweight.shape[-1]
-            if bits == 4 and isinstance(module, QuantisedModule):
-                inputs = module.inputs[name]
-            shape = (*qweight.shape[:-1], inputs)
+            bits, shape = 4 if qweight.dtype == torch.uint8 else 8, tuple(qweight.shape)
+            if isinstance(module, QuantisedModule):
+                shape = (*shape[:-1], module.inputs[name])
             size = qweight.nbytes + scale.nbytes
             result.append(TensorBits(f"{path}.{name}", shape, bits, size))
     return result

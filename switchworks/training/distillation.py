@@ -9,7 +9,7 @@ import torch
 
 from switchworks import distil
 from switchworks.batch import Batch
-from switchworks.compress import dense_equivalent, merge_experts, prune_experts
+from switchworks.compress import dense_equivalent, reduce_experts
 from switchworks.config import ConfigError, to_dict
 from switchworks.data import TextDataset, Tokenizer, open_dataset
 from switchworks.device import compute_device
@@ -73,8 +73,8 @@ def dense_teacher(
     "average": the mean of all experts weighted by their use on `batches`, hidden units aligned.
     "most_used": the expert that most tokens choose. Both are scaled by the gates of their tokens.
     """
-    reduce = merge_experts if ffn == "average" else prune_experts
-    return dense_equivalent(reduce(teacher, batches, 1).model)
+    method = "merge" if ffn == "average" else "prune"
+    return dense_equivalent(reduce_experts(teacher, batches, 1, method=method).model)
 
 
 def rows_to_count(dataset: TextDataset, seed: int) -> list[Batch]:

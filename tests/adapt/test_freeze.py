@@ -7,7 +7,7 @@ import torch
 
 import switchworks
 from switchworks.adapt import freeze_parameters
-from switchworks.adapt.selection import KINDS, kinds_of, select
+from switchworks.adapt.freeze import KINDS, kinds_of, select
 from switchworks.config import ConfigError
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
 from switchworks.plan.explain import as_text, explain_experiment

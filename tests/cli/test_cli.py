@@ -12,7 +12,7 @@ import pytest
 
 from switchworks.cli.main import VERBS, main
 from switchworks.config import ConfigError
-from switchworks.generate.text import _lines
+from switchworks.generate.texts import GenerationConfig, complete_file
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--data.path", "CORPUS", "--steps", "2", "--threads", "1"]
@@ -142,9 +142,16 @@ def test_generate_answers_every_line_of_a_file_as_it_answers_it_alone(tiny_run, 
             assert answered == ""
 
 
-def test_lines_of_a_file_end_where_other_programs_end_them():
-    assert _lines("a\u2028b\x0cc\r\n\nlast") == ["a\u2028b\x0cc", "", "last"]
-    assert _lines("a\n") == ["a"]
+def test_lines_of_a_file_end_where_other_programs_end_them(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "switchworks.generate.texts.complete",
+        lambda path, texts, *_, **__: seen.extend(texts) or texts,
+    )
+    for text, lines in (("a\u2028b\x0cc\r\n\nlast", 3), ("a\n", 1)):
+        (tmp_path / "lines.txt").write_bytes(text.encode())
+        assert len(complete_file(tmp_path, tmp_path / "lines.txt", GenerationConfig())) == lines
+    assert seen == ["a\u2028b\x0cc", "last", "a"]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,9 @@ import torch
 import switchworks
 from switchworks.batch import Batch
 from switchworks.cli.main import main
-from switchworks.compress.merge import dense_equivalent, merge_experts
-from switchworks.compress.prune import prune_experts
-from switchworks.compress.reduce import as_text, text_to_count
-from switchworks.compress.usage import measure_usage, watch_routers
+from switchworks.compress.directories import fewer_table, text_to_count
+from switchworks.compress.fewer import dense_equivalent, reduce_experts
+from switchworks.compress.usage import measure_usage, route_batch
 from switchworks.config import ConfigError, DataError
 from switchworks.data.config import DataConfig
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
@@ -30,6 +30,8 @@ CONFIG = ModelConfig(
     routing=RoutingConfig(experts=4),
 )
 GATED = replace(CONFIG, gated=True, activation="gelu")
+prune_experts = partial(reduce_experts, method="prune")
+merge_experts = partial(reduce_experts, method="merge")
 WAYS = pytest.mark.parametrize("reduce", [prune_experts, merge_experts])
 
 
@@ -78,13 +80,13 @@ def test_of_top2_both_experts_of_a_token_are_counted():
 
 
 def test_how_logits_go_together_is_their_covariance():
-    model, batch, seen = SwitchTransformer(CONFIG, seed=1), batch_of(), []
+    model, batch = SwitchTransformer(CONFIG, seed=1), batch_of()
     first = next(iter(model.switch_layers.values()))
     with torch.no_grad():
         first.router.weight[2] += 1.0  # its logits have a mean that is not the others'
-    watch_routers(model, [batch], lambda layer, x: seen.append(x) if layer is first else None)
+    routed = next(iter(route_batch(model, batch).values()))
     usage = next(iter(measure_usage(model, [batch]).values()))
-    logits = torch.cat(seen).double()
+    logits = routed.logits[routed.real].double()
     wanted = np.cov((logits - logits.mean(dim=1, keepdim=True)).T.numpy(), bias=True)
     torch.testing.assert_close(usage.logits, torch.from_numpy(wanted).float())
 
@@ -271,7 +273,7 @@ def test_kept_experts_that_the_text_never_wants_are_named():
     with torch.no_grad():
         for layer in model.switch_layers.values():
             layer.router.weight[1:] = layer.router.weight[:1]  # all tie, and the first one wins
-    said = as_text(prune_experts(model, [batch], 3), [batch], DataConfig(path="mine.txt"))
+    said = fewer_table(prune_experts(model, [batch], 3), [batch], DataConfig(path="mine.txt"))
     assert "tokens of mine.txt" in said
     assert said.count("no token wants 2 of these (1 2): keep fewer") == len(model.switch_layers)
 

@@ -18,7 +18,7 @@ from switchworks.data.rows.causal import causal_row
 from switchworks.data.rows.pipeline import Pipeline, validation_batches
 from switchworks.data.tokens.prepare import prepare
 from switchworks.data.tokens.tokenizer import load_tokenizer
-from switchworks.generate.continue_text import continuation
+from switchworks.generate.texts import continuation
 from switchworks.plan.explain import explain_experiment
 from switchworks.recipes.tiny import tiny
 from switchworks.training import train

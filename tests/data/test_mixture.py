@@ -31,7 +31,7 @@ from switchworks.data.rows.pipeline import Pipeline, validation_batches
 from switchworks.data.rows.span_corruption import raw_length
 from switchworks.data.sources.files import Files
 from switchworks.data.tokens.train import interleave
-from switchworks.evaluate.run import evaluate_run
+from switchworks.evaluate.perplexity import evaluate_run
 from switchworks.training import Experiment
 from switchworks.training.hooks.validate import losses_text
 

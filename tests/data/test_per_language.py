@@ -24,7 +24,7 @@ from switchworks.data.dataset import ValidationSet
 from switchworks.data.open import open_dataset
 from switchworks.data.rows.mixture import BLOCK_ROWS, Mixture, rates
 from switchworks.data.sources import open_source, source_class
-from switchworks.evaluate.run import evaluate_run
+from switchworks.evaluate.perplexity import evaluate_run
 from switchworks.recipes.multilingual import multilingual
 from switchworks.report.runs import read_run
 from switchworks.training import train

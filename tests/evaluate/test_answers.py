@@ -14,8 +14,7 @@ from switchworks.evaluate.answers import (
     log_likelihoods,
     write,
 )
-from switchworks.generate import generate
-from switchworks.generate.batches import batches_by_length
+from switchworks.generate import batches_by_length, generate
 
 TEXTS = ["a", "a much longer text than that", "ab", "some text", "x" * 60]
 HOW = DecodingConfig(input_length=48, max_length=6, batch_size=2)
@@ -32,7 +31,7 @@ def test_batches_have_the_longest_first_and_every_one_once():
 
 
 def test_a_written_answer_is_the_one_the_model_gives_alone(byte_model):
-    answers = write(byte_model, ByteTokenizer(), TEXTS, 6, HOW)
+    answers = write(byte_model, ByteTokenizer(), TEXTS, HOW)
     for text, together in zip(TEXTS, answers, strict=True):
         ids = [*ByteTokenizer().encode(text)[:47], 1]
         alone = generate(byte_model, torch.tensor([ids]), max_length=6)

@@ -12,7 +12,7 @@ from switchworks.config import CheckpointError, ConfigError
 from switchworks.data.tokens.tokenizer import ByteTokenizer
 from switchworks.evaluate.harness import Pair, Scorer, harness_model, until
 from switchworks.generate import BeamSearch, generate
-from switchworks.generate.continue_text import continuation
+from switchworks.generate.texts import continuation
 from switchworks.model import SwitchTransformer
 
 TOKENIZER = ByteTokenizer()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from switchworks.fast import experts_on_gpu as grouped_mm
+from switchworks.fast import experts as grouped_mm
 from switchworks.fast.experts import grouped_matmul, run_grouped
 from switchworks.fast.kernels import use_fast_kernels
 from switchworks.model import ModelConfig, RoutingConfig, SwitchFFN, SwitchTransformer
@@ -155,7 +155,7 @@ def test_counts_that_stay_on_the_device_give_the_same_layer(on_device):
 
 ONE_GRAPH = """
 import torch
-from switchworks.fast import experts_on_gpu as grouped_mm
+from switchworks.fast import experts as grouped_mm
 from switchworks.model import RoutingConfig, SwitchFFN
 
 torch.manual_seed(0)

@@ -6,11 +6,10 @@ import torch
 from switchworks.batch import check_prompts
 from switchworks.config import ConfigError
 from switchworks.data.tokens.tokenizer import ByteTokenizer
-from switchworks.fast.skip_losses import skip_losses
+from switchworks.fast.seams import skip_losses
 from switchworks.generate import Sampling, generate
 from switchworks.generate.beam import BeamSearch
-from switchworks.generate.fill_in import fill, parse_fills
-from switchworks.generate.text import GenerationConfig, fill_texts
+from switchworks.generate.texts import GenerationConfig, fill, fill_texts, parse_fills
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
 from switchworks.model.decoding import choose
 

@@ -40,7 +40,7 @@ def prompt_of(text: str) -> list[int]:
 
 def test_an_answer_is_what_follows_the_input_and_its_end(byte_decoder):
     for how in (HOW, replace(HOW, beams=BeamSearch(beams=2))):
-        answers = write(byte_decoder, TOKENIZER, TEXTS, 6, how)
+        answers = write(byte_decoder, TOKENIZER, TEXTS, how)
         for text, together in zip(TEXTS, answers, strict=True):
             prompt = torch.tensor([prompt_of(text)])
             alone = generate(byte_decoder, prompt, max_length=6, beams=how.beams)

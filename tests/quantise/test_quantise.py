@@ -12,7 +12,7 @@ from torch import Tensor
 import switchworks
 from switchworks.checkpoint.model_files import stored_quantisation
 from switchworks.cli.main import main
-from switchworks.compress.quantise import quantise_directory
+from switchworks.compress.directories import quantise_directory
 from switchworks.config import CheckpointError, ConfigError
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
 from switchworks.model.experts import ExpertInput, Experts

@@ -11,7 +11,7 @@ import pytest
 import switchworks
 from switchworks.checkpoint.model_files import weight_files
 from switchworks.cli.main import main
-from switchworks.evaluate.run import evaluate_run
+from switchworks.evaluate.perplexity import evaluate_run
 from switchworks.model import SwitchTransformer
 from switchworks.model.sizes import flops_per_token, num_parameters
 from switchworks.quantise.modules import QuantiseConfig, quantise

@@ -12,8 +12,8 @@ import torch
 from scipy.spatial.distance import jensenshannon
 
 from switchworks.config import DataError
-from switchworks.evaluate.language_routing import LanguageRouting, routing_by_language
-from switchworks.evaluate.run import open_run
+from switchworks.evaluate.perplexity import open_run
+from switchworks.evaluate.routing import LanguageRouting, routing_by_language
 from switchworks.report.language_charts import draw_quality, draw_speedups
 from switchworks.report.languages import compare, share_at, summary, write_routing, write_table
 from switchworks.report.runs import read_run
@@ -191,7 +191,7 @@ def test_routing_is_written_as_pictures_and_a_table(tmp_path):
 
 
 def test_evaluation_gives_bits_per_byte(tiny_run):
-    from switchworks.evaluate.run import evaluate_run
+    from switchworks.evaluate.perplexity import evaluate_run
 
     figures = evaluate_run(tiny_run, batches=1)
     # Bytes: a target token hides at most one byte, and sentinels and EOS none.

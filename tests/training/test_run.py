@@ -15,7 +15,7 @@ from support.slowed import start, wait_for
 import switchworks
 from switchworks.config import CheckpointError, ConfigError, DataError, from_toml, to_toml
 from switchworks.data.tokens.train import train_sentencepiece
-from switchworks.evaluate.run import evaluate_run
+from switchworks.evaluate.perplexity import evaluate_run
 from switchworks.training import Experiment, train
 from switchworks.training.run_directory import claim, may_resume
 

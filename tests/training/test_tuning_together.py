@@ -120,7 +120,7 @@ def write_between_steps(rank: int, cases: list[Case]) -> list[tuple[list[float],
         state = state_of(case)
         how, losses, said = DecodingConfig(input_length=24, max_length=6, batch_size=2), [], []
         for step in range(3):
-            said += write(state.model, ByteTokenizer(), TEXTS, 6, how, state.ranks)
+            said += write(state.model, ByteTokenizer(), TEXTS, how, state.ranks)
             if step < 2:
                 losses.append(train_step(state, batch_of(step, state.ranks)).total)
         found.append((losses, said))

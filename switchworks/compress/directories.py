@@ -1,16 +1,24 @@
-"""`switchworks convert --prune K` and `--merge K`: from a directory to a directory."""
+"""From a directory to a directory: `switchworks convert --prune`, `--merge` and `--quantise`."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from math import prod
 from pathlib import Path
-from typing import Literal
 
 from switchworks.batch import Batch
-from switchworks.checkpoint import open_model, save
-from switchworks.compress.merge import dense_equivalent, merge_experts
-from switchworks.compress.prune import By, Fewer, check_fewer, prune_experts
+from switchworks.checkpoint import merged_names, open_model, save, stored_quantisation
+from switchworks.compress.fewer import (
+    By,
+    Fewer,
+    Method,
+    check_fewer,
+    dense_equivalent,
+    reduce_experts,
+)
 from switchworks.config import ConfigError
 from switchworks.data import DataConfig, find_tasks, open_dataset, text_for
 from switchworks.model import ModelConfig
+from switchworks.quantise import QuantiseConfig, Scheme, TensorBits, quantise, tensors_of
 
 ROWS = 16
 """Rows in a batch of the text that usage is measured on."""
@@ -21,7 +29,7 @@ def reduce_directory(
     destination: Path | str,
     keep: int,
     *,
-    method: Literal["prune", "merge"],
+    method: Method,
     by: By = "usage",
     text: str | None = None,
     only: tuple[str, ...] = (),
@@ -33,7 +41,7 @@ def reduce_directory(
     file, folder or glob; None takes what the run in `source` was trained on, or of that the
     languages, corpora or tasks `only`; for a run on plain text these are tasks by name. Returns a
     description of which experts remain. Raises ConfigError if there is no text, and what
-    `prune_experts` and `merge_experts` raise.
+    `reduce_experts` raises.
     """
     source = Path(source)
     if batches < 1:
@@ -49,16 +57,16 @@ def reduce_directory(
     dataset = open_dataset(data, vocab_size=model.config.vocab_size)
     pipeline = dataset.training(batch_size=ROWS, seed=0)
     seen = [pipeline.batch(step) for step in range(batches)]
-    reduce = prune_experts if method == "prune" else merge_experts
-    fewer = reduce(model, seen, keep, by=by)
+    fewer = reduce_experts(model, seen, keep, method=method, by=by)
     result = dense_equivalent(fewer.model) if keep == 1 else fewer.model
     save(result, destination, tokenizer)
     layers, recipe = f"{keep} experts a layer", "RECIPE"
     flags = f" --model.routing.experts {keep}"
     if keep == 1:
         layers, recipe, flags = "a dense FFN for each layer of experts", "RECIPE_dense", ""
+    table = fewer_table(fewer, seen, data)
     return (
-        f"{as_text(fewer, seen, data)}\n{destination} holds the model with {layers}. To recover:\n"
+        f"{table}\n{destination} holds the model with {layers}. To recover:\n"
         f"  switchworks train {recipe} --init {destination}{flags}"
     )
 
@@ -94,7 +102,7 @@ def _part_of(data: DataConfig, names: tuple[str, ...]) -> DataConfig:
     return replace(data, tasks=names, input_length=length, task_packing="auto")
 
 
-def as_text(fewer: Fewer, seen: list[Batch], data: DataConfig) -> str:
+def fewer_table(fewer: Fewer, seen: list[Batch], data: DataConfig) -> str:
     """A line for each layer: its experts, and the share of the tokens that had chosen them."""
     tokens = sum(batch.num_tokens for batch in seen)
     lines = [f"experts by their use on {tokens:,} tokens of {data.named}"]
@@ -112,3 +120,56 @@ def as_text(fewer: Fewer, seen: list[Batch], data: DataConfig) -> str:
                 "keep fewer, or give more --text or --batches"
             )
     return "\n".join(lines)
+
+
+def quantise_directory(
+    source: Path | str, destination: Path | str, scheme: Scheme, *, group: int = 32
+) -> str:
+    """Writes the model in `source` in 8 or 4 bits; returns a table of its tensors with their bits.
+
+    Tensors that are not quantised are in float32, also those of a bfloat16 model. `group` is for
+    int4. Raises ConfigError if the model is quantised already, or for a group with another scheme.
+    """
+    source = Path(source)
+    if (before := stored_quantisation(source)) is not None:
+        raise ConfigError(
+            f"The model in {source} is quantised already, to {before.scheme}.\n"
+            "  Quantise the one it was made from."
+        )
+    if scheme != "int4" and group != 32:
+        raise ConfigError(
+            f"--group {group} is for int4; {scheme} has a scale for each output channel.\n"
+            "  Leave it out."
+        )
+    model, tokenizer = open_model(source)
+    fresh = sum(tensor.bytes for tensor in tensors_of(model))
+    model = quantise(model.float(), QuantiseConfig.from_scheme(scheme, group))
+    save(model, destination, tokenizer)
+    tensors = tensors_of(model)
+    total = sum(tensor.bytes for tensor in tensors)
+    sizes = f"{total / 1e6:,.2f} MB, before {fresh / 1e6:,.2f} MB"
+    return f"{tensors_table(tensors)}\n{destination} holds the model in {scheme}: {sizes}."
+
+
+def tensors_table(tensors: Sequence[TensorBits]) -> str:
+    """A line for tensors whose names differ in numbers alone: bits, bits with scales, megabytes."""
+    lines = [f"{'bits':>4} {'with scales':>11} {'MB':>9}  tensors"]
+    for names, bits, with_scales, size in grouped(tensors):
+        lines.append(f"{bits:>4} {with_scales:>11.2f} {size / 1e6:>9.3f}  {names}")
+    return "\n".join(lines)
+
+
+def grouped(tensors: Sequence[TensorBits]) -> list[tuple[str, int, float, int]]:
+    """(names, bits, bits with scales, bytes) of tensors of equal shape and bits whose names differ
+    in numbers alone."""
+    alike: dict[tuple[str, tuple[int, ...], int], list[TensorBits]] = {}
+    for tensor in tensors:
+        stem = "".join("#" if letter.isdigit() else letter for letter in tensor.name)
+        alike.setdefault((stem, tensor.shape, tensor.bits), []).append(tensor)
+    rows = []
+    for (_, shape, bits), same in alike.items():
+        (names,) = merged_names([tensor.name for tensor in same])
+        size = sum(tensor.bytes for tensor in same)
+        with_scales = 8 * size / (len(same) * prod(shape))
+        rows.append((f"{names} {list(shape)}", bits, with_scales, size))
+    return rows
