@@ -1,14 +1,16 @@
 """How text becomes batches: the settings of `data/`, with those of its sources."""
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from switchworks.config import ConfigError, check_at_least
 from switchworks.data.sources import SOURCES, source_class
-from switchworks.data.sources.config import TextConfig
+from switchworks.data.sources.text_source import TextConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +204,12 @@ class DataConfig(TextConfig):
                 f"data.target_length = {self.target_length} leaves nothing to continue. Use at "
                 "least 2 tokens, and better hundreds."
             )
+
+
+def cache_folder(config: DataConfig) -> Path:
+    """`config.cache`, else $SWITCHWORKS_CACHE, else ~/.cache/switchworks."""
+    folder = config.cache or os.environ.get("SWITCHWORKS_CACHE") or "~/.cache/switchworks"
+    return Path(folder).expanduser()
 
 
 def check_rates(exponent: float, cap: int | float | None) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 from switchworks.config import DataError
 from switchworks.data.sources.catalogs.languages import english_name, normalise
-from switchworks.data.sources.config import TextConfig
+from switchworks.data.sources.text_source import TextConfig
 
 ALL = "all"
 

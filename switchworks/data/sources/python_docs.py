@@ -30,10 +30,9 @@ from types import ModuleType
 from typing import ClassVar, TypeVar
 
 from switchworks.data.cache import atomic_write_text, digest
-from switchworks.data.sources.config import TextConfig
 from switchworks.data.sources.installed_packages import Packages, installed_packages, versions
 from switchworks.data.sources.prose import paragraphs
-from switchworks.data.sources.text_source import Report, TextSource
+from switchworks.data.sources.text_source import TextConfig, TextSource
 
 T = TypeVar("T")
 
@@ -81,9 +80,7 @@ class PythonDocs(TextSource):
     def num_characters(self) -> int:
         return docs_file(self.cache, workers=self.workers).stat().st_size
 
-    def documents(
-        self, shard: int = 0, num_shards: int = 1, *, report: Report | None = None
-    ) -> Iterator[str]:
+    def documents(self, shard: int = 0, num_shards: int = 1) -> Iterator[str]:
         with docs_file(self.cache, workers=self.workers).open(encoding="utf-8") as file:
             yield from map(json.loads, islice(file, shard, None, num_shards))
 

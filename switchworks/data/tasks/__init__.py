@@ -3,18 +3,13 @@
 from collections.abc import Iterable, Mapping
 
 from switchworks.config import ConfigError
-from switchworks.data.tasks.catalogs import CATALOG_TASKS
-from switchworks.data.tasks.docstrings import DOCSTRINGS
-from switchworks.data.tasks.glue import GLUE
-from switchworks.data.tasks.question_answering import QUESTION_ANSWERING
-from switchworks.data.tasks.reasoning import REASONING
+from switchworks.data.tasks.glue import GLUE, SUPER_GLUE
+from switchworks.data.tasks.question_answering import QUESTION_ANSWERING, REASONING
 from switchworks.data.tasks.sources import Hub, Made, Places, Record, Source
 from switchworks.data.tasks.summaries import SUMMARIES
-from switchworks.data.tasks.super_glue import SUPER_GLUE
 from switchworks.data.tasks.task import UNKNOWN, Example, Task, label_of
 from switchworks.data.tasks.translation import TRANSLATION
 from switchworks.data.tasks.user_tasks import table_task, task_in_file
-from switchworks.data.tasks.winograd import WINOGRAD
 
 __all__ = [
     "TASKS",
@@ -33,10 +28,8 @@ __all__ = [
 
 TASKS: Mapping[str, Task] = {
     task.name: task
-    for task in (
-        *(*GLUE, *SUPER_GLUE, *WINOGRAD, *QUESTION_ANSWERING, *SUMMARIES),
-        *(*REASONING, *TRANSLATION, *DOCSTRINGS, *CATALOG_TASKS),
-    )
+    for family in (GLUE, SUPER_GLUE, QUESTION_ANSWERING, REASONING, SUMMARIES, TRANSLATION)
+    for task in family
 }
 """Every task by its name."""
 

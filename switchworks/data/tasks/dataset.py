@@ -7,13 +7,12 @@ from pathlib import Path
 
 from switchworks.batch import Batch
 from switchworks.config import ConfigError, DataError
-from switchworks.data.config import DataConfig
+from switchworks.data.config import DataConfig, cache_folder
 from switchworks.data.dataset import TextDataset, ValidationSet
 from switchworks.data.rows.pipeline import VALIDATION_SEED
 from switchworks.data.tasks import Places, Task, find_tasks
 from switchworks.data.tasks.rows import TaskMixture, rows_of_tasks, task_rates
 from switchworks.data.tasks.store import TaskStore
-from switchworks.data.tokens.prepare import cache_folder
 
 
 @dataclass(frozen=True)

@@ -2,24 +2,22 @@
 
 import contextlib
 import os
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 
 from switchworks.config import DataError
 from switchworks.data.cache import atomic_write_json
-from switchworks.data.progress import BuildProgress
-from switchworks.data.sources.text_source import Report
 from switchworks.data.tokens.store import (
     SPLITS,
     STORE_VERSION,
     Segment,
     ShardPart,
+    file_hash,
     finished_parts,
     part_name,
 )
@@ -29,8 +27,39 @@ PART_TOKENS = 1 << 26
 """A part is closed by the first batch of documents that takes it past this many tokens: 128 MiB,
 some tens of seconds of work, which is what a kill can cost."""
 
+SECONDS_BETWEEN_LINES = 10.0
+
 BATCH_CHARACTERS = 1 << 22
 """Characters tokenised at once: what a build holds in memory, whatever the corpus."""
+
+
+class BuildProgress:
+    """Prints every ten seconds the tokens so far, their rate, and of `total` characters (None: not
+    known) the share done and the time left."""
+
+    def __init__(self, label: str, total: int | None, *, quiet: bool = False) -> None:
+        self.label, self.total, self.quiet = label, total, quiet
+        self.characters = self.tokens = 0
+        self._started = self._printed = time.monotonic()
+
+    def advance(self, characters: int, tokens: int) -> None:
+        """Count `characters` more as done, which gave `tokens` tokens."""
+        self.characters += characters
+        self.tokens += tokens
+        now = time.monotonic()
+        if not self.quiet and now - self._printed >= SECONDS_BETWEEN_LINES:
+            self._printed = now
+            print(self.line(now), flush=True)
+
+    def line(self, now: float) -> str:
+        """The state at time `now` (of the monotonic clock) in one line."""
+        seconds = max(now - self._started, 1e-3)
+        line = f"{self.label}: {self.tokens / 1e6:.1f}M tokens"
+        line += f", {self.tokens / seconds / 1e3:.0f}k/s"
+        if self.total and 0 < self.characters <= self.total:
+            left = seconds * (self.total - self.characters) / self.characters
+            line += f", {100 * self.characters / self.total:.0f} %, {left:.0f} s left"
+        return line
 
 
 def write_plan(folder: Path, tokenizer: Tokenizer, num_shards: int) -> None:
@@ -60,7 +89,6 @@ def build_shard(
     *,
     shard: int = 0,
     num_shards: int = 1,
-    report: Report | None = None,
     threads: int = 0,
     progress: BuildProgress | None = None,
     part_tokens: int = PART_TOKENS,
@@ -82,10 +110,10 @@ def build_shard(
     try:
         while not last:
             name = part_name(shard, num_shards, number)
-            with _PartWriter(folder, name, token_dtype(tokenizer)) as writer:
+            writer = _PartWriter(folder, name, token_dtype(tokenizer))
+            with contextlib.closing(writer):
                 last = _fill_part(writer, batches, tokenizer, threads, progress, part_tokens)
-                counts = asdict(report) if report is not None else {}
-                writer.commit(shard, number, last, counts)
+                writer.commit(shard, number, last)
             number += 1
     except OSError as error:
         raise DataError(
@@ -143,22 +171,10 @@ class _PartWriter:
         self.documents_read = 0
         self._counts = {split: [0, 0] for split in SPLITS}  # tokens, documents
         self._files = {
-            f"{split}/{name}.{kind}": _File(folder / split / f"{name}.{kind}")
+            name: (folder / f"{name}.tmp").open("wb")
             for split in SPLITS
-            for kind in ("tokens", "ends")
+            for name in (f"{split}/{self.name}.tokens", f"{split}/{self.name}.ends")
         }
-
-    def __enter__(self) -> "_PartWriter":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for file in self._files.values():
-            file.abandon()
 
     @property
     def num_tokens(self) -> int:
@@ -170,45 +186,28 @@ class _PartWriter:
             return
         count = self._counts[split]
         ends = count[0] + np.cumsum([len(tokens) for tokens in documents])
-        self._files[f"{split}/{self.name}.tokens"].write(np.concatenate(documents), self.dtype)
-        self._files[f"{split}/{self.name}.ends"].write(ends, "<u8")
+        tokens = np.concatenate(documents).astype(self.dtype)
+        self._files[f"{split}/{self.name}.tokens"].write(tokens.tobytes())
+        self._files[f"{split}/{self.name}.ends"].write(ends.astype("<u8").tobytes())
         count[0], count[1] = int(ends[-1]), count[1] + len(documents)
 
-    def commit(self, shard: int, number: int, last: bool, report: dict) -> None:
-        sizes = {name: file.size for name, file in self._files.items()}
-        hashes = {name: file.keep() for name, file in self._files.items()}
+    def commit(self, shard: int, number: int, last: bool) -> None:
+        for name, file in self._files.items():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+            (self.folder / f"{name}.tmp").replace(self.folder / name)
+        sizes = {name: (self.folder / name).stat().st_size for name in self._files}
+        hashes = {name: file_hash(self.folder / name) for name in self._files}
         segments = {
             split: Segment(f"{split}/{self.name}", *self._counts[split]) for split in SPLITS
         }
-        part = ShardPart(shard, number, self.documents_read, last, segments, hashes, sizes, report)
+        part = ShardPart(shard, number, self.documents_read, last, segments, hashes, sizes)
         atomic_write_json(self.folder / f"{self.name}.json", asdict(part))
 
-
-class _File:
-    """A file that is renamed to `path` only when complete; its hash is taken while writing."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.temporary = path.with_name(path.name + ".tmp")
-        self.file = self.temporary.open("wb")
-        self.hash = blake2b(digest_size=16)
-        self.size = 0
-
-    def write(self, values: np.ndarray, dtype: str) -> None:
-        data = values.astype(dtype).tobytes()
-        self.file.write(data)
-        self.hash.update(data)
-        self.size += len(data)
-
-    def keep(self) -> str:
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        self.temporary.replace(self.path)
-        return self.hash.hexdigest()
-
-    def abandon(self) -> None:
-        if not self.file.closed:
+    def close(self) -> None:
+        """Remove what was not committed."""
+        for name, file in self._files.items():
             with contextlib.suppress(OSError):  # a full disk is reported once
-                self.file.close()
-            self.temporary.unlink(missing_ok=True)
+                file.close()
+            (self.folder / f"{name}.tmp").unlink(missing_ok=True)

@@ -22,8 +22,8 @@ without writing tokens again.
 import json
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from hashlib import blake2b
+from dataclasses import asdict, dataclass
+from hashlib import blake2b, file_digest
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,6 @@ class ShardPart:
     hashes: dict[str, str]
     """blake2b of each file, by its name relative to the store."""
     sizes: dict[str, int]
-    report: dict[str, Any] = field(default_factory=dict)
 
 
 class TokenStore:
@@ -221,6 +220,7 @@ def finished_parts(folder: Path, shard: int, num_shards: int) -> list[ShardPart]
     """The complete parts of `shard` from the first on, without a gap."""
     parts: list[ShardPart] = []
     while values := _read_json(folder / f"{part_name(shard, num_shards, len(parts))}.json"):
+        values.pop("report", None)  # which older versions wrote
         values["segments"] = {k: Segment(**v) for k, v in values["segments"].items()}
         part = ShardPart(**values)
         if any(_size(folder / name) != size for name, size in part.sizes.items()):
@@ -258,7 +258,6 @@ def finish_store(folder: Path, *, validation_share: float) -> None:
             **plan,
             "tokens": {split: sum(s.num_tokens for s in segments[split]) for split in SPLITS},
             "documents": {split: sum(s.num_documents for s in segments[split]) for split in SPLITS},
-            "reports": [part.report for part in parts if part.last],
             "segments": {split: [asdict(s) for s in segments[split]] for split in SPLITS},
             "sizes": {name: size for part in parts for name, size in part.sizes.items()},
             "hashes": {name: value for part in parts for name, value in part.hashes.items()},
@@ -308,7 +307,7 @@ def _check_file(path: Path, size: int, digest: str | None) -> None:
     if actual != size:
         problem = "is missing" if actual is None else f"has {actual} bytes instead of {size}"
         raise DataError(f"{path} {problem}.\n  Delete its folder; it will be made again.")
-    if digest is not None and _file_hash(path) != digest:
+    if digest is not None and file_hash(path) != digest:
         raise DataError(
             f"{path} is not what was written: its hash differs.\n"
             "  Delete its folder; it will be made again."
@@ -322,13 +321,10 @@ def _size(path: Path) -> int | None:
         return None
 
 
-def _file_hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
     """blake2b of the file's content."""
-    digest = blake2b(digest_size=16)
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return file_digest(file, lambda: blake2b(digest_size=16)).hexdigest()
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from switchworks.data.cache import digest
-from switchworks.data.sources.config import TextConfig
 from switchworks.data.sources.per_language import choose_languages, too_few
-from switchworks.data.sources.text_source import Report, TextSource
+from switchworks.data.sources.text_source import TextConfig, TextSource
 
 
 @dataclass(frozen=True)
@@ -53,9 +52,7 @@ class Catalogs(TextSource):
     def num_characters(self) -> int:
         return sum(map(len, self._texts()))
 
-    def documents(
-        self, shard: int = 0, num_shards: int = 1, *, report: Report | None = None
-    ) -> Iterator[str]:
+    def documents(self, shard: int = 0, num_shards: int = 1) -> Iterator[str]:
         return islice(self._texts(), shard, None, num_shards)
 
     def fingerprint(self) -> str:
