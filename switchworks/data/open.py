@@ -9,7 +9,7 @@ from switchworks.config import DataError
 from switchworks.data.config import DataConfig, cache_folder
 from switchworks.data.dataset import TextDataset
 from switchworks.data.rows.mixture import naming_corpus, rates
-from switchworks.data.rows.pipeline import Pipeline
+from switchworks.data.rows.pipeline import Pipeline, RunRows
 from switchworks.data.sources import open_source, source_class
 from switchworks.data.sources.per_language import names_languages, unusable
 from switchworks.data.sources.text_source import TextSource
@@ -90,7 +90,7 @@ def _long_enough(
 def _fills_rows(config: DataConfig, name: str, part: PreparedCorpus) -> bool:
     for store in (part.train, part.validation):
         try:
-            Pipeline(config, store, part.tokenizer, batch_size=1, seed=0)
+            Pipeline(config, store, part.tokenizer, RunRows(batch_size=1, seed=0))
         except DataError as error:
             reason = str(error).partition("\n")[0]
             if names_languages(config):

@@ -79,12 +79,6 @@ class TokenStore:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}  # each process maps the files itself
 
-    def __repr__(self) -> str:
-        return (
-            f"TokenStore({str(self.folder)!r}, {self.split!r}: {self.num_tokens} tokens, "
-            f"{self.num_documents} documents)"
-        )
-
     @property
     def digest(self) -> str:
         """Hexadecimal, see `token_digest`."""
@@ -105,7 +99,8 @@ class TokenStore:
         for segment, begin in self._within(start, stop):
             low, high = max(start, begin), min(stop, begin + segment.num_tokens)
             shift = segment.first_token - begin  # from stream positions to the file's
-            out[low - start : high - start] = self._tokens(segment)[low + shift : high + shift]
+            tokens = self._map(f"{segment.name}.tokens", self.dtype)
+            out[low - start : high - start] = tokens[low + shift : high + shift]
         return out
 
     def document_bounds(self, start: int, stop: int) -> Int[np.ndarray, " bounds"]:
@@ -113,7 +108,8 @@ class TokenStore:
         self._check_range(start, stop)
         parts = [np.empty(0, np.int64)]
         for segment, begin in self._within(start, stop):
-            ends = self._ends(segment)
+            ends = self._map(f"{segment.name}.ends", "<u8")
+            ends = ends[segment.first_document : segment.first_document + segment.num_documents]
             # The search uses the file's positions, so only what it finds is copied.
             shift = begin - segment.first_token
             low = np.searchsorted(ends, np.uint64(max(start - shift, 0)), side="right")
@@ -131,13 +127,6 @@ class TokenStore:
         first = bisect_right(self._starts, start) - 1
         last = bisect_right(self._starts, stop - 1) if stop > start else first
         return list(zip(self._segments[first:last], self._starts[first:last], strict=True))
-
-    def _tokens(self, segment: Segment) -> np.ndarray:
-        return self._map(f"{segment.name}.tokens", self.dtype)
-
-    def _ends(self, segment: Segment) -> np.ndarray:
-        ends = self._map(f"{segment.name}.ends", "<u8")
-        return ends[segment.first_document : segment.first_document + segment.num_documents]
 
     def _map(self, name: str, dtype: str) -> np.ndarray:
         if name not in self._maps:
@@ -199,7 +188,8 @@ def token_digest(size: int, read: Callable[[int, int], np.ndarray]) -> str:
 def missing_shards(folder: Path) -> list[int]:
     """The shards of the store in `folder` that are not finished."""
     num_shards = planned_shards(folder)
-    return [shard for shard in range(num_shards) if not is_finished(folder, shard, num_shards)]
+    parts = [finished_parts(folder, shard, num_shards) for shard in range(num_shards)]
+    return [shard for shard, done in enumerate(parts) if not (done and done[-1].last)]
 
 
 def planned_shards(folder: Path) -> int:
@@ -208,12 +198,6 @@ def planned_shards(folder: Path) -> int:
     if plan is None:
         raise DataError(f"There is no token store in {folder}.\n  Build it: switchworks prepare.")
     return plan["num_shards"]
-
-
-def is_finished(folder: Path, shard: int, num_shards: int) -> bool:
-    """Whether every part of `shard` is written."""
-    parts = finished_parts(folder, shard, num_shards)
-    return bool(parts) and parts[-1].last
 
 
 def finished_parts(folder: Path, shard: int, num_shards: int) -> list[ShardPart]:
@@ -303,15 +287,13 @@ def _missing_message(folder: Path) -> str:
 
 
 def _check_file(path: Path, size: int, digest: str | None) -> None:
-    actual = _size(path)
+    actual, problem = _size(path), None
     if actual != size:
         problem = "is missing" if actual is None else f"has {actual} bytes instead of {size}"
+    elif digest is not None and file_hash(path) != digest:
+        problem = "is not what was written: its hash differs"
+    if problem is not None:
         raise DataError(f"{path} {problem}.\n  Delete its folder; it will be made again.")
-    if digest is not None and file_hash(path) != digest:
-        raise DataError(
-            f"{path} is not what was written: its hash differs.\n"
-            "  Delete its folder; it will be made again."
-        )
 
 
 def _size(path: Path) -> int | None:

