@@ -180,6 +180,4 @@ class TextDataset:
 
     def __str__(self) -> str:
         """The stores of each corpus, or which of its shards are still missing."""
-        return "\n".join(
-            f"{name}: {part}" if name else f"{part}" for name, part in self.parts.items()
-        )
+        return "\n".join(f"{name}: {part}".removeprefix(": ") for name, part in self.parts.items())

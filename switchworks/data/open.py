@@ -11,8 +11,7 @@ from switchworks.data.dataset import TextDataset
 from switchworks.data.rows.mixture import naming_corpus, rates
 from switchworks.data.rows.pipeline import Pipeline, RunRows
 from switchworks.data.sources import open_source, source_class
-from switchworks.data.sources.per_language import names_languages, unusable
-from switchworks.data.sources.text_source import TextSource
+from switchworks.data.sources.text_source import TextSource, names_languages, unusable
 from switchworks.data.tasks.dataset import PreparedTask, TaskDataset, places_of, tasks_of
 from switchworks.data.tasks.store import Counts, examples_of, open_task
 from switchworks.data.tasks.user_tasks import task_fingerprint

@@ -200,7 +200,7 @@ def test_a_file_that_a_package_lists_and_has_not_is_counted(tmp_path):
     (tmp_path / "cats/locale/de/LC_MESSAGES/a.po").unlink()
     refusals = Refusals()
     assert list(extract_sentences(packages, refusals)) == []
-    assert refusals.files == {"not there, or not to be read": 1}
+    assert refusals == {("", "not there, or not to be read"): 1}
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ MORNING = entry("Good morning", "sch\u00f6nen Morgen")
 def test_a_mislabelled_file_is_counted_and_gives_nothing(tmp_path, data, reason):
     found, refusals = read(tmp_path, {"de/a.po": data})
     assert not found
-    assert refusals.files == {reason: 1}
+    assert refusals == {("", reason): 1}
 
 
 def test_another_encoding_than_utf_8_is_read_where_it_is_claimed(tmp_path):
@@ -262,7 +262,7 @@ def test_cyrillic_that_claims_to_be_western_is_in_another_script(tmp_path):
     data = po(entry("Good morning", russian), charset="ISO-8859-1").encode("cp1251")
     found, refusals = read(tmp_path, {"ru/a.po": data})
     assert "ru" not in found
-    assert refusals.entries["ru"] == {"another script": 1}
+    assert refusals == {("ru", "another script"): 1}
 
 
 def test_catalogs_that_a_package_puts_beside_the_libraries_are_read_too(tmp_path):
@@ -281,7 +281,7 @@ def test_damaged_files_and_foreign_folders_are_counted(tmp_path):
     files = {"de/a.mo": b"no catalog", "templates/a.po": po(entry("One two", "Eins zwei"))}
     found, refusals = read(tmp_path, files)
     assert not found
-    assert refusals.files == {"damaged": 1, "in a folder that names no language": 1}
+    assert refusals == {("", "damaged"): 1, ("", "in a folder that names no language"): 1}
 
 
 def test_folders_of_one_language_are_read_together(tmp_path):

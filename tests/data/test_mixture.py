@@ -62,23 +62,6 @@ def test_a_cap_makes_all_larger_corpora_equal() -> None:
     np.testing.assert_allclose(rates([16, 81, 10_000], 0.0, cap=1), [1 / 3] * 3)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "more", "said"),
-    [
-        ([], {}, "no corpora"),
-        ([3, 0], {}, "Corpus 1 .* the size 0"),
-        ([-2.0, 3.0], {}, "Corpus 0 .* the size -2"),
-        ([1.0, float("nan")], {}, "Corpus 1 .* nan"),
-        ([1, 2], {"exponent": 1.5}, r"mixture_exponent = 1\.5"),
-        ([1, 2], {"exponent": -0.1}, r"mixture_exponent = -0\.1"),
-        ([1, 2], {"cap": 0}, "mixture_cap = 0"),
-    ],
-)
-def test_sizes_and_settings_that_give_no_rates_are_refused(sizes, more, said) -> None:
-    with pytest.raises((ConfigError, DataError), match=said):
-        rates(sizes, **more)
-
-
 SHARES = np.array([0.41, 0.3, 0.2, 0.07, 0.02])
 
 

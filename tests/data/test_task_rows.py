@@ -302,8 +302,8 @@ def test_a_tokenizer_trained_here_learns_from_the_tasks(tmp_path):
     ("more", "problem"),
     [
         ({"tasks": ("glue_rte",), "mixture": ("a=b",)}, "both say what to train on"),
-        ({"task_temperature": 0.5}, "task_temperature = 0.5 is below 1"),
-        ({"task_cap": 0}, "leaves no task an example"),
+        ({"task_temperature": 0.5}, "task_temperature = 0.5 must be at least 1"),
+        ({"task_cap": 0}, "task_cap = 0 must be at least 1"),
         (
             {"tasks": ("glue_rte",), "objective": "causal", "input_length": 0},
             "leaves no room for the inputs of data.tasks",

@@ -26,8 +26,8 @@ import torch
 from jaxtyping import Float, Int
 
 from switchworks.batch import Batch
-from switchworks.config import ConfigError, DataError
-from switchworks.data.config import DataConfig, check_rates
+from switchworks.config import DataError
+from switchworks.data.config import DataConfig
 from switchworks.data.rows.pipeline import (
     BatchStream,
     Pipeline,
@@ -46,20 +46,8 @@ _SCHEDULE, _CORPUS = 3, 4  # the purpose of a random stream, part of its seed; p
 def rates(
     sizes: Sequence[int | float], exponent: float = 0.3, cap: int | float | None = None
 ) -> Float[np.ndarray, " K"]:
-    """The share of the rows of each corpus: min(size, cap) ** exponent, normalised to sum to 1.
-
-    Raises ConfigError for an exponent outside [0, 1], a cap that is not positive or no sizes,
-    DataError for a size that is not positive.
-    """
-    check_rates(exponent, cap)
-    if not len(sizes):
-        raise ConfigError("A mixture of no corpora has no rates. Name one at least.")
+    """The share of the rows of each corpus: min(size, cap) ** exponent, normalised to sum to 1."""
     known = np.asarray(sizes, dtype=np.float64)
-    for index in np.flatnonzero(~((known > 0) & np.isfinite(known))):
-        raise DataError(
-            f"Corpus {index} of the mixture has the size {known[index]:g}.\n"
-            "  A size is a positive number; leave out corpora without text."
-        )
     weights = np.minimum(known, np.inf if cap is None else cap) ** exponent
     return weights / weights.sum()
 

@@ -28,7 +28,7 @@ from switchworks.batch import Batch
 from switchworks.config import ConfigError, DataError
 from switchworks.data.config import DataConfig
 from switchworks.data.rows.causal import causal_row
-from switchworks.data.rows.packing import SHORTEST_PIECE, Packed, cut_into_pieces, pack
+from switchworks.data.rows.packing import SHORTEST_PIECE, Packed, cut_into_pieces, pack, to_batch
 from switchworks.data.rows.span_corruption import SpanCorruption, corrupt, corrupt_rows, raw_length
 
 # grain warns on import when JAX, which it can do without, is not installed.
@@ -96,10 +96,6 @@ class RunRows:
                 f"  Use a multiple of {self.world} rows."
             )
 
-    def at(self, step: int) -> range:
-        """The numbers, in the whole run, of this rank's rows of the batch at `step`, from 0 on."""
-        return rows_of_step(step, self.batch_size, self.rank, self.world)
-
 
 class BatchStream(ABC):
     """The batches of a run or of its validation as seen by one rank, made of numbered rows."""
@@ -116,7 +112,8 @@ class BatchStream(ABC):
 
     def batch(self, step: int) -> Batch:
         """This rank's rows of the batch at `step`, counted from 0."""
-        return self.rows(self.run.at(step))
+        run = self.run
+        return self.rows(rows_of_step(step, run.batch_size, run.rank, run.world))
 
     def batches(self, start_step: int = 0) -> Generator[Batch, None, None]:
         """batch(start_step), batch(start_step + 1), ... without end.
@@ -166,7 +163,9 @@ class Pipeline(BatchStream):
     def rows(self, rows: Sequence[int]) -> Batch:
         if self.config.objective == "causal":
             return self._causal(rows)
-        return self._stream_rows(rows) if self.config.packing == "stream" else self._packed(rows)
+        if self.config.packing == "stream":
+            return self._stream_rows(rows)
+        return to_batch([self._packed_row(row) for row in rows])
 
     def window_of(self, row: int) -> tuple[int, int]:
         """The (start, stop) in the token stream of row `row` of the run."""
@@ -191,27 +190,9 @@ class Pipeline(BatchStream):
     def _stream_rows(self, rows: Sequence[int]) -> Batch:
         tokens = np.stack([self.store.tokens(*self.window_of(row)) for row in rows])
         inputs, targets = corrupt_rows(tokens, [self._rng(row) for row in rows], self.corruption)
-        full = (inputs.shape[1], targets.shape[1]) == (
-            self.config.input_length,
-            self.config.target_length,
-        )
-        return Batch(
-            inputs=_padded(inputs, self.config.input_length),
-            targets=_padded(targets, self.config.target_length),
-            padding=not full,
-        )
-
-    def _packed(self, rows: Sequence[int]) -> Batch:
-        packed = [self._packed_row(row) for row in rows]
-        inputs, targets, input_segments, target_segments = (
-            torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*packed, strict=True)
-        )
-        return Batch(
-            inputs=inputs,
-            targets=targets,
-            input_segments=input_segments,
-            target_segments=target_segments,
-        )
+        L, T = self.config.input_length, self.config.target_length
+        padding = (inputs.shape[1], targets.shape[1]) != (L, T)
+        return Batch(inputs=_padded(inputs, L), targets=_padded(targets, T), padding=padding)
 
     def _packed_row(self, row: int) -> Packed:
         start, stop = self.window_of(row)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from switchworks.config import ConfigError
-from switchworks.data.sources.catalogs.source import Catalogs
+from switchworks.data.sources.catalogs.gettext import Catalogs
 from switchworks.data.sources.files import Files
 from switchworks.data.sources.hub import HubDataset
 from switchworks.data.sources.python_docs import PythonDocs

@@ -10,9 +10,15 @@ from typing import Any, ClassVar
 from switchworks.config import ConfigError, DataError
 from switchworks.data.cache import digest, file_stats
 from switchworks.data.sources.catalogs.languages import normalise
-from switchworks.data.sources.per_language import ALL, choose_languages, too_few
 from switchworks.data.sources.reading import COMPRESSIONS, FORMATS, format_of, read_documents
-from switchworks.data.sources.text_source import NoText, TextConfig, TextSource
+from switchworks.data.sources.text_source import (
+    ALL,
+    NoText,
+    TextConfig,
+    TextSource,
+    choose_languages,
+    too_few,
+)
 
 LINE_CHARACTERS = 100
 """A line counts as one sentence, and a longer one as one for every so many characters."""

@@ -9,9 +9,8 @@ from typing import Any, ClassVar
 from switchworks.config import ConfigError, DataError
 from switchworks.data.cache import digest, file_stats
 from switchworks.data.sources.catalogs.languages import MC4, english_name, mc4_code, normalise
-from switchworks.data.sources.per_language import ALL
 from switchworks.data.sources.reading import check_column
-from switchworks.data.sources.text_source import TextConfig, TextSource
+from switchworks.data.sources.text_source import ALL, TextConfig, TextSource
 
 _C4_AND_MC4 = "allenai/c4"
 _MC4_ENGLISH = "en-multi"

@@ -5,15 +5,20 @@ To add one, subclass `TextSource` in a file of its own and enter it in `SOURCES`
 """
 
 import hashlib
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from switchworks.config import ConfigError, DataError, check_at_least
+from switchworks.config import ConfigError, DataError, check_at_least, check_positive, check_rate
 from switchworks.data.cache import digest
+from switchworks.data.sources.catalogs.languages import english_name, normalise
+
+ALL = "all"
+"""In place of codes of languages: all that have enough text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +57,10 @@ class TextConfig:
     def check_text(self) -> None:
         """Raises ConfigError for a setting of the text that cannot work."""
         check_at_least(self, "data.", 0, "workers")
-        check_at_least(self, "data.", 1, "min_sentences")
-        if self.documents is not None and self.documents < 1:
-            raise ConfigError(f"data.documents = {self.documents} leaves no text. Use 1 or more.")
-        if not 0 < self.validation_share < 1:
-            raise ConfigError(
-                f"data.validation_share = {self.validation_share} is not a share between 0 and 1."
-            )
-        if "all" in self.languages and len(self.languages) > 1:
+        check_at_least(self, "data.", 1, "min_sentences", "documents")
+        check_rate(self, "data.", "validation_share")
+        check_positive(self, "data.", "validation_share")
+        if ALL in self.languages and len(self.languages) > 1:
             raise ConfigError(
                 f"data.languages = {' '.join(self.languages)}: all is every language there is.\n"
                 "  Say all and no more, or name some."
@@ -91,12 +92,12 @@ class TextSource(ABC):
             )
 
     @classmethod
-    @abstractmethod
     def open(cls, config: TextConfig, cache: Path) -> Self:
         """The source that `config` describes; `cache` is a folder for what is derived from it.
 
         Raises DataError if there is no such text, NoText if it is empty.
         """
+        raise NotImplementedError
 
     @classmethod
     def language_configs(cls, config: TextConfig, cache: Path) -> Mapping[str, TextConfig]:
@@ -140,10 +141,6 @@ class FirstDocuments(TextSource):
     source: TextSource
     limit: int
 
-    @classmethod
-    def open(cls, config: TextConfig, cache: Path) -> Self:
-        raise NotImplementedError("made by open_source from another source")
-
     def documents(self, shard: int = 0, num_shards: int = 1) -> Iterator[str]:
         yield from islice(self.source.documents(), shard, self.limit, num_shards)
 
@@ -160,3 +157,53 @@ def is_validation(text: str, share: float) -> bool:
     texts, so that equal documents are on the same side in every run."""
     value = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()
     return int.from_bytes(value, "big") < share * 2**64
+
+
+def names_languages(config: TextConfig) -> bool:
+    """Whether `config` names its languages one by one: then each is used, or refused."""
+    return bool(config.languages) and ALL not in config.languages
+
+
+def unusable(code: str, reason: str) -> DataError:
+    """The error for a language that was named and cannot be used."""
+    return DataError(f"{english_name(code)} ({code}) cannot be used: {reason}.")
+
+
+def choose_languages(
+    config: TextConfig, available: Mapping[str, TextConfig], lack_of: Callable[[str], str | None]
+) -> dict[str, TextConfig]:
+    """Of the languages `available` those that `config` names, or all with enough text.
+
+    `lack_of(code)` says why a language has too little text, or None. Languages that are left out
+    are logged with the reason. Raises DataError for a named one that is unknown or lacks text.
+    """
+    if names_languages(config):
+        codes = list(dict.fromkeys(map(normalise, config.languages)))
+        for code in codes:
+            if code not in available:
+                raise DataError(
+                    f"There is no text in {english_name(code)} ({code}).\n"
+                    f"  There is some in: {' '.join(sorted(available))}."
+                )
+            if (reason := lack_of(code)) is not None:
+                raise unusable(code, reason)
+        return {code: available[code] for code in codes}
+    chosen = {}
+    for code in available:
+        if (reason := lack_of(code)) is None:
+            chosen[code] = available[code]
+        else:
+            logging.getLogger(__name__).warning("%s is left out: %s", code, reason)
+    if not chosen:
+        raise DataError(
+            f"No language has {config.min_sentences} sentences.\n"
+            "  Lower --data.min-sentences, or give more text."
+        )
+    return chosen
+
+
+def too_few(config: TextConfig, sentences: int) -> str | None:
+    """Why `sentences` sentences are too few for a language; None if they are not."""
+    if sentences >= config.min_sentences:
+        return None
+    return f"it has {sentences} sentences, fewer than data.min_sentences = {config.min_sentences}"

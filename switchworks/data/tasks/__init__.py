@@ -36,12 +36,11 @@ TASKS: Mapping[str, Task] = {
 TASK_GROUPS: Mapping[str, tuple[str, ...]] = {
     "glue": (
         *(f"glue_{name}" for name in ("cola", "sst2", "mrpc", "stsb", "qqp")),
-        *(f"glue_{name}" for name in ("mnli", "mnli_mismatched", "qnli", "rte")),
+        *("glue_mnli", "glue_mnli_mismatched", "glue_qnli", "glue_rte"),
     ),
     "super_glue": (
         *(f"super_glue_{name}" for name in ("boolq", "cb", "copa", "multirc", "record")),
-        *(f"super_glue_{name}" for name in ("rte", "wic", "wsc")),
-        "dpr",
+        *("super_glue_rte", "super_glue_wic", "super_glue_wsc", "dpr"),
     ),
     "anli": ("anli_r1", "anli_r2", "anli_r3"),
     "arc": ("arc_easy", "arc_challenge"),

@@ -7,6 +7,7 @@ candidate that the record asks about, right or not; an answer means "yes" if it 
 """
 
 import re
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -15,7 +16,8 @@ from switchworks.data.tasks.sources import Record
 from switchworks.data.tasks.task import (
     UNKNOWN,
     Example,
-    classification,
+    Task,
+    classify,
     fields,
     hub_task,
     label_of,
@@ -28,7 +30,7 @@ _GLUE, _SUPER_GLUE = "nyu-mll/glue", "aps/super_glue"
 NLI = ("entailment", "neutral", "contradiction")
 TWO_WAY = ("entailment", "not_entailment")
 TRUTH = ("False", "True")
-_BOTH = ("f1_binary", "accuracy")
+_CHOICES, _QUESTIONS = ("choice1", "choice2"), ("question1", "question2")
 _HYPOTHESIS, _PAIR = ("hypothesis", "premise"), ("sentence1", "sentence2")
 
 
@@ -134,18 +136,34 @@ def dpr(record: Record) -> Example:
     )
 
 
-GLUE = (
-    *(
-        classification(f"glue_{name}", _GLUE, columns, labels, config=name, metrics=metrics)
-        for name, columns, labels, metrics in (
-            ("cola", ("sentence",), ("unacceptable", "acceptable"), ("matthews",)),
-            ("sst2", ("sentence",), ("negative", "positive"), ("accuracy",)),
-            ("mrpc", _PAIR, ("not_equivalent", "equivalent"), _BOTH),
-            ("qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), _BOTH),
-            ("qnli", ("question", "sentence"), TWO_WAY, ("accuracy",)),
-            ("rte", _PAIR, TWO_WAY, ("accuracy",)),
-            ("wnli", _PAIR, ("not_entailment", "entailment"), ("accuracy",)),
+def _classifications(
+    prefix: str, dataset: str, rows: Iterable[tuple[str, tuple[str, ...], tuple[str, ...], str]]
+) -> Iterator[Task]:
+    """Tasks of a benchmark from rows of (name, columns, labels, metrics separated by spaces)."""
+    for name, columns, labels, metrics in rows:
+        yield hub_task(
+            f"{prefix}_{name}",
+            dataset,
+            classify(name, columns, labels),
+            config=name,
+            metrics=tuple(metrics.split()),
+            labels=labels,
         )
+
+
+GLUE = (
+    *_classifications(
+        "glue",
+        _GLUE,
+        [
+            ("cola", ("sentence",), ("unacceptable", "acceptable"), "matthews"),
+            ("sst2", ("sentence",), ("negative", "positive"), "accuracy"),
+            ("mrpc", _PAIR, ("not_equivalent", "equivalent"), "f1_binary accuracy"),
+            ("qqp", _QUESTIONS, ("not_duplicate", "duplicate"), "f1_binary accuracy"),
+            ("qnli", ("question", "sentence"), TWO_WAY, "accuracy"),
+            ("rte", _PAIR, TWO_WAY, "accuracy"),
+            ("wnli", _PAIR, ("not_entailment", "entailment"), "accuracy"),
+        ],
     ),
     hub_task(
         "glue_stsb",
@@ -155,42 +173,36 @@ GLUE = (
         metrics=("pearson", "spearman"),
         labels=tuple(f"{fifths / 5:.1f}" for fifths in range(26)),
     ),
-    classification(
+    hub_task(
         "glue_mnli",
         _GLUE,
-        _HYPOTHESIS,
-        NLI,
+        classify("mnli", _HYPOTHESIS, NLI),
         config="mnli",
         names={"train": "train", "validation": "validation_matched", "test": "test_matched"},
+        labels=NLI,
     ),
-    classification(
+    hub_task(
         "glue_mnli_mismatched",
         _GLUE,
-        _HYPOTHESIS,
-        NLI,
+        classify("mnli", _HYPOTHESIS, NLI),
         config="mnli",
         folder="glue_mnli",
         names={"validation": "validation_mismatched", "test": "test_mismatched"},
+        labels=NLI,
     ),
 )
 
 SUPER_GLUE = (
-    *(
-        classification(
-            f"super_glue_{name}", _SUPER_GLUE, columns, labels, config=name, metrics=metrics
-        )
-        for name, columns, labels, metrics in (
-            ("boolq", ("passage", "question"), TRUTH, ("accuracy",)),
-            ("cb", _HYPOTHESIS, (NLI[0], NLI[2], NLI[1]), ("f1_macro", "accuracy")),
-            (
-                "copa",
-                ("choice1", "choice2", "premise", "question"),
-                ("choice1", "choice2"),
-                ("accuracy",),
-            ),
-            ("rte", _HYPOTHESIS, TWO_WAY, ("accuracy",)),
-            ("wic", ("sentence1", "sentence2", "word"), TRUTH, ("accuracy",)),
-        )
+    *_classifications(
+        "super_glue",
+        _SUPER_GLUE,
+        [
+            ("boolq", ("passage", "question"), TRUTH, "accuracy"),
+            ("cb", _HYPOTHESIS, (NLI[0], NLI[2], NLI[1]), "f1_macro accuracy"),
+            ("copa", (*_CHOICES, "premise", "question"), _CHOICES, "accuracy"),
+            ("rte", _HYPOTHESIS, TWO_WAY, "accuracy"),
+            ("wic", ("sentence1", "sentence2", "word"), TRUTH, "accuracy"),
+        ],
     ),
     hub_task(
         "super_glue_multirc",

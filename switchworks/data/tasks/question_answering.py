@@ -17,7 +17,7 @@ from switchworks.data.tasks.sources import Record
 from switchworks.data.tasks.task import (
     UNKNOWN,
     Example,
-    classification,
+    classify,
     fields,
     hub_task,
     text_in,
@@ -128,18 +128,17 @@ QUESTION_ANSWERING = (
 
 REASONING = (
     *(
-        classification(
+        hub_task(
             f"anli_r{number}",
             "facebook/anli",
-            ("hypothesis", "premise"),
-            NLI,
-            text="anli",
+            classify("anli", ("hypothesis", "premise"), NLI),
             folder="anli",
             names={
                 "train": f"train_r{number}",
                 "validation": f"dev_r{number}",
                 "test": f"test_r{number}",
             },
+            labels=NLI,
         )
         for number in (1, 2, 3)
     ),

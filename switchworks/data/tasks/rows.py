@@ -15,14 +15,13 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int
 
 from switchworks.batch import Batch
 from switchworks.config import ConfigError, DataError
 from switchworks.data.config import DataConfig
 from switchworks.data.rows.mixture import Mixture, rates
-from switchworks.data.rows.packing import pack
+from switchworks.data.rows.packing import pack, to_batch
 from switchworks.data.rows.pipeline import RunRows, epochs_in_random_order, grain, stream_seed
 from switchworks.data.tasks.store import TaskStore
 
@@ -89,17 +88,7 @@ class TaskRows:
             pack([self._example(int(index)) for index in self.examples_of(row)], *lengths)
             for row in rows
         ]
-        assert all(len(part.inputs) == 1 for part in packed)
-        parts = (torch.from_numpy(np.concatenate(part)) for part in zip(*packed, strict=True))
-        inputs, targets, input_segments, target_segments = parts
-        if not self.config.packs_tasks:
-            return Batch(inputs=inputs, targets=targets)
-        return Batch(
-            inputs=inputs,
-            targets=targets,
-            input_segments=input_segments,
-            target_segments=target_segments,
-        )
+        return to_batch(packed, segments=self.config.packs_tasks)
 
     def _example(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         inputs, target = self.store.example(index)
@@ -133,7 +122,8 @@ def plan_rows(
         row = next(fits, rows)
         if row == rows:
             if len(room) == OPEN_ROWS:
-                del room[min(room, key=lambda key: _free_share(room[key], limits))]
+                free = {row: min(np.divide(left, limits)) for row, left in room.items()}
+                del room[min(free, key=free.__getitem__)]
             room[row] = limits
             rows += 1
         left = room[row]
@@ -141,11 +131,6 @@ def plan_rows(
         row_of[index] = row
     starts = np.cumsum([0, *np.bincount(row_of, minlength=rows)])
     return RowPlan(order[row_of.argsort(kind="stable")], starts)
-
-
-def _free_share(left: tuple[int, int], limits: tuple[int, int]) -> float:
-    """The free share of a row's fuller side, inputs or targets."""
-    return min(left[0] / limits[0], left[1] / limits[1])
 
 
 def task_rates(config: DataConfig, rows: Sequence[TaskRows]) -> Float[np.ndarray, " K"]:

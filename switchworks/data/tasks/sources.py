@@ -90,13 +90,12 @@ class Hub(Source):
         """The local files of a split; empty if there is no local copy of the dataset."""
         folder = None if places.folder is None else places.folder / self.folder
         if folder is None or not folder.is_dir():
-            if self.dataset is None:
-                raise DataError(
-                    f"The data of {self.folder!r} is on no hub, and there is no folder "
-                    f"{folder or self.folder} with it.\n  Name the folder that holds "
-                    f"{self.folder}/{base}.jsonl with --data.task-folder."
-                )
-            return []
+            if self.dataset is not None:
+                return []
+            raise DataError(
+                f"The data of {self.folder!r} needs a folder {folder or self.folder}.\n  Name the "
+                f"one that holds {self.folder}/{base}.jsonl with --data.task-folder."
+            )
         files = tables_named(folder, base)
         if not files:
             raise DataError(

@@ -187,29 +187,3 @@ def hub_task(
         labels=labels,
         training_text=training_text,
     )
-
-
-def classification(
-    name: str,
-    dataset: str,
-    columns: tuple[str, ...],
-    labels: tuple[str, ...],
-    *,
-    config: str | None = None,
-    text: str | None = None,
-    folder: str | None = None,
-    names: Mapping[str, str] = SPLIT_NAMES,
-    metrics: tuple[str, ...] = ("accuracy",),
-) -> Task:
-    """`hub_task` with `classify`, whose text begins with `text`, or else with `config`."""
-    to_text = classify(text or config or name, columns, labels)
-    return hub_task(
-        name,
-        dataset,
-        to_text,
-        config=config,
-        folder=folder,
-        names=names,
-        metrics=metrics,
-        labels=labels,
-    )

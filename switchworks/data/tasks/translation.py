@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from functools import partial
 
+from switchworks.data.sources.catalogs import gettext
 from switchworks.data.sources.catalogs.languages import english_name
 from switchworks.data.tasks.sources import Hub, Made, Places, Record
 from switchworks.data.tasks.task import Example, Task, hub_task, text_in
@@ -43,12 +44,10 @@ def translate(record: Record, source: str, target: str) -> Example:
 
 def _sentences(split: str, places: Places) -> Iterator[Record]:
     """The records of a split: `language`, `english` and `text`."""
-    from switchworks.data.sources.catalogs.gettext import catalogs, split_sentences  # babel
-
     if _has_folder(places):
         yield from FOLDER.records(split, places)
         return
-    by_language = split_sentences(catalogs(places.cache), places.validation_share)
+    by_language = gettext.split_sentences(gettext.catalogs(places.cache), places.validation_share)
     for sentences in by_language.values():
         for item in getattr(sentences, split):
             yield {"language": item.language, "english": item.english, "text": item.text}
@@ -56,11 +55,9 @@ def _sentences(split: str, places: Places) -> Iterator[Record]:
 
 def _version(places: Places) -> str:
     """Identifies the user's files, or the embedded corpus and how much of it is held out."""
-    from switchworks.data.sources.catalogs.gettext import catalogs_fingerprint
-
     if _has_folder(places):
         return " ".join(FOLDER.fingerprint(split, places) for split in FOLDER.splits)
-    return f"{catalogs_fingerprint()} {places.validation_share}"
+    return f"{gettext.catalogs_fingerprint()} {places.validation_share}"
 
 
 def _has_folder(places: Places) -> bool:

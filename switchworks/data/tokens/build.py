@@ -12,15 +12,7 @@ import numpy as np
 
 from switchworks.config import DataError
 from switchworks.data.cache import atomic_write_json
-from switchworks.data.tokens.store import (
-    SPLITS,
-    STORE_VERSION,
-    Segment,
-    ShardPart,
-    file_hash,
-    finished_parts,
-    part_name,
-)
+from switchworks.data.tokens import store
 from switchworks.data.tokens.tokenizer import Tokenizer
 
 PART_TOKENS = 1 << 26
@@ -47,28 +39,25 @@ class BuildProgress:
         self.characters += characters
         self.tokens += tokens
         now = time.monotonic()
-        if not self.quiet and now - self._printed >= SECONDS_BETWEEN_LINES:
-            self._printed = now
-            print(self.line(now), flush=True)
-
-    def line(self, now: float) -> str:
-        """The state at time `now` (of the monotonic clock) in one line."""
-        seconds = max(now - self._started, 1e-3)
-        line = f"{self.label}: {self.tokens / 1e6:.1f}M tokens"
-        line += f", {self.tokens / seconds / 1e3:.0f}k/s"
-        if self.total and 0 < self.characters <= self.total:
-            left = seconds * (self.total - self.characters) / self.characters
-            line += f", {100 * self.characters / self.total:.0f} %, {left:.0f} s left"
-        return line
+        if self.quiet or now - self._printed < SECONDS_BETWEEN_LINES:
+            return
+        self._printed, seconds = now, now - self._started
+        line = (
+            f"{self.label}: {self.tokens / 1e6:.1f}M tokens, {self.tokens / seconds / 1e3:.0f}k/s"
+        )
+        if self.total and self.characters <= self.total:
+            done = self.characters / self.total
+            line += f", {100 * done:.0f} %, {seconds * (1 / done - 1):.0f} s left"
+        print(line, flush=True)
 
 
 def write_plan(folder: Path, tokenizer: Tokenizer, num_shards: int) -> None:
     """Begin a store of `num_shards` shards by `tokenizer` in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    for split in SPLITS:
+    for split in store.SPLITS:
         (folder / split).mkdir(exist_ok=True)
     values = {
-        "version": STORE_VERSION,
+        "version": store.STORE_VERSION,
         "num_shards": num_shards,
         "tokenizer": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
@@ -99,7 +88,7 @@ def build_shard(
     call. They are tokenised by `threads` threads of SentencePiece's own (0: one per core), at some
     tens of MB/s each, so no processes are needed. Raises DataError if the disk is full.
     """
-    done = finished_parts(folder, shard, num_shards)
+    done = store.finished_parts(folder, shard, num_shards)
     if done and done[-1].last:
         return
     # Resume: finished parts say how many documents they took, and as many are skipped here. A part
@@ -109,7 +98,7 @@ def build_shard(
     number, last = len(done), False
     try:
         while not last:
-            name = part_name(shard, num_shards, number)
+            name = store.part_name(shard, num_shards, number)
             writer = _PartWriter(folder, name, token_dtype(tokenizer))
             with contextlib.closing(writer):
                 last = _fill_part(writer, batches, tokenizer, threads, progress, part_tokens)
@@ -136,7 +125,7 @@ def _fill_part(
         encoded = tokenizer.encode_batch(
             texts, sentinels=False, threads=threads or os.cpu_count() or 1
         )
-        for index, split in enumerate(SPLITS):  # False, to train on, is 0
+        for index, split in enumerate(store.SPLITS):  # False, to train on, is 0
             pairs = zip(encoded, batch, strict=True)
             ids = [tokens for tokens, (_, is_validation) in pairs if is_validation == index]
             writer.add(split, [tokens for tokens in ids if len(tokens)])
@@ -169,10 +158,10 @@ class _PartWriter:
     def __init__(self, folder: Path, name: str, dtype: str) -> None:
         self.folder, self.name, self.dtype = folder, name, dtype
         self.documents_read = 0
-        self._counts = {split: [0, 0] for split in SPLITS}  # tokens, documents
+        self._counts = {split: [0, 0] for split in store.SPLITS}  # tokens, documents
         self._files = {
             name: (folder / f"{name}.tmp").open("wb")
-            for split in SPLITS
+            for split in store.SPLITS
             for name in (f"{split}/{self.name}.tokens", f"{split}/{self.name}.ends")
         }
 
@@ -198,11 +187,12 @@ class _PartWriter:
             file.close()
             (self.folder / f"{name}.tmp").replace(self.folder / name)
         sizes = {name: (self.folder / name).stat().st_size for name in self._files}
-        hashes = {name: file_hash(self.folder / name) for name in self._files}
+        hashes = {name: store.file_hash(self.folder / name) for name in self._files}
         segments = {
-            split: Segment(f"{split}/{self.name}", *self._counts[split]) for split in SPLITS
+            split: store.Segment(f"{split}/{self.name}", *self._counts[split])
+            for split in store.SPLITS
         }
-        part = ShardPart(shard, number, self.documents_read, last, segments, hashes, sizes)
+        part = store.ShardPart(shard, number, self.documents_read, last, segments, hashes, sizes)
         atomic_write_json(self.folder / f"{self.name}.json", asdict(part))
 
     def close(self) -> None:

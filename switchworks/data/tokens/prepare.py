@@ -16,14 +16,9 @@ from switchworks.data.cache import digest, file_lock
 from switchworks.data.config import DataConfig, cache_folder
 from switchworks.data.sources import open_source
 from switchworks.data.sources.text_source import TextSource, is_validation
+from switchworks.data.tokens import store
 from switchworks.data.tokens.build import BuildProgress, build_shard, write_plan
-from switchworks.data.tokens.store import (
-    TokenStore,
-    finish_store,
-    missing_shards,
-    open_store,
-    planned_shards,
-)
+from switchworks.data.tokens.store import TokenStore
 from switchworks.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from switchworks.data.tokens.train import sample_order, trained_tokenizer
 
@@ -51,27 +46,23 @@ class PreparedCorpus:
     @cached_property
     def _stores(self) -> tuple[TokenStore, TokenStore]:
         size = sum(file.stat().st_size for file in self.folder.glob("*/*.tokens"))
-        return open_store(
-            self.folder, tokenizer=self.tokenizer.fingerprint, verify=size <= VERIFIED_BYTES
-        )
+        known = self.tokenizer.fingerprint
+        return store.open_store(self.folder, tokenizer=known, verify=size <= VERIFIED_BYTES)
 
     @property
     def missing(self) -> list[int]:
         """The shards that no job has finished yet."""
-        return missing_shards(self.folder)
+        return store.missing_shards(self.folder)
 
     def __str__(self) -> str:
         head = f"{self.tokenizer.size} ids, tokens in {self.folder}"
         if missing := self.missing:
             return f"{head}; shards still missing: {', '.join(map(str, missing))}"
-        return "\n".join(
-            [head]
-            + [
-                f"{store.split:<11} {store.num_tokens:>14,} tokens in {store.num_documents:,} "
-                "documents"
-                for store in (self.train, self.validation)
-            ]
-        )
+        lines = [
+            f"{part.split:<11} {part.num_tokens:>14,} tokens in {part.num_documents:,} documents"
+            for part in (self.train, self.validation)
+        ]
+        return "\n".join([head, *lines])
 
 
 def prepare(
@@ -114,8 +105,8 @@ def prepare(
                     progress=BuildProgress(label, total, quiet=quiet),
                 )
         with file_lock(folder):
-            if not missing_shards(folder):
-                finish_store(folder, validation_share=config.validation_share)
+            if not store.missing_shards(folder):
+                store.finish_store(folder, validation_share=config.validation_share)
     return PreparedCorpus(tokenizer, folder)
 
 
@@ -129,7 +120,7 @@ def _plan(folder: Path, tokenizer: Tokenizer, shard: tuple[int, int] | None) -> 
     with file_lock(folder):
         if not (folder / "plan.json").exists():
             write_plan(folder, tokenizer, 1 if shard is None else shard[1])
-        num_shards = planned_shards(folder)
+        num_shards = store.planned_shards(folder)
     if shard is not None and shard[1] != num_shards:
         raise DataError(
             f"The store in {folder} was begun in {num_shards} shards, not {shard[1]}.\n"

@@ -147,15 +147,10 @@ def open_store(
     if manifest is None:
         raise DataError(_missing_message(folder))
     if manifest.get("version") != STORE_VERSION:
-        raise DataError(
-            f"{folder} was written by another version of switchworks.\n"
-            "  Delete the folder; it will be made again."
-        )
+        raise _unusable(folder, "was written by another version of switchworks")
     if tokenizer is not None and manifest["tokenizer"] != tokenizer:
-        raise DataError(
-            f"{folder} was made by another tokenizer ({manifest['tokenizer'][:12]}, not "
-            f"{tokenizer[:12]}).\n  Delete the folder; it will be made again."
-        )
+        made = f"{manifest['tokenizer'][:12]}, not {tokenizer[:12]}"
+        raise _unusable(folder, f"was made by another tokenizer ({made})")
     for name, size in manifest["sizes"].items():
         _check_file(folder / name, size, manifest["hashes"][name] if verify else None)
     train, validation = (
@@ -240,8 +235,6 @@ def finish_store(folder: Path, *, validation_share: float) -> None:
         folder / "store.json",
         {
             **plan,
-            "tokens": {split: sum(s.num_tokens for s in segments[split]) for split in SPLITS},
-            "documents": {split: sum(s.num_documents for s in segments[split]) for split in SPLITS},
             "segments": {split: [asdict(s) for s in segments[split]] for split in SPLITS},
             "sizes": {name: size for part in parts for name, size in part.sizes.items()},
             "hashes": {name: value for part in parts for name, value in part.hashes.items()},
@@ -286,21 +279,22 @@ def _missing_message(folder: Path) -> str:
     )
 
 
+def _unusable(path: Path, problem: str) -> DataError:
+    return DataError(f"{path} {problem}.\n  Delete the folder; it will be made again.")
+
+
 def _check_file(path: Path, size: int, digest: str | None) -> None:
-    actual, problem = _size(path), None
+    actual = _size(path)
+    if actual is None:
+        raise _unusable(path, "is missing")
     if actual != size:
-        problem = "is missing" if actual is None else f"has {actual} bytes instead of {size}"
-    elif digest is not None and file_hash(path) != digest:
-        problem = "is not what was written: its hash differs"
-    if problem is not None:
-        raise DataError(f"{path} {problem}.\n  Delete its folder; it will be made again.")
+        raise _unusable(path, f"has {actual} bytes instead of {size}")
+    if digest is not None and file_hash(path) != digest:
+        raise _unusable(path, "is not what was written: its hash differs")
 
 
 def _size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return None
+    return path.stat().st_size if path.exists() else None
 
 
 def file_hash(path: Path) -> str:
@@ -311,11 +305,8 @@ def file_hash(path: Path) -> str:
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path} cannot be read: {error}.\n  Delete its folder; it will be made again."
-        ) from error
-    return values
+        raise _unusable(path, f"cannot be read: {error}") from error
