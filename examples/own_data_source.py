@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from switchworks import Experiment, train
-from switchworks.data import SOURCES, Report, TextConfig, TextSource
+from switchworks.data import SOURCES, TextConfig, TextSource
 from switchworks.recipes import RECIPES
 
 
@@ -28,9 +28,7 @@ class Sums(TextSource):
         """The source for these settings. `dataset`, which others ignore, carries the limit."""
         return cls(int(config.dataset or cls.limit))
 
-    def documents(
-        self, shard: int = 0, num_shards: int = 1, *, report: Report | None = None
-    ) -> Iterator[str]:
+    def documents(self, shard: int = 0, num_shards: int = 1) -> Iterator[str]:
         """Part `shard` of `num_shards`, so that several processes can share the work."""
         for a in range(shard, self.limit, num_shards):
             yield "\n".join(f"{a} and {b} make {a + b}." for b in range(self.limit))

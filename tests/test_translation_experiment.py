@@ -73,8 +73,8 @@ def test_languages_can_be_chosen_and_unknown_ones_are_named(runs):
 
 
 def test_sentences_of_a_few_languages_are_a_folder_that_the_task_reads(tmp_path):
-    from switchworks.data.tasks.catalogs import SOURCE
     from switchworks.data.tasks.sources import Places
+    from switchworks.data.tasks.translation import SOURCE
 
     script = SCRIPT.with_name("translation_data.py")
     words = [str(tmp_path), "--languages", "de", "pt_BR", "--held-out", "5"]

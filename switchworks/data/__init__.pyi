@@ -1,5 +1,6 @@
 from .cache import atomic_write_json as atomic_write_json
 from .config import DataConfig as DataConfig
+from .config import cache_folder as cache_folder
 from .dataset import TextDataset as TextDataset
 from .dataset import ValidationSet as ValidationSet
 from .open import open_dataset as open_dataset
@@ -19,8 +20,7 @@ from .sources.catalogs.languages import mc4_table as mc4_table
 from .sources.catalogs.languages import normalise as normalise
 from .sources.catalogs.languages import script_name as script_name
 from .sources.catalogs.languages import script_of as script_of
-from .sources.config import TextConfig as TextConfig
-from .sources.text_source import Report as Report
+from .sources.text_source import TextConfig as TextConfig
 from .sources.text_source import TextSource as TextSource
 from .tasks import UNKNOWN as UNKNOWN
 from .tasks import Example as Example
@@ -35,7 +35,6 @@ from .tasks.store import Counts as Counts
 from .tasks.store import examples_of as examples_of
 from .tasks.translation import language_name as language_name
 from .tokens.coverage import coverage_table as coverage_table
-from .tokens.prepare import cache_folder as cache_folder
 from .tokens.prepare import prepare as prepare
 from .tokens.tokenizer import MODEL_FILE as MODEL_FILE
 from .tokens.tokenizer import SETTINGS_FILE as SETTINGS_FILE

@@ -1,14 +1,15 @@
 """How text becomes batches: the settings of `data/`, with those of its sources."""
 
-import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
-from switchworks.config import ConfigError, check_at_least
+from switchworks.config import ConfigError, check_at_least, check_positive, check_rate
 from switchworks.data.sources import SOURCES, source_class
-from switchworks.data.sources.config import TextConfig
+from switchworks.data.sources.text_source import TextConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,18 +90,12 @@ class DataConfig(TextConfig):
         if not self.mixture and not self.tasks:
             source.check(self)
         self._check_causal()
-        if not 0 < self.noise_density < 1:
-            raise ConfigError(
-                f"data.noise_density = {self.noise_density} is not a share between 0 and 1.\n"
-                "  T5 hides 0.15 of the tokens."
-            )
-        if not 1 <= self.mean_span < math.inf:
-            raise ConfigError(
-                f"data.mean_span = {self.mean_span} is not a length of one token or more. T5 uses "
-                "3.0."
-            )
+        check_rate(self, "data.", "noise_density")
+        check_positive(self, "data.", "noise_density", "mixture_cap")
         check_at_least(self, "data.", 0, "prefetch", "input_length")
-        check_at_least(self, "data.", 1, "target_length")
+        check_at_least(
+            self, "data.", 1, "target_length", "mean_span", "task_temperature", "task_cap"
+        )
 
     @property
     def corpora(self) -> "Mapping[str, DataConfig]":
@@ -127,12 +122,15 @@ class DataConfig(TextConfig):
     @property
     def packs_tasks(self) -> bool:
         """Whether a row may hold several examples of a task."""
-        if self.task_packing == "auto":
-            return self.objective != "causal"
-        return self.task_packing == "packed"
+        is_auto = self.task_packing == "auto" and self.objective != "causal"
+        return is_auto or self.task_packing == "packed"
 
     def _check_mixture(self) -> None:
-        check_rates(self.mixture_exponent, self.mixture_cap)
+        if not 0 <= self.mixture_exponent <= 1:
+            raise ConfigError(
+                f"data.mixture_exponent = {self.mixture_exponent} is not between 0, equally often, "
+                "and 1, by size.\n  mT5 used 0.3. It is the inverse of a temperature."
+            )
         names = [_parse_entry(entry)[0] for entry in self.mixture]
         for name in names:
             if names.count(name) > 1:
@@ -154,15 +152,6 @@ class DataConfig(TextConfig):
             )
 
     def _check_tasks(self) -> None:
-        if not self.task_temperature >= 1:
-            raise ConfigError(
-                f"data.task_temperature = {self.task_temperature} is below 1, by size.\n"
-                "  T5 tried 1 to 8; the larger, the more equal."
-            )
-        if self.task_cap is not None and self.task_cap < 1:
-            raise ConfigError(
-                f"data.task_cap = {self.task_cap} leaves no task an example. T5 used 524288."
-            )
         if self.tasks and self.mixture:
             raise ConfigError(
                 "data.tasks and data.mixture both say what to train on.\n  Keep one of them."
@@ -204,17 +193,10 @@ class DataConfig(TextConfig):
             )
 
 
-def check_rates(exponent: float, cap: int | float | None) -> None:
-    """Raises ConfigError unless corpora can be weighted by min(size, `cap`) ** `exponent`."""
-    if not 0 <= exponent <= 1:
-        raise ConfigError(
-            f"data.mixture_exponent = {exponent} is not between 0, equally often, and 1, by size."
-            "\n  mT5 used 0.3. It is the inverse of a temperature."
-        )
-    if cap is not None and not cap > 0:
-        raise ConfigError(
-            f"data.mixture_cap = {cap} leaves no corpus a size. Use a positive number, or none."
-        )
+def cache_folder(config: DataConfig) -> Path:
+    """`config.cache`, else $SWITCHWORKS_CACHE, else ~/.cache/switchworks."""
+    folder = config.cache or os.environ.get("SWITCHWORKS_CACHE") or "~/.cache/switchworks"
+    return Path(folder).expanduser()
 
 
 def _parse_entry(entry: str) -> tuple[str, str, str]:

@@ -14,9 +14,15 @@ from typing import Any
 import numpy as np
 
 from switchworks.batch import Batch
+from switchworks.config import DataError
 from switchworks.data.config import DataConfig
-from switchworks.data.rows.mixture import Mixture, naming_corpus, rates
-from switchworks.data.rows.pipeline import Pipeline, validation_batches
+from switchworks.data.rows.mixture import Mixture, corpus_mixture, naming_corpus, rates
+from switchworks.data.rows.pipeline import (
+    VALIDATION_SEED,
+    Pipeline,
+    RunRows,
+    validation_batches,
+)
 from switchworks.data.sources.text_source import TextSource
 from switchworks.data.tokens.coverage import (
     Coverage,
@@ -43,15 +49,6 @@ class ValidationSet:
         tokens, size = self.sizes[name]
         return nats * tokens / max(1.0, size) / math.log(2)
 
-    @classmethod
-    def of_batches(
-        cls, batches: Mapping[str, list[Batch]], shares: Mapping[str, float], tokenizer: Tokenizer
-    ) -> "ValidationSet":
-        """With the sizes counted in the batches."""
-        lengths = byte_lengths(tokenizer)
-        sizes = {name: tokens_and_bytes(part, lengths) for name, part in batches.items()}
-        return cls(batches, shares, sizes)
-
 
 @dataclass(frozen=True)
 class TextDataset:
@@ -76,7 +73,7 @@ class TextDataset:
     @property
     def train_tokens(self) -> int:
         """Tokens to train on, of all corpora together."""
-        return sum(part.train.num_tokens for part in self.parts.values())
+        return sum(store.num_tokens for store in self._stores("train").values())
 
     @property
     def digest(self) -> str:
@@ -85,9 +82,7 @@ class TextDataset:
         Equal wherever the same text was made the same tokens, whatever its files are called.
         """
         stores = {
-            name: [
-                None if store is None else store.digest for store in (part.train, part.validation)
-            ]
+            name: [store and store.digest for store in (part.train, part.validation)]
             for name, part in self.parts.items()
         }
         text = json.dumps([self.tokenizer.fingerprint, stores])
@@ -116,36 +111,46 @@ class TextDataset:
     def training(
         self, *, batch_size: int, seed: int, rank: int = 0, world: int = 1
     ) -> Pipeline | Mixture:
-        """The batches to train on. Raises what `Pipeline` and `Mixture` raise."""
-        stores = {name: part.train for name, part in self.parts.items()}
-        run = {"batch_size": batch_size, "seed": seed, "rank": rank, "world": world}
-        if not self.config.is_mixture:
-            return Pipeline(self.config, stores[""], self.tokenizer, **run)
-        weights = np.array(list(self.rates.values()))
-        return Mixture(self.config, stores, self.tokenizer, weights, **run)
+        """The batches to train on. Raises ConfigError for ranks and lengths that cannot work,
+        DataError for text that does not fill a row, naming the corpus."""
+        run = RunRows(batch_size=batch_size, seed=seed, rank=rank, world=world)
+        return self._stream(self._stores("train"), run)
 
     def held_out(
         self, *, batch_size: int, batches: int, rank: int = 0, world: int = 1
     ) -> ValidationSet:
         """At most `batches` validation batches, equally many of each corpus and at least one.
 
-        In the mean of the corpora's losses each weighs as much as it gives rows to train on, so
-        that it is the loss that training minimises. Raises what `validation_batches` raises.
+        In the mean of the corpora's losses each weighs as much as it gives rows (examples of tasks)
+        to train on, so that it is the loss that training minimises. Raises what `training` raises.
         """
-        each = -(-batches // len(self.parts))
-        by_corpus: dict[str, list[Batch]] = {}
-        for name, part in self.parts.items():
+        run = RunRows(batch_size=batch_size, seed=VALIDATION_SEED, rank=rank, world=world)
+        stores = self._stores("validation")
+        limit, lengths = -(-batches // len(stores)), byte_lengths(self.tokenizer)
+        by_corpus = {}
+        for name, store in stores.items():
             with naming_corpus(name):
-                by_corpus[name] = validation_batches(
-                    self.config,
-                    part.validation,
-                    self.tokenizer,
-                    batch_size=batch_size,
-                    batches=each,
-                    rank=rank,
-                    world=world,
-                )
-        return ValidationSet.of_batches(by_corpus, self.rates, self.tokenizer)
+                by_corpus[name] = validation_batches(self._held_out(name, store, run), limit)
+        total = sum(self.rates[name] for name in stores)
+        shares = {name: self.rates[name] / total for name in stores}
+        sizes = {name: tokens_and_bytes(part, lengths) for name, part in by_corpus.items()}
+        return ValidationSet(by_corpus, shares, sizes)
+
+    def _stores(self, split: str) -> dict[str, Any]:
+        """The stores of a split by the names of the corpora."""
+        return {name: getattr(part, split) for name, part in self.parts.items()}
+
+    def _stream(self, stores: Mapping[str, Any], run: RunRows) -> Pipeline | Mixture:
+        if not self.config.is_mixture:
+            return Pipeline(self.config, stores[""], self.tokenizer, run)
+        weights = np.array(list(self.rates.values()))
+        return corpus_mixture(self.config, stores, self.tokenizer, weights, run)
+
+    def _held_out(self, name: str, store: Any, run: RunRows) -> Pipeline | Mixture:
+        try:
+            return Pipeline(self.config, store, self.tokenizer, run)
+        except DataError as error:
+            raise DataError(f"Held-out text: {error}\n  Or raise data.validation_share.") from error
 
     def coverage(self) -> dict[str, Coverage]:
         """The tokenizer's coverage of each corpus of a mixture by languages."""
@@ -175,6 +180,4 @@ class TextDataset:
 
     def __str__(self) -> str:
         """The stores of each corpus, or which of its shards are still missing."""
-        return "\n".join(
-            f"{name}: {part}" if name else f"{part}" for name, part in self.parts.items()
-        )
+        return "\n".join(f"{name}: {part}".removeprefix(": ") for name, part in self.parts.items())

@@ -1,22 +1,21 @@
 """Opens the dataset that the settings describe: one corpus, a mixture, languages or tasks."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import cast
 
 from switchworks.config import DataError
-from switchworks.data.config import DataConfig
+from switchworks.data.config import DataConfig, cache_folder
 from switchworks.data.dataset import TextDataset
 from switchworks.data.rows.mixture import naming_corpus, rates
-from switchworks.data.rows.pipeline import Pipeline
+from switchworks.data.rows.pipeline import Pipeline, RunRows
 from switchworks.data.sources import open_source, source_class
-from switchworks.data.sources.per_language import names_languages, unusable
-from switchworks.data.sources.text_source import TextSource
+from switchworks.data.sources.text_source import TextSource, names_languages, unusable
 from switchworks.data.tasks.dataset import PreparedTask, TaskDataset, places_of, tasks_of
 from switchworks.data.tasks.store import Counts, examples_of, open_task
 from switchworks.data.tasks.user_tasks import task_fingerprint
-from switchworks.data.tokens.prepare import PreparedCorpus, cache_folder, prepare
+from switchworks.data.tokens.prepare import PreparedCorpus, prepare
 from switchworks.data.tokens.tokenizer import load_tokenizer
 from switchworks.data.tokens.train import interleave, trained_tokenizer
 
@@ -90,7 +89,7 @@ def _long_enough(
 def _fills_rows(config: DataConfig, name: str, part: PreparedCorpus) -> bool:
     for store in (part.train, part.validation):
         try:
-            Pipeline(config, store, part.tokenizer, batch_size=1, seed=0)
+            Pipeline(config, store, part.tokenizer, RunRows(batch_size=1, seed=0))
         except DataError as error:
             reason = str(error).partition("\n")[0]
             if names_languages(config):
@@ -115,21 +114,8 @@ def _train_on_mixture(
     known = [max(1, size) for size in sizes if size is not None]
     shares = rates(known if len(known) == len(sizes) else [1] * len(sizes), config.mixture_exponent)
     fingerprints = [source.fingerprint() for source in sources], config.mixture_exponent
-    return _trained(config, repr(fingerprints), interleave(sources, shares), vocab_size, quiet)
-
-
-def _trained(
-    config: DataConfig, fingerprint: str, documents: Iterable[str], vocab_size: int, quiet: bool
-) -> str:
-    folder = trained_tokenizer(
-        cache_folder(config),
-        fingerprint,
-        documents,
-        vocab_size,
-        quiet,
-        coverage=config.character_coverage,
-    )
-    return str(folder)
+    texts = interleave(sources, shares)
+    return trained_tokenizer(config, repr(fingerprints), texts, vocab_size, quiet)
 
 
 def _open_tasks(config: DataConfig, vocab_size: int, quiet: bool) -> TaskDataset:
@@ -143,7 +129,7 @@ def _open_tasks(config: DataConfig, vocab_size: int, quiet: bool) -> TaskDataset
             for task in training
             for example in examples_of(task, "train", places, Counts())
         )
-        path = _trained(config, fingerprint, texts, vocab_size, quiet)
+        path = trained_tokenizer(config, fingerprint, texts, vocab_size, quiet)
     tokenizer = load_tokenizer(path)
     parts: dict[str, PreparedTask] = {}
     for task in tasks:

@@ -11,7 +11,7 @@ from functools import partial, wraps
 from pathlib import Path
 
 from switchworks.config import ConfigError
-from switchworks.recipes import c4, finetune, mt5, multilingual, quickstart, tiny
+from switchworks.recipes import c4, finetune, multilingual, quickstart, tiny
 from switchworks.recipes.finetune import text_of as text_of
 from switchworks.recipes.sizes import FAMILIES as FAMILIES
 from switchworks.recipes.sizes import MT5, SIZES
@@ -36,18 +36,7 @@ GROUPS: dict[str, tuple[Recipe, ...]] = {
         multilingual.multilingual,
         multilingual.multilingual_dense,
     ),
-    "The paper's models on C4": (
-        c4.c4_t5_base,
-        c4.c4_base_8,
-        c4.c4_base_16,
-        c4.c4_base_32,
-        c4.c4_base_64,
-        c4.c4_base_128,
-        c4.c4_base_256,
-        c4.c4_large_128,
-        c4.c4_xxl_128,
-        c4.c4_switch_c,
-    ),
+    "The paper's models on C4": c4.RECIPES,
 }
 """What `switchworks recipes` lists, under these headings."""
 
@@ -65,7 +54,7 @@ def find_recipe(name: str) -> Recipe:
         return RECIPES[name]
     size = name.replace("-", "_")
     if size in SIZES:
-        return partial(mt5.on_own_text if size in MT5 else c4.on_c4, size, SIZES[size])
+        return partial(c4.on_own_text if size in MT5 else c4.on_c4, size, SIZES[size])
     module, _, function = name.partition(":")
     if not function:
         raise ConfigError(

@@ -15,7 +15,7 @@ from switchworks.cli.main import main
 from switchworks.config import ConfigError, DataError
 from switchworks.data.config import DataConfig
 from switchworks.data.rows.causal import causal_row
-from switchworks.data.rows.pipeline import Pipeline, validation_batches
+from switchworks.data.rows.pipeline import VALIDATION_SEED, Pipeline, RunRows, validation_batches
 from switchworks.data.tokens.prepare import prepare
 from switchworks.data.tokens.tokenizer import load_tokenizer
 from switchworks.generate.texts import continuation
@@ -76,7 +76,7 @@ def data(documents, tmp_path_factory) -> DataConfig:
 
 def pipeline_of(data: DataConfig) -> Pipeline:
     prepared = prepare(data, vocab_size=384, quiet=True)
-    return Pipeline(data, prepared.train, prepared.tokenizer, batch_size=2, seed=0)
+    return Pipeline(data, prepared.train, prepared.tokenizer, RunRows(batch_size=2, seed=0))
 
 
 def test_rows_are_full_and_all_of_them_is_target(data):
@@ -121,8 +121,9 @@ def test_only_what_eos_pushes_out_is_left_out(data):
 
 def test_validation_rows_are_causal_and_never_change(data):
     prepared = prepare(data, vocab_size=384, quiet=True)
+    run = RunRows(batch_size=2, seed=VALIDATION_SEED)
     first, again = (
-        validation_batches(data, prepared.train, prepared.tokenizer, batch_size=2, batches=2)
+        validation_batches(Pipeline(data, prepared.train, prepared.tokenizer, run), 2)
         for _ in range(2)
     )
     assert [torch.equal(a.targets, b.targets) for a, b in zip(first, again, strict=True)] == [

@@ -26,8 +26,14 @@ from switchworks.cli.main import main
 from switchworks.config import ConfigError, DataError, from_toml
 from switchworks.data.config import DataConfig
 from switchworks.data.open import open_dataset
-from switchworks.data.rows.mixture import BLOCK_ROWS, Mixture, MixtureSchedule, rates
-from switchworks.data.rows.pipeline import Pipeline, validation_batches
+from switchworks.data.rows.mixture import (
+    BLOCK_ROWS,
+    Mixture,
+    MixtureSchedule,
+    corpus_mixture,
+    rates,
+)
+from switchworks.data.rows.pipeline import VALIDATION_SEED, Pipeline, RunRows, validation_batches
 from switchworks.data.rows.span_corruption import raw_length
 from switchworks.data.sources.files import Files
 from switchworks.data.tokens.train import interleave
@@ -54,23 +60,6 @@ def test_a_cap_makes_all_larger_corpora_equal() -> None:
     """T5's mixtures: rate = min(size, cap) ** (1 / temperature)."""
     np.testing.assert_allclose(rates([16, 81, 10_000], 0.5, cap=81), np.array([4, 9, 9]) / 22)
     np.testing.assert_allclose(rates([16, 81, 10_000], 0.0, cap=1), [1 / 3] * 3)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "more", "said"),
-    [
-        ([], {}, "no corpora"),
-        ([3, 0], {}, "Corpus 1 .* the size 0"),
-        ([-2.0, 3.0], {}, "Corpus 0 .* the size -2"),
-        ([1.0, float("nan")], {}, "Corpus 1 .* nan"),
-        ([1, 2], {"exponent": 1.5}, r"mixture_exponent = 1\.5"),
-        ([1, 2], {"exponent": -0.1}, r"mixture_exponent = -0\.1"),
-        ([1, 2], {"cap": 0}, "mixture_cap = 0"),
-    ],
-)
-def test_sizes_and_settings_that_give_no_rates_are_refused(sizes, more, said) -> None:
-    with pytest.raises((ConfigError, DataError), match=said):
-        rates(sizes, **more)
 
 
 SHARES = np.array([0.41, 0.3, 0.2, 0.07, 0.02])
@@ -149,6 +138,7 @@ STORES = {
     "gd": Shifted(70, 20_000),
 }
 NAMES = list(STORES)
+RUN = RunRows(batch_size=8, seed=0)
 RATES = np.array([0.5, 0.3, 0.2])
 ALL = pytest.mark.parametrize(
     "config", [CONFIG, DOCUMENTS, CAUSAL], ids=["stream", "documents", "causal"]
@@ -158,7 +148,8 @@ ALL = pytest.mark.parametrize(
 def _mixture(
     config: DataConfig = CONFIG, *, seed: int = 0, rank: int = 0, world: int = 1
 ) -> Mixture:
-    return Mixture(config, STORES, Ids(), RATES, batch_size=8, seed=seed, rank=rank, world=world)
+    run = RunRows(batch_size=8, seed=seed, rank=rank, world=world)
+    return corpus_mixture(config, STORES, Ids(), RATES, run)
 
 
 @ALL
@@ -222,14 +213,12 @@ def test_a_corpus_has_its_own_order_and_masks_whatever_stands_beside_it() -> Non
     def part(name: str, *before: str) -> Pipeline:
         stores = dict.fromkeys([*before, name], store)
         shares = np.full(len(stores), 1 / len(stores))
-        return Mixture(CONFIG, stores, Ids(), shares, batch_size=8, seed=0).parts[name]
+        return corpus_mixture(CONFIG, stores, Ids(), shares, RUN).parts[name]
 
     _assert_equal(part("de").rows([0, 1]), part("de", "en", "fr").rows([0, 1]))
     assert not torch.equal(part("de").rows([0]).inputs, part("en").rows([0]).inputs)
     one_window = MemoryStore(34)
-    twins = Mixture(
-        CONFIG, {"a": one_window, "b": one_window}, Ids(), np.full(2, 0.5), batch_size=8, seed=0
-    )
+    twins = corpus_mixture(CONFIG, {"a": one_window, "b": one_window}, Ids(), np.full(2, 0.5), RUN)
     masks = [part.rows(range(6)).targets for part in twins.parts.values()]
     assert not torch.equal(*masks)
 
@@ -288,7 +277,7 @@ def test_mixtures_that_cannot_work_are_refused_with_the_rule(settings, said) -> 
 def test_a_corpus_under_one_row_is_refused_by_its_name() -> None:
     stores = {"en": MemoryStore(3000), "gd": MemoryStore(33)}
     with pytest.raises(DataError, match="Corpus 'gd': The corpus has 33 tokens; one row"):
-        Mixture(CONFIG, stores, Ids(), np.full(2, 0.5), batch_size=8, seed=0)
+        corpus_mixture(CONFIG, stores, Ids(), np.full(2, 0.5), RUN)
 
 
 @pytest.fixture(scope="module")
@@ -400,9 +389,9 @@ def test_held_out_batches_are_shared_out_over_the_corpora(config) -> None:
     for asked, each in ((1, 1), (4, 2), (5, 3)):
         held_out = corpora.held_out(batch_size=2, batches=asked)
         assert [len(batches) for batches in held_out.batches.values()] == [each, each]
-    alone = validation_batches(
-        config, corpora.parts["qq"].validation, corpora.tokenizer, batch_size=2, batches=3
-    )
+    run = RunRows(batch_size=2, seed=VALIDATION_SEED)
+    text = corpora.parts["qq"].validation
+    alone = validation_batches(Pipeline(config, text, corpora.tokenizer, run), 3)
     for left, right in zip(held_out.batches["qq"], alone, strict=True):
         _assert_equal(left, right)
 

@@ -22,7 +22,8 @@ from switchworks.config import ConfigError, DataError
 from switchworks.data.config import DataConfig
 from switchworks.data.dataset import ValidationSet
 from switchworks.data.open import open_dataset
-from switchworks.data.rows.mixture import BLOCK_ROWS, Mixture, rates
+from switchworks.data.rows.mixture import BLOCK_ROWS, corpus_mixture, rates
+from switchworks.data.rows.pipeline import RunRows
 from switchworks.data.sources import open_source, source_class
 from switchworks.evaluate.perplexity import evaluate_run
 from switchworks.recipes.multilingual import multilingual
@@ -261,7 +262,9 @@ def test_realised_rates_of_107_tasks_of_very_different_size_follow_the_formula()
         f"task{k}": Shifted(int(n) * 24, 10_000_000 * (k + 1)) for k, n in enumerate(rows.tolist())
     }
     formula = rows**0.3 / (rows**0.3).sum()
-    mixture = Mixture(CONFIG, stores, Ids(), rates(rows.tolist()), batch_size=64, seed=3)
+    mixture = corpus_mixture(
+        CONFIG, stores, Ids(), rates(rows.tolist()), RunRows(batch_size=64, seed=3)
+    )
     seen = np.zeros(107)
     for step in range(40):
         inputs = mixture.batch(step).inputs

@@ -13,14 +13,14 @@ from switchworks.config import ConfigError, DataError
 from switchworks.data.config import DataConfig
 from switchworks.data.sources import open_source
 from switchworks.data.sources.reading import MAX_DOCUMENT_CHARACTERS
-from switchworks.data.sources.text_source import Report, is_validation
+from switchworks.data.sources.text_source import is_validation
 
 TEXTS = [f"document {n} says hello \u00e9" for n in range(10)]
 
 
-def read(path, *, shard=0, num_shards=1, report=None, cache, **settings) -> list[str]:
+def read(path, *, shard=0, num_shards=1, cache, **settings) -> list[str]:
     config = DataConfig(path=str(path), **settings)
-    return list(open_source(config, cache).documents(shard, num_shards, report=report))
+    return list(open_source(config, cache).documents(shard, num_shards))
 
 
 @pytest.fixture
@@ -124,39 +124,25 @@ def test_the_first_documents_are_the_same_however_many_share_them_out(tmp_path, 
     few, all_of_them = (DataConfig(path=str(tmp_path), documents=most) for most in (3, None))
     known = {open_source(config, cache).fingerprint() for config in (few, all_of_them)}
     assert len(known) == 2
-    with pytest.raises(ConfigError, match="leaves no text"):
+    with pytest.raises(ConfigError, match=r"data\.documents = 0 must be at least 1"):
         DataConfig(documents=0)
 
 
-def test_bad_lines_are_counted_and_the_first_are_named(tmp_path, cache):
+def test_bad_lines_are_counted_and_the_first_is_named(tmp_path, cache, caplog):
     lines = b'{"text": "good"}\nnot json\n[1]\n{"other": "x"}\n{"text": 3}\n\n{"text": "last"}\n'
-    path, report = write(tmp_path / "a.jsonl", lines), Report()
-    assert read(path, report=report, cache=cache) == ["good", "last"]
-    assert report.bad_lines == {
-        "not JSON": 1,
-        "not an object": 1,
-        "no key 'text'": 1,
-        "'text' is not a string": 1,
-    }
-    assert report.examples[0] == f"{path}:2 (not JSON)"
+    path = write(tmp_path / "a.jsonl", lines)
+    assert read(path, cache=cache) == ["good", "last"]
+    assert (
+        "4 lines were left out: 1 not JSON, 1 not an object, 1 no key 'text', "
+        f"1 'text' is not a string. First: {path}:2 (not JSON)"
+    ) in caplog.text
 
 
-def test_bad_lines_are_logged(tmp_path, caplog, cache):
-    report = Report()
-    path = write(tmp_path / "a.jsonl", b'{"text": "good"}\nnot json\n')
-    read(path, report=report, cache=cache)
-    report.log()
-    assert f"1 lines were left out: 1 not JSON. First: {path}:2 (not JSON)" in caplog.text
-
-
-def test_bad_lines_are_counted_once_however_many_shards_read_them(tmp_path, cache):
+def test_bad_lines_are_logged_once_however_many_shards_read_them(tmp_path, cache, caplog):
     path = write(tmp_path / "a.jsonl", jsonl() + b"not json\n")
-    total = Report()
     for shard in range(3):
-        report = Report()
-        read(path, shard=shard, num_shards=3, report=report, cache=cache)
-        total.merge(report)
-    assert total.num_bad_lines == 1
+        read(path, shard=shard, num_shards=3, cache=cache)
+    assert caplog.text.count("lines were left out") == 1
 
 
 def test_only_bad_lines_is_an_error_that_lists_the_keys(tmp_path, cache):

@@ -15,8 +15,17 @@ from switchworks.batch import Batch
 from switchworks.config import ConfigError, DataError
 from switchworks.data.config import DataConfig
 from switchworks.data.open import open_dataset
+from switchworks.data.rows.mixture import Mixture
+from switchworks.data.rows.pipeline import RunRows
 from switchworks.data.tasks import Places, find_tasks
-from switchworks.data.tasks.rows import OPEN_ROWS, TaskMixture, TaskRows, plan_rows, row_rates
+from switchworks.data.tasks.rows import (
+    OPEN_ROWS,
+    TaskRows,
+    plan_rows,
+    row_rates,
+    task_mixture,
+    task_rates,
+)
 from switchworks.data.tasks.store import open_task
 from switchworks.data.tokens.tokenizer import ByteTokenizer
 
@@ -169,8 +178,8 @@ def test_a_batch_follows_from_seed_step_rank_and_world(tmp_path):
     }
     where = {"batch_size": 8, "seed": 1}
 
-    def mixture(**more) -> TaskMixture:
-        return TaskMixture(settings(tmp_path), stores, EOS, **where, **more)
+    def mixture(**more) -> Mixture:
+        return task_mixture(settings(tmp_path), stores, EOS, RunRows(**where, **more))
 
     whole = mixture()
     for step in (0, 5, 1000):
@@ -183,7 +192,7 @@ def test_a_batch_follows_from_seed_step_rank_and_world(tmp_path):
     assert not torch.equal(whole.batch(0).inputs, whole.batch(1).inputs)
 
 
-def drawn(mixture: TaskMixture, steps: range) -> Counter:
+def drawn(mixture: Mixture, steps: range) -> Counter:
     """How many examples of each task, known by its first letter, the batches of `steps` hold."""
     found: Counter = Counter()
     for step in steps:
@@ -217,8 +226,10 @@ def test_realised_rates_are_the_configured_ones_also_after_resuming(
         for name, rows, length in entries
     }
     config = settings(tmp_path, task_packing=packing, **more)
-    first, again = (TaskMixture(config, stores, EOS, batch_size=16, seed=2) for _ in range(2))
-    assert first.shares.tolist() == pytest.approx(shares)
+    first, again = (
+        task_mixture(config, stores, EOS, RunRows(batch_size=16, seed=2)) for _ in range(2)
+    )
+    assert task_rates(config, list(first.parts.values())).tolist() == pytest.approx(shares)
     found = drawn(first, range(25)) + drawn(again, range(25, 60))
     total = sum(found.values())
     for (name, *_), share in zip(entries, shares, strict=True):
@@ -232,10 +243,11 @@ def test_rates_by_tokens_give_tasks_their_share_of_the_tokens(tmp_path):
         for name, length in (("aaa", 5), ("bbb", 20))
     }
     config = settings(tmp_path, task_rates="tokens", task_temperature=2.0)
-    mixture = TaskMixture(config, stores, EOS, batch_size=16, seed=2)
-    sizes = [part.lengths.sum() for part in mixture.tasks.values()]
+    mixture = task_mixture(config, stores, EOS, RunRows(batch_size=16, seed=2))
+    sizes = [part.lengths.sum() for part in mixture.parts.values()]
+    shares = task_rates(config, list(mixture.parts.values()))
     roots = np.sqrt(sizes)
-    assert mixture.shares.tolist() == pytest.approx((roots / roots.sum()).tolist())
+    assert shares.tolist() == pytest.approx((roots / roots.sum()).tolist())
     tokens: Counter = Counter()
     for step in range(60):
         batch = mixture.batch(step)
@@ -243,7 +255,7 @@ def test_rates_by_tokens_give_tasks_their_share_of_the_tokens(tmp_path):
         for first, length in zip(batch.inputs[:, 0].tolist(), lengths.tolist(), strict=True):
             tokens[chr(first - 3)] += length
     share = tokens["a"] / sum(tokens.values())
-    assert share == pytest.approx(mixture.shares[0], abs=0.01)
+    assert share == pytest.approx(shares[0], abs=0.01)
 
 
 def test_without_cap_and_temperature_examples_and_tokens_are_the_same_mixture(tmp_path):
@@ -254,9 +266,9 @@ def test_without_cap_and_temperature_examples_and_tokens_are_the_same_mixture(tm
     weights = []
     for by in ("examples", "tokens"):
         config = settings(tmp_path, task_rates=by)
-        mixture = TaskMixture(config, stores, EOS, batch_size=4, seed=0)
-        parts = list(mixture.tasks.values())
-        weights.append(row_rates(config, mixture.shares, parts))
+        mixture = task_mixture(config, stores, EOS, RunRows(batch_size=4, seed=0))
+        parts = list(mixture.parts.values())
+        weights.append(row_rates(config, task_rates(config, parts), parts))
     assert weights[0] == pytest.approx(weights[1])
 
 
@@ -290,8 +302,8 @@ def test_a_tokenizer_trained_here_learns_from_the_tasks(tmp_path):
     ("more", "problem"),
     [
         ({"tasks": ("glue_rte",), "mixture": ("a=b",)}, "both say what to train on"),
-        ({"task_temperature": 0.5}, "task_temperature = 0.5 is below 1"),
-        ({"task_cap": 0}, "leaves no task an example"),
+        ({"task_temperature": 0.5}, "task_temperature = 0.5 must be at least 1"),
+        ({"task_cap": 0}, "task_cap = 0 must be at least 1"),
         (
             {"tasks": ("glue_rte",), "objective": "causal", "input_length": 0},
             "leaves no room for the inputs of data.tasks",

@@ -12,8 +12,8 @@ import pytest
 
 from switchworks.config import ConfigError, DataError
 from switchworks.data.tasks import TASK_GROUPS, TASKS, UNKNOWN, Example, Places, Task, find_tasks
-from switchworks.data.tasks.docstrings import split_docstring, split_of
 from switchworks.data.tasks.store import open_task
+from switchworks.data.tasks.summaries import split_docstring, split_of
 from switchworks.data.tasks.translation import language_name
 from switchworks.data.tokens.tokenizer import ByteTokenizer
 from switchworks.evaluate.tasks import build_eval_set
@@ -342,9 +342,9 @@ def test_some_examples_of_multirc_are_whole_questions(tmp_path):
 @pytest.mark.parametrize(
     ("made", "problem"),
     [
-        (Example(inputs="q", target=3), "target = 3 is no text"),
-        (Example(inputs=None, target="a"), "inputs = None is no text"),
-        (Example(inputs="q", target="a", references=("a", None)), "references holds None"),
+        (Example(inputs="q", target=3), "target: 3 is no text"),
+        (Example(inputs=None, target="a"), "inputs: None is no text"),
+        (Example(inputs="q", target="a", references=("a", None)), "references: None"),
     ],
 )
 def test_what_is_no_text_is_refused_with_its_record(made, problem, tmp_path):

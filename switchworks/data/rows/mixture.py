@@ -16,24 +16,25 @@ the block, and the order of all times is the order of the rows. So
 Letters: K corpora, N rows of a block.
 """
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 
 from switchworks.batch import Batch
-from switchworks.config import ConfigError, DataError
-from switchworks.data.config import DataConfig, check_rates
+from switchworks.config import DataError
+from switchworks.data.config import DataConfig
 from switchworks.data.rows.pipeline import (
+    BatchStream,
     Pipeline,
+    RunRows,
     SpecialIds,
     TokenStream,
-    check_ranks,
-    prefetched,
-    rows_of_step,
+    stream_seed,
 )
 
 BLOCK_ROWS = 1 << 16
@@ -45,20 +46,8 @@ _SCHEDULE, _CORPUS = 3, 4  # the purpose of a random stream, part of its seed; p
 def rates(
     sizes: Sequence[int | float], exponent: float = 0.3, cap: int | float | None = None
 ) -> Float[np.ndarray, " K"]:
-    """The share of the rows of each corpus: min(size, cap) ** exponent, normalised to sum to 1.
-
-    Raises ConfigError for an exponent outside [0, 1], a cap that is not positive or no sizes,
-    DataError for a size that is not positive.
-    """
-    check_rates(exponent, cap)
-    if not len(sizes):
-        raise ConfigError("A mixture of no corpora has no rates. Name one at least.")
+    """The share of the rows of each corpus: min(size, cap) ** exponent, normalised to sum to 1."""
     known = np.asarray(sizes, dtype=np.float64)
-    for index in np.flatnonzero(~((known > 0) & np.isfinite(known))):
-        raise DataError(
-            f"Corpus {index} of the mixture has the size {known[index]:g}.\n"
-            "  A size is a positive number; leave out corpora without text."
-        )
     weights = np.minimum(known, np.inf if cap is None else cap) ** exponent
     return weights / weights.sum()
 
@@ -118,39 +107,39 @@ def _counts(rates: Float[np.ndarray, " K"], block_rows: int) -> Int[np.ndarray, 
     return counts
 
 
-class Mixture:
-    """The batches of a run over several corpora, as seen by one rank.
+@runtime_checkable
+class NumberedRows(Protocol):
+    """The rows of one corpus or task, of which an epoch has `windows`."""
 
-    As of a `Pipeline`, a batch is a function of (seed, step, rank, world). `parts` has the pipeline
-    of each corpus by its name.
-    """
+    @property
+    def windows(self) -> int: ...
+
+    def rows(self, rows: Sequence[int]) -> Batch:
+        """The rows of the corpus with these numbers."""
+        ...
+
+
+class Mixture(BatchStream):
+    """The batches of a run over several corpora or tasks, `parts` by their names."""
 
     def __init__(
         self,
-        config: DataConfig,
-        stores: Mapping[str, TokenStream],
-        tokenizer: SpecialIds,
+        parts: Mapping[str, NumberedRows],
         rates: Float[np.ndarray, " K"],
-        *,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
+        run: RunRows,
+        prefetch: int,
     ) -> None:
-        """`rates` are in the order of `stores`. Raises what `Pipeline` does, naming the corpus."""
-        check_ranks(batch_size, seed, rank, world)
-        self.config = config
-        self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
-        self.parts = {
-            name: _part(name, config, store, tokenizer, seed) for name, store in stores.items()
-        }
-        self.schedule = MixtureSchedule(rates, seed=seed)
+        """`rates` are the shares of the rows, in the order of `parts`."""
+        self.parts, self.run, self.prefetch = parts, run, prefetch
+        self.schedule = MixtureSchedule(rates, seed=run.seed)
 
-    def batch(self, step: int) -> Batch:
-        """This rank's rows of the batch at `step`, counted from 0."""
+    @property
+    def windows(self) -> int:  # type: ignore[override]
+        return sum(part.windows for part in self.parts.values())
+
+    def rows(self, rows: Sequence[int]) -> Batch:
         positions: dict[int, list[int]] = {}  # by corpus, of its rows in the batch
         numbers: dict[int, list[int]] = {}  # and of the same rows among the corpus's own
-        rows = rows_of_step(step, self.batch_size, self.rank, self.world)
         for position, row in enumerate(rows):
             corpus, number = self.schedule.locate(row)
             positions.setdefault(corpus, []).append(position)
@@ -159,26 +148,30 @@ class Mixture:
         by_corpus = Batch.join([parts[corpus].rows(ids) for corpus, ids in numbers.items()])
         return by_corpus.take(torch.tensor(list(chain(*positions.values()))).argsort())
 
-    def batches(self, start_step: int = 0) -> Generator[Batch, None, None]:
-        """batch(start_step), batch(start_step + 1), ... without end, prefetched."""
-        return prefetched(self.batch, start_step, self.config.prefetch)
-
     def epochs(self, step: int) -> dict[str, float]:
         """How many times each corpus has been read when `step` begins."""
-        rows = self.schedule.counts_before(step * self.batch_size)
+        rows = self.schedule.counts_before(step * self.run.batch_size)
         return {
             name: int(count) / part.windows
             for (name, part), count in zip(self.parts.items(), rows, strict=True)
         }
 
 
-def _part(
-    name: str, config: DataConfig, store: TokenStream, tokenizer: SpecialIds, seed: int
-) -> Pipeline:
-    """The pipeline of one corpus. Its order and masks depend on its name, not on its index."""
-    part_seed = np.random.SeedSequence([seed, _CORPUS, *name.encode()]).generate_state(1)[0]
-    with naming_corpus(name):
-        return Pipeline(config, store, tokenizer, batch_size=1, seed=int(part_seed))
+def corpus_mixture(
+    config: DataConfig,
+    stores: Mapping[str, TokenStream],
+    tokenizer: SpecialIds,
+    rates: Float[np.ndarray, " K"],
+    run: RunRows,
+) -> Mixture:
+    """Corpora mixed by `rates`, in the order of `stores`. Raises what `Pipeline` does, naming the
+    corpus. The order and the masks of a corpus depend on its name, not on its index."""
+    parts: dict[str, Pipeline] = {}
+    for name, store in stores.items():
+        seed = stream_seed(run.seed, _CORPUS, *name.encode())
+        with naming_corpus(name):
+            parts[name] = Pipeline(config, store, tokenizer, RunRows(batch_size=1, seed=seed))
+    return Mixture(parts, rates, run, config.prefetch)
 
 
 @contextmanager

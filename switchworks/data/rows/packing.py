@@ -8,11 +8,13 @@ Letters: R rows, L input positions, T target positions.
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from jaxtyping import Int
 
+from switchworks.batch import Batch
 from switchworks.config import DataError
 from switchworks.data.rows.span_corruption import SpanCorruption
 
@@ -54,6 +56,14 @@ def pack(
             packed.target_segments[row, t : t + len(targets)] = segment
             i, t = i + len(inputs), t + len(targets)
     return packed
+
+
+def to_batch(rows: Sequence[Packed], *, segments: bool = True) -> Batch:
+    """The rows in one batch; without segment ids every row has to be one example."""
+    arrays = Packed(*(np.concatenate(part) for part in zip(*rows, strict=True)))._asdict()
+    names = [name for name in arrays if segments or not name.endswith("segments")]
+    tensors: dict[str, Any] = {name: torch.from_numpy(arrays[name]) for name in names}
+    return Batch(**tensors)
 
 
 def _first_fit(

@@ -13,8 +13,10 @@ Letters: B rows of this rank, L input positions, T target positions, N tokens of
 
 import logging
 import sys
+from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from itertools import chain, count
 from typing import Protocol, runtime_checkable
 
@@ -26,7 +28,7 @@ from switchworks.batch import Batch
 from switchworks.config import ConfigError, DataError
 from switchworks.data.config import DataConfig
 from switchworks.data.rows.causal import causal_row
-from switchworks.data.rows.packing import SHORTEST_PIECE, Packed, cut_into_pieces, pack
+from switchworks.data.rows.packing import SHORTEST_PIECE, Packed, cut_into_pieces, pack, to_batch
 from switchworks.data.rows.span_corruption import SpanCorruption, corrupt, corrupt_rows, raw_length
 
 # grain warns on import when JAX, which it can do without, is not installed.
@@ -67,33 +69,84 @@ class SpecialIds(Protocol):
     def sentinel(self, index: int) -> int: ...
 
 
-class Pipeline:
-    """The batches of one run, or of its validation, as seen by one rank.
+@dataclass(frozen=True, kw_only=True)
+class RunRows:
+    """Which rows of a run this rank makes. `batch_size` is that of all `world` ranks together.
 
-    `raw_length` is the number of tokens a row consumes; `windows` the number of rows in an epoch.
-    `left_out` is the share of tokens that packing="documents" or, to make room for EOS, the
-    causal objective leaves out of rows, estimated on windows spread evenly over the corpus.
+    Raises ConfigError for a negative seed, a rank outside 0 .. world - 1, or a batch that does not
+    divide over the ranks.
+    """
+
+    batch_size: int
+    seed: int
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ConfigError(f"seed = {self.seed} is negative. Use 0 or more.")
+        if not 0 <= self.rank < self.world:
+            raise ConfigError(
+                f"rank = {self.rank} is not one of the {self.world} ranks from 0 to "
+                f"{self.world - 1}."
+            )
+        if self.batch_size < 1 or self.batch_size % self.world:
+            raise ConfigError(
+                f"A batch of {self.batch_size} rows does not divide over {self.world} ranks.\n"
+                f"  Use a multiple of {self.world} rows."
+            )
+
+
+class BatchStream(ABC):
+    """The batches of a run or of its validation as seen by one rank, made of numbered rows."""
+
+    run: RunRows
+    prefetch: int
+    """Batches that `batches` makes ahead of the one that is asked for."""
+    windows: int
+    """How many rows an epoch has, of all corpora together."""
+
+    @abstractmethod
+    def rows(self, rows: Sequence[int]) -> Batch:
+        """The rows of the run with these numbers, of any steps."""
+
+    def batch(self, step: int) -> Batch:
+        """This rank's rows of the batch at `step`, counted from 0."""
+        run = self.run
+        return self.rows(rows_of_step(step, run.batch_size, run.rank, run.world))
+
+    def batches(self, start_step: int = 0) -> Generator[Batch, None, None]:
+        """batch(start_step), batch(start_step + 1), ... without end.
+
+        A thread makes them up to `prefetch` ahead, in order; closing the iterator ends the thread.
+        """
+        if self.prefetch == 0:
+            yield from map(self.batch, count(start_step))
+            return
+        steps = grain.MapDataset.range(start_step, sys.maxsize).map(self.batch)
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=self.prefetch)
+        iterator = iter(steps.to_iter_dataset(options))
+        try:
+            yield from iterator
+        finally:
+            iterator.close()
+
+
+class Pipeline(BatchStream):
+    """The batches of one corpus.
+
+    `raw_length` is the number of tokens a row consumes. `left_out` is the share of tokens that
+    packing="documents" or, to make room for EOS, the causal objective leaves out of rows, estimated
+    on windows spread evenly over the corpus.
     """
 
     def __init__(
-        self,
-        config: DataConfig,
-        store: TokenStream,
-        tokenizer: SpecialIds,
-        *,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
+        self, config: DataConfig, store: TokenStream, tokenizer: SpecialIds, run: RunRows
     ) -> None:
-        """`batch_size` is the number of rows on all `world` ranks together.
-
-        Raises ConfigError for lengths, ranks or a seed that cannot work, DataError for a corpus
-        that does not fill one row.
-        """
-        check_ranks(batch_size, seed, rank, world)
-        self.config, self.store, self.tokenizer = config, store, tokenizer
-        self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
+        """Raises ConfigError for lengths that cannot work, DataError for a corpus that does not
+        fill one row."""
+        self.config, self.store, self.tokenizer, self.run = config, store, tokenizer, run
+        self.prefetch = config.prefetch
         self.corruption = SpanCorruption(
             noise_density=config.noise_density,
             mean_span=config.mean_span,
@@ -105,27 +158,19 @@ class Pipeline:
         # epoch draws an offset, so that it cuts the text at other places.
         self.windows = max(1, store.num_tokens // self.raw_length - 1)
         self._shifts = min(store.num_tokens - self.windows * self.raw_length + 1, self.raw_length)
-        shuffle_seed = int(np.random.SeedSequence([seed, _ORDER]).generate_state(1)[0])
-        self._order = grain.MapDataset.range(self.windows).shuffle(seed=shuffle_seed).repeat()
-
-    def batch(self, step: int) -> Batch:
-        """This rank's rows of the batch at `step`, counted from 0."""
-        return self.rows(rows_of_step(step, self.batch_size, self.rank, self.world))
+        self._order = epochs_in_random_order(self.windows, stream_seed(run.seed, _ORDER))
 
     def rows(self, rows: Sequence[int]) -> Batch:
-        """The rows of the run with these numbers, of any steps."""
         if self.config.objective == "causal":
             return self._causal(rows)
-        return self._stream_rows(rows) if self.config.packing == "stream" else self._packed(rows)
-
-    def batches(self, start_step: int = 0) -> Generator[Batch, None, None]:
-        """batch(start_step), batch(start_step + 1), ... without end, prefetched."""
-        return prefetched(self.batch, start_step, self.config.prefetch)
+        if self.config.packing == "stream":
+            return self._stream_rows(rows)
+        return to_batch([self._packed_row(row) for row in rows])
 
     def window_of(self, row: int) -> tuple[int, int]:
         """The (start, stop) in the token stream of row `row` of the run."""
         epoch = row // self.windows
-        offset = int(np.random.default_rng([self.seed, _OFFSET, epoch]).integers(self._shifts))
+        offset = int(np.random.default_rng([self.run.seed, _OFFSET, epoch]).integers(self._shifts))
         start = offset + self._order[row] * self.raw_length  # type: ignore[operator]
         return start, start + self.raw_length
 
@@ -145,27 +190,9 @@ class Pipeline:
     def _stream_rows(self, rows: Sequence[int]) -> Batch:
         tokens = np.stack([self.store.tokens(*self.window_of(row)) for row in rows])
         inputs, targets = corrupt_rows(tokens, [self._rng(row) for row in rows], self.corruption)
-        full = (inputs.shape[1], targets.shape[1]) == (
-            self.config.input_length,
-            self.config.target_length,
-        )
-        return Batch(
-            inputs=_padded(inputs, self.config.input_length),
-            targets=_padded(targets, self.config.target_length),
-            padding=not full,
-        )
-
-    def _packed(self, rows: Sequence[int]) -> Batch:
-        packed = [self._packed_row(row) for row in rows]
-        inputs, targets, input_segments, target_segments = (
-            torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*packed, strict=True)
-        )
-        return Batch(
-            inputs=inputs,
-            targets=targets,
-            input_segments=input_segments,
-            target_segments=target_segments,
-        )
+        L, T = self.config.input_length, self.config.target_length
+        padding = (inputs.shape[1], targets.shape[1]) != (L, T)
+        return Batch(inputs=_padded(inputs, L), targets=_padded(targets, T), padding=padding)
 
     def _packed_row(self, row: int) -> Packed:
         start, stop = self.window_of(row)
@@ -176,7 +203,7 @@ class Pipeline:
         return pack(pairs, *lengths)
 
     def _rng(self, row: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, _MASK, row])
+        return np.random.default_rng([self.run.seed, _MASK, row])
 
 
 def rows_of_step(step: int, batch_size: int, rank: int, world: int) -> range:
@@ -186,74 +213,28 @@ def rows_of_step(step: int, batch_size: int, rank: int, world: int) -> range:
     return range(first, first + share)
 
 
-def prefetched(
-    make: Callable[[int], Batch], start_step: int, prefetch: int
-) -> Generator[Batch, None, None]:
-    """make(start_step), make(start_step + 1), ... without end.
+def stream_seed(seed: int, *purpose: int) -> int:
+    """The seed of one of the random streams of a run."""
+    return int(np.random.SeedSequence([seed, *purpose]).generate_state(1)[0])
 
-    One thread keeps `prefetch` batches ready while the caller works. An error in it is raised at
-    the step whose batch failed. Closing the iterator ends the thread.
-    """
-    if prefetch == 0:
-        yield from map(make, count(start_step))
-        return
-    steps = grain.MapDataset.range(start_step, sys.maxsize).map(make)
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
-    iterator = iter(steps.to_iter_dataset(options))
-    try:
-        yield from iterator
-    finally:
-        iterator.close()
+
+def epochs_in_random_order(size: int, seed: int) -> "grain.MapDataset[int]":
+    """0, 1, ..., size - 1 in another order for every epoch, by the number of the row."""
+    return grain.MapDataset.range(size).shuffle(seed=seed).repeat()
 
 
 def _padded(ids: Int[np.ndarray, "B short"], length: int) -> Int[torch.Tensor, "B long"]:
     return torch.from_numpy(np.pad(ids, ((0, 0), (0, length - ids.shape[1]))))
 
 
-def validation_batches(
-    config: DataConfig,
-    store: TokenStream,
-    tokenizer: SpecialIds,
-    *,
-    batch_size: int,
-    batches: int,
-    rank: int = 0,
-    world: int = 1,
-) -> list[Batch]:
-    """This rank's share of at most `batches` batches of validation text, the same at every call.
+def validation_batches(stream: BatchStream, limit: int) -> list[Batch]:
+    """At most `limit` batches; fewer if the text has fewer, but always one, which then repeats it.
 
-    They depend on the store, the data settings and `batch_size` (the rows on all ranks together),
-    not on the run's seed. There are fewer than `batches` if the store has fewer, but always one,
-    which then repeats text. Raises what `Pipeline` raises.
+    The streams to validate on have the seed VALIDATION_SEED: their batches depend on the store, the
+    data settings and the batch size, not on the run's seed.
     """
-    try:
-        pipeline = Pipeline(
-            config,
-            store,
-            tokenizer,
-            batch_size=batch_size,
-            seed=VALIDATION_SEED,
-            rank=rank,
-            world=world,
-        )
-    except DataError as error:
-        raise DataError(f"Held-out text: {error}\n  Or raise data.validation_share.") from error
-    full = max(1, pipeline.windows // batch_size)
-    return [pipeline.batch(step) for step in range(min(batches, full))]
-
-
-def check_ranks(batch_size: int, seed: int, rank: int, world: int) -> None:
-    """Raises ConfigError for a negative seed, a rank outside 0 .. world - 1, or a batch that does
-    not divide over the ranks."""
-    if seed < 0:
-        raise ConfigError(f"seed = {seed} is negative. Use 0 or more.")
-    if not 0 <= rank < world:
-        raise ConfigError(f"rank = {rank} is not one of the {world} ranks from 0 to {world - 1}.")
-    if batch_size < 1 or batch_size % world:
-        raise ConfigError(
-            f"A batch of {batch_size} rows does not divide over {world} ranks.\n"
-            f"  Use a multiple of {world} rows."
-        )
+    full = max(1, stream.windows // stream.run.batch_size)
+    return [stream.batch(step) for step in range(min(limit, full))]
 
 
 def _window_length(

@@ -3,12 +3,11 @@
 from pathlib import Path
 
 from switchworks.config import ConfigError
-from switchworks.data.sources.catalogs.source import Catalogs
-from switchworks.data.sources.config import TextConfig
+from switchworks.data.sources.catalogs.gettext import Catalogs
 from switchworks.data.sources.files import Files
 from switchworks.data.sources.hub import HubDataset
 from switchworks.data.sources.python_docs import PythonDocs
-from switchworks.data.sources.text_source import FirstDocuments, TextSource
+from switchworks.data.sources.text_source import FirstDocuments, TextConfig, TextSource
 
 SOURCES: dict[str, type[TextSource]] = {
     "files": Files,

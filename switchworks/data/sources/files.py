@@ -10,10 +10,15 @@ from typing import Any, ClassVar
 from switchworks.config import ConfigError, DataError
 from switchworks.data.cache import digest, file_stats
 from switchworks.data.sources.catalogs.languages import normalise
-from switchworks.data.sources.config import TextConfig
-from switchworks.data.sources.per_language import ALL, choose_languages, too_few
 from switchworks.data.sources.reading import COMPRESSIONS, FORMATS, format_of, read_documents
-from switchworks.data.sources.text_source import NoText, Report, TextSource
+from switchworks.data.sources.text_source import (
+    ALL,
+    NoText,
+    TextConfig,
+    TextSource,
+    choose_languages,
+    too_few,
+)
 
 LINE_CHARACTERS = 100
 """A line counts as one sentence, and a longer one as one for every so many characters."""
@@ -74,18 +79,13 @@ class Files(TextSource):
             path.stat().st_size * (3 if path.suffix in COMPRESSIONS else 1) for path in self.paths
         )
 
-    def documents(
-        self, shard: int = 0, num_shards: int = 1, *, report: Report | None = None
-    ) -> Iterator[str]:
-        report = Report() if report is None else report
+    def documents(self, shard: int = 0, num_shards: int = 1) -> Iterator[str]:
         if len(self.paths) >= num_shards:
             for path in self.paths[shard::num_shards]:
-                yield from read_documents(path, self.column, report)
+                yield from read_documents(path, self.column)
             return
         # Too few files to share out: every shard reads all of them and keeps every n-th document.
-        # Only the first reports the bad lines, which all of them saw.
-        report = report if shard == 0 else Report()
-        texts = (text for p in self.paths for text in read_documents(p, self.column, report))
+        texts = (text for path in self.paths for text in read_documents(path, self.column))
         yield from islice(texts, shard, None, num_shards)
 
     def fingerprint(self) -> str:

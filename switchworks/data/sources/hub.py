@@ -9,10 +9,8 @@ from typing import Any, ClassVar
 from switchworks.config import ConfigError, DataError
 from switchworks.data.cache import digest, file_stats
 from switchworks.data.sources.catalogs.languages import MC4, english_name, mc4_code, normalise
-from switchworks.data.sources.config import TextConfig
-from switchworks.data.sources.per_language import ALL
 from switchworks.data.sources.reading import check_column
-from switchworks.data.sources.text_source import Report, TextSource
+from switchworks.data.sources.text_source import ALL, TextConfig, TextSource
 
 _C4_AND_MC4 = "allenai/c4"
 _MC4_ENGLISH = "en-multi"
@@ -83,9 +81,7 @@ class HubDataset(TextSource):
             configs[name] = replace(config, languages=(), dataset_config=code)
         return configs
 
-    def documents(
-        self, shard: int = 0, num_shards: int = 1, *, report: Report | None = None
-    ) -> Iterator[str]:
+    def documents(self, shard: int = 0, num_shards: int = 1) -> Iterator[str]:
         rows = self._load()
         if not self.streaming or rows.num_shards >= num_shards:
             rows = rows.shard(num_shards, shard, contiguous=False)

@@ -29,13 +29,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import ClassVar, TypeVar
 
+from packaging.requirements import Requirement
+
 from switchworks.data.cache import atomic_write_text, digest
-from switchworks.data.sources.config import TextConfig
-from switchworks.data.sources.installed_packages import Packages, installed_packages, versions
 from switchworks.data.sources.prose import paragraphs
-from switchworks.data.sources.text_source import Report, TextSource
+from switchworks.data.sources.text_source import TextConfig, TextSource
 
 T = TypeVar("T")
+Packages = dict[str, importlib.metadata.Distribution]
 
 DOCS_ROOTS = (
     "torch", "numpy", "jaxtyping", "safetensors", "sentencepiece", "grain", "datasets",
@@ -81,9 +82,7 @@ class PythonDocs(TextSource):
     def num_characters(self) -> int:
         return docs_file(self.cache, workers=self.workers).stat().st_size
 
-    def documents(
-        self, shard: int = 0, num_shards: int = 1, *, report: Report | None = None
-    ) -> Iterator[str]:
+    def documents(self, shard: int = 0, num_shards: int = 1) -> Iterator[str]:
         with docs_file(self.cache, workers=self.workers).open(encoding="utf-8") as file:
             yield from map(json.loads, islice(file, shard, None, num_shards))
 
@@ -113,7 +112,7 @@ def extract_docs(packages: Packages, *, workers: int = 0) -> Iterator[str]:
     groups = [_help_topics(), _standard_library()]
     groups += [_package_files(packages[name]) for name in sorted(packages)]
     seen: set[bytes] = set()
-    for jobs in in_processes(_extract_files, groups, workers):
+    for jobs in in_processes(extract_paragraphs, groups, workers):
         texts = (text for job in jobs for text in job.result())
         yield from _documents(_unseen(texts, seen))
 
@@ -175,20 +174,20 @@ def _jobs(items: Sequence[str]) -> Iterator[list[str]]:
         yield list(items[start : start + _FILES_PER_JOB])
 
 
-def _extract_files(items: list[str]) -> list[str]:
+def extract_paragraphs(items: list[str]) -> list[str]:
     """Every prose paragraph of the files (or texts) `items`, in order. Runs in a worker."""
     # Syntax trees hold no cycles; looking for cycles takes half the parsing time.
     gc.disable()
     return [
         paragraph
         for item in items
-        for text in ([item] if item.startswith("\n") else _texts_of(Path(item)))
+        for text in ([item] if item.startswith("\n") else texts_of(Path(item)))
         for paragraph in paragraphs(text)
         if not _LEFT_OUT_PARAGRAPH.match(paragraph)
     ]
 
 
-def _texts_of(path: Path) -> Iterator[str]:
+def texts_of(path: Path) -> Iterator[str]:
     """The documentation strings and comments of one file; nothing if it cannot be read."""
     try:
         source = path.read_text(encoding="utf-8")
@@ -236,12 +235,8 @@ def _documented_parts(node: ast.AST) -> Iterator[ast.AST]:
         part = getattr(node, name, None)
         if isinstance(part, list):
             yield from part
-        elif isinstance(part, ast.Call) or _is_docstring(node) or _is_long(part):
+        elif isinstance(part, ast.Call) or isinstance(node, ast.Expr) or _is_long(part):
             yield part  # type: ignore[misc]
-
-
-def _is_docstring(node: ast.AST) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
 def _is_long(node: object) -> bool:
@@ -302,3 +297,33 @@ def _main_hidden() -> Iterator[None]:
         yield
     finally:
         sys.modules["__main__"] = main
+
+
+def installed_packages(roots: Iterable[str]) -> Packages:
+    """The installed distributions among `roots` and what they require, by normalised name."""
+    available = {
+        _normal(name): distribution
+        for distribution in importlib.metadata.distributions()
+        if (name := distribution.metadata["Name"])
+    }
+    packages: Packages = {}
+    pending = [_normal(root) for root in roots]
+    while pending:
+        name = pending.pop()
+        if name in packages or name not in available:
+            continue
+        packages[name] = available[name]
+        for text in available[name].requires or []:
+            requirement = Requirement(text)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                pending.append(_normal(requirement.name))
+    return packages
+
+
+def versions(packages: Packages) -> list[tuple[str, str]]:
+    """(name, version) of each, sorted: what an embedded corpus depends on."""
+    return sorted((name, package.version) for name, package in packages.items())
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()

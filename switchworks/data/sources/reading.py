@@ -1,42 +1,44 @@
 """Files to documents: decompression, decoding and cutting, streamed. Errors name the file.
 
 Every function takes one file and yields its documents in order, with no more than one document
-and one block of the file in memory.
+and one block of the file in memory; only compressed Parquet is unpacked whole.
 """
 
 import codecs
 import json
-import tempfile
-import zlib
+import logging
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
-
-import zstandard
+from typing import Any
 
 from switchworks.config import DataError
-from switchworks.data.sources.text_source import Report
 
 BLOCK_BYTES = 1 << 16
 MAX_DOCUMENT_CHARACTERS = 1 << 16
 """A longer .txt file is cut into documents of at most this many characters."""
 
 FORMATS = (".txt", ".jsonl", ".parquet")
-COMPRESSIONS = (".gz", ".zst")
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+"""The suffixes of compressed files, and pyarrow's names of their formats."""
+
+_warn_once = cache(logging.getLogger(__name__).warning)
+"""Files may be read several times: to train a tokenizer, to be tokenised, and by every shard."""
 
 
-def format_of(path: Path) -> str | None:
-    """ ".txt", ".jsonl" or ".parquet", looking through .gz and .zst; None for other files."""
+def format_of(path: Path, formats: tuple[str, ...] = FORMATS) -> str | None:
+    """The suffix of `path`, looking through .gz and .zst; None if it is not among `formats`."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
-    return suffixes[-1] if suffixes and suffixes[-1] in FORMATS else None
+    return suffixes[-1] if suffixes and suffixes[-1] in formats else None
 
 
-def read_documents(path: Path, column: str, report: Report) -> Iterator[str]:
-    """The documents of one file, in order, without empty ones; bad lines are counted in `report`.
+def read_documents(path: Path, column: str) -> Iterator[str]:
+    """The documents of one file, in order, without empty ones; bad lines are logged.
 
     Raises DataError if the file cannot be read to its end.
     """
@@ -44,60 +46,26 @@ def read_documents(path: Path, column: str, report: Report) -> Iterator[str]:
     if kind == ".txt":
         documents = _cut(_characters(path))
     elif kind == ".jsonl":
-        documents = _from_jsonl(path, column, report)
+        documents = _from_jsonl(path, column)
     else:
         documents = _from_parquet(path, column)
     return (document for document in documents if document.strip())
 
 
-@runtime_checkable
-class _Decompressor(Protocol):
-    """The common interface of zlib's and zstandard's decompression objects."""
-
-    @property
-    def eof(self) -> bool: ...
-
-    @property
-    def unused_data(self) -> bytes: ...
-
-    def decompress(self, data: bytes, /) -> bytes: ...
-
-
 def _blocks(path: Path) -> Iterator[bytes]:
     """The decompressed bytes of `path`, in blocks. Raises DataError for a truncated file."""
+    import pyarrow as pa
+
     try:
-        with path.open("rb") as file:
-            blocks = iter(lambda: file.read(BLOCK_BYTES), b"")
-            suffix = path.suffix.lower()
-            yield from _decompressed(path, blocks) if suffix in COMPRESSIONS else blocks
+        with pa.input_stream(str(path), COMPRESSIONS.get(path.suffix.lower())) as file:
+            yield from iter(lambda: file.read(BLOCK_BYTES), b"")
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
-
-
-def _decompressed(path: Path, blocks: Iterator[bytes]) -> Iterator[bytes]:
-    def new() -> _Decompressor:
-        if path.suffix.lower() == ".gz":
-            return zlib.decompressobj(wbits=31)
-        return zstandard.ZstdDecompressor().decompressobj()
-
-    decompressor, started = new(), False
-    try:
-        for block in blocks:
-            while block:
-                if decompressor.eof:  # files may be several compressed streams end to end
-                    decompressor, started = new(), False
-                    if path.suffix.lower() == ".gz" and not (block := block.lstrip(b"\0")):
-                        break
-                started = True
-                yield decompressor.decompress(block)
-                block = decompressor.unused_data if decompressor.eof else b""
-    except (zlib.error, zstandard.ZstdError) as error:
-        raise DataError(
-            f"{path} is damaged, or is not what its name says: {error}.\n"
-            "  Fetch or compress it again."
-        ) from error
-    if started and not decompressor.eof:
-        raise DataError(f"{path} breaks off in the middle.\n  Fetch or compress it again.")
+        if error.errno is not None:
+            raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+        problem = f"is damaged, or is not what its name says: {error}"
+        if "Truncated" in str(error):
+            problem = "breaks off in the middle"
+        raise DataError(f"{path} {problem}.\n  Fetch or compress it again.") from error
 
 
 def _characters(path: Path) -> Iterator[str]:
@@ -162,76 +130,78 @@ def read_lines(path: Path) -> Iterator[str]:
     yield "".join(pieces)
 
 
-def _from_jsonl(path: Path, column: str, report: Report) -> Iterator[str]:
-    good = bad = 0
-    keys: set[str] = set()
+def _from_jsonl(path: Path, column: str) -> Iterator[str]:
+    bad: Counter[str] = Counter()  # lines, by reason
+    first, keys, is_usable = "", set[str](), False
     for number, line in enumerate(read_lines(path), start=1):
         if not line.strip():
             continue
-        value = _json_text(line, column, keys)
-        if isinstance(value, _Bad):
-            bad += 1
-            report.bad(path, number, value.reason)
+        try:
+            text = _json_text(line, column, keys)
+        except ValueError as reason:
+            bad[str(reason)] += 1
+            first = first or f"{path}:{number} ({reason})"
         else:
-            good += 1
-            yield value
-    if bad and not good:
+            is_usable = True
+            yield text
+    if bad and not is_usable:
         raise DataError(
-            f"{path}: none of its {bad} lines can be used. First: {report.examples[0]}.\n"
+            f"{path}: none of its {bad.total()} lines can be used. First: {first}.\n"
             f"  Each line must be an object whose {column!r} is a string; keys found: "
             f"{', '.join(sorted(keys)) or 'none'}. Name another with --data.column."
         )
+    if bad:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in bad.items())
+        _warn_once(f"{bad.total()} lines were left out: {reasons}. First: {first}")
 
 
-@dataclass(frozen=True)
-class _Bad:
-    reason: str
-
-
-def _json_text(line: str, column: str, keys: set[str]) -> str | _Bad:
+def _json_text(line: str, column: str, keys: set[str]) -> str:
+    """The text in `line`. Raises ValueError with the reason if there is none; if the key is missing
+    the first others are added to `keys`."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
-        return _Bad("not JSON")
+        raise ValueError("not JSON") from None
     if not isinstance(row, dict):
-        return _Bad("not an object")
+        raise ValueError("not an object")
     if column not in row:
         if len(keys) < 20:
             keys.update(row)
-        return _Bad(f"no key {column!r}")
-    value = row[column]
-    if not isinstance(value, str):
-        return _Bad(f"{column!r} is not a string")
+        raise ValueError(f"no key {column!r}")
+    if not isinstance(row[column], str):
+        raise ValueError(f"{column!r} is not a string")
     # JSON can spell half a surrogate pair, which is no character and has no UTF-8.
-    return value.encode("utf-8", "replace").decode("utf-8")
+    return row[column].encode("utf-8", "replace").decode("utf-8")
 
 
 def _from_parquet(path: Path, column: str) -> Iterator[str]:
+    with open_parquet(path) as file:
+        check_column(column, file.schema_arrow.names, str(path))
+        kind = str(file.schema_arrow.field(column).type)
+        if kind not in ("string", "large_string"):
+            raise DataError(
+                f"{path}: column {column!r} holds {kind}, not text.\n"
+                "  Name a column of strings with --data.column."
+            )
+        for batch in file.iter_batches(batch_size=256, columns=[column]):
+            yield from (value for value in batch.column(0).to_pylist() if value)
+
+
+@contextmanager
+def open_parquet(path: Path) -> Iterator[Any]:
+    """The `pyarrow.parquet.ParquetFile` at `path`. Raises DataError for what it cannot read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with tempfile.TemporaryFile() as unpacked:
-        source: Any = str(path)
-        if path.suffix.lower() in COMPRESSIONS:
-            for block in _blocks(path):
-                unpacked.write(block)
-            unpacked.seek(0)
-            source = unpacked
-        try:
-            with pq.ParquetFile(source) as file:
-                check_column(column, file.schema_arrow.names, str(path))
-                kind = file.schema_arrow.field(column).type
-                if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-                    raise DataError(
-                        f"{path}: column {column!r} holds {kind}, not text.\n"
-                        "  Name a column of strings with --data.column."
-                    )
-                for batch in file.iter_batches(batch_size=256, columns=[column]):
-                    yield from (value for value in batch.column(0).to_pylist() if value)
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(
-                f"{path} cannot be read as Parquet: {error}\n  Fetch or write it again."
-            ) from error
+    is_compressed = path.suffix.lower() in COMPRESSIONS
+    source = pa.BufferReader(b"".join(_blocks(path))) if is_compressed else path
+    try:
+        with pq.ParquetFile(source) as file:
+            yield file
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"{path} cannot be read as Parquet: {error}\n  Fetch or write it again."
+        ) from error
 
 
 def check_column(column: str, names: list[str], label: str) -> None:

@@ -7,54 +7,63 @@ To add one, subclass `TextSource` in a file of its own and enter it in `SOURCES`
 import hashlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from switchworks.config import ConfigError, DataError
+from switchworks.config import ConfigError, DataError, check_at_least, check_positive, check_rate
 from switchworks.data.cache import digest
-from switchworks.data.sources.config import TextConfig
+from switchworks.data.sources.catalogs.languages import english_name, normalise
+
+ALL = "all"
+"""In place of codes of languages: all that have enough text."""
 
 
-@dataclass
-class Report:
-    """What was read and what had to be left out, counted while documents are read."""
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """The text of one corpus, or of one corpus for each language."""
 
-    documents: int = 0
-    characters: int = 0
-    bad_lines: dict[str, int] = field(default_factory=dict)
-    """How many JSONL lines were left out, by reason."""
-    examples: list[str] = field(default_factory=list)
-    """file:line and reason of the first five."""
+    path: str | None = None
+    """Own text: a file, a folder or a glob of .txt, .jsonl or .parquet, each also .gz or .zst.
+    When given, `source` is not used."""
+    languages: tuple[str, ...] = ()
+    """One corpus for each of these languages, mixed as by `mixture`: codes such as de pt-BR
+    zh-Hans, or all. Of `path`, a folder with LANG/... or LANG.txt; of a dataset whose configs are
+    mC4's codes; or of `catalogs`, where none named means all."""
+    min_sentences: int = 20
+    """A language with fewer sentences is left out of all, and refused where it was named."""
+    source: str = "python_docs"
+    """python_docs and catalogs: the embedded corpus, English or in a hundred languages. hub: a
+    Hugging Face dataset, named by the next four settings. Or a name in `switchworks.data.SOURCES`
+    that your own code registered."""
+    dataset: str | None = None
+    """Name on the Hub, or a local folder that `datasets.load_dataset` opens."""
+    dataset_config: str | None = None
+    split: str = "train"
+    validation_split: str | None = None
+    """A dataset's own validation split. Without one, documents are held out by their hash."""
+    streaming: bool = False
+    column: str = "text"
+    """The column (Parquet, Hub) or key (JSONL) that holds the text."""
+    validation_share: float = 0.02
+    """Share of the documents held out for validation, chosen by a hash of the document's text."""
+    documents: int | None = None
+    """Read at most this many documents of each corpus, from its beginning. None: all."""
+    workers: int = 0
+    """Threads that tokenise, and processes that extract an embedded corpus. 0: one per core."""
 
-    @property
-    def num_bad_lines(self) -> int:
-        return sum(self.bad_lines.values())
-
-    def bad(self, path: Path, line: int, reason: str) -> None:
-        """Count line `line` (from 1) of `path` as left out because of `reason`."""
-        self.bad_lines[reason] = self.bad_lines.get(reason, 0) + 1
-        if len(self.examples) < 5:
-            self.examples.append(f"{path}:{line} ({reason})")
-
-    def merge(self, other: "Report") -> None:
-        """Add the counts of `other` to this report."""
-        self.documents += other.documents
-        self.characters += other.characters
-        for reason, count in other.bad_lines.items():
-            self.bad_lines[reason] = self.bad_lines.get(reason, 0) + count
-        self.examples = [*self.examples, *other.examples][:5]
-
-    def log(self) -> None:
-        """Log a warning about the lines that were left out, if any were."""
-        if self.bad_lines:
-            logging.getLogger(__name__).warning(
-                "%d lines were left out: %s. First: %s",
-                self.num_bad_lines,
-                ", ".join(f"{count} {reason}" for reason, count in self.bad_lines.items()),
-                "; ".join(self.examples),
+    def check_text(self) -> None:
+        """Raises ConfigError for a setting of the text that cannot work."""
+        check_at_least(self, "data.", 0, "workers")
+        check_at_least(self, "data.", 1, "min_sentences", "documents")
+        check_rate(self, "data.", "validation_share")
+        check_positive(self, "data.", "validation_share")
+        if ALL in self.languages and len(self.languages) > 1:
+            raise ConfigError(
+                f"data.languages = {' '.join(self.languages)}: all is every language there is.\n"
+                "  Say all and no more, or name some."
             )
 
 
@@ -83,15 +92,15 @@ class TextSource(ABC):
             )
 
     @classmethod
-    @abstractmethod
     def open(cls, config: TextConfig, cache: Path) -> Self:
         """The source that `config` describes; `cache` is a folder for what is derived from it.
 
         Raises DataError if there is no such text, NoText if it is empty.
         """
+        raise NotImplementedError
 
     @classmethod
-    def language_configs(cls, config: TextConfig, cache: Path) -> "Mapping[str, TextConfig]":
+    def language_configs(cls, config: TextConfig, cache: Path) -> Mapping[str, TextConfig]:
         """The settings of each language's corpus by code. Only called if `check` let languages
         pass."""
         raise NotImplementedError
@@ -102,14 +111,9 @@ class TextSource(ABC):
         return {}
 
     @abstractmethod
-    def documents(
-        self, shard: int = 0, num_shards: int = 1, *, report: Report | None = None
-    ) -> Iterator[str]:
+    def documents(self, shard: int = 0, num_shards: int = 1) -> Iterator[str]:
         """Stream the documents of part `shard` of `num_shards`, disjoint parts that are the same at
-        every call.
-
-        Lines that are left out are counted in `report`. Raises DataError for bad input.
-        """
+        every call. Raises DataError for bad input."""
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -137,15 +141,8 @@ class FirstDocuments(TextSource):
     source: TextSource
     limit: int
 
-    @classmethod
-    def open(cls, config: TextConfig, cache: Path) -> Self:
-        raise NotImplementedError("made by open_source from another source")
-
-    def documents(
-        self, shard: int = 0, num_shards: int = 1, *, report: Report | None = None
-    ) -> Iterator[str]:
-        first = islice(self.source.documents(report=None if shard else report), self.limit)
-        yield from islice(first, shard, None, num_shards)
+    def documents(self, shard: int = 0, num_shards: int = 1) -> Iterator[str]:
+        yield from islice(self.source.documents(), shard, self.limit, num_shards)
 
     def fingerprint(self) -> str:
         return digest(self.source.fingerprint(), self.limit)
@@ -160,3 +157,53 @@ def is_validation(text: str, share: float) -> bool:
     texts, so that equal documents are on the same side in every run."""
     value = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()
     return int.from_bytes(value, "big") < share * 2**64
+
+
+def names_languages(config: TextConfig) -> bool:
+    """Whether `config` names its languages one by one: then each is used, or refused."""
+    return bool(config.languages) and ALL not in config.languages
+
+
+def unusable(code: str, reason: str) -> DataError:
+    """The error for a language that was named and cannot be used."""
+    return DataError(f"{english_name(code)} ({code}) cannot be used: {reason}.")
+
+
+def choose_languages(
+    config: TextConfig, available: Mapping[str, TextConfig], lack_of: Callable[[str], str | None]
+) -> dict[str, TextConfig]:
+    """Of the languages `available` those that `config` names, or all with enough text.
+
+    `lack_of(code)` says why a language has too little text, or None. Languages that are left out
+    are logged with the reason. Raises DataError for a named one that is unknown or lacks text.
+    """
+    if names_languages(config):
+        codes = list(dict.fromkeys(map(normalise, config.languages)))
+        for code in codes:
+            if code not in available:
+                raise DataError(
+                    f"There is no text in {english_name(code)} ({code}).\n"
+                    f"  There is some in: {' '.join(sorted(available))}."
+                )
+            if (reason := lack_of(code)) is not None:
+                raise unusable(code, reason)
+        return {code: available[code] for code in codes}
+    chosen = {}
+    for code in available:
+        if (reason := lack_of(code)) is None:
+            chosen[code] = available[code]
+        else:
+            logging.getLogger(__name__).warning("%s is left out: %s", code, reason)
+    if not chosen:
+        raise DataError(
+            f"No language has {config.min_sentences} sentences.\n"
+            "  Lower --data.min-sentences, or give more text."
+        )
+    return chosen
+
+
+def too_few(config: TextConfig, sentences: int) -> str | None:
+    """Why `sentences` sentences are too few for a language; None if they are not."""
+    if sentences >= config.min_sentences:
+        return None
+    return f"it has {sentences} sentences, fewer than data.min_sentences = {config.min_sentences}"

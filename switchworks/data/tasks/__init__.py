@@ -3,18 +3,13 @@
 from collections.abc import Iterable, Mapping
 
 from switchworks.config import ConfigError
-from switchworks.data.tasks.catalogs import CATALOG_TASKS
-from switchworks.data.tasks.docstrings import DOCSTRINGS
-from switchworks.data.tasks.glue import GLUE
-from switchworks.data.tasks.question_answering import QUESTION_ANSWERING
-from switchworks.data.tasks.reasoning import REASONING
+from switchworks.data.tasks.glue import GLUE, SUPER_GLUE
+from switchworks.data.tasks.question_answering import QUESTION_ANSWERING, REASONING
 from switchworks.data.tasks.sources import Hub, Made, Places, Record, Source
 from switchworks.data.tasks.summaries import SUMMARIES
-from switchworks.data.tasks.super_glue import SUPER_GLUE
 from switchworks.data.tasks.task import UNKNOWN, Example, Task, label_of
 from switchworks.data.tasks.translation import TRANSLATION
 from switchworks.data.tasks.user_tasks import table_task, task_in_file
-from switchworks.data.tasks.winograd import WINOGRAD
 
 __all__ = [
     "TASKS",
@@ -33,22 +28,19 @@ __all__ = [
 
 TASKS: Mapping[str, Task] = {
     task.name: task
-    for task in (
-        *(*GLUE, *SUPER_GLUE, *WINOGRAD, *QUESTION_ANSWERING, *SUMMARIES),
-        *(*REASONING, *TRANSLATION, *DOCSTRINGS, *CATALOG_TASKS),
-    )
+    for family in (GLUE, SUPER_GLUE, QUESTION_ANSWERING, REASONING, SUMMARIES, TRANSLATION)
+    for task in family
 }
 """Every task by its name."""
 
 TASK_GROUPS: Mapping[str, tuple[str, ...]] = {
     "glue": (
         *(f"glue_{name}" for name in ("cola", "sst2", "mrpc", "stsb", "qqp")),
-        *(f"glue_{name}" for name in ("mnli", "mnli_mismatched", "qnli", "rte")),
+        *("glue_mnli", "glue_mnli_mismatched", "glue_qnli", "glue_rte"),
     ),
     "super_glue": (
         *(f"super_glue_{name}" for name in ("boolq", "cb", "copa", "multirc", "record")),
-        *(f"super_glue_{name}" for name in ("rte", "wic", "wsc")),
-        "dpr",
+        *("super_glue_rte", "super_glue_wic", "super_glue_wsc", "dpr"),
     ),
     "anli": ("anli_r1", "anli_r2", "anli_r3"),
     "arc": ("arc_easy", "arc_challenge"),

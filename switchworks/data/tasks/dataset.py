@@ -4,16 +4,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
-from switchworks.batch import Batch
 from switchworks.config import ConfigError, DataError
-from switchworks.data.config import DataConfig
-from switchworks.data.dataset import TextDataset, ValidationSet
-from switchworks.data.rows.pipeline import VALIDATION_SEED
+from switchworks.data.config import DataConfig, cache_folder
+from switchworks.data.dataset import TextDataset
+from switchworks.data.rows.mixture import Mixture
+from switchworks.data.rows.pipeline import RunRows
 from switchworks.data.tasks import Places, Task, find_tasks
-from switchworks.data.tasks.rows import TaskMixture, rows_of_tasks, task_rates
+from switchworks.data.tasks.rows import TaskRows, rows_of_tasks, task_mixture, task_rates
 from switchworks.data.tasks.store import TaskStore
-from switchworks.data.tokens.prepare import cache_folder
 
 
 @dataclass(frozen=True)
@@ -51,92 +51,50 @@ class TaskDataset(TextDataset):
         """The tasks, in the order of the settings."""
         return tuple(part.task for part in self.parts.values())
 
-    @property
-    def train_tokens(self) -> int:
-        return sum(store.num_tokens for store in self._training.values())
-
     @cached_property
     def rates(self) -> dict[str, float]:
         """The share of the training examples, or tokens, of each task."""
-        rows = rows_of_tasks(self.config, self._training, self.tokenizer.eos_id, seed=0)
+        rows = rows_of_tasks(self.config, self._stores("train"), self.tokenizer.eos_id, seed=0)
         if not rows:
             raise DataError("None of the tasks has a training split.")
         shares = task_rates(self.config, list(rows.values()))
         return dict(zip(rows, shares.tolist(), strict=True))
 
-    @property
-    def _training(self) -> dict[str, TaskStore]:
-        return {name: part.train for name, part in self.parts.items() if part.train is not None}
-
-    def training(self, *, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> TaskMixture:
-        """The batches to train on."""
-        return TaskMixture(
-            self.config,
-            self._training,
-            self.tokenizer.eos_id,
-            batch_size=batch_size,
-            seed=seed,
-            rank=rank,
-            world=world,
-        )
-
-    def held_out(
-        self, *, batch_size: int, batches: int, rank: int = 0, world: int = 1
-    ) -> ValidationSet:
-        """Validation examples of each task as batches, for the loss; metrics are for `evaluate`.
-
-        In the mean every task weighs as much as it does in training; tasks without a training split
-        are left out.
-        """
-        shares = self.rates
+    def _stores(self, split: str) -> dict[str, TaskStore]:
+        """Validation examples are for the loss, of tasks that are trained on; metrics are for
+        `evaluate`."""
         stores = {
-            name: part.validation
-            for name, part in self.parts.items()
-            if name in shares and part.validation is not None
+            name: part.stores[split] for name, part in self.parts.items() if split in part.stores
         }
+        if split == "train":
+            return stores
+        stores = {name: store for name, store in stores.items() if name in self.rates}
         if not stores:
             raise DataError(
                 f"None of the tasks {', '.join(self.parts)} has a validation split beside a "
                 "training one.\n  Set --validate-every 0 to train without validation."
             )
-        total = sum(shares[name] for name in stores)
-        each = -(-batches // len(stores))
-        by_task = {
-            name: self._batches(name, store, batch_size, each, rank=rank, world=world)
-            for name, store in stores.items()
-        }
-        shares = {name: shares[name] / total for name in stores}
-        return ValidationSet.of_batches(by_task, shares, self.tokenizer)
+        return stores
 
-    def _batches(
-        self, name: str, store: TaskStore, batch_size: int, limit: int, *, rank: int, world: int
-    ) -> list[Batch]:
-        """At most `limit` batches; a single one, which repeats examples, if there are too few."""
-        only = TaskMixture(
-            self.config,
-            {name: store},
-            self.tokenizer.eos_id,
-            batch_size=batch_size,
-            seed=VALIDATION_SEED,
-            rank=rank,
-            world=world,
-        )
-        full = max(1, only.tasks[name].windows // batch_size)
-        return [only.batch(step) for step in range(min(limit, full))]
+    def _stream(self, stores: Mapping[str, TaskStore], run: RunRows) -> Mixture:
+        return task_mixture(self.config, stores, self.tokenizer.eos_id, run)
 
-    def summary(self, batches: TaskMixture, steps: int) -> str:
+    def _held_out(self, name: str, store: TaskStore, run: RunRows) -> Mixture:
+        return self._stream({name: store}, run)
+
+    def summary(self, batches: Mixture, steps: int) -> str:
         """A table: sizes, share of the examples or tokens, epochs, and what rows cut off."""
-        epochs = batches.epochs(steps)
+        epochs, tasks = batches.epochs(steps), cast("Mapping[str, TaskRows]", batches.parts)
         width = max(len("task"), *map(len, self.parts))
         share = "tokens" if self.config.task_rates == "tokens" else "examples"
         lines = [
             f"{'task':<{width}} {'examples':>11} {'tokens':>13} {share:>9} {'epochs':>8}  "
             "inputs/targets cut"
         ]
-        for (name, rows), rate in zip(batches.tasks.items(), batches.shares, strict=True):
+        for name, rows in tasks.items():
             lines.append(
-                f"{name:<{width}} {len(rows.store):>11,} {rows.store.num_tokens:>13,} {rate:>9.2%} "
-                f"{epochs[name]:>8.3g}  {rows.cut[0]:,}/{rows.cut[1]:,}"
+                f"{name:<{width}} {len(rows.store):>11,} {rows.store.num_tokens:>13,} "
+                f"{self.rates[name]:>9.2%} {epochs[name]:>8.3g}  {rows.cut[0]:,}/{rows.cut[1]:,}"
             )
         for name, part in self.parts.items():
             stores = part.stores.values()
@@ -145,7 +103,7 @@ class TaskDataset(TextDataset):
                 lines.append(
                     f"{name}: {empty} examples without a target are left out, the first {first}."
                 )
-        if any(rows.cut[1] for rows in batches.tasks.values()):
+        if any(rows.cut[1] for rows in tasks.values()):
             lines.append(
                 f"Targets longer than data.target_length = {self.config.target_length} lose their "
                 "end in training (metrics see them whole)."

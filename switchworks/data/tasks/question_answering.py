@@ -1,13 +1,28 @@
-"""Questions: SQuAD with its passage, and closed-book Natural Questions, WebQuestions, TriviaQA.
+"""SQuAD with its passage, closed-book Natural Questions, WebQuestions and TriviaQA; ANLI, ARC and
+Winogrande.
 
 SQuAD is T5's. The closed-book tasks are those of Roberts et al. 2020, with 90 % of the training
-split to train on and the rest to validate: as many as there, but in the Hub's order.
+split to train on and the rest to validate: as many as there, but in the Hub's order. The paper does
+not print its text for ANLI, ARC and Winogrande, and T5 does not have them. ANLI and Winogrande take
+T5's general form (the task's name, then every field's name and text, in alphabetical order), ARC
+lists its choices by their letters; the target is always the text of the answer.
 """
 
 import re
+from functools import partial
 
-from switchworks.data.tasks.sources import Hub, Record
-from switchworks.data.tasks.task import Example, Task, text_in, texts
+from switchworks.config import DataError
+from switchworks.data.tasks.glue import NLI
+from switchworks.data.tasks.sources import Record
+from switchworks.data.tasks.task import (
+    UNKNOWN,
+    Example,
+    classify,
+    fields,
+    hub_task,
+    text_in,
+    texts,
+)
 
 
 def _squad(record: Record) -> Example:
@@ -29,14 +44,14 @@ def _spaced(text: str) -> str:
     return re.sub(r"[\t\n\f\r ]+", " ", re.sub(r"([^0-9A-Za-z_])", r" \1 ", text)).strip()
 
 
-def natural_questions(record: Record) -> Example:
-    """The first answer is the target, any of them is right."""
-    return _closed_book("nq", record, texts(record, "answer"))
-
-
-def web_questions(record: Record) -> Example:
-    """The first answer is the target, any of them is right."""
-    return _closed_book("wq", record, texts(record, "answers"))
+def closed_book(record: Record, name: str, column: str) -> Example:
+    """The first of the answers in `column` is the target, any of them is right."""
+    answers = texts(record, column)
+    return Example(
+        inputs=f"{name} question: {text_in(record, 'question')}",
+        target=answers[0] if answers else "",
+        references=answers,
+    )
 
 
 def _trivia_qa(record: Record) -> Example:
@@ -49,11 +64,29 @@ def _trivia_qa(record: Record) -> Example:
     )
 
 
-def _closed_book(name: str, record: Record, answers: tuple[str, ...]) -> Example:
+def arc(record: Record) -> Example:
+    """An exam question. Its choices have the dataset's letters or numbers."""
+    letters, choices = (texts(record["choices"], column) for column in ("label", "text"))
+    by_letter = dict(zip(letters, choices, strict=True))
+    listed = " ".join(f"({letter}) {text}" for letter, text in by_letter.items())
+    key = record["answerKey"]
+    if key and key not in by_letter:
+        raise DataError(f"answerKey = {key!r} is none of the choices, {', '.join(letters)}.")
     return Example(
-        inputs=f"{name} question: {text_in(record, 'question')}",
-        target=answers[0] if answers else "",
-        references=answers,
+        inputs=f"arc question: {text_in(record, 'question')} choices: {listed}",
+        target=by_letter[key] if key else UNKNOWN,
+        choices=choices,
+    )
+
+
+def winogrande(record: Record) -> Example:
+    """Which of two options replaces the underscore."""
+    options = record["option1"], record["option2"]
+    answer = str(record["answer"])
+    return Example(
+        inputs=fields("winogrande", record, ("option1", "option2", "sentence")),
+        target=options[int(answer) - 1] if answer in ("1", "2") else UNKNOWN,
+        choices=options,
     )
 
 
@@ -62,43 +95,54 @@ def _split(first: int, test: str) -> dict[str, str]:
 
 
 QUESTION_ANSWERING = (
-    Task(
-        name="squad",
-        source=Hub(
-            dataset="rajpurkar/squad",
-            folder="squad",
-            names={"train": "train", "validation": "validation"},
-        ),
-        to_text=_squad,
+    hub_task(
+        "squad",
+        "rajpurkar/squad",
+        _squad,
+        names={"train": "train", "validation": "validation"},
         metrics=("squad",),
     ),
-    Task(
-        name="natural_questions",
-        source=Hub(
-            dataset="google-research-datasets/nq_open",
-            folder="natural_questions",
-            names=_split(79_168, "validation"),
-        ),
-        to_text=natural_questions,
+    hub_task(
+        "natural_questions",
+        "google-research-datasets/nq_open",
+        partial(closed_book, name="nq", column="answer"),
+        names=_split(79_168, "validation"),
         metrics=("squad",),
     ),
-    Task(
-        name="web_questions",
-        source=Hub(
-            dataset="stanfordnlp/web_questions", folder="web_questions", names=_split(3_417, "test")
-        ),
-        to_text=web_questions,
+    hub_task(
+        "web_questions",
+        "stanfordnlp/web_questions",
+        partial(closed_book, name="wq", column="answers"),
+        names=_split(3_417, "test"),
         metrics=("squad",),
     ),
-    Task(
-        name="trivia_qa",
-        source=Hub(
-            dataset="mandarjoshi/trivia_qa",
-            config="unfiltered.nocontext",
-            folder="trivia_qa",
-            names=_split(78_785, "validation"),
-        ),
-        to_text=_trivia_qa,
+    hub_task(
+        "trivia_qa",
+        "mandarjoshi/trivia_qa",
+        _trivia_qa,
+        config="unfiltered.nocontext",
+        names=_split(78_785, "validation"),
         metrics=("trivia_qa",),
     ),
+)
+
+REASONING = (
+    *(
+        hub_task(
+            f"anli_r{number}",
+            "facebook/anli",
+            classify("anli", ("hypothesis", "premise"), NLI),
+            folder="anli",
+            names={
+                "train": f"train_r{number}",
+                "validation": f"dev_r{number}",
+                "test": f"test_r{number}",
+            },
+            labels=NLI,
+        )
+        for number in (1, 2, 3)
+    ),
+    hub_task("arc_easy", "allenai/ai2_arc", arc, config="ARC-Easy"),
+    hub_task("arc_challenge", "allenai/ai2_arc", arc, config="ARC-Challenge"),
+    hub_task("winogrande", "allenai/winogrande", winogrande, config="winogrande_xl"),
 )

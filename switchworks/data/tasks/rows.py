@@ -15,15 +15,14 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int
 
 from switchworks.batch import Batch
 from switchworks.config import ConfigError, DataError
 from switchworks.data.config import DataConfig
-from switchworks.data.rows.mixture import Mixture, MixtureSchedule, rates
-from switchworks.data.rows.packing import pack
-from switchworks.data.rows.pipeline import check_ranks, grain
+from switchworks.data.rows.mixture import Mixture, rates
+from switchworks.data.rows.packing import pack, to_batch
+from switchworks.data.rows.pipeline import RunRows, epochs_in_random_order, grain, stream_seed
 from switchworks.data.tasks.store import TaskStore
 
 OPEN_ROWS = 16
@@ -73,24 +72,8 @@ class TaskRows:
         return len(self.plan.starts) - 1
 
     @cached_property
-    def _order(self) -> "grain.MapDataset":
-        order_seed = int(np.random.SeedSequence([self.seed, _TASK_ORDER]).generate_state(1)[0])
-        return grain.MapDataset.range(self.windows).shuffle(seed=order_seed).repeat()
-
-    @property
-    def tokens_per_example(self) -> float:
-        """Mean number of tokens of inputs and target, with their EOS."""
-        return float(self.lengths.sum()) / len(self.store)
-
-    @property
-    def examples_per_row(self) -> float:
-        """Mean number of examples in a row."""
-        return len(self.store) / self.windows
-
-    @property
-    def tokens_per_row(self) -> float:
-        """Mean number of tokens of inputs and targets in a row, with their EOS."""
-        return float(self.lengths.sum()) / self.windows
+    def _order(self) -> "grain.MapDataset[int]":
+        return epochs_in_random_order(self.windows, stream_seed(self.seed, _TASK_ORDER))
 
     def examples_of(self, row: int) -> Int[np.ndarray, " examples"]:
         """The indices of the examples in row `row` of the run."""
@@ -105,17 +88,7 @@ class TaskRows:
             pack([self._example(int(index)) for index in self.examples_of(row)], *lengths)
             for row in rows
         ]
-        assert all(len(part.inputs) == 1 for part in packed)
-        parts = (torch.from_numpy(np.concatenate(part)) for part in zip(*packed, strict=True))
-        inputs, targets, input_segments, target_segments = parts
-        if not self.config.packs_tasks:
-            return Batch(inputs=inputs, targets=targets)
-        return Batch(
-            inputs=inputs,
-            targets=targets,
-            input_segments=input_segments,
-            target_segments=target_segments,
-        )
+        return to_batch(packed, segments=self.config.packs_tasks)
 
     def _example(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         inputs, target = self.store.example(index)
@@ -149,7 +122,8 @@ def plan_rows(
         row = next(fits, rows)
         if row == rows:
             if len(room) == OPEN_ROWS:
-                del room[min(room, key=lambda key: _free_share(room[key], limits))]
+                free = {row: min(np.divide(left, limits)) for row, left in room.items()}
+                del room[min(free, key=free.__getitem__)]
             room[row] = limits
             rows += 1
         left = room[row]
@@ -159,23 +133,18 @@ def plan_rows(
     return RowPlan(order[row_of.argsort(kind="stable")], starts)
 
 
-def _free_share(left: tuple[int, int], limits: tuple[int, int]) -> float:
-    """The free share of a row's fuller side, inputs or targets."""
-    return min(left[0] / limits[0], left[1] / limits[1])
-
-
 def task_rates(config: DataConfig, rows: Sequence[TaskRows]) -> Float[np.ndarray, " K"]:
     """The share of the examples, or of the tokens, of each task; the sum is 1.
 
     In proportion to min(size, cap) ** (1 / temperature), T5's rule. The cap is in examples.
     """
     cap = np.inf if config.task_cap is None else config.task_cap
-    examples = [min(len(part.store), cap) for part in rows]
+    sizes = [min(len(part.store), cap) for part in rows]
     if config.task_rates == "equal":
-        return rates(examples, 0.0)
-    tokens_each = [part.tokens_per_example for part in rows]
-    each = [1.0] * len(rows) if config.task_rates == "examples" else tokens_each
-    sizes = [count * size for count, size in zip(examples, each, strict=True)]
+        return rates(sizes, 0.0)
+    if config.task_rates == "tokens":  # with their EOS
+        tokens_each = [float(part.lengths.sum()) / len(part.store) for part in rows]
+        sizes = [size * tokens for size, tokens in zip(sizes, tokens_each, strict=True)]
     return rates(sizes, 1 / config.task_temperature)
 
 
@@ -184,47 +153,27 @@ def row_rates(
 ) -> Float[np.ndarray, " K"]:
     """The share of the rows of each task that yields its share of the examples, or tokens."""
     by_tokens = config.task_rates == "tokens"
-    per_row = [part.tokens_per_row if by_tokens else part.examples_per_row for part in rows]
-    weights = shares / np.array(per_row)
+    sizes = [float(part.lengths.sum()) if by_tokens else len(part.store) for part in rows]
+    weights = shares / (np.array(sizes) / np.array([part.windows for part in rows]))
     return weights / weights.sum()
-
-
-class TaskMixture(Mixture):
-    """The batches of a run over one task or several, as seen by one rank. See `Mixture`."""
-
-    def __init__(
-        self,
-        config: DataConfig,
-        stores: Mapping[str, TaskStore],
-        eos_id: int,
-        *,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
-        check_ranks(batch_size, seed, rank, world)
-        if not stores:
-            raise DataError("None of the tasks has a training split.")
-        self.config = config
-        self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
-        self.tasks = rows_of_tasks(config, stores, eos_id, seed=seed)
-        self.parts = self.tasks  # type: ignore[assignment]
-        parts = list(self.tasks.values())
-        self.shares = task_rates(config, parts)
-        self.schedule = MixtureSchedule(row_rates(config, self.shares, parts), seed=seed)
 
 
 def rows_of_tasks(
     config: DataConfig, stores: Mapping[str, TaskStore], eos_id: int, *, seed: int
 ) -> dict[str, TaskRows]:
-    """The rows of each task."""
+    """The rows of each task. A task's order depends on its name, not on its index."""
     return {
-        name: TaskRows(config, store, eos_id, seed=_task_seed(seed, name))
+        name: TaskRows(config, store, eos_id, seed=stream_seed(seed, _TASK, *name.encode()))
         for name, store in stores.items()
     }
 
 
-def _task_seed(seed: int, name: str) -> int:
-    """A task's order depends on its name, not on its index."""
-    return int(np.random.SeedSequence([seed, _TASK, *name.encode()]).generate_state(1)[0])
+def task_mixture(
+    config: DataConfig, stores: Mapping[str, TaskStore], eos_id: int, run: RunRows
+) -> Mixture:
+    """One task or several, mixed by their rates."""
+    if not stores:
+        raise DataError("None of the tasks has a training split.")
+    parts = rows_of_tasks(config, stores, eos_id, seed=run.seed)
+    rows = list(parts.values())
+    return Mixture(parts, row_rates(config, task_rates(config, rows), rows), run, config.prefetch)

@@ -17,13 +17,15 @@ from typing import Any
 
 from switchworks.config import DataError
 from switchworks.data.cache import digest, file_stats
-from switchworks.data.sources.reading import read_lines
+from switchworks.data.sources.reading import format_of, open_parquet, read_lines
 
 Record = Mapping[str, Any]
 """One row of a dataset: column name -> value."""
 
 TABLE_FORMATS = (".parquet", ".jsonl", ".csv", ".tsv")
-"""Table files that can be read; all but Parquet also as .gz or .zst."""
+"""Table files that can be read, each also as .gz or .zst."""
+
+SPLIT_NAMES = {"train": "train", "validation": "validation", "test": "test"}
 
 _SLICE = re.compile(r"([\w.-]+)(?:\[(\d*):(\d*)\])?")
 
@@ -68,9 +70,7 @@ class Hub(Source):
     config: str | None = None
     folder: str
     """The name of a local copy's folder."""
-    names: Mapping[str, str] = field(
-        default_factory=lambda: {"train": "train", "validation": "validation", "test": "test"}
-    )
+    names: Mapping[str, str] = field(default_factory=lambda: SPLIT_NAMES)
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -90,13 +90,12 @@ class Hub(Source):
         """The local files of a split; empty if there is no local copy of the dataset."""
         folder = None if places.folder is None else places.folder / self.folder
         if folder is None or not folder.is_dir():
-            if self.dataset is None:
-                raise DataError(
-                    f"The data of {self.folder!r} is on no hub, and there is no folder "
-                    f"{folder or self.folder} with it.\n  Name the folder that holds "
-                    f"{self.folder}/{base}.jsonl with --data.task-folder."
-                )
-            return []
+            if self.dataset is not None:
+                return []
+            raise DataError(
+                f"The data of {self.folder!r} needs a folder {folder or self.folder}.\n  Name the "
+                f"one that holds {self.folder}/{base}.jsonl with --data.task-folder."
+            )
         files = tables_named(folder, base)
         if not files:
             raise DataError(
@@ -167,7 +166,8 @@ def tables_named(folder: Path, split: str) -> list[Path]:
     tables = [
         path
         for path in sorted(folder.iterdir())
-        if table_format(path) and re.fullmatch(rf"{re.escape(split)}(-\d.*)?", _stem(path))
+        if format_of(path, TABLE_FORMATS)
+        and re.fullmatch(rf"{re.escape(split)}(-\d.*)?", _stem(path))
     ]
     suffixes = {path.name[len(_stem(path)) :].lower() for path in tables}
     single = any(_stem(path) == split for path in tables)
@@ -180,18 +180,8 @@ def tables_named(folder: Path, split: str) -> list[Path]:
     return tables
 
 
-def table_format(path: Path) -> str | None:
-    """One of TABLE_FORMATS, looking through .gz and .zst; None for other files."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in (".gz", ".zst"):
-        suffixes.pop()
-        if suffixes and suffixes[-1] == ".parquet":
-            return None
-    return suffixes[-1] if suffixes and suffixes[-1] in TABLE_FORMATS else None
-
-
 def _stem(path: Path) -> str:
-    kind = table_format(path)
+    kind = format_of(path, TABLE_FORMATS)
     assert kind is not None
     return path.name[: path.name.lower().rindex(kind)]
 
@@ -199,27 +189,17 @@ def _stem(path: Path) -> str:
 def read_tables(paths: Iterable[Path]) -> Iterator[Record]:
     """The rows of table files, file after file. Raises DataError for what is not a table."""
     for path in paths:
-        kind = table_format(path)
+        kind = format_of(path, TABLE_FORMATS)
         if kind == ".parquet":
-            yield from _parquet(path)
+            with open_parquet(path) as file:
+                for batch in file.iter_batches(batch_size=1024):
+                    yield from batch.to_pylist()
         elif kind == ".jsonl":
             yield from _jsonl(path)
         elif kind is not None:
             yield from _delimited(path, "\t" if kind == ".tsv" else ",")
         else:
             raise DataError(f"{path} is no table. Readable are {', '.join(TABLE_FORMATS)}.")
-
-
-def _parquet(path: Path) -> Iterator[Record]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                yield from batch.to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} cannot be read as Parquet: {error}") from error
 
 
 def _jsonl(path: Path) -> Iterator[Record]:
@@ -245,22 +225,20 @@ def _delimited(path: Path, delimiter: str) -> Iterator[Record]:
     """Rows of CSV or TSV with every value as the file's text: 3.40 stays 3.40 and NA stays NA."""
     csv.field_size_limit(1 << 30)  # the default is shorter than some articles
     # strict: a quote that is never closed would swallow the rest of the file.
-    rows = csv.reader((line + "\n" for line in read_lines(path)), delimiter=delimiter, strict=True)
-    names: list[str] | None = None
-    read = 0
+    reader = csv.reader(
+        (f"{line}\n" for line in read_lines(path)), delimiter=delimiter, strict=True
+    )
+    rows, read = filter(None, reader), 0
     try:
+        names = [name.strip() for name in next(rows, [])]
+        if len(set(names)) < len(names):
+            raise DataError(f"{path} has two columns of one name: {', '.join(names)}.")
+        read = reader.line_num
         for row in rows:
-            read = rows.line_num
-            if not row:
-                continue
-            if names is None:
-                names = [name.strip() for name in row]
-                if len(set(names)) < len(names):
-                    raise DataError(f"{path} has two columns of one name: {', '.join(names)}.")
-                continue
+            read = reader.line_num
             if len(row) != len(names):
                 raise DataError(
-                    f"{path}:{rows.line_num} has {len(row)} values for {len(names)} columns "
+                    f"{path}:{read} has {len(row)} values for {len(names)} columns "
                     f"({', '.join(names)}).\n  Quote values that hold a {delimiter!r}."
                 )
             yield dict(zip(names, row, strict=True))

@@ -8,7 +8,7 @@ in full and without EOS, so that the lengths of rows do not matter. Letters: N e
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -148,13 +148,13 @@ def open_task(task: Task, split: str, places: Places, tokenizer: Tokenizer) -> T
     return TaskStore(folder)
 
 
-def _build(folder: Path, examples: Iterable[Example], tokenizer: Tokenizer, counts: Counts) -> None:
+def _build(folder: Path, examples: Iterator[Example], tokenizer: Tokenizer, counts: Counts) -> None:
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True, exist_ok=True)
     dtype, ends, size = token_dtype(tokenizer), [np.zeros((0, 2), np.int64)], 0
     try:
         with (temporary / "ids.bin").open("wb") as file:
-            for batch in _batches(examples):
+            while batch := list(islice(examples, BATCH_EXAMPLES)):
                 parts = _tokens(batch, tokenizer)
                 ends.append(size + np.cumsum([len(part) for part in parts]).reshape(-1, 2))
                 size = int(ends[-1][-1, 1])
@@ -173,12 +173,6 @@ def _build(folder: Path, examples: Iterable[Example], tokenizer: Tokenizer, coun
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
-    remaining = iter(examples)
-    while batch := list(islice(remaining, BATCH_EXAMPLES)):
-        yield batch
 
 
 def _tokens(batch: list[Example], tokenizer: Tokenizer) -> list[np.ndarray]:

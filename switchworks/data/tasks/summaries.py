@@ -1,30 +1,148 @@
-"""Summarisation: CNN/DailyMail and XSum, "summarize: " and the article."""
+"""Summarisation: CNN/DailyMail, XSum, and a docstring's body to its first line.
 
-from switchworks.data.tasks.sources import Hub, Record
-from switchworks.data.tasks.task import Example, Task, text_in
+Every installation has data for the last. Its text is that of the embedded corpus, and so are the
+splits: an example is for validation only if all its paragraphs are in documents that are held out
+from pre-training, and for training only if none is. The others are left out, so that no pre-trained
+model has seen an answer.
+"""
+
+import ast
+import gc
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+from switchworks.data.cache import atomic_write_text
+from switchworks.data.sources.prose import paragraphs
+from switchworks.data.sources.python_docs import (
+    docs_file,
+    docs_fingerprint,
+    in_processes,
+    parse_quietly,
+    source_files,
+)
+from switchworks.data.sources.text_source import is_validation
+from switchworks.data.tasks.sources import Made, Places, Record
+from switchworks.data.tasks.task import Example, Task, hub_task, text_in
+
+SHORTEST_BODY = 80
+"""Characters. A shorter body has hardly more than the summary."""
 
 
-def cnn_dailymail(record: Record) -> Example:
-    """The highlights are the summary."""
-    return Example(inputs=f"summarize: {text_in(record, 'article')}", target=record["highlights"])
+def summarise(record: Record, text: str, summary: str) -> Example:
+    """T5's form: "summarize: " and the column `text`, to the column `summary`."""
+    return Example(inputs=f"summarize: {text_in(record, text)}", target=record[summary])
 
 
-def xsum(record: Record) -> Example:
-    """One sentence is the summary."""
-    return Example(inputs=f"summarize: {text_in(record, 'document')}", target=record["summary"])
+def _summaries(split: str, places: Places) -> Iterator[Record]:
+    """The records of a split: `body` and `summary`."""
+    with _table(places).open(encoding="utf-8") as file:
+        yield from (record for record in map(json.loads, file) if record["split"] == split)
+
+
+def _version(places: Places) -> str:
+    """Identifies the corpus, and which of its documents are held out."""
+    return f"{docs_fingerprint()} {places.validation_share}"
+
+
+def _table(places: Places) -> Path:
+    """All records, one JSON object per line; made if missing, a minute or two of work."""
+    key = f"{docs_fingerprint()[:16]}-{places.validation_share:g}"
+    path = places.cache / f"docstring_summary-{key}.jsonl"
+    if not path.exists():
+        held_out = _held_out(places)
+        records = (
+            {"split": split, "summary": summary, "body": "\n".join(body)}
+            for summary, body in _pairs()
+            if (split := split_of([summary, *body], held_out)) is not None
+        )
+        atomic_write_text(path, (json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+    return path
+
+
+def split_of(parts: Iterable[str], held_out: Mapping[str, bool]) -> str | None:
+    """The split of a docstring of these paragraphs: validation if all are held out from
+    pre-training, train if none is. None if they are mixed, or if one is not in the corpus."""
+    sides = {held_out.get(part) for part in parts}
+    if sides == {True}:
+        return "validation"
+    return "train" if sides == {False} else None
+
+
+def _held_out(places: Places) -> dict[str, bool]:
+    """Every paragraph of the embedded corpus, and whether its document is held out."""
+    held_out: dict[str, bool] = {}
+    with docs_file(places.cache).open(encoding="utf-8") as file:
+        for document in map(json.loads, file):
+            side = is_validation(document, places.validation_share)
+            held_out.update((paragraph, side) for paragraph in document.split("\n"))
+    return held_out
+
+
+def _pairs() -> Iterator[tuple[str, list[str]]]:
+    """(summary, paragraphs of the body) of every docstring, each summary and each body once."""
+    seen: set[str] = set()
+    files = [path for path in source_files() if path.endswith((".py", ".pyi"))]
+    for jobs in in_processes(_pairs_of, [files]):
+        for summary, body in (pair for job in jobs for pair in job.result()):
+            text = "\n".join(body)
+            if summary not in seen and text not in seen:
+                seen.update((summary, text))
+                yield summary, body
+
+
+def _pairs_of(files: list[str]) -> list[tuple[str, list[str]]]:
+    """The pairs of `files`, in order. Runs in a worker."""
+    gc.disable()  # as in python_docs: syntax trees hold no cycles
+    return [
+        pair
+        for file in files
+        for docstring in _docstrings(Path(file))
+        if (pair := split_docstring(docstring)) is not None
+    ]
+
+
+def split_docstring(docstring: str) -> tuple[str, list[str]] | None:
+    """(summary, paragraphs of the body), cleaned; None if there is no prose for one of them."""
+    first, _, rest = docstring.strip().partition("\n\n")
+    summary, body = list(paragraphs(first)), list(paragraphs(rest))
+    if len(summary) != 1 or sum(map(len, body)) < SHORTEST_BODY:
+        return None
+    return summary[0], body
+
+
+def _docstrings(path: Path) -> Iterator[str]:
+    """The docstrings of a file; none if it cannot be read."""
+    try:
+        tree = parse_quietly(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        return
+    for node in ast.walk(tree or ast.Module([], [])):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            docstring = ast.get_docstring(node)
+            if docstring:
+                yield docstring
 
 
 SUMMARIES = (
-    Task(
-        name="cnn_dailymail",
-        source=Hub(dataset="abisee/cnn_dailymail", config="3.0.0", folder="cnn_dailymail"),
-        to_text=cnn_dailymail,
+    hub_task(
+        "cnn_dailymail",
+        "abisee/cnn_dailymail",
+        partial(summarise, text="article", summary="highlights"),
+        config="3.0.0",
+        metrics=("rouge",),
+    ),
+    hub_task(
+        "xsum",
+        "EdinburghNLP/xsum",
+        partial(summarise, text="document", summary="summary"),
         metrics=("rouge",),
     ),
     Task(
-        name="xsum",
-        source=Hub(dataset="EdinburghNLP/xsum", folder="xsum"),
-        to_text=xsum,
+        name="docstring_summary",
+        source=Made(_summaries, _version),
+        to_text=partial(summarise, text="body", summary="summary"),
         metrics=("rouge",),
     ),
 )

@@ -4,12 +4,12 @@ A task never tokenises and never decodes. It turns records into `Example`s; `sto
 for training, and `evaluate` compares a model's answers with their `answers`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from switchworks.config import DataError
-from switchworks.data.tasks.sources import Record, Source
+from switchworks.data.tasks.sources import SPLIT_NAMES, Hub, Record, Source
 
 UNKNOWN = "<unk>"
 """The target of a record whose label is withheld, as in the test splits of GLUE."""
@@ -91,14 +91,11 @@ class Task:
 
 def _check_texts(example: Example) -> None:
     """Raises TypeError if one of its texts is of another type."""
-    for name in ("inputs", "target"):
+    for name in ("inputs", "target", "references", "choices"):
         value = getattr(example, name)
-        if not isinstance(value, str):
-            raise TypeError(f"{name} = {value!r} is no text")
-    for name in ("references", "choices"):
-        for value in getattr(example, name):
-            if not isinstance(value, str):
-                raise TypeError(f"{name} holds {value!r}, which is no text")
+        for text in (value,) if name in ("inputs", "target") else value:
+            if not isinstance(text, str):
+                raise TypeError(f"{name}: {text!r} is no text")
 
 
 class _MissingColumnError(KeyError):
@@ -159,15 +156,34 @@ def fields(name: str, record: Record, columns: Iterable[str]) -> str:
     )
 
 
-def classify(
-    name: str, columns: Iterable[str], labels: tuple[str, ...], column: str = "label"
-) -> ToText:
+def classify(name: str, columns: tuple[str, ...], labels: tuple[str, ...]) -> ToText:
     """T5's text for a classification: `fields` to the label's name."""
-    columns = tuple(columns)
 
     def to_text(record: Record) -> Example:
-        return Example(
-            inputs=fields(name, record, columns), target=label_of(record, labels, column)
-        )
+        return Example(inputs=fields(name, record, columns), target=label_of(record, labels))
 
     return to_text
+
+
+def hub_task(
+    name: str,
+    dataset: str,
+    to_text: ToText,
+    *,
+    config: str | None = None,
+    folder: str | None = None,
+    names: Mapping[str, str] = SPLIT_NAMES,
+    metrics: tuple[str, ...] = ("accuracy",),
+    labels: tuple[str, ...] = (),
+    training_text: ToText | None = None,
+) -> Task:
+    """A task of a dataset on the Hub; the folder of a local copy has the task's name by default."""
+    source = Hub(dataset=dataset, config=config, folder=folder or name, names=names)
+    return Task(
+        name=name,
+        source=source,
+        to_text=to_text,
+        metrics=metrics,
+        labels=labels,
+        training_text=training_text,
+    )

@@ -1,11 +1,22 @@
-"""WMT from English into German, French and Romanian, as in T5."""
+"""WMT from English into German, French and Romanian, as in T5; sentences of interfaces in many
+languages, to translate or to name their language.
+
+Those sentences are of the embedded corpus `catalogs`, where no training sentence equals a
+validation sentence or its English. A folder `catalogs` among the local tasks replaces them: files
+train and validation (.jsonl, .csv, .parquet) with records of a `language` (a code such as de or
+pt-BR), the `english` sentence, and the `text` in that language.
+"""
 
 import re
+from collections.abc import Iterator
 from functools import partial
 
+from switchworks.data.sources.catalogs import gettext
 from switchworks.data.sources.catalogs.languages import english_name
-from switchworks.data.tasks.sources import Hub, Record
-from switchworks.data.tasks.task import Example, Task, text_in
+from switchworks.data.tasks.sources import Hub, Made, Places, Record
+from switchworks.data.tasks.task import Example, Task, hub_task, text_in
+
+FOLDER = Hub(dataset=None, folder="catalogs", names={"train": "train", "validation": "validation"})
 
 
 def language_name(code: str) -> str:
@@ -31,17 +42,61 @@ def translate(record: Record, source: str, target: str) -> Example:
     return Example(inputs=f"{prefix}: {text_in(both, source)}", target=both[target])
 
 
-def _task(dataset: str, config: str, language: str) -> Task:
-    return Task(
-        name=f"wmt_en_{language}",
-        source=Hub(dataset=dataset, config=config, folder=f"wmt_en_{language}"),
-        to_text=partial(translate, source="en", target=language),
-        metrics=("bleu",),
+def _sentences(split: str, places: Places) -> Iterator[Record]:
+    """The records of a split: `language`, `english` and `text`."""
+    if _has_folder(places):
+        yield from FOLDER.records(split, places)
+        return
+    by_language = gettext.split_sentences(gettext.catalogs(places.cache), places.validation_share)
+    for sentences in by_language.values():
+        for item in getattr(sentences, split):
+            yield {"language": item.language, "english": item.english, "text": item.text}
+
+
+def _version(places: Places) -> str:
+    """Identifies the user's files, or the embedded corpus and how much of it is held out."""
+    if _has_folder(places):
+        return " ".join(FOLDER.fingerprint(split, places) for split in FOLDER.splits)
+    return f"{gettext.catalogs_fingerprint()} {places.validation_share}"
+
+
+def _has_folder(places: Places) -> bool:
+    return places.folder is not None and (places.folder / "catalogs").is_dir()
+
+
+SOURCE = Made(_sentences, _version)
+
+
+def both_ways(record: Record) -> list[Example]:
+    """From English and into English. English itself is not translated."""
+    if record["language"] == "en":
+        return []
+    name = language_name(record["language"])
+    english, text = record["english"], record["text"]
+    return [
+        Example(inputs=f"translate English to {name}: {english}", target=text),
+        Example(inputs=f"translate {name} to English: {text}", target=english),
+    ]
+
+
+def language(record: Record) -> Example:
+    """The English name of the sentence's language."""
+    return Example(
+        inputs=f"language of: {record['text']}", target=language_name(record["language"])
     )
 
 
 TRANSLATION = (
-    _task("wmt/wmt14", "de-en", "de"),
-    _task("wmt/wmt14", "fr-en", "fr"),
-    _task("wmt/wmt16", "ro-en", "ro"),
+    *(
+        hub_task(
+            f"wmt_en_{language}",
+            dataset,
+            partial(translate, source="en", target=language),
+            config=f"{language}-en",
+            metrics=("bleu",),
+        )
+        for language, dataset in (("de", "wmt/wmt14"), ("fr", "wmt/wmt14"), ("ro", "wmt/wmt16"))
+    ),
+    Task(name="catalog_translation", source=SOURCE, to_text=both_ways, metrics=("chrf", "bleu")),
+    Task(name="catalog_language", source=SOURCE, to_text=language),
 )

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from switchworks.config import ConfigError, DataError
 from switchworks.data.cache import digest, file_stats
+from switchworks.data.sources.reading import format_of
 from switchworks.data.sources.text_source import is_validation
 from switchworks.data.tasks.sources import (
     TABLE_FORMATS,
@@ -22,7 +23,6 @@ from switchworks.data.tasks.sources import (
     Record,
     Source,
     read_tables,
-    table_format,
     tables_named,
 )
 from switchworks.data.tasks.task import Example, Task
@@ -112,7 +112,7 @@ def table_task(entry: str, *, metrics: tuple[str, ...], labels: tuple[str, ...])
             "  Example: reviews=reviews.csv:text:stars. Names have letters, digits, '.', '_', '-'."
         )
     file = Path(path).expanduser()
-    if not (file.is_dir() or (file.is_file() and table_format(file))):
+    if not (file.is_dir() or (file.is_file() and format_of(file, TABLE_FORMATS))):
         problem = "is no table" if file.is_file() else "does not exist"
         raise ConfigError(
             f"data.tasks: {file} {problem}.\n  A task's examples are in a file that ends in "

@@ -2,44 +2,62 @@
 
 import contextlib
 import os
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 
 from switchworks.config import DataError
 from switchworks.data.cache import atomic_write_json
-from switchworks.data.progress import BuildProgress
-from switchworks.data.sources.text_source import Report
-from switchworks.data.tokens.store import (
-    SPLITS,
-    STORE_VERSION,
-    Segment,
-    ShardPart,
-    finished_parts,
-    part_name,
-)
+from switchworks.data.tokens import store
 from switchworks.data.tokens.tokenizer import Tokenizer
 
 PART_TOKENS = 1 << 26
 """A part is closed by the first batch of documents that takes it past this many tokens: 128 MiB,
 some tens of seconds of work, which is what a kill can cost."""
 
+SECONDS_BETWEEN_LINES = 10.0
+
 BATCH_CHARACTERS = 1 << 22
 """Characters tokenised at once: what a build holds in memory, whatever the corpus."""
+
+
+class BuildProgress:
+    """Prints every ten seconds the tokens so far, their rate, and of `total` characters (None: not
+    known) the share done and the time left."""
+
+    def __init__(self, label: str, total: int | None, *, quiet: bool = False) -> None:
+        self.label, self.total, self.quiet = label, total, quiet
+        self.characters = self.tokens = 0
+        self._started = self._printed = time.monotonic()
+
+    def advance(self, characters: int, tokens: int) -> None:
+        """Count `characters` more as done, which gave `tokens` tokens."""
+        self.characters += characters
+        self.tokens += tokens
+        now = time.monotonic()
+        if self.quiet or now - self._printed < SECONDS_BETWEEN_LINES:
+            return
+        self._printed, seconds = now, now - self._started
+        line = (
+            f"{self.label}: {self.tokens / 1e6:.1f}M tokens, {self.tokens / seconds / 1e3:.0f}k/s"
+        )
+        if self.total and self.characters <= self.total:
+            done = self.characters / self.total
+            line += f", {100 * done:.0f} %, {seconds * (1 / done - 1):.0f} s left"
+        print(line, flush=True)
 
 
 def write_plan(folder: Path, tokenizer: Tokenizer, num_shards: int) -> None:
     """Begin a store of `num_shards` shards by `tokenizer` in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    for split in SPLITS:
+    for split in store.SPLITS:
         (folder / split).mkdir(exist_ok=True)
     values = {
-        "version": STORE_VERSION,
+        "version": store.STORE_VERSION,
         "num_shards": num_shards,
         "tokenizer": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
@@ -60,7 +78,6 @@ def build_shard(
     *,
     shard: int = 0,
     num_shards: int = 1,
-    report: Report | None = None,
     threads: int = 0,
     progress: BuildProgress | None = None,
     part_tokens: int = PART_TOKENS,
@@ -71,7 +88,7 @@ def build_shard(
     call. They are tokenised by `threads` threads of SentencePiece's own (0: one per core), at some
     tens of MB/s each, so no processes are needed. Raises DataError if the disk is full.
     """
-    done = finished_parts(folder, shard, num_shards)
+    done = store.finished_parts(folder, shard, num_shards)
     if done and done[-1].last:
         return
     # Resume: finished parts say how many documents they took, and as many are skipped here. A part
@@ -81,11 +98,11 @@ def build_shard(
     number, last = len(done), False
     try:
         while not last:
-            name = part_name(shard, num_shards, number)
-            with _PartWriter(folder, name, token_dtype(tokenizer)) as writer:
+            name = store.part_name(shard, num_shards, number)
+            writer = _PartWriter(folder, name, token_dtype(tokenizer))
+            with contextlib.closing(writer):
                 last = _fill_part(writer, batches, tokenizer, threads, progress, part_tokens)
-                counts = asdict(report) if report is not None else {}
-                writer.commit(shard, number, last, counts)
+                writer.commit(shard, number, last)
             number += 1
     except OSError as error:
         raise DataError(
@@ -108,7 +125,7 @@ def _fill_part(
         encoded = tokenizer.encode_batch(
             texts, sentinels=False, threads=threads or os.cpu_count() or 1
         )
-        for index, split in enumerate(SPLITS):  # False, to train on, is 0
+        for index, split in enumerate(store.SPLITS):  # False, to train on, is 0
             pairs = zip(encoded, batch, strict=True)
             ids = [tokens for tokens, (_, is_validation) in pairs if is_validation == index]
             writer.add(split, [tokens for tokens in ids if len(tokens)])
@@ -141,24 +158,12 @@ class _PartWriter:
     def __init__(self, folder: Path, name: str, dtype: str) -> None:
         self.folder, self.name, self.dtype = folder, name, dtype
         self.documents_read = 0
-        self._counts = {split: [0, 0] for split in SPLITS}  # tokens, documents
+        self._counts = {split: [0, 0] for split in store.SPLITS}  # tokens, documents
         self._files = {
-            f"{split}/{name}.{kind}": _File(folder / split / f"{name}.{kind}")
-            for split in SPLITS
-            for kind in ("tokens", "ends")
+            name: (folder / f"{name}.tmp").open("wb")
+            for split in store.SPLITS
+            for name in (f"{split}/{self.name}.tokens", f"{split}/{self.name}.ends")
         }
-
-    def __enter__(self) -> "_PartWriter":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for file in self._files.values():
-            file.abandon()
 
     @property
     def num_tokens(self) -> int:
@@ -170,45 +175,29 @@ class _PartWriter:
             return
         count = self._counts[split]
         ends = count[0] + np.cumsum([len(tokens) for tokens in documents])
-        self._files[f"{split}/{self.name}.tokens"].write(np.concatenate(documents), self.dtype)
-        self._files[f"{split}/{self.name}.ends"].write(ends, "<u8")
+        tokens = np.concatenate(documents).astype(self.dtype)
+        self._files[f"{split}/{self.name}.tokens"].write(tokens.tobytes())
+        self._files[f"{split}/{self.name}.ends"].write(ends.astype("<u8").tobytes())
         count[0], count[1] = int(ends[-1]), count[1] + len(documents)
 
-    def commit(self, shard: int, number: int, last: bool, report: dict) -> None:
-        sizes = {name: file.size for name, file in self._files.items()}
-        hashes = {name: file.keep() for name, file in self._files.items()}
+    def commit(self, shard: int, number: int, last: bool) -> None:
+        for name, file in self._files.items():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+            (self.folder / f"{name}.tmp").replace(self.folder / name)
+        sizes = {name: (self.folder / name).stat().st_size for name in self._files}
+        hashes = {name: store.file_hash(self.folder / name) for name in self._files}
         segments = {
-            split: Segment(f"{split}/{self.name}", *self._counts[split]) for split in SPLITS
+            split: store.Segment(f"{split}/{self.name}", *self._counts[split])
+            for split in store.SPLITS
         }
-        part = ShardPart(shard, number, self.documents_read, last, segments, hashes, sizes, report)
+        part = store.ShardPart(shard, number, self.documents_read, last, segments, hashes, sizes)
         atomic_write_json(self.folder / f"{self.name}.json", asdict(part))
 
-
-class _File:
-    """A file that is renamed to `path` only when complete; its hash is taken while writing."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.temporary = path.with_name(path.name + ".tmp")
-        self.file = self.temporary.open("wb")
-        self.hash = blake2b(digest_size=16)
-        self.size = 0
-
-    def write(self, values: np.ndarray, dtype: str) -> None:
-        data = values.astype(dtype).tobytes()
-        self.file.write(data)
-        self.hash.update(data)
-        self.size += len(data)
-
-    def keep(self) -> str:
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        self.temporary.replace(self.path)
-        return self.hash.hexdigest()
-
-    def abandon(self) -> None:
-        if not self.file.closed:
+    def close(self) -> None:
+        """Remove what was not committed."""
+        for name, file in self._files.items():
             with contextlib.suppress(OSError):  # a full disk is reported once
-                self.file.close()
-            self.temporary.unlink(missing_ok=True)
+                file.close()
+            (self.folder / f"{name}.tmp").unlink(missing_ok=True)

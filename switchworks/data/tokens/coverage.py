@@ -71,11 +71,8 @@ def measure_coverage(language: str, texts: Iterable[str], tokenizer: Tokenizer) 
 
 
 def _coverage(texts: Iterable[str], characters: frozenset[str]) -> float:
-    counts: Counter[str] = Counter()
-    for text in texts:
-        counts.update(text)
-    letters = {c: n for c, n in counts.items() if not c.isspace()}
-    return sum(n for c, n in letters.items() if c in characters) / max(1, sum(letters.values()))
+    counts = Counter(c for text in texts for c in text if not c.isspace())
+    return sum(n for c, n in counts.items() if c in characters) / max(1, counts.total())
 
 
 def alphabet(tokenizer: Tokenizer) -> frozenset[str]:

@@ -5,7 +5,6 @@ of the tokenizer. So a second call only opens what the first one made, and a cha
 the tokenizer or the validation share never meets an old store. One process builds, others wait.
 """
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,18 +13,12 @@ from pathlib import Path
 
 from switchworks.config import DataError
 from switchworks.data.cache import digest, file_lock
-from switchworks.data.config import DataConfig
-from switchworks.data.progress import BuildProgress
+from switchworks.data.config import DataConfig, cache_folder
 from switchworks.data.sources import open_source
-from switchworks.data.sources.text_source import Report, TextSource, is_validation
-from switchworks.data.tokens.build import build_shard, write_plan
-from switchworks.data.tokens.store import (
-    TokenStore,
-    finish_store,
-    missing_shards,
-    open_store,
-    planned_shards,
-)
+from switchworks.data.sources.text_source import TextSource, is_validation
+from switchworks.data.tokens import store
+from switchworks.data.tokens.build import BuildProgress, build_shard, write_plan
+from switchworks.data.tokens.store import TokenStore
 from switchworks.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from switchworks.data.tokens.train import sample_order, trained_tokenizer
 
@@ -36,11 +29,10 @@ whenever it is opened; of a larger one only the lengths of the files are."""
 
 @dataclass(frozen=True)
 class PreparedCorpus:
-    """A tokenizer and the tokens it made. `report` counts what this call read, if it built."""
+    """A tokenizer and the tokens it made."""
 
     tokenizer: Tokenizer
     folder: Path
-    report: Report
 
     @cached_property
     def train(self) -> TokenStore:
@@ -54,27 +46,23 @@ class PreparedCorpus:
     @cached_property
     def _stores(self) -> tuple[TokenStore, TokenStore]:
         size = sum(file.stat().st_size for file in self.folder.glob("*/*.tokens"))
-        return open_store(
-            self.folder, tokenizer=self.tokenizer.fingerprint, verify=size <= VERIFIED_BYTES
-        )
+        known = self.tokenizer.fingerprint
+        return store.open_store(self.folder, tokenizer=known, verify=size <= VERIFIED_BYTES)
 
     @property
     def missing(self) -> list[int]:
         """The shards that no job has finished yet."""
-        return missing_shards(self.folder)
+        return store.missing_shards(self.folder)
 
     def __str__(self) -> str:
         head = f"{self.tokenizer.size} ids, tokens in {self.folder}"
         if missing := self.missing:
             return f"{head}; shards still missing: {', '.join(map(str, missing))}"
-        return "\n".join(
-            [head]
-            + [
-                f"{store.split:<11} {store.num_tokens:>14,} tokens in {store.num_documents:,} "
-                "documents"
-                for store in (self.train, self.validation)
-            ]
-        )
+        lines = [
+            f"{part.split:<11} {part.num_tokens:>14,} tokens in {part.num_documents:,} documents"
+            for part in (self.train, self.validation)
+        ]
+        return "\n".join([head, *lines])
 
 
 def prepare(
@@ -92,38 +80,34 @@ def prepare(
     builds the i-th of n shards only, so that n jobs can share the work; the first of them to
     start trains the tokenizer while the others wait for it. Raises DataError for bad input.
     """
-    assert not config.mixture
-    cache = cache_folder(config)
-    source = open_source(config, cache)
-    tokenizer = load_tokenizer(
-        config.tokenizer
-        if config.tokenizer != "train"
-        else trained_tokenizer(
-            cache,
-            source.fingerprint(),
-            sample_order(source),
-            vocab_size,
-            quiet,
-            coverage=config.character_coverage,
-        )
-    )
-    folder = cache / f"store-{_store_key(config, source, tokenizer)}"
-    report = Report()
+    source = open_source(config, cache_folder(config))
+    path = config.tokenizer
+    if path == "train":
+        texts = sample_order(source)
+        path = trained_tokenizer(config, source.fingerprint(), texts, vocab_size, quiet)
+    tokenizer = load_tokenizer(path)
+    folder = cache_folder(config) / f"store-{_store_key(config, source, tokenizer)}"
     if not (folder / "store.json").exists():
         num_shards = _plan(folder, tokenizer, shard)
         for index in range(num_shards) if shard is None else [shard[0]]:
-            report.merge(_build(folder, config, source, tokenizer, index, num_shards, quiet, name))
+            part = "" if num_shards == 1 else f"{index}/{num_shards}"
+            total = source.num_characters
+            total = None if total is None else total // num_shards
+            label = " ".join(filter(None, ["tokenising", name, part]))
+            with file_lock(folder / f"shard-{index}"):  # another process may have made it by then
+                build_shard(
+                    folder,
+                    _documents(config, source, index, num_shards),
+                    tokenizer,
+                    shard=index,
+                    num_shards=num_shards,
+                    threads=config.workers,
+                    progress=BuildProgress(label, total, quiet=quiet),
+                )
         with file_lock(folder):
-            if not missing_shards(folder):
-                finish_store(folder, validation_share=config.validation_share)
-        report.log()
-    return PreparedCorpus(tokenizer, folder, report)
-
-
-def cache_folder(config: DataConfig) -> Path:
-    """`config.cache`, else $SWITCHWORKS_CACHE, else ~/.cache/switchworks."""
-    folder = config.cache or os.environ.get("SWITCHWORKS_CACHE") or "~/.cache/switchworks"
-    return Path(folder).expanduser()
+            if not store.missing_shards(folder):
+                store.finish_store(folder, validation_share=config.validation_share)
+    return PreparedCorpus(tokenizer, folder)
 
 
 def _plan(folder: Path, tokenizer: Tokenizer, shard: tuple[int, int] | None) -> int:
@@ -136,7 +120,7 @@ def _plan(folder: Path, tokenizer: Tokenizer, shard: tuple[int, int] | None) -> 
     with file_lock(folder):
         if not (folder / "plan.json").exists():
             write_plan(folder, tokenizer, 1 if shard is None else shard[1])
-        num_shards = planned_shards(folder)
+        num_shards = store.planned_shards(folder)
     if shard is not None and shard[1] != num_shards:
         raise DataError(
             f"The store in {folder} was begun in {num_shards} shards, not {shard[1]}.\n"
@@ -145,53 +129,17 @@ def _plan(folder: Path, tokenizer: Tokenizer, shard: tuple[int, int] | None) -> 
     return num_shards
 
 
-def _build(
-    folder: Path,
-    config: DataConfig,
-    source: TextSource,
-    tokenizer: Tokenizer,
-    shard: int,
-    num_shards: int,
-    quiet: bool,
-    name: str,
-) -> Report:
-    """Finish one shard, unless another process has by the time the lock is free."""
-    report = Report()
-    label = f"tokenising {name}".strip() + ("" if num_shards == 1 else f" {shard}/{num_shards}")
-    total = source.num_characters
-    total = None if total is None else total // num_shards
-    with file_lock(folder / f"shard-{shard}"):
-        build_shard(
-            folder,
-            _with_split(config, source, shard, num_shards, report),
-            tokenizer,
-            shard=shard,
-            num_shards=num_shards,
-            report=report,
-            threads=config.workers,
-            progress=BuildProgress(label, total, quiet=quiet),
-        )
-    return report
-
-
-def _with_split(
-    config: DataConfig, source: TextSource, shard: int, num_shards: int, report: Report
+def _documents(
+    config: DataConfig, source: TextSource, shard: int, num_shards: int
 ) -> Iterator[tuple[str, bool]]:
-    """(text, whether it is for validation) of each document, counted in `report`.
-
-    Validation documents are chosen by their hash unless the source has a validation split.
-    """
-    documents = source.documents(shard, num_shards, report=report)
+    """(text, whether it is for validation) of each document: chosen by their hash unless the source
+    has a validation split."""
+    documents = source.documents(shard, num_shards)
     validation = source.validation()
     if validation is None:
-        pairs = ((text, is_validation(text, config.validation_share)) for text in documents)
-    else:
-        more = validation.documents(shard, num_shards, report=report)
-        pairs = chain(((text, False) for text in documents), ((text, True) for text in more))
-    for text, is_held_out in pairs:
-        report.documents += 1
-        report.characters += len(text)
-        yield text, is_held_out
+        return ((text, is_validation(text, config.validation_share)) for text in documents)
+    more = validation.documents(shard, num_shards)
+    return chain(((text, False) for text in documents), ((text, True) for text in more))
 
 
 def _store_key(config: DataConfig, source: TextSource, tokenizer: Tokenizer) -> str:

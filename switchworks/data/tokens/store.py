@@ -22,8 +22,8 @@ without writing tokens again.
 import json
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from hashlib import blake2b
+from dataclasses import asdict, dataclass
+from hashlib import blake2b, file_digest
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,6 @@ class ShardPart:
     hashes: dict[str, str]
     """blake2b of each file, by its name relative to the store."""
     sizes: dict[str, int]
-    report: dict[str, Any] = field(default_factory=dict)
 
 
 class TokenStore:
@@ -79,12 +78,6 @@ class TokenStore:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}  # each process maps the files itself
-
-    def __repr__(self) -> str:
-        return (
-            f"TokenStore({str(self.folder)!r}, {self.split!r}: {self.num_tokens} tokens, "
-            f"{self.num_documents} documents)"
-        )
 
     @property
     def digest(self) -> str:
@@ -106,7 +99,8 @@ class TokenStore:
         for segment, begin in self._within(start, stop):
             low, high = max(start, begin), min(stop, begin + segment.num_tokens)
             shift = segment.first_token - begin  # from stream positions to the file's
-            out[low - start : high - start] = self._tokens(segment)[low + shift : high + shift]
+            tokens = self._map(f"{segment.name}.tokens", self.dtype)
+            out[low - start : high - start] = tokens[low + shift : high + shift]
         return out
 
     def document_bounds(self, start: int, stop: int) -> Int[np.ndarray, " bounds"]:
@@ -114,7 +108,8 @@ class TokenStore:
         self._check_range(start, stop)
         parts = [np.empty(0, np.int64)]
         for segment, begin in self._within(start, stop):
-            ends = self._ends(segment)
+            ends = self._map(f"{segment.name}.ends", "<u8")
+            ends = ends[segment.first_document : segment.first_document + segment.num_documents]
             # The search uses the file's positions, so only what it finds is copied.
             shift = begin - segment.first_token
             low = np.searchsorted(ends, np.uint64(max(start - shift, 0)), side="right")
@@ -132,13 +127,6 @@ class TokenStore:
         first = bisect_right(self._starts, start) - 1
         last = bisect_right(self._starts, stop - 1) if stop > start else first
         return list(zip(self._segments[first:last], self._starts[first:last], strict=True))
-
-    def _tokens(self, segment: Segment) -> np.ndarray:
-        return self._map(f"{segment.name}.tokens", self.dtype)
-
-    def _ends(self, segment: Segment) -> np.ndarray:
-        ends = self._map(f"{segment.name}.ends", "<u8")
-        return ends[segment.first_document : segment.first_document + segment.num_documents]
 
     def _map(self, name: str, dtype: str) -> np.ndarray:
         if name not in self._maps:
@@ -159,15 +147,10 @@ def open_store(
     if manifest is None:
         raise DataError(_missing_message(folder))
     if manifest.get("version") != STORE_VERSION:
-        raise DataError(
-            f"{folder} was written by another version of switchworks.\n"
-            "  Delete the folder; it will be made again."
-        )
+        raise _unusable(folder, "was written by another version of switchworks")
     if tokenizer is not None and manifest["tokenizer"] != tokenizer:
-        raise DataError(
-            f"{folder} was made by another tokenizer ({manifest['tokenizer'][:12]}, not "
-            f"{tokenizer[:12]}).\n  Delete the folder; it will be made again."
-        )
+        made = f"{manifest['tokenizer'][:12]}, not {tokenizer[:12]}"
+        raise _unusable(folder, f"was made by another tokenizer ({made})")
     for name, size in manifest["sizes"].items():
         _check_file(folder / name, size, manifest["hashes"][name] if verify else None)
     train, validation = (
@@ -200,7 +183,8 @@ def token_digest(size: int, read: Callable[[int, int], np.ndarray]) -> str:
 def missing_shards(folder: Path) -> list[int]:
     """The shards of the store in `folder` that are not finished."""
     num_shards = planned_shards(folder)
-    return [shard for shard in range(num_shards) if not is_finished(folder, shard, num_shards)]
+    parts = [finished_parts(folder, shard, num_shards) for shard in range(num_shards)]
+    return [shard for shard, done in enumerate(parts) if not (done and done[-1].last)]
 
 
 def planned_shards(folder: Path) -> int:
@@ -211,16 +195,11 @@ def planned_shards(folder: Path) -> int:
     return plan["num_shards"]
 
 
-def is_finished(folder: Path, shard: int, num_shards: int) -> bool:
-    """Whether every part of `shard` is written."""
-    parts = finished_parts(folder, shard, num_shards)
-    return bool(parts) and parts[-1].last
-
-
 def finished_parts(folder: Path, shard: int, num_shards: int) -> list[ShardPart]:
     """The complete parts of `shard` from the first on, without a gap."""
     parts: list[ShardPart] = []
     while values := _read_json(folder / f"{part_name(shard, num_shards, len(parts))}.json"):
+        values.pop("report", None)  # which older versions wrote
         values["segments"] = {k: Segment(**v) for k, v in values["segments"].items()}
         part = ShardPart(**values)
         if any(_size(folder / name) != size for name, size in part.sizes.items()):
@@ -256,9 +235,6 @@ def finish_store(folder: Path, *, validation_share: float) -> None:
         folder / "store.json",
         {
             **plan,
-            "tokens": {split: sum(s.num_tokens for s in segments[split]) for split in SPLITS},
-            "documents": {split: sum(s.num_documents for s in segments[split]) for split in SPLITS},
-            "reports": [part.report for part in parts if part.last],
             "segments": {split: [asdict(s) for s in segments[split]] for split in SPLITS},
             "sizes": {name: size for part in parts for name, size in part.sizes.items()},
             "hashes": {name: value for part in parts for name, value in part.hashes.items()},
@@ -303,41 +279,34 @@ def _missing_message(folder: Path) -> str:
     )
 
 
+def _unusable(path: Path, problem: str) -> DataError:
+    return DataError(f"{path} {problem}.\n  Delete the folder; it will be made again.")
+
+
 def _check_file(path: Path, size: int, digest: str | None) -> None:
     actual = _size(path)
+    if actual is None:
+        raise _unusable(path, "is missing")
     if actual != size:
-        problem = "is missing" if actual is None else f"has {actual} bytes instead of {size}"
-        raise DataError(f"{path} {problem}.\n  Delete its folder; it will be made again.")
-    if digest is not None and _file_hash(path) != digest:
-        raise DataError(
-            f"{path} is not what was written: its hash differs.\n"
-            "  Delete its folder; it will be made again."
-        )
+        raise _unusable(path, f"has {actual} bytes instead of {size}")
+    if digest is not None and file_hash(path) != digest:
+        raise _unusable(path, "is not what was written: its hash differs")
 
 
 def _size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return None
+    return path.stat().st_size if path.exists() else None
 
 
-def _file_hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
     """blake2b of the file's content."""
-    digest = blake2b(digest_size=16)
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return file_digest(file, lambda: blake2b(digest_size=16)).hexdigest()
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path} cannot be read: {error}.\n  Delete its folder; it will be made again."
-        ) from error
-    return values
+        raise _unusable(path, f"cannot be read: {error}") from error

