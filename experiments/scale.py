@@ -7,8 +7,8 @@ Each row is what `switchworks explain` prints for the same flags with --search, 
 a small depth (`simulate_with_depth`).
 """
 
+import argparse
 import csv
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -120,8 +120,11 @@ def write_curves() -> None:
     draw(rows, DOCS / "scale.png")
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(usage=__doc__)
+    parser.add_argument("part", choices=["curves", "fits"], nargs="?", default="curves")
+    write_curves() if parser.parse_args().part == "curves" else print_fitting_meshes()
+
+
 if __name__ == "__main__":
-    if sys.argv[1:] == ["fits"]:
-        print_fitting_meshes()
-    else:
-        write_curves()
+    main()
