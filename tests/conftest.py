@@ -82,26 +82,14 @@ def tiny_run(tiny_experiment, trained) -> Path:
 @pytest.fixture(scope="session")
 def byte_model():
     """A tiny encoder-decoder over bytes, with random weights. Tests only read it."""
-    return _over_bytes(decoder_only=False)
+    from support.models import byte_transformer
+
+    return byte_transformer(decoder_only=False)
 
 
 @pytest.fixture(scope="session")
 def byte_decoder():
     """The same as a causal model."""
-    return _over_bytes(decoder_only=True)
+    from support.models import byte_transformer
 
-
-def _over_bytes(*, decoder_only: bool):
-    from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
-
-    config = ModelConfig(
-        vocab_size=384,
-        d_model=16,
-        d_ff=32,
-        d_kv=8,
-        num_heads=2,
-        num_layers=2,
-        routing=RoutingConfig(experts=2, group_sequences=1),
-        decoder_only=decoder_only,
-    )
-    return SwitchTransformer(config, seed=3).eval()
+    return byte_transformer(decoder_only=True)
