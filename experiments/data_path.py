@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 from switchworks.data import open_dataset
-from switchworks.recipes import RECIPES
+from switchworks.recipes import find_recipe
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="quickstart")
     parser.add_argument("--steps", type=int, default=200, help="of each trial")
     flags = parser.parse_args()
-    recipe = RECIPES[flags.recipe]()
+    recipe = find_recipe(flags.recipe)()
     dataset = open_dataset(recipe.data, vocab_size=recipe.model.vocab_size)
     batches = dataset.training(batch_size=recipe.batch_size, seed=0)
     speeds = []

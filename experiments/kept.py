@@ -47,16 +47,16 @@ def finished(recipe: str, directory: Path, flags: Sequence[str]) -> Path:
     """`directory` with the finished run of `recipe`; what `begun` says of it holds."""
     process = begun(recipe, directory, flags)
     if process is not None:
-        wait_for(process, of=str(directory))
+        wait_for(process, name=str(directory))
     return directory
 
 
-def wait_for(process: subprocess.Popen, of: str) -> None:
-    """Ends the program if the run `of` did not end well. Ctrl-C, which a terminal sends to both,
+def wait_for(process: subprocess.Popen, name: str) -> None:
+    """Ends the program if the run `name` did not end well. Ctrl-C, which a terminal sends to both,
     waits until the run has saved."""
     try:
         status = process.wait()
     except KeyboardInterrupt:
         status = process.wait()
     if status:
-        sys.exit(f"{of} did not end well; the same command goes on")
+        sys.exit(f"{name} did not end well; the same command goes on")

@@ -12,6 +12,7 @@ time in all than one after the other with two threads; seconds are then those of
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -29,7 +30,7 @@ def run(recipes: Sequence[str], seed: int, out: Path, flags: list[str]) -> list[
     running = [begun(recipe, directory, seeded) for recipe, directory in pairs]
     for process in running:
         if process is not None:
-            wait_for(process, of=f"a run of seed {seed}")
+            wait_for(process, name=f"a run of seed {seed}")
     return directories
 
 
@@ -49,6 +50,8 @@ def main() -> None:
             done = [run([name], seed, known.out, flags)[0] for name in names]
         sparse, dense = map(read_run, done)
         target, reached = dense.last("val/loss"), sparse.last("val/loss")
+        if target is None or reached is None:
+            sys.exit(f"{done} hold no validation loss; --validate-every N asks for it")
         slow, fast = when_reached(dense, target), when_reached(sparse, target)
         rows.append((seed, target, reached, slow, fast))
     show(rows)

@@ -7,8 +7,8 @@ Each row is what `switchworks explain` prints for the same flags with --search, 
 a small depth (`simulate_with_depth`).
 """
 
+import argparse
 import csv
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +23,8 @@ from switchworks.training import Experiment
 
 DOCS = Path(__file__).parent.parent / "docs"
 RANKS = [8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
+DEVICES = (1024, 2048)
+"""Devices that meshes are proposed for."""
 ROWS = {"c4_switch_c": 32, "c4_xxl_128": 16}
 """Rows of 512 + 114 tokens of each rank of the batch axis, whatever the number of ranks."""
 WIDTH = {"c4_switch_c": 1, "c4_xxl_128": 8}
@@ -100,7 +102,7 @@ def draw(rows: list[dict[str, float | int | str]], file: Path) -> None:
 def print_fitting_meshes() -> None:
     for name in ROWS:
         for machine, memory in (("tpuv3", 16.0), ("h100", 80.0)):
-            for devices in (1024, 2048):
+            for devices in DEVICES:
                 candidate = propose(lean(name), devices, memory, MACHINES[machine])
                 print(name, machine, devices, "none" if candidate is None else candidate.flags)
 
@@ -118,8 +120,11 @@ def write_curves() -> None:
     draw(rows, DOCS / "scale.png")
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(usage=__doc__)
+    parser.add_argument("part", choices=["curves", "fits"], nargs="?", default="curves")
+    write_curves() if parser.parse_args().part == "curves" else print_fitting_meshes()
+
+
 if __name__ == "__main__":
-    if sys.argv[1:] == ["fits"]:
-        print_fitting_meshes()
-    else:
-        write_curves()
+    main()

@@ -1,33 +1,33 @@
 """A dense model upcycled and trained on, beside itself trained on and a sparse one from scratch.
 
-    python experiments/upcycling.py [DIRECTORY]     # minutes on one core
+    python experiments/upcycling.py [DIRECTORY] [--steps 250] [--more 100]   # minutes on one core
 
 Small enough to run at any time; it shows that the first losses agree and that routing evens out,
 not who wins in the end.
 """
 
+import argparse
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
 
 from switchworks import RoutingConfig, train
 from switchworks.compress import upcycle_directory
-from switchworks.recipes import tiny
+from switchworks.recipes import find_recipe
 from switchworks.training import Experiment
 
 
-def dense_experiment(text: Path) -> Experiment:
-    """250 steps of a dense model of 64 x 128 on Python's help topics, bytes as tokens."""
-    recipe = tiny()
+def dense_experiment(text: Path, steps: int) -> Experiment:
+    """`steps` steps of a dense model of 64 x 128 on Python's help topics, bytes as tokens."""
+    recipe = find_recipe("tiny")()
     return replace(
         recipe,
         name="dense",
         threads=1,
-        steps=250,
+        steps=steps,
         batch_size=8,
-        validate_every=20,
+        validate_every=min(20, steps),
         validation_batches=8,
         checkpoint_every=0,
         sample_every=0,
@@ -49,16 +49,21 @@ def show(run_dir: Path) -> None:
         print(f"{'':12} dropped {' '.join(dropped)}")
 
 
-def main(root: Path) -> None:
-    """Run all five."""
+def main() -> None:
+    parser = argparse.ArgumentParser(usage=__doc__)
+    parser.add_argument("directory", type=Path, nargs="?", default=Path("runs/upcycling"))
+    parser.add_argument("--steps", type=int, default=250, help="of the dense model")
+    parser.add_argument("--more", type=int, default=100, help="of each run that follows")
+    flags = parser.parse_args()
+    root = flags.directory
     text = root / "text"
     text.mkdir(parents=True)
     for name, topic in topics.items():
         (text / f"{name}.txt").write_text(topic, encoding="utf-8")
-    dense = dense_experiment(text)
+    dense = dense_experiment(text, flags.steps)
     train(dense, root / "dense")
     upcycle_directory(root / "dense", root / "start", RoutingConfig(experts=8))
-    on = replace(dense, steps=100)
+    on = replace(dense, steps=flags.more)
     runs = [train(on, root / "continued", init=root / "dense")]
     for name, factor in (("no_limit", None), ("factor_2", 2.0), ("factor_1.25", 1.25)):
         routing = RoutingConfig(experts=8, group_sequences=8, capacity_factor=factor)
@@ -70,4 +75,4 @@ def main(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/upcycling"))
+    main()

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 from jaxtyping import install_import_hook
+from support.once import made_once, trained_once
 
 PACKAGE = Path(__file__).parent.parent / "switchworks"
 
@@ -32,19 +34,31 @@ def the_same_numbers_every_time():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory) -> Path:
+    """A folder that all workers of this session have in common."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 @pytest.fixture(autouse=True, scope="session")
-def private_cache(tmp_path_factory):
+def private_cache(shared_folder):
     """Nothing a test makes goes into the user's cache."""
-    os.environ["SWITCHWORKS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["SWITCHWORKS_CACHE"] = str(shared_folder / "cache")
 
 
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory) -> Path:
+def corpus(shared_folder) -> Path:
     """A folder of English text files: Python's help topics, 0.2 MB."""
-    folder = tmp_path_factory.mktemp("corpus")
+    return made_once(shared_folder / "corpus", write_topics)
+
+
+def write_topics(folder: Path) -> None:
+    folder.mkdir()
     for name, text in list(topics.items())[:24]:
         (folder / f"{name}.txt").write_text(text, encoding="utf-8")
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -57,39 +71,28 @@ def tiny_experiment(corpus):
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tiny_experiment, tmp_path_factory) -> Path:
-    """The run directory of a finished tiny run. Tests only read it."""
-    from switchworks.training import train
+def trained(shared_folder):
+    """Gives the run directory of an experiment, trained once for all tests. They only read it."""
+    return partial(trained_once, shared_folder)
 
-    threads = torch.get_num_threads()
-    run_dir = train(tiny_experiment, tmp_path_factory.mktemp("runs") / "tiny")
-    torch.set_num_threads(threads)
-    return run_dir
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_experiment, trained) -> Path:
+    """The run directory of a finished tiny run. Tests only read it."""
+    return trained(tiny_experiment)
 
 
 @pytest.fixture(scope="session")
 def byte_model():
     """A tiny encoder-decoder over bytes, with random weights. Tests only read it."""
-    return _over_bytes(decoder_only=False)
+    from support.models import byte_transformer
+
+    return byte_transformer(decoder_only=False)
 
 
 @pytest.fixture(scope="session")
 def byte_decoder():
     """The same as a causal model."""
-    return _over_bytes(decoder_only=True)
+    from support.models import byte_transformer
 
-
-def _over_bytes(*, decoder_only: bool):
-    from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
-
-    config = ModelConfig(
-        vocab_size=384,
-        d_model=16,
-        d_ff=32,
-        d_kv=8,
-        num_heads=2,
-        num_layers=2,
-        routing=RoutingConfig(experts=2, group_sequences=1),
-        decoder_only=decoder_only,
-    )
-    return SwitchTransformer(config, seed=3).eval()
+    return byte_transformer(decoder_only=True)

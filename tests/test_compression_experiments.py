@@ -1,41 +1,27 @@
 """The scripts that make the tables of docs/smaller.md, on a tiny run."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
+from support.scripts import run_script
 
-ROOT = Path(__file__).parent.parent
-DENSE = """
-from dataclasses import replace
+from switchworks.recipes import RECIPES
 from switchworks.recipes.tiny import tiny
-def dense():
+from switchworks.training import Experiment
+
+
+def tiny_dense() -> Experiment:
+    """The dense twin of `tiny`."""
     return replace(tiny(), model=replace(tiny().model, routing=None))
-"""
-"""A recipe of one's own: the dense twin of `tiny`."""
 
 
 @pytest.fixture
-def script(tmp_path):
+def script(tmp_path, monkeypatch):
     """Calls a script of experiments/ with words, in a folder of its own; what it printed."""
-    (tmp_path / "twins.py").write_text(DENSE)
-    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
-
-    def call(name: str, *words: str) -> str:
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "experiments" / name), *words],
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": paths},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    return call
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(RECIPES, "tiny_dense", tiny_dense)
+    return run_script
 
 
 def test_the_cost_of_rounding_is_measured(script, tiny_run, tmp_path):
@@ -47,21 +33,19 @@ def test_the_cost_of_rounding_is_measured(script, tiny_run, tmp_path):
     assert "| int8 |" in said
 
 
-@pytest.mark.slow
 def test_fewer_experts_are_measured_with_and_without_recovery(script, tiny_run, corpus, tmp_path):
     words = [str(tiny_run), "--batches", "1", "--held-out", "1", "--out", "f", "--threads", "1"]
-    words += ["--recover", "1", "--recipe", "tiny", "--dense", "twins:dense"]
+    words += ["--recover", "1", "--recipe", "tiny"]
     said = script("fewer_experts.py", *words, "--data.path", str(corpus))
     table = json.loads((tmp_path / "f" / "table.json").read_text())
     assert list(table) == ["4", "2", "1"]
     assert set(table["4"]) == {"as it is", "as it is, trained on"}
     assert set(table["1"]) == {"prune", "prune, recovered", "merge", "merge, recovered"}
     assert "| merge, recovered | " in said
-    with pytest.raises(AssertionError, match="f holds results of recover 1, now 0"):
+    with pytest.raises(SystemExit, match="f holds results of recover 1, now 0"):
         script("fewer_experts.py", str(tiny_run), "--batches", "1", "--out", "f", "--threads", "1")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("which", "runs"),
     [
@@ -82,16 +66,17 @@ def test_fewer_experts_are_measured_with_and_without_recovery(script, tiny_run, 
     ],
 )
 def test_the_tables_of_the_paper_are_trained(which, runs, script, corpus, tmp_path):
-    words = ["tiny", "--dense", "twins:dense", "--out", "d", "--steps", "2", "--threads", "1"]
+    words = ["tiny", "--out", "d", "--steps", "2", "--threads", "1"]
     words += ["--sample-every", "0", "--data.path", str(corpus), *which]
     script("distillation.py", *words)
     rows = json.loads((tmp_path / "d" / f"table_{which[1]}.json").read_text())
     assert [row["run"] for row in rows] == runs
 
 
-@pytest.mark.slow
-def test_table_6_goes_on_with_the_teacher_and_the_student_of_table_7(script, corpus, tmp_path):
-    words = ["tiny", "--dense", "twins:dense", "--out", "d", "--steps", "2", "--threads", "1"]
+def test_table_6_goes_on_with_the_teacher_and_the_student_of_table_7(
+    script, corpus, tmp_path, capsys
+):
+    words = ["tiny", "--out", "d", "--steps", "2", "--threads", "1"]
     words += ["--sample-every", "0", "--data.path", str(corpus), "--experts", "2"]
     script("distillation.py", *words, "--table", "7")
     left = {path: path.stat().st_mtime_ns for path in tmp_path.glob("d/*/*/metrics.jsonl")}
@@ -99,17 +84,17 @@ def test_table_6_goes_on_with_the_teacher_and_the_student_of_table_7(script, cor
     assert len(left) == 3
     assert all(path.stat().st_mtime_ns == then for path, then in left.items())
     assert "| weights_only |" in said
-    with pytest.raises(AssertionError, match="holds results of flags"):
+    with pytest.raises(SystemExit, match="holds results of flags"):
         script("distillation.py", *words, "--table", "6", "--optim.lr", "0.5")
-    with pytest.raises(AssertionError, match="several --experts are for --table 7"):
+    with pytest.raises(SystemExit):
         script("distillation.py", *words, "4", "--table", "6")
+    assert "several --experts are for --table 7" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_a_fine_tuned_pair_has_its_dense_one_taught_the_task(script, corpus, tmp_path):
     lines = [f"ball {i} is {hue},{hue == 'red'}\n" for i in range(100) for hue in ("red", "blue")]
     (tmp_path / "hues.csv").write_text("text,warm\n" + "".join(lines))
-    pair = ["tiny", "--dense", "twins:dense", "--seeds", "0"]
+    pair = ["tiny", "--seeds", "0"]
     shared = ["--threads", "1", "--sample-every", "0", "--evaluate-every", "1"]
     task = "hues=hues.csv:text:warm"
     flags = ["--pretrain.steps", "2", "--pretrain.data.path", str(corpus)]
@@ -123,5 +108,5 @@ def test_a_fine_tuned_pair_has_its_dense_one_taught_the_task(script, corpus, tmp
     assert all(0 <= row["score"] <= 100 for row in rows)
     assert "| seed | run | validation score | of the teacher's gain | validation loss | " in said
     assert all({"loss", "gain kept by loss"} <= set(row) for row in rows)
-    with pytest.raises(AssertionError, match="were trained with other steps: not to be compared"):
+    with pytest.raises(SystemExit, match="differ in steps and cannot be compared"):
         script("distillation.py", *words, "--steps", "3", "--out", "u")

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 
+@cache
 def functions_of(file: str) -> set[str]:
     """The names of the test functions of `file`, wherever below tests/; none if there is no such
     file."""

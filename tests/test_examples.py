@@ -1,5 +1,6 @@
 """Every example runs and learns."""
 
+import csv
 import importlib.util
 import json
 import re
@@ -14,6 +15,8 @@ import pytest
 import torch
 
 from switchworks import ModelConfig, RoutingConfig, SwitchFFN, train
+from switchworks.optim import UpdateStats
+from switchworks.training import StepResult, build_state
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -168,7 +171,7 @@ def test_rotary_positions_decode_with_the_cache_as_teacher_forcing_does(decoder_
     torch.testing.assert_close(torch.cat(steps, dim=1), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["own_strategy", "rotary"])
+@pytest.mark.parametrize("name", ["own_hook", "own_strategy", "rotary"])
 def test_examples_of_one_s_own_parts_are_under_80_lines(name):
     assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 80
 
@@ -188,3 +191,29 @@ def test_the_logger_of_ones_own_has_every_number_of_the_run(corpus, tmp_path):
     assert lines[0] == "step,name,value"
     assert [line.split(",")[0] for line in lines if ",val/loss," in line] == ["10", "20"]
     assert "validation losses: [" in output
+
+
+def test_the_hook_of_ones_own_tells_how_far_every_block_moved(corpus, tmp_path):
+    words = [str(corpus), str(tmp_path / "run"), "--every", "10"]
+    with load_example("own_hook").main(words).open(encoding="utf-8") as file:
+        lines = [(int(step), block, float(share)) for step, _, block, share in csv.reader(file)]
+    assert {step for step, *_ in lines} == {10, 20}
+    assert {"embedding", "encoder.blocks.0", "decoder.blocks.1"} < {block for _, block, _ in lines}
+    assert all(0 < share < 1 for *_, share in lines)
+
+
+def test_the_hook_of_ones_own_measures_a_share_of_the_size(tiny_experiment, tmp_path):
+    """Weights made a tenth larger have moved by a tenth of their size, whatever the block."""
+    state = build_state(tiny_experiment)
+    hook = load_example("own_hook").Moves(tmp_path / "moves.csv", every=1)
+    result = StepResult(2.5, 2.5, UpdateStats(0.0, 0.0), {}, 0)
+    hook.after_step(state, result)
+    assert not hook.file.exists()
+    with torch.no_grad():
+        for weight in state.model.parameters():
+            weight.mul_(1.1)
+    hook.after_step(state, result)
+    with hook.file.open(encoding="utf-8") as file:
+        shares = [float(line[-1]) for line in csv.reader(file)]
+    assert shares == pytest.approx([0.1] * len(shares), rel=1e-4)
+    assert len(shares) >= 5

@@ -1,12 +1,14 @@
 """Every snippet of docs/moving.md runs, and what it says of transformers is so."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from support.models import TINY
 
-from switchworks import ModelConfig, RoutingConfig, SwitchTransformer, load_hf, save_hf
+from switchworks import RoutingConfig, SwitchTransformer, load_hf, save_hf
 
 PAGE = (Path(__file__).parent.parent / "docs" / "moving.md").read_text(encoding="utf-8")
 WHOLE, ST_MOE, KYEGOMEZ = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
@@ -14,10 +16,7 @@ WHOLE, ST_MOE, KYEGOMEZ = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTA
 
 @pytest.fixture
 def hf_directory(tmp_path) -> Path:
-    config = ModelConfig(vocab_size=100, d_model=16, d_ff=24, d_kv=8, num_heads=2, num_layers=2)
-    sparse = RoutingConfig(experts=4)
-    model = SwitchTransformer(ModelConfig(**{**vars(config), "routing": sparse}), seed=1)
-    save_hf(model, tmp_path / "hf")
+    save_hf(SwitchTransformer(replace(TINY, vocab_size=100), seed=1), tmp_path / "hf")
     return tmp_path / "hf"
 
 

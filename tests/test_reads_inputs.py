@@ -2,15 +2,11 @@
 
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import torch
+from support.scripts import run_script
 
 import switchworks
-
-SCRIPT = Path(__file__).parent.parent / "experiments" / "reads_inputs.py"
 
 
 def test_inputs_are_worth_nothing_to_a_model_without_cross_attention(tiny_run, tmp_path):
@@ -29,11 +25,8 @@ def test_inputs_are_worth_nothing_to_a_model_without_cross_attention(tiny_run, t
     shutil.rmtree(tmp_path / "loud" / "model")
     switchworks.save(model, tmp_path / "loud" / "model", tokenizer)
     runs = [str(deaf), str(tmp_path / "loud")]
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), *runs, "--rows", "8"], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    rows = re.findall(r"\| ([\d.]+) \| ([\d.]+) \| (-?[\d.]+) \|", done.stdout)
+    said = run_script("reads_inputs.py", *runs, "--rows", "8")
+    rows = re.findall(r"\| ([\d.]+) \| ([\d.]+) \| (-?[\d.]+) \|", said)
     (own, other, worth), (_, _, loud) = (tuple(map(float, row)) for row in rows)
     assert (own, worth) == (other, 0)
     assert loud != 0

@@ -2,14 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from sacrebleu import sentence_chrf
+from support.scripts import run_script
 
-SCRIPT = Path(__file__).parent.parent / "experiments" / "translation.py"
 ASKED = {
     "translate English to German: Save": "Speichern",
     "translate German to English: Speichern": "Save",
@@ -31,9 +29,8 @@ def answered(folder: Path, wrong: str | None) -> None:
     (folder / "answers.jsonl").write_text(text, encoding="utf-8")
 
 
-def call(runs: Path, *words: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(SCRIPT), str(runs), "--models", "switch", *words]
-    return subprocess.run(command, capture_output=True, text=True)
+def call(runs: Path, *words: str) -> str:
+    return run_script("translation.py", str(runs), "--models", "switch", *words)
 
 
 @pytest.fixture
@@ -47,8 +44,7 @@ def runs(tmp_path) -> Path:
 
 
 def test_directions_are_scored_apart_and_averaged_over_seeds(runs):
-    done = call(runs)
-    assert done.returncode == 0, done.stderr
+    said = call(runs)
     rows = json.loads((runs / "translation.json").read_text())
     found = {(row["start"], row["from"], row["to"]): row["chrf"] for row in rows}
     assert len(found) == 8
@@ -58,28 +54,25 @@ def test_directions_are_scored_apart_and_averaged_over_seeds(runs):
         (100 + sentence_chrf("Sp", ["Save to: disk"]).score) / 2
     )
     assert found["from scratch", "English", "French"] == 0
-    assert "pre-trained is better in 4 of 4 directions" in done.stdout
+    assert "pre-trained is better in 4 of 4 directions" in said
     assert (runs / "translation.png").stat().st_size > 1000
 
 
 def test_languages_can_be_chosen_and_unknown_ones_are_named(runs):
-    shown = call(runs, "--languages", "de").stdout
+    shown = call(runs, "--languages", "de")
     assert "| English | German |" in shown
     assert "| German | English |" in shown
     assert "French" not in shown
-    refused = call(runs, "--languages", "de", "ja")
-    assert refused.returncode == 1
-    assert "no held-out sentence in Japanese" in refused.stderr
+    with pytest.raises(SystemExit, match="no held-out sentence in Japanese"):
+        call(runs, "--languages", "de", "ja")
 
 
 def test_sentences_of_a_few_languages_are_a_folder_that_the_task_reads(tmp_path):
     from switchworks.data.tasks.sources import Places
     from switchworks.data.tasks.translation import SOURCE
 
-    script = SCRIPT.with_name("translation_data.py")
     words = [str(tmp_path), "--languages", "de", "pt_BR", "--held-out", "5"]
-    done = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_script("translation_data.py", *words)
     cache = Path(os.environ["SWITCHWORKS_CACHE"])
     few, whole = Places(cache, tmp_path, 0.1), Places(cache, None, 0.1)
     held_out = list(SOURCE.records("validation", few))
@@ -89,8 +82,5 @@ def test_sentences_of_a_few_languages_are_a_folder_that_the_task_reads(tmp_path)
     assert list(SOURCE.records("train", few)) == of_both
     for code, said in (("haw", "catalogs has no haw"), ("xx", "'xx' is no code of a language")):
         words[2] = code
-        refused = subprocess.run(
-            [sys.executable, str(script), *words], capture_output=True, text=True
-        )
-        assert refused.returncode == 1
-        assert said in refused.stderr
+        with pytest.raises(SystemExit, match=said):
+            run_script("translation_data.py", *words)

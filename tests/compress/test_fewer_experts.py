@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.models import TINY
 
 import switchworks
 from switchworks.batch import Batch
@@ -19,16 +20,7 @@ from switchworks.config import ConfigError, DataError
 from switchworks.data.config import DataConfig
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
 
-CONFIG = ModelConfig(
-    vocab_size=40,
-    d_model=8,
-    d_ff=12,
-    d_kv=4,
-    num_heads=2,
-    num_layers=2,
-    init_scale=1.0,
-    routing=RoutingConfig(experts=4),
-)
+CONFIG = replace(TINY, init_scale=1.0)
 GATED = replace(CONFIG, gated=True, activation="gelu")
 prune_experts = partial(reduce_experts, method="prune")
 merge_experts = partial(reduce_experts, method="merge")

@@ -1,16 +1,14 @@
 """A student beside its teacher: first weights, loss, whole runs, refusals (section 4.2)."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support.scripts import run_script
 
 import switchworks
 from switchworks.batch import Batch
@@ -23,6 +21,7 @@ from switchworks.data.tokens.train import train_sentencepiece
 from switchworks.distil import fraction_of_gain, initialise_from_teacher
 from switchworks.distil.config import DistilConfig
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
+from switchworks.recipes import RECIPES
 from switchworks.recipes.tiny import tiny
 from switchworks.training import Experiment, train
 from switchworks.training.distillation import (
@@ -34,7 +33,6 @@ from switchworks.training.distillation import (
 from switchworks.training.state import build_state
 from switchworks.training.step import DivergenceError, train_step
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "distillation.py"
 DENSE = """
 from dataclasses import replace
 from switchworks.recipes.tiny import tiny
@@ -535,20 +533,18 @@ def test_a_share_beyond_one_and_a_temperature_of_zero_are_refused():
 # The experiment
 
 
-@pytest.mark.slow
-def test_the_experiment_trains_all_three_and_goes_on_with_what_is_there(corpus, tmp_path):
+def test_the_experiment_trains_all_three_and_goes_on_with_what_is_there(
+    corpus, tmp_path, monkeypatch
+):
     """Share of the gain and compression are taken from the runs' own files."""
-    (tmp_path / "twins.py").write_text(DENSE)
-    command = [sys.executable, str(SCRIPT), "tiny", "--dense", "twins:dense", "--out", "runs"]
-    command += ["--data.path", str(corpus), "--steps", "2", "--threads", "1", "--sample-every", "0"]
-    command += ["--distil.temperature", "2.0"]
-    paths = os.pathsep.join([str(tmp_path), str(SCRIPT.parent.parent)])
-    environment = os.environ | {"PYTHONPATH": paths}
+    monkeypatch.chdir(tmp_path)
+    dense = replace(tiny(), model=replace(tiny().model, routing=None))
+    monkeypatch.setitem(RECIPES, "tiny_dense", lambda: dense)
+    words = ["tiny", "--out", "runs", "--data.path", str(corpus), "--steps", "2"]
+    words += ["--threads", "1", "--sample-every", "0", "--distil.temperature", "2.0"]
 
     def call() -> str:
-        return subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
-        ).stdout
+        return run_script("distillation.py", *words)
 
     first = call()
     rows = json.loads((tmp_path / "runs" / "table.json").read_text())

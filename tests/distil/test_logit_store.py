@@ -271,15 +271,22 @@ def test_a_student_of_all_stored_ids_learns_what_one_beside_its_teacher_does(
         torch.testing.assert_close(weights_of(student_run)[name], weight, rtol=1e-3, atol=1e-4)
 
 
-def test_a_student_of_few_stored_ids_ends_close_to_it(student, student_run, tmp_path):
-    few = replace(student, distil=replace(student.distil, store=str(tmp_path / "few")))
-    precompute_teacher(few, top_k=48)
-    run_dir = train(few, tmp_path / "run")
-    losses = [
-        json.loads(p.read_text().splitlines()[-1])["val/loss"]
-        for p in (run_dir / "metrics.jsonl", student_run / "metrics.jsonl")
-    ]
-    assert losses[0] == pytest.approx(losses[1], abs=0.02)
+def test_a_student_of_few_stored_ids_ends_close_to_it_and_of_more_closer(
+    student, student_run, tmp_path
+):
+    gaps = []
+    for top_k in (24, 48):
+        store = str(tmp_path / f"store_{top_k}")
+        few = replace(student, distil=replace(student.distil, store=store))
+        precompute_teacher(few, top_k=top_k)
+        run_dir = train(few, tmp_path / f"run_{top_k}")
+        losses = [
+            json.loads(p.read_text().splitlines()[-1])["val/loss"]
+            for p in (run_dir / "metrics.jsonl", student_run / "metrics.jsonl")
+        ]
+        gaps.append(abs(losses[0] - losses[1]))
+    assert gaps[1] < 0.02  # of 384 ids; the loss is 3.68
+    assert gaps[1] < gaps[0] < 0.04
 
 
 def test_a_student_from_a_store_resumes_bitwise(student, student_run, tmp_path):

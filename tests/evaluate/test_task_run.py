@@ -1,12 +1,9 @@
 """From a user's table to a fine-tuned model and its figures; a run over tasks resumes exactly."""
 
 import json
-import os
 import re
 import shlex
 import signal
-import subprocess
-import sys
 import time
 import tomllib
 from collections import Counter
@@ -15,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.once import made_once
+from support.scripts import run_script
 from support.slowed import start, targets_of, wait_for
 
 import switchworks
@@ -26,6 +25,8 @@ from switchworks.config import ConfigError, DataError, from_toml, to_toml
 from switchworks.data.tasks import find_tasks
 from switchworks.evaluate.answers import DecodingConfig
 from switchworks.evaluate.tasks import evaluate_tasks, named_tasks
+from switchworks.recipes import RECIPES
+from switchworks.recipes.tiny import tiny
 from switchworks.training import Experiment, train
 from switchworks.training.loop import Interrupt
 
@@ -41,14 +42,16 @@ def weights_of(run_dir: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory) -> Path:
+def table(shared_folder) -> Path:
     """400 sentences that name a colour, and whether it is warm."""
-    path = tmp_path_factory.mktemp("tables") / "colours.csv"
+    return made_once(shared_folder / "colours.csv", write_table)
+
+
+def write_table(path: Path) -> None:
     pairs = [
         (f"ball {i} is {colour}", warmth) for i in range(200) for colour, warmth in COLOURS.items()
     ]
     path.write_text("text,answer\n" + "".join(f"{a},{b}\n" for a, b in pairs))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +72,9 @@ def experiment(tiny_experiment, table) -> Experiment:
 
 
 @pytest.fixture(scope="module")
-def run_dir(experiment, tmp_path_factory) -> Path:
+def run_dir(experiment, trained) -> Path:
     """The directory of a finished run. Tests only read it."""
-    return train(experiment, tmp_path_factory.mktemp("runs") / "colours")
+    return trained(experiment)
 
 
 def test_every_task_s_metrics_are_reported_every_n_steps(run_dir):
@@ -385,33 +388,28 @@ def test_the_commands_of_the_page_about_tasks_are_understood(tiny_run, tmp_path,
             assert find_tasks(flags.tasks) or not flags.tasks
 
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "finetune.py"
-PAIR = """
-from dataclasses import replace
-from switchworks.recipes.tiny import tiny
-def pair():
+def pair() -> Experiment:
     small = replace(tiny(), steps=2, sample_every=0, threads=1)
     data = replace(small.data, input_length=48, target_length=16)
     return replace(small, data=data, evaluate_every=2, evaluate_examples=4, validate_every=2)
-def pair_dense():
+
+
+def pair_dense() -> Experiment:
     return replace(pair(), model=replace(pair().model, routing=None))
-"""
 
 
-@pytest.mark.slow
-def test_the_experiment_compares_starts_models_and_dropout_and_goes_on(corpus, table, tmp_path):
-    (tmp_path / "pairs.py").write_text(PAIR)
-    task = f"colours={table}:text:answer"
-    command = [sys.executable, str(SCRIPT), "pairs:pair", "--seeds", "0", "--tasks", task]
-    command += ["--out", "runs", "--expert-dropout", "--pretrain.data.path", str(corpus)]
-    command += ["--tune.optim.lr", "0.01", "--optim.warmup-steps", "2"]
-    paths = os.pathsep.join([str(tmp_path), str(SCRIPT.parent.parent)])
-    environment = os.environ | {"PYTHONPATH": paths}
+def test_the_experiment_compares_starts_models_and_dropout_and_goes_on(
+    corpus, table, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(RECIPES, "pair", pair)
+    monkeypatch.setitem(RECIPES, "pair_dense", pair_dense)
+    words = ["pair", "--seeds", "0", "--tasks", f"colours={table}:text:answer"]
+    words += ["--out", "runs", "--expert-dropout", "--pretrain.data.path", str(corpus)]
+    words += ["--tune.optim.lr", "0.01", "--optim.warmup-steps", "2"]
 
     def call() -> str:
-        return subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
-        ).stdout
+        return run_script("finetune.py", *words)
 
     first = call()
     rows = json.loads((tmp_path / "runs" / "table.json").read_text())

@@ -4,26 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.models import TINY
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from switchworks.fast.checkpointing import checkpoint_blocks
 from switchworks.fast.kernels import use_fast_kernels
-from switchworks.model import ModelConfig, Output, RoutingConfig, SwitchTransformer
+from switchworks.model import Output, RoutingConfig, SwitchTransformer
 from switchworks.model.dispatch import DISPATCHERS
 from switchworks.model.strategies import Routes
 
 ROUTING = RoutingConfig(experts=4, group_sequences=2, jitter=0.1)
-CONFIG = ModelConfig(
-    vocab_size=40,
-    d_model=16,
-    d_ff=24,
-    d_kv=8,
-    num_heads=2,
-    num_layers=2,
-    dropout=0.2,
-    routing=ROUTING,
-)
+CONFIG = replace(TINY, dropout=0.2, routing=ROUTING)
 INPUTS, TARGETS = (
     torch.randint(2, 40, (4, length), generator=torch.Generator().manual_seed(0))
     for length in (11, 7)

@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.models import TINY
 from torch import Tensor
 
 from switchworks.fast import experts as grouped_mm
 from switchworks.fast.experts import grouped_matmul, run_grouped
 from switchworks.fast.kernels import use_fast_kernels
-from switchworks.model import ModelConfig, RoutingConfig, SwitchFFN, SwitchTransformer
+from switchworks.model import RoutingConfig, SwitchFFN, SwitchTransformer
 from switchworks.model.dispatch import DISPATCHERS
 from switchworks.model.experts import ExpertInput, Experts, run_experts
 
@@ -111,13 +112,9 @@ def test_a_model_without_memory_yet_and_adapted_experts_keep_their_own_way():
     from switchworks.adapt.config import LoraConfig
     from switchworks.adapt.lora import adapt
 
-    routing = RoutingConfig(experts=2, group_sequences=1)
-    config = ModelConfig(
-        vocab_size=32, d_model=8, d_ff=8, d_kv=4, num_heads=2, num_layers=2, routing=routing
-    )
     with torch.device("meta"):
-        empty = SwitchTransformer(config)
-    adapted = SwitchTransformer(config)
+        empty = SwitchTransformer(TINY)
+    adapted = SwitchTransformer(TINY)
     adapt(adapted, LoraConfig(rank=2), 0)
     for model in (empty, adapted):
         use_fast_kernels(model)

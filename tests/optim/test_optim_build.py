@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.models import TINY
 from torch import Tensor, nn
 
 from switchworks.batch import Batch
@@ -81,16 +82,7 @@ def cast(model: nn.Module) -> dict[str, Tensor]:
 
 
 def test_every_parameter_of_the_model_has_as_many_letters_as_dimensions():
-    config = ModelConfig(
-        vocab_size=128,
-        d_model=8,
-        d_ff=16,
-        d_kv=4,
-        num_heads=2,
-        num_layers=2,
-        routing=RoutingConfig(experts=2),
-    )
-    model = SwitchTransformer(config)
+    model = SwitchTransformer(TINY)
     letters = dimension_letters(model)
     dims = {name: p.dim() for name, p in model.named_parameters()}
     assert {name: len(found.split()) for name, found in letters.items()} == dims

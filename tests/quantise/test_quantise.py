@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.models import CAUSAL, DENSE, TINY
 from torch import Tensor
 
 import switchworks
@@ -14,7 +15,7 @@ from switchworks.checkpoint.model_files import stored_quantisation
 from switchworks.cli.main import main
 from switchworks.compress.directories import quantise_directory
 from switchworks.config import CheckpointError, ConfigError
-from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
+from switchworks.model import RoutingConfig, SwitchTransformer
 from switchworks.model.experts import ExpertInput, Experts
 from switchworks.model.sizes import num_parameters
 from switchworks.quantise.matmul import MAX_ROWS, from_int4, to_int4
@@ -28,22 +29,13 @@ from switchworks.quantise.modules import (
     tensors_of,
 )
 
-CONFIG = ModelConfig(
-    vocab_size=40,
-    d_model=16,
-    d_ff=24,
-    d_kv=8,
-    num_heads=2,
-    num_layers=2,
-    routing=RoutingConfig(experts=4),
-)
 KINDS = {
-    "dense": replace(CONFIG, routing=None),
-    "sparse": CONFIG,
-    "tied and gated": replace(CONFIG, tied_head=True, gated=True),
-    "untied": replace(CONFIG, tied_head=False),
-    "decoder alone": replace(CONFIG, decoder_only=True),
-    "experts in attention": replace(CONFIG, routing=RoutingConfig(experts=4, layers="both")),
+    "dense": DENSE,
+    "sparse": TINY,
+    "tied and gated": replace(TINY, tied_head=True, gated=True),
+    "untied": replace(TINY, tied_head=False),
+    "decoder alone": CAUSAL,
+    "experts in attention": replace(TINY, routing=RoutingConfig(experts=4, layers="both")),
 }
 each_kind = pytest.mark.parametrize("config", KINDS.values(), ids=list(KINDS))
 with_kernels = pytest.mark.skipif(
@@ -208,7 +200,7 @@ def test_a_rounded_model_comes_back_from_its_file_bit_for_bit(scheme, config, tm
     )
 
 
-@pytest.mark.parametrize("config", [CONFIG, KINDS["untied"]], ids=["tied", "untied"])
+@pytest.mark.parametrize("config", [TINY, KINDS["untied"]], ids=["tied", "untied"])
 @each_scheme
 def test_the_file_is_as_large_as_computed(scheme, config, tmp_path):
     """By hand, from shapes alone: 8 bits and a float32 per channel; 4 bits and a bfloat16 per 32
@@ -247,7 +239,7 @@ def test_a_dequantise_model_is_an_ordinary_one_that_computes_the_same(scheme, co
 
 
 def test_a_rounded_model_may_compute_in_bfloat16(tmp_path):
-    switchworks.save(quantise(SwitchTransformer(CONFIG, seed=1), QuantiseConfig()), tmp_path / "m")
+    switchworks.save(quantise(SwitchTransformer(TINY, seed=1), QuantiseConfig()), tmp_path / "m")
     model, _ = switchworks.load(tmp_path / "m", dtype=torch.bfloat16)
     assert logits(model).dtype == torch.bfloat16
     assert model.encoder.blocks[1].ffn.router.weight.dtype == torch.float32
@@ -270,13 +262,13 @@ def test_a_model_stored_in_bfloat16_is_rounded_and_the_rest_dequantise(name, tmp
 
 
 def test_a_model_is_rounded_once():
-    model = quantise(SwitchTransformer(CONFIG), QuantiseConfig(bits=4))
+    model = quantise(SwitchTransformer(TINY), QuantiseConfig(bits=4))
     with pytest.raises(ConfigError, match="quantised already, to int4"):
         quantise(model)
 
 
 def test_a_model_that_diverged_is_not_rounded_into_one_that_looks_well():
-    model = SwitchTransformer(CONFIG)
+    model = SwitchTransformer(TINY)
     with torch.no_grad():
         model.encoder.blocks[1].ffn.experts.w_in[0, 0, 0] = float("nan")
     with pytest.raises(ConfigError, match=r"encoder\.blocks\.1\.ffn\.experts\.w_in holds values"):
@@ -284,7 +276,7 @@ def test_a_model_that_diverged_is_not_rounded_into_one_that_looks_well():
 
 
 def test_a_file_whose_settings_are_gone_is_refused(tmp_path):
-    switchworks.save(quantise(SwitchTransformer(CONFIG), QuantiseConfig()), tmp_path / "m")
+    switchworks.save(quantise(SwitchTransformer(TINY), QuantiseConfig()), tmp_path / "m")
     (tmp_path / "m" / "quantised.toml").unlink()
     with pytest.raises(CheckpointError, match=r"quantised\.toml is missing"):
         switchworks.load(tmp_path / "m")

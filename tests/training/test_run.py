@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.once import made_once
 from support.slowed import start, wait_for
 
 import switchworks
@@ -238,7 +239,7 @@ def test_steps_that_are_all_warm_up_are_warned_of(tiny_experiment, tmp_path, cap
 
 
 @pytest.fixture(scope="module")
-def resumable(tiny_experiment, tmp_path_factory) -> Path:
+def resumable(tiny_experiment, shared_folder) -> Path:
     """The tiny experiment as a file, in bfloat16 with micro-batches and momentum, all of whose
     state must survive."""
     experiment = replace(
@@ -248,17 +249,14 @@ def resumable(tiny_experiment, tmp_path_factory) -> Path:
         checkpoint_every=6,
         optim=replace(tiny_experiment.optim, betas=(0.9, 0.999)),
     )
-    file = tmp_path_factory.mktemp("settings") / "experiment.toml"
-    file.write_text(to_toml(experiment))
-    return file
+    return made_once(
+        shared_folder / "resumable.toml", lambda file: file.write_text(to_toml(experiment))
+    )
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(resumable, tmp_path_factory) -> Path:
-    threads = torch.get_num_threads()
-    run_dir = train(from_toml(Experiment, resumable), tmp_path_factory.mktemp("whole") / "run")
-    torch.set_num_threads(threads)
-    return run_dir
+def uninterrupted(resumable, trained) -> Path:
+    return trained(from_toml(Experiment, resumable))
 
 
 def test_a_run_killed_in_the_middle_and_resumed_ends_bitwise_the_same(

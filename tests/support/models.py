@@ -1,0 +1,25 @@
+"""Tiny models under a name, for facts that do not hang on a size."""
+
+from dataclasses import replace
+
+from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
+
+TINY = ModelConfig(
+    vocab_size=40,
+    d_model=16,
+    d_ff=24,
+    d_kv=8,
+    num_heads=2,
+    num_layers=2,
+    routing=RoutingConfig(experts=4),
+)
+"""Two blocks a stack, the second of them sparse."""
+DENSE = replace(TINY, routing=None)
+CAUSAL = replace(TINY, decoder_only=True)
+BYTES = replace(TINY, vocab_size=384, d_ff=32, routing=RoutingConfig(experts=2, group_sequences=1))
+"""Has a row for every token of a ByteTokenizer."""
+
+
+def byte_transformer(*, decoder_only: bool) -> SwitchTransformer:
+    """A model over bytes with random weights, to decode with."""
+    return SwitchTransformer(replace(BYTES, decoder_only=decoder_only), seed=3).eval()
