@@ -19,6 +19,7 @@ from switchworks.report import read_run, when_reached
 
 matplotlib.use("agg")  # before pyplot is imported
 from matplotlib import pyplot as plt
+from matplotlib.patches import Rectangle
 
 DOCS = Path(__file__).parents[1] / "docs"
 TEXT = (
@@ -43,7 +44,7 @@ def main(words: Sequence[str] | None = None) -> None:
     if flags.picture == "routing":
         draw_routing(routed(flags.runs[0], flags.text, flags.layer), output)
     else:
-        draw_curve(*flags.runs, output)
+        draw_curve(flags.runs[0], flags.runs[1], output)
     print(output)
 
 
@@ -51,6 +52,7 @@ def main(words: Sequence[str] | None = None) -> None:
 def routed(run: Path, text: str, layer: str) -> list[tuple[str, int]]:
     """The tokens of `text`, each with the expert that encodes it in that switch layer."""
     model, tokenizer = switchworks.load(run)
+    assert model.encoder is not None and tokenizer is not None
     ids = tokenizer.encode(text)
     memory = model.eval().encode(torch.tensor([ids]))
     reports = dict(zip(model.switch_layers, memory.routing, strict=False))
@@ -72,7 +74,7 @@ def draw_routing(tokens: Sequence[tuple[str, int]], output: Path) -> None:
     for (piece, expert), end in zip(tokens, ends, strict=True):
         line, start = divmod(end - len(piece), LINE)
         box = {"color": colours(expert % 20), "alpha": 0.5, "linewidth": 0}
-        axes.add_patch(plt.Rectangle((start, line - 0.4), len(piece) - 0.15, 0.8, **box))
+        axes.add_patch(Rectangle((start, line - 0.4), len(piece) - 0.15, 0.8, **box))
         for place, letter in enumerate(piece):  # one by one, so that columns are of equal width
             axes.text(start + place, line, letter, **font)
     small = font | {"fontsize": 7.5, "color": "#666666"}
@@ -80,7 +82,7 @@ def draw_routing(tokens: Sequence[tuple[str, int]], output: Path) -> None:
     for place, expert in enumerate(sorted({expert for _, expert in tokens})):
         left = 7 + 4.5 * place
         box = {"color": colours(expert % 20), "alpha": 0.5, "linewidth": 0}
-        axes.add_patch(plt.Rectangle((left, lines + 0.3), 1.5, 0.45, **box))
+        axes.add_patch(Rectangle((left, lines + 0.3), 1.5, 0.45, **box))
         axes.text(left + 1.9, lines + 0.53, str(expert), **small)
     figure.savefig(output, dpi=160, bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)

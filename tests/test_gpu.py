@@ -9,12 +9,12 @@ import switchworks
 from switchworks.batch import Batch
 from switchworks.device import compute_device
 from switchworks.evaluate.perplexity import evaluate_run
-from switchworks.fast.attention import spread_diagonals
+from switchworks.fast.attention import FactoredBias, spread_diagonals
 from switchworks.fast.experts import DeviceDispatcher
 from switchworks.fast.flex import attend_fused
 from switchworks.fast.kernels import use_fast_kernels
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
-from switchworks.model.attention import FactoredBias, attend, mask_to_bias
+from switchworks.model.attention import attend, mask_to_bias
 from switchworks.model.layers import SharedDropout
 from switchworks.training import train
 from switchworks.training.state import build_state, cast_for_compute

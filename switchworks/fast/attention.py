@@ -15,7 +15,7 @@ small letters are a block's share.
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +23,41 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from switchworks.model import FactoredBias, SharedDropout, attend, compute_dtype
+from switchworks.model import Bias, RelativeBias, SharedDropout, attend, compute_dtype
 
 BLOCK = 2**21
 """Scores computed at once: 8 MB in float32, of which backward has five at a time."""
+
+
+class FactoredBias(NamedTuple):
+    """The bias of self-attention as its factors, for kernels that build it block by block.
+
+    Stands for the tensor [#B, H, L, M] of `distances[:, m - l + L - 1] + mask`, of which neither
+    factor has the size. Adding a mask gives a `FactoredBias` with that mask.
+    """
+
+    distances: Float[Tensor, "H L_plus_M_minus_1"]
+    """The bias of each distance m - l between query and key, from 1 - L to M - 1."""
+    mask: Float[Tensor, "#B 1 #L M"] | None = None
+    """From `mask_to_bias`; without a gradient."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the learned numbers."""
+        return self.distances.dtype
+
+    def __add__(self, mask: Tensor) -> "FactoredBias":  # type: ignore[override]
+        """With `mask` added to the mask."""
+        return self._replace(mask=mask if self.mask is None else self.mask + mask)
+
+
+def factored(positions: RelativeBias, num_queries: int, num_keys: int, first: int) -> Bias:
+    """`RelativeBias.form`: a `FactoredBias`, under gradients alone."""
+    if not torch.is_grad_enabled():
+        return RelativeBias.form(positions, num_queries, num_keys, first)
+    ends = 1 - num_queries - first, num_keys - first
+    distances = torch.arange(*ends, device=positions.weight.device)
+    return FactoredBias(positions.by_distance(distances[None])[:, 0])
 
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]

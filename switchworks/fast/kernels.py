@@ -5,7 +5,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from switchworks.fast.attention import attend_in_blocks
+from switchworks.fast.attention import attend_in_blocks, factored
 from switchworks.fast.experts import DeviceDispatcher, run_grouped, run_grouped_mm
 from switchworks.fast.flex import attend_fused
 from switchworks.fast.norm import rms_norm
@@ -44,7 +44,7 @@ def set_attention(model: nn.Module, attend: Attend) -> None:
         if isinstance(module, AttentionBase):
             module.attend = attend
         elif isinstance(module, RelativeBias):
-            module.factored = True
+            module.form = factored
 
 
 def _set_experts(layer: SwitchFFN, experts: Experts, kind: str) -> None:

@@ -10,7 +10,6 @@ from switchworks.model.attention import Attend as Attend
 from switchworks.model.attention import Attention as Attention
 from switchworks.model.attention import AttentionBase as AttentionBase
 from switchworks.model.attention import Bias as Bias
-from switchworks.model.attention import FactoredBias as FactoredBias
 from switchworks.model.attention import KeyValues as KeyValues
 from switchworks.model.attention import PositionEncoding as PositionEncoding
 from switchworks.model.attention import RelativeBias as RelativeBias
@@ -86,9 +85,7 @@ SEAMS = (
     Seam(SharedDropout, "draw", "(ones, rate) -> zeros and 1 / (1 - rate)", "tensor"),
     Seam(Embedding, "look_up", "(table, ids) -> rows", "tensor"),
     Seam(RelativeBias, "look_up", "(table, buckets) -> numbers per head", "tensor"),
-    Seam(
-        RelativeBias, "factored", "True: forward may give a FactoredBias", "kernels, compile_step"
-    ),
+    Seam(RelativeBias, "form", "(bias, L, M, first) -> a `Bias`", "kernels, compile_step"),
     Seam(
         AttentionBase, "attend", "see `attention.attend`", "attention, flex, compile_step, decode"
     ),

@@ -49,29 +49,9 @@ def relative_bucket(
     return bucket + torch.where(away < exact, away, far)
 
 
-class FactoredBias(NamedTuple):
-    """The bias of self-attention as its factors, for kernels that build it block by block.
-
-    Stands for the tensor [#B, H, L, M] of `distances[:, m - l + L - 1] + mask`, of which neither
-    factor has the size. Adding a mask gives a `FactoredBias` with that mask.
-    """
-
-    distances: Float[Tensor, "H L_plus_M_minus_1"]
-    """The bias of each distance m - l between query and key, from 1 - L to M - 1."""
-    mask: Float[Tensor, "#B 1 #L M"] | None = None
-    """From `mask_to_bias`; without a gradient."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """That of the learned numbers."""
-        return self.distances.dtype
-
-    def __add__(self, mask: Tensor) -> "FactoredBias":  # type: ignore[override]
-        """With `mask` added to the mask."""
-        return self._replace(mask=mask if self.mask is None else self.mask + mask)
-
-
-Bias = Tensor | FactoredBias
+Bias = Any
+"""[#B, #H, L, M], added to scores: a tensor, or what else a mask can be added to and the layers'
+`attend` takes (`fast.attention.FactoredBias`)."""
 
 
 class PositionEncoding(nn.Module):
@@ -92,12 +72,19 @@ class PositionEncoding(nn.Module):
         return x
 
 
+def spread(positions: "RelativeBias", num_queries: int, num_keys: int, first: int) -> Bias:
+    """The bias [1, H, L, M] itself; the plain form of `RelativeBias.form`."""
+    device = positions.weight.device
+    queries = torch.arange(first, first + num_queries, device=device)
+    keys = torch.arange(num_keys, device=device)
+    return positions.by_distance(keys[None] - queries[:, None])[None]
+
+
 class RelativeBias(PositionEncoding):
     """A learned number per head and distance bucket, added to self-attention's scores (T5)."""
 
     letters = {"weight": "_ H"}
-    factored = False
-    """Whether to give a `FactoredBias`, to an attention that takes one; only under gradients."""
+    form: Callable[["RelativeBias", int, int, int], Bias] = staticmethod(spread)
     look_up: Callable[[Tensor, Tensor], Tensor] = staticmethod(look_up)
 
     def __init__(self, config: ModelConfig, *, bidirectional: bool) -> None:
@@ -108,15 +95,10 @@ class RelativeBias(PositionEncoding):
 
     def forward(self, num_queries: int, num_keys: int, first: int = 0) -> Bias:
         """The bias [1, H, L, M] of queries from position `first` on and keys from 0 on."""
-        device = self.weight.device
-        if self.factored and torch.is_grad_enabled():
-            distances = torch.arange(1 - num_queries - first, num_keys - first, device=device)
-            return FactoredBias(self._by_distance(distances[None])[:, 0])
-        queries = torch.arange(first, first + num_queries, device=device)
-        keys = torch.arange(num_keys, device=device)
-        return self._by_distance(keys[None] - queries[:, None])[None]
+        return self.form(self, num_queries, num_keys, first)
 
-    def _by_distance(self, distances: Int[Tensor, "L M"]) -> Float[Tensor, "H L M"]:
+    def by_distance(self, distances: Int[Tensor, "L M"]) -> Float[Tensor, "H L M"]:
+        """The learned numbers for these distances between query and key."""
         buckets = self.weight.shape[0]
         bucket = relative_bucket(distances, self.bidirectional, buckets, self.max_distance)
         return self.look_up(self.weight, bucket).permute(2, 0, 1)
@@ -156,15 +138,13 @@ def attend(
     if not torch.is_grad_enabled():
         bias = None if bias is None else bias.to(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
-    scores = q @ k.mT
-    if bias is not None:
-        scores = scores + bias
+    scores = q @ k.mT if bias is None else q @ k.mT + bias
     weights = to_float32(scores).softmax(dim=-1).to(q.dtype)
     return dropout(weights) @ v
 
 
 Attend = Callable[[Tensor, Tensor, Tensor, Any, SharedDropout], Tensor]
-"""`attend`, or a faster form of it that takes a `FactoredBias` too."""
+"""`attend`, or a faster form of it that may take another `Bias` too."""
 
 
 class KeyValues(NamedTuple):

@@ -52,13 +52,13 @@ class Block(nn.Module):
         *,
         segments: Int[Tensor, "B L"] | None,
         past: LayerCache | None = None,
-        memory: KeyValues | Float[Tensor, "B M2 D"] | None = None,
+        memory: Float[Tensor, "B M2 D"] | None = None,
         memory_bias: Float[Tensor, "B 1 #L M2"] | None = None,
     ) -> tuple[Float[Tensor, "B L D"], list[Routing]]:
         """The block's output and the reports of its switch layers.
 
         `bias` and `positions` are for self-attention. `memory` is for cross-attention: the
-        encoder's states, or the keys and values that `project` made of them.
+        encoder's states, unless `past` holds the keys and values that `project` made of them.
         """
         real = None if segments is None else segments != 0
         query, keys, attention_routing = self.self_attention.qkv(self.self_norm(x), real)
@@ -68,9 +68,10 @@ class Block(nn.Module):
         keys = keys if past is None else past.extend(keys)
         x = x + self.dropout(self.self_attention.attend_out(query, keys, bias))
         if self.cross_attention is not None and self.cross_norm is not None:
-            assert memory is not None
-            memory = self.project(memory) if isinstance(memory, Tensor) else memory
-            x = x + self.dropout(self.cross_attention(self.cross_norm(x), memory, memory_bias))
+            source = memory if past is None else past.memory
+            assert source is not None
+            source = self.project(source) if isinstance(source, Tensor) else source
+            x = x + self.dropout(self.cross_attention(self.cross_norm(x), source, memory_bias))
         x, ffn_routing = self._feed_forward(x, real)
         return x, [report for report in (attention_routing, ffn_routing) if report is not None]
 
@@ -117,13 +118,10 @@ class Stack(nn.Module):
         With a `cache` the positions follow those it holds, and cross-attention reads its memory.
         """
         reports: list[Routing] = []
+        named = {"segments": segments, "memory": memory, "memory_bias": memory_bias}
         for number, block in enumerate(self):
             past = None if cache is None else cache.layers[number]
-            source = memory if past is None else past.memory
-            named = {"past": past, "memory": source, "memory_bias": memory_bias}
-            x, report = self.call_block(
-                block, x, bias, self.relative_bias, segments=segments, **named
-            )
+            x, report = self.call_block(block, x, bias, self.relative_bias, past=past, **named)
             reports += report
         return self.dropout(self.final_norm(x)), tuple(reports)
 

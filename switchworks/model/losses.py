@@ -82,9 +82,8 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Float[Tensor, "N V"], targets: Int[Tensor, "N"]
     ) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:
-        normaliser = torch.cat(
-            [to_float32(block).logsumexp(dim=-1) for block in row_blocks(logits)]
-        )
+        blocks = [to_float32(block).logsumexp(dim=-1) for block in row_blocks(logits)]
+        normaliser = torch.cat(blocks)
         picked = logits.gather(-1, targets[:, None]).squeeze(-1).to(normaliser.dtype)
         ctx.save_for_backward(logits, targets, normaliser)
         return normaliser - picked, normaliser

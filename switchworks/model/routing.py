@@ -33,11 +33,8 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.experts, d_model))
-        self.selection_bias = (
-            nn.Parameter(torch.zeros(config.experts), requires_grad=False)
-            if config.bias_rate > 0
-            else None
-        )
+        bias = nn.Parameter(torch.zeros(config.experts), requires_grad=False)
+        self.selection_bias = bias if config.bias_rate > 0 else None
 
     def forward(self, x: Float[Tensor, "G S D"]) -> Float[Tensor, "G S E"]:
         """Logits in float32, or wider if `x` is. In training a noisy copy of `x` is scored."""

@@ -99,15 +99,9 @@ class SwitchFFN(nn.Module):
         self.config = routing.for_decoder() if causal else routing
         self.causal = causal
         self.router = Router(d_model, self.config)
-        self.experts = Experts(
-            routing.experts,
-            d_model,
-            d_ff,
-            activation=activation,
-            gated=gated,
-            dropout=dropout if routing.expert_dropout is None else routing.expert_dropout,
-            d_out=d_out,
-        )
+        rate = dropout if routing.expert_dropout is None else routing.expert_dropout
+        form: dict[str, Any] = {"activation": activation, "gated": gated, "dropout": rate}
+        self.experts = Experts(routing.experts, d_model, d_ff, d_out=d_out, **form)
         initialise_switch_ffn(self, init_scale)
 
     @property

@@ -168,9 +168,8 @@ class SwitchTransformer(nn.Module):
         segments = (tokens != 0).to(tokens.dtype)
         x = self.embedding(shift_right(tokens, segments))
         room = tokens.shape[1] + max_length - 1
-        cache = self._cache(
-            x, room, prompt_bias=mask_to_bias((segments != 0)[:, None, None], x.dtype)
-        )
+        bias = mask_to_bias((segments != 0)[:, None, None], x.dtype)
+        cache = self._cache(x, room, prompt_bias=bias)
         return self.gather_logits(self._decode_step(x, cache, segments)[:, -1:]), cache
 
     def decode_step(

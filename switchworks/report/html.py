@@ -10,7 +10,9 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from switchworks.report.style import SCRIPT, STYLE
+STYLE, SCRIPT = (
+    Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("page.css", "page.js")
+)
 
 Tile = tuple[str, str, str]
 """A key figure: its name, its value and, smaller, a note."""

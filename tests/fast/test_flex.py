@@ -7,11 +7,11 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as torch_flex
 
 from switchworks.fast import flex
-from switchworks.fast.attention import spread_diagonals
+from switchworks.fast.attention import FactoredBias, spread_diagonals
 from switchworks.fast.flex import attend_fused
 from switchworks.fast.kernels import use_fast_kernels
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
-from switchworks.model.attention import FactoredBias, attend, mask_to_bias
+from switchworks.model.attention import attend, mask_to_bias
 from switchworks.model.layers import SharedDropout
 
 NO_DROPOUT = SharedDropout(0.0)

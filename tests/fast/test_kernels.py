@@ -8,12 +8,17 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from switchworks.fast import attention
-from switchworks.fast.attention import attend_in_blocks, spread_diagonals, sum_diagonals
+from switchworks.fast.attention import (
+    FactoredBias,
+    attend_in_blocks,
+    factored,
+    spread_diagonals,
+    sum_diagonals,
+)
 from switchworks.fast.kernels import use_fast_kernels
 from switchworks.fast.norm import rms_norm
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
 from switchworks.model.attention import (
-    FactoredBias,
     RelativeBias,
     attend,
     causal,
@@ -148,7 +153,7 @@ def test_a_bias_factored_is_the_bias(bidirectional):
     bias = RelativeBias(CONFIG, bidirectional=bidirectional)
     nn.init.normal_(bias.weight)
     whole = bias(5, 9, first=4)
-    bias.factored = True
+    bias.form = factored
     parts = bias(5, 9, first=4)
     assert isinstance(parts, FactoredBias)
     assert torch.equal(spread_diagonals(parts.distances[:, : 5 + 9 - 1], 9)[None], whole)
