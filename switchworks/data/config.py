@@ -79,7 +79,6 @@ class DataConfig(TextConfig):
 
     def __post_init__(self) -> None:
         self._check_mixture()
-        self._check_tasks()
         self.check_text()
         if not 0.9 <= self.character_coverage <= 1:
             raise ConfigError(
@@ -138,24 +137,14 @@ class DataConfig(TextConfig):
                     f"data.mixture names {name!r} {names.count(name)} times.\n"
                     "  Give each corpus a name of its own."
                 )
-        for setting in ("path", "dataset"):
+        for setting in ("path", "dataset", "languages", "tasks"):
             value = getattr(self, setting)
-            if self.mixture and value is not None:
+            if self.mixture and value:
+                nothing = " none" if isinstance(value, str) else ", with nothing after it,"
                 raise ConfigError(
-                    f"data.mixture and data.{setting} = {value!r} both say where text comes from."
-                    f"\n  Keep one of them; --data.{setting} none removes the second."
+                    f"data.mixture and data.{setting} = {value!r} both say what to train on.\n"
+                    f"  Keep one of them; --data.{setting}{nothing} removes the second."
                 )
-        if self.mixture and self.languages:
-            raise ConfigError(
-                "data.mixture and data.languages both say which corpora there are.\n"
-                "  Keep one of them; --data.languages, with nothing after it, names none."
-            )
-
-    def _check_tasks(self) -> None:
-        if self.tasks and self.mixture:
-            raise ConfigError(
-                "data.tasks and data.mixture both say what to train on.\n  Keep one of them."
-            )
 
     def _check_causal_tasks(self) -> None:
         """A decoder-only model reads a prompt of `input_length` and learns from the target only."""

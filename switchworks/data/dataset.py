@@ -82,7 +82,7 @@ class TextDataset:
         Equal wherever the same text was made the same tokens, whatever its files are called.
         """
         stores = {
-            name: [store and store.digest for store in (part.train, part.validation)]
+            name: [getattr(store, "digest", None) for store in (part.train, part.validation)]
             for name, part in self.parts.items()
         }
         text = json.dumps([self.tokenizer.fingerprint, stores])
@@ -131,8 +131,8 @@ class TextDataset:
         for name, store in stores.items():
             with naming_corpus(name):
                 by_corpus[name] = validation_batches(self._held_out(name, store, run), limit)
-        total = sum(self.rates[name] for name in stores)
-        shares = {name: self.rates[name] / total for name in stores}
+        shares = {name: rate for name, rate in self.rates.items() if name in stores}
+        shares = {name: rate / sum(shares.values()) for name, rate in shares.items()}
         sizes = {name: tokens_and_bytes(part, lengths) for name, part in by_corpus.items()}
         return ValidationSet(by_corpus, shares, sizes)
 

@@ -132,10 +132,7 @@ class Mixture(BatchStream):
         """`rates` are the shares of the rows, in the order of `parts`."""
         self.parts, self.run, self.prefetch = parts, run, prefetch
         self.schedule = MixtureSchedule(rates, seed=run.seed)
-
-    @property
-    def windows(self) -> int:  # type: ignore[override]
-        return sum(part.windows for part in self.parts.values())
+        self.windows = sum(part.windows for part in parts.values())
 
     def rows(self, rows: Sequence[int]) -> Batch:
         positions: dict[int, list[int]] = {}  # by corpus, of its rows in the batch

@@ -22,9 +22,9 @@ import sys
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from types import ModuleType
 from typing import ClassVar, TypeVar
@@ -112,21 +112,21 @@ def extract_docs(packages: Packages, *, workers: int = 0) -> Iterator[str]:
     groups = [_help_topics(), _standard_library()]
     groups += [_package_files(packages[name]) for name in sorted(packages)]
     seen: set[bytes] = set()
-    for jobs in in_processes(extract_paragraphs, groups, workers):
-        texts = (text for job in jobs for text in job.result())
+    for texts in in_processes(extract_paragraphs, groups, workers):
         yield from _documents(_unseen(texts, seen))
 
 
 def in_processes(
     function: Callable[[list[str]], list[T]], groups: Iterable[Sequence[str]], workers: int = 0
-) -> Iterator[list[Future[list[T]]]]:
-    """`function` of the files of each group, some at a time, as futures in their order."""
+) -> Iterator[Iterator[T]]:
+    """What `function` makes of the files of each group, some files at a time, in their order."""
     count = workers or os.cpu_count() or 1
     with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
         # All work is queued at once: the pool starts its processes while it is given work.
         with _main_hidden():
             futures = [[pool.submit(function, job) for job in _jobs(group)] for group in groups]
-        yield from futures
+        for group in futures:
+            yield chain.from_iterable(future.result() for future in group)
 
 
 def source_files() -> list[str]:

@@ -11,6 +11,7 @@ import gc
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from switchworks.data.cache import atomic_write_text
@@ -84,12 +85,11 @@ def _pairs() -> Iterator[tuple[str, list[str]]]:
     """(summary, paragraphs of the body) of every docstring, each summary and each body once."""
     seen: set[str] = set()
     files = [path for path in source_files() if path.endswith((".py", ".pyi"))]
-    for jobs in in_processes(_pairs_of, [files]):
-        for summary, body in (pair for job in jobs for pair in job.result()):
-            text = "\n".join(body)
-            if summary not in seen and text not in seen:
-                seen.update((summary, text))
-                yield summary, body
+    for summary, body in chain.from_iterable(in_processes(_pairs_of, [files])):
+        text = "\n".join(body)
+        if summary not in seen and text not in seen:
+            seen.update((summary, text))
+            yield summary, body
 
 
 def _pairs_of(files: list[str]) -> list[tuple[str, list[str]]]:

@@ -18,6 +18,7 @@ from switchworks.data.cache import digest, file_stats
 from switchworks.data.sources.reading import format_of
 from switchworks.data.sources.text_source import is_validation
 from switchworks.data.tasks.sources import (
+    SPLIT_NAMES,
     TABLE_FORMATS,
     Places,
     Record,
@@ -26,8 +27,6 @@ from switchworks.data.tasks.sources import (
     tables_named,
 )
 from switchworks.data.tasks.task import Example, Task
-
-TASK_SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class TableSource(Source):
     def splits(self) -> tuple[str, ...]:
         if self.path.is_file():
             return ("train", "validation", "all")
-        return tuple(split for split in TASK_SPLITS if tables_named(self.path, split))
+        return tuple(split for split in SPLIT_NAMES if tables_named(self.path, split))
 
     def records(self, split: str, places: Places) -> Iterator[Record]:
         parted = self.path.is_file() and split != "all"

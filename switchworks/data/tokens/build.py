@@ -45,7 +45,7 @@ class BuildProgress:
         line = (
             f"{self.label}: {self.tokens / 1e6:.1f}M tokens, {self.tokens / seconds / 1e3:.0f}k/s"
         )
-        if self.total and self.characters <= self.total:
+        if self.total and 0 < self.characters <= self.total:
             done = self.characters / self.total
             line += f", {100 * done:.0f} %, {seconds * (1 / done - 1):.0f} s left"
         print(line, flush=True)
