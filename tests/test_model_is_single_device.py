@@ -11,7 +11,7 @@ FILES = sorted(Path(switchworks.model.__file__).parent.glob("*.py"))
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 
 ALLOWED = (
-    *("collections", "dataclasses", "functools", "math", "typing", "zlib"),
+    *("collections", "contextlib", "dataclasses", "functools", "math", "typing", "zlib"),
     *("torch", "numpy", "jaxtyping"),
     *("switchworks.config", "switchworks.batch", "switchworks.model"),
 )

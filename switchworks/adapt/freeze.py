@@ -1,7 +1,7 @@
 """Parameters by name, a kind, a pattern over the names or all but those, and which are trained."""
 
 from collections.abc import Mapping, Sequence
-from difflib import SequenceMatcher
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -88,19 +88,10 @@ def _matches(entry: str, kinds: Mapping[str, str], setting: str) -> list[str]:
         raise ConfigError(
             f"{setting} names {entry}, and this model has none. It has {', '.join(present)}."
         )
-    near = sorted(kinds, key=lambda name: _distance(entry, name))[:3]
+    near = get_close_matches(entry, list(kinds), n=3, cutoff=0.0)
     raise ConfigError(
         f"{setting} has {entry!r}, which matches no parameter of this model.\n"
         f"  Near it: {', '.join(near)}.\n"
         f"  A pattern covers the whole name, as in *.{near[0].rpartition('.')[2]}; "
         f"kinds are {', '.join(KINDS)}."
     )
-
-
-def _distance(entry: str, name: str) -> float:
-    """Smaller for a name more similar to `entry`, which may have wildcards."""
-    fragments = [part for part in entry.replace("?", "*").split("*") if part] or [entry]
-    longest = max(fragments, key=len)
-    shared = SequenceMatcher(None, longest, name, autojunk=False)
-    block = shared.find_longest_match()
-    return -block.size - SequenceMatcher(None, entry, name, autojunk=False).ratio()

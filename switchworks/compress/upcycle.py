@@ -3,13 +3,10 @@
 Every FFN of a block that becomes sparse is copied into E experts, the router is drawn afresh and
 everything else is copied (Komatsuzaki et al. 2022, "Sparse Upcycling"). A plain copy would not
 compute what the dense model does: a switch layer multiplies the expert's answer by the router's
-probability, about 1/E before any training, so the layer's output all but vanishes. Komatsuzaki et
-al. accept the drop in their language models and normalise the gates to sum to 1 in their vision
-models; with one expert per token that makes every gate 1 and takes the router's gradient away. He
-et al. (2024, "Upcycling Large Language Models into Mixture of Experts") scale weights instead.
-
-So does this module, and the result is an ordinary Switch Transformer, which trains and goes to
-transformers like any other:
+probability, about 1/E before any training, so the layer's output all but vanishes. Gates that sum
+to 1 would all be 1 with one expert per token, and take the router's gradient away. So weights are
+scaled, as by He et al. (2024, "Upcycling Large Language Models into Mixture of Experts"), and the
+result is an ordinary Switch Transformer, which trains and goes to transformers like any other:
 
 - **Experts' output matrices are multiplied by E**, the only place where a factor passes through
   any activation unchanged.

@@ -18,11 +18,12 @@ from switchworks.config import CheckpointError
 from switchworks.data.tokens.tokenizer import ByteTokenizer
 from switchworks.data.tokens.train import train_sentencepiece
 from switchworks.evaluate.routing import (
+    TYPES,
+    TokenTypes,
     jensen_shannon,
     mutual_information,
     routing_report,
 )
-from switchworks.evaluate.token_types import TYPES, TokenTypes
 from switchworks.model import RoutingConfig, SwitchTransformer
 from switchworks.recipes.tiny import tiny
 
