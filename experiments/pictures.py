@@ -52,7 +52,8 @@ def main(words: Sequence[str] | None = None) -> None:
 def routed(run: Path, text: str, layer: str) -> list[tuple[str, int]]:
     """The tokens of `text`, each with the expert that encodes it in that switch layer."""
     model, tokenizer = switchworks.load(run)
-    assert model.encoder is not None and tokenizer is not None
+    assert model.encoder is not None
+    assert tokenizer is not None
     ids = tokenizer.encode(text)
     memory = model.eval().encode(torch.tensor([ids]))
     reports = dict(zip(model.switch_layers, memory.routing, strict=False))
