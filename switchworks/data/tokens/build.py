@@ -26,10 +26,10 @@ BATCH_CHARACTERS = 1 << 22
 
 
 class BuildProgress:
-    """Prints every ten seconds the tokens so far, their rate, and of `total` characters (None: not
+    """Prints every ten seconds the tokens so far, their rate, and of `total` characters (0: not
     known) the share done and the time left."""
 
-    def __init__(self, label: str, total: int | None, *, quiet: bool = False) -> None:
+    def __init__(self, label: str, total: int, *, quiet: bool = False) -> None:
         self.label, self.total, self.quiet = label, total, quiet
         self.characters = self.tokens = 0
         self._started = self._printed = time.monotonic()

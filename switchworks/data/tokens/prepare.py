@@ -89,10 +89,9 @@ def prepare(
     folder = cache_folder(config) / f"store-{_store_key(config, source, tokenizer)}"
     if not (folder / "store.json").exists():
         num_shards = _plan(folder, tokenizer, shard)
+        characters = (source.num_characters or 0) // num_shards
         for index in range(num_shards) if shard is None else [shard[0]]:
             part = "" if num_shards == 1 else f"{index}/{num_shards}"
-            total = source.num_characters
-            total = None if total is None else total // num_shards
             label = " ".join(filter(None, ["tokenising", name, part]))
             with file_lock(folder / f"shard-{index}"):  # another process may have made it by then
                 build_shard(
@@ -102,7 +101,7 @@ def prepare(
                     shard=index,
                     num_shards=num_shards,
                     threads=config.workers,
-                    progress=BuildProgress(label, total, quiet=quiet),
+                    progress=BuildProgress(label, characters, quiet=quiet),
                 )
         with file_lock(folder):
             if not store.missing_shards(folder):
