@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import matplotlib.image as images
 import pytest
 from support.scripts import EXPERIMENTS, run_script
 
@@ -92,3 +93,16 @@ def test_a_recipe_is_weighed_in_one_and_in_two_processes():
     assert done.returncode == 0, done.stderr
     names = re.findall(r"^(\d.*?) +[\d.]+ +[\d.]+% +[\d.]+%$", done.stdout, re.MULTILINE)
     assert names == ["1", "2, independent", "2"]
+
+
+def test_the_routing_of_a_text_is_drawn_token_by_token(tiny_run, tmp_path):
+    output = tmp_path / "routing.png"
+    words = ["routing", str(tiny_run), "--layer", "encoder.1", "--output", str(output)]
+    assert run_script("pictures.py", *words).strip() == str(output)
+    assert images.imread(output).shape[1] > 1000
+
+
+def test_the_curves_of_a_pair_are_drawn(tiny_run, tmp_path):
+    output = tmp_path / "curve.png"
+    run_script("pictures.py", "curve", str(tiny_run), str(tiny_run), "--output", str(output))
+    assert images.imread(output).shape[2] == 4

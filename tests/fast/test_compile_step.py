@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from switchworks.adapt.config import LoraConfig
 from switchworks.batch import Batch
-from switchworks.optim import in_backward
+from switchworks.optim import build
 from switchworks.recipes.tiny import tiny
 from switchworks.training.state import build_state
 from switchworks.training.step import train_step
@@ -29,7 +29,7 @@ torch.compile = partial(torch.compile, backend="aot_eager")
 torch.set_num_threads(1)
 torch.manual_seed(0)
 precision, lora, strategy, layers, updated = sys.argv[1:]
-in_backward.LARGE, in_backward.BUCKET = 1000, 5000
+build.LARGE, build.BUCKET = 1000, 5000
 recipe = tiny()
 routing = replace(
     recipe.model.routing, every=1, strategy=strategy, layers=layers, decoder_strategy="switch"
