@@ -25,10 +25,9 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from switchworks.model import SwitchTransformer, fill_shard
-from switchworks.parallel.config import MeshConfig
-from switchworks.parallel.expert import AllToAllDispatcher
-from switchworks.parallel.gradients import GradientSum
-from switchworks.parallel.layout import WeightLayout, check_fit, weight_layouts
+from switchworks.parallel.collectives import GradientSum
+from switchworks.parallel.expert import all_to_all_dispatcher
+from switchworks.parallel.layout import MeshConfig, WeightLayout, check_fit, weight_layouts
 from switchworks.parallel.mesh import batch_axis
 from switchworks.parallel.tensor import compute_with_shards, split_width
 
@@ -152,7 +151,7 @@ def _share_experts(model: SwitchTransformer, mesh: DeviceMesh, config: MeshConfi
             compute_with_shards(layer.experts)
         if config.expert > 1:
             group = mesh.get_group("expert")
-            layer.dispatcher = AllToAllDispatcher(layer.dispatcher, group, config.overlap)
+            layer.dispatcher = all_to_all_dispatcher(layer.dispatcher, group, config.overlap)
 
 
 def _shard_fully(

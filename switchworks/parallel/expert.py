@@ -19,22 +19,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from switchworks.model import Dispatcher, ExpertBank, ExpertInput, Routes
+from switchworks.model import Dispatcher, ExpertBank, ExpertInput
 from switchworks.parallel.collectives import finish, start
 
 
-class AllToAllDispatcher:
+def all_to_all_dispatcher(dispatcher: Dispatcher, group: ProcessGroup, parts: int) -> Dispatcher:
     """Carries out a plan by `dispatcher`, with experts on all ranks of `group`."""
-
-    def __init__(self, dispatcher: Dispatcher, group: ProcessGroup, parts: int = 1) -> None:
-        self.dispatcher = dispatcher
-        self.group = group
-        self.parts = parts
-
-    def __call__(
-        self, x: Float[Tensor, "G S D"], routes: Routes, experts: ExpertBank, capacity: int | None
-    ) -> Float[Tensor, "G S O"]:
-        return self.dispatcher(x, routes, RemoteExperts(experts, self.group, self.parts), capacity)
+    return lambda x, routes, experts, capacity: dispatcher(
+        x, routes, RemoteExperts(experts, group, parts), capacity
+    )
 
 
 class RemoteExperts:
@@ -44,7 +37,7 @@ class RemoteExperts:
     another.
     """
 
-    def __init__(self, experts: ExpertBank, group: ProcessGroup, parts: int = 1) -> None:
+    def __init__(self, experts: ExpertBank, group: ProcessGroup, parts: int) -> None:
         self.experts = experts
         self.group = group
         self.parts = parts
