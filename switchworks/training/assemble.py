@@ -22,8 +22,7 @@ from switchworks.parallel import Ranks, torchrun
 from switchworks.training import hooks, loggers, machine, resolve, run_directory
 from switchworks.training.experiment import Experiment
 from switchworks.training.loop import Hook
-from switchworks.training.state import TrainState
-from switchworks.training.weights import export, initial_state, require_shape
+from switchworks.training.state import TrainState, export, initial_state, require_shape
 
 T = TypeVar("T")
 

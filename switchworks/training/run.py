@@ -15,7 +15,7 @@ from switchworks.training.loggers import Logger, make_loggers
 from switchworks.training.loop import Hook, Interrupt, run_loop
 from switchworks.training.resolve import check_initial_weights, check_mesh, resolve_tokenizer
 from switchworks.training.run_directory import launched_by
-from switchworks.training.weights import export
+from switchworks.training.state import export
 
 
 class Interrupted(Exception):  # noqa: N818  it is not an error

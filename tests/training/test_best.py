@@ -16,7 +16,7 @@ from switchworks.optim import UpdateStats
 from switchworks.training import Interrupted, train
 from switchworks.training.experiment import BestConfig
 from switchworks.training.hooks.best import KeepBest
-from switchworks.training.hooks.validate import Validate
+from switchworks.training.hooks.progress import Validate
 from switchworks.training.loggers import Recorder
 from switchworks.training.state import Best, build_state
 from switchworks.training.step import StepResult

@@ -2,9 +2,9 @@ from .best import KeepBest as KeepBest
 from .progress import Every as Every
 from .progress import Progress as Progress
 from .progress import SaveCheckpoints as SaveCheckpoints
+from .progress import Validate as Validate
 from .samples import Samples as Samples
 from .samples import sample_rows as sample_rows
 from .tasks import EvaluateTasks as EvaluateTasks
 from .tasks import decoding_of as decoding_of
 from .tasks import tasks_to_evaluate as tasks_to_evaluate
-from .validate import Validate as Validate
