@@ -1,14 +1,8 @@
 """Fewer experts: the least used are dropped, or merged with similar ones, down to a dense model.
 
-With fewer rows under the router's softmax every gate grows, and a layer multiplies its experts'
-outputs by the gate; so each remaining expert's output matrix is scaled by the ratio of the old to
-the new gates of its tokens, measured on the text. In layers whose gates sum to 1 (top2) it is not.
-
-Merging follows Li et al. 2023 ("Merge, Then Compress", M-SMoE, arXiv 2310.01334): the most used
-experts stay, every other joins the one whose router logits vary most like its own, and within a
-group hidden units are matched to those of the most used expert before weights are averaged in
-proportion to usage. Of the router a group keeps the row of its most used expert: an average of rows
-is short, draws few tokens, and cost ten times as much loss where it was tried.
+docs/smaller.md describes both; merging follows M-SMoE (Li et al. 2023, arXiv 2310.01334). Of the
+router a merged group keeps the row of its most used expert: an average of rows is short, draws few
+tokens, and cost ten times as much loss where it was tried.
 
 Letters: E experts before, K after, M members of a group, F hidden width, W weights of a hidden
 unit, N real tokens, G groups, S tokens per group.
