@@ -4,7 +4,7 @@ Tensor parallelism needs two sums (Megatron-LM, section 3): `copy_to_tp` before 
 a split layer and `reduce_from_tp` after the second. Expert parallelism needs the all-to-all.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,8 +64,6 @@ class AsyncAllToAll:
         self.group = group
         self.send = None if send is None else list(send)
         self.receive = None if receive is None else list(receive)
-        self.rows: Tensor
-        """The result; undefined until `finish`."""
         self._pending: tuple[Any, Tensor, Tensor]
 
     def start(self, rows: Tensor, *, backward: bool) -> Tensor:
@@ -115,23 +113,19 @@ class _Finish(torch.autograd.Function):
         return grad_rows, None
 
 
-def start(
-    rows: Float[Tensor, "N D"],
+def exchange(
     group: ProcessGroup,
-    *,
+    rows: Float[Tensor, "N D"],
     send: Sequence[int] | None = None,
     receive: Sequence[int] | None = None,
-) -> AsyncAllToAll:
-    """Start to exchange rows. What is computed before `finish` overlaps with it, and so does what
-    the backward pass computes between the two."""
-    exchange = AsyncAllToAll(group, send, receive)
-    exchange.rows = _Start.apply(rows, exchange)
-    return exchange
+) -> Callable[[], Float[Tensor, "M D"]]:
+    """Start to exchange rows; the returned function waits for those received.
 
-
-def finish(exchange: AsyncAllToAll) -> Float[Tensor, "M D"]:
-    """Wait for the rows of `exchange` and return them."""
-    return _Finish.apply(exchange.rows, exchange)
+    What is computed in between overlaps with it, and so does what the backward pass computes there.
+    """
+    exchanging = AsyncAllToAll(group, send, receive)
+    received = _Start.apply(rows, exchanging)
+    return lambda: _Finish.apply(received, exchanging)
 
 
 def to_local(weight: Any) -> Any:

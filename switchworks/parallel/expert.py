@@ -10,7 +10,7 @@ Letters: P ranks, E experts, e experts of one rank, N tokens or slots sent, M re
 one expert from one rank, D width, O width of the outputs.
 """
 
-from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from switchworks.model import Dispatcher, ExpertBank, ExpertInput
-from switchworks.parallel.collectives import finish, start
+from switchworks.parallel.collectives import exchange
 
 
 def all_to_all_dispatcher(dispatcher: Dispatcher, group: ProcessGroup, parts: int) -> Dispatcher:
@@ -40,6 +40,7 @@ class RemoteExperts:
     def __init__(self, experts: ExpertBank, group: ProcessGroup, parts: int) -> None:
         self.experts = experts
         self.group = group
+        self.exchange = partial(exchange, group)
         self.parts = parts
         self.ranks = dist.get_world_size(group)
         self.num_experts = experts.num_experts
@@ -53,8 +54,8 @@ class RemoteExperts:
     def _run_even(self, tokens: Float[Tensor, "N D"]) -> Float[Tensor, "N O"]:
         """Every rank sends each expert the same number of slots."""
         slots = tokens.unflatten(0, (self.num_experts, -1))  # E n D
-        there = [self._send(part.flatten(0, 1)) for part in slots.chunk(self.parts, dim=1)]
-        back = [self._send(self._run_local_even(receive())) for receive in there]
+        there = [self.exchange(part.flatten(0, 1)) for part in slots.chunk(self.parts, dim=1)]
+        back = [self.exchange(self._run_local_even(receive())) for receive in there]
         outputs = [receive().unflatten(0, (self.num_experts, -1)) for receive in back]
         return _cat(outputs, dim=1).flatten(0, 1)
 
@@ -79,9 +80,9 @@ class RemoteExperts:
         chunks = tokens if order is None else tokens[order]
         chunks = chunks.split([int(sends.sum()) for sends, _ in splits])
         sizes = [(sends.sum(dim=1).tolist(), gets.sum(dim=1).tolist()) for sends, gets in splits]
-        there = [self._send(chunk, *size) for chunk, size in zip(chunks, sizes, strict=True)]
+        there = [self.exchange(chunk, *size) for chunk, size in zip(chunks, sizes, strict=True)]
         back = [
-            self._send(self._run_local_uneven(receive(), gets), *reversed(size))
+            self.exchange(self._run_local_uneven(receive(), gets), *reversed(size))
             for receive, (_, gets), size in zip(there, splits, sizes, strict=True)
         ]
         outputs = _cat([receive() for receive in back], dim=0)
@@ -93,16 +94,6 @@ class RemoteExperts:
         order = _expert_order(received)
         outputs = self.experts(ExpertInput(tokens[order], received.sum(dim=0).tolist()))
         return outputs[_inverse(order)]
-
-    def _send(
-        self,
-        rows: Float[Tensor, "N D"],
-        send: Sequence[int] | None = None,
-        receive: Sequence[int] | None = None,
-    ) -> Callable[[], Tensor]:
-        """Starts to exchange rows. The returned function waits for the rows received."""
-        exchanging = start(rows, self.group, send=send, receive=receive)
-        return lambda: finish(exchanging)
 
 
 def _split(counts: Int[Tensor, "P e"], parts: int) -> list[Int[Tensor, "P e"]]:
