@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from switchworks.config import CheckpointError, ConfigError, flatten
+from switchworks.config import ConfigError, flatten
 from switchworks.optim.config import OptimConfig, learning_rate, optimizer_builder
 from switchworks.optim.groups import group_parameters
 from switchworks.optim.masters import MasterWeights
@@ -120,12 +120,10 @@ class Updater:
         """Copy `state` in; training then continues bit for bit.
 
         Call it also after the tensors of `state_dict()` were filled in place, so that a 16-bit
-        model follows its masters. Raises CheckpointError, with nothing changed, if a name or a
-        shape does not fit.
+        model follows its masters. `Checkpoints.load` has checked names and shapes.
         """
-        current, stored = flatten(self.state_dict()), flatten(state)
-        _check_fit(current, stored)
-        for name, tensor in current.items():
+        stored = flatten(state)
+        for name, tensor in flatten(self.state_dict()).items():
             tensor.copy_(stored[name])
         self.masters.copy_to_model()
 
@@ -236,19 +234,6 @@ def _check_complete(
                 f"optim.name = {name}: {parameter_name} is in {held[master]} parameter groups and "
                 f"should be in {int(master.requires_grad)}.\n"
                 "  The function in OPTIMIZERS must give each parameter of its groups to one."
-            )
-
-
-def _check_fit(current: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
-    for name in [*current, *stored]:
-        here, there = (
-            f"of shape {tuple(tensors[name].shape)}" if name in tensors else "absent"
-            for tensors in (current, stored)
-        )
-        if here != there:
-            raise CheckpointError(
-                f"{name} is {there} in the checkpoint and {here} here.\n"
-                "  It comes from another model or optimizer: use the settings it was made with."
             )
 
 
