@@ -44,14 +44,6 @@ class BestConfig:
                 "  Say --best.mode max or --best.mode min."
             )
 
-    def resolved(self, *, tasks: tuple[str, ...]) -> "BestConfig":
-        """The same with a metric in place of "auto"; `tasks` are those that are evaluated."""
-        if self.metric != "auto":
-            return self
-        if tasks in (("glue",), ("super_glue",)):
-            return replace(self, metric=f"task/{tasks[0]}")
-        return replace(self, metric="task/mean" if tasks else "val/loss")
-
     @property
     def direction(self) -> Literal["min", "max"]:
         """Whether lower or higher is better."""
@@ -175,8 +167,13 @@ class Experiment:
     @property
     def resolved_best(self) -> BestConfig | None:
         """`best` with a metric in place of "auto"."""
+        if self.best is None or self.best.metric != "auto":
+            return self.best
         tasks = self.data.tasks if self.evaluate_every else ()
-        return self.best and self.best.resolved(tasks=tasks)
+        metric = "task/mean" if tasks else "val/loss"
+        if tasks in (("glue",), ("super_glue",)):
+            metric = f"task/{tasks[0]}"
+        return replace(self.best, metric=metric)
 
     @property
     def group_tokens(self) -> dict[str, int]:

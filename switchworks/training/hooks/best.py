@@ -43,7 +43,6 @@ class KeepBest:
         self.checkpoints = checkpoints
         self.directory = checkpoints.directory.with_name("best")
         self.export = export
-        self._warned = False
         if state.best is not None and not self._path(state.best.step).is_dir():
             raise CheckpointError(
                 f"The best weights so far, of step {state.best.step}, are not in "
@@ -55,8 +54,8 @@ class KeepBest:
         """Export the weights if they are the best; count measurements that were no better."""
         value = self._measured(state)
         if value is None:
-            self._warn_once(state)
-        elif self._is_better(value, state.best):
+            return
+        if self._is_better(value, state.best):
             state.best = Best(state.step, value)
             self.export(state, self._path(state.step))
             self._prune(state.step)
@@ -123,12 +122,6 @@ class KeepBest:
             return not isnan(value)
         gain = best.value - value if self.config.direction == "min" else value - best.value
         return gain > self.config.min_delta
-
-    def _warn_once(self, state: TrainState) -> None:
-        """When the first validation comes and the metric is not among what was measured."""
-        if not self._warned and state.best is None and "val/loss" in self.recorder.at(state.step):
-            self._warned = True
-            print(f"note: {self._absent()}", flush=True)
 
     def _absent(self) -> str:
         names = sorted(self.recorder.names)
