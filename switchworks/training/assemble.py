@@ -90,7 +90,6 @@ def assemble(
     state = initial_state(experiment, newest, init, teacher, dataset, ranks)
     if state.adapted is not None:
         print(state.adapted)
-    print(run_directory.made_longer(run_dir, experiment) if resuming else "", end="")
     validation, tasks = _validation_set(state, dataset), ()
     if experiment.data.tasks and experiment.evaluate_every:
         tasks = hooks.tasks_to_evaluate(experiment, dataset)

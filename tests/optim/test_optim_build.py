@@ -10,7 +10,7 @@ from support.models import TINY
 from torch import Tensor, nn
 
 from switchworks.batch import Batch
-from switchworks.config import CheckpointError, ConfigError
+from switchworks.config import ConfigError
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
 from switchworks.optim import (
     OPTIMIZERS,
