@@ -184,19 +184,9 @@ class Table(NamedTuple):
 
     def __str__(self) -> str:
         """For people: one line per matrix that occurs, however often."""
-        groups = Counter(
-            (".".join(row.name.split(".")[3:]), row.letters, row.shape, row.parameters)
-            for row in self.rows
-        )
-        wide = max(len(leaf) for leaf, *_ in groups)
-        letters_wide = max(len(letters) for _, letters, *_ in groups)
         lines = [f"LoRA of rank {self.config.rank}, scaled by {self.config.scale:g}:"]
-        for (leaf, letters, shape, parameters), times in groups.items():
-            size = " x ".join(map(str, shape))
-            lines.append(
-                f"  {times:>3} x {leaf:<{wide}}  {letters:<{letters_wide}}  {size:<18} "
-                f"{parameters * times:>12,} parameters"
-            )
+        for row, times in Counter(map(_as_line, self.rows)).items():
+            lines.append(f"  {times:>3} x {row}")
         total = sum(row.parameters for row in self.rows)
         lines.append(f"  {len(self.rows)} adapters, {total:,} parameters")
         if self.also:
@@ -209,6 +199,12 @@ class Table(NamedTuple):
         for kind in self.absent:
             lines.append(f"  lora.targets has {kind}, and this model has none")
         return "\n".join(lines)
+
+
+def _as_line(row: Row) -> str:
+    """The matrix by its name in a block, and its pair's numbers."""
+    leaf, size = ".".join(row.name.split(".")[3:]), " x ".join(map(str, row.shape))
+    return f"{leaf:<18} {row.letters:<6} {size:<18} {row.parameters:,} parameters each"
 
 
 def adapt(model: SwitchTransformer, config: LoraConfig, seed: int = 0) -> Table:
