@@ -1,11 +1,8 @@
 """From a model's parameters and an OptimConfig to one object that takes steps.
 
-`build_optimizer` groups the parameters (`groups.py`) and gives them to the optimizer of that name.
-
-With `BackwardUpdater` the gradients of all weights never exist together: once the backward pass has
-accumulated the whole gradient of a weight it does not read that weight again, so the weight can be
-updated at once and its gradient freed. Only a sum over micro-batches or ranks, or clipping by the
-norm of all gradients, needs them side by side.
+With `BackwardUpdater` the gradients of all weights never exist together: a backward pass that has
+accumulated the whole gradient of a weight does not read that weight again. Only a sum over
+micro-batches or ranks, or clipping by the norm of all gradients, needs them side by side.
 """
 
 import math

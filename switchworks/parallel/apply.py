@@ -1,12 +1,7 @@
-"""A model for one device, spread over a mesh from outside.
+"""A model for one device, spread over a mesh from outside; its weights become `DTensor`s.
 
-In a fixed order: experts over the expert axis, widths over the model axis, and what is left of
-each weight over the ranks that see different rows (FSDP2). The model's code does not change; its
-weights become `DTensor`s with the names and shapes they had.
-
-A model may be on the meta device meanwhile. Then each rank allocates its shards and draws their
-values alone, those that the full parameters would have there (`switchworks.model.fill_shard`): one
-process and any mesh begin with the same values, and a model may be larger than any host.
+In a fixed order: experts over the expert axis, widths over the model axis, the rest by FSDP2. A
+model may be on the meta device meanwhile: then each rank allocates and draws its shards alone.
 """
 
 import warnings

@@ -1,10 +1,7 @@
 """Expert parallelism: each rank of the expert axis holds some of the experts.
 
-Routing stays where the rows are: a rank plans for its groups as one device would. Then tokens are
-sent to their experts and the outputs back, by one all-to-all each way, in the compute dtype. With a
-capacity all ranks send the same number of slots; without one they first exchange how many tokens
-each will send. With `mesh.overlap` tokens go in chunks: while the experts run on one, the next is
-being sent.
+docs/parallel.md describes a step. A rank plans for its groups as one device would; tokens travel to
+their experts and outputs back by one all-to-all each way.
 
 Letters: P ranks, E experts, e experts of one rank, N tokens or slots sent, M received, n slots of
 one expert from one rank, D width, O width of the outputs.
