@@ -233,11 +233,7 @@ def adapt(model: SwitchTransformer, config: LoraConfig, seed: int = 0) -> Table:
         Row(name, kinds[name], letters[name], tuple(p.shape), num_elements(pairs[name]))
         for name, p in chosen.items()
     ]
-    left = {
-        kind: sum(kinds[name] == kind for name in matrices)
-        for kind in dict.fromkeys(kinds[name] for name in matrices)
-        if kind not in config.targets
-    }
+    left = Counter(kinds[name] for name in matrices if kinds[name] not in config.targets)
     absent = [kind for kind in config.targets if kind not in {row.kind for row in rows}]
     return Table(config, rows, [name for name in kinds if name in also], left, absent)
 

@@ -80,10 +80,8 @@ class Usage(NamedTuple):
 def measure_usage(model: SwitchTransformer, batches: Iterable[Batch]) -> dict[str, Usage]:
     """How often each expert of each switch layer is wanted on `batches`, by the layer's name.
 
-    Raises ConfigError for a dense model and DataError if there are no tokens.
+    Raises DataError if there are no tokens.
     """
-    if not model.switch_layers:
-        raise ConfigError("The model is dense: it has no experts to count.")
     totals: dict[str, tuple[Tensor, ...]] = {}
     for batch in batches:
         for name, routed in route_batch(model, batch).items():

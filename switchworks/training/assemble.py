@@ -203,7 +203,9 @@ def _measuring(run: Run, recorder: loggers.Recorder) -> list[Hook]:
         samples = hooks.Samples(path, hooks.sample_rows(validation), tokenizer)
         measuring.append(hooks.Every(experiment.sample_every, samples))
     if run.tasks:
-        decoding = hooks.decoding_of(experiment)
+        decoding = evaluate.DecodingConfig(
+            input_length=experiment.data.input_length, max_length=experiment.data.target_length
+        )
         answer = hooks.EvaluateTasks(recorder, run.tasks, tokenizer, decoding)
         measuring.append(hooks.Every(experiment.evaluate_every, answer))
     return measuring

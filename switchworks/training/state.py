@@ -136,7 +136,11 @@ def spread_model(
     assert experiment.precision != "auto", "resolve it first"
     if model is None:
         model = _fresh_model(experiment, whole=ranks.mesh is None and not empty)
-    table = _freeze(model, experiment)
+    table = None
+    if experiment.lora is not None:
+        table = adapt.adapt(model, experiment.lora, experiment.seed)
+    elif experiment.freeze:  # never both
+        adapt.freeze_parameters(model, experiment.freeze)
     if ranks.mesh is None and not model.embedding.weight.is_meta:
         model.to(ranks.device)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -175,16 +179,6 @@ def state_of(
     if experiment.compile:
         state.compiled = fast.compile_step(model)
     return state
-
-
-def _freeze(model: SwitchTransformer, experiment: Experiment) -> "adapt.Table | None":
-    """Add the experiment's adapters and freeze its parameters; returns the adapted matrices."""
-    if experiment.lora is None and not experiment.freeze:
-        return None
-    lora, seed = experiment.lora, experiment.seed
-    table = None if lora is None else adapt.adapt(model, lora, seed)
-    adapt.freeze_parameters(model, experiment.freeze)
-    return table
 
 
 def _fresh_model(experiment: Experiment, *, whole: bool) -> SwitchTransformer:

@@ -6,5 +6,4 @@ from .progress import Validate as Validate
 from .samples import Samples as Samples
 from .samples import sample_rows as sample_rows
 from .tasks import EvaluateTasks as EvaluateTasks
-from .tasks import decoding_of as decoding_of
 from .tasks import tasks_to_evaluate as tasks_to_evaluate

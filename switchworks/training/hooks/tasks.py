@@ -11,7 +11,7 @@ from switchworks.training.state import TrainState
 
 
 class EvaluateTasks:
-    """The model answers every `EvalSet` greedily; `results` are those of the last time.
+    """The model answers every `EvalSet` greedily.
 
     Writes task/NAME/METRIC, task/NAME/score, task/mean over all tasks and task/BENCHMARK for each
     benchmark all of whose tasks are there, all out of 100.
@@ -28,16 +28,15 @@ class EvaluateTasks:
         self.sets = sets
         self.tokenizer = tokenizer
         self.decoding = decoding
-        self.results: list[evaluate.TaskResult] = []
 
     def __call__(self, state: TrainState) -> None:
         """Evaluate, write the metrics and print a line per task with its first answer."""
-        self.results = [
+        results = [
             evaluate.measure(state.model, self.tokenizer, eval_set, self.decoding, state.ranks)
             for eval_set in self.sets
         ]
-        self.recorder.write(state, task_metrics(self.results))
-        for result in self.results:
+        self.recorder.write(state, task_metrics(results))
+        for result in results:
             figures = "  ".join(f"{name} {value:.1f}" for name, value in result.figures.items())
             target, prediction = result.eval_set.examples[0].target, result.predictions[0]
             print(
@@ -73,12 +72,6 @@ def tasks_to_evaluate(experiment: Experiment, dataset: TextDataset) -> list[eval
     for eval_set in sets:
         evaluate.check_metrics(eval_set.task, eval_set.examples)
     return sets
-
-
-def decoding_of(experiment: Experiment) -> evaluate.DecodingConfig:
-    """Row lengths as in training."""
-    data = experiment.data
-    return evaluate.DecodingConfig(input_length=data.input_length, max_length=data.target_length)
 
 
 def _shortened(text: str, most: int = 60) -> str:
