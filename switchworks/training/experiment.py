@@ -172,7 +172,7 @@ class Experiment:
         tasks = self.data.tasks if self.evaluate_every else ()
         metric = "task/mean" if tasks else "val/loss"
         if tasks in (("glue",), ("super_glue",)):
-            metric = f"task/{tasks[0]}"
+            metric = f"task/{self.data.tasks[0]}"
         return replace(self.best, metric=metric)
 
     @property
