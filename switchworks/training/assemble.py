@@ -196,17 +196,18 @@ def _measuring(run: Run, recorder: loggers.Recorder) -> list[Hook]:
     measuring: list[Hook] = [hooks.Progress(recorder, experiment.log_every, run.state)]
     if validation is not None and experiment.validate_every:
         mixture = run.pipeline if isinstance(run.pipeline, data.Mixture) else None
-        validate = hooks.Validate(recorder, validation, mixture)
+        validate = partial(hooks.validate, recorder, validation, mixture)
         measuring.append(hooks.Every(experiment.validate_every, validate))
     if validation is not None and experiment.sample_every and not experiment.data.tasks:
         path = run.directory / loggers.SAMPLES if run.ranks.is_main else None
-        samples = hooks.Samples(path, hooks.sample_rows(validation), tokenizer)
+        rows = hooks.sample_rows(validation)
+        samples = partial(hooks.write_samples, path, rows, tokenizer)
         measuring.append(hooks.Every(experiment.sample_every, samples))
     if run.tasks:
         decoding = evaluate.DecodingConfig(
             input_length=experiment.data.input_length, max_length=experiment.data.target_length
         )
-        answer = hooks.EvaluateTasks(recorder, run.tasks, tokenizer, decoding)
+        answer = partial(hooks.evaluate_tasks, recorder, run.tasks, tokenizer, decoding)
         measuring.append(hooks.Every(experiment.evaluate_every, answer))
     return measuring
 

@@ -132,28 +132,21 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
-class Validate:
-    """Measures the validation loss; of a mixture per corpus too, and the epochs read so far."""
-
-    def __init__(
-        self, recorder: Recorder, data: ValidationSet, mixture: Mixture | None = None
-    ) -> None:
-        self.recorder = recorder
-        self.data = data
-        self.mixture = mixture
-
-    def __call__(self, state: TrainState) -> None:
-        """Write and print the losses, in nats per target token, and bits per byte."""
-        loss, per_corpus = validation_losses(state.model, self.data, state.ranks)
-        epochs = {} if self.mixture is None else self.mixture.epochs(state.step)
-        values = {"val/loss": loss} | {f"val/loss/{name}": x for name, x in per_corpus.items()}
-        for name, nats in (per_corpus or {"": loss}).items():
-            values[f"val/bits_per_byte/{name}".rstrip("/")] = self.data.bits_per_byte(name, nats)
-        values |= {f"epoch/{name}": times for name, times in epochs.items()}
-        self.recorder.write(state, values)
-        perplexity = measure_perplexity(loss)
-        line = f"step {state.step}  validation loss {loss:.3f}  perplexity {perplexity:.1f}"
-        print(line + losses_text(per_corpus) + epochs_text(epochs), flush=True)
+def validate(
+    recorder: Recorder, held_out: ValidationSet, mixture: Mixture | None, state: TrainState
+) -> None:
+    """Write and print the validation loss, in nats per target token, and bits per byte; of a
+    mixture per corpus too, and the epochs read so far."""
+    loss, per_corpus = validation_losses(state.model, held_out, state.ranks)
+    epochs = {} if mixture is None else mixture.epochs(state.step)
+    values = {"val/loss": loss} | {f"val/loss/{name}": x for name, x in per_corpus.items()}
+    for name, nats in (per_corpus or {"": loss}).items():
+        values[f"val/bits_per_byte/{name}".rstrip("/")] = held_out.bits_per_byte(name, nats)
+    values |= {f"epoch/{name}": times for name, times in epochs.items()}
+    recorder.write(state, values)
+    perplexity = measure_perplexity(loss)
+    line = f"step {state.step}  validation loss {loss:.3f}  perplexity {perplexity:.1f}"
+    print(line + losses_text(per_corpus) + epochs_text(epochs), flush=True)
 
 
 def losses_text(losses: Mapping[str, float], most: int = 6) -> str:

@@ -10,40 +10,31 @@ from switchworks.training.loggers import Recorder
 from switchworks.training.state import TrainState
 
 
-class EvaluateTasks:
-    """The model answers every `EvalSet` greedily.
+def evaluate_tasks(
+    recorder: Recorder,
+    sets: Sequence[evaluate.EvalSet],
+    tokenizer: Tokenizer,
+    decoding: evaluate.DecodingConfig,
+    state: TrainState,
+) -> None:
+    """The model answers every `EvalSet` greedily; prints a line per task with its first answer.
 
     Writes task/NAME/METRIC, task/NAME/score, task/mean over all tasks and task/BENCHMARK for each
     benchmark all of whose tasks are there, all out of 100.
     """
-
-    def __init__(
-        self,
-        recorder: Recorder,
-        sets: Sequence[evaluate.EvalSet],
-        tokenizer: Tokenizer,
-        decoding: evaluate.DecodingConfig,
-    ) -> None:
-        self.recorder = recorder
-        self.sets = sets
-        self.tokenizer = tokenizer
-        self.decoding = decoding
-
-    def __call__(self, state: TrainState) -> None:
-        """Evaluate, write the metrics and print a line per task with its first answer."""
-        results = [
-            evaluate.measure(state.model, self.tokenizer, eval_set, self.decoding, state.ranks)
-            for eval_set in self.sets
-        ]
-        self.recorder.write(state, task_metrics(results))
-        for result in results:
-            figures = "  ".join(f"{name} {value:.1f}" for name, value in result.figures.items())
-            target, prediction = result.eval_set.examples[0].target, result.predictions[0]
-            print(
-                f"step {state.step}  {result.name}  {figures}  "
-                f"(for {_shortened(target)} it wrote {_shortened(prediction)})",
-                flush=True,
-            )
+    results = [
+        evaluate.measure(state.model, tokenizer, eval_set, decoding, state.ranks)
+        for eval_set in sets
+    ]
+    recorder.write(state, task_metrics(results))
+    for result in results:
+        figures = "  ".join(f"{name} {value:.1f}" for name, value in result.figures.items())
+        target, prediction = result.eval_set.examples[0].target, result.predictions[0]
+        print(
+            f"step {state.step}  {result.name}  {figures}  "
+            f"(for {_shortened(target)} it wrote {_shortened(prediction)})",
+            flush=True,
+        )
 
 
 def task_metrics(results: Sequence[evaluate.TaskResult]) -> Mapping[str, float]:
