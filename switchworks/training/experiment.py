@@ -186,31 +186,20 @@ class Experiment:
 
     def _check_switches(self) -> None:
         """Every pair of switches that is not refused here composes."""
-        routing, strategy = self.model.routing, None
+        routing, dynamic = self.model.routing, {}
         mesh = {f"a mesh of {self.mesh.size} ranks": self.mesh.size > 1}
-        unlimited = experts_choose = False
         if routing is not None:
-            strategy, experts_choose = routing.strategy, routing.rule.experts_choose
             tokens = self.group_tokens.values()
-            unlimited = None in [routing.capacity(count, training=True) for count in tokens]
-        self._refuse(
-            "compile",
-            "a step must be one graph of known shapes",
-            {
-                "routing without a limit": unlimited,
-                f"routing.strategy = {strategy!r}": experts_choose,
-                **mesh,
-            },
-        )
-        self._refuse(
-            "update_in_backward",
-            "all gradients must be complete before a weight is updated",
-            {
-                f"micro_batches = {self.micro_batches}": self.micro_batches > 1,
-                f"optim.clip_norm = {self.optim.clip_norm}": self.optim.clip_norm is not None,
-                **mesh,
-            },
-        )
+            capacities = [routing.capacity(count, training=True) for count in tokens]
+            dynamic["routing without a limit"] = None in capacities
+            dynamic[f"routing.strategy = {routing.strategy!r}"] = routing.rule.experts_choose
+        self._refuse("compile", "a step must be one graph of known shapes", dynamic | mesh)
+        several = {
+            f"micro_batches = {self.micro_batches}": self.micro_batches > 1,
+            f"optim.clip_norm = {self.optim.clip_norm}": self.optim.clip_norm is not None,
+        }
+        reason = "all gradients must be complete before a weight is updated"
+        self._refuse("update_in_backward", reason, several | mesh)
 
     def _refuse(self, switch: str, reason: str, excluded: dict[str, bool]) -> None:
         """Raises ConfigError if `switch` is on and so is one of the settings that it excludes."""

@@ -1,6 +1,7 @@
 """Hooks of every run: progress lines, checkpoints, validation, and actions every so many steps."""
 
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from statistics import fmean
 from typing import Any
 
@@ -121,15 +122,11 @@ def progress_line(state: TrainState, values: dict[str, Any]) -> str:
             f"dropped {values['train/dropped']:.1%}",
             f"experts in use {values['train/experts_in_use']:.1f}/{routing.experts}",
         ]
-    speed, left = values["tokens_per_second"] / 1000, clock(values["seconds_left"])
+    speed, left = (
+        values["tokens_per_second"] / 1000,
+        timedelta(seconds=round(values["seconds_left"])),
+    )
     return "  ".join([*parts, f"{speed:.1f}k tok/s", f"{left} left"])
-
-
-def clock(seconds: float) -> str:
-    """Seconds as m:ss, or h:mm:ss from an hour on."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
 def validate(
