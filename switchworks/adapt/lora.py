@@ -11,7 +11,6 @@ import math
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 import torch
@@ -302,8 +301,7 @@ def num_elements(module: nn.Module, *, trained: bool = False) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
 
-@dataclass(frozen=True)
-class Shares:
+class Shares(NamedTuple):
     """Number of parameters that a run holds and trains."""
 
     parameters: int

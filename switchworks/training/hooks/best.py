@@ -81,7 +81,13 @@ class KeepBest:
         best = state.best
         if best is None:
             self.export(state, run_dir)
-            print(f"warning: {self._absent()}\n  model/ is that of the last step, {state.step}.")
+            names = sorted(self.recorder.names)
+            near = get_close_matches(self.config.metric, names, n=4, cutoff=0.3) or names[:4]
+            print(
+                f"warning: best.metric = {self.config.metric} has not been measured at a regular "
+                f"step. Similar names in metrics.jsonl: {', '.join(near)}.\n"
+                f"  model/ is that of the last step, {state.step}."
+            )
             return
         about = {
             "metric": self.config.metric,
@@ -122,14 +128,6 @@ class KeepBest:
             return not isnan(value)
         gain = best.value - value if self.config.direction == "min" else value - best.value
         return gain > self.config.min_delta
-
-    def _absent(self) -> str:
-        names = sorted(self.recorder.names)
-        near = get_close_matches(self.config.metric, names, n=4, cutoff=0.3) or names[:4]
-        return (
-            f"best.metric = {self.config.metric} has not been measured at a regular step. "
-            f"Similar names in metrics.jsonl: {', '.join(near)}."
-        )
 
     def _path(self, step: int) -> Path:
         return self.directory / f"step_{step:08d}"
