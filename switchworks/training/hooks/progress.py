@@ -122,11 +122,8 @@ def progress_line(state: TrainState, values: dict[str, Any]) -> str:
             f"dropped {values['train/dropped']:.1%}",
             f"experts in use {values['train/experts_in_use']:.1f}/{routing.experts}",
         ]
-    speed, left = (
-        values["tokens_per_second"] / 1000,
-        timedelta(seconds=round(values["seconds_left"])),
-    )
-    return "  ".join([*parts, f"{speed:.1f}k tok/s", f"{left} left"])
+    speed = f"{values['tokens_per_second'] / 1000:.1f}k tok/s"
+    return "  ".join([*parts, speed, f"{timedelta(seconds=round(values['seconds_left']))} left"])
 
 
 def validate(
