@@ -107,7 +107,7 @@ class Updater:
             state |= optimizer.state
         slots = {
             name: dict(state.get(master, {}))
-            for name, master in self.masters.named().items()
+            for name, master in self.masters.named.items()
             if master.requires_grad
         }
         return {"weights": self.masters.float_state(), "optimizer": slots}
@@ -146,7 +146,7 @@ class BackwardUpdater(Updater):
         # The hooks hold a weak reference: the model would otherwise keep its updater, and the
         # updater its model, alive until the garbage collector runs.
         updater: weakref.ref[BackwardUpdater] = weakref.ref(self)
-        for name, parameter in masters.parameters().items():
+        for name, parameter in masters.parameters.items():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(partial(_on_grad, updater, name))
 
@@ -160,7 +160,7 @@ class BackwardUpdater(Updater):
         """Update the weights that are left; the norm is that of all gradients of the step."""
         assert self._in_step, "begin() comes before the backward pass"
         self._in_step = False
-        parameters = self.masters.parameters()
+        parameters = self.masters.parameters
         for name, grad in self._small.items():
             parameters[name].grad = grad
         self._small = {}
@@ -184,7 +184,7 @@ class BackwardUpdater(Updater):
             self._small[name], parameter.grad = parameter.grad, None
             return
         self._bucket.append(name)
-        parameters = self.masters.parameters()
+        parameters = self.masters.parameters
         if sum(parameters[other].numel() for other in self._bucket) >= BUCKET:
             names, self._bucket = self._bucket, []
             self.update(names)
@@ -214,7 +214,7 @@ def build_optimizer(
     DTensors. Raises ConfigError if a parameter is in no optimizer or in two.
     """
     masters = MasterWeights(named_parameters, weights)
-    groups = group_parameters(masters.named(), letters, config)
+    groups = group_parameters(masters.named, letters, config)
     optimizers = optimizer_builder(config.name)(groups, config)
     _check_complete(masters, optimizers, config.name)
     return Updater(masters, optimizers, config)
@@ -225,7 +225,7 @@ def _check_complete(
 ) -> None:
     groups = chain.from_iterable(optimizer.param_groups for optimizer in optimizers)
     held = Counter(parameter for group in groups for parameter in group["params"])
-    for parameter_name, master in masters.named().items():
+    for parameter_name, master in masters.named.items():
         if held[master] != int(master.requires_grad):
             raise ConfigError(
                 f"optim.name = {name}: {parameter_name} is in {held[master]} parameter groups and "

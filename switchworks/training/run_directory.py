@@ -106,11 +106,6 @@ _OF_BEGINNING = ("id", "command", "started", "init", "init_weights")
 _OF_SESSION = ("command", "started", "machine", "threads", "torch", "version")
 
 
-def launched_by(path: Path) -> str | None:
-    """The name of torchrun's launch that last trained in `path`; None if there was none."""
-    return data.run_metadata(path).get("launch")
-
-
 def require_same_run(
     path: Path, init: Path | str | None, dataset: "data.TextDataset", teacher_weights: str | None
 ) -> None:
