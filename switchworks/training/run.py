@@ -51,8 +51,8 @@ def train(
     loggers = [*make_loggers(experiment.log), *loggers]
     machine.prepare(experiment.threads)
     run_dir = Path(run_dir or Path("runs") / experiment.name)
-    launch = data.run_metadata(run_dir).get("launch")  # the last one that trained here
-    resume = resume or (torchrun.attempt() > 0 and launch == torchrun.run_id())
+    if torchrun.attempt() > 0:  # a restart goes on in the directory that this launch trained in
+        resume = resume or data.run_metadata(run_dir).get("launch") == torchrun.run_id()
     experiment = resolve_tokenizer(experiment, init)
     with connect_ranks(experiment.mesh, torchrun.world()) as ranks, _silent_unless(ranks.is_main):
         check_mesh(experiment)
