@@ -11,7 +11,6 @@ import math
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 import torch
@@ -184,19 +183,9 @@ class Table(NamedTuple):
 
     def __str__(self) -> str:
         """For people: one line per matrix that occurs, however often."""
-        groups = Counter(
-            (".".join(row.name.split(".")[3:]), row.letters, row.shape, row.parameters)
-            for row in self.rows
-        )
-        wide = max(len(leaf) for leaf, *_ in groups)
-        letters_wide = max(len(letters) for _, letters, *_ in groups)
         lines = [f"LoRA of rank {self.config.rank}, scaled by {self.config.scale:g}:"]
-        for (leaf, letters, shape, parameters), times in groups.items():
-            size = " x ".join(map(str, shape))
-            lines.append(
-                f"  {times:>3} x {leaf:<{wide}}  {letters:<{letters_wide}}  {size:<18} "
-                f"{parameters * times:>12,} parameters"
-            )
+        for row, times in Counter(map(_as_line, self.rows)).items():
+            lines.append(f"  {times:>3} x {row}")
         total = sum(row.parameters for row in self.rows)
         lines.append(f"  {len(self.rows)} adapters, {total:,} parameters")
         if self.also:
@@ -209,6 +198,12 @@ class Table(NamedTuple):
         for kind in self.absent:
             lines.append(f"  lora.targets has {kind}, and this model has none")
         return "\n".join(lines)
+
+
+def _as_line(row: Row) -> str:
+    """The matrix by its name in a block, and its pair's numbers."""
+    leaf, size = ".".join(row.name.split(".")[3:]), " x ".join(map(str, row.shape))
+    return f"{leaf:<18} {row.letters:<6} {size:<18} {row.parameters:,} parameters each"
 
 
 def adapt(model: SwitchTransformer, config: LoraConfig, seed: int = 0) -> Table:
@@ -237,11 +232,7 @@ def adapt(model: SwitchTransformer, config: LoraConfig, seed: int = 0) -> Table:
         Row(name, kinds[name], letters[name], tuple(p.shape), num_elements(pairs[name]))
         for name, p in chosen.items()
     ]
-    left = {
-        kind: sum(kinds[name] == kind for name in matrices)
-        for kind in dict.fromkeys(kinds[name] for name in matrices)
-        if kind not in config.targets
-    }
+    left = Counter(kinds[name] for name in matrices if kinds[name] not in config.targets)
     absent = [kind for kind in config.targets if kind not in {row.kind for row in rows}]
     return Table(config, rows, [name for name in kinds if name in also], left, absent)
 
@@ -310,8 +301,7 @@ def num_elements(module: nn.Module, *, trained: bool = False) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
 
-@dataclass(frozen=True)
-class Shares:
+class Shares(NamedTuple):
     """Number of parameters that a run holds and trains."""
 
     parameters: int

@@ -1,9 +1,8 @@
 """A number for every tensor, and for every expert of a stack, that does not depend on the mesh.
 
-A digest is the sum, modulo 2^64, of a hash of each element together with its position in the whole
-tensor. A sum has no order, so ranks that each hold a part add up to the digest of the whole, and a
-tensor that is saved on one mesh and loaded on another can be compared, expert by expert. It finds
-accidents, not forgeries: for those the manifest has a cryptographic hash of every file.
+It is the sum, modulo 2^64, of a hash of each element together with its position in the whole
+tensor, so ranks that each hold a part add up to the digest of the whole. It finds accidents, not
+forgeries: for those the manifest has a cryptographic hash of every file.
 """
 
 import math

@@ -83,10 +83,8 @@ def load(
     """
     directory = _model_directory(Path(path))
     verify(directory, allow_foreign=True)
-    config, quantisation = (
-        from_toml(ModelConfig, directory / CONFIG),
-        stored_quantisation(directory),
-    )
+    config = from_toml(ModelConfig, directory / CONFIG)
+    quantisation = stored_quantisation(directory)
     stored = tensors.open_tensors(directory)
     with torch.device("meta"):
         model = SwitchTransformer(config)

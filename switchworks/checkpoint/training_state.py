@@ -1,11 +1,8 @@
 """Training state on disk: what a run needs to continue exactly where it stopped.
 
-Tensors are written by `torch.distributed.checkpoint`, whose files any number of ranks on any mesh
-can read; the description of the run is JSON beside them. The manifest has a hash of every file, and
-a digest of every tensor and every expert (`digests`) that is compared after loading. Of the files
-only torch's own `.metadata` is a pickle, so resume your own runs and exchange `model/` instead.
-
-torch.distributed.checkpoint is imported by the functions that use it: it takes a quarter second.
+torch.distributed.checkpoint writes the tensors, for any mesh to read; it takes a quarter second to
+import, so the functions that use it do that. Of the files only its `.metadata` is a pickle: resume
+your own runs and exchange `model/` instead.
 """
 
 # pyright: reportPrivateImportUsage=false
@@ -37,6 +34,8 @@ from switchworks.config import CheckpointError
 log = logging.getLogger(__name__)
 
 COUNTERS = "counters.json"
+_SINGLE = "torch.distributed is disabled"
+"""Torch's warning in a single process. Silenced for good: all threads share the filters."""
 
 
 class Checkpoints:
@@ -208,7 +207,7 @@ def _write_tensors(
 ) -> None:
     import torch.distributed.checkpoint as dcp
 
-    _expect_single_process()
+    warnings.filterwarnings("ignore", message=_SINGLE)
     # One thread: torch loses an error, such as a full disk, that a second one meets.
     writer = dcp.FileSystemWriter(directory, thread_count=1)
     dcp.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=is_single())
@@ -222,7 +221,7 @@ def _read_tensors(tensors: dict[str, Tensor], directory: Path) -> None:
     """
     import torch.distributed.checkpoint as dcp
 
-    _expect_single_process()
+    warnings.filterwarnings("ignore", message=_SINGLE)
     dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(directory), no_dist=is_single())
 
 
@@ -240,9 +239,3 @@ def _stored_layouts(directory: Path, sections: list[str]) -> dict[str, str]:
 
 def _layout(dtype: Any, shape: Any) -> str:
     return f"{list(shape)} of {str(dtype).removeprefix('torch.')}"
-
-
-def _expect_single_process() -> None:
-    """Silence torch's warning that it works in a single process; for good, as warning filters are
-    shared by all threads."""
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")

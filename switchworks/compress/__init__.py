@@ -1,7 +1,6 @@
 """Models made from other models: sparse from dense, with fewer experts, dense from sparse.
 
-`upcycle.py` and `fewer.py` work on models, `directories.py` on directories; `usage.py` counts how
-experts are used.
+`upcycle.py` and `fewer.py` work on models, `directories.py` on directories.
 """
 
 import lazy_loader

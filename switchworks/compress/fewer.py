@@ -1,37 +1,122 @@
 """Fewer experts: the least used are dropped, or merged with similar ones, down to a dense model.
 
-With fewer rows under the router's softmax every gate grows, and a layer multiplies its experts'
-outputs by the gate; so each remaining expert's output matrix is scaled by the ratio of the old to
-the new gates of its tokens, measured on the text. In layers whose gates sum to 1 (top2) it is not.
-
-Merging follows Li et al. 2023 ("Merge, Then Compress", M-SMoE, arXiv 2310.01334): the most used
-experts stay, every other joins the one whose router logits vary most like its own, and within a
-group hidden units are matched to those of the most used expert before weights are averaged in
-proportion to usage. Of the router a group keeps the row of its most used expert: an average of rows
-is short, draws few tokens, and cost ten times as much loss where it was tried.
+docs/smaller.md describes both; merging follows M-SMoE (Li et al. 2023, arXiv 2310.01334). Of the
+router a merged group keeps the row of its most used expert: an average of rows is short, draws few
+tokens, and cost ten times as much loss where it was tried.
 
 Letters: E experts before, K after, M members of a group, F hidden width, W weights of a hidden
-unit, N tokens.
+unit, N real tokens, G groups, S tokens per group.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from switchworks.batch import Batch
 from switchworks.checkpoint import materialise
-from switchworks.compress.usage import Usage, measure_usage, route_batch
-from switchworks.config import ConfigError
-from switchworks.model import STRATEGIES, Experts, ModelConfig, SwitchFFN, SwitchTransformer
+from switchworks.config import ConfigError, DataError
+from switchworks.fast import no_statistics, swapped
+from switchworks.model import (
+    STRATEGIES,
+    Experts,
+    ModelConfig,
+    Routes,
+    Routing,
+    SwitchFFN,
+    SwitchTransformer,
+    evaluating,
+)
 
 Method = Literal["prune", "merge"]
 By = Literal["usage", "gates"]
 """The worth of an expert: the number of tokens that want it, or the sum of their gates."""
+
+
+class RoutedBatch(NamedTuple):
+    """What one switch layer did with a batch."""
+
+    layer: SwitchFFN
+    logits: Float[Tensor, "G S E"]
+    """The router's, in float32 and without jitter."""
+    real: Bool[Tensor, "G S"]
+    """False at padding."""
+    routes: Routes
+
+
+@torch.no_grad()
+def route_batch(model: SwitchTransformer, batch: Batch) -> dict[str, RoutedBatch]:
+    """What each switch layer does with `batch`, by its name, in evaluation mode, where nothing is
+    dropped. The model's mode is restored."""
+    routed: dict[str, RoutedBatch] = {}
+
+    def report(name: str, layer: SwitchFFN, *given: Any) -> Routing:
+        logits, _probs, _choice, real, routes = given
+        routed[name] = RoutedBatch(layer, logits.float(), real, routes)
+        return no_statistics(layer, *given)
+
+    changes = [(layer, "reporter", partial(report, n)) for n, layer in model.switch_layers.items()]
+    with evaluating(model), swapped(changes):
+        model(**batch.to(model.embedding.weight.device).arguments())
+    return routed
+
+
+class Usage(NamedTuple):
+    """How the experts of one layer were used."""
+
+    tokens: Float[Tensor, "E"]
+    """Tokens, padding excluded, whose first choice is each expert; with top2 also their second."""
+    gates: Float[Tensor, "E"]
+    """The sum of those tokens' probabilities of that expert."""
+    logits: Float[Tensor, "E E"]
+    """Covariance, over the tokens, of the router's logits less their mean over the experts."""
+
+
+def measure_usage(model: SwitchTransformer, batches: Iterable[Batch]) -> dict[str, Usage]:
+    """How often each expert of each switch layer is wanted on `batches`, by the layer's name.
+
+    Raises DataError if there are no tokens.
+    """
+    totals: dict[str, tuple[Tensor, ...]] = {}
+    for batch in batches:
+        for name, routed in route_batch(model, batch).items():
+            sums = _sums(routed)
+            totals[name] = tuple(map(torch.add, totals[name], sums)) if name in totals else sums
+    empty = [name for name in model.switch_layers if name not in totals or not totals[name][2]]
+    if empty:
+        raise DataError(
+            f"No token of the text reaches {', '.join(empty)}, so the use of its experts "
+            "is unknown.\n  Give a text with more than padding."
+        )
+    usages: dict[str, Usage] = {}
+    for name, (tokens, gates, count, sums, products) in totals.items():
+        mean = sums / count
+        covariance = products / count - mean[:, None] * mean
+        usages[name] = Usage(tokens, gates, covariance.float())
+    return usages
+
+
+def _sums(routed: RoutedBatch) -> tuple[Tensor, ...]:
+    """Tokens and gates by expert; the number of tokens; the sums of their centred logits and of
+    the products of those, in float64, since a covariance is made of them."""
+    router, rule = routed.layer.router, routed.layer.config.rule
+    logits = routed.logits[routed.real]  # N E
+    probs = logits.softmax(dim=-1)
+    choice = router.choose(logits[None], probs[None])[0][:, None]
+    if (others := rule.experts_per_token - 1) > 0:
+        rest = probs.scatter(1, choice, -1.0).topk(others, dim=-1).indices
+        choice = torch.cat([choice, rest], dim=1)
+    tokens = torch.bincount(choice.flatten(), minlength=logits.shape[-1]).float()
+    wanted = probs.gather(1, choice).flatten()
+    gates = torch.zeros_like(tokens).scatter_add_(0, choice.flatten(), wanted)
+    centred = (logits - logits.mean(dim=-1, keepdim=True)).double()
+    count = tokens.new_tensor(len(logits), dtype=torch.long)
+    return tokens, gates, count, centred.sum(dim=0), centred.T @ centred
 
 
 class Group(NamedTuple):

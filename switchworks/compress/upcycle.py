@@ -1,27 +1,7 @@
 """A sparse model from a trained dense one, without losing what the dense one knows.
 
-Every FFN of a block that becomes sparse is copied into E experts, the router is drawn afresh and
-everything else is copied (Komatsuzaki et al. 2022, "Sparse Upcycling"). A plain copy would not
-compute what the dense model does: a switch layer multiplies the expert's answer by the router's
-probability, about 1/E before any training, so the layer's output all but vanishes. Gates that sum
-to 1 would all be 1 with one expert per token, and take the router's gradient away. So weights are
-scaled, as by He et al. (2024, "Upcycling Large Language Models into Mixture of Experts"), and the
-result is an ordinary Switch Transformer, which trains and goes to transformers like any other:
-
-- **Experts' output matrices are multiplied by E**, the only place where a factor passes through
-  any activation unchanged.
-- **The router's rows are one common row, drawn as always, plus a small row for each expert**, so
-  small that logits differ by about `SPREAD`. Then every gate is 1/E up to that much, and
-  gate * E * ffn(x) is ffn(x). The softmax does not see the common row; Adafactor does, which moves
-  a matrix in proportion to its size and would hardly move one of small rows alone. The argmax does
-  not mind how small they are: tokens spread as a fresh router of any size would spread them. With
-  equal rows gates would be exact to the last bit, but all logits would tie, all tokens go to
-  expert 0, and with a limited capacity most of them be dropped.
-
-What follows from it: as the router grows confident its gates rise above 1/E, and training has to
-take the factor back out. Adafactor with parameter scaling changes the layer as fast as in the dense
-model; AdamW moves the larger matrices relatively slower. The reported balance starts at 1 however
-uneven the load is, since the probabilities are even: look at the load and the dropped share.
+Komatsuzaki et al. 2022, "Sparse Upcycling". docs/finetuning.md says why output matrices are scaled
+and what the router's rows are.
 
 Letters: E experts, D model width, F hidden width.
 """

@@ -1,30 +1,29 @@
 """From a model's parameters and an OptimConfig to one object that takes steps.
 
-`build_optimizer` groups the parameters (`groups.py`) and gives them to the optimizer of that name.
-
-With `BackwardUpdater` the gradients of all weights never exist together: once the backward pass has
-accumulated the whole gradient of a weight it does not read that weight again, so the weight can be
-updated at once and its gradient freed. Only a sum over micro-batches or ranks, or clipping by the
-norm of all gradients, needs them side by side.
+With `BackwardUpdater` the gradients of all weights never exist together: a backward pass that has
+accumulated the whole gradient of a weight does not read that weight again. Only a sum over
+micro-batches or ranks, or clipping by the norm of all gradients, needs them side by side.
 """
 
 import math
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
+from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from switchworks.config import CheckpointError, ConfigError, flatten
-from switchworks.optim.clip import clip_coefficient, first_nonfinite, global_norm
-from switchworks.optim.config import OptimConfig, optimizer_builder
+from switchworks.config import ConfigError, flatten
+from switchworks.optim.config import OptimConfig, learning_rate, optimizer_builder
 from switchworks.optim.groups import group_parameters
 from switchworks.optim.masters import MasterWeights
-from switchworks.optim.schedule import learning_rate
+from switchworks.optim.sharded_stats import local, sharding_of
 
 State = dict[str, dict[str, Any]]
 
@@ -108,7 +107,7 @@ class Updater:
             state |= optimizer.state
         slots = {
             name: dict(state.get(master, {}))
-            for name, master in self.masters.named().items()
+            for name, master in self.masters.named.items()
             if master.requires_grad
         }
         return {"weights": self.masters.float_state(), "optimizer": slots}
@@ -118,12 +117,10 @@ class Updater:
         """Copy `state` in; training then continues bit for bit.
 
         Call it also after the tensors of `state_dict()` were filled in place, so that a 16-bit
-        model follows its masters. Raises CheckpointError, with nothing changed, if a name or a
-        shape does not fit.
+        model follows its masters. `Checkpoints.load` has checked names and shapes.
         """
-        current, stored = flatten(self.state_dict()), flatten(state)
-        _check_fit(current, stored)
-        for name, tensor in current.items():
+        stored = flatten(state)
+        for name, tensor in flatten(self.state_dict()).items():
             tensor.copy_(stored[name])
         self.masters.copy_to_model()
 
@@ -149,7 +146,7 @@ class BackwardUpdater(Updater):
         # The hooks hold a weak reference: the model would otherwise keep its updater, and the
         # updater its model, alive until the garbage collector runs.
         updater: weakref.ref[BackwardUpdater] = weakref.ref(self)
-        for name, parameter in masters.parameters().items():
+        for name, parameter in masters.parameters.items():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(partial(_on_grad, updater, name))
 
@@ -163,7 +160,7 @@ class BackwardUpdater(Updater):
         """Update the weights that are left; the norm is that of all gradients of the step."""
         assert self._in_step, "begin() comes before the backward pass"
         self._in_step = False
-        parameters = self.masters.parameters()
+        parameters = self.masters.parameters
         for name, grad in self._small.items():
             parameters[name].grad = grad
         self._small = {}
@@ -187,7 +184,7 @@ class BackwardUpdater(Updater):
             self._small[name], parameter.grad = parameter.grad, None
             return
         self._bucket.append(name)
-        parameters = self.masters.parameters()
+        parameters = self.masters.parameters
         if sum(parameters[other].numel() for other in self._bucket) >= BUCKET:
             names, self._bucket = self._bucket, []
             self.update(names)
@@ -217,7 +214,7 @@ def build_optimizer(
     DTensors. Raises ConfigError if a parameter is in no optimizer or in two.
     """
     masters = MasterWeights(named_parameters, weights)
-    groups = group_parameters(masters.named(), letters, config)
+    groups = group_parameters(masters.named, letters, config)
     optimizers = optimizer_builder(config.name)(groups, config)
     _check_complete(masters, optimizers, config.name)
     return Updater(masters, optimizers, config)
@@ -228,7 +225,7 @@ def _check_complete(
 ) -> None:
     groups = chain.from_iterable(optimizer.param_groups for optimizer in optimizers)
     held = Counter(parameter for group in groups for parameter in group["params"])
-    for parameter_name, master in masters.named().items():
+    for parameter_name, master in masters.named.items():
         if held[master] != int(master.requires_grad):
             raise ConfigError(
                 f"optim.name = {name}: {parameter_name} is in {held[master]} parameter groups and "
@@ -237,14 +234,53 @@ def _check_complete(
             )
 
 
-def _check_fit(current: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
-    for name in [*current, *stored]:
-        here, there = (
-            f"of shape {tuple(tensors[name].shape)}" if name in tensors else "absent"
-            for tensors in (current, stored)
-        )
-        if here != there:
-            raise CheckpointError(
-                f"{name} is {there} in the checkpoint and {here} here.\n"
-                "  It comes from another model or optimizer: use the settings it was made with."
-            )
+def global_norm(grads: Sequence[Tensor]) -> Float[Tensor, ""]:
+    """The Euclidean norm of all `grads` taken as one vector, in at least float32.
+
+    NaN or infinite if any element is, or if the squares of one tensor overflow. 0 without
+    gradients. A DTensor, on any mesh, counts as the whole tensor; then all ranks must call this.
+    """
+    if not grads:
+        return torch.zeros(())
+    if any(isinstance(grad, DTensor) for grad in grads):
+        return _norm_over_ranks(grads)
+    dtype = torch.promote_types(torch.float32, grads[0].dtype)
+    # Row by row first: on the CPU a float32 sum over millions of squares is off by 3e-5 and more,
+    # by an amount that depends on how the elements are sharded over ranks.
+    rows = [
+        torch.linalg.vector_norm(grad, dim=-1, dtype=dtype) if grad.dim() > 1 else grad.to(dtype)
+        for grad in grads
+    ]
+    return torch.nn.utils.get_total_norm(rows)
+
+
+def _norm_over_ranks(grads: Sequence[Tensor]) -> Float[Tensor, ""]:
+    """Each rank's squares, divided by the number of ranks that hold the same part, and summed."""
+    world = dist.get_world_size()
+    by_copies: dict[int, list[Tensor]] = {}
+    for grad in grads:
+        groups = [group for groups in sharding_of(grad).groups for group in groups]
+        parts = math.prod(len(dist.get_process_group_ranks(group)) for group in groups)
+        by_copies.setdefault(world // parts, []).append(local(grad))
+    squares = [global_norm(parts).square() / copies for copies, parts in by_copies.items()]
+    total = torch.stack(squares).sum()
+    dist.all_reduce(total)
+    return total.sqrt()
+
+
+def clip_coefficient(norm: float, max_norm: float | None) -> float:
+    """The factor that brings gradients of global norm `norm` to at most `max_norm`.
+
+    1 if they are within it, if `max_norm` is None, and if the norm is not finite.
+    """
+    if max_norm is None or not math.isfinite(norm) or norm <= max_norm:
+        return 1.0
+    return max_norm / norm
+
+
+def first_nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """The name of the first of `tensors` that holds NaN or infinity; None if all are finite.
+
+    Of a DTensor only this rank's part is checked.
+    """
+    return next((name for name, tensor in tensors if not local(tensor).isfinite().all()), None)

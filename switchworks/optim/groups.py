@@ -1,17 +1,7 @@
 """Parameters in groups that an optimizer treats alike, told apart by their dimension letters.
 
-| kind          | letters                | weight decay | what it is                              |
-| ------------- | ---------------------- | ------------ | --------------------------------------- |
-| matrix        | two, none of the below | yes          | attention and dense FFN weights         |
-| experts       | three, E first         | yes          | stacks of expert matrices [E, in, out]  |
-| embedding     | V                      | yes          | embedding and head                      |
-| router        | two, E first           | yes          | router matrices                         |
-| vector        | one                    | no           | norm scales, biases                     |
-| relative_bias | _                      | no           | relative position biases                |
-| adapter       | R                      | yes          | LoRA matrices, stacked or not           |
-| tensor        | others                 | yes          | of more dimensions, e.g. a convolution  |
-
-A parameter without letters is a vector, a matrix or a tensor by its number of dimensions.
+docs/numerics.md has the table. A parameter without letters is a vector, a matrix or a tensor by its
+number of dimensions.
 """
 
 from collections.abc import Mapping

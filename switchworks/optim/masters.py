@@ -35,27 +35,21 @@ class MasterWeights:
         `{name: p.detach() for name, p in model.named_parameters()}`.
         """
         weights = weights or {}
-        self._parameters = dict(named_parameters)
-        self._masters = {
+        self.parameters = dict(named_parameters)
+        """Name -> parameter, which the model computes with."""
+        self.named = {
             name: _master_of(parameter, weights.get(name))
-            for name, parameter in self._parameters.items()
+            for name, parameter in self.parameters.items()
         }
+        """Name -> master, which the optimizer updates."""
         self._half = [
-            name for name, master in self._masters.items() if master is not self._parameters[name]
+            name for name, master in self.named.items() if master is not self.parameters[name]
         ]
         self.copy_to_model()
 
-    def named(self) -> dict[str, nn.Parameter]:
-        """Name -> master, which the optimizer updates."""
-        return dict(self._masters)
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """Name -> parameter, which the model computes with."""
-        return dict(self._parameters)
-
     def float_state(self) -> dict[str, Tensor]:
         """Name -> full-precision weight, for export and saving. The tensors are not copies."""
-        return {name: master.detach() for name, master in self._masters.items()}
+        return {name: master.detach() for name, master in self.named.items()}
 
     @torch.no_grad()
     def accumulate(self) -> None:
@@ -65,7 +59,7 @@ class MasterWeights:
         accumulates in float32.
         """
         for name in self._half:
-            parameter, master = self._parameters[name], self._masters[name]
+            parameter, master = self.parameters[name], self.named[name]
             if parameter.grad is None:
                 continue
             if master.grad is None:
@@ -77,14 +71,14 @@ class MasterWeights:
     @property
     def accumulating(self) -> bool:
         """Whether masters of 16-bit parameters have gradients."""
-        return any(self._masters[name].grad is not None for name in self._half)
+        return any(self.named[name].grad is not None for name in self._half)
 
     def gradients(self) -> dict[str, Tensor]:
         """Name -> accumulated gradient, where there is one; before `accumulate`, the parameter's
         own, in 16 bits."""
         gradients: dict[str, Tensor] = {}
-        for name, master in self._masters.items():
-            grad = self._parameters[name].grad if master.grad is None else master.grad
+        for name, master in self.named.items():
+            grad = self.parameters[name].grad if master.grad is None else master.grad
             if grad is not None:
                 gradients[name] = grad
         return gradients
@@ -99,22 +93,22 @@ class MasterWeights:
         # An optimizer updates every master that has a gradient. Once all of them have one there
         # is nothing to save, and a second list would be updated along with the first.
         if self.accumulating:
-            return [list(self._masters)]
-        large = [name for name in self._half if self._masters[name].numel() > _SMALL]
-        buckets, size = [[name for name in self._masters if name not in set(large)]], _BUCKET
+            return [list(self.named)]
+        large = [name for name in self._half if self.named[name].numel() > _SMALL]
+        buckets, size = [[name for name in self.named if name not in set(large)]], _BUCKET
         for name in large:
             if size >= _BUCKET:
                 buckets.append([])
                 size = 0
             buckets[-1].append(name)
-            size += self._masters[name].numel()
+            size += self.named[name].numel()
         return buckets
 
     @torch.no_grad()
     def prepare_grads(self, names: Iterable[str], scale: float) -> None:
         """Give the masters of `names` their gradients in float32, times `scale`."""
         for name in names:
-            parameter, master = self._parameters[name], self._masters[name]
+            parameter, master = self.parameters[name], self.named[name]
             if parameter is not master and parameter.grad is not None:
                 master.grad, parameter.grad = parameter.grad.to(master.dtype), None
             if scale != 1 and master.grad is not None:
@@ -122,15 +116,15 @@ class MasterWeights:
 
     def zero(self, names: Iterable[str] | None = None) -> None:
         """Drop the gradients of `names`, or all."""
-        for name in self._masters if names is None else names:
-            self._masters[name].grad = None
-            self._parameters[name].grad = None
+        for name in self.named if names is None else names:
+            self.named[name].grad = None
+            self.parameters[name].grad = None
 
     @torch.no_grad()
     def copy_to_model(self, names: Iterable[str] | None = None) -> None:
         """Round the masters of `names`, or all, into the model: one cast per weight."""
-        for name in self._masters if names is None else names:
-            parameter, master = self._parameters[name], self._masters[name]
+        for name in self.named if names is None else names:
+            parameter, master = self.parameters[name], self.named[name]
             if parameter is not master:
                 parameter.copy_(master)
 

@@ -74,7 +74,9 @@ class Muon(torch.optim.Optimizer):
         momentum = local(self.state[parameter]["momentum"]).lerp_(grad, 1 - beta)
         # What follows needs the whole matrix: singular vectors of a part are not parts of them.
         matrix = gather_matrix(grad.lerp(momentum, beta), parameter)
-        update = take_shard(orthogonalise(matrix, _compute_dtype(matrix)), parameter)
+        # bfloat16 as torch.optim.Muon has it, but not on CPUs, which may emulate it.
+        dtype = torch.bfloat16 if matrix.device.type == "cuda" else matrix.dtype
+        update = take_shard(orthogonalise(matrix, dtype), parameter)
         scale = UPDATE_RMS * math.sqrt(max(parameter.shape[-2:]))
         weight.mul_(1 - group["lr"] * group["weight_decay"])
         weight.add_(update, alpha=-group["lr"] * scale)
@@ -94,11 +96,6 @@ def orthogonalise(x: Float[Tensor, "*E D F"], dtype: torch.dtype) -> Float[Tenso
         gram = y @ y.mT
         y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
     return (y.mT if tall else y).reshape(x.shape)
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """bfloat16 on GPUs, as torch.optim.Muon has it; elsewhere that of `x`: it may be emulated."""
-    return torch.bfloat16 if x.device.type == "cuda" else x.dtype
 
 
 def build_muon(groups: Sequence[ParameterGroup], config: OptimConfig) -> list[Any]:

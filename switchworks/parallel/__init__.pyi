@@ -3,8 +3,8 @@ from .apply import gather_full as gather_full
 from .apply import initialise_shards as initialise_shards
 from .apply import parallelize as parallelize
 from .apply import shard_like as shard_like
-from .config import MeshConfig as MeshConfig
-from .gradients import GradientSum as GradientSum
+from .collectives import GradientSum as GradientSum
+from .layout import MeshConfig as MeshConfig
 from .layout import WeightLayout as WeightLayout
 from .layout import check_fit as check_fit
 from .layout import weight_layouts as weight_layouts

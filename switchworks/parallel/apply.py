@@ -1,12 +1,7 @@
-"""A model for one device, spread over a mesh from outside.
+"""A model for one device, spread over a mesh from outside; its weights become `DTensor`s.
 
-In a fixed order: experts over the expert axis, widths over the model axis, and what is left of
-each weight over the ranks that see different rows (FSDP2). The model's code does not change; its
-weights become `DTensor`s with the names and shapes they had.
-
-A model may be on the meta device meanwhile. Then each rank allocates its shards and draws their
-values alone, those that the full parameters would have there (`switchworks.model.fill_shard`): one
-process and any mesh begin with the same values, and a model may be larger than any host.
+In a fixed order: experts over the expert axis, widths over the model axis, the rest by FSDP2. A
+model may be on the meta device meanwhile: then each rank allocates and draws its shards alone.
 """
 
 import warnings
@@ -25,10 +20,9 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from switchworks.model import SwitchTransformer, fill_shard
-from switchworks.parallel.config import MeshConfig
-from switchworks.parallel.expert import AllToAllDispatcher
-from switchworks.parallel.gradients import GradientSum
-from switchworks.parallel.layout import WeightLayout, check_fit, weight_layouts
+from switchworks.parallel.collectives import GradientSum
+from switchworks.parallel.expert import all_to_all_dispatcher
+from switchworks.parallel.layout import MeshConfig, WeightLayout, check_fit, weight_layouts
 from switchworks.parallel.mesh import batch_axis
 from switchworks.parallel.tensor import compute_with_shards, split_width
 
@@ -152,7 +146,7 @@ def _share_experts(model: SwitchTransformer, mesh: DeviceMesh, config: MeshConfi
             compute_with_shards(layer.experts)
         if config.expert > 1:
             group = mesh.get_group("expert")
-            layer.dispatcher = AllToAllDispatcher(layer.dispatcher, group, config.overlap)
+            layer.dispatcher = all_to_all_dispatcher(layer.dispatcher, group, config.overlap)
 
 
 def _shard_fully(

@@ -1,18 +1,19 @@
-"""Sums and exchanges over ranks with gradients.
+"""Sums and exchanges over ranks with gradients, and the sum of gradients over ranks.
 
 Tensor parallelism needs two sums (Megatron-LM, section 3): `copy_to_tp` before the first product of
 a split layer and `reduce_from_tp` after the second. Expert parallelism needs the all-to-all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
@@ -63,8 +64,6 @@ class AsyncAllToAll:
         self.group = group
         self.send = None if send is None else list(send)
         self.receive = None if receive is None else list(receive)
-        self.rows: Tensor
-        """The result; undefined until `finish`."""
         self._pending: tuple[Any, Tensor, Tensor]
 
     def start(self, rows: Tensor, *, backward: bool) -> Tensor:
@@ -114,23 +113,19 @@ class _Finish(torch.autograd.Function):
         return grad_rows, None
 
 
-def start(
-    rows: Float[Tensor, "N D"],
+def exchange(
     group: ProcessGroup,
-    *,
+    rows: Float[Tensor, "N D"],
     send: Sequence[int] | None = None,
     receive: Sequence[int] | None = None,
-) -> AsyncAllToAll:
-    """Start to exchange rows. What is computed before `finish` overlaps with it, and so does what
-    the backward pass computes between the two."""
-    exchange = AsyncAllToAll(group, send, receive)
-    exchange.rows = _Start.apply(rows, exchange)
-    return exchange
+) -> Callable[[], Float[Tensor, "M D"]]:
+    """Start to exchange rows; the returned function waits for those received.
 
-
-def finish(exchange: AsyncAllToAll) -> Float[Tensor, "M D"]:
-    """Wait for the rows of `exchange` and return them."""
-    return _Finish.apply(exchange.rows, exchange)
+    What is computed in between overlaps with it, and so does what the backward pass computes there.
+    """
+    exchanging = AsyncAllToAll(group, send, receive)
+    received = _Start.apply(rows, exchanging)
+    return lambda: _Finish.apply(received, exchanging)
 
 
 def to_local(weight: Any) -> Any:
@@ -140,3 +135,61 @@ def to_local(weight: Any) -> Any:
 
 def _all_reduce(x: Tensor, group: ProcessGroup) -> Tensor:
     return functional.wait_tensor(functional.all_reduce(x.contiguous(), "sum", group))
+
+
+_BUCKET = 2**23
+"""Numbers summed by one all-reduce."""
+
+
+class GradientSum:
+    """Sums the gradients of `model` over the ranks that saw different rows.
+
+    `groups` has the ranks to sum over for those weights, by name, that FSDP does not handle. Each
+    rank's loss is its share of the whole batch's, so gradients are added, never averaged.
+    """
+
+    def __init__(self, model: nn.Module, groups: Mapping[str, ProcessGroup]) -> None:
+        self.model = model
+        self.groups = groups
+
+    def expect(self, *, last: bool) -> None:
+        """Call before each micro-batch: FSDP sums gradients in the last one alone."""
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(last)
+
+    @torch.no_grad()
+    def finish(self, gradients: Mapping[str, Tensor]) -> None:
+        """Call after the last micro-batch: `gradients`, by name, become those of the whole batch,
+        in place.
+
+        Every rank has gradients of the same weights: a rank without tokens for an expert still
+        runs it, on zero rows.
+        """
+        members: dict[ProcessGroup, list[Tensor]] = {}
+        for name, group in self.groups.items():
+            if name in gradients:
+                members.setdefault(group, []).append(to_local(gradients[name]))
+        for group, tensors in members.items():
+            for bucket in _buckets(tensors):
+                # One call for many small tensors: each would cost a latency of its own.
+                flat = torch.cat([tensor.flatten() for tensor in bucket])
+                dist.all_reduce(flat, group=group)
+                parts = flat.split([tensor.numel() for tensor in bucket])
+                for tensor, part in zip(bucket, parts, strict=True):
+                    tensor.copy_(part.view_as(tensor))
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Consecutive tensors of one dtype, at least `_BUCKET` numbers in all but the last of a dtype.
+
+    The order is that of the names, the same on every rank, so buckets match.
+    """
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        full = sum(member.numel() for member in bucket) >= _BUCKET
+        if bucket and (full or bucket[0].dtype != tensor.dtype):
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket

@@ -1,16 +1,13 @@
 """Expert parallelism: each rank of the expert axis holds some of the experts.
 
-Routing stays where the rows are: a rank plans for its groups as one device would. Then tokens are
-sent to their experts and the outputs back, by one all-to-all each way, in the compute dtype. With a
-capacity all ranks send the same number of slots; without one they first exchange how many tokens
-each will send. With `mesh.overlap` tokens go in chunks: while the experts run on one, the next is
-being sent.
+docs/parallel.md describes a step. A rank plans for its groups as one device would; tokens travel to
+their experts and outputs back by one all-to-all each way.
 
 Letters: P ranks, E experts, e experts of one rank, N tokens or slots sent, M received, n slots of
 one expert from one rank, D width, O width of the outputs.
 """
 
-from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -19,22 +16,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from switchworks.model import Dispatcher, ExpertBank, ExpertInput, Routes
-from switchworks.parallel.collectives import finish, start
+from switchworks.model import Dispatcher, ExpertBank, ExpertInput
+from switchworks.parallel.collectives import exchange
 
 
-class AllToAllDispatcher:
+def all_to_all_dispatcher(dispatcher: Dispatcher, group: ProcessGroup, parts: int) -> Dispatcher:
     """Carries out a plan by `dispatcher`, with experts on all ranks of `group`."""
-
-    def __init__(self, dispatcher: Dispatcher, group: ProcessGroup, parts: int = 1) -> None:
-        self.dispatcher = dispatcher
-        self.group = group
-        self.parts = parts
-
-    def __call__(
-        self, x: Float[Tensor, "G S D"], routes: Routes, experts: ExpertBank, capacity: int | None
-    ) -> Float[Tensor, "G S O"]:
-        return self.dispatcher(x, routes, RemoteExperts(experts, self.group, self.parts), capacity)
+    return lambda x, routes, experts, capacity: dispatcher(
+        x, routes, RemoteExperts(experts, group, parts), capacity
+    )
 
 
 class RemoteExperts:
@@ -44,9 +34,10 @@ class RemoteExperts:
     another.
     """
 
-    def __init__(self, experts: ExpertBank, group: ProcessGroup, parts: int = 1) -> None:
+    def __init__(self, experts: ExpertBank, group: ProcessGroup, parts: int) -> None:
         self.experts = experts
         self.group = group
+        self.exchange = partial(exchange, group)
         self.parts = parts
         self.ranks = dist.get_world_size(group)
         self.num_experts = experts.num_experts
@@ -60,8 +51,8 @@ class RemoteExperts:
     def _run_even(self, tokens: Float[Tensor, "N D"]) -> Float[Tensor, "N O"]:
         """Every rank sends each expert the same number of slots."""
         slots = tokens.unflatten(0, (self.num_experts, -1))  # E n D
-        there = [self._send(part.flatten(0, 1)) for part in slots.chunk(self.parts, dim=1)]
-        back = [self._send(self._run_local_even(receive())) for receive in there]
+        there = [self.exchange(part.flatten(0, 1)) for part in slots.chunk(self.parts, dim=1)]
+        back = [self.exchange(self._run_local_even(receive())) for receive in there]
         outputs = [receive().unflatten(0, (self.num_experts, -1)) for receive in back]
         return _cat(outputs, dim=1).flatten(0, 1)
 
@@ -86,9 +77,9 @@ class RemoteExperts:
         chunks = tokens if order is None else tokens[order]
         chunks = chunks.split([int(sends.sum()) for sends, _ in splits])
         sizes = [(sends.sum(dim=1).tolist(), gets.sum(dim=1).tolist()) for sends, gets in splits]
-        there = [self._send(chunk, *size) for chunk, size in zip(chunks, sizes, strict=True)]
+        there = [self.exchange(chunk, *size) for chunk, size in zip(chunks, sizes, strict=True)]
         back = [
-            self._send(self._run_local_uneven(receive(), gets), *reversed(size))
+            self.exchange(self._run_local_uneven(receive(), gets), *reversed(size))
             for receive, (_, gets), size in zip(there, splits, sizes, strict=True)
         ]
         outputs = _cat([receive() for receive in back], dim=0)
@@ -100,16 +91,6 @@ class RemoteExperts:
         order = _expert_order(received)
         outputs = self.experts(ExpertInput(tokens[order], received.sum(dim=0).tolist()))
         return outputs[_inverse(order)]
-
-    def _send(
-        self,
-        rows: Float[Tensor, "N D"],
-        send: Sequence[int] | None = None,
-        receive: Sequence[int] | None = None,
-    ) -> Callable[[], Tensor]:
-        """Starts to exchange rows. The returned function waits for the rows received."""
-        exchanging = start(rows, self.group, send=send, receive=receive)
-        return lambda: finish(exchanging)
 
 
 def _split(counts: Int[Tensor, "P e"], parts: int) -> list[Int[Tensor, "P e"]]:

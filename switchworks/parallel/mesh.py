@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from switchworks.config import ConfigError
 from switchworks.device import compute_device
 from switchworks.parallel import torchrun
-from switchworks.parallel.config import MeshConfig
+from switchworks.parallel.layout import MeshConfig
 
 AXES = ("data", "expert", "model")
 

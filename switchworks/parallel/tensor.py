@@ -1,9 +1,8 @@
 """Tensor parallelism: ranks of the model axis share heads, hidden columns and vocabulary.
 
-Weights stay `DTensor`s, which know their place for the optimizer and the checkpoint; the seams of a
-layer compute with this rank's shard. The input of a layer is copied to the ranks (`copy_to_tp`) and
-its output summed over them (`reduce_from_tp`), so between layers every rank has every activation in
-full. Applied after the fast kernels, whose seams are wrapped and not replaced.
+The seams of a layer compute with this rank's shard. The input of a layer is copied to the ranks and
+its output summed over them, so between layers every rank has every activation in full. Applied
+after the fast kernels, whose seams are wrapped and not replaced.
 
 Letters: B sequences, L length, T target length, V vocabulary, v ids of one rank, D width, H heads.
 """

@@ -1,9 +1,7 @@
 """Notices a step that does not end, and names the rank that the others wait for.
 
-A thread of every rank reports through torchrun's store which step its rank has done and where in
-the code it is. When a step takes longer than the timeout, the rank to blame is one that no longer
-reports or, if all do, one that is not waiting in torch.distributed. Then every process exits, so
-that torchrun can restart the group.
+docs/parallel.md says which one that is. Then every process exits, so that torchrun can restart the
+group.
 """
 
 # pyright: reportPrivateImportUsage=false

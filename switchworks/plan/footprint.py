@@ -87,7 +87,7 @@ class _TracedMasters(MasterWeights):
         return gradients
 
     def accumulate(self) -> None:
-        parameters = self.parameters().values()
+        parameters = self.parameters.values()
         self.trace.mark_gradients(p.grad for p in parameters if p.grad is not None)
         self.trace.phase = _ACCUMULATE
         super().accumulate()

@@ -1,23 +1,6 @@
-"""Weights in 8 or 4 bits for decoding, and products with them.
+"""Weights in 8 or 4 bits for decoding, and products with them; docs/smaller.md describes them.
 
 Decoding one token reads every weight it uses once, so its time is the bytes of the weights.
-
-**8 bits.** A weight w of output channel o is kept as the integer nearest to w / s_o, with s_o the
-channel's largest magnitude over 127: it is off by at most s_o / 2. The product
-
-- "int8_dynamic" quantises each row of the input in the same way, by its largest magnitude, and
-  multiplies integers. Rows, not the whole input: no sequence's output depends on its neighbours.
-  Fast with VNNI or AMX; elsewhere torch falls back to a plain loop.
-- "dequantised" converts the weights first: as slow as before or slower, at a quarter of the memory.
-- "int8_kernel" multiplies up to `MAX_ROWS` rows, as decoding has them, by the 8-bit weights with
-  torch's kernel for bfloat16: inputs and outputs are rounded to that, sums are in float32. More
-  rows, and shapes that the kernel does not take, are multiplied as in "dequantised".
-
-**4 bits.** Along the inputs of a channel every `group` weights share a scale s, the largest of
-their magnitudes over 7, kept in bfloat16: 4 + 16 / group bits a weight, each off by at most s / 2.
-Two weights to a byte, the first in the low half. Up to `MAX_ROWS` rows are multiplied by torch's
-kernel for 4 bits, in bfloat16 as above, which needs the same numbers in another order; else the
-weights are dequantised first.
 
 Letters: N rows, I inputs, O outputs (output channels), E experts, P bytes of I inputs, G groups.
 """

@@ -22,8 +22,7 @@ from switchworks.parallel import Ranks, torchrun
 from switchworks.training import hooks, loggers, machine, resolve, run_directory
 from switchworks.training.experiment import Experiment
 from switchworks.training.loop import Hook
-from switchworks.training.state import TrainState
-from switchworks.training.weights import export, initial_state, require_shape
+from switchworks.training.state import TrainState, export, initial_state, require_shape
 
 T = TypeVar("T")
 
@@ -91,7 +90,6 @@ def assemble(
     state = initial_state(experiment, newest, init, teacher, dataset, ranks)
     if state.adapted is not None:
         print(state.adapted)
-    print(run_directory.made_longer(run_dir, experiment) if resuming else "", end="")
     validation, tasks = _validation_set(state, dataset), ()
     if experiment.data.tasks and experiment.evaluate_every:
         tasks = hooks.tasks_to_evaluate(experiment, dataset)
@@ -198,15 +196,18 @@ def _measuring(run: Run, recorder: loggers.Recorder) -> list[Hook]:
     measuring: list[Hook] = [hooks.Progress(recorder, experiment.log_every, run.state)]
     if validation is not None and experiment.validate_every:
         mixture = run.pipeline if isinstance(run.pipeline, data.Mixture) else None
-        validate = hooks.Validate(recorder, validation, mixture)
+        validate = partial(hooks.validate, recorder, validation, mixture)
         measuring.append(hooks.Every(experiment.validate_every, validate))
     if validation is not None and experiment.sample_every and not experiment.data.tasks:
         path = run.directory / loggers.SAMPLES if run.ranks.is_main else None
-        samples = hooks.Samples(path, hooks.sample_rows(validation), tokenizer)
+        rows = hooks.sample_rows(validation)
+        samples = partial(hooks.write_samples, path, rows, tokenizer)
         measuring.append(hooks.Every(experiment.sample_every, samples))
     if run.tasks:
-        decoding = hooks.decoding_of(experiment)
-        answer = hooks.EvaluateTasks(recorder, run.tasks, tokenizer, decoding)
+        decoding = evaluate.DecodingConfig(
+            input_length=experiment.data.input_length, max_length=experiment.data.target_length
+        )
+        answer = partial(hooks.evaluate_tasks, recorder, run.tasks, tokenizer, decoding)
         measuring.append(hooks.Every(experiment.evaluate_every, answer))
     return measuring
 

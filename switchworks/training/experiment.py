@@ -44,14 +44,6 @@ class BestConfig:
                 "  Say --best.mode max or --best.mode min."
             )
 
-    def resolved(self, *, tasks: tuple[str, ...]) -> "BestConfig":
-        """The same with a metric in place of "auto"; `tasks` are those that are evaluated."""
-        if self.metric != "auto":
-            return self
-        if tasks in (("glue",), ("super_glue",)):
-            return replace(self, metric=f"task/{tasks[0]}")
-        return replace(self, metric="task/mean" if tasks else "val/loss")
-
     @property
     def direction(self) -> Literal["min", "max"]:
         """Whether lower or higher is better."""
@@ -175,8 +167,13 @@ class Experiment:
     @property
     def resolved_best(self) -> BestConfig | None:
         """`best` with a metric in place of "auto"."""
+        if self.best is None or self.best.metric != "auto":
+            return self.best
         tasks = self.data.tasks if self.evaluate_every else ()
-        return self.best and self.best.resolved(tasks=tasks)
+        metric = "task/mean" if tasks else "val/loss"
+        if tasks in (("glue",), ("super_glue",)):
+            metric = f"task/{self.data.tasks[0]}"
+        return replace(self.best, metric=metric)
 
     @property
     def group_tokens(self) -> dict[str, int]:
@@ -189,31 +186,20 @@ class Experiment:
 
     def _check_switches(self) -> None:
         """Every pair of switches that is not refused here composes."""
-        routing, strategy = self.model.routing, None
+        routing, dynamic = self.model.routing, {}
         mesh = {f"a mesh of {self.mesh.size} ranks": self.mesh.size > 1}
-        unlimited = experts_choose = False
         if routing is not None:
-            strategy, experts_choose = routing.strategy, routing.rule.experts_choose
             tokens = self.group_tokens.values()
-            unlimited = None in [routing.capacity(count, training=True) for count in tokens]
-        self._refuse(
-            "compile",
-            "a step must be one graph of known shapes",
-            {
-                "routing without a limit": unlimited,
-                f"routing.strategy = {strategy!r}": experts_choose,
-                **mesh,
-            },
-        )
-        self._refuse(
-            "update_in_backward",
-            "all gradients must be complete before a weight is updated",
-            {
-                f"micro_batches = {self.micro_batches}": self.micro_batches > 1,
-                f"optim.clip_norm = {self.optim.clip_norm}": self.optim.clip_norm is not None,
-                **mesh,
-            },
-        )
+            capacities = [routing.capacity(count, training=True) for count in tokens]
+            dynamic["routing without a limit"] = None in capacities
+            dynamic[f"routing.strategy = {routing.strategy!r}"] = routing.rule.experts_choose
+        self._refuse("compile", "a step must be one graph of known shapes", dynamic | mesh)
+        several = {
+            f"micro_batches = {self.micro_batches}": self.micro_batches > 1,
+            f"optim.clip_norm = {self.optim.clip_norm}": self.optim.clip_norm is not None,
+        }
+        reason = "all gradients must be complete before a weight is updated"
+        self._refuse("update_in_backward", reason, several | mesh)
 
     def _refuse(self, switch: str, reason: str, excluded: dict[str, bool]) -> None:
         """Raises ConfigError if `switch` is on and so is one of the settings that it excludes."""

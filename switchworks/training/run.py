@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, redirect_stdout
 from pathlib import Path
 
-from switchworks import report
+from switchworks import data, report
 from switchworks.parallel import connect_ranks, torchrun, watching
 from switchworks.training import machine
 from switchworks.training.assemble import Run, assemble, make_hooks, num_trainable, open_recorder
@@ -14,8 +14,7 @@ from switchworks.training.experiment import Experiment
 from switchworks.training.loggers import Logger, make_loggers
 from switchworks.training.loop import Hook, Interrupt, run_loop
 from switchworks.training.resolve import check_initial_weights, check_mesh, resolve_tokenizer
-from switchworks.training.run_directory import launched_by
-from switchworks.training.weights import export
+from switchworks.training.state import export
 
 
 class Interrupted(Exception):  # noqa: N818  it is not an error
@@ -52,7 +51,8 @@ def train(
     loggers = [*make_loggers(experiment.log), *loggers]
     machine.prepare(experiment.threads)
     run_dir = Path(run_dir or Path("runs") / experiment.name)
-    resume = resume or (torchrun.attempt() > 0 and launched_by(run_dir) == torchrun.run_id())
+    if torchrun.attempt() > 0:  # a restart goes on in the directory that this launch trained in
+        resume = resume or data.run_metadata(run_dir).get("launch") == torchrun.run_id()
     experiment = resolve_tokenizer(experiment, init)
     with connect_ranks(experiment.mesh, torchrun.world()) as ranks, _silent_unless(ranks.is_main):
         check_mesh(experiment)

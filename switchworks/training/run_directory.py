@@ -26,7 +26,6 @@ from switchworks.config import (
     from_toml,
     to_toml,
 )
-from switchworks.optim import learning_rate
 from switchworks.training.experiment import MAY_CHANGE, Experiment
 
 _ENDLESS = ("rsqrt", "constant")
@@ -82,19 +81,6 @@ def _may_be_longer(path: Path, stored: Experiment, experiment: Experiment) -> bo
     return finished and experiment.num_steps > stored.num_steps
 
 
-def made_longer(path: Path, experiment: Experiment) -> str:
-    """A line with the jump of the learning rate if a finished run gets more steps; else empty."""
-    stored, steps = settings_in(path), experiment.num_steps
-    if stored is None or stored.steps == steps or experiment.optim.schedule in _ENDLESS:
-        return ""
-    last = stored.num_steps
-    old, new = learning_rate(stored.optim, last, last), learning_rate(experiment.optim, last, steps)
-    return (
-        f"made longer: the run of {last} steps ended at a learning rate of {old:.3g}; it continues "
-        f"at {new:.3g}, as in a run of {steps}\n"
-    )
-
-
 def settings_in(path: Path) -> Experiment | None:
     """The experiment whose directory `path` is; None if there is no experiment.toml."""
     file = path / "experiment.toml"
@@ -118,11 +104,6 @@ def claim(path: Path, experiment: Experiment, about: Mapping[str, Any] | None = 
 
 _OF_BEGINNING = ("id", "command", "started", "init", "init_weights")
 _OF_SESSION = ("command", "started", "machine", "threads", "torch", "version")
-
-
-def launched_by(path: Path) -> str | None:
-    """The name of torchrun's launch that last trained in `path`; None if there was none."""
-    return data.run_metadata(path).get("launch")
 
 
 def require_same_run(
@@ -157,14 +138,8 @@ def _put(path: Path, text: str) -> None:
     aside.replace(path)
 
 
-_LEFTOVERS = {"about.json", "about.tmp", "experiment.tmp"}
-"""Files of a run that was killed before it wrote experiment.toml."""
-
-
 def _refuse_foreign_files(path: Path) -> None:
-    if path.exists() and (
-        not path.is_dir() or any(file.name not in _LEFTOVERS for file in path.iterdir())
-    ):
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(
             f"{path} exists and is not the directory of a run (it has no experiment.toml).\n"
             "  Choose another --run-dir, or an empty one."

@@ -1,13 +1,16 @@
-"""TrainState: model, optimizer and counters, from which training continues bit for bit."""
+"""TrainState: model, optimizer and counters, from which training continues bit for bit; where its
+weights come from, and their export."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from switchworks import adapt, distil, fast, parallel
+from switchworks import adapt, checkpoint, data, distil, fast, parallel
+from switchworks.config import CheckpointError
 from switchworks.model import Output, Router, SwitchTransformer
 from switchworks.optim import BackwardUpdater, Updater, build_optimizer, dimension_letters
 from switchworks.parallel import SINGLE, GradientSum, Ranks
@@ -133,7 +136,11 @@ def spread_model(
     assert experiment.precision != "auto", "resolve it first"
     if model is None:
         model = _fresh_model(experiment, whole=ranks.mesh is None and not empty)
-    table = _freeze(model, experiment)
+    table = None
+    if experiment.lora is not None:
+        table = adapt.adapt(model, experiment.lora, experiment.seed)
+    elif experiment.freeze:  # never both
+        adapt.freeze_parameters(model, experiment.freeze)
     if ranks.mesh is None and not model.embedding.weight.is_meta:
         model.to(ranks.device)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -174,16 +181,6 @@ def state_of(
     return state
 
 
-def _freeze(model: SwitchTransformer, experiment: Experiment) -> "adapt.Table | None":
-    """Add the experiment's adapters and freeze its parameters; returns the adapted matrices."""
-    if experiment.lora is None and not experiment.freeze:
-        return None
-    lora, seed = experiment.lora, experiment.seed
-    table = None if lora is None else adapt.adapt(model, lora, seed)
-    adapt.freeze_parameters(model, experiment.freeze)
-    return table
-
-
 def _fresh_model(experiment: Experiment, *, whole: bool) -> SwitchTransformer:
     """With initial weights, or on the meta device if each rank initialises its shard only."""
     if whole or experiment.lora is not None:
@@ -201,3 +198,98 @@ def cast_for_compute(model: nn.Module, dtype: torch.dtype) -> None:
             continue
         for parameter in module.parameters(recurse=False):
             parameter.data = parameter.data.to(dtype)
+
+
+def initial_state(
+    experiment: Experiment,
+    checkpoints: "checkpoint.Checkpoints | None",
+    init: Path | str | None,
+    teacher: "distil.TeacherSource | None",
+    dataset: "data.TextDataset",
+    ranks: Ranks,
+) -> TrainState:
+    """The state a run starts from. In order of precedence: the newest of `checkpoints`, the weights
+    of `init`, those of the teacher as far as they fit, initial weights."""
+    newest = None if checkpoints is None else checkpoints.latest()
+    inherits = newest is None and experiment.distil is not None and experiment.distil.initialise
+    # On a mesh each rank initialises its shard, so that none has to hold a full model.
+    sharded = ranks.mesh is not None and init is None and not inherits
+    model = None if sharded else _full_model(experiment, init, dataset.tokenizer)
+    if inherits:
+        from switchworks.training.distillation import initialise_student
+
+        assert model is not None
+        assert teacher is not None
+        initialise_student(model, teacher, experiment, dataset)
+    empty = sharded and newest is not None
+    source: Any = getattr(teacher, "model", teacher)  # a store of probabilities is no model
+    state = build_state(experiment, model, source, ranks, empty=empty)
+    if checkpoints is not None and newest is not None:
+        contents = state.state_dict()
+        about = checkpoints.load(newest, contents)
+        state.restore(contents, about)
+        print(f"resumed from step {state.step} ({newest})")
+    return state
+
+
+def _full_model(
+    experiment: Experiment, init: Path | str | None, tokenizer: "data.Tokenizer"
+) -> SwitchTransformer:
+    fresh = SwitchTransformer(experiment.model, seed=experiment.seed)
+    if init is None:
+        return fresh
+    model, trained_with = checkpoint.load(Path(init), to_float32=True)
+    if trained_with is not None and trained_with.fingerprint != tokenizer.fingerprint:
+        raise CheckpointError(
+            f"{init} was trained with another tokenizer: its embeddings are of other tokens.\n"
+            f"  Use the model's own: --data.tokenizer {init}."
+        )
+    if model.config.vocab_size != experiment.model.vocab_size:
+        raise CheckpointError(
+            f"{init} has a vocabulary of {model.config.vocab_size}, the tokenizer one of "
+            f"{experiment.model.vocab_size}.\n"
+            f"  Use the model's own tokenizer: --data.tokenizer {init}."
+        )
+    fresh.load_state_dict(model.state_dict())
+    return fresh
+
+
+def require_shape(experiment: Experiment, init: Path | str) -> None:
+    """Raises CheckpointError if `init` holds no model, or one of another shape.
+
+    Reads only its settings, so it can be called early; the vocabulary is compared later.
+    """
+    stored = checkpoint.stored_config(init)
+    with torch.device("meta"):
+        needed = SwitchTransformer(replace(experiment.model, vocab_size=stored.vocab_size))
+        model = SwitchTransformer(stored)
+    wanted, actual = (
+        {name: tuple(weight.shape) for name, weight in each.named_parameters()}
+        for each in (needed, model)
+    )
+    checkpoint.require_match(
+        f"The weights in {init} do not fit this experiment's model.",
+        wanted=wanted,
+        actual=actual,
+        fix="Give the experiment the model settings in that folder's config.toml.",
+    )
+
+
+def export(state: TrainState, directory: Path, tokenizer: "data.Tokenizer") -> None:
+    """Writes the float32 weights and the tokenizer to model/ of `directory`.
+
+    LoRA adapters are merged in, and also written to adapters/ by themselves; for that each rank
+    gathers the full model, as it did when the adapters were made.
+    """
+    weights, lora = state.updater.masters.float_state(), state.experiment.lora
+    if lora is not None and state.adapted is not None:
+        also = state.adapted.also
+        weights = {name: parallel.gather_full(weight) for name, weight in weights.items()}
+        checkpoint.on_rank_zero(
+            lambda: adapt.save_adapters(directory / "adapters", weights, lora, also)
+        )
+        weights = adapt.merged(weights, lora)
+    with torch.device("meta"):
+        model = SwitchTransformer(state.experiment.model)
+    model.load_state_dict(weights, assign=True)
+    checkpoint.save(model, directory / "model", tokenizer=tokenizer)

@@ -4,13 +4,13 @@ Letters: B sequences, T target length, V vocabulary, E experts.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.hooks import RemovableHandle
 
 from switchworks import data, distil, fast
 from switchworks.batch import Batch
@@ -215,20 +215,16 @@ def _first_nonfinite(state: TrainState, batch: Batch) -> str:
     return "the loss itself" if name is None else f"the gradient of {name}"
 
 
-@contextmanager
-def _watch_outputs(model: SwitchTransformer, names: list[str]) -> Iterator[None]:
+def _watch_outputs(model: SwitchTransformer, names: list[str]) -> RemovableHandle:
     """Inside, every module whose output is not finite is appended to `names`, innermost first."""
     watched = {module: name for name, module in model.named_modules() if name}
 
     def note(module: nn.Module, _inputs: object, output: object) -> None:
         first = output[0] if isinstance(output, tuple) else output
-        if isinstance(first, Tensor) and not first.isfinite().all():
+        if module in watched and isinstance(first, Tensor) and not first.isfinite().all():
             names.append(watched[module])
 
-    with ExitStack() as stack:
-        for module in watched:
-            stack.enter_context(module.register_forward_hook(note))
-        yield
+    return register_module_forward_hook(note)
 
 
 def _first_on_any_rank(state: TrainState, name: str | None) -> str | None:

@@ -14,8 +14,7 @@ import switchworks
 from switchworks.batch import Batch
 from switchworks.cli.main import main
 from switchworks.compress.directories import fewer_table, text_to_count
-from switchworks.compress.fewer import dense_equivalent, reduce_experts
-from switchworks.compress.usage import measure_usage, route_batch
+from switchworks.compress.fewer import dense_equivalent, measure_usage, reduce_experts, route_batch
 from switchworks.config import ConfigError, DataError
 from switchworks.data.config import DataConfig
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer

@@ -39,7 +39,7 @@ from switchworks.data.sources.files import Files
 from switchworks.data.tokens.train import interleave
 from switchworks.evaluate.perplexity import evaluate_run
 from switchworks.training import Experiment
-from switchworks.training.hooks.validate import losses_text
+from switchworks.training.hooks.progress import losses_text
 
 
 def test_107_languages_are_sampled_by_size_to_the_power_0_3() -> None:

@@ -29,7 +29,7 @@ from switchworks.evaluate.perplexity import evaluate_run
 from switchworks.recipes.multilingual import multilingual
 from switchworks.report.runs import read_run
 from switchworks.training import train
-from switchworks.training.hooks.validate import epochs_text
+from switchworks.training.hooks.progress import epochs_text
 
 LINES = {
     "de": "Die Katze lag den ganzen Tag auf der warmen Bank.",

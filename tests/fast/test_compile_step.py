@@ -9,7 +9,7 @@ import pytest
 
 from switchworks.config import ConfigError
 from switchworks.model import RoutingConfig
-from switchworks.parallel.config import MeshConfig
+from switchworks.parallel.layout import MeshConfig
 from switchworks.recipes.tiny import tiny
 
 THREE_STEPS = """

@@ -13,7 +13,7 @@ def narrow(*values: float, dtype: torch.dtype = torch.bfloat16) -> nn.Parameter:
 
 def move(masters: MasterWeights, by: float) -> None:
     with torch.no_grad():
-        for master in masters.named().values():
+        for master in masters.named.values():
             master += by
     masters.copy_to_model()
 
@@ -30,7 +30,7 @@ def test_steps_too_small_for_bfloat16_add_up_in_the_master():
 
 def test_a_float32_parameter_is_its_own_master():
     wide, slim = nn.Parameter(torch.ones(2)), narrow(1.0, 2.0)
-    masters = MasterWeights([("wide", wide), ("slim", slim)]).named()
+    masters = MasterWeights([("wide", wide), ("slim", slim)]).named
     assert masters["wide"] is wide
     assert masters["slim"] is not slim
     assert masters["slim"].dtype == torch.float32
@@ -38,7 +38,7 @@ def test_a_float32_parameter_is_its_own_master():
 
 def test_half_precision_gets_masters_too_and_float64_does_not():
     half, double = narrow(1.0, dtype=torch.float16), narrow(1.0, dtype=torch.float64)
-    masters = MasterWeights([("half", half), ("double", double)]).named()
+    masters = MasterWeights([("half", half), ("double", double)]).named
     assert masters["half"].dtype == torch.float32
     assert masters["double"] is double
 
@@ -88,7 +88,7 @@ def test_a_tied_parameter_has_one_master_that_takes_both_gradients():
     head.weight = embedding.weight
     model = nn.ModuleDict({"embedding": embedding, "head": head}).bfloat16()
     masters = MasterWeights(model.named_parameters())
-    assert list(masters.named()) == ["embedding.weight"]
+    assert list(masters.named) == ["embedding.weight"]
     head(embedding(torch.tensor([1]))).sum().backward()
     expected: Tensor | None = embedding.weight.grad
     assert expected is not None
@@ -110,7 +110,7 @@ def test_zero_forgets_gradients_before_and_after_they_are_gathered(gathered):
 
 def test_a_frozen_parameter_stays_frozen_in_its_master():
     frozen = nn.Parameter(torch.ones(1, dtype=torch.bfloat16), requires_grad=False)
-    assert not MasterWeights([("w", frozen)]).named()["w"].requires_grad
+    assert not MasterWeights([("w", frozen)]).named["w"].requires_grad
 
 
 def test_a_single_gradient_waits_in_16_bits_until_its_bucket_is_updated():

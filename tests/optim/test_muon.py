@@ -126,7 +126,7 @@ def test_muon_has_matrices_and_stacks_and_the_fallback_everything_else(fallback,
     }
     assert {len(state[name]) for name in state.keys() - by_muon} == {slots}
     updater._set_rate(0.02)
-    names = {id(master): name for name, master in updater.masters.named().items()}
+    names = {id(master): name for name, master in updater.masters.named.items()}
     rates = {
         names[id(parameter)]: group["lr"]
         for optimizer in updater.optimizers

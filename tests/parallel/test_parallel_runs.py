@@ -17,8 +17,8 @@ import switchworks
 from switchworks.checkpoint.training_state import Checkpoints
 from switchworks.config import ConfigError
 from switchworks.parallel import MeshConfig, connect_ranks
+from switchworks.training.state import export
 from switchworks.training.step import train_step
-from switchworks.training.weights import export
 
 
 def train_until(

@@ -1,14 +1,7 @@
 """Read and write Hugging Face checkpoints of T5, mT5 and Switch Transformers.
 
 One table, `RENAMES`, turns parameter names into those of transformers, for writing and for reading:
-a parameter is read from the tensors it would be written to. `config` maps the settings.
-
-Capacity: in transformers it is a number of tokens per expert and sequence, whatever its length, in
-training and evaluation, and padding counts. `load_hf` takes it over with capacity="hf", `save_hf`
-if the model has one (`routing.expert_capacity`); else the number written is so high that nothing is
-dropped, as in evaluation here. What does not carry over: capacity factors, group size, expert
-dropout and the output z-loss. transformers takes the balance loss over all layers of a stack at
-once, switchworks per layer, so its weight means more here.
+a parameter is read from the tensors it would be written to. docs/moving.md says what carries over.
 """
 
 import re

@@ -2,9 +2,8 @@ from .best import KeepBest as KeepBest
 from .progress import Every as Every
 from .progress import Progress as Progress
 from .progress import SaveCheckpoints as SaveCheckpoints
-from .samples import Samples as Samples
+from .progress import validate as validate
 from .samples import sample_rows as sample_rows
-from .tasks import EvaluateTasks as EvaluateTasks
-from .tasks import decoding_of as decoding_of
+from .samples import write_samples as write_samples
+from .tasks import evaluate_tasks as evaluate_tasks
 from .tasks import tasks_to_evaluate as tasks_to_evaluate
-from .validate import Validate as Validate

@@ -43,7 +43,6 @@ class KeepBest:
         self.checkpoints = checkpoints
         self.directory = checkpoints.directory.with_name("best")
         self.export = export
-        self._warned = False
         if state.best is not None and not self._path(state.best.step).is_dir():
             raise CheckpointError(
                 f"The best weights so far, of step {state.best.step}, are not in "
@@ -55,8 +54,8 @@ class KeepBest:
         """Export the weights if they are the best; count measurements that were no better."""
         value = self._measured(state)
         if value is None:
-            self._warn_once(state)
-        elif self._is_better(value, state.best):
+            return
+        if self._is_better(value, state.best):
             state.best = Best(state.step, value)
             self.export(state, self._path(state.step))
             self._prune(state.step)
@@ -82,7 +81,13 @@ class KeepBest:
         best = state.best
         if best is None:
             self.export(state, run_dir)
-            print(f"warning: {self._absent()}\n  model/ is that of the last step, {state.step}.")
+            names = sorted(self.recorder.names)
+            near = get_close_matches(self.config.metric, names, n=4, cutoff=0.3) or names[:4]
+            print(
+                f"warning: best.metric = {self.config.metric} has not been measured at a regular "
+                f"step. Similar names in metrics.jsonl: {', '.join(near)}.\n"
+                f"  model/ is that of the last step, {state.step}."
+            )
             return
         about = {
             "metric": self.config.metric,
@@ -123,20 +128,6 @@ class KeepBest:
             return not isnan(value)
         gain = best.value - value if self.config.direction == "min" else value - best.value
         return gain > self.config.min_delta
-
-    def _warn_once(self, state: TrainState) -> None:
-        """When the first validation comes and the metric is not among what was measured."""
-        if not self._warned and state.best is None and "val/loss" in self.recorder.at(state.step):
-            self._warned = True
-            print(f"note: {self._absent()}", flush=True)
-
-    def _absent(self) -> str:
-        names = sorted(self.recorder.names)
-        near = get_close_matches(self.config.metric, names, n=4, cutoff=0.3) or names[:4]
-        return (
-            f"best.metric = {self.config.metric} has not been measured at a regular step. "
-            f"Similar names in metrics.jsonl: {', '.join(near)}."
-        )
 
     def _path(self, step: int) -> Path:
         return self.directory / f"step_{step:08d}"

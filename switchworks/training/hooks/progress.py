@@ -1,10 +1,13 @@
-"""Hooks of every run: progress lines, checkpoints, and actions every so many steps."""
+"""Hooks of every run: progress lines, checkpoints, validation, and actions every so many steps."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from statistics import fmean
 from typing import Any
 
 from switchworks.checkpoint import Checkpoints
+from switchworks.data import Mixture, ValidationSet
+from switchworks.evaluate import measure_perplexity, validation_losses
 from switchworks.training.loggers import Recorder
 from switchworks.training.state import TrainState
 from switchworks.training.step import StepResult
@@ -119,12 +122,42 @@ def progress_line(state: TrainState, values: dict[str, Any]) -> str:
             f"dropped {values['train/dropped']:.1%}",
             f"experts in use {values['train/experts_in_use']:.1f}/{routing.experts}",
         ]
-    speed, left = values["tokens_per_second"] / 1000, clock(values["seconds_left"])
-    return "  ".join([*parts, f"{speed:.1f}k tok/s", f"{left} left"])
+    speed = f"{values['tokens_per_second'] / 1000:.1f}k tok/s"
+    return "  ".join([*parts, speed, f"{timedelta(seconds=round(values['seconds_left']))} left"])
 
 
-def clock(seconds: float) -> str:
-    """Seconds as m:ss, or h:mm:ss from an hour on."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+def validate(
+    recorder: Recorder, held_out: ValidationSet, mixture: Mixture | None, state: TrainState
+) -> None:
+    """Write and print the validation loss, in nats per target token, and bits per byte; of a
+    mixture per corpus too, and the epochs read so far."""
+    loss, per_corpus = validation_losses(state.model, held_out, state.ranks)
+    epochs = {} if mixture is None else mixture.epochs(state.step)
+    values = {"val/loss": loss} | {f"val/loss/{name}": x for name, x in per_corpus.items()}
+    for name, nats in (per_corpus or {"": loss}).items():
+        values[f"val/bits_per_byte/{name}".rstrip("/")] = held_out.bits_per_byte(name, nats)
+    values |= {f"epoch/{name}": times for name, times in epochs.items()}
+    recorder.write(state, values)
+    perplexity = measure_perplexity(loss)
+    line = f"step {state.step}  validation loss {loss:.3f}  perplexity {perplexity:.1f}"
+    print(line + losses_text(per_corpus) + epochs_text(epochs), flush=True)
+
+
+def losses_text(losses: Mapping[str, float], most: int = 6) -> str:
+    """End of a line: the losses of the corpora, or lowest and highest of more than `most`."""
+    if not losses:
+        return ""
+    if len(losses) <= most:
+        return "  " + "  ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+    best, worst = min(losses, key=losses.__getitem__), max(losses, key=losses.__getitem__)
+    return (
+        f"  lowest {best} {losses[best]:.3f}  highest {worst} {losses[worst]:.3f} of {len(losses)}"
+    )
+
+
+def epochs_text(epochs: Mapping[str, float]) -> str:
+    """End of a line: which corpora were read least and most often."""
+    if not epochs:
+        return ""
+    least, most = min(epochs, key=epochs.__getitem__), max(epochs, key=epochs.__getitem__)
+    return f"  read {epochs[least]:.2g} ({least}) to {epochs[most]:.2g} times ({most})"

@@ -19,57 +19,54 @@ ROWS = 4
 """Pieces of held-out text at each sampling."""
 
 
-class Samples:
-    """The model fills the spans of `batch`, or continues its texts if it is decoder-only.
+def write_samples(path: Path | None, batch: Batch, tokenizer: Tokenizer, state: TrainState) -> None:
+    """The model fills the spans of `batch`, or continues its texts if it is decoder-only: then it
+    gets the first half of each row's longest packed example.
 
-    A decoder-only model gets the first half of each row's longest packed example.
+    Samples are appended to the JSON lines in `path` (None: on this rank they are not); the first is
+    printed.
     """
+    continues = state.model.config.decoder_only
+    sample = _continuations if continues else _fill_ins
+    samples = sample(state, batch, tokenizer)
+    if path is not None:
+        for each in samples:
+            append_line(path, {"step": state.step} | each)
+    print(f"step {state.step}  {_as_line(samples[0], continues)}", flush=True)
 
-    def __init__(self, path: Path | None, batch: Batch, tokenizer: Tokenizer) -> None:
-        """Samples are appended to the JSON lines in `path`; None: on this rank they are not."""
-        self.path = path
-        self.batch = batch
-        self.tokenizer = tokenizer
 
-    def __call__(self, state: TrainState) -> None:
-        """Generate, write all samples and print the first."""
-        continues = state.model.config.decoder_only
-        samples = self._continuations(state) if continues else self._fill_ins(state)
-        if self.path is not None:
-            for sample in samples:
-                append_line(self.path, {"step": state.step} | sample)
-        print(f"step {state.step}  {_as_line(samples[0], continues)}", flush=True)
+def _fill_ins(state: TrainState, batch: Batch, tokenizer: Tokenizer) -> list[dict[str, str]]:
+    inputs, targets = first_pieces(batch)
+    answers = _generate(state, inputs, targets.shape[1])
+    columns = {"inputs": inputs.tolist(), "truth": targets.tolist(), "prediction": answers}
+    return [
+        {name: tokenizer.decode(ids) for name, ids in zip(columns, row, strict=True)}
+        for row in zip(*columns.values(), strict=True)
+    ]
 
-    def _fill_ins(self, state: TrainState) -> list[dict[str, str]]:
-        inputs, targets = first_pieces(self.batch)
-        answers = self._generate(state, inputs, targets.shape[1])
-        columns = {"inputs": inputs.tolist(), "truth": targets.tolist(), "prediction": answers}
-        return [
-            {name: self.tokenizer.decode(ids) for name, ids in zip(columns, row, strict=True)}
-            for row in zip(*columns.values(), strict=True)
-        ]
 
-    def _continuations(self, state: TrainState) -> list[dict[str, str]]:
-        texts = longest_pieces(self.batch)
-        halves = [(text[: len(text) // 2], text[len(text) // 2 :]) for text in texts]
-        prompts = pad_sequence([prompt for prompt, _ in halves], batch_first=True)
-        answers = self._generate(state, prompts, max(len(rest) for _, rest in halves))
-        return [
-            {
-                "inputs": self.tokenizer.decode(prompt.tolist()),
-                "truth": continuation(self.tokenizer, prompt.tolist(), rest.tolist()),
-                "prediction": continuation(self.tokenizer, prompt.tolist(), answer[: len(rest)]),
-            }
-            for (prompt, rest), answer in zip(halves, answers, strict=True)
-        ]
+def _continuations(state: TrainState, batch: Batch, tokenizer: Tokenizer) -> list[dict[str, str]]:
+    texts = longest_pieces(batch)
+    halves = [(text[: len(text) // 2], text[len(text) // 2 :]) for text in texts]
+    prompts = pad_sequence([prompt for prompt, _ in halves], batch_first=True)
+    answers = _generate(state, prompts, max(len(rest) for _, rest in halves))
+    return [
+        {
+            "inputs": tokenizer.decode(prompt.tolist()),
+            "truth": continuation(tokenizer, prompt.tolist(), rest.tolist()),
+            "prediction": continuation(tokenizer, prompt.tolist(), answer[: len(rest)]),
+        }
+        for (prompt, rest), answer in zip(halves, answers, strict=True)
+    ]
 
-    def _generate(self, state: TrainState, inputs: Tensor, max_length: int) -> list[list[int]]:
-        """At most `max_length` ids per row. Ranks pad to one width and decode equally many tokens,
-        since a sharded model computes on all of them together."""
-        ranks, device = state.ranks, state.model.embedding.weight.device
-        inputs = F.pad(inputs, (0, ranks.all_max(inputs.shape[1]) - inputs.shape[1])).to(device)
-        longest = ranks.all_max(max_length)
-        return generate(state.model, inputs, max_length=longest, ranks=ranks).tolist()
+
+def _generate(state: TrainState, inputs: Tensor, max_length: int) -> list[list[int]]:
+    """At most `max_length` ids per row. Ranks pad to one width and decode equally many tokens,
+    since a sharded model computes on all of them together."""
+    ranks, device = state.ranks, state.model.embedding.weight.device
+    inputs = F.pad(inputs, (0, ranks.all_max(inputs.shape[1]) - inputs.shape[1])).to(device)
+    longest = ranks.all_max(max_length)
+    return generate(state.model, inputs, max_length=longest, ranks=ranks).tolist()
 
 
 def _as_line(sample: Mapping[str, str], continues: bool) -> str:

@@ -10,41 +10,31 @@ from switchworks.training.loggers import Recorder
 from switchworks.training.state import TrainState
 
 
-class EvaluateTasks:
-    """The model answers every `EvalSet` greedily; `results` are those of the last time.
+def evaluate_tasks(
+    recorder: Recorder,
+    sets: Sequence[evaluate.EvalSet],
+    tokenizer: Tokenizer,
+    decoding: evaluate.DecodingConfig,
+    state: TrainState,
+) -> None:
+    """The model answers every `EvalSet` greedily; prints a line per task with its first answer.
 
     Writes task/NAME/METRIC, task/NAME/score, task/mean over all tasks and task/BENCHMARK for each
     benchmark all of whose tasks are there, all out of 100.
     """
-
-    def __init__(
-        self,
-        recorder: Recorder,
-        sets: Sequence[evaluate.EvalSet],
-        tokenizer: Tokenizer,
-        decoding: evaluate.DecodingConfig,
-    ) -> None:
-        self.recorder = recorder
-        self.sets = sets
-        self.tokenizer = tokenizer
-        self.decoding = decoding
-        self.results: list[evaluate.TaskResult] = []
-
-    def __call__(self, state: TrainState) -> None:
-        """Evaluate, write the metrics and print a line per task with its first answer."""
-        self.results = [
-            evaluate.measure(state.model, self.tokenizer, eval_set, self.decoding, state.ranks)
-            for eval_set in self.sets
-        ]
-        self.recorder.write(state, task_metrics(self.results))
-        for result in self.results:
-            figures = "  ".join(f"{name} {value:.1f}" for name, value in result.figures.items())
-            target, prediction = result.eval_set.examples[0].target, result.predictions[0]
-            print(
-                f"step {state.step}  {result.name}  {figures}  "
-                f"(for {_shortened(target)} it wrote {_shortened(prediction)})",
-                flush=True,
-            )
+    results = [
+        evaluate.measure(state.model, tokenizer, eval_set, decoding, state.ranks)
+        for eval_set in sets
+    ]
+    recorder.write(state, task_metrics(results))
+    for result in results:
+        figures = "  ".join(f"{name} {value:.1f}" for name, value in result.figures.items())
+        target, prediction = result.eval_set.examples[0].target, result.predictions[0]
+        print(
+            f"step {state.step}  {result.name}  {figures}  "
+            f"(for {_shortened(target)} it wrote {_shortened(prediction)})",
+            flush=True,
+        )
 
 
 def task_metrics(results: Sequence[evaluate.TaskResult]) -> Mapping[str, float]:
@@ -73,12 +63,6 @@ def tasks_to_evaluate(experiment: Experiment, dataset: TextDataset) -> list[eval
     for eval_set in sets:
         evaluate.check_metrics(eval_set.task, eval_set.examples)
     return sets
-
-
-def decoding_of(experiment: Experiment) -> evaluate.DecodingConfig:
-    """Row lengths as in training."""
-    data = experiment.data
-    return evaluate.DecodingConfig(input_length=data.input_length, max_length=data.target_length)
 
 
 def _shortened(text: str, most: int = 60) -> str:
