@@ -28,7 +28,7 @@ from switchworks.batch import Batch
 from switchworks.config import ConfigError, DataError
 from switchworks.data.config import DataConfig
 from switchworks.data.rows.causal import causal_row
-from switchworks.data.rows.packing import SHORTEST_PIECE, Packed, cut_into_pieces, pack, to_batch
+from switchworks.data.rows.packing import SHORTEST_PIECE, cut_into_pieces, pack
 from switchworks.data.rows.span_corruption import SpanCorruption, corrupt, corrupt_rows, raw_length
 
 # grain warns on import when JAX, which it can do without, is not installed.
@@ -165,7 +165,8 @@ class Pipeline(BatchStream):
             return self._causal(rows)
         if self.config.packing == "stream":
             return self._stream_rows(rows)
-        return to_batch([self._packed_row(row) for row in rows])
+        lengths = self.config.input_length, self.config.target_length
+        return pack([self._pieces(row, *lengths) for row in rows], *lengths)
 
     def window_of(self, row: int) -> tuple[int, int]:
         """The (start, stop) in the token stream of row `row` of the run."""
@@ -194,13 +195,11 @@ class Pipeline(BatchStream):
         padding = (inputs.shape[1], targets.shape[1]) != (L, T)
         return Batch(inputs=_padded(inputs, L), targets=_padded(targets, T), padding=padding)
 
-    def _packed_row(self, row: int) -> Packed:
+    def _pieces(self, row: int, *lengths: int) -> list[tuple[np.ndarray, np.ndarray]]:
         start, stop = self.window_of(row)
-        lengths = self.config.input_length, self.config.target_length
         tokens, rng = self.store.tokens(start, stop), self._rng(row)
         pieces = cut_into_pieces(_bounds(self.store, start, stop), self.corruption, *lengths)
-        pairs = [corrupt(tokens[a - start : b - start], rng, self.corruption) for a, b in pieces]
-        return pack(pairs, *lengths)
+        return [corrupt(tokens[a - start : b - start], rng, self.corruption) for a, b in pieces]
 
     def _rng(self, row: int) -> np.random.Generator:
         return np.random.default_rng([self.run.seed, _MASK, row])

@@ -21,7 +21,7 @@ from switchworks.batch import Batch
 from switchworks.config import ConfigError, DataError
 from switchworks.data.config import DataConfig
 from switchworks.data.rows.mixture import Mixture, rates
-from switchworks.data.rows.packing import pack, to_batch
+from switchworks.data.rows.packing import pack
 from switchworks.data.rows.pipeline import RunRows, epochs_in_random_order, grain, stream_seed
 from switchworks.data.tasks.store import TaskStore
 
@@ -84,11 +84,8 @@ class TaskRows:
     def rows(self, rows: Sequence[int]) -> Batch:
         """The rows with these numbers."""
         lengths = self.config.input_length, self.config.target_length
-        packed = [
-            pack([self._example(int(index)) for index in self.examples_of(row)], *lengths)
-            for row in rows
-        ]
-        return to_batch(packed, segments=self.config.packs_tasks)
+        pieces = [[self._example(int(index)) for index in self.examples_of(row)] for row in rows]
+        return pack(pieces, *lengths, segments=self.config.packs_tasks)
 
     def _example(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         inputs, target = self.store.example(index)
