@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from itertools import chain, count
+from itertools import count
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -29,7 +29,7 @@ from switchworks.config import ConfigError, DataError
 from switchworks.data.config import DataConfig
 from switchworks.data.rows.causal import causal_row
 from switchworks.data.rows.packing import SHORTEST_PIECE, cut_into_pieces, pack
-from switchworks.data.rows.span_corruption import SpanCorruption, corrupt, corrupt_rows, raw_length
+from switchworks.data.rows.span_corruption import SpanCorruption, corrupt_rows, raw_length
 
 # grain warns on import when JAX, which it can do without, is not installed.
 logging.getLogger("absl").addFilter(
@@ -135,9 +135,7 @@ class BatchStream(ABC):
 class Pipeline(BatchStream):
     """The batches of one corpus.
 
-    `raw_length` is the number of tokens a row consumes. `left_out` is the share of tokens that
-    packing="documents" or, to make room for EOS, the causal objective leaves out of rows, estimated
-    on windows spread evenly over the corpus.
+    `raw_length` is the number of tokens a row consumes.
     """
 
     def __init__(
@@ -153,7 +151,7 @@ class Pipeline(BatchStream):
             sentinels=tuple(tokenizer.sentinel(i) for i in range(tokenizer.num_sentinels)),
             eos_id=tokenizer.eos_id,
         )
-        self.raw_length, self.left_out = _window_length(config, store, self.corruption)
+        self.raw_length = _window_length(config, store, self.corruption)
         # One window less than fits leaves the grid at least a window's length to shift in: each
         # epoch draws an offset, so that it cuts the text at other places.
         self.windows = max(1, store.num_tokens // self.raw_length - 1)
@@ -199,7 +197,11 @@ class Pipeline(BatchStream):
         start, stop = self.window_of(row)
         tokens, rng = self.store.tokens(start, stop), self._rng(row)
         pieces = cut_into_pieces(_bounds(self.store, start, stop), self.corruption, *lengths)
-        return [corrupt(tokens[a - start : b - start], rng, self.corruption) for a, b in pieces]
+        pairs = [
+            corrupt_rows(tokens[None, a - start : b - start], [rng], self.corruption)
+            for a, b in pieces
+        ]
+        return [(inputs[0], targets[0]) for inputs, targets in pairs]
 
     def _rng(self, row: int) -> np.random.Generator:
         return np.random.default_rng([self.run.seed, _MASK, row])
@@ -236,12 +238,11 @@ def validation_batches(stream: BatchStream, limit: int) -> list[Batch]:
     return [stream.batch(step) for step in range(min(limit, full))]
 
 
-def _window_length(
-    config: DataConfig, store: TokenStream, corruption: SpanCorruption
-) -> tuple[int, float]:
-    """(tokens a row consumes, share of them left out of it)."""
+def _window_length(config: DataConfig, store: TokenStream, corruption: SpanCorruption) -> int:
+    """Tokens a row consumes."""
     if config.objective == "causal":
-        return _causal_window(config, store)
+        _check_text(store, config.target_length, "target_length", config.target_length)
+        return config.target_length
     raw = raw_length(config.input_length, config.noise_density, config.mean_span)
     corruption.counts(raw)  # raises if there are too few sentinels
     _check_text(store, raw, "input_length", config.input_length)
@@ -254,15 +255,7 @@ def _window_length(
             f"{config.input_length}: rows of {raw} tokens\n"
             f"  make targets of {needed}. Set --data.target-length {needed}."
         )
-    return raw, 0.0
-
-
-def _causal_window(config: DataConfig, store: TokenStream) -> tuple[int, float]:
-    """(tokens a row consumes, share of them that EOS push out)."""
-    raw = config.target_length
-    _check_text(store, raw, "target_length", raw)
-    sample = _sample_windows(store, raw)
-    return raw, sum(len(bounds) - 2 for bounds in sample) / (raw * len(sample))
+    return raw
 
 
 def _check_text(store: TokenStream, raw: int, name: str, length: int) -> None:
@@ -281,10 +274,9 @@ FITTING_SHARE = 0.98
 
 def _document_window(
     config: DataConfig, store: TokenStream, corruption: SpanCorruption, longest: int
-) -> tuple[int, float]:
-    """(window length, share of tokens left out) for packing="documents".
+) -> int:
+    """The longest window, up to `longest`, that fits its row whole in nearly all sampled windows.
 
-    The longest window, up to `longest`, that fits its row whole in nearly all sampled windows.
     Each document in a window costs an EOS in inputs and targets and rounds its spans up or down,
     so what fits depends on how long the documents are.
     """
@@ -296,7 +288,9 @@ def _document_window(
             f"room for a piece of {SHORTEST_PIECE} tokens,\n"
             f"  which needs {least[0]} and {least[1]}. Raise the shorter one."
         )
-    sample = _sample_windows(store, longest)
+    count = min(SAMPLED_WINDOWS, store.num_tokens // longest)
+    step = (store.num_tokens - longest) // max(1, count - 1)
+    sample = [_bounds(store, i * step, i * step + longest) for i in range(count)]
     # (inputs, targets) that a piece of each length takes; 0 for pieces too short to be kept.
     needs = np.zeros((longest + 1, 2), dtype=np.int64)
     for length in range(SHORTEST_PIECE, longest + 1):
@@ -310,17 +304,7 @@ def _document_window(
     # `too_long` is False and then True over rising lengths (nearly: rounding of spans may make
     # single exceptions, which cost a little text and nothing else), so bisection finds the border.
     lengths = range(SHORTEST_PIECE + 1, longest + 1)
-    raw = SHORTEST_PIECE + bisect_right(lengths, False, key=too_long)
-    pieces = [cut_into_pieces(_truncated(b, raw).tolist(), corruption, *row) for b in sample]
-    kept = sum(stop - start for start, stop in chain.from_iterable(pieces))
-    return raw, 1 - kept / (raw * len(sample))
-
-
-def _sample_windows(store: TokenStream, raw: int) -> list[list[int]]:
-    """The `_bounds` of windows of `raw` tokens, spread evenly over the corpus."""
-    count = min(SAMPLED_WINDOWS, store.num_tokens // raw)
-    step = (store.num_tokens - raw) // max(1, count - 1)
-    return [_bounds(store, i * step, i * step + raw) for i in range(count)]
+    return SHORTEST_PIECE + bisect_right(lengths, False, key=too_long)
 
 
 def _truncated(bounds: list[int], raw: int) -> np.ndarray:
