@@ -8,7 +8,6 @@ lowest (259). So never compute a sentinel's id: call `sentinel(i)`.
 """
 
 import hashlib
-import json
 import os
 import re
 from abc import ABC, abstractmethod
@@ -26,6 +25,7 @@ from switchworks.config import DataError
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 MODEL_FILE = "spiece.model"
 SETTINGS_FILE = "tokenizer.json"
+_BYTES = '{"kind": "bytes"}\n'  # its content for a `ByteTokenizer`
 
 _SENTINEL = re.compile(r"<extra_id_(\d{1,3})>")
 
@@ -147,7 +147,8 @@ class ByteTokenizer(Tokenizer):
         return bytes([token - 3]).decode("ascii", "replace") if 3 <= token < 259 else ""
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        _write_settings(Path(directory), "bytes")
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        (Path(directory) / SETTINGS_FILE).write_text(_BYTES, encoding="utf-8")
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -257,7 +258,7 @@ class SentencePieceTokenizer(Tokenizer):
         return piece.replace("\u2581", " ")
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        _write_settings(Path(directory), "sentencepiece")
+        Path(directory).mkdir(parents=True, exist_ok=True)
         (Path(directory) / MODEL_FILE).write_bytes(self.model)
 
 
@@ -273,7 +274,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     if file.is_dir():
         if (file / "model").is_dir():
             file = file / "model"
-        if _settings_kind(file / SETTINGS_FILE) == "bytes":
+        settings = file / SETTINGS_FILE  # that of Hugging Face's tokenizers is called so, too
+        if settings.is_file() and settings.read_text(encoding="utf-8") == _BYTES:
             return ByteTokenizer()
         file = file / MODEL_FILE
     try:
@@ -332,18 +334,3 @@ def _without_sentinels(model: bytes, first: int) -> bytes:
     for piece in proto.pieces[first:]:
         piece.type = ModelProto.SentencePiece.UNUSED
     return proto.SerializeToString()
-
-
-def _write_settings(directory: Path, kind: str) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"kind": kind}) + "\n"
-    (directory / SETTINGS_FILE).write_text(text, encoding="utf-8")
-
-
-def _settings_kind(path: Path) -> str | None:
-    """The kind that `_write_settings` wrote; None if there is no such file."""
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return settings.get("kind") if isinstance(settings, dict) else None
