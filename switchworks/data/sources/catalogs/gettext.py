@@ -309,39 +309,33 @@ def _numbers(catalog: Any) -> Callable[[int], int | None]:
 
 def _first_readable(files: Sequence[Path], refusals: Refusals) -> Any:
     """The catalog in the first of `files` that can be read; None, counted, if none can."""
-    reason = ""
+    catalog = None
     for path in files:
-        try:
-            return read_catalog(path)
-        except _Unreadable as error:
-            reason = str(error)
-    refusals["", reason] += 1
+        catalog = read_catalog(path)
+        if not isinstance(catalog, str):
+            return catalog
+    refusals["", str(catalog)] += 1
     return None
 
 
-class _Unreadable(Exception):  # noqa: N818  it is counted, not shown
-    """The reason why a file cannot be read as a catalog."""
-
-
 def read_catalog(path: Path) -> Any:
-    """The babel Catalog in a .mo or .po file. Raises `_Unreadable` for a damaged one."""
+    """The babel Catalog in a .mo or .po file, or the reason why it cannot be read."""
     from babel.messages.mofile import read_mo
     from babel.messages.pofile import PoFileError, read_po
 
     try:
-        data = path.read_bytes()
+        source = io.BytesIO(path.read_bytes())
     except OSError:
-        raise _Unreadable("not there, or not to be read") from None
+        return "not there, or not to be read"
     try:
         # babel prints warnings about .po files to stdout.
         with contextlib.redirect_stdout(io.StringIO()):
-            source = io.BytesIO(data)
             catalog = read_mo(source) if path.suffix == ".mo" else read_po(source)
     except (UnicodeError, LookupError):
-        raise _Unreadable("not in the encoding it claims") from None
+        return "not in the encoding it claims"
     except (PoFileError, OSError, ValueError, IndexError, struct_error):
-        raise _Unreadable("damaged") from None
+        return "damaged"
     texts = "".join(str(message.string) for message in catalog if message.id)
     if catalog.charset not in ("utf-8", "utf8") and messages.is_mojibake(texts):
-        raise _Unreadable("not in the encoding it claims")
+        return "not in the encoding it claims"
     return catalog
