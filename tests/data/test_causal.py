@@ -14,8 +14,13 @@ from switchworks.batch import Batch
 from switchworks.cli.main import main
 from switchworks.config import ConfigError, DataError
 from switchworks.data.config import DataConfig
-from switchworks.data.rows.causal import causal_row
-from switchworks.data.rows.pipeline import VALIDATION_SEED, Pipeline, RunRows, validation_batches
+from switchworks.data.rows.pipeline import (
+    VALIDATION_SEED,
+    Pipeline,
+    RunRows,
+    causal_row,
+    validation_batches,
+)
 from switchworks.data.tokens.prepare import prepare
 from switchworks.data.tokens.tokenizer import load_tokenizer
 from switchworks.generate.texts import continuation

@@ -1,13 +1,10 @@
 """Tokens to batches: any step's batch can be made from (seed, step, rank, world) and nothing else.
 
-So there is no iterator state to save: resume asks for step k, and more or fewer ranks cut the
-same global batch into other shares. Rows of the run are numbered 0, 1, 2, ... across steps;
-row g's place in the corpus and its hidden spans are functions of (seed, g). In each epoch every
-window of the token stream is visited once, in a fresh order, on a freshly shifted grid.
+Rows of the run are numbered 0, 1, 2, ... across steps; row g's place in the corpus and its hidden
+spans are functions of (seed, g). In each epoch every window of the token stream is visited once, in
+a fresh order, on a freshly shifted grid. `grain` shuffles, element by element, and prefetches; its
+batching and packing produce a stream whose position is state, so they are not used.
 
-`grain` does the shuffle, computed element by element so that no permutation is stored, and the
-prefetch. Its batching and packing are not used: they produce a stream whose position is state, so
-rows are gathered by number and packed here, one window to one row.
 Letters: B rows of this rank, L input positions, T target positions, N tokens of a window.
 """
 
@@ -27,7 +24,6 @@ from jaxtyping import Int
 from switchworks.batch import Batch
 from switchworks.config import ConfigError, DataError
 from switchworks.data.config import DataConfig
-from switchworks.data.rows.causal import causal_row
 from switchworks.data.rows.packing import SHORTEST_PIECE, cut_into_pieces, pack
 from switchworks.data.rows.span_corruption import SpanCorruption, corrupt_rows, raw_length
 
@@ -205,6 +201,23 @@ class Pipeline(BatchStream):
 
     def _rng(self, row: int) -> np.random.Generator:
         return np.random.default_rng([self.run.seed, _MASK, row])
+
+
+def causal_row(
+    tokens: Int[np.ndarray, " N"], starts: Int[np.ndarray, " documents"], eos_id: int
+) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " N"]]:
+    """(targets, segments), int64, of a window in which documents start at the offsets `starts`.
+
+    EOS follows every document that ends inside the window and belongs to it; each pushes one token
+    out at the window's end, so that rows stay full. Segments count the documents from 1.
+
+        window   it was so . | Once upon a
+        targets  it was so . EOS Once upon
+        segments  1   1  1 1   1    2    2
+    """
+    targets = np.insert(tokens.astype(np.int64), starts, eos_id)[: len(tokens)]
+    ends = starts + np.arange(len(starts))  # positions of the EOS in `targets`
+    return targets, np.searchsorted(ends, np.arange(len(tokens))) + 1
 
 
 def rows_of_step(step: int, batch_size: int, rank: int, world: int) -> range:
