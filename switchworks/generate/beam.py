@@ -1,12 +1,10 @@
 """Beam search: several hypotheses for each sequence are extended at once.
 
-At each step every beam is extended by every token, and the likeliest of all these stay. A
-hypothesis that ends with EOS is scored, the sum of its log-probabilities divided by its length
-penalty, and kept if it is among the N best finished ones. At `max_length` all open ones finish.
-
-A sequence is done when it has N finished hypotheses and the likeliest open one, at its present
-length, scores no better than the worst of them: transformers' `early_stopping=False`. It then stays
-as it is, so its result does not depend on its neighbours in the batch.
+A hypothesis that ends with EOS, or at `max_length`, is scored, the sum of its log-probabilities
+divided by its length penalty, and kept if it is among the N best finished ones. A sequence is done
+when it has N of them and the likeliest open one, at its present length, scores no better than the
+worst: transformers' `early_stopping=False`. It then stays as it is, so its result does not depend
+on its neighbours in the batch.
 
 Letters: B sequences, N beams, C candidates (2 N), T tokens written, V vocabulary.
 """

@@ -132,12 +132,10 @@ def text_folder() -> Experiment:
 def multilingual() -> Experiment:
     """`quickstart` over the hundred languages of `catalogs`: half an hour on one thread.
 
-    Section 4.3 of the paper, small.
-
-    Languages are sampled in proportion to tokens ** 0.3, as for mT5. The vocabulary is twice that
-    of quickstart, for some twenty scripts, and a tenth of the messages is held out, since the
-    corpus is small. Needs Django and Sphinx; without Gramps there is little text per language:
-    pip install 'switchworks[more-languages]'.
+    Section 4.3, small. Languages are sampled in proportion to tokens ** 0.3, as for mT5. The
+    vocabulary is twice that of quickstart, for some twenty scripts, and a tenth of the messages is
+    held out, since the corpus is small. Needs Django and Sphinx; without Gramps there is little
+    text per language: pip install 'switchworks[more-languages]'.
     """
     small = quickstart()
     return replace(

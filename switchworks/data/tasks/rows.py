@@ -1,13 +1,11 @@
 """Examples to rows to batches: the `Pipeline` of a task, and tasks mixed.
 
-A row holds one example, padded, or several of one task, packed. Which examples share a row is
-decided once per run, by a shuffle and first fit among a few open rows; each epoch shuffles the
-rows. So row g of a task is a function of (seed, g), and there is no state to save:
-`mixture.MixtureSchedule` says which task a row of the run comes from.
+A row holds one example, padded, or several of one task, packed: decided once per run, by a shuffle
+and first fit among a few open rows. Each epoch shuffles the rows, so row g of a task is a function
+of (seed, g). A task's rate is its share of the examples (or tokens), but the schedule counts rows,
+so its share of the rows is that rate divided by the examples (tokens) of one of its rows.
 
-A task's rate is its share of the examples (or of the tokens). The schedule counts rows, and a row
-of short examples holds more of them, so a task's share of the rows is its rate divided by the
-examples (tokens) of one of its rows. Letters: K tasks, N examples, R rows of an epoch.
+Letters: K tasks, N examples, R rows of an epoch.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,8 +1,4 @@
-"""What a task is: how a record of a dataset becomes text, and by which metrics answers are judged.
-
-A task never tokenises and never decodes. It turns records into `Example`s; `store` tokenises them
-for training, and `evaluate` compares a model's answers with their `answers`.
-"""
+"""A task: how a record of a dataset becomes text, and by which metrics answers are judged."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass

@@ -1,10 +1,8 @@
 """Text to ids and back, in T5's layout, behind one interface.
 
-Ids 0, 1 and 2 are padding, end of sequence and unknown; then come the pieces; then the sentinels
-that stand for hidden spans, written <extra_id_0>, <extra_id_1>, ... in text. SentencePiece models
-get 100 sentinels above their pieces, the first the highest, as in T5 (32000 pieces:
-<extra_id_0> is 32099). Bytes follow transformers' ByT5Tokenizer: 125 sentinels, the first the
-lowest (259). So never compute a sentinel's id: call `sentinel(i)`.
+Ids 0, 1 and 2 are padding, end of sequence and unknown; then come the pieces; then the sentinels,
+written <extra_id_0>, <extra_id_1>, ... in text: 100 that fall from the highest id as in T5, or 125
+that rise as in ByT5. So never compute a sentinel's id: call `sentinel(i)`.
 """
 
 import hashlib

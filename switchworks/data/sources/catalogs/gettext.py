@@ -1,18 +1,10 @@
 """The source `catalogs`: interface messages in a hundred languages with their English, a corpus for
-each language.
+each language, from the gettext catalogs of installed packages.
 
-The text is that of the gettext catalogs of Django and Sphinx, and of Gramps where it is installed,
-whose message ids are English. With the same of these installed and the versions pinned in
-constraints.txt it is the same on every machine. `gettext_messages` cleans messages; those left out
-are counted by reason. An entry with plural forms gives a sentence for each form, with the smallest
-number that calls for it.
-
-Sentences are held out by their English, so the same messages are for validation in every language.
-No training sentence equals, in any language, a validation sentence or the English of one: neither a
-sentence nor its English is on both sides.
-
-Reading takes some tens of seconds, so the result is kept in the cache: `FILE.jsonl` with a
-sentence a line, `FILE.json` with what was left out.
+docs/languages.md says what becomes a sentence. Sentences are held out by their English: no training
+sentence equals, in any language, a validation sentence or the English of one. Reading takes some
+tens of seconds, so the cache keeps `FILE.jsonl` with a sentence a line, and `FILE.json` with what
+was left out.
 """
 
 import contextlib
