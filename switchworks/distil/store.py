@@ -86,12 +86,6 @@ class StoreInfo:
         """The smaller type that holds every id."""
         return "uint16" if self.vocab_size <= 1 << 16 else "uint32"
 
-    @property
-    def bytes_per_target(self) -> int:
-        """Of ids and logarithms; 16 bytes per row and 400 per part come on top."""
-        number = np.dtype(self.dtype).itemsize
-        return self.top_k * np.dtype(self.id_type).itemsize + (self.top_k + 1) * number
-
 
 class LogitStore:
     """Reads a store. Its parts are memory-mapped."""

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from types import ModuleType
-from typing import ClassVar, TypeVar
+from typing import TypeVar
 
 from packaging.requirements import Requirement
 
@@ -65,8 +65,6 @@ _LEFT_OUT_PARAGRAPH = re.compile(
 @dataclass(frozen=True)
 class PythonDocs(TextSource):
     """The embedded corpus, extracted into `cache` when first read by `workers` processes."""
-
-    settings: ClassVar[tuple[str, ...]] = ("workers",)
 
     cache: Path
     workers: int = 0

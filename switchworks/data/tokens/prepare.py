@@ -45,8 +45,7 @@ class PreparedCorpus:
     @cached_property
     def _stores(self) -> tuple[TokenStore, TokenStore]:
         size = sum(file.stat().st_size for file in self.folder.glob("*/*.tokens"))
-        known = self.tokenizer.fingerprint
-        return store.open_store(self.folder, tokenizer=known, verify=size <= VERIFIED_BYTES)
+        return store.open_store(self.folder, verify=size <= VERIFIED_BYTES)
 
     @property
     def missing(self) -> list[int]:

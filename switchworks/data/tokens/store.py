@@ -129,23 +129,17 @@ class TokenStore:
         return self._maps[name]
 
 
-def open_store(
-    folder: Path, *, tokenizer: str | None = None, verify: bool = False
-) -> tuple[TokenStore, TokenStore]:
+def open_store(folder: Path, *, verify: bool = False) -> tuple[TokenStore, TokenStore]:
     """The train and validation stores in `folder`.
 
-    Raises DataError if shards are missing, if a file is not as long as it was written, or if it
-    was made by another tokenizer than the one with fingerprint `tokenizer`. `verify` also reads
-    every file and compares its hash.
+    Raises DataError if shards are missing or if a file is not as long as it was written. `verify`
+    also reads every file and compares its hash.
     """
     manifest = _read_json(folder / "store.json")
     if manifest is None:
         raise DataError(_missing_message(folder))
     if manifest.get("version") != STORE_VERSION:
         raise _unusable(folder, "was written by another version of switchworks")
-    if tokenizer is not None and manifest["tokenizer"] != tokenizer:
-        made = f"{manifest['tokenizer'][:12]}, not {tokenizer[:12]}"
-        raise _unusable(folder, f"was made by another tokenizer ({made})")
     for name, size in manifest["sizes"].items():
         _check_file(folder / name, size, manifest["hashes"][name] if verify else None)
     train, validation = (

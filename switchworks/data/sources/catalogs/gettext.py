@@ -80,7 +80,6 @@ class Split:
 class Catalogs(TextSource):
     """The sentences of one language in the corpus at `corpus`, each a document."""
 
-    settings: ClassVar[tuple[str, ...]] = ("languages", "min_sentences")
     always_by_language: ClassVar[bool] = True
 
     corpus: Path
