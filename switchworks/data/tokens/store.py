@@ -188,7 +188,8 @@ def finished_shard(folder: Path, shard: int, num_shards: int) -> Shard | None:
     values = _read_json(folder / f"{shard_name(shard, num_shards)}.json")
     if values is None or any(_size(folder / n) != size for n, size in values["sizes"].items()):
         return None
-    return Shard(**values | {"segments": {k: Segment(**v) for k, v in values["segments"].items()}})
+    values["segments"] = {split: Segment(**s) for split, s in values["segments"].items()}
+    return Shard(**values)
 
 
 def shard_name(shard: int, num_shards: int) -> str:
