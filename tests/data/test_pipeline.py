@@ -18,17 +18,19 @@ from switchworks.config import ConfigError, DataError
 from switchworks.data.config import DataConfig
 from switchworks.data.rows.pipeline import VALIDATION_SEED, Pipeline, RunRows, validation_batches
 from switchworks.data.tokens.prepare import prepare
+from switchworks.data.tokens.store import Segment, TokenStore
+from switchworks.data.tokens.tokenizer import ByteTokenizer
 
 CONFIG = DataConfig(input_length=32, target_length=8, prefetch=2)
 DOCUMENTS = DataConfig(input_length=32, target_length=12, packing="documents", prefetch=2)
 RAW = 34  # tokens that become 32 inputs and 8 targets
 
 
-class MemoryStore:
+class MemoryStore(TokenStore):
     """Token 1000 + i at offset i, in documents of the given lengths (one document if None)."""
 
     def __init__(self, num_tokens: int, documents: list[int] | None = None) -> None:
-        self.num_tokens = num_tokens
+        super().__init__(Path(), "train", "<u4", [Segment("", num_tokens, 1)])
         self.starts = np.cumsum(documents or [num_tokens])[:-1]
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
@@ -39,7 +41,7 @@ class MemoryStore:
         return self.starts[(self.starts > start) & (self.starts < stop)]
 
 
-class Ids:
+class Ids(ByteTokenizer):
     """Sentinels 999, 998, ... under the store's tokens, so that either is known by its size."""
 
     eos_id = 1
@@ -161,7 +163,7 @@ def test_stream_rows_are_full_and_say_so() -> None:
     assert bool(batch.targets.all())
 
 
-class T5Ids:
+class T5Ids(ByteTokenizer):
     """T5's vocabulary: 32000 pieces, then 100 sentinels of which the highest id comes first."""
 
     eos_id = 1

@@ -26,10 +26,10 @@ from switchworks.data.rows.pipeline import (
     BatchStream,
     Pipeline,
     RunRows,
-    SpecialIds,
-    TokenStream,
     stream_seed,
 )
+from switchworks.data.tokens.store import TokenStore
+from switchworks.data.tokens.tokenizer import Tokenizer
 
 BLOCK_ROWS = 1 << 16
 """Rates are exact to one part in so many; ordering a block takes milliseconds."""
@@ -150,8 +150,8 @@ class Mixture(BatchStream):
 
 def corpus_mixture(
     config: DataConfig,
-    stores: Mapping[str, TokenStream],
-    tokenizer: SpecialIds,
+    stores: Mapping[str, TokenStore],
+    tokenizer: Tokenizer,
     rates: Float[np.ndarray, " K"],
     run: RunRows,
 ) -> Mixture:

@@ -15,7 +15,6 @@ from bisect import bisect_right
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -26,6 +25,8 @@ from switchworks.config import ConfigError, DataError
 from switchworks.data.config import DataConfig
 from switchworks.data.rows.packing import SHORTEST_PIECE, cut_into_pieces, pack
 from switchworks.data.rows.span_corruption import SpanCorruption, corrupt_rows, raw_length
+from switchworks.data.tokens.store import TokenStore
+from switchworks.data.tokens.tokenizer import Tokenizer
 
 # grain warns on import when JAX, which it can do without, is not installed.
 logging.getLogger("absl").addFilter(
@@ -37,32 +38,6 @@ VALIDATION_SEED = 20_210_111
 """Seeds the order and the masks of validation batches, for any seed of the run."""
 
 _ORDER, _OFFSET, _MASK = range(3)  # the purpose of a random stream, part of its seed
-
-
-@runtime_checkable
-class TokenStream(Protocol):
-    """Documents' tokens, one after the other, with random access. A `store.TokenStore` is one."""
-
-    @property
-    def num_tokens(self) -> int: ...
-
-    def tokens(self, start: int, stop: int) -> Int[np.ndarray, " N"]:
-        """The tokens at [start, stop) of the stream."""
-        ...
-
-    def document_bounds(self, start: int, stop: int) -> Int[np.ndarray, " bounds"]:
-        """Sorted offsets strictly inside (start, stop) at which a new document starts."""
-        ...
-
-
-@runtime_checkable
-class SpecialIds(Protocol):
-    """The part of a tokenizer that span corruption needs."""
-
-    eos_id: int
-    num_sentinels: int
-
-    def sentinel(self, index: int) -> int: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +110,7 @@ class Pipeline(BatchStream):
     """
 
     def __init__(
-        self, config: DataConfig, store: TokenStream, tokenizer: SpecialIds, run: RunRows
+        self, config: DataConfig, store: TokenStore, tokenizer: Tokenizer, run: RunRows
     ) -> None:
         """Raises ConfigError for lengths that cannot work, DataError for a corpus that does not
         fill one row."""
@@ -251,7 +226,7 @@ def validation_batches(stream: BatchStream, limit: int) -> list[Batch]:
     return [stream.batch(step) for step in range(min(limit, full))]
 
 
-def _window_length(config: DataConfig, store: TokenStream, corruption: SpanCorruption) -> int:
+def _window_length(config: DataConfig, store: TokenStore, corruption: SpanCorruption) -> int:
     """Tokens a row consumes."""
     if config.objective == "causal":
         _check_text(store, config.target_length, "target_length", config.target_length)
@@ -271,7 +246,7 @@ def _window_length(config: DataConfig, store: TokenStream, corruption: SpanCorru
     return raw
 
 
-def _check_text(store: TokenStream, raw: int, name: str, length: int) -> None:
+def _check_text(store: TokenStore, raw: int, name: str, length: int) -> None:
     if store.num_tokens < raw:
         raise DataError(
             f"The corpus has {store.num_tokens} tokens; one row of data.{name} = {length} needs "
@@ -286,7 +261,7 @@ FITTING_SHARE = 0.98
 
 
 def _document_window(
-    config: DataConfig, store: TokenStream, corruption: SpanCorruption, longest: int
+    config: DataConfig, store: TokenStore, corruption: SpanCorruption, longest: int
 ) -> int:
     """The longest window, up to `longest`, that fits its row whole in nearly all sampled windows.
 
@@ -326,6 +301,6 @@ def _truncated(bounds: list[int], raw: int) -> np.ndarray:
     return np.array([*(bound for bound in bounds if bound < end), end])
 
 
-def _bounds(store: TokenStream, start: int, stop: int) -> list[int]:
+def _bounds(store: TokenStore, start: int, stop: int) -> list[int]:
     """The borders of the documents' pieces in a window, both its ends included."""
     return [start, *store.document_bounds(start, stop).tolist(), stop]
