@@ -174,7 +174,7 @@ def check_decoding(config: "GenerationConfig") -> None:
     for name in ("top_k", "top_p", "seed"):
         given = config.sampling.temperature != 0
         check_needed(config.sampling, name, "--temperature > 0", given=given)
-    for name in ("length_penalty", "penalty", "early_stopping"):
+    for name in ("length_penalty", "penalty"):
         check_needed(config.beams, name, "--beams > 1", given=config.beams.beams > 1)
 
 

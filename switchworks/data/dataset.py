@@ -1,8 +1,4 @@
-"""All that a run reads: one corpus or a mixture, from token stores to batches.
-
-The callers need not know which. One corpus is a mixture of one, without a name, whose batches
-are those of a plain `Pipeline`. `open_dataset` makes one.
-"""
+"""All that a run reads: one corpus or a mixture, from token stores to batches."""
 
 import json
 import math

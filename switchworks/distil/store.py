@@ -1,18 +1,16 @@
 """A teacher's probabilities on disk: it runs once, for any number of students.
 
-For each target that is not padding: the k most likely ids, the logarithms of their probabilities,
-and the logarithm of the probability of all other ids together. A store is a folder:
+A store is a folder of parts, and `store.json`, its `StoreInfo`. A part holds, for each target that
+is not padding, the k most likely ids and their log-probabilities:
 
     rows-000000000-000004096.safetensors   rows 0 to 4095 of a run
         ids      uint16, or uint32 for large vocabularies    N k      most likely first
         logs     float16 or float32                          N k+1    the last: all other ids
         ends     int64     R    where each row's targets end among the N
         hashes   uint64    R    of each row's inputs, targets and segments
-    store.json                             `StoreInfo`
 
-Rows are numbered across the steps of a run. Reading compares the hash of each row, so a student
-cannot be trained on the probabilities for another text. Parts are written aside and renamed: a
-killed writer continues with the row after the last complete part.
+Rows are numbered across the steps of a run. Reading compares the hash of each row. Parts are
+written aside and renamed: a killed writer continues with the row after the last complete part.
 
 Letters: B sequences, T target length, V vocabulary, k ids kept, N targets, R rows.
 """
@@ -87,12 +85,6 @@ class StoreInfo:
     def id_type(self) -> Literal["uint16", "uint32"]:
         """The smaller type that holds every id."""
         return "uint16" if self.vocab_size <= 1 << 16 else "uint32"
-
-    @property
-    def bytes_per_target(self) -> int:
-        """Of ids and logarithms; 16 bytes per row and 400 per part come on top."""
-        number = np.dtype(self.dtype).itemsize
-        return self.top_k * np.dtype(self.id_type).itemsize + (self.top_k + 1) * number
 
 
 class LogitStore:

@@ -1,13 +1,10 @@
 """Beam search: several hypotheses for each sequence are extended at once.
 
-At each step every beam is extended by every token, and the likeliest of all these stay. A
-hypothesis that ends with EOS is scored, the sum of its log-probabilities divided by its length
-penalty, and kept if it is among the N best finished ones. At `max_length` all open ones finish.
-
-A sequence is done when it has N finished hypotheses and the likeliest open one, at its present
-length, scores no better than the worst of them: transformers' `early_stopping=False`. With
-`early_stopping` it is done as soon as it has N. A done sequence stays as it is, so its result does
-not depend on its neighbours in the batch.
+A hypothesis that ends with EOS, or at `max_length`, is scored, the sum of its log-probabilities
+divided by its length penalty, and kept if it is among the N best finished ones. A sequence is done
+when it has N of them and the likeliest open one, at its present length, scores no better than the
+worst: transformers' `early_stopping=False`. It then stays as it is, so its result does not depend
+on its neighbours in the batch.
 
 Letters: B sequences, N beams, C candidates (2 N), T tokens written, V vocabulary.
 """
@@ -49,8 +46,6 @@ class BeamSearch:
     penalty: Literal["length", "t5"] = "length"
     """"length": tokens with EOS, as in transformers. "t5": (5 + tokens) / 6, as in Mesh TensorFlow
     and GNMT."""
-    early_stopping: bool = False
-    """Done with as many finished hypotheses as beams, whatever the open ones may still reach."""
 
     def __post_init__(self) -> None:
         if self.beams < 1:
@@ -155,10 +150,7 @@ def _is_done(
     open_: _Hypotheses, ended: _Hypotheses, length: int, config: BeamSearch
 ) -> Bool[Tensor, "B"]:
     worst = ended.scores[:, -1]
-    enough = worst > NEVER / 2
-    if config.early_stopping:
-        return enough
-    return enough & (open_.scores[:, 0] / config.divisor(length) <= worst)
+    return (worst > NEVER / 2) & (open_.scores[:, 0] / config.divisor(length) <= worst)
 
 
 def _take(texts: Int[Tensor, "B N T"], places: Int[Tensor, "B M"]) -> Int[Tensor, "B M T"]:

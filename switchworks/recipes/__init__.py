@@ -11,7 +11,7 @@ from functools import partial, wraps
 from pathlib import Path
 
 from switchworks.config import ConfigError
-from switchworks.recipes import c4, finetune, multilingual, quickstart, tiny
+from switchworks.recipes import c4, finetune, quickstart, tiny
 from switchworks.recipes.finetune import text_of as text_of
 from switchworks.recipes.sizes import FAMILIES as FAMILIES
 from switchworks.recipes.sizes import MT5, SIZES
@@ -33,8 +33,8 @@ GROUPS: dict[str, tuple[Recipe, ...]] = {
         finetune.finetune,
         quickstart.speedup,
         quickstart.speedup_dense,
-        multilingual.multilingual,
-        multilingual.multilingual_dense,
+        quickstart.multilingual,
+        quickstart.multilingual_dense,
     ),
     "The paper's models on C4": c4.RECIPES,
 }

@@ -172,6 +172,5 @@ def summary(store: distil.LogitStore) -> str:
         f"{store.folder} holds the {info.top_k} likeliest of {info.vocab_size:,} ids for "
         f"{store.num_targets:,} targets in {store.num_rows:,} rows.\n"
         f"{store.num_bytes / 1e6:,.1f} MB: {store.num_bytes / targets:.1f} bytes per target "
-        f"({info.bytes_per_target} for ids and logarithms; all logits in float32 take "
-        f"{4 * info.vocab_size:,})."
+        f"(all logits in float32 take {4 * info.vocab_size:,})."
     )

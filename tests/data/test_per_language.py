@@ -26,7 +26,7 @@ from switchworks.data.rows.mixture import BLOCK_ROWS, corpus_mixture, rates
 from switchworks.data.rows.pipeline import RunRows
 from switchworks.data.sources import open_source, source_class
 from switchworks.evaluate.perplexity import evaluate_run
-from switchworks.recipes.multilingual import multilingual
+from switchworks.recipes.quickstart import multilingual
 from switchworks.report.runs import read_run
 from switchworks.training import train
 from switchworks.training.hooks.progress import epochs_text

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from switchworks.config import ConfigError, DataError
 from switchworks.data.rows.span_corruption import (
     SpanCorruption,
-    corrupt,
     corrupt_rows,
     corrupted_lengths,
     raw_length,
@@ -49,6 +48,43 @@ def _restored(inputs: np.ndarray, targets: np.ndarray) -> list[int]:
     hidden = _spans_after_sentinels(targets)
     parts = [hidden[t] if t >= LOWEST_SENTINEL else [t] for t in inputs[:-1].tolist()]
     return list(itertools.chain.from_iterable(parts))
+
+
+def corrupt(
+    tokens: np.ndarray, rng: np.random.Generator, corruption: SpanCorruption
+) -> tuple[np.ndarray, np.ndarray]:
+    """A batch of one row."""
+    inputs, targets = corrupt_rows(tokens[None], [rng], corruption)
+    return inputs[0], targets[0]
+
+
+def plainly_corrupted(
+    tokens: np.ndarray, rng: np.random.Generator, corruption: SpanCorruption
+) -> tuple[np.ndarray, np.ndarray]:
+    """The reference: one span after the other, from a kept one to a hidden one."""
+    noise, spans = corruption.counts(len(tokens))
+    hidden_lengths = _lengths(noise, spans, rng)
+    kept_lengths = _lengths(len(tokens) - noise, spans, rng)
+    inputs: list[int] = []
+    targets: list[int] = []
+    start = 0
+    spans_in_order = zip(corruption.sentinels, kept_lengths, hidden_lengths, strict=False)
+    for sentinel, kept, hidden in spans_in_order:
+        middle, end = start + kept, start + kept + hidden
+        inputs += [*tokens[start:middle].tolist(), sentinel]
+        targets += [sentinel, *tokens[middle:end].tolist()]
+        start = end
+    return np.array([*inputs, corruption.eos_id]), np.array([*targets, corruption.eos_id])
+
+
+def _lengths(total: int, parts: int, rng: np.random.Generator) -> list[int]:
+    """`parts` positive lengths with the sum `total`, all such lists equally likely.
+
+    Each of the total - 1 gaps between items draws a number; the parts - 1 lowest become borders.
+    """
+    lowest = np.argsort(rng.random(total - 1))[: parts - 1]
+    cuts = [0, *sorted(int(gap) + 1 for gap in lowest), total]
+    return [stop - start for start, stop in itertools.pairwise(cuts)]
 
 
 @pytest.mark.parametrize(
@@ -122,7 +158,7 @@ def test_a_batch_equals_its_rows_corrupted_one_by_one(
 
     inputs, targets = corrupt_rows(tokens, rngs(), how)
     for row, rng in enumerate(rngs()):
-        expected_inputs, expected_targets = corrupt(tokens[row], rng, how)
+        expected_inputs, expected_targets = plainly_corrupted(tokens[row], rng, how)
         np.testing.assert_array_equal(inputs[row], expected_inputs)
         np.testing.assert_array_equal(targets[row], expected_targets)
 

@@ -53,19 +53,17 @@ def until_eos(rows: torch.Tensor) -> list[list[int]]:
     return [row[: row.index(1) + 1] if 1 in row else row for row in lists]
 
 
-@pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("penalty", [0.0, 0.6, 1.0, 2.0])
-def test_the_tokens_are_those_of_transformers(theirs, penalty, early):
+def test_the_tokens_are_those_of_transformers(theirs, penalty):
     expected = theirs.generate(
         INPUTS,
         attention_mask=(INPUTS != 0).long(),
         num_beams=4,
         max_new_tokens=10,
         length_penalty=penalty,
-        early_stopping=early,
         do_sample=False,
     )[:, 1:]
-    how = BeamSearch(beams=4, length_penalty=penalty, early_stopping=early)
+    how = BeamSearch(beams=4, length_penalty=penalty)
     assert until_eos(generate(load_hf(theirs), INPUTS, max_length=10, beams=how)) == until_eos(
         expected
     )

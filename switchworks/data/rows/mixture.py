@@ -1,17 +1,11 @@
 """Several corpora as one: how often each is drawn from, and which corpus a row comes from.
 
 A corpus of size n has a rate in proportion to min(n, cap) ** exponent (mT5: n ** 0.3; T5's
-"temperature" is 1 / exponent). Rows are not drawn independently but scheduled in blocks. In each
-block of BLOCK_ROWS rows every corpus has the same fixed number of rows, its rate rounded by largest
-remainder, and they are spread evenly: of its n rows the j-th has a random time in the j-th n-th of
-the block, and the order of all times is the order of the rows. So
-
-- which corpus row g of the run comes from, and how many rows that corpus had before it, follow
-  from (seed, g) alone: whole blocks by multiplication, the rest from one block's order;
-- over whole blocks every rate is kept to 1 / N, except that every corpus gets at least one row;
-- after any number of rows of a block, none of K corpora is further from its share of them than
-  1 + K times its rate, in rows;
-- each corpus is read in its own epochs, every window once before any comes again.
+"temperature" is 1 / exponent). Rows are scheduled in blocks of BLOCK_ROWS, in which each corpus has
+its rate's number of rows, evenly spread: of its n rows the j-th has a random time in the j-th n-th
+of the block. So the corpus of row g, and its number there, follow from (seed, g) alone, and after
+any number of rows of a block none of K corpora is further from its share of them than 1 + K times
+its rate, in rows.
 
 Letters: K corpora, N rows of a block.
 """
@@ -32,10 +26,10 @@ from switchworks.data.rows.pipeline import (
     BatchStream,
     Pipeline,
     RunRows,
-    SpecialIds,
-    TokenStream,
     stream_seed,
 )
+from switchworks.data.tokens.store import TokenStore
+from switchworks.data.tokens.tokenizer import Tokenizer
 
 BLOCK_ROWS = 1 << 16
 """Rates are exact to one part in so many; ordering a block takes milliseconds."""
@@ -156,8 +150,8 @@ class Mixture(BatchStream):
 
 def corpus_mixture(
     config: DataConfig,
-    stores: Mapping[str, TokenStream],
-    tokenizer: SpecialIds,
+    stores: Mapping[str, TokenStore],
+    tokenizer: Tokenizer,
     rates: Float[np.ndarray, " K"],
     run: RunRows,
 ) -> Mixture:

@@ -1,13 +1,10 @@
 """Tokens to batches: any step's batch can be made from (seed, step, rank, world) and nothing else.
 
-So there is no iterator state to save: resume asks for step k, and more or fewer ranks cut the
-same global batch into other shares. Rows of the run are numbered 0, 1, 2, ... across steps;
-row g's place in the corpus and its hidden spans are functions of (seed, g). In each epoch every
-window of the token stream is visited once, in a fresh order, on a freshly shifted grid.
+Rows of the run are numbered 0, 1, 2, ... across steps; row g's place in the corpus and its hidden
+spans are functions of (seed, g). In each epoch every window of the token stream is visited once, in
+a fresh order, on a freshly shifted grid. `grain` shuffles, element by element, and prefetches; its
+batching and packing produce a stream whose position is state, so they are not used.
 
-`grain` does the shuffle, computed element by element so that no permutation is stored, and the
-prefetch. Its batching and packing are not used: they produce a stream whose position is state, so
-rows are gathered by number and packed here, one window to one row.
 Letters: B rows of this rank, L input positions, T target positions, N tokens of a window.
 """
 
@@ -17,8 +14,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from itertools import chain, count
-from typing import Protocol, runtime_checkable
+from itertools import count
 
 import numpy as np
 import torch
@@ -27,9 +23,10 @@ from jaxtyping import Int
 from switchworks.batch import Batch
 from switchworks.config import ConfigError, DataError
 from switchworks.data.config import DataConfig
-from switchworks.data.rows.causal import causal_row
-from switchworks.data.rows.packing import SHORTEST_PIECE, Packed, cut_into_pieces, pack, to_batch
-from switchworks.data.rows.span_corruption import SpanCorruption, corrupt, corrupt_rows, raw_length
+from switchworks.data.rows.packing import SHORTEST_PIECE, cut_into_pieces, pack
+from switchworks.data.rows.span_corruption import SpanCorruption, corrupt_rows, raw_length
+from switchworks.data.tokens.store import TokenStore
+from switchworks.data.tokens.tokenizer import Tokenizer
 
 # grain warns on import when JAX, which it can do without, is not installed.
 logging.getLogger("absl").addFilter(
@@ -41,32 +38,6 @@ VALIDATION_SEED = 20_210_111
 """Seeds the order and the masks of validation batches, for any seed of the run."""
 
 _ORDER, _OFFSET, _MASK = range(3)  # the purpose of a random stream, part of its seed
-
-
-@runtime_checkable
-class TokenStream(Protocol):
-    """Documents' tokens, one after the other, with random access. A `store.TokenStore` is one."""
-
-    @property
-    def num_tokens(self) -> int: ...
-
-    def tokens(self, start: int, stop: int) -> Int[np.ndarray, " N"]:
-        """The tokens at [start, stop) of the stream."""
-        ...
-
-    def document_bounds(self, start: int, stop: int) -> Int[np.ndarray, " bounds"]:
-        """Sorted offsets strictly inside (start, stop) at which a new document starts."""
-        ...
-
-
-@runtime_checkable
-class SpecialIds(Protocol):
-    """The part of a tokenizer that span corruption needs."""
-
-    eos_id: int
-    num_sentinels: int
-
-    def sentinel(self, index: int) -> int: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,13 +106,11 @@ class BatchStream(ABC):
 class Pipeline(BatchStream):
     """The batches of one corpus.
 
-    `raw_length` is the number of tokens a row consumes. `left_out` is the share of tokens that
-    packing="documents" or, to make room for EOS, the causal objective leaves out of rows, estimated
-    on windows spread evenly over the corpus.
+    `raw_length` is the number of tokens a row consumes.
     """
 
     def __init__(
-        self, config: DataConfig, store: TokenStream, tokenizer: SpecialIds, run: RunRows
+        self, config: DataConfig, store: TokenStore, tokenizer: Tokenizer, run: RunRows
     ) -> None:
         """Raises ConfigError for lengths that cannot work, DataError for a corpus that does not
         fill one row."""
@@ -153,7 +122,7 @@ class Pipeline(BatchStream):
             sentinels=tuple(tokenizer.sentinel(i) for i in range(tokenizer.num_sentinels)),
             eos_id=tokenizer.eos_id,
         )
-        self.raw_length, self.left_out = _window_length(config, store, self.corruption)
+        self.raw_length = _window_length(config, store, self.corruption)
         # One window less than fits leaves the grid at least a window's length to shift in: each
         # epoch draws an offset, so that it cuts the text at other places.
         self.windows = max(1, store.num_tokens // self.raw_length - 1)
@@ -165,7 +134,8 @@ class Pipeline(BatchStream):
             return self._causal(rows)
         if self.config.packing == "stream":
             return self._stream_rows(rows)
-        return to_batch([self._packed_row(row) for row in rows])
+        lengths = self.config.input_length, self.config.target_length
+        return pack([self._pieces(row, *lengths) for row in rows], *lengths)
 
     def window_of(self, row: int) -> tuple[int, int]:
         """The (start, stop) in the token stream of row `row` of the run."""
@@ -194,16 +164,35 @@ class Pipeline(BatchStream):
         padding = (inputs.shape[1], targets.shape[1]) != (L, T)
         return Batch(inputs=_padded(inputs, L), targets=_padded(targets, T), padding=padding)
 
-    def _packed_row(self, row: int) -> Packed:
+    def _pieces(self, row: int, *lengths: int) -> list[tuple[np.ndarray, np.ndarray]]:
         start, stop = self.window_of(row)
-        lengths = self.config.input_length, self.config.target_length
         tokens, rng = self.store.tokens(start, stop), self._rng(row)
         pieces = cut_into_pieces(_bounds(self.store, start, stop), self.corruption, *lengths)
-        pairs = [corrupt(tokens[a - start : b - start], rng, self.corruption) for a, b in pieces]
-        return pack(pairs, *lengths)
+        pairs = [
+            corrupt_rows(tokens[None, a - start : b - start], [rng], self.corruption)
+            for a, b in pieces
+        ]
+        return [(inputs[0], targets[0]) for inputs, targets in pairs]
 
     def _rng(self, row: int) -> np.random.Generator:
         return np.random.default_rng([self.run.seed, _MASK, row])
+
+
+def causal_row(
+    tokens: Int[np.ndarray, " N"], starts: Int[np.ndarray, " documents"], eos_id: int
+) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " N"]]:
+    """(targets, segments), int64, of a window in which documents start at the offsets `starts`.
+
+    EOS follows every document that ends inside the window and belongs to it; each pushes one token
+    out at the window's end, so that rows stay full. Segments count the documents from 1.
+
+        window   it was so . | Once upon a
+        targets  it was so . EOS Once upon
+        segments  1   1  1 1   1    2    2
+    """
+    targets = np.insert(tokens.astype(np.int64), starts, eos_id)[: len(tokens)]
+    ends = starts + np.arange(len(starts))  # positions of the EOS in `targets`
+    return targets, np.searchsorted(ends, np.arange(len(tokens))) + 1
 
 
 def rows_of_step(step: int, batch_size: int, rank: int, world: int) -> range:
@@ -237,12 +226,11 @@ def validation_batches(stream: BatchStream, limit: int) -> list[Batch]:
     return [stream.batch(step) for step in range(min(limit, full))]
 
 
-def _window_length(
-    config: DataConfig, store: TokenStream, corruption: SpanCorruption
-) -> tuple[int, float]:
-    """(tokens a row consumes, share of them left out of it)."""
+def _window_length(config: DataConfig, store: TokenStore, corruption: SpanCorruption) -> int:
+    """Tokens a row consumes."""
     if config.objective == "causal":
-        return _causal_window(config, store)
+        _check_text(store, config.target_length, "target_length", config.target_length)
+        return config.target_length
     raw = raw_length(config.input_length, config.noise_density, config.mean_span)
     corruption.counts(raw)  # raises if there are too few sentinels
     _check_text(store, raw, "input_length", config.input_length)
@@ -255,18 +243,10 @@ def _window_length(
             f"{config.input_length}: rows of {raw} tokens\n"
             f"  make targets of {needed}. Set --data.target-length {needed}."
         )
-    return raw, 0.0
+    return raw
 
 
-def _causal_window(config: DataConfig, store: TokenStream) -> tuple[int, float]:
-    """(tokens a row consumes, share of them that EOS push out)."""
-    raw = config.target_length
-    _check_text(store, raw, "target_length", raw)
-    sample = _sample_windows(store, raw)
-    return raw, sum(len(bounds) - 2 for bounds in sample) / (raw * len(sample))
-
-
-def _check_text(store: TokenStream, raw: int, name: str, length: int) -> None:
+def _check_text(store: TokenStore, raw: int, name: str, length: int) -> None:
     if store.num_tokens < raw:
         raise DataError(
             f"The corpus has {store.num_tokens} tokens; one row of data.{name} = {length} needs "
@@ -281,11 +261,10 @@ FITTING_SHARE = 0.98
 
 
 def _document_window(
-    config: DataConfig, store: TokenStream, corruption: SpanCorruption, longest: int
-) -> tuple[int, float]:
-    """(window length, share of tokens left out) for packing="documents".
+    config: DataConfig, store: TokenStore, corruption: SpanCorruption, longest: int
+) -> int:
+    """The longest window, up to `longest`, that fits its row whole in nearly all sampled windows.
 
-    The longest window, up to `longest`, that fits its row whole in nearly all sampled windows.
     Each document in a window costs an EOS in inputs and targets and rounds its spans up or down,
     so what fits depends on how long the documents are.
     """
@@ -297,7 +276,9 @@ def _document_window(
             f"room for a piece of {SHORTEST_PIECE} tokens,\n"
             f"  which needs {least[0]} and {least[1]}. Raise the shorter one."
         )
-    sample = _sample_windows(store, longest)
+    count = min(SAMPLED_WINDOWS, store.num_tokens // longest)
+    step = (store.num_tokens - longest) // max(1, count - 1)
+    sample = [_bounds(store, i * step, i * step + longest) for i in range(count)]
     # (inputs, targets) that a piece of each length takes; 0 for pieces too short to be kept.
     needs = np.zeros((longest + 1, 2), dtype=np.int64)
     for length in range(SHORTEST_PIECE, longest + 1):
@@ -311,17 +292,7 @@ def _document_window(
     # `too_long` is False and then True over rising lengths (nearly: rounding of spans may make
     # single exceptions, which cost a little text and nothing else), so bisection finds the border.
     lengths = range(SHORTEST_PIECE + 1, longest + 1)
-    raw = SHORTEST_PIECE + bisect_right(lengths, False, key=too_long)
-    pieces = [cut_into_pieces(_truncated(b, raw).tolist(), corruption, *row) for b in sample]
-    kept = sum(stop - start for start, stop in chain.from_iterable(pieces))
-    return raw, 1 - kept / (raw * len(sample))
-
-
-def _sample_windows(store: TokenStream, raw: int) -> list[list[int]]:
-    """The `_bounds` of windows of `raw` tokens, spread evenly over the corpus."""
-    count = min(SAMPLED_WINDOWS, store.num_tokens // raw)
-    step = (store.num_tokens - raw) // max(1, count - 1)
-    return [_bounds(store, i * step, i * step + raw) for i in range(count)]
+    return SHORTEST_PIECE + bisect_right(lengths, False, key=too_long)
 
 
 def _truncated(bounds: list[int], raw: int) -> np.ndarray:
@@ -330,6 +301,6 @@ def _truncated(bounds: list[int], raw: int) -> np.ndarray:
     return np.array([*(bound for bound in bounds if bound < end), end])
 
 
-def _bounds(store: TokenStream, start: int, stop: int) -> list[int]:
+def _bounds(store: TokenStore, start: int, stop: int) -> list[int]:
     """The borders of the documents' pieces in a window, both its ends included."""
     return [start, *store.document_bounds(start, stop).tolist(), stop]

@@ -8,14 +8,12 @@ with EOS. The counts depend on the length alone, so rows of one length give full
     inputs   Thank you <s0> me to your party <s1> week EOS
     targets  <s0> for inviting <s1> last EOS
 
-`corrupt` is the plain reference; `corrupt_rows` does a batch at once and is tested equal to it.
 Source: `span_corruption`, `random_spans_noise_mask` and `random_spans_helper` in T5's
 t5/data/preprocessors.py. Letters: B rows, N tokens before corruption, L and T after.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -99,43 +97,13 @@ def raw_length(input_length: int, noise_density: float, mean_span: float) -> int
     return raw
 
 
-def corrupt(
-    tokens: Int[np.ndarray, " N"], rng: np.random.Generator, corruption: SpanCorruption
-) -> tuple[Int[np.ndarray, " L"], Int[np.ndarray, " T"]]:
-    """(inputs, targets) of one run of tokens: the reference, one span after the other.
-
-    The lengths are `corruption.lengths(N)`. Takes N - 2 numbers from `rng`.
-    """
-    noise, spans = corruption.counts(len(tokens))
-    hidden_lengths = _partition(noise, spans, rng)
-    kept_lengths = _partition(len(tokens) - noise, spans, rng)
-    inputs: list[int] = []
-    targets: list[int] = []
-    start = 0
-    # Kept and hidden spans alternate, from a kept one to a hidden one: as many of each.
-    spans_in_order = zip(corruption.sentinels, kept_lengths, hidden_lengths, strict=False)
-    for sentinel, kept, hidden in spans_in_order:
-        middle, end = start + kept, start + kept + hidden
-        inputs += [*tokens[start:middle].tolist(), sentinel]
-        targets += [sentinel, *tokens[middle:end].tolist()]
-        start = end
-    return np.array([*inputs, corruption.eos_id]), np.array([*targets, corruption.eos_id])
-
-
-def _partition(total: int, parts: int, rng: np.random.Generator) -> list[int]:
-    """`parts` positive lengths with the sum `total`, all such lists equally likely.
-
-    Each of the total - 1 gaps between items draws a number; the parts - 1 lowest become borders.
-    """
-    lowest = np.argsort(rng.random(total - 1))[: parts - 1]
-    cuts = [0, *sorted(int(gap) + 1 for gap in lowest), total]
-    return [stop - start for start, stop in pairwise(cuts)]
-
-
 def corrupt_rows(
     tokens: Int[np.ndarray, "B N"], rngs: Sequence[np.random.Generator], corruption: SpanCorruption
 ) -> tuple[Int[np.ndarray, "B L"], Int[np.ndarray, "B T"]]:
-    """(inputs, targets), int64, of B rows of N tokens: row b equals `corrupt` with `rngs[b]`."""
+    """(inputs, targets), int64, of B rows of N tokens.
+
+    Their lengths are `corruption.lengths(N)`. Row b takes N - 2 numbers from `rngs[b]`.
+    """
     B, N = tokens.shape
     noise, spans = corruption.counts(N)
     draws = np.stack([rng.random(N - 2) for rng in rngs])
@@ -157,7 +125,9 @@ def corrupt_rows(
 def _partitions(
     total: int, parts: int, draws: Float[np.ndarray, "B gaps"]
 ) -> Int[np.ndarray, "B parts"]:
-    """`_partition` for B rows at once, from numbers already drawn."""
+    """For each of B rows `parts` positive lengths with the sum `total`, all such lists equally
+    likely: each of the gaps between items drew a number, and the parts - 1 lowest become borders.
+    """
     B = draws.shape[0]
     cuts = np.full((B, parts + 1), total)
     cuts[:, 0] = 0

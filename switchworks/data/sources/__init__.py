@@ -21,14 +21,13 @@ SOURCES: dict[str, type[TextSource]] = {
 def source_class(config: TextConfig) -> type[TextSource]:
     """The class of the source that `config` names: `Files` if it has a path.
 
-    Raises ConfigError, listing the sources and what they read, for an unknown name.
+    Raises ConfigError, listing the sources, for an unknown name.
     """
     name = config.source if config.path is None else "files"
     if name not in SOURCES:
-        known = (f"{name} ({', '.join(kind.settings)})" for name, kind in SOURCES.items())
         raise ConfigError(
             f"data.source = {name!r} is not a source of text.\n"
-            f"  Sources, and the settings they read: {', '.join(known)}.\n"
+            f"  Sources: {', '.join(SOURCES)}.\n"
             "  Your own: switchworks.data.SOURCES[NAME] = a TextSource, before the settings."
         )
     return SOURCES[name]

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from switchworks.config import ConfigError, DataError
 from switchworks.data.cache import digest, file_stats
@@ -27,8 +27,6 @@ LINE_CHARACTERS = 100
 @dataclass(frozen=True)
 class Files(TextSource):
     """The text files `paths`, in this order."""
-
-    settings: ClassVar[tuple[str, ...]] = ("path", "column", "languages", "min_sentences")
 
     paths: tuple[Path, ...]
     column: str

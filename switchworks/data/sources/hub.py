@@ -21,10 +21,6 @@ _MC4_ENGLISH = "en-multi"
 class HubDataset(TextSource):
     """One split of a dataset, whole or streamed."""
 
-    settings: ClassVar[tuple[str, ...]] = (
-        *("dataset", "dataset_config", "split", "validation_split"),
-        *("streaming", "column", "languages"),
-    )
     is_local: ClassVar[bool] = False
 
     name: str

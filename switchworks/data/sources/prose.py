@@ -1,9 +1,7 @@
 """One documentation string in, its clean English paragraphs out.
 
-`paragraphs` works in three passes, each a list of regular expressions: remove blocks that are not
-prose (code, doctests, tables, directives), split the rest into paragraphs, remove markup inside
-lines. Only paragraphs that read like English sentences are kept: losing a good paragraph is better
-than keeping a bad one.
+Three passes: blocks that are not prose go, the rest is split into paragraphs, markup inside lines
+goes. Only what reads like English is kept: a good paragraph lost is better than a bad one kept.
 """
 
 import html

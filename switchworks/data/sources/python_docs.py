@@ -1,12 +1,9 @@
 """The source `python_docs`: English prose that every machine with this package has.
 
-The text is taken from the standard library and from what switchworks depends on: docstrings and
-other documentation strings, comments, C headers, READMEs and the topics of Python's own help,
-cleaned by `prose`. No paragraph occurs twice. With the versions pinned in constraints.txt it is the
-same text on every machine: tools that happen to be installed beside switchworks are not read.
-
-Files are parsed, never imported. Extraction takes some tens of seconds, so its result is kept in
-the cache, one JSON string per line.
+Docstrings, comments, C headers, READMEs and help topics of the standard library and of what
+switchworks depends on, cleaned by `prose`, no paragraph twice. With the versions pinned in
+constraints.txt it is the same text on every machine. Files are parsed, never imported. Extraction
+takes some tens of seconds, so the cache keeps its result, one JSON string per line.
 """
 
 import ast
@@ -27,7 +24,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from types import ModuleType
-from typing import ClassVar, TypeVar
+from typing import TypeVar
 
 from packaging.requirements import Requirement
 
@@ -68,8 +65,6 @@ _LEFT_OUT_PARAGRAPH = re.compile(
 @dataclass(frozen=True)
 class PythonDocs(TextSource):
     """The embedded corpus, extracted into `cache` when first read by `workers` processes."""
-
-    settings: ClassVar[tuple[str, ...]] = ("workers",)
 
     cache: Path
     workers: int = 0

@@ -1,8 +1,4 @@
-"""Files to documents: decompression, decoding and cutting, streamed. Errors name the file.
-
-Every function takes one file and yields its documents in order, with no more than one document
-and one block of the file in memory; only compressed Parquet is unpacked whole.
-"""
+"""Files to documents: decompression, decoding and cutting, streamed. Errors name the file."""
 
 import codecs
 import json

@@ -74,8 +74,6 @@ class NoText(DataError):  # noqa: N818  named like DataError's other kinds
 class TextSource(ABC):
     """A source of text documents. `open` makes one from the settings of a corpus."""
 
-    settings: ClassVar[tuple[str, ...]] = ()
-    """The fields of `TextConfig` that it reads besides `documents` and `validation_share`."""
     always_by_language: ClassVar[bool] = False
     """Whether it is one corpus for each language even if `languages` names none."""
     is_local: ClassVar[bool] = True

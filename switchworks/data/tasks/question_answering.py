@@ -1,11 +1,8 @@
 """SQuAD with its passage, closed-book Natural Questions, WebQuestions and TriviaQA; ANLI, ARC and
 Winogrande.
 
-SQuAD is T5's. The closed-book tasks are those of Roberts et al. 2020, with 90 % of the training
-split to train on and the rest to validate: as many as there, but in the Hub's order. The paper does
-not print its text for ANLI, ARC and Winogrande, and T5 does not have them. ANLI and Winogrande take
-T5's general form (the task's name, then every field's name and text, in alphabetical order), ARC
-lists its choices by their letters; the target is always the text of the answer.
+The closed-book tasks are those of Roberts et al. 2020, with 90 % of the training split to train on
+and the rest to validate: as many as there, but in the Hub's order.
 """
 
 import re

@@ -1,13 +1,11 @@
 """Examples to rows to batches: the `Pipeline` of a task, and tasks mixed.
 
-A row holds one example, padded, or several of one task, packed. Which examples share a row is
-decided once per run, by a shuffle and first fit among a few open rows; each epoch shuffles the
-rows. So row g of a task is a function of (seed, g), and there is no state to save:
-`mixture.MixtureSchedule` says which task a row of the run comes from.
+A row holds one example, padded, or several of one task, packed: decided once per run, by a shuffle
+and first fit among a few open rows. Each epoch shuffles the rows, so row g of a task is a function
+of (seed, g). A task's rate is its share of the examples (or tokens), but the schedule counts rows,
+so its share of the rows is that rate divided by the examples (tokens) of one of its rows.
 
-A task's rate is its share of the examples (or of the tokens). The schedule counts rows, and a row
-of short examples holds more of them, so a task's share of the rows is its rate divided by the
-examples (tokens) of one of its rows. Letters: K tasks, N examples, R rows of an epoch.
+Letters: K tasks, N examples, R rows of an epoch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +19,7 @@ from switchworks.batch import Batch
 from switchworks.config import ConfigError, DataError
 from switchworks.data.config import DataConfig
 from switchworks.data.rows.mixture import Mixture, rates
-from switchworks.data.rows.packing import pack, to_batch
+from switchworks.data.rows.packing import pack
 from switchworks.data.rows.pipeline import RunRows, epochs_in_random_order, grain, stream_seed
 from switchworks.data.tasks.store import TaskStore
 
@@ -84,11 +82,8 @@ class TaskRows:
     def rows(self, rows: Sequence[int]) -> Batch:
         """The rows with these numbers."""
         lengths = self.config.input_length, self.config.target_length
-        packed = [
-            pack([self._example(int(index)) for index in self.examples_of(row)], *lengths)
-            for row in rows
-        ]
-        return to_batch(packed, segments=self.config.packs_tasks)
+        pieces = [[self._example(int(index)) for index in self.examples_of(row)] for row in rows]
+        return pack(pieces, *lengths, segments=self.config.packs_tasks)
 
     def _example(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         inputs, target = self.store.example(index)

@@ -1,9 +1,7 @@
 """Summarisation: CNN/DailyMail, XSum, and a docstring's body to its first line.
 
-Every installation has data for the last. Its text is that of the embedded corpus, and so are the
-splits: an example is for validation only if all its paragraphs are in documents that are held out
-from pre-training, and for training only if none is. The others are left out, so that no pre-trained
-model has seen an answer.
+The last is made of the embedded corpus, and has its splits: no pre-trained model has seen an
+answer.
 """
 
 import ast

@@ -1,8 +1,4 @@
-"""What a task is: how a record of a dataset becomes text, and by which metrics answers are judged.
-
-A task never tokenises and never decodes. It turns records into `Example`s; `store` tokenises them
-for training, and `evaluate` compares a model's answers with their `answers`.
-"""
+"""A task: how a record of a dataset becomes text, and by which metrics answers are judged."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -173,17 +169,9 @@ def hub_task(
     config: str | None = None,
     folder: str | None = None,
     names: Mapping[str, str] = SPLIT_NAMES,
-    metrics: tuple[str, ...] = ("accuracy",),
-    labels: tuple[str, ...] = (),
-    training_text: ToText | None = None,
+    **settings: Any,
 ) -> Task:
-    """A task of a dataset on the Hub; the folder of a local copy has the task's name by default."""
+    """A task, with these more `settings`, of a dataset on the Hub; the folder of a local copy has
+    the task's name by default."""
     source = Hub(dataset=dataset, config=config, folder=folder or name, names=names)
-    return Task(
-        name=name,
-        source=source,
-        to_text=to_text,
-        metrics=metrics,
-        labels=labels,
-        training_text=training_text,
-    )
+    return Task(name=name, source=source, to_text=to_text, **settings)

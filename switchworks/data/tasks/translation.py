@@ -1,10 +1,8 @@
 """WMT from English into German, French and Romanian, as in T5; sentences of interfaces in many
 languages, to translate or to name their language.
 
-Those sentences are of the embedded corpus `catalogs`, where no training sentence equals a
-validation sentence or its English. A folder `catalogs` among the local tasks replaces them: files
-train and validation (.jsonl, .csv, .parquet) with records of a `language` (a code such as de or
-pt-BR), the `english` sentence, and the `text` in that language.
+Those are of the embedded corpus `catalogs`, or of a folder `catalogs` among the local tasks, whose
+records have a `language` (a code), the `english` sentence, and the `text`.
 """
 
 import re

@@ -50,7 +50,12 @@ class TableSource(Source):
     def records(self, split: str, places: Places) -> Iterator[Record]:
         parted = self.path.is_file() and split != "all"
         for record in read_tables(self._files(split)):
-            source, target = self._check_columns(record)
+            source, target = self._column_names
+            if missing := [name for name in (source, target) if name not in record]:
+                raise DataError(
+                    f"{self.path} has no column {missing[0]!r}. It has: {', '.join(record)}.\n"
+                    "  Name input and target: NAME=PATH:INPUT:TARGET."
+                )
             inputs = _text(record[source])
             if parted:
                 held_out = is_validation(inputs, places.validation_share)
@@ -64,16 +69,6 @@ class TableSource(Source):
 
     def _files(self, split: str) -> list[Path]:
         return [self.path] if self.path.is_file() else tables_named(self.path, split)
-
-    def _check_columns(self, record: Record) -> tuple[str, str]:
-        """The columns for input and target. Raises DataError if `record` does not have them."""
-        for column in self._column_names:
-            if column not in record:
-                raise DataError(
-                    f"{self.path} has no column {column!r}. It has: {', '.join(record)}.\n"
-                    "  Name input and target: NAME=PATH:INPUT:TARGET."
-                )
-        return self._column_names
 
     @cached_property
     def _column_names(self) -> tuple[str, str]:

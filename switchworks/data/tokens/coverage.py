@@ -1,9 +1,7 @@
 """How well a tokenizer covers each language: characters with pieces, tokens per character.
 
-With byte fallback every text can be encoded, but at a price: a character without a piece of its own
-costs as many tokens as it has UTF-8 bytes, three or four in most scripts.
-
-Letters: V ids.
+With byte fallback a character without a piece costs as many tokens as it has UTF-8 bytes, three or
+four in most scripts. Letters: V ids.
 """
 
 from collections import Counter

@@ -1,8 +1,7 @@
 """From the data settings to a tokenizer and token stores, made when missing.
 
-Everything lies in the cache folder under names made of fingerprints: of the text's source, then
-of the tokenizer. So a second call only opens what the first one made, and a change of the text,
-the tokenizer or the validation share never meets an old store. One process builds, others wait.
+They lie in the cache under names made of the fingerprints of text, tokenizer and validation share,
+so no change of one meets an old store. One process builds, others wait.
 """
 
 from collections.abc import Iterator
@@ -46,8 +45,7 @@ class PreparedCorpus:
     @cached_property
     def _stores(self) -> tuple[TokenStore, TokenStore]:
         size = sum(file.stat().st_size for file in self.folder.glob("*/*.tokens"))
-        known = self.tokenizer.fingerprint
-        return store.open_store(self.folder, tokenizer=known, verify=size <= VERIFIED_BYTES)
+        return store.open_store(self.folder, verify=size <= VERIFIED_BYTES)
 
     @property
     def missing(self) -> list[int]:

@@ -1,22 +1,21 @@
 """Tokens on disk: every document once, end to end, memory-mapped, with random access.
 
-A store is a folder. Its text is divided into shards (one per job of a job array, or only one) and a
-shard is written as parts, each of whole documents:
+A store is a folder. Its text is divided into shards (one per job of a job array, or only one):
 
-    plan.json                                       shards, tokenizer, dtype; written first
-    train/shard-00003-of-00064.part-0000.tokens     uint16, or uint32 for large vocabularies
-    train/shard-00003-of-00064.part-0000.ends       uint64: where each document of the part ends
-    validation/...                                  the same for the validation documents
-    shard-00003-of-00064.part-0000.json             counts and hashes (`ShardPart`); written last
-    store.json                                      all of it; written when no shard is missing
+    plan.json                             shards, tokenizer, dtype; written first
+    train/shard-00003-of-00064.tokens     uint16, or uint32 for large vocabularies
+    train/shard-00003-of-00064.ends       uint64: where each document of the shard ends
+    validation/...                        the same for the validation documents
+    shard-00003-of-00064.json             counts and hashes (`Shard`); written last
+    store.json                            all of it; written when no shard is missing
 
 All numbers are little-endian. Files are written under temporary names, synced and renamed, and a
-part counts only once its .json exists: a killed build resumes with the part it was at. No separator
-is stored between documents, and no EOS: T5 concatenates without.
+shard counts only once its .json exists. No separator is stored between documents, and no EOS: T5
+concatenates without.
 
-The stream of a split is its segments end to end, in the order of shards and parts. A segment may be
-less than its files: `finish_store` can move the last documents of the training files to validation
-without writing tokens again.
+The stream of a split is its segments end to end, in the order of shards. A segment may be less than
+its files: `finish_store` can move the last documents of the training files to validation without
+writing tokens again.
 """
 
 import json
@@ -54,13 +53,9 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class ShardPart:
-    """The content of a part's .json. `last`: the shard ends with this part."""
+class Shard:
+    """The content of a shard's .json."""
 
-    shard: int
-    number: int
-    documents_read: int
-    last: bool
     segments: dict[str, Segment]
     hashes: dict[str, str]
     """blake2b of each file, by its name relative to the store."""
@@ -134,23 +129,17 @@ class TokenStore:
         return self._maps[name]
 
 
-def open_store(
-    folder: Path, *, tokenizer: str | None = None, verify: bool = False
-) -> tuple[TokenStore, TokenStore]:
+def open_store(folder: Path, *, verify: bool = False) -> tuple[TokenStore, TokenStore]:
     """The train and validation stores in `folder`.
 
-    Raises DataError if shards are missing, if a file is not as long as it was written, or if it
-    was made by another tokenizer than the one with fingerprint `tokenizer`. `verify` also reads
-    every file and compares its hash.
+    Raises DataError if shards are missing or if a file is not as long as it was written. `verify`
+    also reads every file and compares its hash.
     """
     manifest = _read_json(folder / "store.json")
     if manifest is None:
         raise DataError(_missing_message(folder))
     if manifest.get("version") != STORE_VERSION:
         raise _unusable(folder, "was written by another version of switchworks")
-    if tokenizer is not None and manifest["tokenizer"] != tokenizer:
-        made = f"{manifest['tokenizer'][:12]}, not {tokenizer[:12]}"
-        raise _unusable(folder, f"was made by another tokenizer ({made})")
     for name, size in manifest["sizes"].items():
         _check_file(folder / name, size, manifest["hashes"][name] if verify else None)
     train, validation = (
@@ -183,8 +172,7 @@ def token_digest(size: int, read: Callable[[int, int], np.ndarray]) -> str:
 def missing_shards(folder: Path) -> list[int]:
     """The shards of the store in `folder` that are not finished."""
     num_shards = planned_shards(folder)
-    parts = [finished_parts(folder, shard, num_shards) for shard in range(num_shards)]
-    return [shard for shard, done in enumerate(parts) if not (done and done[-1].last)]
+    return [n for n in range(num_shards) if finished_shard(folder, n, num_shards) is None]
 
 
 def planned_shards(folder: Path) -> int:
@@ -195,22 +183,18 @@ def planned_shards(folder: Path) -> int:
     return plan["num_shards"]
 
 
-def finished_parts(folder: Path, shard: int, num_shards: int) -> list[ShardPart]:
-    """The complete parts of `shard` from the first on, without a gap."""
-    parts: list[ShardPart] = []
-    while values := _read_json(folder / f"{part_name(shard, num_shards, len(parts))}.json"):
-        values.pop("report", None)  # which older versions wrote
-        values["segments"] = {k: Segment(**v) for k, v in values["segments"].items()}
-        part = ShardPart(**values)
-        if any(_size(folder / name) != size for name, size in part.sizes.items()):
-            break
-        parts.append(part)
-    return parts
+def finished_shard(folder: Path, shard: int, num_shards: int) -> Shard | None:
+    """Shard number `shard`; None if it is not complete."""
+    values = _read_json(folder / f"{shard_name(shard, num_shards)}.json")
+    if values is None or any(_size(folder / n) != size for n, size in values["sizes"].items()):
+        return None
+    values["segments"] = {split: Segment(**s) for split, s in values["segments"].items()}
+    return Shard(**values)
 
 
-def part_name(shard: int, num_shards: int, number: int) -> str:
-    """The name, without suffix, of the files of part `number` of a shard."""
-    return f"shard-{shard:05d}-of-{num_shards:05d}.part-{number:04d}"
+def shard_name(shard: int, num_shards: int) -> str:
+    """The name, without suffix, of the files of a shard."""
+    return f"shard-{shard:05d}-of-{num_shards:05d}"
 
 
 def finish_store(folder: Path, *, validation_share: float) -> None:
@@ -220,11 +204,10 @@ def finish_store(folder: Path, *, validation_share: float) -> None:
     data, or the end of a single document: at least `validation_share` of the tokens.
     """
     num_shards = planned_shards(folder)
-    parts = [
-        part for shard in range(num_shards) for part in finished_parts(folder, shard, num_shards)
-    ]
+    finished = (finished_shard(folder, shard, num_shards) for shard in range(num_shards))
+    shards = [shard for shard in finished if shard is not None]
     train, validation = (
-        [p.segments[split] for p in parts if p.segments[split].num_tokens] for split in SPLITS
+        [s.segments[split] for s in shards if s.segments[split].num_tokens] for split in SPLITS
     )
     train, validation = _with_validation(folder, train, validation, validation_share)
     if not train:
@@ -236,8 +219,8 @@ def finish_store(folder: Path, *, validation_share: float) -> None:
         {
             **plan,
             "segments": {split: [asdict(s) for s in segments[split]] for split in SPLITS},
-            "sizes": {name: size for part in parts for name, size in part.sizes.items()},
-            "hashes": {name: value for part in parts for name, value in part.hashes.items()},
+            "sizes": {name: size for shard in shards for name, size in shard.sizes.items()},
+            "hashes": {name: value for shard in shards for name, value in shard.hashes.items()},
         },
     )
 

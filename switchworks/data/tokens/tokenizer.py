@@ -1,14 +1,11 @@
 """Text to ids and back, in T5's layout, behind one interface.
 
-Ids 0, 1 and 2 are padding, end of sequence and unknown; then come the pieces; then the sentinels
-that stand for hidden spans, written <extra_id_0>, <extra_id_1>, ... in text. SentencePiece models
-get 100 sentinels above their pieces, the first the highest, as in T5 (32000 pieces:
-<extra_id_0> is 32099). Bytes follow transformers' ByT5Tokenizer: 125 sentinels, the first the
-lowest (259). So never compute a sentinel's id: call `sentinel(i)`.
+Ids 0, 1 and 2 are padding, end of sequence and unknown; then come the pieces; then the sentinels,
+written <extra_id_0>, <extra_id_1>, ... in text: 100 that fall from the highest id as in T5, or 125
+that rise as in ByT5. So never compute a sentinel's id: call `sentinel(i)`.
 """
 
 import hashlib
-import json
 import os
 import re
 from abc import ABC, abstractmethod
@@ -26,6 +23,7 @@ from switchworks.config import DataError
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 MODEL_FILE = "spiece.model"
 SETTINGS_FILE = "tokenizer.json"
+_BYTES = '{"kind": "bytes"}\n'  # its content for a `ByteTokenizer`
 
 _SENTINEL = re.compile(r"<extra_id_(\d{1,3})>")
 
@@ -147,7 +145,8 @@ class ByteTokenizer(Tokenizer):
         return bytes([token - 3]).decode("ascii", "replace") if 3 <= token < 259 else ""
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        _write_settings(Path(directory), "bytes")
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        (Path(directory) / SETTINGS_FILE).write_text(_BYTES, encoding="utf-8")
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -257,7 +256,7 @@ class SentencePieceTokenizer(Tokenizer):
         return piece.replace("\u2581", " ")
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        _write_settings(Path(directory), "sentencepiece")
+        Path(directory).mkdir(parents=True, exist_ok=True)
         (Path(directory) / MODEL_FILE).write_bytes(self.model)
 
 
@@ -273,7 +272,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     if file.is_dir():
         if (file / "model").is_dir():
             file = file / "model"
-        if _settings_kind(file / SETTINGS_FILE) == "bytes":
+        settings = file / SETTINGS_FILE  # that of Hugging Face's tokenizers is called so, too
+        if settings.is_file() and settings.read_text(encoding="utf-8") == _BYTES:
             return ByteTokenizer()
         file = file / MODEL_FILE
     try:
@@ -332,18 +332,3 @@ def _without_sentinels(model: bytes, first: int) -> bytes:
     for piece in proto.pieces[first:]:
         piece.type = ModelProto.SentencePiece.UNUSED
     return proto.SerializeToString()
-
-
-def _write_settings(directory: Path, kind: str) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"kind": kind}) + "\n"
-    (directory / SETTINGS_FILE).write_text(text, encoding="utf-8")
-
-
-def _settings_kind(path: Path) -> str | None:
-    """The kind that `_write_settings` wrote; None if there is no such file."""
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return settings.get("kind") if isinstance(settings, dict) else None

@@ -1,18 +1,10 @@
 """The source `catalogs`: interface messages in a hundred languages with their English, a corpus for
-each language.
+each language, from the gettext catalogs of installed packages.
 
-The text is that of the gettext catalogs of Django and Sphinx, and of Gramps where it is installed,
-whose message ids are English. With the same of these installed and the versions pinned in
-constraints.txt it is the same on every machine. `gettext_messages` cleans messages; those left out
-are counted by reason. An entry with plural forms gives a sentence for each form, with the smallest
-number that calls for it.
-
-Sentences are held out by their English, so the same messages are for validation in every language.
-No training sentence equals, in any language, a validation sentence or the English of one: neither a
-sentence nor its English is on both sides.
-
-Reading takes some tens of seconds, so the result is kept in the cache: `FILE.jsonl` with a
-sentence a line, `FILE.json` with what was left out.
+docs/languages.md says what becomes a sentence. Sentences are held out by their English: no training
+sentence equals, in any language, a validation sentence or the English of one. Reading takes some
+tens of seconds, so the cache keeps `FILE.jsonl` with a sentence a line, and `FILE.json` with what
+was left out.
 """
 
 import contextlib
@@ -88,7 +80,6 @@ class Split:
 class Catalogs(TextSource):
     """The sentences of one language in the corpus at `corpus`, each a document."""
 
-    settings: ClassVar[tuple[str, ...]] = ("languages", "min_sentences")
     always_by_language: ClassVar[bool] = True
 
     corpus: Path
@@ -309,39 +300,33 @@ def _numbers(catalog: Any) -> Callable[[int], int | None]:
 
 def _first_readable(files: Sequence[Path], refusals: Refusals) -> Any:
     """The catalog in the first of `files` that can be read; None, counted, if none can."""
-    reason = ""
+    catalog = None
     for path in files:
-        try:
-            return read_catalog(path)
-        except _Unreadable as error:
-            reason = str(error)
-    refusals["", reason] += 1
+        catalog = read_catalog(path)
+        if not isinstance(catalog, str):
+            return catalog
+    refusals["", str(catalog)] += 1
     return None
 
 
-class _Unreadable(Exception):  # noqa: N818  it is counted, not shown
-    """The reason why a file cannot be read as a catalog."""
-
-
 def read_catalog(path: Path) -> Any:
-    """The babel Catalog in a .mo or .po file. Raises `_Unreadable` for a damaged one."""
+    """The babel Catalog in a .mo or .po file, or the reason why it cannot be read."""
     from babel.messages.mofile import read_mo
     from babel.messages.pofile import PoFileError, read_po
 
     try:
-        data = path.read_bytes()
+        source = io.BytesIO(path.read_bytes())
     except OSError:
-        raise _Unreadable("not there, or not to be read") from None
+        return "not there, or not to be read"
     try:
         # babel prints warnings about .po files to stdout.
         with contextlib.redirect_stdout(io.StringIO()):
-            source = io.BytesIO(data)
             catalog = read_mo(source) if path.suffix == ".mo" else read_po(source)
     except (UnicodeError, LookupError):
-        raise _Unreadable("not in the encoding it claims") from None
+        return "not in the encoding it claims"
     except (PoFileError, OSError, ValueError, IndexError, struct_error):
-        raise _Unreadable("damaged") from None
+        return "damaged"
     texts = "".join(str(message.string) for message in catalog if message.id)
     if catalog.charset not in ("utf-8", "utf8") and messages.is_mojibake(texts):
-        raise _Unreadable("not in the encoding it claims")
+        return "not in the encoding it claims"
     return catalog

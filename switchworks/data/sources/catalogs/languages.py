@@ -1,11 +1,9 @@
 """Codes of languages: one spelling for each, names and scripts, and the codes of mC4.
 
-Catalogs, folders and datasets spell one language in many ways: zh_CN, zh-Hans, zh_Hans_CN. Here
-each has one code, its shortest BCP 47 tag: `normalise` drops the script and the territory that
-CLDR gives as the likeliest (de_DE and de-Latn are de; sr@latin is sr-Latn). Two exceptions, as in
-catalogs: Chinese always has its script, and pt is that of Portugal, beside pt-BR.
-
-Names and likely subtags are CLDR's, through babel, which is imported when they are first needed.
+A language's code is its shortest BCP 47 tag, without the script and the territory that CLDR gives
+as the likeliest (de_DE and de-Latn are de). Two exceptions, as in catalogs: Chinese always has its
+script, and pt is that of Portugal, beside pt-BR. CLDR's data come through babel, which is imported
+when they are first needed.
 """
 
 import difflib
