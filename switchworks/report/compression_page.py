@@ -3,12 +3,9 @@
 Reads the plain numbers that `report/compression.py` makes, so stored ones can be drawn again.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
-
-import numpy as np
 
 from switchworks.report import html
 from switchworks.report.figures import compact
@@ -40,13 +37,13 @@ def compression_page(report: Mapping[str, Any]) -> str:
         f"{threads} thread{'s' * (threads != 1)}",
     ]
     above = any((model["gain_kept"] or 0) > 1 for model in models)
-    charts = html.grid([_gains(models), _sizes(models, metric)])
+    charts = html.grid([_gains(models)])
     sections = [
         html.header(f"Compression of {models[0]['path']}", facts),
         _no_gain(models, metric),
         _tiles(models),
         html.section("In numbers", "", html.card(_table(models, metric))),
-        html.section("Quality and size", _NOTE + _ABOVE * above, charts),
+        html.section("Gain kept", _NOTE + _ABOVE * above, charts),
         *(_tensors(number, model) for number, model in enumerate(models, start=1)),
     ]
     return html.document(f"compression of {models[0]['path']}", sections)
@@ -126,38 +123,6 @@ def _gains(models: Models) -> str:
     cut = any(not low <= share <= high for share in shares.values())
     note = f"by student{', longer bars cut off' if cut else ''}"
     return html.figure("Gain kept", note, svg("Gain kept", frame.bottom + 20, *parts))
-
-
-def _sizes(models: Models, metric: str) -> str:
-    """Every model as a numbered dot: quality against bytes on a logarithmic axis."""
-    sizes = np.log10([model["bytes_on_disk"] for model in models])
-    values = np.array([model["quality"] for model in models])
-    low, high = values.min(), values.max()
-    span, room = (sizes.min() - 0.12, sizes.max() + 0.12), 0.12 * (high - low) or 0.01
-    frame = Frame(56, 18, 464, 236, span, (low - room, high + room))
-    corner = f"M{frame.left} {frame.top}V{frame.bottom}H{frame.right}"
-    parts = [f'<path class="axis" style="fill:none" d="{corner}"/>']
-    for size in _log_ticks(*span):
-        parts.append(text(frame.across(size), frame.bottom + 16, _bytes(10**size), "middle"))
-    for value in (low, high):
-        y = frame.down(value)
-        parts.append(f'<path class="grid" d="M{frame.left} {y:.1f}H{frame.right}"/>')
-        parts.append(text(frame.left - 6, y + 4, f"{value:.3f}", "end"))
-    for number, (x, y) in enumerate(frame.places(sizes, values), start=1):
-        parts.append(
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="9" style="fill:{colour(number - 1)}"><title>'
-            f"{escape(models[number - 1]['path'])}</title></circle>"
-            f'<text x="{x:.1f}" y="{y + 4:.1f}" text-anchor="middle" '
-            f'style="fill:var(--card);font-weight:600">{number}</text>'
-        )
-    picture = svg("Quality by size", frame.bottom + 24, *parts)
-    return html.figure("Quality by size", f"{metric}, bytes on disk", picture)
-
-
-def _log_ticks(low: float, high: float) -> list[float]:
-    """Logarithms of 1, 2 and 5 times powers of ten in [low, high]; the ends if there is none."""
-    steps = [math.log10(first) + power for power in range(13) for first in (1, 2, 5)]
-    return [step for step in steps if low <= step <= high] or [low, high]
 
 
 def _tensors(number: int, model: Mapping[str, Any]) -> str:
