@@ -6,9 +6,10 @@ one process.
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from html import escape
 from itertools import chain
 from pathlib import Path
 from statistics import fmean, median
@@ -35,8 +36,9 @@ from switchworks.evaluate import DecodingConfig, build_eval_set, measure, valida
 from switchworks.generate import generate
 from switchworks.model import SwitchTransformer, active_parameters, flops_per_token, num_parameters
 from switchworks.quantise import quantise_config_of, tensors_of
-from switchworks.report.compression_page import compression_page
-from switchworks.report.html import write_page
+from switchworks.report import html
+from switchworks.report.figures import compact
+from switchworks.report.html import percent
 from switchworks.report.routing import open_comparable
 
 ROWS = 16
@@ -46,6 +48,17 @@ REPEATS = 5
 """Measurements of a speed, of which the median is taken, after one call to warm up."""
 EXAMPLES = 256
 """Examples of each task, evenly spread over the split."""
+
+Models = Sequence[Mapping[str, Any]]
+
+_NOTE = (
+    "Of the teacher's gain over the dense baseline, which had no teacher, each student keeps a "
+    "share: 0 % is the baseline's quality, 100 % the teacher's."
+)
+_ABOVE = (
+    " More than 100 % is better than the teacher: a student that starts from the teacher's weights "
+    "has had the teacher's steps and its own, and the baseline only its own."
+)
 
 
 def write_compression(
@@ -85,7 +98,7 @@ def write_compression(
         "models": models,
     }
     page = output or _home(paths[1]) / "compression.html"
-    write_page(page, compression_page(report))
+    html.write_page(page, compression_page(report))
     write_json(page.with_suffix(".json"), report)
     return report | {"page": str(page)}
 
@@ -191,3 +204,91 @@ def _write(model: SwitchTransformer, batch: Batch) -> int:
     """Number of positions decoded, those of rows that had ended included."""
     given = batch.targets[:, :NEW_TOKENS] if model.config.decoder_only else batch.inputs
     return generate(model, given, max_length=NEW_TOKENS).numel()
+
+
+def compression_page(report: Mapping[str, Any]) -> str:
+    """The report as one HTML page that needs nothing else."""
+    models: Models = report["models"]
+    metric, threads = report["metric"], report["threads"]
+    facts = [
+        f"text: {report['text']}",
+        f"{report['target_tokens']:,} held-out targets",
+        f"{threads} thread{'s' * (threads != 1)}",
+    ]
+    above = any((model["gain_kept"] or 0) > 1 for model in models)
+    sections = [
+        html.header(f"Compression of {models[0]['path']}", facts),
+        _no_gain(models, metric),
+        _tiles(models),
+        html.section("In numbers", _NOTE + _ABOVE * above, html.card(_table(models, metric))),
+        *(_tensors(number, model) for number, model in enumerate(models, start=1)),
+    ]
+    return html.document(f"compression of {models[0]['path']}", sections)
+
+
+def _no_gain(models: Models, metric: str) -> str:
+    if models[0]["quality"] > models[-1]["quality"]:
+        return ""
+    return html.notice(
+        f"The teacher is no better than the baseline in {metric}: there is no gain to keep, and "
+        "shares of it mean nothing."
+    )
+
+
+def _tiles(models: Models) -> str:
+    """The best student beside its teacher."""
+    teacher, best = models[0], max(models[1:-1], key=lambda model: model["quality"])
+    size = best["bytes_on_disk"] / teacher["bytes_on_disk"]
+    faster = best["written_tokens_per_second"] / teacher["written_tokens_per_second"]
+    return html.tiles(
+        [
+            ("Best student", f"no. {models.index(best) + 1}", best["path"]),
+            ("Gain kept", percent(best["gain_kept"]), "of the teacher's over the baseline"),
+            ("Compression", percent(best["compression"]), "of the teacher's parameters are gone"),
+            ("On disk", percent(size), f"of the teacher's {_bytes(teacher['bytes_on_disk'])}"),
+            ("Writes", f"{faster:.2f}\N{MULTIPLICATION SIGN}", "the teacher's tokens per second"),
+        ]
+    )
+
+
+def _table(models: Models, metric: str) -> str:
+    head = ["model", "parameters", "active", "FLOPs a token", metric, "gain kept"]
+    head += ["on disk", "reads, tokens/s", "writes, tokens/s"]
+    return html.table(head, [_row(number, model) for number, model in enumerate(models, start=1)])
+
+
+def _row(number: int, model: Mapping[str, Any]) -> list[str]:
+    about = f"{model['role']}, {model['kind']}, {model['weights']}"
+    name = html.cell(f"{number}\N{EN SPACE}{model['path']}", about)
+    return [
+        f'<div style="min-width:210px">{name}</div>',
+        compact(model["parameters"]),
+        compact(model["active_parameters"]),
+        compact(model["flops_per_token"]),
+        f"{model['quality']:.4f}",
+        percent(model["gain_kept"]) if model["role"] == "student" else "",
+        _bytes(model["bytes_on_disk"]),
+        f"{model['read_tokens_per_second']:,.0f}",
+        f"{model['written_tokens_per_second']:,.0f}",
+    ]
+
+
+def _tensors(number: int, model: Mapping[str, Any]) -> str:
+    rows = [
+        [
+            escape(row["names"]),
+            str(row["bits"]),
+            f"{row['bits_with_scales']:.2f}",
+            _bytes(row["bytes"]),
+        ]
+        for row in model["tensors"]
+    ]
+    table = html.table(["tensors", "bits a weight", "with scales", "bytes"], rows)
+    return html.details(f"Every tensor of no. {number}, {model['path']}", html.scroll(table))
+
+
+def _bytes(count: float) -> str:
+    for power, unit in ((9, "GB"), (6, "MB")):
+        if count >= 0.9995 * 10**power:
+            return f"{count / 10**power:.3g}\N{NO-BREAK SPACE}{unit}"
+    return f"{count / 1e3:.3g}\N{NO-BREAK SPACE}kB"
