@@ -265,23 +265,16 @@ class LanguageRouting:
         bits = (rel_entr(p, mean) + rel_entr(q, mean)).sum(axis=-1) / math.log(4)  # K K I
         return np.sqrt(np.clip(bits.mean(axis=-1), 0.0, 1.0))
 
-    def tree(self) -> Float[np.ndarray, "merges four"]:
-        """Hierarchical clustering by average distance, as a linkage matrix of scipy.
-
-        Leaves are ordered so that neighbours are as similar as the tree allows. Needs two languages
-        or more.
-        """
-        from scipy.cluster.hierarchy import linkage, optimal_leaf_ordering
+    def order(self) -> list[int]:
+        """Places of the languages in the order of a tree's leaves, neighbours as similar as it
+        allows: hierarchical clustering by average distance."""
+        from scipy.cluster.hierarchy import leaves_list, linkage
         from scipy.spatial.distance import squareform
 
+        if len(self.languages) == 1:
+            return [0]
         condensed = squareform(self.distances(), checks=False)
-        return optimal_leaf_ordering(linkage(condensed, method="average"), condensed)
-
-    def order(self) -> list[int]:
-        """Places of the languages in the order of the tree's leaves."""
-        from scipy.cluster.hierarchy import leaves_list
-
-        return [0] if len(self.languages) == 1 else leaves_list(self.tree()).tolist()
+        return leaves_list(linkage(condensed, "average", optimal_ordering=True)).tolist()
 
 
 @torch.no_grad()

@@ -248,16 +248,16 @@ def write_routing(out: Path, routing: LanguageRouting) -> None:
     _write_csv(out / "routing.csv", ["code", "script", "layer", "expert", "share"], shares)
     order = routing.order()
     codes = [routing.languages[place] for place in order]
-    rows = [f"{english_name(code)}  {code}" for code in codes]
+    rows = [f"{english_name(code)}  {code}, {script_of(code)}" for code in codes]
     scripts, ordered = [script_of(code) for code in codes], routing.shares[order]
-    charts.draw_heat(out / "routing.png", rows, scripts, routing.layers, ordered)
+    charts.draw_heat(out / "routing.png", rows, routing.layers, ordered)
     kinds = sorted(set(scripts))
     means = np.stack([ordered[np.array(scripts) == script].mean(axis=0) for script in kinds])
     names = [script_name(script) for script in kinds]
-    charts.draw_heat(out / "scripts.png", names, kinds, routing.layers, means)
+    charts.draw_heat(out / "scripts.png", names, routing.layers, means)
     if len(rows) > 1:
         similar = 1 - routing.distances()[np.ix_(order, order)]
-        charts.draw_similarity(out / "similarity.png", rows, scripts, similar, routing.tree())
+        charts.draw_similarity(out / "similarity.png", rows, similar)
 
 
 def _write_csv(path: Path, head: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
