@@ -1,7 +1,4 @@
-"""The entry point of the command line: finds the verb and prints errors in plain words.
-
-A verb's module is imported when the verb is called, so that the usage is printed at once.
-"""
+"""The entry point of the command line: finds the verb and prints errors in plain words."""
 
 import importlib
 import os

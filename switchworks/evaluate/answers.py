@@ -1,8 +1,6 @@
 """A model's answers to tasks: generated, or ranked among the possible ones.
 
-Evaluation drops no token, so an answer does not depend on the rest of its batch. A decoder-only
-model reads the input and its EOS as a prompt and continues it with the answer, as in training.
-
+Evaluation drops no token, so an answer does not depend on the rest of its batch.
 Letters: B sequences, T target length, V vocabulary.
 """
 

@@ -1,16 +1,8 @@
 """EleutherAI's lm-evaluation-harness drives our models: `lm_eval` asks, `Scorer` answers.
 
-    import lm_eval
-    from switchworks.evaluate.harness import harness_model
-
-    lm_eval.simple_evaluate(harness_model("runs/quickstart_lm"), tasks=["arc_easy"])
-
-An encoder-decoder model reads the context, with EOS, in its encoder, and its decoder scores or
-writes the continuation; the two are tokenised separately. A decoder-only model reads both as one
-text, tokenised together, unless a token would span the boundary. EOS is not scored after a
+A decoder-only model reads context and continuation as one text, tokenised together unless a token
+would span the boundary; an encoder reads the context, with EOS. EOS is not scored after a
 continuation. Contexts that are too long lose their beginning, as in the harness's own models.
-
-`lm_eval` is not a dependency; only `harness_model` imports it.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -1,9 +1,7 @@
 """Metrics of tasks: from predictions and examples to figures out of 100.
 
-The definitions are those of T5's evaluation, which follow each benchmark's own script; the
-arithmetic is that of scikit-learn, scipy, sacrebleu and rouge-score, imported by the metrics that
-use them. One thing differs: T5 takes ROUGE's mean over bootstrap samples, here it is the plain
-mean, which is not random.
+The definitions are those of T5's evaluation; the arithmetic is that of scikit-learn, scipy,
+sacrebleu and rouge-score. ROUGE is the plain mean, not T5's over bootstrap samples.
 """
 
 import math

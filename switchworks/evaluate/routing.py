@@ -1,7 +1,4 @@
-"""Which experts handle what: the choices of a trained router, counted by label, token type and
-language.
-
-In a decoder's layer a position counts as the token that is read there, not as the one predicted.
+"""Which experts handle what: a router's choices counted by label, token type and language.
 
 Letters: N positions, E experts, C categories (labels or token types), T token types, K languages,
 I switch layers.

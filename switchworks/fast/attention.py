@@ -1,10 +1,7 @@
 """Attention in blocks, whose backward pass keeps nothing of the size of its scores.
 
-The reference is `model.attention.attend`. Forward is torch's fused kernel where it has one for
-the device, called per block with the bias of that block. Backward recomputes the weights of a block
-from the arguments, which is all that is kept; every key is in each block, so they are a softmax
-like the reference's. The gradient of the relative bias is summed over the batch block by block, and
-then along the diagonals, so it is as small as the bias itself.
+The reference is `model.attention.attend`. Backward recomputes the weights of a block from the
+arguments; every key is in each block, so they are a softmax like the reference's.
 
 Dropout has the mask of the reference. It is the same for all queries, so dropping a weight is
 dropping a value: (w * mask) v = w (mask v), which costs a product of the size of the values.

@@ -1,11 +1,7 @@
-"""The step of decoding as one graph, by torch.compile.
+"""The step of decoding as one graph, by torch.compile (docs/speed.md).
 
-Operation by operation, a third of a token's time at batch 1 is no product but some hundred small
-operations and the Python between them. In a graph they become loops around the products, and the
-product of a single row is such a loop too, which converts weights to float32 where it reads them.
 Experts are called from inside the graph as they are without one, since which of them are called is
-not known before. Compiling takes a minute for each number of texts, some seconds once torch has it
-in its cache; lengths may vary (experiments/speed.md).
+not known before.
 
 Letters: B texts, I inputs, O outputs, G groups, S tokens per group, A assignments per group,
 D model width, V vocabulary, H heads, K head width, T positions there is room for, M memory length.

@@ -1,13 +1,4 @@
-"""Time of a step from what a rank computes and sends: a formula, not a measurement.
-
-    compute       = sum over operations of max(FLOPs / (efficiency x peak), bytes / bandwidth)
-    communication = sum over collectives of bytes sent / link + calls x latency
-    step          = compute + communication           without overlap
-                  = max(compute, communication)       with full overlap
-
-Of what an all-gather, a reduce-scatter or an all-to-all over n ranks holds, a rank sends
-(n - 1) / n, and twice that for an all-reduce. The link is the one inside a node if all n ranks are.
-"""
+"""Time of a step from what a rank computes and sends: the formula of docs/scale.md."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

@@ -1,9 +1,7 @@
 """One training step of one rank, traced without data or devices: `explain --simulate`.
 
-The model is built on the meta device and spread over fake ranks by the code that training uses, and
-the step is training's own, so what is counted is what a run does. torch provides the fakes: a
-process group whose collectives return at once and move nothing, and `FakeTensorMode`, in which a
-tensor has a shape, a dtype and a device and no values. Where the code reads one, it is given one.
+The code of training runs on the meta device over torch's fake process group, so what is counted is
+what a run does. Where that code reads a value from a fake tensor, it is given one.
 """
 
 import copy

@@ -1,7 +1,6 @@
 """Counts what one process does: bytes allocated, bytes sent, floating-point operations.
 
-A `Trace` sees every torch operation while it is active, on real and on fake tensors alike, so a
-simulated step and a real one are counted by the same rules.
+A simulated step and a real one are counted by the same rules.
 """
 
 import weakref

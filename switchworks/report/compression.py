@@ -1,8 +1,4 @@
-"""Measures a teacher, smaller students and a dense baseline for `report --compression`.
-
-All models are measured on the same held-out rows, those of the first run directory among them, in
-one process.
-"""
+"""Measures a teacher, smaller students and a dense baseline: `report --compression`."""
 
 import math
 import time

@@ -1,7 +1,7 @@
 """A switch model and its dense twin language by language: two tables, and pictures of them.
 
-For one pair of runs, or several with other seeds. Steps come from the runs' metrics, final
-qualities from their models on more held-out text, routing from the first switch model.
+Steps come from the runs' metrics, final qualities from their models on more held-out text, routing
+from the first switch model.
 """
 
 import csv

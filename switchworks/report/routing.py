@@ -1,8 +1,4 @@
-"""A routing report as one HTML page: for every switch layer, which experts handle what.
-
-`routing_page` reads the plain numbers of `evaluate.routing_report`, so that a stored report can be
-drawn again.
-"""
+"""A routing report as one HTML page: for every switch layer, which experts handle what."""
 
 import math
 from collections.abc import Mapping, Sequence

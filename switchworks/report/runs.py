@@ -1,7 +1,7 @@
 """Reading run directories, and the figures that follow from them.
 
-A run that was killed and resumed has some steps twice, and its last line may be torn. The later
-line wins; a line that cannot be read is skipped and counted, and the page says so.
+Of a step noted twice, by a run that was resumed, the later line wins; a line that cannot be read is
+skipped and counted, and the page says so.
 """
 
 import json
