@@ -120,10 +120,8 @@ _NEEDED_BY = {
 
 
 def _chosen_change(flags: ConvertFlags) -> str | None:
-    """The flag that asks for a change of the model, None: only its format changes.
-
-    Raises ConfigError for two changes at once, and for flags of another change.
-    """
+    """The flag that asks for a change of the model, None: only its format changes. Raises
+    ConfigError for two changes at once, and for flags of another change."""
     given = [name for name in CHANGES if name and getattr(flags, name) is not None]
     if len(given) > 1:
         raise ConfigError(

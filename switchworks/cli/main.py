@@ -52,7 +52,6 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
         *("routing", "report", "convert", "bench", "recipes"),
     )
 }
-"""Every verb by name: takes the words after it and returns the exit status."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -122,10 +122,8 @@ def score_all(
     targets: Sequence[Sequence[int]],
     batch_size: int,
 ) -> list[tuple[float, bool]]:
-    """ln p(target | input) in nats of each pair of ids, and whether its tokens are the likeliest.
-
-    An empty target has probability 1.
-    """
+    """ln p(target | input) in nats of each pair of ids (0 for an empty target), and whether its
+    tokens are the likeliest."""
     scores = [(0.0, True)] * len(inputs)
     lengths = [len(a) + len(b) for a, b in zip(inputs, targets, strict=True)]
     device = model.embedding.weight.device

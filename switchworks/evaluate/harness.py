@@ -66,22 +66,18 @@ class Scorer:
         return Pair(before, joined[len(before) :])
 
     def score(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
-        """ln p(continuation | context) in nats of each pair, and whether it is the greedy one.
-
-        An empty continuation has probability 1.
-        """
+        """ln p(continuation | context) in nats of each pair (0 if empty), and whether it is the
+        greedy one."""
         contexts = [self._context(pair) for pair in pairs]
         return score_all(
             self.model, contexts, [pair.continuation for pair in pairs], self.batch_size
         )
 
     def rolling(self, text: str, windows: Windows) -> float:
-        """ln p(text) in nats, each token predicted once.
+        """ln p(text) in nats, each token predicted once, in the harness's disjoint `windows`.
 
-        `windows` cuts the ids into the harness's disjoint pairs: each window predicts the tokens
-        that no earlier one did, and the rest of it is context. One position is left for what
-        precedes the first token. The harness's prefix token is id 0 here and removed again, since
-        a decoder starts from id 0 anyway.
+        One position is left for what precedes the first token. The harness's prefix token is id 0
+        here and removed again, since a decoder starts from id 0 anyway.
         """
         pairs = [
             Pair([token for token in context if token != 0], list(predicted))
@@ -105,10 +101,8 @@ class Scorer:
         return answers
 
     def _parse(self, settings: Mapping[str, Any]) -> tuple[GenerationConfig, Sequence[str]]:
-        """The harness's settings of generation as ours, and its stop texts.
-
-        Raises ConfigError for an unknown setting.
-        """
+        """The harness's settings as ours, and its stop texts. Raises ConfigError for an unknown
+        setting."""
         left = dict(settings)
         stops = left.pop("until", ()) or ()
         choice = {name: left.pop(name, None) for name in ("temperature", "top_k", "top_p")}

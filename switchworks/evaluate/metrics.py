@@ -115,10 +115,8 @@ def group_exact_match(predictions: Texts, examples: Examples, labels: Labels) ->
 
 
 def referent(predictions: Texts, examples: Examples, labels: Labels) -> Figures:
-    """Accuracy of "the pronoun refers to this candidate", said by naming the candidate (WSC).
-
-    A prediction of determiners alone names nothing and is never right.
-    """
+    """Accuracy of "the pronoun refers to this candidate", said by naming the candidate (WSC). A
+    prediction of determiners alone names nothing and is never right."""
     pairs = zip(predictions, examples, strict=True)
     right = (
         bool(_bare(answer)) and names(answer, e.target) == bool(e.label) for answer, e in pairs
@@ -138,10 +136,8 @@ _DETERMINERS = frozenset(
 
 
 def names(answer: str, candidate: str) -> bool:
-    """Whether all words of `answer` are among those of `candidate`, or the other way round.
-
-    T5's rule: case and determiners do not count, and a possessive matches only a possessive.
-    """
+    """Whether all words of `answer` are among those of `candidate`, or the other way round, by T5's
+    rule: case and determiners do not count, and a possessive matches only a possessive."""
     texts = _bare(answer), _bare(candidate)
     if ("'" in texts[0]) != ("'" in texts[1]):
         return False
@@ -234,7 +230,6 @@ METRICS: Mapping[str, Metric] = {
         *(squad_once, group_exact_match, referent, rouge, bleu, chrf),
     )
 }
-"""Every metric by name."""
 
 AVERAGES: Mapping[str, tuple[str, ...]] = {
     "glue": ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "mnli_mismatched", "qnli", "rte"),
@@ -284,11 +279,8 @@ ALTERNATIVES: Mapping[str, tuple[str, ...]] = {
 
 
 def check_metrics(task: Task, examples: Examples) -> None:
-    """Raises ConfigError unless the task's metrics can judge `examples`.
-
-    There has to be one; each has to be known and its requirements met, and no two may compute a
-    figure of the same name.
-    """
+    """Raises ConfigError unless the task's metrics can judge `examples` and no two give one
+    figure."""
     if not task.metrics:
         raise ConfigError(f"Task {task.name!r} has no metric. One is {', '.join(METRICS)}.")
     for figure, metrics in ALTERNATIVES.items():
@@ -331,10 +323,8 @@ def score(task: Task, figures: Mapping[str, float]) -> float:
 
 
 def averages(scores: Mapping[str, float]) -> dict[str, float]:
-    """The benchmarks of AVERAGES all of whose tasks have a score.
-
-    "glue" is without WNLI; "glue_with_wnli", the paper's list, is there if WNLI is measured.
-    """
+    """The benchmarks all of whose tasks have a score; "glue" is without WNLI, "glue_with_wnli", the
+    paper's list, with it."""
     means: Figures = {}
     for name, tasks in AVERAGES.items():
         parts = {task: scores.get(f"{name}_{task}", math.nan) for task in tasks}

@@ -250,11 +250,8 @@ class LanguageRouting:
     """Sums to 1 over the experts."""
 
     def distances(self) -> Float[np.ndarray, "K K"]:
-        """Jensen-Shannon distance of the routing of two languages: 0 equal, 1 disjoint experts.
-
-        The square root, which is a metric, of the Jensen-Shannon divergence in bits, averaged over
-        the layers.
-        """
+        """Jensen-Shannon distance of the routing of two languages, mean over layers: 0 equal, 1
+        disjoint. The square root, which is a metric, of the divergence in bits."""
         from scipy.special import rel_entr
 
         p, q = self.shares[:, None], self.shares[None, :]

@@ -55,7 +55,6 @@ class TaskResult:
     eval_set: EvalSet
     predictions: tuple[str, ...]
     figures: Mapping[str, float]
-    """Out of 100."""
     cut: int
     """Number of inputs longer than the limit, which lost their end."""
 

@@ -33,10 +33,7 @@ your own that chooses by another operation has to add it here."""
 
 
 def checkpoint_blocks(model: SwitchTransformer) -> SwitchTransformer:
-    """`model` itself, whose blocks keep their inputs and routes for the backward pass, no more.
-
-    Loss, gradients, weights and their names stay. Nothing changes without gradients.
-    """
+    """`model` itself, whose blocks keep their inputs and routes for the backward pass, no more."""
     for stack in (model.encoder, model.decoder):
         if stack is not None:
             stack.call_block = call_checkpointed

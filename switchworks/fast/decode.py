@@ -41,7 +41,6 @@ from switchworks.model import (
 )
 
 MAX_BATCH_SIZES = 32
-"""Numbers of texts for which one model may be compiled."""
 
 
 class CompiledDecoder:
@@ -77,10 +76,8 @@ class CompiledDecoder:
         return self._tensors == _tensor_ids(model)
 
     def start(self, cache: DecoderCache) -> Step:
-        """A function from the tokens after those in `cache` to the logits after them.
-
-        It adds them to the cache, as `decode_step` does. Raises ConfigError without a C++ compiler.
-        """
+        """A function from the tokens after those in `cache`, to which it adds them, to the logits
+        after them. Raises ConfigError without a C++ compiler."""
         require_compiler()
         layers = [(layer.k, layer.v, layer.memory) for layer in cache.layers]
         biases = (cache.last_bias, cache.memory_bias, cache.prompt_bias)
@@ -116,10 +113,8 @@ def _guards(entries: Sequence[Any]) -> list[bool]:
 
 
 class _TracedCache(LayerCache):
-    """A layer's cache with writes at a position given as a tensor.
-
-    All positions that there is room for are returned; the caller masks those not yet written.
-    """
+    """A layer's cache with writes at a position given as a tensor. It returns all positions that
+    there is room for; the caller masks those not yet written."""
 
     def __init__(
         self,
@@ -239,8 +234,6 @@ class _Outside(nn.Module):
 
 
 class _OutsideDispatcher:
-    """Sends tokens to experts from the graph."""
-
     def __init__(self, experts: Experts) -> None:
         self.number, self.outputs = _number(experts), experts.d_out
 

@@ -31,7 +31,6 @@ from switchworks.model import (
 )
 
 MAX_ROWS = 32
-"""Rows up to which shares are faster."""
 SHARES = 8
 _LOCAL = DISPATCHERS["chosen"], DISPATCHERS["sorted"]
 MIN_WEIGHTS = 2**16

@@ -10,7 +10,8 @@ from switchworks.plan.trace import Operation, Traffic
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What one device can do by its maker's figures. Links count one direction."""
+    """What one device of a `node` of several does by its maker's figures; links count one
+    direction."""
 
     name: str
     flops: float
@@ -19,7 +20,6 @@ class Machine:
     memory_bandwidth: float
     """Bytes per second."""
     node: int
-    """Devices joined by the fast link."""
     near: float
     """Bytes per second a device sends inside a node."""
     far: float
@@ -83,11 +83,10 @@ def find_machine(name: str) -> Machine:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of one step by the formula above."""
+    """Seconds of one step; `by_traffic` of each `Traffic`, in the order given."""
 
     compute: float
     by_traffic: tuple[float, ...]
-    """Seconds of each `Traffic`, in the order given."""
 
     @property
     def communication(self) -> float:

@@ -131,7 +131,6 @@ def _fewest_micro_batches(experiment: Experiment, memory: float, machine: Machin
 
 
 def _factorisations(devices: int) -> Iterator[tuple[int, int, int]]:
-    """All (data, expert, model) whose product is `devices`."""
     for model in _divisors(devices):
         for expert in _divisors(devices // model):
             yield devices // model // expert, expert, model

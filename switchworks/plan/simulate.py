@@ -137,10 +137,8 @@ def extrapolate(first: Footprint, second: Footprint, steps: float) -> Footprint:
 
 @contextmanager
 def fake_ranks(config: MeshConfig) -> Iterator[Ranks]:
-    """The ranks of `config`: this process is rank 0 and the others do not exist.
-
-    Collectives leave their outputs as they are, so only shapes mean anything inside.
-    """
+    """The ranks of `config`: this process is rank 0 and the others do not exist, so that
+    collectives leave their outputs as they are."""
     if config.size == 1:
         yield SINGLE
         return
@@ -164,10 +162,8 @@ def fake_tensors() -> Iterator[None]:
 
 
 class _FakeScalars(TorchDispatchMode):
-    """`item()` of a fake tensor is 1, or False for a condition, so loss and norms are finite.
-
-    Operations on real tensors alone, which are the ranks of a mesh, are done for real.
-    """
+    """`item()` of a fake tensor is 1, or False for a condition, so loss and norms are finite. Of
+    real tensors alone, which are the ranks of a mesh, operations are done for real."""
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None

@@ -13,7 +13,6 @@ from switchworks.training import Experiment
 
 GIB = 2**30
 MAX_RANKS = 4096
-"""Ranks of the largest mesh that is proposed."""
 _SIZES = {
     "weights": "the model computes with them",
     "masters": "float32 beside bfloat16",

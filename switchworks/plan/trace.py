@@ -103,10 +103,8 @@ class Trace(TorchDispatchMode):
         return result
 
     def tracking_resizes(self) -> AbstractContextManager[object]:
-        """Inside, storages that change their size are followed, for which torch has no hook.
-
-        FSDP keeps a gathered weight's storage and resizes it to 0 and back.
-        """
+        """Inside, storages that change their size are followed: FSDP resizes a gathered weight's to
+        0 and back, for which torch has no hook."""
         original = torch.UntypedStorage.resize_
 
         def resize(storage: torch.UntypedStorage, size: int) -> Any:

@@ -38,7 +38,6 @@ from switchworks.report.html import percent
 from switchworks.report.routing import open_comparable
 
 ROWS = 16
-"""Rows read at once, and texts continued at once."""
 NEW_TOKENS = 32
 REPEATS = 5
 """Measurements of a speed, of which the median is taken, after one call to warm up."""
@@ -127,7 +126,6 @@ def _text_of(paths: Sequence[Path]) -> DataConfig:
 
 
 def _figures(path: Path, model: SwitchTransformer, data: DataConfig) -> dict[str, Any]:
-    """Sizes of one model, as plain values."""
     config, quantised = model.config, quantise_config_of(model)
     names = ("names", "bits", "bits_with_scales", "bytes")
     return {
@@ -157,7 +155,6 @@ def _quality(
 
 
 def _speeds(models: Sequence[SwitchTransformer], held_out: ValidationSet) -> list[dict[str, float]]:
-    """Tokens per second of every model, read and written, on the same rows."""
     batch = next(iter(held_out.batches.values()))[0].to(compute_device())
     print("timing the models in turns", flush=True)
     read = _in_turns([partial(_read, model, batch) for model in models])
@@ -169,10 +166,7 @@ def _speeds(models: Sequence[SwitchTransformer], held_out: ValidationSet) -> lis
 
 
 def _in_turns(works: Sequence[Callable[[], int]]) -> list[float]:
-    """Tokens per second of each function, which returns its tokens: A B A B, not A A B B.
-
-    The speed of a shared machine drifts by more than models differ; in turns it drifts for all.
-    """
+    """Tokens per second of each function, A B A B, not A A B B: a shared machine drifts."""
     for work in works:
         work()
     rounds = [[_speed(work) for work in works] for _ in range(REPEATS)]

@@ -38,11 +38,8 @@ def duration(seconds: int | float | None) -> str:
 
 
 def speedups(runs: Sequence[Run], base: Run, target: float) -> tuple[list[Tile], list[list[str]]]:
-    """When each run had come down to `target`, the final loss of `base`: tiles, and table rows.
-
-    A speed-up is the steps (or seconds) of `base` to that loss over the run's. The rows have their
-    name first; the tiles are of the other runs that reached it.
-    """
+    """Tiles, and table rows with their name first: steps (or seconds) of `base` to `target`, its
+    final loss, over those of each run."""
     first = when_reached(base, target)
     assert first is not None
     tiles, columns = [], []
@@ -65,7 +62,6 @@ def speedups(runs: Sequence[Run], base: Run, target: float) -> tuple[list[Tile],
 
 
 def _speedup(base: Reached, run: Reached | None) -> list[str]:
-    """Steps, speed-up in steps, time, speed-up in time."""
     if run is None:
         return [_NOT_REACHED] * 4
     time = duration(run.seconds) or "-"
@@ -82,10 +78,8 @@ def _ratio(base: float | None, run: float | None) -> str:
 
 
 def by_corpus(runs: Sequence[Run]) -> dict[str, list[tuple[str, str] | None]]:
-    """Corpus -> for each run its last validation loss on it, and its share and epochs as a note.
-
-    None stands for a run that was not validated on the corpus.
-    """
+    """Corpus -> for each run its last validation loss on it, and its share and epochs as a note;
+    None for a run that was not validated on it."""
     keys = dict.fromkeys(key for run in runs for key in run.keys("val/loss/"))
     names = [key.removeprefix("val/loss/") for key in keys]
     return {name: [_corpus(run, name) for run in runs] for name in names}

@@ -42,10 +42,8 @@ def draw_quality(
 
 
 def draw_speedups(path: Path, speedups: Sequence[float]) -> None:
-    """The paper's figure 8: how many languages have which step speed-up over the dense twin.
-
-    Languages in which the switch model did not reach the dense twin's quality have a bar apart.
-    """
+    """The paper's figure 8: how many languages have which step speed-up over the dense twin. Those
+    that did not reach its quality have a bar apart."""
     reached = np.array([value for value in speedups if math.isfinite(value)])
     missing = len(speedups) - len(reached)
     figure = Figure((8.0, 4.6), dpi=_DPI, layout="constrained")

@@ -11,7 +11,6 @@ from switchworks.report.runs import last_part
 from switchworks.report.svg import Frame, bottom, svg, text, ticks, upright
 
 COLUMNS = 120
-"""Most columns of a heat map."""
 BELOW, ABOVE = (0, 114, 178), (213, 94, 0)
 """RGB of loads under and over the even share, distinct for all common colour vision."""
 
@@ -24,11 +23,8 @@ def load_chart(
     note: str,
     most: float,
 ) -> str:
-    """A `<figure>` of one switch layer: a heat map over time, and bars of how it ended.
-
-    `loads` are shares of the tokens times E, so 1 is even. `most` is the right end of the bars'
-    axis, the same for all layers of a run.
-    """
+    """A `<figure>` of one switch layer: a heat map over time, and bars of how it ended, up to
+    `most`. `loads` are shares of the tokens times E, so 1 is even."""
     experts = loads.shape[1]
     span = (float(steps[0]), float(steps[-1]) if steps[-1] > steps[0] else float(steps[0]) + 1)
     heat = Frame(34, 24, 322, 190, span, (experts - 0.5, -0.5))
@@ -64,10 +60,8 @@ def colour_bar() -> str:
 
 
 def _heat_map(steps: np.ndarray, loads: np.ndarray) -> str:
-    """A PNG as a data address, one row per expert; even shares are transparent.
-
-    A column is the mean of the steps that fall into it; where none does, the nearest step's.
-    """
+    """A PNG as a data address, one row per expert; even shares are transparent. A column is the
+    mean of the steps in it, or else the nearest step."""
     import matplotlib.image
 
     columns = min(COLUMNS, len(steps))

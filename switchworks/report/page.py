@@ -104,12 +104,10 @@ def _comparison(runs: Sequence[Run]) -> str:
 
 
 def _head(runs: Sequence[Run]) -> list[str]:
-    """The head of a table with a column per run."""
     return ["", *(run.name for run in runs)]
 
 
 def _losses(runs: Sequence[Run], against: str, unit: int = 1) -> list[Curve]:
-    """Training and validation loss of every run; x in units of `unit`."""
     curves: list[Curve] = []
     single = len(runs) == 1
     noisy: Kind = "noisy" if single else "smooth"

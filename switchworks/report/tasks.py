@@ -35,13 +35,11 @@ def best_mark(runs: Sequence[Run]) -> Mark | None:
 
 
 def _keys(runs: Sequence[Run], prefix: str) -> list[str]:
-    """The keys of any run's metrics that start with `prefix`, without it."""
     keys = dict.fromkeys(key for run in runs for key in run.keys(prefix))
     return [key.removeprefix(prefix) for key in keys]
 
 
 def _task_names(runs: Sequence[Run]) -> list[str]:
-    """The tasks that any of the runs was measured on, in the order of their first measurement."""
     keys = _keys(runs, "task/")
     return [key.removesuffix("/score") for key in keys if key.endswith("/score")]
 
@@ -52,7 +50,6 @@ def _metrics(runs: Sequence[Run], name: str) -> list[str]:
 
 
 def _curves(runs: Sequence[Run], name: str) -> list[Curve]:
-    """All metrics of one run, the scores of several."""
     if len(runs) > 1:
         return curves_of(runs, f"task/{name}/score", kind="points")
     return points_of(runs[0], {metric: f"task/{name}/{metric}" for metric in _metrics(runs, name)})
@@ -64,10 +61,8 @@ def _chart(title: str, unit: str, curves: Sequence[Curve], runs: Sequence[Run]) 
 
 
 def _rows(runs: Sequence[Run], names: Sequence[str]) -> list[list[str]]:
-    """Rows of a table, name first: every metric of every task, in every run, and the means.
-
-    A value is that of the step whose weights became the model; the note has that of the last step.
-    """
+    """Rows of a table, name first: every metric of every task, in every run, at the step whose
+    weights became the model, and the means."""
     keys: dict[str, str] = {}
     for name in names:
         metrics = _metrics(runs, name)
