@@ -175,20 +175,12 @@ def harness_model(path: Path | str, **settings: int) -> Any:
         """`scorer` behind the harness's interface: lists of requests, each with its `args`."""
 
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-            scores = scorer.score([scorer.pair(*request.args) for request in requests])
-            return self._cache("loglikelihood", requests, scores)
+            return scorer.score([scorer.pair(*request.args) for request in requests])
 
         def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-            scores = [scorer.rolling(request.args[0], windows) for request in requests]
-            return self._cache("loglikelihood_rolling", requests, scores)
+            return [scorer.rolling(request.args[0], windows) for request in requests]
 
         def generate_until(self, requests: list[Any]) -> list[str]:
-            texts = scorer.write([request.args for request in requests])
-            return self._cache("generate_until", requests, texts)
-
-        def _cache(self, kind: str, requests: list[Any], answers: list[Any]) -> list[Any]:
-            for request, result in zip(requests, answers, strict=True):
-                self.cache_hook.add_partial(kind, request.args, result)
-            return answers
+            return scorer.write([request.args for request in requests])
 
     return HarnessModel()
