@@ -252,12 +252,11 @@ class LanguageRouting:
     def distances(self) -> Float[np.ndarray, "K K"]:
         """Jensen-Shannon distance of the routing of two languages, mean over layers: 0 equal, 1
         disjoint. The square root, which is a metric, of the divergence in bits."""
-        from scipy.special import rel_entr
+        from scipy.spatial.distance import jensenshannon
 
-        p, q = self.shares[:, None], self.shares[None, :]
-        mean = (p + q) / 2
-        bits = (rel_entr(p, mean) + rel_entr(q, mean)).sum(axis=-1) / math.log(4)  # K K I
-        return np.sqrt(np.clip(bits.mean(axis=-1), 0.0, 1.0))
+        # Of equal shares rounding may leave the square root of a negative number.
+        layers = jensenshannon(self.shares[:, None], self.shares[None, :], base=2, axis=-1)
+        return np.sqrt(np.square(np.nan_to_num(layers)).mean(axis=-1))
 
     def order(self) -> list[int]:
         """Places of the languages in the order of a tree's leaves, neighbours as similar as it
