@@ -34,7 +34,7 @@ def load_chart(
         226,
         text(heat.left, 14, "over training"),
         text(bars.left, 14, "at the end"),
-        f'<image {heat.box} preserveAspectRatio="none" href="{_heat_map(steps, loads)}"/>',
+        f'<image {heat.box} preserveAspectRatio="none" href="{_heat_map(loads)}"/>',
         f'<rect class="frame" {heat.box}/>',
         *(
             text(heat.left - 6, heat.down(expert) + 4, f"{expert:.0f}", "end", "")
@@ -59,19 +59,11 @@ def colour_bar() -> str:
     )
 
 
-def _heat_map(steps: np.ndarray, loads: np.ndarray) -> str:
-    """A PNG as a data address, one row per expert; even shares are transparent. A column is the
-    mean of the steps in it, or else the nearest step."""
+def _heat_map(loads: Float[np.ndarray, "N E"]) -> str:
+    """A PNG as a data address, one row per expert; even shares are transparent."""
     import matplotlib.image
 
-    columns = min(COLUMNS, len(steps))
-    edges = np.linspace(steps[0], steps[-1], columns + 1)
-    column = np.searchsorted(edges[1:-1], steps, side="right")
-    nearest = [np.abs(steps - middle).argmin() for middle in (edges[1:] + edges[:-1]) / 2]
-    parts = [
-        loads[column == c].mean(axis=0) if (column == c).any() else loads[nearest[c]]
-        for c in range(columns)
-    ]
+    parts = [part.mean(axis=0) for part in np.array_split(loads, min(COLUMNS, len(loads)))]
     # Opacity is |log2 load| / 2: full at a quarter of the even share and at four times it.
     strength = np.clip(np.log2(np.maximum(np.stack(parts, axis=1), 1e-9)) / 2, -1, 1)
     picture = np.empty((*strength.shape, 4), dtype=np.uint8)
