@@ -246,14 +246,6 @@ def _numeric(task: Task, examples: Examples) -> bool:
         return False
 
 
-def _grouped(task: Task, examples: Examples) -> bool:
-    return all(example.group is not None for example in examples)
-
-
-def _with_candidates(task: Task, examples: Examples) -> bool:
-    return all(example.label is not None for example in examples)
-
-
 def _latin(task: Task, examples: Examples) -> bool:
     return any(re.search("[a-z0-9]", right.lower()) for e in examples for right in e.answers)
 
@@ -264,9 +256,6 @@ REQUIREMENTS: Mapping[str, tuple[Callable[[Task, Examples], bool], str]] = {
     "matthews": (lambda task, _: bool(task.labels), "labels (data.task_labels)"),
     "pearson": (_numeric, "targets that are numbers"),
     "spearman": (_numeric, "targets that are numbers"),
-    "squad_once": (_grouped, "a group for every example"),
-    "group_exact_match": (_grouped, "a group for every example"),
-    "referent": (_with_candidates, "examples that say if the candidate is meant (Example.label)"),
     "rouge": (_latin, "words of the letters a to z; other scripts: use chrf"),
 }
 """Conditions of a metric: a test, and in words."""
