@@ -29,13 +29,13 @@ def load_chart(
     span = (float(steps[0]), float(steps[-1]) if steps[-1] > steps[0] else float(steps[0]) + 1)
     heat = Frame(34, 24, 322, 190, span, (experts - 0.5, -0.5))
     bars = Frame(346, 24, 462, 190, (0.0, most), (experts - 0.5, -0.5))
+    columns = [part.mean(axis=0) for part in np.array_split(loads, min(COLUMNS, len(loads)))]
     picture = svg(
         f"Expert load, {layer}",
         226,
         text(heat.left, 14, "over training"),
         text(bars.left, 14, "at the end"),
-        f'<image {heat.box} preserveAspectRatio="none" href="{_heat_map(loads)}"/>',
-        f'<rect class="frame" {heat.box}/>',
+        heat_map(heat, np.stack(columns, axis=1)),
         *(
             text(heat.left - 6, heat.down(expert) + 4, f"{expert:.0f}", "end", "")
             for expert in ticks(0, experts - 1, bins=5)
@@ -59,19 +59,20 @@ def colour_bar() -> str:
     )
 
 
-def _heat_map(loads: Float[np.ndarray, "N E"]) -> str:
-    """A PNG as a data address, one row per expert; even shares are transparent."""
+def heat_map(frame: Frame, loads: Float[np.ndarray, "rows columns"]) -> str:
+    """A PNG of multiples of the even share that fills the frame; even shares are transparent."""
     import matplotlib.image
 
-    parts = [part.mean(axis=0) for part in np.array_split(loads, min(COLUMNS, len(loads)))]
     # Opacity is |log2 load| / 2: full at a quarter of the even share and at four times it.
-    strength = np.clip(np.log2(np.maximum(np.stack(parts, axis=1), 1e-9)) / 2, -1, 1)
+    strength = np.clip(np.log2(np.maximum(loads, 1e-9)) / 2, -1, 1)
     picture = np.empty((*strength.shape, 4), dtype=np.uint8)
     picture[..., :3] = np.where(strength[..., None] > 0, ABOVE, BELOW)
     picture[..., 3] = np.round(np.abs(strength) * 255)
     file = io.BytesIO()
     matplotlib.image.imsave(file, picture, format="png")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    data = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    image = f'<image {frame.box} preserveAspectRatio="none" href="{data}"/>'
+    return f'{image}<rect class="frame" {frame.box}/>'
 
 
 def _bars(frame: Frame, loads: Float[np.ndarray, " E"]) -> str:
