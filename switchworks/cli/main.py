@@ -101,7 +101,3 @@ def print_error(error: str) -> None:
         if not first_to_say(error):
             return
     print(error, file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

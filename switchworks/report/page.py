@@ -229,11 +229,7 @@ def _origin(runs: Sequence[Run]) -> str:
         if any(key in run.about for run in runs):
             rows.append([title, *map(escape, texts)])
     commands = [str(run.about["command"]) for run in runs if run.about.get("command")]
-    origin = f"<pre>{escape(chr(10).join(commands))}</pre>"
-    if not commands:
-        origin = html.soft(
-            "The command was not noted. experiment.toml in the run directory holds every setting."
-        )
+    origin = f"<pre>{escape(chr(10).join(commands))}</pre>" if commands else ""
     origins = html.table(_head(runs), rows) if rows else ""
     return html.section("To repeat it", "", origin, html.scroll(origins))
 
