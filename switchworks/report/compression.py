@@ -260,7 +260,4 @@ def _tensors(number: int, model: Mapping[str, Any]) -> str:
 
 
 def _bytes(count: float) -> str:
-    for power, unit in ((9, "GB"), (6, "MB")):
-        if count >= 0.9995 * 10**power:
-            return f"{count / 10**power:.3g}\N{NO-BREAK SPACE}{unit}"
-    return f"{count / 1e3:.3g}\N{NO-BREAK SPACE}kB"
+    return f"{count / 1e6:,.2f}\N{NO-BREAK SPACE}MB"

@@ -19,10 +19,14 @@ def tasks_section(runs: Sequence[Run]) -> str:
     if not names:
         return f"<section>{html.soft(' '.join(sentences))}</section>" if sentences else ""
     sentences.insert(0, "Answers to the same validation examples, out of 100; higher is better.")
-    charts = [_chart(name, "out of 100", _curves(runs, name), runs) for name in names]
-    if len(charts) > 1:
-        mean = curves_of(runs, "task/mean", kind="points")
-        charts.insert(0, _chart("All tasks", "mean score", mean, runs))
+    curves = {name: _curves(runs, name) for name in names}
+    if len(names) > 1:
+        curves = {"All tasks": curves_of(runs, "task/mean", kind="points")} | curves
+    mark = best_mark(runs)
+    charts = [
+        line_chart(title, "out of 100", "step", lines, from_zero=True, mark=mark)
+        for title, lines in curves.items()
+    ]
     head = ["", *(run.name for run in runs)]
     table = html.card(html.table(head, _rows(runs, names)))
     return html.section("The tasks", " ".join(sentences), html.grid(charts), table)
@@ -53,11 +57,6 @@ def _curves(runs: Sequence[Run], name: str) -> list[Curve]:
     if len(runs) > 1:
         return curves_of(runs, f"task/{name}/score", kind="points")
     return points_of(runs[0], {metric: f"task/{name}/{metric}" for metric in _metrics(runs, name)})
-
-
-def _chart(title: str, unit: str, curves: Sequence[Curve], runs: Sequence[Run]) -> str:
-    """From zero: scores rise, and the height they start from matters."""
-    return line_chart(title, unit, "step", curves, from_zero=True, mark=best_mark(runs))
 
 
 def _rows(runs: Sequence[Run], names: Sequence[str]) -> list[list[str]]:
