@@ -104,7 +104,7 @@ def _conditions(config: BenchConfig, precision: Precision) -> dict[str, Any]:
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "settings": asdict(replace(config, precision=precision)),
         "machine": machine.describe(),
-        "cpu_flags": _cpu_flags(),
+        "cpu_flags": [torch.backends.cpu.get_cpu_capability()],
         "threads": torch.get_num_threads(),
         "allocator": "glibc, keeping freed memory, unless LD_PRELOAD names another",
         "python": platform.python_version(),
@@ -117,13 +117,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _cpu_flags() -> list[str]:
-    """The flags of /proc/cpuinfo on Linux; elsewhere the instruction set that torch uses."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        flags = next(line for line in lines if line.startswith(("flags", "Features")))
-        return flags.split(":", 1)[1].split()
-    except (OSError, StopIteration):
-        return [torch.backends.cpu.get_cpu_capability()]
