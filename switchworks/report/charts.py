@@ -131,7 +131,8 @@ def _y_range(
     return (0.0 if from_zero and low >= 0 else low - room), high + room
 
 
-def _value(value: float) -> str:
+def short(value: float) -> str:
+    """A number with four digits, or all those before the point."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
@@ -187,14 +188,14 @@ def _end_labels(frame: Frame, curves: Sequence[Curve]) -> str:
     return "".join(
         f'<rect x="{frame.right + 5}" y="{place - 4:.1f}" width="4" height="8" rx="2" '
         f'style="fill:{colour(number)}"/>'
-        + text(frame.right + 12, place + 4, _value(value), kind="end")
+        + text(frame.right + 12, place + 4, short(value), kind="end")
         for place, value, number in ends
     )
 
 
 def _cut_off(frame: Frame, curves: Sequence[Curve]) -> str:
     peak = max(float(curve.y.max()) for curve in curves)
-    note = f"cut off above: up to {_value(peak)}"
+    note = f"cut off above: up to {short(peak)}"
     return text(frame.right, frame.top - 5, note, "end") if peak > frame.y[1] else ""
 
 

@@ -78,7 +78,7 @@ def draw_heat(
     experts = shares.shape[-1]
     loads = np.log2(np.maximum(shares.reshape(len(rows), -1) * experts, 2**-3))
     size = (max(6.0, 0.13 * loads.shape[1] + 4.2), _ROW * len(rows) + _MARGIN)
-    figure, axes, bar = _matrix(size, rows, loads, (-3, 3), _LOADS)
+    figure, axes, bar = _matrix(size, rows, loads, (-3.0, 3.0), _LOADS)
     for edge in range(1, len(layers)):
         axes.axvline(edge * experts - 0.5, color="#1c1d1f", linewidth=1.2)
     middles = [(index + 0.5) * experts - 0.5 for index in range(len(layers))]

@@ -122,11 +122,11 @@ def _map(name: str, layer: Layer, categories: str) -> str:
     dead = f", dead: {', '.join(map(str, layer['dead'][:12]))}" if layer["dead"] else ""
     words = [text(WIDTH, _TOP - 6, "choices", "end"), text(_LEFT - 8, bottom + 12, "expert", "end")]
     for place, (category, row) in enumerate(rows.items()):
-        middle = frame.down(place) + 4
+        middle = frame.down(float(place)) + 4
         words.append(text(_LEFT - 8, middle, _short(category), "end", ""))
         words.append(text(WIDTH, middle, f"{row['routed']:,}", "end"))
     for expert in range(0, experts, math.ceil(experts / 8)):
-        words.append(text(frame.across(expert), bottom + 12, str(expert), "middle"))
+        words.append(text(frame.across(float(expert)), bottom + 12, str(expert), "middle"))
     loads = np.array([row["load"] for row in rows.values()]) * experts
     picture = svg(f"Experts of {name}", bottom + 28, heat_map(frame, loads), *words)
     note = f"{experts} experts, evenness {percent(_evenness(layer))}{dead}"
