@@ -255,7 +255,8 @@ class LanguageRouting:
         from scipy.spatial.distance import jensenshannon
 
         # Of equal shares rounding may leave the square root of a negative number.
-        layers = jensenshannon(self.shares[:, None], self.shares[None, :], base=2, axis=-1)
+        p, q = self.shares[:, None], self.shares[None, :]
+        layers = jensenshannon(p, q, base=2, axis=-1)  # pyright: ignore[reportCallIssue]
         return np.sqrt(np.square(np.nan_to_num(layers)).mean(axis=-1))
 
     def order(self) -> list[int]:
