@@ -1,7 +1,4 @@
-"""What `switchworks bench` measures: shapes, workloads, comparisons of two, and the flags.
-
-Letters: E experts, L encoder length, T decoder length.
-"""
+"""What `switchworks bench` measures: shapes, workloads, comparisons of two, and the flags."""
 
 from dataclasses import dataclass, field, replace
 from typing import Literal

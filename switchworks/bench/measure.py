@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from switchworks.bench.config import BenchConfig, Comparison, Precision, Workload
-from switchworks.bench.memory import available_bytes, peaks
+from switchworks.bench.memory import available_bytes, peak_memory
 from switchworks.bench.peers import Work
 from switchworks.bench.workloads import build, bytes_needed
 from switchworks.device import compute_device
@@ -36,11 +36,6 @@ class Row:
     """Always None: the key is part of the file's format."""
     note: str = ""
     details: dict[str, Any] | None = None
-
-    @property
-    def less_is_better(self) -> bool:
-        """Whether ours should be below the peer's."""
-        return self.unit in ("ms", "s", "MB")
 
 
 def measure(row: Comparison, bench: BenchConfig) -> Row:
@@ -87,13 +82,11 @@ def _row(row: Comparison, values: list[list[float]], note: str, details: dict[st
 
 def _memory(row: Comparison, sides: Sequence[Workload]) -> Row:
     try:
-        phases = [peaks(side, torch.get_num_threads()) for side in sides]
+        values = [[peak_memory(side, torch.get_num_threads())] for side in sides]
     except RuntimeError as error:  # costs this row, not the whole run
         note = f"left out: {str(error).splitlines()[0]}"
         return Row(name=row.name, unit=row.unit, note=note)
-    named = dict(zip(("ours", "peer"), [phase._asdict() for phase in phases], strict=False))
-    details = {"phases": {"peer": None} | named, "side": asdict(row.ours)}
-    return _row(row, [[max(phase)] for phase in phases], "", details)
+    return _row(row, values, "", {"side": asdict(row.ours)})
 
 
 def seconds(work: Work) -> float:

@@ -1,12 +1,10 @@
 """Peak memory of a workload in a process of its own (`python -m switchworks.bench.memory`)."""
 
-import contextlib
 import json
 import resource
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 from switchworks.bench.config import Workload
 from switchworks.config import from_dict, to_dict
@@ -14,17 +12,9 @@ from switchworks.config import from_dict, to_dict
 STEPS = 3
 
 
-class Peaks(NamedTuple):
-    """Largest resident memory of a process, in MB (10^6 bytes), in its two phases."""
-
-    building: float
-    """Until the model is there."""
-    working: float
-    """In the steps that follow."""
-
-
-def peaks(workload: Workload, threads: int) -> Peaks:
-    """Peaks of a fresh process that builds `workload` and takes a few steps.
+def peak_memory(workload: Workload, threads: int) -> float:
+    """Largest resident memory, in MB (10^6 bytes), of a fresh process that builds `workload` and
+    takes a few steps.
 
     Everything counts: Python, torch and, for a peer, transformers. Raises RuntimeError with the
     stderr of the process if it fails.
@@ -33,7 +23,7 @@ def peaks(workload: Workload, threads: int) -> Peaks:
     done = subprocess.run([*words, str(threads)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"measuring memory failed ({done.returncode}):\n{done.stderr[-2000:]}")
-    return Peaks(*json.loads(done.stdout.splitlines()[-1]))
+    return float(done.stdout.splitlines()[-1])
 
 
 def available_bytes() -> int | None:
@@ -50,12 +40,9 @@ def _main() -> None:
     keep_freed_memory()
     torch.set_num_threads(int(sys.argv[2]))
     work = build(from_dict(Workload, json.loads(sys.argv[1])))
-    built = _peak()
-    with contextlib.suppress(OSError):  # the peak is reset on Linux and where that is allowed
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     for _ in range(STEPS):
         work()
-    print(json.dumps([built / 1e6, _peak() / 1e6]))
+    print(_peak() / 1e6)
 
 
 def _peak() -> int:

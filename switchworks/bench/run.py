@@ -11,15 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 
 from switchworks.bench.comparisons import comparisons
 from switchworks.bench.config import BenchConfig, Precision
 from switchworks.bench.measure import Row, matrix_limit, measure, share_of_limit
 from switchworks.bench.peers import available
-from switchworks.bench.sweep import BLUE, GREY, draw_sweep, save_picture, sweep
+from switchworks.bench.sweep import draw_sweep, sweep
 from switchworks.training import machine
 
 
@@ -30,11 +27,11 @@ def bench(
     json_file: Path | None = None,
     picture: Path | None = None,
 ) -> list[Row]:
-    """Measure, print a line as each row is there and a table at the end, and write the files.
+    """Measure, print a line as each row is there, and write the files.
 
-    With `sweep_experts` only the sweep over E. The first row holds the conditions: command,
-    versions, CPU. The JSON is written after every row, so that a run that is ended early
-    leaves what it has.
+    With `sweep_experts` only the sweep over E, which has a picture. The first row holds the
+    conditions: command, versions, CPU. The JSON is written after every row, so that a run that is
+    ended early leaves what it has.
     """
     machine.keep_freed_memory()
     if config.threads:
@@ -44,13 +41,14 @@ def bench(
     )
     rows = [Row(name="conditions", unit="", details=_conditions(config, precision))]
     print(f"{machine.describe()}, {torch.get_num_threads()} threads, {precision}", flush=True)
+    _print_cells("", "ours", "peer", "ratio", "spread")
     for row in _rows(config, precision, sweep_experts):
         rows.append(row)
         if json_file is not None:
             write_json(rows, json_file)
-    Console().print(table(rows[1:]))
-    if picture is not None:
-        (draw_sweep if sweep_experts else draw_bars)(rows[1:], picture)
+    print("ratio: ours over the peer's; spread: its quartiles over the rounds")
+    if picture is not None and sweep_experts:
+        draw_sweep(rows[1:], picture)
     for file in filter(None, (json_file, picture)):
         print(f"wrote {file.resolve()}")
     return rows
@@ -62,17 +60,6 @@ def write_json(rows: list[Row], file: Path) -> None:
     file.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")
 
 
-def table(rows: list[Row]) -> Table:
-    """The rows for a terminal."""
-    drawn = Table(caption="ratio: ours over the peer's; spread: its quartiles over the rounds")
-    drawn.add_column("", overflow="fold")
-    for heading in ("ours", "peer", "ratio", "spread"):
-        drawn.add_column(heading, justify="right", overflow="fold")
-    for row in rows:
-        drawn.add_row(*cells(row))
-    return drawn
-
-
 def cells(row: Row) -> tuple[str, ...]:
     """A line of the table: name with its note, ours, peer, ratio, spread."""
     name = f"{row.name} ({row.note})" if row.note else row.name
@@ -80,31 +67,6 @@ def cells(row: Row) -> tuple[str, ...]:
     ratio = "" if row.ratio is None else _figure(row.ratio)
     quartiles = "" if row.spread is None else "-".join(map(_figure, row.spread))
     return name, *values, ratio, quartiles
-
-
-def draw_bars(rows: list[Row], file: Path) -> None:
-    """Write `file`: a bar with its spread per row that has a ratio.
-
-    Rows in which more is better are above, the others below.
-    """
-    rows = [row for row in reversed(rows) if row.ratio is not None]
-    halves = {
-        "more": [row for row in rows if not row.less_is_better],
-        "less": [row for row in rows if row.less_is_better],
-    }
-    heights = [max(1, len(half)) for half in halves.values()]
-    figure = Figure(figsize=(9, 1.6 + 0.3 * sum(heights)), layout="constrained")
-    axes = figure.subplots(2, 1, height_ratios=heights)
-    for ax, (better, half) in zip(axes, halves.items(), strict=True):
-        bars = ax.barh(range(len(half)), [row.ratio for row in half], color=BLUE)
-        ax.bar_label(bars, fmt=" %.2f", fontsize=8)
-        for place, row in enumerate(half):
-            ax.hlines(place, *(row.spread or (row.ratio, row.ratio)), color="black", linewidth=1)
-        ax.set_yticks(range(len(half)), [row.name for row in half], fontsize=8)
-        ax.set_title(f"ours over the peer's: {better} is better", loc="left", fontsize=10)
-        ax.axvline(1, color=GREY, linewidth=1)
-        ax.margins(x=0.08)
-    save_picture(figure, file)
 
 
 def _rows(config: BenchConfig, precision: Precision, sweep_experts: bool) -> Iterator[Row]:
@@ -125,9 +87,12 @@ def _rows(config: BenchConfig, precision: Precision, sweep_experts: bool) -> Ite
 
 
 def _print(row: Row) -> Row:
-    name, ours, peer, ratio, *_ = cells(row)
-    print(f"  {name:<44} {ours:>18} {peer:>18} {ratio:>8}", flush=True)
+    _print_cells(*cells(row))
     return row
+
+
+def _print_cells(name: str, ours: str, peer: str, ratio: str, quartiles: str) -> None:
+    print(f"  {name:<44} {ours:>18} {peer:>18} {ratio:>8} {quartiles:>13}", flush=True)
 
 
 def _figure(value: float) -> str:
@@ -139,7 +104,7 @@ def _conditions(config: BenchConfig, precision: Precision) -> dict[str, Any]:
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "settings": asdict(replace(config, precision=precision)),
         "machine": machine.describe(),
-        "cpu_flags": _cpu_flags(),
+        "cpu_flags": [torch.backends.cpu.get_cpu_capability()],
         "threads": torch.get_num_threads(),
         "allocator": "glibc, keeping freed memory, unless LD_PRELOAD names another",
         "python": platform.python_version(),
@@ -152,13 +117,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _cpu_flags() -> list[str]:
-    """The flags of /proc/cpuinfo on Linux; elsewhere the instruction set that torch uses."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        flags = next(line for line in lines if line.startswith(("flags", "Features")))
-        return flags.split(":", 1)[1].split()
-    except (OSError, StopIteration):
-        return [torch.backends.cpu.get_cpu_capability()]

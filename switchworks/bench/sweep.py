@@ -18,7 +18,6 @@ from switchworks.bench.memory import available_bytes
 from switchworks.bench.workloads import build, bytes_needed
 from switchworks.model import num_parameters
 
-BLUE, GREY = "#0072b2", "#8a8f96"
 EXPERTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SWEEP = Shape(d_model=256, d_ff=512, num_heads=4, layers=2, vocab_size=4096, many_d_ff=None)
 """256 experts of this size and their AdamW state fit in 4 GB."""
@@ -86,9 +85,9 @@ def draw_sweep(rows: list[Row], file: Path) -> None:
     experts = [(row.details or {})["side"]["experts"] for row in rows]
     lines = np.array([row.peer for row in rows])
     low, high = lines * np.array([row.spread or (1.0, 1.0) for row in rows]).T
-    ax.plot(experts, lines, "--", color=GREY, label="memory traffic")
-    ax.vlines(experts, low, high, color=BLUE, alpha=0.5)
-    ax.plot(experts, [row.ours or 0.0 for row in rows], "o-", color=BLUE, label="measured")
+    ax.plot(experts, lines, "--", color="#8a8f96", label="memory traffic")
+    ax.vlines(experts, low, high, color="#0072b2", alpha=0.5)
+    ax.plot(experts, [row.ours or 0.0 for row in rows], "o-", color="#0072b2", label="measured")
     ax.set_xscale("log", base=2)
     ax.set_xticks(experts, [str(number) for number in experts])
     ax.set_ylim(bottom=0)
@@ -96,10 +95,5 @@ def draw_sweep(rows: list[Row], file: Path) -> None:
     ax.set_ylabel("ms per training step")
     ax.grid(alpha=0.3)
     ax.legend(frameon=False)
-    save_picture(figure, file)
-
-
-def save_picture(figure: Figure, file: Path) -> None:
-    """Write `figure` to `file`, making its folder."""
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150)

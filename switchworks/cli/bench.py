@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from switchworks.bench import QUICK, BenchConfig, bench
-from switchworks.cli.parsing import check_picture, check_writable, parse_flags
+from switchworks.cli.parsing import check_needed, check_picture, check_writable, parse_flags
 
 
 @dataclass(frozen=True)
@@ -21,15 +21,16 @@ class BenchFlags:
     """Only step time against the number of experts, 1 to 256, at the same number of tokens."""
     json: Path = Path("bench.json")
     """Every row, with the seconds of every round and the conditions."""
-    picture: Path = Path("bench.png")
-    """Bars, or the curve of the sweep: .png, .svg or .pdf."""
+    picture: Path | None = None
+    """The curve of --sweep-experts: .png, .svg or .pdf."""
 
     def __post_init__(self) -> None:
         check_picture(self.picture)
+        check_needed(self, "picture", "--sweep-experts", given=self.sweep_experts)
 
 
 def run(words: list[str]) -> int:
-    """Measure and print, and write rows and picture."""
+    """Measure and print, and write the rows, of the sweep with a picture."""
     config = QUICK if "--quick" in words else BenchConfig()
     flags = parse_flags(BenchFlags, "bench", words, default=BenchFlags(config=config))
     check_writable(flags.json, flags.picture)

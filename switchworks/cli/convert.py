@@ -1,9 +1,8 @@
 """`switchworks convert SRC DST`: between formats, and from a model to a sparser or smaller one."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -59,72 +58,43 @@ class ConvertFlags:
 def run(words: list[str]) -> int:
     """Write the destination, and print what is in it."""
     flags = parse_flags(ConvertFlags, "convert", words)
-    change = _chosen_change(flags)
+    _check_change(flags)
     _check_destination(flags)
-    print(CHANGES[change](flags))
+    print(_convert(flags))
     return 0
 
 
-def _change_format(flags: ConvertFlags) -> str:
-    source, destination = flags.source, flags.destination
-    return checkpoint.convert_checkpoint(source, destination, capacity=flags.capacity)
+def _convert(flags: ConvertFlags) -> str:
+    """Writes the destination and describes it."""
+    places = flags.source, flags.destination
+    if flags.upcycle is not None:
+        from switchworks.model import RoutingConfig
+
+        routing = RoutingConfig(experts=flags.upcycle, every=flags.every)
+        return compress.upcycle_directory(*places, routing, noise=flags.noise, seed=flags.seed)
+    if flags.prune is not None or flags.merge is not None:
+        method, keep = ("prune", flags.prune) if flags.merge is None else ("merge", flags.merge)
+        counting: dict[str, Any] = {name: getattr(flags, name) for name in _COUNTING}
+        return compress.reduce_directory(*places, keep or 0, method=method, **counting)
+    if flags.merge_lora is not None:
+        return adapt.merge_directory(*places, flags.merge_lora)
+    if flags.quantise is not None:
+        return compress.quantise_directory(*places, flags.quantise, group=flags.group)
+    return checkpoint.convert_checkpoint(*places, capacity=flags.capacity)
 
 
-def _upcycle(flags: ConvertFlags) -> str:
-    from switchworks.model import RoutingConfig
-
-    routing = RoutingConfig(experts=flags.upcycle or 0, every=flags.every)
-    source, destination = flags.source, flags.destination
-    upcycle = compress.upcycle_directory
-    return upcycle(source, destination, routing, noise=flags.noise, seed=flags.seed)
-
-
-def _reduce(flags: ConvertFlags) -> str:
-    method, keep = ("prune", flags.prune) if flags.merge is None else ("merge", flags.merge)
-    return compress.reduce_directory(
-        flags.source,
-        flags.destination,
-        keep or 0,
-        method=method,
-        by=flags.by,
-        text=flags.text,
-        only=flags.only,
-        batches=flags.batches,
-    )
-
-
-def _merge_lora(flags: ConvertFlags) -> str:
-    return adapt.merge_directory(flags.source, flags.destination, flags.merge_lora or Path())
-
-
-def _quantise(flags: ConvertFlags) -> str:
-    source, destination, scheme = flags.source, flags.destination, flags.quantise or "int8"
-    return compress.quantise_directory(source, destination, scheme, group=flags.group)
-
-
-CHANGES: dict[str | None, Callable[[ConvertFlags], str]] = {
-    None: _change_format,
-    "upcycle": _upcycle,
-    "prune": _reduce,
-    "merge": _reduce,
-    "merge_lora": _merge_lora,
-    "quantise": _quantise,
-}
-"""What writes the destination and describes it, by the flag that asks for it."""
-
+_CHANGES = ("upcycle", "prune", "merge", "merge_lora", "quantise")
+_COUNTING = ("by", "text", "only", "batches")
 _NEEDED_BY = {
     **dict.fromkeys(("every", "noise", "seed"), ("upcycle",)),
-    **dict.fromkeys(("by", "text", "only", "batches"), ("prune", "merge")),
+    **dict.fromkeys(_COUNTING, ("prune", "merge")),
     "group": ("quantise",),
 }
 
 
-def _chosen_change(flags: ConvertFlags) -> str | None:
-    """The flag that asks for a change of the model, None: only its format changes.
-
-    Raises ConfigError for two changes at once, and for flags of another change.
-    """
-    given = [name for name in CHANGES if name and getattr(flags, name) is not None]
+def _check_change(flags: ConvertFlags) -> None:
+    """Raises ConfigError for two changes of a model at once, and for flags of another change."""
+    given = [name for name in _CHANGES if getattr(flags, name) is not None]
     if len(given) > 1:
         raise ConfigError(
             f"{' and '.join(map(flag_name, given))} are different changes.\n"
@@ -138,7 +108,6 @@ def _chosen_change(flags: ConvertFlags) -> str | None:
             f"--capacity {flags.capacity} is for a change of format alone.\n"
             f"  Convert first, then {flag_name(change)} the result."
         )
-    return change
 
 
 def _check_destination(flags: ConvertFlags) -> None:

@@ -80,7 +80,8 @@ def _plan(experiment: "Experiment", flags: ExplainFlags) -> dict[str, Any]:
         figures |= plan.figures()
     if flags.search:
         devices = flags.devices or experiment.mesh.size
-        meshes = find_meshes(experiment, devices, flags.memory, machine)
-        print(search_text(meshes, machine, flags.memory or machine.memory_gib))
+        memory = flags.memory or machine.memory_gib
+        meshes = find_meshes(experiment, devices, memory, machine)
+        print(search_text(meshes, machine, memory))
         figures["meshes"] = search_figures(meshes)
     return figures

@@ -1,7 +1,4 @@
-"""The entry point of the command line: finds the verb and prints errors in plain words.
-
-A verb's module is imported when the verb is called, so that the usage is printed at once.
-"""
+"""The entry point of the command line: finds the verb and prints errors in plain words."""
 
 import importlib
 import os
@@ -55,7 +52,6 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
         *("routing", "report", "convert", "bench", "recipes"),
     )
 }
-"""Every verb by name: takes the words after it and returns the exit status."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -105,7 +101,3 @@ def print_error(error: str) -> None:
         if not first_to_say(error):
             return
     print(error, file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

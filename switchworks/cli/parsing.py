@@ -1,7 +1,4 @@
-"""From words to flags and settings, and checks of flags that several verbs share.
-
-`parse_experiment` puts a verb's own flags beside every setting of a recipe.
-"""
+"""From words to flags and settings, and checks of flags that several verbs share."""
 
 import contextlib
 import inspect

@@ -1,8 +1,6 @@
 """A model's answers to tasks: generated, or ranked among the possible ones.
 
-Evaluation drops no token, so an answer does not depend on the rest of its batch. A decoder-only
-model reads the input and its EOS as a prompt and continues it with the answer, as in training.
-
+Evaluation drops no token, so an answer does not depend on the rest of its batch.
 Letters: B sequences, T target length, V vocabulary.
 """
 
@@ -124,10 +122,8 @@ def score_all(
     targets: Sequence[Sequence[int]],
     batch_size: int,
 ) -> list[tuple[float, bool]]:
-    """ln p(target | input) in nats of each pair of ids, and whether its tokens are the likeliest.
-
-    An empty target has probability 1.
-    """
+    """ln p(target | input) in nats of each pair of ids (0 for an empty target), and whether its
+    tokens are the likeliest."""
     scores = [(0.0, True)] * len(inputs)
     lengths = [len(a) + len(b) for a, b in zip(inputs, targets, strict=True)]
     device = model.embedding.weight.device

@@ -1,16 +1,8 @@
 """EleutherAI's lm-evaluation-harness drives our models: `lm_eval` asks, `Scorer` answers.
 
-    import lm_eval
-    from switchworks.evaluate.harness import harness_model
-
-    lm_eval.simple_evaluate(harness_model("runs/quickstart_lm"), tasks=["arc_easy"])
-
-An encoder-decoder model reads the context, with EOS, in its encoder, and its decoder scores or
-writes the continuation; the two are tokenised separately. A decoder-only model reads both as one
-text, tokenised together, unless a token would span the boundary. EOS is not scored after a
+A decoder-only model reads context and continuation as one text, tokenised together unless a token
+would span the boundary; an encoder reads the context, with EOS. EOS is not scored after a
 continuation. Contexts that are too long lose their beginning, as in the harness's own models.
-
-`lm_eval` is not a dependency; only `harness_model` imports it.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -74,22 +66,18 @@ class Scorer:
         return Pair(before, joined[len(before) :])
 
     def score(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
-        """ln p(continuation | context) in nats of each pair, and whether it is the greedy one.
-
-        An empty continuation has probability 1.
-        """
+        """ln p(continuation | context) in nats of each pair (0 if empty), and whether it is the
+        greedy one."""
         contexts = [self._context(pair) for pair in pairs]
         return score_all(
             self.model, contexts, [pair.continuation for pair in pairs], self.batch_size
         )
 
     def rolling(self, text: str, windows: Windows) -> float:
-        """ln p(text) in nats, each token predicted once.
+        """ln p(text) in nats, each token predicted once, in the harness's disjoint `windows`.
 
-        `windows` cuts the ids into the harness's disjoint pairs: each window predicts the tokens
-        that no earlier one did, and the rest of it is context. One position is left for what
-        precedes the first token. The harness's prefix token is id 0 here and removed again, since
-        a decoder starts from id 0 anyway.
+        One position is left for what precedes the first token. The harness's prefix token is id 0
+        here and removed again, since a decoder starts from id 0 anyway.
         """
         pairs = [
             Pair([token for token in context if token != 0], list(predicted))
@@ -113,10 +101,8 @@ class Scorer:
         return answers
 
     def _parse(self, settings: Mapping[str, Any]) -> tuple[GenerationConfig, Sequence[str]]:
-        """The harness's settings of generation as ours, and its stop texts.
-
-        Raises ConfigError for an unknown setting.
-        """
+        """The harness's settings as ours, and its stop texts. Raises ConfigError for an unknown
+        setting."""
         left = dict(settings)
         stops = left.pop("until", ()) or ()
         choice = {name: left.pop(name, None) for name in ("temperature", "top_k", "top_p")}
@@ -189,20 +175,12 @@ def harness_model(path: Path | str, **settings: int) -> Any:
         """`scorer` behind the harness's interface: lists of requests, each with its `args`."""
 
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-            scores = scorer.score([scorer.pair(*request.args) for request in requests])
-            return self._cache("loglikelihood", requests, scores)
+            return scorer.score([scorer.pair(*request.args) for request in requests])
 
         def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-            scores = [scorer.rolling(request.args[0], windows) for request in requests]
-            return self._cache("loglikelihood_rolling", requests, scores)
+            return [scorer.rolling(request.args[0], windows) for request in requests]
 
         def generate_until(self, requests: list[Any]) -> list[str]:
-            texts = scorer.write([request.args for request in requests])
-            return self._cache("generate_until", requests, texts)
-
-        def _cache(self, kind: str, requests: list[Any], answers: list[Any]) -> list[Any]:
-            for request, result in zip(requests, answers, strict=True):
-                self.cache_hook.add_partial(kind, request.args, result)
-            return answers
+            return scorer.write([request.args for request in requests])
 
     return HarnessModel()

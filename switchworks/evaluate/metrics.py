@@ -1,9 +1,7 @@
 """Metrics of tasks: from predictions and examples to figures out of 100.
 
-The definitions are those of T5's evaluation, which follow each benchmark's own script; the
-arithmetic is that of scikit-learn, scipy, sacrebleu and rouge-score, imported by the metrics that
-use them. One thing differs: T5 takes ROUGE's mean over bootstrap samples, here it is the plain
-mean, which is not random.
+The definitions are those of T5's evaluation; the arithmetic is that of scikit-learn, scipy,
+sacrebleu and rouge-score. ROUGE is the plain mean, not T5's over bootstrap samples.
 """
 
 import math
@@ -117,10 +115,8 @@ def group_exact_match(predictions: Texts, examples: Examples, labels: Labels) ->
 
 
 def referent(predictions: Texts, examples: Examples, labels: Labels) -> Figures:
-    """Accuracy of "the pronoun refers to this candidate", said by naming the candidate (WSC).
-
-    A prediction of determiners alone names nothing and is never right.
-    """
+    """Accuracy of "the pronoun refers to this candidate", said by naming the candidate (WSC). A
+    prediction of determiners alone names nothing and is never right."""
     pairs = zip(predictions, examples, strict=True)
     right = (
         bool(_bare(answer)) and names(answer, e.target) == bool(e.label) for answer, e in pairs
@@ -140,10 +136,8 @@ _DETERMINERS = frozenset(
 
 
 def names(answer: str, candidate: str) -> bool:
-    """Whether all words of `answer` are among those of `candidate`, or the other way round.
-
-    T5's rule: case and determiners do not count, and a possessive matches only a possessive.
-    """
+    """Whether all words of `answer` are among those of `candidate`, or the other way round, by T5's
+    rule: case and determiners do not count, and a possessive matches only a possessive."""
     texts = _bare(answer), _bare(candidate)
     if ("'" in texts[0]) != ("'" in texts[1]):
         return False
@@ -236,7 +230,6 @@ METRICS: Mapping[str, Metric] = {
         *(squad_once, group_exact_match, referent, rouge, bleu, chrf),
     )
 }
-"""Every metric by name."""
 
 AVERAGES: Mapping[str, tuple[str, ...]] = {
     "glue": ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "mnli_mismatched", "qnli", "rte"),
@@ -253,14 +246,6 @@ def _numeric(task: Task, examples: Examples) -> bool:
         return False
 
 
-def _grouped(task: Task, examples: Examples) -> bool:
-    return all(example.group is not None for example in examples)
-
-
-def _with_candidates(task: Task, examples: Examples) -> bool:
-    return all(example.label is not None for example in examples)
-
-
 def _latin(task: Task, examples: Examples) -> bool:
     return any(re.search("[a-z0-9]", right.lower()) for e in examples for right in e.answers)
 
@@ -271,9 +256,6 @@ REQUIREMENTS: Mapping[str, tuple[Callable[[Task, Examples], bool], str]] = {
     "matthews": (lambda task, _: bool(task.labels), "labels (data.task_labels)"),
     "pearson": (_numeric, "targets that are numbers"),
     "spearman": (_numeric, "targets that are numbers"),
-    "squad_once": (_grouped, "a group for every example"),
-    "group_exact_match": (_grouped, "a group for every example"),
-    "referent": (_with_candidates, "examples that say if the candidate is meant (Example.label)"),
     "rouge": (_latin, "words of the letters a to z; other scripts: use chrf"),
 }
 """Conditions of a metric: a test, and in words."""
@@ -286,11 +268,8 @@ ALTERNATIVES: Mapping[str, tuple[str, ...]] = {
 
 
 def check_metrics(task: Task, examples: Examples) -> None:
-    """Raises ConfigError unless the task's metrics can judge `examples`.
-
-    There has to be one; each has to be known and its requirements met, and no two may compute a
-    figure of the same name.
-    """
+    """Raises ConfigError unless the task's metrics can judge `examples` and no two give one
+    figure."""
     if not task.metrics:
         raise ConfigError(f"Task {task.name!r} has no metric. One is {', '.join(METRICS)}.")
     for figure, metrics in ALTERNATIVES.items():
@@ -333,10 +312,8 @@ def score(task: Task, figures: Mapping[str, float]) -> float:
 
 
 def averages(scores: Mapping[str, float]) -> dict[str, float]:
-    """The benchmarks of AVERAGES all of whose tasks have a score.
-
-    "glue" is without WNLI; "glue_with_wnli", the paper's list, is there if WNLI is measured.
-    """
+    """The benchmarks all of whose tasks have a score; "glue" is without WNLI, "glue_with_wnli", the
+    paper's list, with it."""
     means: Figures = {}
     for name, tasks in AVERAGES.items():
         parts = {task: scores.get(f"{name}_{task}", math.nan) for task in tasks}

@@ -53,10 +53,8 @@ def mean_nats(model: SwitchTransformer, batches: Iterable[Batch], ranks: Ranks =
 def validation_losses(
     model: SwitchTransformer, held_out: ValidationSet, ranks: Ranks = SINGLE
 ) -> tuple[float, dict[str, float]]:
-    """(mean weighted by the corpora's shares, corpus -> loss), in nats per target token.
-
-    The dictionary is empty where there is one corpus, which has no name.
-    """
+    """(mean weighted by the corpora's shares, corpus -> loss), in nats per target token; the latter
+    is empty where there is one corpus."""
     losses = {name: mean_nats(model, batches, ranks) for name, batches in held_out.batches.items()}
     overall = sum(held_out.shares[name] * loss for name, loss in losses.items())
     return overall, {name: loss for name, loss in losses.items() if name}

@@ -1,7 +1,4 @@
-"""Which experts handle what: the choices of a trained router, counted by label, token type and
-language.
-
-In a decoder's layer a position counts as the token that is read there, not as the one predicted.
+"""Which experts handle what: a router's choices counted by label, token type and language.
 
 Letters: N positions, E experts, C categories (labels or token types), T token types, K languages,
 I switch layers.
@@ -253,35 +250,25 @@ class LanguageRouting:
     """Sums to 1 over the experts."""
 
     def distances(self) -> Float[np.ndarray, "K K"]:
-        """Jensen-Shannon distance of the routing of two languages: 0 equal, 1 disjoint experts.
+        """Jensen-Shannon distance of the routing of two languages, mean over layers: 0 equal, 1
+        disjoint. The square root, which is a metric, of the divergence in bits."""
+        from scipy.spatial.distance import jensenshannon
 
-        The square root, which is a metric, of the Jensen-Shannon divergence in bits, averaged over
-        the layers.
-        """
-        from scipy.special import rel_entr
-
+        # Of equal shares rounding may leave the square root of a negative number.
         p, q = self.shares[:, None], self.shares[None, :]
-        mean = (p + q) / 2
-        bits = (rel_entr(p, mean) + rel_entr(q, mean)).sum(axis=-1) / math.log(4)  # K K I
-        return np.sqrt(np.clip(bits.mean(axis=-1), 0.0, 1.0))
-
-    def tree(self) -> Float[np.ndarray, "merges four"]:
-        """Hierarchical clustering by average distance, as a linkage matrix of scipy.
-
-        Leaves are ordered so that neighbours are as similar as the tree allows. Needs two languages
-        or more.
-        """
-        from scipy.cluster.hierarchy import linkage, optimal_leaf_ordering
-        from scipy.spatial.distance import squareform
-
-        condensed = squareform(self.distances(), checks=False)
-        return optimal_leaf_ordering(linkage(condensed, method="average"), condensed)
+        layers = jensenshannon(p, q, base=2, axis=-1)  # pyright: ignore[reportCallIssue]
+        return np.sqrt(np.square(np.nan_to_num(layers)).mean(axis=-1))
 
     def order(self) -> list[int]:
-        """Places of the languages in the order of the tree's leaves."""
-        from scipy.cluster.hierarchy import leaves_list
+        """Places of the languages in the order of a tree's leaves, neighbours as similar as it
+        allows: hierarchical clustering by average distance."""
+        from scipy.cluster.hierarchy import leaves_list, linkage
+        from scipy.spatial.distance import squareform
 
-        return [0] if len(self.languages) == 1 else leaves_list(self.tree()).tolist()
+        if len(self.languages) == 1:
+            return [0]
+        condensed = squareform(self.distances(), checks=False)
+        return leaves_list(linkage(condensed, "average", optimal_ordering=True)).tolist()
 
 
 @torch.no_grad()

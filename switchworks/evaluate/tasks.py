@@ -55,7 +55,6 @@ class TaskResult:
     eval_set: EvalSet
     predictions: tuple[str, ...]
     figures: Mapping[str, float]
-    """Out of 100."""
     cut: int
     """Number of inputs longer than the limit, which lost their end."""
 
@@ -141,15 +140,14 @@ def named_tasks(
 
     `tasks`, if any are named, replace the run's; `folder` holds local copies of their datasets.
     `labels` and `metrics` are those of tables. By default tables with the names of the run's tables
-    have the run's labels and metrics, and others accuracy of any text; raises ConfigError for
-    tables of both kinds at once, unless those are the same.
+    have the run's; if one is not among those, all have accuracy of any text.
     """
     data = run_data_config(path) or DataConfig()
     named = tuple(name for entry in tasks for name in entry.split(",") if name)
     if named:
         length = data.input_length or DataConfig().input_length  # that of causal text is 0
-        if not (labels and metrics):
-            data = _with_default_metrics(data, _tables(data.tasks), _tables(named))
+        if _tables(named) - _tables(data.tasks):
+            data = replace(data, task_labels=(), task_metrics=DataConfig.task_metrics)
         data = replace(data, tasks=named, mixture=(), input_length=length, task_packing="auto")
     given = {"task_labels": labels, "task_metrics": metrics, "task_folder": str(folder or "")}
     return replace(data, **{name: value for name, value in given.items() if value})
@@ -158,19 +156,6 @@ def named_tasks(
 def _tables(entries: Sequence[str]) -> set[str]:
     """Names of the entries that are tables, NAME=PATH:INPUT:TARGET."""
     return {entry.partition("=")[0] for entry in entries if "=" in entry}
-
-
-def _with_default_metrics(data: DataConfig, known: set[str], named: set[str]) -> DataConfig:
-    """Settings of a run with the tables `known`, with labels and metrics for the tables `named`."""
-    new = named - known
-    plain = replace(data, task_labels=(), task_metrics=DataConfig.task_metrics)
-    if new and new != named and plain != data:
-        raise ConfigError(
-            f"{', '.join(sorted(named - new))} has the labels and metrics of the run, "
-            f"{', '.join(sorted(new))} has not.\n"
-            "  Measure them one after the other, or say for both: --task-labels, --task-metrics."
-        )
-    return plain if new else data
 
 
 def evaluate_tasks(

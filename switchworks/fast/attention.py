@@ -1,10 +1,7 @@
 """Attention in blocks, whose backward pass keeps nothing of the size of its scores.
 
-The reference is `model.attention.attend`. Forward is torch's fused kernel where it has one for
-the device, called per block with the bias of that block. Backward recomputes the weights of a block
-from the arguments, which is all that is kept; every key is in each block, so they are a softmax
-like the reference's. The gradient of the relative bias is summed over the batch block by block, and
-then along the diagonals, so it is as small as the bias itself.
+The reference is `model.attention.attend`. Backward recomputes the weights of a block from the
+arguments; every key is in each block, so they are a softmax like the reference's.
 
 Dropout has the mask of the reference. It is the same for all queries, so dropping a weight is
 dropping a value: (w * mask) v = w (mask v), which costs a product of the size of the values.
@@ -47,7 +44,6 @@ class FactoredBias(NamedTuple):
         return self.distances.dtype
 
     def __add__(self, mask: Tensor) -> "FactoredBias":  # type: ignore[override]
-        """With `mask` added to the mask."""
         return self._replace(mask=mask if self.mask is None else self.mask + mask)
 
 
@@ -157,10 +153,7 @@ def blocks(
     q: Float[Tensor, "B H L K"], k: Float[Tensor, "B H M K"]
 ) -> Iterator[tuple[slice, list[slice]]]:
     """(queries, blocks of rows): together every query of every row once, about `BLOCK` scores at a
-    time.
-
-    Several whole rows if they are short; parts of the queries of one row if it is long.
-    """
+    time, of several whole rows if they are short or of parts of one."""
     per_query = k.shape[1] * k.shape[2]
     length = min(q.shape[2], max(1, BLOCK // per_query))
     count = max(1, BLOCK // (per_query * length))
@@ -224,7 +217,6 @@ def _forward(
     v: Float[Tensor, "b H M K"],
     bias: Float[Tensor, "#b #H #l M"] | None,
 ) -> Float[Tensor, "b H l K"]:
-    """softmax(q k^T + bias) v of one block."""
     if q.device.type == "cpu" and q.dtype != torch.float16:
         if bias is not None:
             bias = bias.expand(*q.shape[:3], -1)

@@ -1,11 +1,8 @@
 """Activation checkpointing per block, with the routing saved and everything else recomputed.
 
-Noise (dropout, jitter) is drawn again from the same state of the generator, so it is the same.
-That alone would not keep the routing: where two experts are equally likely up to rounding, the
-recomputation could choose the other one and the gradient would belong to another function. So the
-results of operations that decide (the largest score, the order of service, a coin against a gate)
-are saved: some integers per token. Gates and router probabilities are recomputed, for they carry
-gradients.
+Where two experts are equally likely up to rounding, a recomputation could choose the other one, and
+the gradient would belong to another function. So the results of the operations that decide are
+saved: some integers per token. Gates and probabilities are recomputed, for they carry gradients.
 """
 
 from functools import partial
@@ -36,10 +33,7 @@ your own that chooses by another operation has to add it here."""
 
 
 def checkpoint_blocks(model: SwitchTransformer) -> SwitchTransformer:
-    """`model` itself, whose blocks keep their inputs and routes for the backward pass, no more.
-
-    Loss, gradients, weights and their names stay. Nothing changes without gradients.
-    """
+    """`model` itself, whose blocks keep their inputs and routes for the backward pass, no more."""
     for stack in (model.encoder, model.decoder):
         if stack is not None:
             stack.call_block = call_checkpointed

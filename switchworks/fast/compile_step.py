@@ -1,8 +1,7 @@
-"""A model's forward and backward as one graph each, by torch.compile.
+"""A model's forward and backward as one graph each, by torch.compile; applied last.
 
-Applied last, to a model that may have fast kernels and checkpointed blocks. It sets attention and
-norms itself: inductor fuses the plain norm, and the hand-written kernels are opaque to it.
-experiments/speed.md has what each setting here was measured to bring.
+It sets attention and norms itself: inductor fuses the plain norm, and the hand-written kernels are
+opaque to it. experiments/speed.md has what each setting here was measured to bring.
 """
 
 from collections.abc import Callable

@@ -1,11 +1,7 @@
-"""The step of decoding as one graph, by torch.compile.
+"""The step of decoding as one graph, by torch.compile (docs/speed.md).
 
-Operation by operation, a third of a token's time at batch 1 is no product but some hundred small
-operations and the Python between them. In a graph they become loops around the products, and the
-product of a single row is such a loop too, which converts weights to float32 where it reads them.
 Experts are called from inside the graph as they are without one, since which of them are called is
-not known before. Compiling takes a minute for each number of texts, some seconds once torch has it
-in its cache; lengths may vary (experiments/speed.md).
+not known before.
 
 Letters: B texts, I inputs, O outputs, G groups, S tokens per group, A assignments per group,
 D model width, V vocabulary, H heads, K head width, T positions there is room for, M memory length.
@@ -45,7 +41,6 @@ from switchworks.model import (
 )
 
 MAX_BATCH_SIZES = 32
-"""Numbers of texts for which one model may be compiled."""
 
 
 class CompiledDecoder:
@@ -81,10 +76,8 @@ class CompiledDecoder:
         return self._tensors == _tensor_ids(model)
 
     def start(self, cache: DecoderCache) -> Step:
-        """A function from the tokens after those in `cache` to the logits after them.
-
-        It adds them to the cache, as `decode_step` does. Raises ConfigError without a C++ compiler.
-        """
+        """A function from the tokens after those in `cache`, to which it adds them, to the logits
+        after them. Raises ConfigError without a C++ compiler."""
         require_compiler()
         layers = [(layer.k, layer.v, layer.memory) for layer in cache.layers]
         biases = (cache.last_bias, cache.memory_bias, cache.prompt_bias)
@@ -120,10 +113,8 @@ def _guards(entries: Sequence[Any]) -> list[bool]:
 
 
 class _TracedCache(LayerCache):
-    """A layer's cache with writes at a position given as a tensor.
-
-    All positions that there is room for are returned; the caller masks those not yet written.
-    """
+    """A layer's cache with writes at a position given as a tensor. It returns all positions that
+    there is room for; the caller masks those not yet written."""
 
     def __init__(
         self,
@@ -243,8 +234,6 @@ class _Outside(nn.Module):
 
 
 class _OutsideDispatcher:
-    """Sends tokens to experts from the graph."""
-
     def __init__(self, experts: Experts) -> None:
         self.number, self.outputs = _number(experts), experts.d_out
 

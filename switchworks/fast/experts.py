@@ -1,14 +1,9 @@
 """Products of sorted tokens with the weights of their experts, without padding.
 
-The reference is one product per expert, joined: `run_experts`.
-
-On a CPU one autograd function holds all products, so that one tensor of tokens is kept and not one
-per expert, and each expert's gradient is written to its place in one stack: neither is copied, and
-no cost grows with E squared.
-
-On a GPU it is torch's `grouped_mm`. The numbers of tokens per expert stay on the device, so the
-host never waits and shapes never change: all assignments are sorted, the kept ones first, and rows
-behind the last kept one are zeros on the way in and on the way out.
+The reference is one product per expert, joined: `run_experts`. On a CPU one autograd function holds
+all products, so that neither tokens nor gradients are copied, and no cost grows with E squared.
+On a GPU it is torch's `grouped_mm`: the host never waits and shapes never change, since all
+assignments are sorted, the kept ones first, and those behind are zeros on the way in and out.
 
 Letters: G groups, S tokens per group, N tokens or assignments sorted by expert, E experts, D width,
 F hidden width, O width of the outputs.

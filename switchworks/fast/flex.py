@@ -1,12 +1,8 @@
 """Attention by torch's FlexAttention, for GPUs: one fused kernel whose scores never reach memory.
 
-The reference is `model.attention.attend`. The relative bias is a vector per head, read by
-distance inside the kernel, and its gradient is summed there too (torch >= 2.6). The mask is added
-to the scores as everywhere else; no block is skipped for it.
-
-A query with all keys masked gets an average as in the reference, but not the reference's gradients:
-beside -1e9 float32 loses the logarithm of the number of keys, from which the kernel recomputes its
-weights. Such queries are padding, for which no loss is taken: the gradient from above is 0.
+The reference is `model.attention.attend`. A query with all keys masked gets an average as
+there, but not the reference's gradients: beside -1e9 float32 loses the logarithm of the number of
+keys, from which the kernel recomputes its weights. Such queries are padding: their gradient is 0.
 
 Letters: B sequences, H heads, L query length, M key length, K head width, N = L + M - 1 distances.
 """

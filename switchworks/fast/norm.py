@@ -1,9 +1,6 @@
 """RMS norm that keeps its input and one number per row for the backward pass, and no more.
 
-The reference is `model.layers.normalise`, which keeps the input and the quotient and, in 16 bits, a
-float32 copy of the input.
-
-Letters: N rows, D width.
+The reference is `model.layers.normalise`. Letters: N rows, D width.
 """
 
 from typing import Any

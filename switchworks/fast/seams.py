@@ -1,8 +1,6 @@
 """Setting seams of a model for a while, and giving them their plain forms back.
 
-A model that decodes or is a teacher leaves out losses and routing statistics: they take a dozen
-small operations a switch layer, which beside the work of one token is much, and a pass over all
-logits, which beside a small teacher is.
+A model that decodes or is a teacher leaves out losses and routing statistics.
 """
 
 from collections.abc import Iterable, Iterator

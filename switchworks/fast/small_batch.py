@@ -1,13 +1,9 @@
 """Products of the few rows that decoding has, on a CPU in float32.
 
-A product of few rows does little but read its matrix, and the library does that with one thread,
-and for 2 to 8 rows as slowly as for 32. As a batch of products, each with a share of the matrix's
-outputs (of an expert's, whose inputs lie first: of its inputs, summed) it is read by all threads.
-Beside such products every small operation counts: norms take five in place of eight
-(experiments/speed.md).
+A product of few rows reads its matrix with one thread. As a batch of products, each with a share of
+the outputs (of an expert's, whose inputs lie first: of its inputs, summed), all threads read it.
 
-Letters: N rows, I inputs, O outputs, C tokens of one expert, S shares, D model width; those
-of routes are in `model/dispatch.py`.
+Letters: N rows, I inputs, O outputs, C tokens of one expert, S shares, D model width.
 """
 
 from collections.abc import Iterator
@@ -35,7 +31,6 @@ from switchworks.model import (
 )
 
 MAX_ROWS = 32
-"""Rows up to which shares are faster."""
 SHARES = 8
 _LOCAL = DISPATCHERS["chosen"], DISPATCHERS["sorted"]
 MIN_WEIGHTS = 2**16

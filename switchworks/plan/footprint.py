@@ -22,14 +22,11 @@ class Footprint:
     """Bytes, operations and traffic of one rank in one step."""
 
     weights: int
-    """Bytes of the weights the model computes with."""
     masters: int
-    """Bytes of float32 masters of 16-bit weights."""
     gradients: int
     """Bytes of the gradients that the optimizer reads: all of them or, if weights are updated in
     the backward pass, the most that exist at once."""
     optimizer: int
-    """Bytes of the optimizer's state."""
     other_peaks: tuple[int, ...]
     """The most bytes of anything else that exist at once, in each of the `PHASES`."""
     transient_peaks: tuple[int, ...]
@@ -69,11 +66,8 @@ class Footprint:
 
 
 class _TracedMasters(MasterWeights):
-    """Tells a trace which tensors are gradients and when weights are updated.
-
-    It shares the tensors of `masters` and takes its place for one step. Updaters read gradients
-    through their masters alone, before these are summed, cast or dropped.
-    """
+    """Tells a trace which tensors are gradients and when weights are updated; takes the place of
+    `masters`, through which alone updaters read gradients, for one step."""
 
     def __init__(self, masters: MasterWeights, trace: Trace) -> None:
         vars(self).update(vars(masters))
@@ -132,7 +126,6 @@ def measure_step(state: TrainState, batch: Batch) -> Footprint:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Total size of this rank's shards of `tensors`."""
     return sum(local(tensor).numel() * tensor.element_size() for tensor in tensors)
 
 

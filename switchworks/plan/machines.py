@@ -1,13 +1,4 @@
-"""Time of a step from what a rank computes and sends: a formula, not a measurement.
-
-    compute       = sum over operations of max(FLOPs / (efficiency x peak), bytes / bandwidth)
-    communication = sum over collectives of bytes sent / link + calls x latency
-    step          = compute + communication           without overlap
-                  = max(compute, communication)       with full overlap
-
-Of what an all-gather, a reduce-scatter or an all-to-all over n ranks holds, a rank sends
-(n - 1) / n, and twice that for an all-reduce. The link is the one inside a node if all n ranks are.
-"""
+"""Time of a step from what a rank computes and sends: the formula of docs/scale.md."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,7 +10,8 @@ from switchworks.plan.trace import Operation, Traffic
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What one device can do by its maker's figures. Links count one direction."""
+    """What one device of a `node` of several does by its maker's figures; links count one
+    direction."""
 
     name: str
     flops: float
@@ -28,7 +20,6 @@ class Machine:
     memory_bandwidth: float
     """Bytes per second."""
     node: int
-    """Devices joined by the fast link."""
     near: float
     """Bytes per second a device sends inside a node."""
     far: float
@@ -92,11 +83,10 @@ def find_machine(name: str) -> Machine:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of one step by the formula above."""
+    """Seconds of one step; `by_traffic` of each `Traffic`, in the order given."""
 
     compute: float
     by_traffic: tuple[float, ...]
-    """Seconds of each `Traffic`, in the order given."""
 
     @property
     def communication(self) -> float:

@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 from switchworks.parallel import MeshConfig
 
 MAX_FRAMED = 1024
-"""Ranks up to which each has a frame of its own."""
 
 
 def cells(mesh: MeshConfig) -> dict[str, np.ndarray]:

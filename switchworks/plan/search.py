@@ -22,7 +22,7 @@ def make_plan(
     those that are possible. Raises ConfigError for a mesh that cannot work, naming one of the same
     size that can.
     """
-    experiment = _resolved(experiment)
+    experiment = experiment.resolved("bfloat16")  # which is what "auto" means on all of them
     limit = machine.memory_gib if memory is None else memory
     if ranks is not None and ranks != experiment.mesh.size:
         if experiment.mesh.size != 1:
@@ -30,7 +30,7 @@ def make_plan(
                 f"--ranks {ranks}, but the mesh has {experiment.mesh.size} places.\n"
                 "  Leave --ranks out, or the mesh, which is then chosen."
             )
-        fitting = [plan.experiment for plan in search(experiment, ranks, limit, machine)]
+        fitting = [plan.experiment for plan in find_meshes(experiment, ranks, limit, machine)]
         experiment = fitting[0] if fitting else possible_meshes(experiment, ranks)[-1]
     _check_mesh(experiment)
     plan = Plan(experiment, simulate(experiment), machine, limit)
@@ -40,14 +40,8 @@ def make_plan(
 
 
 def find_meshes(
-    experiment: Experiment, devices: int, memory: float | None, machine: Machine
+    experiment: Experiment, devices: int, memory: float, machine: Machine
 ) -> list[Plan]:
-    """`search` with the machine's memory unless another is given."""
-    limit = machine.memory_gib if memory is None else memory
-    return search(_resolved(experiment), devices, limit, machine)
-
-
-def search(experiment: Experiment, devices: int, memory: float, machine: Machine) -> list[Plan]:
     """All meshes of `devices` ranks on which a step fits in `memory` GiB, fastest first.
 
     Each has the fewest micro-batches that fit. Footprints are those of `simulate_with_depth`.
@@ -55,7 +49,7 @@ def search(experiment: Experiment, devices: int, memory: float, machine: Machine
     """
     plans = [
         _fewest_micro_batches(possible, memory, machine)
-        for possible in possible_meshes(experiment, devices)
+        for possible in possible_meshes(experiment.resolved("bfloat16"), devices)
         if memory_per_rank(possible)["total"] <= memory * GIB  # else it is not worth tracing
     ]
     return sorted(filter(None, plans), key=lambda plan: plan.estimate.step)
@@ -66,7 +60,7 @@ def propose(experiment: Experiment, devices: int, memory: float, machine: Machin
     `MAX_RANKS`."""
     while devices <= MAX_RANKS:
         try:
-            if plans := search(experiment, devices, memory, machine):
+            if plans := find_meshes(experiment, devices, memory, machine):
                 return plans[0]
         except ConfigError:
             pass  # no mesh of so many is possible
@@ -88,11 +82,6 @@ def possible_meshes(experiment: Experiment, devices: int) -> list[Experiment]:
     if not possible:
         raise ConfigError(f"No mesh of {devices} ranks can work. The last one:\n{reason}")
     return possible
-
-
-def _resolved(experiment: Experiment) -> Experiment:
-    """Machines are described in bfloat16, which is what "auto" means on all of them."""
-    return experiment.resolved("bfloat16")
 
 
 def _check_mesh(experiment: Experiment) -> None:
@@ -131,7 +120,6 @@ def _fewest_micro_batches(experiment: Experiment, memory: float, machine: Machin
 
 
 def _factorisations(devices: int) -> Iterator[tuple[int, int, int]]:
-    """All (data, expert, model) whose product is `devices`."""
     for model in _divisors(devices):
         for expert in _divisors(devices // model):
             yield devices // model // expert, expert, model

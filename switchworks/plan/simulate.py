@@ -1,9 +1,7 @@
 """One training step of one rank, traced without data or devices: `explain --simulate`.
 
-The model is built on the meta device and spread over fake ranks by the code that training uses, and
-the step is training's own, so what is counted is what a run does. torch provides the fakes: a
-process group whose collectives return at once and move nothing, and `FakeTensorMode`, in which a
-tensor has a shape, a dtype and a device and no values. Where the code reads one, it is given one.
+The code of training runs on the meta device over torch's fake process group, so what is counted is
+what a run does. Where that code reads a value from a fake tensor, it is given one.
 """
 
 import copy
@@ -139,10 +137,8 @@ def extrapolate(first: Footprint, second: Footprint, steps: float) -> Footprint:
 
 @contextmanager
 def fake_ranks(config: MeshConfig) -> Iterator[Ranks]:
-    """The ranks of `config`: this process is rank 0 and the others do not exist.
-
-    Collectives leave their outputs as they are, so only shapes mean anything inside.
-    """
+    """The ranks of `config`: this process is rank 0 and the others do not exist, so that
+    collectives leave their outputs as they are."""
     if config.size == 1:
         yield SINGLE
         return
@@ -166,10 +162,8 @@ def fake_tensors() -> Iterator[None]:
 
 
 class _FakeScalars(TorchDispatchMode):
-    """`item()` of a fake tensor is 1, or False for a condition, so loss and norms are finite.
-
-    Operations on real tensors alone, which are the ranks of a mesh, are done for real.
-    """
+    """`item()` of a fake tensor is 1, or False for a condition, so loss and norms are finite. Of
+    real tensors alone, which are the ranks of a mesh, operations are done for real."""
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None

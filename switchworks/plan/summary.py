@@ -13,7 +13,6 @@ from switchworks.training import Experiment
 
 GIB = 2**30
 MAX_RANKS = 4096
-"""Ranks of the largest mesh that is proposed."""
 _SIZES = {
     "weights": "the model computes with them",
     "masters": "float32 beside bfloat16",
@@ -109,12 +108,10 @@ class Plan:
             f"  on {m.name}: {m.flops / 1e12:g} TFLOP/s at {m.efficiency:.0%}, memory "
             f"{m.memory_bandwidth / 1e9:g} GB/s, links {m.near / 1e9:g} GB/s in a node of {m.node} "
             f"and {m.far / 1e9:g} out of it, {m.latency * 1e6:g} us a call",
-            f"  compute       {cost.compute:10.4f} s  = sum over operations of max(FLOPs / "
-            "(efficiency x peak), bytes / memory bandwidth)",
-            f"  communication {cost.communication:10.4f} s  = sum over collectives of bytes sent / "
-            "link + calls x latency",
+            f"  compute       {cost.compute:10.4f} s",
+            f"  communication {cost.communication:10.4f} s",
             f"  step          {cost.overlapped:10.4f} s if all of that overlaps, {cost.step:.4f} s "
-            "if nothing does (a formula, not a measurement)",
+            "if nothing does (a formula, not a measurement: docs/scale.md)",
         ]
 
     def _fit(self) -> list[str]:

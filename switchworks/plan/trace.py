@@ -1,7 +1,6 @@
 """Counts what one process does: bytes allocated, bytes sent, floating-point operations.
 
-A `Trace` sees every torch operation while it is active, on real and on fake tensors alike, so a
-simulated step and a real one are counted by the same rules.
+A simulated step and a real one are counted by the same rules.
 """
 
 import weakref
@@ -104,10 +103,8 @@ class Trace(TorchDispatchMode):
         return result
 
     def tracking_resizes(self) -> AbstractContextManager[object]:
-        """Inside, storages that change their size are followed, for which torch has no hook.
-
-        FSDP keeps a gathered weight's storage and resizes it to 0 and back.
-        """
+        """Inside, storages that change their size are followed: FSDP resizes a gathered weight's to
+        0 and back, for which torch has no hook."""
         original = torch.UntypedStorage.resize_
 
         def resize(storage: torch.UntypedStorage, size: int) -> Any:

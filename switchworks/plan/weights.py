@@ -20,10 +20,8 @@ class WeightShards(NamedTuple):
     name: str
     letters: str
     shape: tuple[int, ...]
-    """Of one full weight."""
     layout: WeightLayout
     count: int
-    """Weights."""
     parameters: int
     bytes: int
     """In the dtype the model computes with."""

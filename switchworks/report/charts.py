@@ -14,7 +14,6 @@ from switchworks.report.runs import Run
 from switchworks.report.svg import COLOURS, Frame, axes, colour, svg, text, upright
 
 POINTS = 600
-"""Most points drawn of one curve: more are not visible at this width."""
 
 Kind = Literal["noisy", "smooth", "plain", "points"]
 """noisy: the raw values faint, and smoothed on top. smooth: only smoothed. plain: the raw values.
@@ -60,11 +59,8 @@ def points_of(run: Run, keys: Mapping[str, str]) -> list[Curve]:
 
 
 def smooth(y: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
-    """A moving mean over a twenty-fifth of the curve.
-
-    The window shrinks towards the beginning, where losses fall steeply, so that it adds no bias.
-    A curve of fewer than 50 points stays as it is.
-    """
+    """A moving mean over a twenty-fifth of the curve; the window shrinks towards the beginning,
+    where losses fall steeply, so that it adds no bias."""
     reach = np.minimum(np.arange(len(y)), len(y) // 50)
     first = np.arange(len(y)) - reach
     after = np.minimum(np.arange(len(y)) + reach + 1, len(y))
@@ -82,11 +78,11 @@ def line_chart(
     reference: Mark | None = None,
     mark: Mark | None = None,
 ) -> str:
-    """A `<figure>` with `curves`; "" if none of them has a point.
+    """A `<figure>` with `curves`; "" if none has a point. `reference` is a line across, `mark`
+    down.
 
-    The y axis fits the values after the first tenth of the run: the fall at the beginning would
-    flatten all the rest. What lies outside is cut off, with a note. `reference` is a line across,
-    `mark` one down.
+    The y axis fits the values after the first tenth of the run; what lies outside is cut off, and a
+    note says so.
     """
     several = len(curves) > 1  # the legend names the curves left, even if that is one
     curves = [curve for curve in curves if len(curve.x)]
@@ -135,7 +131,8 @@ def _y_range(
     return (0.0 if from_zero and low >= 0 else low - room), high + room
 
 
-def _value(value: float) -> str:
+def short(value: float) -> str:
+    """A number with four digits, or all those before the point."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
@@ -172,10 +169,8 @@ def _dots(frame: Frame, curve: Curve) -> str:
 
 
 def _end_labels(frame: Frame, curves: Sequence[Curve]) -> str:
-    """The last value of every curve beside its end, moved apart where they would overlap.
-
-    Beside curves with points, which are validation losses, smooth ones have no label.
-    """
+    """The last value of every curve beside its end, moved apart where they would overlap; not of
+    smooth ones beside validation losses."""
     dotted = any(curve.kind == "points" for curve in curves)
     ends = []
     for curve in curves:
@@ -193,14 +188,14 @@ def _end_labels(frame: Frame, curves: Sequence[Curve]) -> str:
     return "".join(
         f'<rect x="{frame.right + 5}" y="{place - 4:.1f}" width="4" height="8" rx="2" '
         f'style="fill:{colour(number)}"/>'
-        + text(frame.right + 12, place + 4, _value(value), kind="end")
+        + text(frame.right + 12, place + 4, short(value), kind="end")
         for place, value, number in ends
     )
 
 
 def _cut_off(frame: Frame, curves: Sequence[Curve]) -> str:
     peak = max(float(curve.y.max()) for curve in curves)
-    note = f"cut off above: up to {_value(peak)}"
+    note = f"cut off above: up to {short(peak)}"
     return text(frame.right, frame.top - 5, note, "end") if peak > frame.y[1] else ""
 
 

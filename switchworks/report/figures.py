@@ -1,8 +1,9 @@
 """The key figures of runs, as text for tiles and tables."""
 
-import math
 from collections.abc import Sequence
 
+from switchworks.evaluate import measure_perplexity
+from switchworks.report.charts import short
 from switchworks.report.html import Tile
 from switchworks.report.runs import Reached, Run, when_reached
 
@@ -38,11 +39,8 @@ def duration(seconds: int | float | None) -> str:
 
 
 def speedups(runs: Sequence[Run], base: Run, target: float) -> tuple[list[Tile], list[list[str]]]:
-    """When each run had come down to `target`, the final loss of `base`: tiles, and table rows.
-
-    A speed-up is the steps (or seconds) of `base` to that loss over the run's. The rows have their
-    name first; the tiles are of the other runs that reached it.
-    """
+    """Tiles, and table rows with their name first: steps (or seconds) of `base` to `target`, its
+    final loss, over those of each run."""
     first = when_reached(base, target)
     assert first is not None
     tiles, columns = [], []
@@ -65,16 +63,10 @@ def speedups(runs: Sequence[Run], base: Run, target: float) -> tuple[list[Tile],
 
 
 def _speedup(base: Reached, run: Reached | None) -> list[str]:
-    """Steps, speed-up in steps, time, speed-up in time."""
     if run is None:
         return [_NOT_REACHED] * 4
-    time = duration(run.seconds) or "-"
-    return [
-        f"{run.step:,.0f}",
-        _ratio(base.step, run.step),
-        time,
-        _ratio(base.seconds, run.seconds),
-    ]
+    steps, time = f"{run.step:,.0f}", duration(run.seconds) or "-"
+    return [steps, _ratio(base.step, run.step), time, _ratio(base.seconds, run.seconds)]
 
 
 def _ratio(base: float | None, run: float | None) -> str:
@@ -82,10 +74,8 @@ def _ratio(base: float | None, run: float | None) -> str:
 
 
 def by_corpus(runs: Sequence[Run]) -> dict[str, list[tuple[str, str] | None]]:
-    """Corpus -> for each run its last validation loss on it, and its share and epochs as a note.
-
-    None stands for a run that was not validated on the corpus.
-    """
+    """Corpus -> for each run its last validation loss on it, and its share and epochs as a note;
+    None for a run that was not validated on it."""
     keys = dict.fromkeys(key for run in runs for key in run.keys("val/loss/"))
     names = [key.removeprefix("val/loss/") for key in keys]
     return {name: [_corpus(run, name) for run in runs] for name in names}
@@ -116,17 +106,12 @@ def _quality(run: Run) -> list[Tile]:
     best = ""
     if len(losses) and losses.min() < losses[-1]:
         best = f"best {losses.min():.3f} at step {int(steps[losses.argmin()]):,}"
-    perplexity = "" if loss is None else _perplexity(loss)
+    perplexity = "" if loss is None else short(measure_perplexity(loss))
     return [
         ("Validation loss", "" if loss is None else f"{loss:.3f}", best or "nats per target token"),
         ("Validation perplexity", perplexity, "exp of the loss, per target token"),
         ("Training loss", "" if training is None else f"{training:.3f}", "mean of the last tenth"),
     ]
-
-
-def _perplexity(loss: float) -> str:
-    value = math.exp(min(loss, 700.0))
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _size(run: Run) -> list[Tile]:

@@ -80,10 +80,8 @@ def tiles(figures: Iterable[Tile]) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, marked: Sequence[int] = ()) -> str:
-    """A table: `head` is text, the cells of `rows` are HTML, and the first cell names its row.
-
-    Rows with a number in `marked` are coloured.
-    """
+    """A table: `head` is text, the cells of `rows` are HTML, the first names its row; rows with a
+    number in `marked` are coloured."""
     top = "".join(f"<th>{escape(name)}</th>" for name in head)
     body = ""
     for number, (name, *cells) in enumerate(rows):

@@ -9,14 +9,10 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
-from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colorbar import Colorbar
+from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
-from scipy.cluster.hierarchy import dendrogram
-
-from switchworks.data import script_name
 
 DENSE, SWITCH = "#d55e00", "#0072b2"
 _LOADS = LinearSegmentedColormap.from_list("loads", [SWITCH, "#ffffff", DENSE])
@@ -46,10 +42,8 @@ def draw_quality(
 
 
 def draw_speedups(path: Path, speedups: Sequence[float]) -> None:
-    """The paper's figure 8: how many languages have which step speed-up over the dense twin.
-
-    Languages in which the switch model did not reach the dense twin's quality have a bar apart.
-    """
+    """The paper's figure 8: how many languages have which step speed-up over the dense twin. Those
+    that did not reach its quality have a bar apart."""
     reached = np.array([value for value in speedups if math.isfinite(value)])
     missing = len(speedups) - len(reached)
     figure = Figure((8.0, 4.6), dpi=_DPI, layout="constrained")
@@ -78,19 +72,13 @@ def draw_speedups(path: Path, speedups: Sequence[float]) -> None:
 
 
 def draw_heat(
-    path: Path,
-    rows: Sequence[str],
-    scripts: Sequence[str],
-    layers: Sequence[str],
-    shares: Float[np.ndarray, "K N E"],
+    path: Path, rows: Sequence[str], layers: Sequence[str], shares: Float[np.ndarray, "K N E"]
 ) -> None:
     """Each expert's share of each row's tokens, times E: white is even, blue less, orange more."""
     experts = shares.shape[-1]
     loads = np.log2(np.maximum(shares.reshape(len(rows), -1) * experts, 2**-3))
     size = (max(6.0, 0.13 * loads.shape[1] + 4.2), _ROW * len(rows) + _MARGIN)
-    figure = Figure(size, dpi=_DPI, layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(loads, cmap=_LOADS, vmin=-3, vmax=3, aspect="auto", interpolation="nearest")
+    figure, axes, bar = _matrix(size, rows, loads, (-3.0, 3.0), _LOADS)
     for edge in range(1, len(layers)):
         axes.axvline(edge * experts - 0.5, color="#1c1d1f", linewidth=1.2)
     middles = [(index + 0.5) * experts - 0.5 for index in range(len(layers))]
@@ -98,61 +86,39 @@ def draw_heat(
     axes.xaxis.tick_top()
     axes.xaxis.set_label_position("top")
     axes.set_xlabel(f"switch layers, {experts} experts each")
-    _script_labels(axes, rows, scripts)
-    bar = figure.colorbar(image, ax=axes, location="bottom", shrink=0.6, aspect=40, pad=0.01)
     bar.set_ticks([-3, -2, -1, 0, 1, 2, 3], labels=["1/8", "1/4", "1/2", "even", "2x", "4x", "8x"])
     bar.set_label("share of the tokens that go to an expert, over an even share")
     figure.savefig(path)
 
 
-def draw_similarity(
-    path: Path,
-    rows: Sequence[str],
-    scripts: Sequence[str],
-    similar: Float[np.ndarray, "K K"],
-    tree: Float[np.ndarray, "merges four"],
-) -> None:
-    """How alike languages are routed, beside the tree that puts the likest together."""
+def draw_similarity(path: Path, rows: Sequence[str], similar: Float[np.ndarray, "K K"]) -> None:
+    """How alike languages are routed, in the order of the tree that puts the likest together."""
     side = _ROW * len(rows)
-    figure = Figure((side + 6.0, side + _MARGIN), dpi=_DPI, layout="constrained")
-    branches, axes = figure.subplots(1, 2, width_ratios=[1.6, max(4.0, side)])
-    figure.get_layout_engine().set(wspace=0, w_pad=0.02)  # type: ignore[union-attr]
-    dendrogram(
-        tree, orientation="left", no_labels=True, ax=branches, color_threshold=0,
-        above_threshold_color="#5c6066",
-    )  # fmt: skip
-    branches.invert_yaxis()
-    branches.set_axis_off()
-    apart = similar[~np.eye(len(rows), dtype=bool)]
-    least, most = np.quantile(apart, [0.02, 0.995])
-    image = axes.imshow(
-        similar, cmap="viridis", vmin=least, vmax=most, aspect="auto", interpolation="nearest"
-    )
+    least, most = np.quantile(similar[~np.eye(len(rows), dtype=bool)], [0.02, 0.995])
+    size = (side + 4.4, side + _MARGIN)
+    figure, axes, bar = _matrix(size, rows, similar, (least, most), "viridis")
     axes.set_xticks([])
-    axes.yaxis.tick_right()
-    _script_labels(axes, rows, scripts)
-    bar = figure.colorbar(image, ax=axes, location="bottom", shrink=0.6, aspect=40, pad=0.01)
     bar.set_label("similarity of routing: 1 minus the Jensen-Shannon distance, mean over layers")
     figure.savefig(path)
 
 
-def _script_labels(axes: Axes, rows: Sequence[str], scripts: Sequence[str]) -> None:
-    """Names of the rows in the colours of their scripts, with a legend of the scripts."""
-    by_size = sorted(set(scripts), key=lambda script: (-scripts.count(script), script))
-    palette = [*colormaps["tab10"].colors, *colormaps["Dark2"].colors, *colormaps["Set1"].colors]  # type: ignore[attr-defined]
-    colours = {
-        script: tuple(0.72 * part for part in palette[index % len(palette)])
-        for index, script in enumerate(by_size)
-    }
+def _matrix(
+    size: tuple[float, float],
+    rows: Sequence[str],
+    values: Float[np.ndarray, "K columns"],
+    ends: tuple[float, float],
+    colours: str | Colormap,
+) -> tuple[Figure, Axes, Colorbar]:
+    """A figure of `size` in inches: `values` as colours, with the names of the rows and the key."""
+    figure = Figure(size, dpi=_DPI, layout="constrained")
+    axes = figure.subplots()
+    low, high = ends
+    image = axes.imshow(
+        values, cmap=colours, vmin=low, vmax=high, aspect="auto", interpolation="nearest"
+    )
     axes.set_yticks(range(len(rows)), rows, fontsize=8)
-    for label, script in zip(axes.get_yticklabels(), scripts, strict=True):
-        label.set_color(colours[script])
-    if len(by_size) > 1 and len(rows) > len(by_size):
-        patches = [Patch(color=colours[script], label=script_name(script)) for script in by_size]
-        axes.legend(
-            handles=patches, ncols=6, fontsize=8, frameon=False, loc="upper center",
-            bbox_to_anchor=(0.5, -0.003),
-        )  # fmt: skip
+    bar = figure.colorbar(image, ax=axes, location="bottom", shrink=0.6, aspect=40, pad=0.01)
+    return figure, axes, bar
 
 
 def _bare(axes: Axes) -> None:

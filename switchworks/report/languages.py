@@ -1,7 +1,7 @@
 """A switch model and its dense twin language by language: two tables, and pictures of them.
 
-For one pair of runs, or several with other seeds. Steps come from the runs' metrics, final
-qualities from their models on more held-out text, routing from the first switch model.
+Steps come from the runs' metrics, final qualities from their models on more held-out text, routing
+from the first switch model.
 """
 
 import csv
@@ -23,7 +23,6 @@ from switchworks.report import language_charts as charts
 from switchworks.report.runs import Run, crossing, read_run
 
 ROWS = 64
-"""Rows of a batch that final qualities are measured on."""
 ROUTED = 4
 """Batches of each language that routing is counted on: with fewer tokens languages that are routed
 alike would differ by chance."""
@@ -31,7 +30,6 @@ THRESHOLDS = (1.0, 2.0, 4.0)
 """Of the step speed-up; the paper has 91 % of its languages at 4 or more."""
 
 Curve = tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]
-"""Steps, and a loss at each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +40,7 @@ class LanguageComparison:
     language: str
     script: str
     rate: float
-    """Share of the rows to train on."""
     epochs: float
-    """Passes over its text in training."""
     dense_quality: float
     """Negative log perplexity: minus the held-out loss, in nats per target token."""
     switch_quality: float
@@ -52,7 +48,6 @@ class LanguageComparison:
     dense_bits_per_byte: float
     switch_bits_per_byte: float
     dense_steps: float
-    """Steps of the dense twin."""
     dense_first: float
     """Steps to the twin's final quality for the first time: fewer where it overfitted later."""
     switch_steps: float
@@ -144,10 +139,8 @@ def _matters(setting: str) -> bool:
 
 
 def _figures(run: Run, codes: Sequence[str], batches: int) -> dict[str, float]:
-    """Of each language the last loss, bits per byte and epochs, as loss/LANGUAGE and so on.
-
-    With `batches` the first two are measured on so many of each language.
-    """
+    """Of each language the last loss, bits per byte and epochs, as loss/LANGUAGE and so on; with
+    `batches` the first two are measured on so many of each language."""
     keys = {"loss": "val/loss", "bits_per_byte": "val/bits_per_byte", "epoch": "epoch"}
     last = {f"{name}/{code}": run.last(f"{keys[name]}/{code}") for name in keys for code in codes}
     figures = {name: value for name, value in last.items() if value is not None}
@@ -248,16 +241,16 @@ def write_routing(out: Path, routing: LanguageRouting) -> None:
     _write_csv(out / "routing.csv", ["code", "script", "layer", "expert", "share"], shares)
     order = routing.order()
     codes = [routing.languages[place] for place in order]
-    rows = [f"{english_name(code)}  {code}" for code in codes]
+    rows = [f"{english_name(code)}  {code}, {script_of(code)}" for code in codes]
     scripts, ordered = [script_of(code) for code in codes], routing.shares[order]
-    charts.draw_heat(out / "routing.png", rows, scripts, routing.layers, ordered)
+    charts.draw_heat(out / "routing.png", rows, routing.layers, ordered)
     kinds = sorted(set(scripts))
     means = np.stack([ordered[np.array(scripts) == script].mean(axis=0) for script in kinds])
     names = [script_name(script) for script in kinds]
-    charts.draw_heat(out / "scripts.png", names, kinds, routing.layers, means)
+    charts.draw_heat(out / "scripts.png", names, routing.layers, means)
     if len(rows) > 1:
         similar = 1 - routing.distances()[np.ix_(order, order)]
-        charts.draw_similarity(out / "similarity.png", rows, scripts, similar, routing.tree())
+        charts.draw_similarity(out / "similarity.png", rows, similar)
 
 
 def _write_csv(path: Path, head: Sequence[str], rows: Iterable[Iterable[object]]) -> None:

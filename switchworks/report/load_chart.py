@@ -11,7 +11,6 @@ from switchworks.report.runs import last_part
 from switchworks.report.svg import Frame, bottom, svg, text, ticks, upright
 
 COLUMNS = 120
-"""Most columns of a heat map."""
 BELOW, ABOVE = (0, 114, 178), (213, 94, 0)
 """RGB of loads under and over the even share, distinct for all common colour vision."""
 
@@ -24,22 +23,19 @@ def load_chart(
     note: str,
     most: float,
 ) -> str:
-    """A `<figure>` of one switch layer: a heat map over time, and bars of how it ended.
-
-    `loads` are shares of the tokens times E, so 1 is even. `most` is the right end of the bars'
-    axis, the same for all layers of a run.
-    """
+    """A `<figure>` of one switch layer: a heat map over time, and bars of how it ended, up to
+    `most`. `loads` are shares of the tokens times E, so 1 is even."""
     experts = loads.shape[1]
     span = (float(steps[0]), float(steps[-1]) if steps[-1] > steps[0] else float(steps[0]) + 1)
     heat = Frame(34, 24, 322, 190, span, (experts - 0.5, -0.5))
     bars = Frame(346, 24, 462, 190, (0.0, most), (experts - 0.5, -0.5))
+    columns = [part.mean(axis=0) for part in np.array_split(loads, min(COLUMNS, len(loads)))]
     picture = svg(
         f"Expert load, {layer}",
         226,
         text(heat.left, 14, "over training"),
         text(bars.left, 14, "at the end"),
-        f'<image {heat.box} preserveAspectRatio="none" href="{_heat_map(steps, loads)}"/>',
-        f'<rect class="frame" {heat.box}/>',
+        heat_map(heat, np.stack(columns, axis=1)),
         *(
             text(heat.left - 6, heat.down(expert) + 4, f"{expert:.0f}", "end", "")
             for expert in ticks(0, experts - 1, bins=5)
@@ -63,29 +59,20 @@ def colour_bar() -> str:
     )
 
 
-def _heat_map(steps: np.ndarray, loads: np.ndarray) -> str:
-    """A PNG as a data address, one row per expert; even shares are transparent.
-
-    A column is the mean of the steps that fall into it; where none does, the nearest step's.
-    """
+def heat_map(frame: Frame, loads: Float[np.ndarray, "rows columns"]) -> str:
+    """A PNG of multiples of the even share that fills the frame; even shares are transparent."""
     import matplotlib.image
 
-    columns = min(COLUMNS, len(steps))
-    edges = np.linspace(steps[0], steps[-1], columns + 1)
-    column = np.searchsorted(edges[1:-1], steps, side="right")
-    nearest = [np.abs(steps - middle).argmin() for middle in (edges[1:] + edges[:-1]) / 2]
-    parts = [
-        loads[column == c].mean(axis=0) if (column == c).any() else loads[nearest[c]]
-        for c in range(columns)
-    ]
     # Opacity is |log2 load| / 2: full at a quarter of the even share and at four times it.
-    strength = np.clip(np.log2(np.maximum(np.stack(parts, axis=1), 1e-9)) / 2, -1, 1)
+    strength = np.clip(np.log2(np.maximum(loads, 1e-9)) / 2, -1, 1)
     picture = np.empty((*strength.shape, 4), dtype=np.uint8)
     picture[..., :3] = np.where(strength[..., None] > 0, ABOVE, BELOW)
     picture[..., 3] = np.round(np.abs(strength) * 255)
     file = io.BytesIO()
     matplotlib.image.imsave(file, picture, format="png")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    data = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    image = f'<image {frame.box} preserveAspectRatio="none" href="{data}"/>'
+    return f'{image}<rect class="frame" {frame.box}/>'
 
 
 def _bars(frame: Frame, loads: Float[np.ndarray, " E"]) -> str:

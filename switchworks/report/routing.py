@@ -1,16 +1,13 @@
-"""A routing report as one HTML page: for every switch layer, which experts handle what.
-
-`routing_page` reads the plain numbers of `evaluate.routing_report`, so that a stored report can be
-drawn again.
-"""
+"""A routing report as one HTML page: for every switch layer, which experts handle what."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from html import escape
 from pathlib import Path
-from statistics import fmean
 from typing import Any
+
+import numpy as np
 
 from switchworks.checkpoint import is_model, load, open_model, write_json
 from switchworks.config import CheckpointError
@@ -20,8 +17,8 @@ from switchworks.evaluate import routing_report
 from switchworks.model import SwitchTransformer
 from switchworks.report import html
 from switchworks.report.html import percent
-from switchworks.report.load_chart import ABOVE, BELOW, colour_bar
-from switchworks.report.svg import WIDTH, svg, text
+from switchworks.report.load_chart import colour_bar, heat_map
+from switchworks.report.svg import WIDTH, Frame, svg, text
 
 _LEFT, _RIGHT, _TALL, _TOP = 108, 418, 19, 20
 
@@ -97,51 +94,17 @@ def routing_page(report: Mapping[str, Any]) -> str:
     )
     sections = [
         html.header(f"Routing of {report['model']}", facts),
-        _tiles(list(layers.values()), several),
+        _numbers(layers, several),
         html.section("By token type", note, _maps(layers, "by_type")),
     ]
     if several:
         note = "The same, for each label of the text."
         sections.append(html.section("By label", note, _maps(layers, "by_label")))
-    sections += [_drift(report), _numbers(layers, several)]
-    return html.document(f"routing of {report['model']}", sections)
-
-
-def _tiles(layers: Sequence[Layer], several: bool) -> str:
-    experts = sum(layer["experts"] for layer in layers)
-    dead, idle = (sum(len(layer[kind]) for layer in layers) for kind in ("dead", "idle"))
-    evenness = percent(fmean(map(_evenness, layers)))
-    busiest = max(max(layer["load"]) * layer["experts"] for layer in layers)
-    confidence = percent(fmean(layer["confidence"] for layer in layers))
-    figures = [
-        ("Dead experts", f"{dead} of {experts}", "no token chose them"),
-        ("Idle experts", f"{idle} of {experts}", "under a tenth of the even load"),
-        ("Evenness", evenness, "entropy of the load, of the most"),
-        ("Busiest expert", f"{busiest:.2f}", "times the even share"),
-        ("Confidence", confidence, "probability of the likeliest expert"),
-        ("Type tells", percent(_explained(layers, "type")), "of the expert, mean of the layers"),
-    ]
-    if several:
-        figures.append(("Label tells", percent(_explained(layers, "label")), "of the expert"))
-    if "drift" in layers[0]:
-        changed = fmean(layer["drift"]["changed"] for layer in layers)
-        figures.append(("Changed", percent(changed), "of the tokens have another expert"))
-    return html.tiles(figures)
+    return html.document(f"routing of {report['model']}", [*sections, _drift(report)])
 
 
 def _evenness(layer: Layer) -> float:
     return layer["load_entropy"] / layer["even_entropy"] if layer["even_entropy"] else 1.0
-
-
-def _explained(layers: Sequence[Layer], category: str) -> float:
-    """Share of the entropy of the expert that is gone once the category is known, mean of layers.
-
-    Mutual information over the entropy of the load: 0 if independent, 1 if the category decides.
-    """
-    return fmean(
-        layer["information"][category] / layer["load_entropy"] if layer["load_entropy"] else 0.0
-        for layer in layers
-    )
 
 
 def _maps(layers: Layers, categories: str) -> str:
@@ -154,53 +117,24 @@ def _map(name: str, layer: Layer, categories: str) -> str:
     experts = layer["experts"]
     total = sum(category["routed"] for category in layer[categories].values())
     rows = {"all": {"routed": total, "load": layer["load"]}, **layer[categories]}
-    bottom = _TOP + _TALL * len(rows)
+    bottom, last = _TOP + _TALL * len(rows), len(rows) - 0.5
+    frame = Frame(_LEFT, _TOP, _RIGHT, bottom, (-0.5, experts - 0.5), (last, -0.5))
     dead = f", dead: {', '.join(map(str, layer['dead'][:12]))}" if layer["dead"] else ""
-    wide = (_RIGHT - _LEFT) / experts
-    picture = svg(
-        f"Experts of {name}",
-        bottom + 28,
-        text(WIDTH, _TOP - 6, "choices", "end"),
-        *(
-            _row(_TOP + _TALL * place, category, row, experts)
-            for place, (category, row) in enumerate(rows.items())
-        ),
-        *(
-            text(_LEFT + (expert + 0.5) * wide, bottom + 12, str(expert), "middle")
-            for expert in range(0, experts, math.ceil(experts / 8))
-        ),
-        text(_LEFT - 8, bottom + 12, "expert", "end"),
-    )
+    words = [text(WIDTH, _TOP - 6, "choices", "end"), text(_LEFT - 8, bottom + 12, "expert", "end")]
+    for place, (category, row) in enumerate(rows.items()):
+        middle = frame.down(float(place)) + 4
+        words.append(text(_LEFT - 8, middle, _short(category), "end", ""))
+        words.append(text(WIDTH, middle, f"{row['routed']:,}", "end"))
+    for expert in range(0, experts, math.ceil(experts / 8)):
+        words.append(text(frame.across(float(expert)), bottom + 12, str(expert), "middle"))
+    loads = np.array([row["load"] for row in rows.values()]) * experts
+    picture = svg(f"Experts of {name}", bottom + 28, heat_map(frame, loads), *words)
     note = f"{experts} experts, evenness {percent(_evenness(layer))}{dead}"
     return html.figure(name, note, picture)
 
 
-def _row(top: int, name: str, row: Mapping[str, Any], experts: int) -> str:
-    wide, middle = (_RIGHT - _LEFT) / experts, top + _TALL / 2 + 4
-    cells = "".join(
-        f'<rect x="{_LEFT + expert * wide:.2f}" y="{top}" width="{wide + 0.05:.2f}" '
-        f'height="{_TALL - 2}" style="{_colour(share * experts)}">'
-        f"<title>{escape(name)}, expert {expert}: {share * experts:.2f} times the even share "
-        f"({percent(share)})</title></rect>"
-        for expert, share in enumerate(row["load"])
-    )
-    frame = f'x="{_LEFT}" y="{top}" width="{_RIGHT - _LEFT}" height="{_TALL - 2}"'
-    return (
-        text(_LEFT - 8, middle, _short(name), "end", "")
-        + f'{cells}<rect class="frame" {frame}/>'
-        + text(WIDTH, middle, f"{row['routed']:,}", "end")
-    )
-
-
 def _short(name: str, most: int = 15) -> str:
     return name if len(name) <= most else f"{name[: most - 1]}\N{HORIZONTAL ELLIPSIS}"
-
-
-def _colour(times_even: float) -> str:
-    """As in the colour bar: a quarter of the even share and less, to four times and more."""
-    strength = max(-1.0, min(1.0, math.log2(max(times_even, 1e-9)) / 2))
-    red, green, blue = ABOVE if strength > 0 else BELOW
-    return f"fill:rgb({red},{green},{blue});fill-opacity:{abs(strength):.3f}"
 
 
 def _drift(report: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """Reading run directories, and the figures that follow from them.
 
-A run that was killed and resumed has some steps twice, and its last line may be torn. The later
-line wins; a line that cannot be read is skipped and counted, and the page says so.
+Of a step noted twice, by a run that was resumed, the later line wins; a line that cannot be read is
+skipped and counted, and the page says so.
 """
 
 import json
@@ -18,10 +18,8 @@ from switchworks.config import DataError, flatten
 
 
 class Sample(NamedTuple):
-    """One held-out text after `step` steps: holes are `<extra_id_0>`, `<extra_id_1>`, ...
-
-    From a decoder-only model: a prompt, and the original and written continuations of it.
-    """
+    """One held-out text after `step` steps, with holes `<extra_id_0>`, ...; from a decoder-only
+    model a prompt, and the original and written continuations of it."""
 
     step: int
     inputs: str
@@ -42,7 +40,6 @@ class Run:
     """best.json: the step whose weights became the model, and its metric. Empty: the last step."""
     rows: tuple[dict[str, Any], ...] = ()
     samples: tuple[Sample, ...] = ()
-    """Newest first."""
     notes: tuple[str, ...] = ()
     """What could not be read, in sentences."""
 
@@ -100,10 +97,7 @@ def last_part(values: Float[np.ndarray, "N *rest"]) -> Float[np.ndarray, "M *res
 
 
 def read_run(path: Path) -> Run:
-    """The run in the directory `path`.
-
-    Raises DataError if `path` is no run directory, that is, holds no metrics.jsonl.
-    """
+    """The run in the directory `path`. Raises DataError if that holds no metrics.jsonl."""
     if not (path / "metrics.jsonl").is_file():
         reason = "has no metrics.jsonl" if path.is_dir() else "is no directory"
         raise DataError(
@@ -133,10 +127,8 @@ class Reached(NamedTuple):
 
 
 def when_reached(run: Run, loss: float, key: str = "val/loss") -> Reached | None:
-    """When `run`'s validation loss, `key`, first was `loss` or less; None if it never was.
-
-    Interpolated linearly between the two validations on either side of `loss`.
-    """
+    """When `run`'s validation loss, `key`, first was `loss` or less, interpolated linearly between
+    two validations; None if it never was."""
     step = crossing(*run.series(key), loss)
     return None if step is None else Reached(step, crossing(*run.series(key, "seconds"), loss))
 

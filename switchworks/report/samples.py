@@ -10,7 +10,6 @@ from switchworks.report import html
 from switchworks.report.runs import Run, Sample
 
 SAMPLE_STEPS = 8
-"""Most steps whose samples are shown: the newest, the first and some between."""
 
 _HOLE = re.compile(r"<extra_id_(\d+)>")
 _FILLED_IN = (
@@ -43,7 +42,6 @@ def samples_section(run: Run, *, several: bool) -> str:
 
 
 def _continued(sample: Sample) -> str:
-    """A prompt with what was written and what stood there."""
     written = escape(sample.prediction.strip()) or "(nothing)"
     space = " " if sample.prediction[:1].isspace() else ""  # else it goes on inside a word
     truth = escape(sample.truth.strip())

@@ -1,7 +1,7 @@
 """The rectangle that a chart is drawn in, its axes, and the elements of a picture, as SVG.
 
-Colours are CSS variables of the page (`--c0` ... `--c5`, `--ink`, `--grid`), so that light, dark
-and paper each get their own. A picture is 480 units wide: about as wide as a phone shows it.
+Colours are CSS variables of the page, so that light, dark and paper each get their own. A picture
+is 480 units wide: about as wide as a phone shows it.
 """
 
 from dataclasses import dataclass

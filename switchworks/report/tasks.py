@@ -19,10 +19,14 @@ def tasks_section(runs: Sequence[Run]) -> str:
     if not names:
         return f"<section>{html.soft(' '.join(sentences))}</section>" if sentences else ""
     sentences.insert(0, "Answers to the same validation examples, out of 100; higher is better.")
-    charts = [_chart(name, "out of 100", _curves(runs, name), runs) for name in names]
-    if len(charts) > 1:
-        mean = curves_of(runs, "task/mean", kind="points")
-        charts.insert(0, _chart("All tasks", "mean score", mean, runs))
+    curves = {name: _curves(runs, name) for name in names}
+    if len(names) > 1:
+        curves = {"All tasks": curves_of(runs, "task/mean", kind="points")} | curves
+    mark = best_mark(runs)
+    charts = [
+        line_chart(title, "out of 100", "step", lines, from_zero=True, mark=mark)
+        for title, lines in curves.items()
+    ]
     head = ["", *(run.name for run in runs)]
     table = html.card(html.table(head, _rows(runs, names)))
     return html.section("The tasks", " ".join(sentences), html.grid(charts), table)
@@ -35,13 +39,11 @@ def best_mark(runs: Sequence[Run]) -> Mark | None:
 
 
 def _keys(runs: Sequence[Run], prefix: str) -> list[str]:
-    """The keys of any run's metrics that start with `prefix`, without it."""
     keys = dict.fromkeys(key for run in runs for key in run.keys(prefix))
     return [key.removeprefix(prefix) for key in keys]
 
 
 def _task_names(runs: Sequence[Run]) -> list[str]:
-    """The tasks that any of the runs was measured on, in the order of their first measurement."""
     keys = _keys(runs, "task/")
     return [key.removesuffix("/score") for key in keys if key.endswith("/score")]
 
@@ -52,22 +54,14 @@ def _metrics(runs: Sequence[Run], name: str) -> list[str]:
 
 
 def _curves(runs: Sequence[Run], name: str) -> list[Curve]:
-    """All metrics of one run, the scores of several."""
     if len(runs) > 1:
         return curves_of(runs, f"task/{name}/score", kind="points")
     return points_of(runs[0], {metric: f"task/{name}/{metric}" for metric in _metrics(runs, name)})
 
 
-def _chart(title: str, unit: str, curves: Sequence[Curve], runs: Sequence[Run]) -> str:
-    """From zero: scores rise, and the height they start from matters."""
-    return line_chart(title, unit, "step", curves, from_zero=True, mark=best_mark(runs))
-
-
 def _rows(runs: Sequence[Run], names: Sequence[str]) -> list[list[str]]:
-    """Rows of a table, name first: every metric of every task, in every run, and the means.
-
-    A value is that of the step whose weights became the model; the note has that of the last step.
-    """
+    """Rows of a table, name first: every metric of every task, in every run, at the step whose
+    weights became the model, and the means."""
     keys: dict[str, str] = {}
     for name in names:
         metrics = _metrics(runs, name)

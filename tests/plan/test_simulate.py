@@ -22,7 +22,7 @@ from switchworks.parallel import MeshConfig
 from switchworks.parallel.layout import check_fit
 from switchworks.plan.machines import MACHINES, Machine, estimate, find_machine
 from switchworks.plan.picture import cells, draw_mesh, grid_shape
-from switchworks.plan.search import make_plan, possible_meshes, search
+from switchworks.plan.search import find_meshes, make_plan, possible_meshes
 from switchworks.plan.simulate import fake_ranks, simulate, simulate_with_depth, trace_step
 from switchworks.plan.summary import layout_table
 from switchworks.plan.trace import Operation, Traffic
@@ -126,7 +126,7 @@ def test_a_fake_mesh_gets_no_process_groups_of_an_earlier_one():
 @pytest.mark.slow
 def test_meshes_are_simulated_one_after_the_other():
     experiment = replace(small(), batch_size=16)
-    candidates = search(experiment, 8, 16.0, MACHINES["tpuv3"])
+    candidates = find_meshes(experiment, 8, 16.0, MACHINES["tpuv3"])
     assert len(candidates) == len(possible_meshes(experiment, 8))
 
 

@@ -1,7 +1,6 @@
 """The compression report: one text for all, shares of the gain, sizes, and what it refuses."""
 
 import json
-import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from switchworks.model import SwitchTransformer
 from switchworks.model.sizes import flops_per_token, num_parameters
 from switchworks.quantise.modules import QuantiseConfig, quantise
 from switchworks.report import compression
-from switchworks.report.compression_page import compression_page
+from switchworks.report.compression import compression_page
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +51,11 @@ def test_all_are_measured_on_the_teacher_s_held_out_text(report, tiny_run):
     assert (teacher["gain_kept"], dense["gain_kept"]) == (1.0, 0.0)
 
 
-def test_a_teacher_that_is_no_better_has_no_gain_to_keep(directories, capsys):
+def test_a_teacher_that_is_no_better_has_no_gain_to_keep(directories):
     words = [str(directories[name]) for name in ("dense", "student", "teacher")]
     page = directories["home"] / "other.html"
     more = ["--output", str(page), "--batches", "1"]
     assert main(["report", "--compression", *words, *more]) == 0
-    assert "no gain to keep" in capsys.readouterr().out
     models = json.loads(page.with_suffix(".json").read_text())["models"]
     assert {model["gain_kept"] for model in models} == {None}
     assert "there is no gain to keep" in page.read_text()
@@ -104,17 +102,13 @@ def test_a_teacher_that_gains_nothing_is_said_to(report):
     assert "nan" not in page
 
 
-def test_a_bar_of_more_than_twice_the_gain_is_cut_off_and_said_to_be(report):
+def test_a_student_that_keeps_more_than_the_gain_gets_a_note(report):
     models = [dict(model) for model in report["models"]]
-    bars = {}
-    for share in (0.5, 2.0, 8.009):
+    for share in (0.5, 8.009):
         models[1]["gain_kept"] = share
         page = compression_page(report | {"models": models})
-        bars[share] = float(re.findall(r'<rect x="[\d.]+" y="\d+" width="([\d.]+)"', page)[0])
         assert f"{100 * share:.1f}\N{NO-BREAK SPACE}%" in page
-        assert ("longer bars cut off" in page) == (share > 2)
         assert ("More than 100 %" in page) == (share > 1)
-    assert bars[2.0] == bars[8.009]
 
 
 def test_speeds_are_taken_in_turns_and_the_median_counts(monkeypatch):
@@ -131,14 +125,11 @@ def test_speeds_are_taken_in_turns_and_the_median_counts(monkeypatch):
     assert (speeds, turns) == ([12.0, 3.0], ["a", "b"] * 6)
 
 
-def test_the_command_says_the_gains(directories, report, tmp_path, capsys):
+def test_the_command_says_where_the_page_is(directories, tmp_path, capsys):
     words = [str(directories[name]) for name in ("teacher", "student", "dense")]
     more = ["--output", str(tmp_path / "p.html"), "--batches", "1"]
     assert main(["report", *words, "--compression", *more]) == 0
-    said = capsys.readouterr().out
-    assert "gain kept" in said
-    assert "p.html" in said
-    assert math.isfinite(report["models"][1]["gain_kept"])
+    assert "p.html" in capsys.readouterr().out
 
 
 def test_fewer_than_three_models_are_refused(directories, capsys):
