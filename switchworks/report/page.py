@@ -5,6 +5,8 @@ from dataclasses import replace
 from html import escape
 from pathlib import Path
 
+import numpy as np
+
 from switchworks.config import DataError
 from switchworks.report import html
 from switchworks.report.charts import Curve, Kind, Mark, curves_of, line_chart, points_of
@@ -124,12 +126,19 @@ def _losses(runs: Sequence[Run], against: str, unit: int = 1) -> list[Curve]:
 
 def _learning(runs: Sequence[Run]) -> str:
     longest = max(run.last("seconds") or 0.0 for run in runs)
-    seconds, clock = (3600, "hours") if longest >= 3 * 3600 else (60, "minutes")
+    most = max(run.last("tokens") or 0.0 for run in runs)
+    seconds, clock = next(
+        pair
+        for pair in ((86400, "days"), (3600, "hours"), (60, "minutes"), (1, "seconds"))
+        if longest >= 3 * pair[0] or pair[0] == 1
+    )
+    tokens, magnitude = (1e9, "billion") if most >= 2e9 else (1e6, "million")
     by_step, by_time = _losses(runs, "step"), _losses(runs, "seconds", seconds)
-    rate = curves_of(runs, "train/lr", kind="plain")
+    by_tokens, rate = _losses(runs, "tokens", tokens), curves_of(runs, "train/lr", kind="plain")
     charts = [
         line_chart("Loss by step", LOSS_UNIT, "step", by_step, mark=best_mark(runs)),
         line_chart("Loss by time", LOSS_UNIT, f"training time, {clock}", by_time),
+        line_chart("Loss by tokens", LOSS_UNIT, f"tokens seen, {magnitude}", by_tokens),
         line_chart("Learning rate", "", "step", rate, from_zero=True),
     ]
     note = "Lower is better. Training loss is smoothed"
@@ -181,10 +190,15 @@ def _routing(runs: Sequence[Run]) -> str:
         return ""
     experts = max((loads.shape[1] for run in runs for _, loads in run.loads().values()), default=0)
     even, used = (1.0, "even"), (float(experts), f"all {experts}") if experts else None
-    balance, by_balance = curves_of(runs, "train/balance"), "1 = even, E = all tokens to one expert"
+    balance, busiest = curves_of(runs, "train/balance"), _busiest(runs)
+    by_balance, by_load = (
+        "1 = even, E = all tokens to one expert",
+        "times the even share, of all layers",
+    )
     charts = [
         line_chart("Balance", by_balance, "step", balance, reference=even),
         _chart(runs, "Dropped tokens", "% of tokens", "train/dropped", scale=100),
+        line_chart("Busiest expert", by_load, "step", busiest, from_zero=True, reference=even),
         _chart(runs, "Experts in use", "mean over layers", "train/experts_in_use", line=used),
         _chart(runs, "Confidence", "probability of the chosen expert", "train/confidence"),
         _chart(runs, "Router z", "squared log-sum-exp of its logits", "train/router_z"),
@@ -194,6 +208,20 @@ def _routing(runs: Sequence[Run]) -> str:
         "dropped: it passes the layer unchanged."
     )
     return html.section("How it routed", note, html.grid(charts))
+
+
+def _busiest(runs: Sequence[Run]) -> list[Curve]:
+    """Per run, the greatest load of any expert in any layer: a step waits for that expert."""
+    curves = []
+    for colour, run in enumerate(runs):
+        greatest: dict[float, float] = {}
+        for steps, loads in run.loads().values():
+            for step, load in zip(steps.tolist(), loads.max(axis=1).tolist(), strict=True):
+                greatest[step] = max(load, greatest.get(step, 0.0))
+        x, y = np.array(sorted(greatest.items())).reshape(-1, 2).T
+        kind = "noisy" if len(runs) == 1 else "smooth"
+        curves.append(Curve(x=x, y=y, label=run.name, colour=colour, kind=kind))
+    return curves
 
 
 def _loads(run: Run, *, several: bool) -> str:
