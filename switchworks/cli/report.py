@@ -41,13 +41,29 @@ def run(words: list[str]) -> int:
     """Write one of the three reports, and print where it is."""
     flags = parse_flags(ReportFlags, "report", words)
     check_writable(flags.output)
-    from switchworks.report import write_compression, write_languages, write_report
+    from switchworks.report import write_languages, write_report
 
     if flags.compression:
-        print(write_compression(flags.run_dirs, flags.output, batches=flags.batches).resolve())
+        _compression(flags)
     elif flags.languages is not None:
         print(write_languages(flags.run_dirs, flags.languages, batches=flags.batches))
         print(f"pictures and tables  {flags.languages.resolve()}")
     else:
         print(write_report(flags.run_dirs, flags.output).resolve())
     return 0
+
+
+def _compression(flags: ReportFlags) -> None:
+    from switchworks.report import write_compression
+
+    report = write_compression(flags.run_dirs, flags.output, batches=flags.batches)
+    if not report["gain"] > 0:
+        print("The teacher is no better than the baseline, so there is no gain to keep.")
+    print(f"{'':<9} {report['metric']:>24} {'gain kept':>10} {'parameters':>14} {'bytes':>14}")
+    for model in report["models"]:
+        kept = "-" if model["gain_kept"] is None else f"{model['gain_kept']:.1%}"
+        print(
+            f"{model['role']:<9} {model['quality']:>24.4f} {kept:>10} "
+            f"{model['parameters']:>14,} {model['bytes_on_disk']:>14,}  {model['path']}"
+        )
+    print(Path(report["page"]).resolve())

@@ -58,13 +58,14 @@ _ABOVE = (
 
 def write_compression(
     paths: Sequence[Path], output: Path | None = None, *, batches: int = 16
-) -> Path:
+) -> dict[str, Any]:
     """Measure the models in `paths`, write the page and beside it its numbers as JSON.
 
     The first is the teacher, the last the dense baseline that had no teacher, those between are the
     students: smaller models of any kind. By default the page is compression.html in the first
-    student's run directory. Returns its path. Raises ConfigError for fewer than three models,
-    CheckpointError for one that cannot be read or has another tokenizer.
+    student's run directory. Returns the numbers, with the path of the page as "page". Raises
+    ConfigError for fewer than three models, CheckpointError for one that cannot be read or has
+    another tokenizer.
     """
     if len(paths) < 3:
         raise ConfigError(
@@ -94,7 +95,7 @@ def write_compression(
     page = output or _home(paths[1]) / "compression.html"
     html.write_page(page, compression_page(report))
     write_json(page.with_suffix(".json"), report)
-    return page
+    return report | {"page": str(page)}
 
 
 def _compare(models: list[dict[str, Any]]) -> None:
@@ -208,6 +209,7 @@ def compression_page(report: Mapping[str, Any]) -> str:
     sections = [
         html.header(f"Compression of {models[0]['path']}", facts),
         _no_gain(models, metric),
+        _tiles(models),
         html.section("In numbers", _NOTE + _ABOVE * above, html.card(_table(models, metric))),
         *(_tensors(number, model) for number, model in enumerate(models, start=1)),
     ]
@@ -220,6 +222,22 @@ def _no_gain(models: Models, metric: str) -> str:
     return html.notice(
         f"The teacher is no better than the baseline in {metric}: there is no gain to keep, and "
         "shares of it mean nothing."
+    )
+
+
+def _tiles(models: Models) -> str:
+    """The best student beside its teacher."""
+    teacher, best = models[0], max(models[1:-1], key=lambda model: model["quality"])
+    size = best["bytes_on_disk"] / teacher["bytes_on_disk"]
+    faster = best["written_tokens_per_second"] / teacher["written_tokens_per_second"]
+    return html.tiles(
+        [
+            ("Best student", f"no. {models.index(best) + 1}", best["path"]),
+            ("Gain kept", percent(best["gain_kept"]), "of the teacher's over the baseline"),
+            ("Compression", percent(best["compression"]), "of the teacher's parameters are gone"),
+            ("On disk", percent(size), f"of the teacher's {_bytes(teacher['bytes_on_disk'])}"),
+            ("Writes", f"{faster:.2f}\N{MULTIPLICATION SIGN}", "the teacher's tokens per second"),
+        ]
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from html import escape
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -94,17 +95,51 @@ def routing_page(report: Mapping[str, Any]) -> str:
     )
     sections = [
         html.header(f"Routing of {report['model']}", facts),
-        _numbers(layers, several),
+        _tiles(list(layers.values()), several),
         html.section("By token type", note, _maps(layers, "by_type")),
     ]
     if several:
         note = "The same, for each label of the text."
         sections.append(html.section("By label", note, _maps(layers, "by_label")))
-    return html.document(f"routing of {report['model']}", [*sections, _drift(report)])
+    sections += [_drift(report), _numbers(layers, several)]
+    return html.document(f"routing of {report['model']}", sections)
+
+
+def _tiles(layers: Sequence[Layer], several: bool) -> str:
+    experts = sum(layer["experts"] for layer in layers)
+    dead, idle = (sum(len(layer[kind]) for layer in layers) for kind in ("dead", "idle"))
+    evenness = percent(fmean(map(_evenness, layers)))
+    busiest = max(max(layer["load"]) * layer["experts"] for layer in layers)
+    confidence = percent(fmean(layer["confidence"] for layer in layers))
+    figures = [
+        ("Dead experts", f"{dead} of {experts}", "no token chose them"),
+        ("Idle experts", f"{idle} of {experts}", "under a tenth of the even load"),
+        ("Evenness", evenness, "entropy of the load, of the most"),
+        ("Busiest expert", f"{busiest:.2f}", "times the even share"),
+        ("Confidence", confidence, "probability of the likeliest expert"),
+        ("Type tells", percent(_explained(layers, "type")), "of the expert, mean of the layers"),
+    ]
+    if several:
+        figures.append(("Label tells", percent(_explained(layers, "label")), "of the expert"))
+    if "drift" in layers[0]:
+        changed = fmean(layer["drift"]["changed"] for layer in layers)
+        figures.append(("Changed", percent(changed), "of the tokens have another expert"))
+    return html.tiles(figures)
 
 
 def _evenness(layer: Layer) -> float:
     return layer["load_entropy"] / layer["even_entropy"] if layer["even_entropy"] else 1.0
+
+
+def _explained(layers: Sequence[Layer], category: str) -> float:
+    """Share of the entropy of the expert that is gone once the category is known, mean of layers.
+
+    Mutual information over the entropy of the load: 0 if independent, 1 if the category decides.
+    """
+    return fmean(
+        layer["information"][category] / layer["load_entropy"] if layer["load_entropy"] else 0.0
+        for layer in layers
+    )
 
 
 def _maps(layers: Layers, categories: str) -> str:

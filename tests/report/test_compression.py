@@ -1,6 +1,7 @@
 """The compression report: one text for all, shares of the gain, sizes, and what it refuses."""
 
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -51,11 +52,12 @@ def test_all_are_measured_on_the_teacher_s_held_out_text(report, tiny_run):
     assert (teacher["gain_kept"], dense["gain_kept"]) == (1.0, 0.0)
 
 
-def test_a_teacher_that_is_no_better_has_no_gain_to_keep(directories):
+def test_a_teacher_that_is_no_better_has_no_gain_to_keep(directories, capsys):
     words = [str(directories[name]) for name in ("dense", "student", "teacher")]
     page = directories["home"] / "other.html"
     more = ["--output", str(page), "--batches", "1"]
     assert main(["report", "--compression", *words, *more]) == 0
+    assert "no gain to keep" in capsys.readouterr().out
     models = json.loads(page.with_suffix(".json").read_text())["models"]
     assert {model["gain_kept"] for model in models} == {None}
     assert "there is no gain to keep" in page.read_text()
@@ -125,11 +127,14 @@ def test_speeds_are_taken_in_turns_and_the_median_counts(monkeypatch):
     assert (speeds, turns) == ([12.0, 3.0], ["a", "b"] * 6)
 
 
-def test_the_command_says_where_the_page_is(directories, tmp_path, capsys):
+def test_the_command_says_the_gains(directories, report, tmp_path, capsys):
     words = [str(directories[name]) for name in ("teacher", "student", "dense")]
     more = ["--output", str(tmp_path / "p.html"), "--batches", "1"]
     assert main(["report", *words, "--compression", *more]) == 0
-    assert "p.html" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "gain kept" in said
+    assert "p.html" in said
+    assert math.isfinite(report["models"][1]["gain_kept"])
 
 
 def test_fewer_than_three_models_are_refused(directories, capsys):
