@@ -1,11 +1,14 @@
-"""Measures a teacher, smaller students and a dense baseline: `report --compression`."""
+"""Measures a teacher, smaller students and a dense baseline for `report --compression`.
+
+All models are measured on the same held-out rows, those of the first run directory among them, in
+one process.
+"""
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from html import escape
 from itertools import chain
 from pathlib import Path
 from statistics import fmean, median
@@ -32,28 +35,17 @@ from switchworks.evaluate import DecodingConfig, build_eval_set, measure, valida
 from switchworks.generate import generate
 from switchworks.model import SwitchTransformer, active_parameters, flops_per_token, num_parameters
 from switchworks.quantise import quantise_config_of, tensors_of
-from switchworks.report import html
-from switchworks.report.figures import compact
-from switchworks.report.html import percent
+from switchworks.report.compression_page import compression_page
+from switchworks.report.html import write_page
 from switchworks.report.routing import open_comparable
 
 ROWS = 16
+"""Rows read at once, and texts continued at once."""
 NEW_TOKENS = 32
 REPEATS = 5
 """Measurements of a speed, of which the median is taken, after one call to warm up."""
 EXAMPLES = 256
 """Examples of each task, evenly spread over the split."""
-
-Models = Sequence[Mapping[str, Any]]
-
-_NOTE = (
-    "Of the teacher's gain over the dense baseline, which had no teacher, each student keeps a "
-    "share: 0 % is the baseline's quality, 100 % the teacher's."
-)
-_ABOVE = (
-    " More than 100 % is better than the teacher: a student that starts from the teacher's weights "
-    "has had the teacher's steps and its own, and the baseline only its own."
-)
 
 
 def write_compression(
@@ -93,7 +85,7 @@ def write_compression(
         "models": models,
     }
     page = output or _home(paths[1]) / "compression.html"
-    html.write_page(page, compression_page(report))
+    write_page(page, compression_page(report))
     write_json(page.with_suffix(".json"), report)
     return report | {"page": str(page)}
 
@@ -127,6 +119,7 @@ def _text_of(paths: Sequence[Path]) -> DataConfig:
 
 
 def _figures(path: Path, model: SwitchTransformer, data: DataConfig) -> dict[str, Any]:
+    """Sizes of one model, as plain values."""
     config, quantised = model.config, quantise_config_of(model)
     names = ("names", "bits", "bits_with_scales", "bytes")
     return {
@@ -156,6 +149,7 @@ def _quality(
 
 
 def _speeds(models: Sequence[SwitchTransformer], held_out: ValidationSet) -> list[dict[str, float]]:
+    """Tokens per second of every model, read and written, on the same rows."""
     batch = next(iter(held_out.batches.values()))[0].to(compute_device())
     print("timing the models in turns", flush=True)
     read = _in_turns([partial(_read, model, batch) for model in models])
@@ -167,7 +161,10 @@ def _speeds(models: Sequence[SwitchTransformer], held_out: ValidationSet) -> lis
 
 
 def _in_turns(works: Sequence[Callable[[], int]]) -> list[float]:
-    """Tokens per second of each function, A B A B, not A A B B: a shared machine drifts."""
+    """Tokens per second of each function, which returns its tokens: A B A B, not A A B B.
+
+    The speed of a shared machine drifts by more than models differ; in turns it drifts for all.
+    """
     for work in works:
         work()
     rounds = [[_speed(work) for work in works] for _ in range(REPEATS)]
@@ -194,88 +191,3 @@ def _write(model: SwitchTransformer, batch: Batch) -> int:
     """Number of positions decoded, those of rows that had ended included."""
     given = batch.targets[:, :NEW_TOKENS] if model.config.decoder_only else batch.inputs
     return generate(model, given, max_length=NEW_TOKENS).numel()
-
-
-def compression_page(report: Mapping[str, Any]) -> str:
-    """The report as one HTML page that needs nothing else."""
-    models: Models = report["models"]
-    metric, threads = report["metric"], report["threads"]
-    facts = [
-        f"text: {report['text']}",
-        f"{report['target_tokens']:,} held-out targets",
-        f"{threads} thread{'s' * (threads != 1)}",
-    ]
-    above = any((model["gain_kept"] or 0) > 1 for model in models)
-    sections = [
-        html.header(f"Compression of {models[0]['path']}", facts),
-        _no_gain(models, metric),
-        _tiles(models),
-        html.section("In numbers", _NOTE + _ABOVE * above, html.card(_table(models, metric))),
-        *(_tensors(number, model) for number, model in enumerate(models, start=1)),
-    ]
-    return html.document(f"compression of {models[0]['path']}", sections)
-
-
-def _no_gain(models: Models, metric: str) -> str:
-    if models[0]["quality"] > models[-1]["quality"]:
-        return ""
-    return html.notice(
-        f"The teacher is no better than the baseline in {metric}: there is no gain to keep, and "
-        "shares of it mean nothing."
-    )
-
-
-def _tiles(models: Models) -> str:
-    """The best student beside its teacher."""
-    teacher, best = models[0], max(models[1:-1], key=lambda model: model["quality"])
-    size = best["bytes_on_disk"] / teacher["bytes_on_disk"]
-    faster = best["written_tokens_per_second"] / teacher["written_tokens_per_second"]
-    return html.tiles(
-        [
-            ("Best student", f"no. {models.index(best) + 1}", best["path"]),
-            ("Gain kept", percent(best["gain_kept"]), "of the teacher's over the baseline"),
-            ("Compression", percent(best["compression"]), "of the teacher's parameters are gone"),
-            ("On disk", percent(size), f"of the teacher's {_bytes(teacher['bytes_on_disk'])}"),
-            ("Writes", f"{faster:.2f}\N{MULTIPLICATION SIGN}", "the teacher's tokens per second"),
-        ]
-    )
-
-
-def _table(models: Models, metric: str) -> str:
-    head = ["model", "parameters", "active", "FLOPs a token", metric, "gain kept"]
-    head += ["on disk", "reads, tokens/s", "writes, tokens/s"]
-    return html.table(head, [_row(number, model) for number, model in enumerate(models, start=1)])
-
-
-def _row(number: int, model: Mapping[str, Any]) -> list[str]:
-    about = f"{model['role']}, {model['kind']}, {model['weights']}"
-    name = html.cell(f"{number}\N{EN SPACE}{model['path']}", about)
-    return [
-        f'<div style="min-width:210px">{name}</div>',
-        compact(model["parameters"]),
-        compact(model["active_parameters"]),
-        compact(model["flops_per_token"]),
-        f"{model['quality']:.4f}",
-        percent(model["gain_kept"]) if model["role"] == "student" else "",
-        _bytes(model["bytes_on_disk"]),
-        f"{model['read_tokens_per_second']:,.0f}",
-        f"{model['written_tokens_per_second']:,.0f}",
-    ]
-
-
-def _tensors(number: int, model: Mapping[str, Any]) -> str:
-    rows = [
-        [
-            escape(row["names"]),
-            str(row["bits"]),
-            f"{row['bits_with_scales']:.2f}",
-            _bytes(row["bytes"]),
-        ]
-        for row in model["tensors"]
-    ]
-    table = html.table(["tensors", "bits a weight", "with scales", "bytes"], rows)
-    return html.details(f"Every tensor of no. {number}, {model['path']}", html.scroll(table))
-
-
-def _bytes(count: float) -> str:
-    return f"{count / 1e6:,.2f}\N{NO-BREAK SPACE}MB"

@@ -16,7 +16,7 @@ from switchworks.model import SwitchTransformer
 from switchworks.model.sizes import flops_per_token, num_parameters
 from switchworks.quantise.modules import QuantiseConfig, quantise
 from switchworks.report import compression
-from switchworks.report.compression import compression_page
+from switchworks.report.compression_page import compression_page
 
 
 @pytest.fixture(scope="module")
@@ -104,13 +104,17 @@ def test_a_teacher_that_gains_nothing_is_said_to(report):
     assert "nan" not in page
 
 
-def test_a_student_that_keeps_more_than_the_gain_gets_a_note(report):
+def test_a_bar_of_more_than_twice_the_gain_is_cut_off_and_said_to_be(report):
     models = [dict(model) for model in report["models"]]
-    for share in (0.5, 8.009):
+    bars = {}
+    for share in (0.5, 2.0, 8.009):
         models[1]["gain_kept"] = share
         page = compression_page(report | {"models": models})
+        bars[share] = float(re.findall(r'<rect x="[\d.]+" y="\d+" width="([\d.]+)"', page)[0])
         assert f"{100 * share:.1f}\N{NO-BREAK SPACE}%" in page
+        assert ("longer bars cut off" in page) == (share > 2)
         assert ("More than 100 %" in page) == (share > 1)
+    assert bars[2.0] == bars[8.009]
 
 
 def test_speeds_are_taken_in_turns_and_the_median_counts(monkeypatch):
