@@ -109,7 +109,7 @@ def _head(runs: Sequence[Run]) -> list[str]:
     return ["", *(run.name for run in runs)]
 
 
-def _losses(runs: Sequence[Run], against: str, unit: int = 1) -> list[Curve]:
+def _losses(runs: Sequence[Run], against: str, unit: float = 1) -> list[Curve]:
     curves: list[Curve] = []
     single = len(runs) == 1
     noisy: Kind = "noisy" if single else "smooth"
