@@ -7,6 +7,7 @@ from .open import open_dataset as open_dataset
 from .rows.mixture import Mixture as Mixture
 from .rows.pipeline import Pipeline as Pipeline
 from .rows.pipeline import rows_of_step as rows_of_step
+from .run_info import default_rows as default_rows
 from .run_info import run_data_config as run_data_config
 from .run_info import run_metadata as run_metadata
 from .run_info import text_for as text_for

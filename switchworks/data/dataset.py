@@ -133,7 +133,6 @@ class TextDataset:
         return ValidationSet(by_corpus, shares, sizes)
 
     def _stores(self, split: str) -> dict[str, Any]:
-        """The stores of a split by the names of the corpora."""
         return {name: getattr(part, split) for name, part in self.parts.items()}
 
     def _stream(self, stores: Mapping[str, Any], run: RunRows) -> Pipeline | Mixture:

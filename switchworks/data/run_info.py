@@ -26,6 +26,13 @@ def run_metadata(path: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
+def default_rows(decoder_only: bool) -> DataConfig:
+    """Settings for a model outside a run directory: T5's rows, or 512 tokens if decoder-only."""
+    if decoder_only:
+        return DataConfig(objective="causal", input_length=0, target_length=512)
+    return DataConfig()
+
+
 def text_for(path: Path, *, decoder_only: bool, text: str | None = None) -> DataConfig:
     """Settings to read the text of the run in `path`, or else the file, folder or glob `text`, with
     the model's own tokenizer in rows of the run's length.
@@ -39,11 +46,7 @@ def text_for(path: Path, *, decoder_only: bool, text: str | None = None) -> Data
             f"{path} is not a run directory, so it does not say which text it was trained on.\n"
             "  Give one: --text FILE, a folder or a glob."
         )
-    if data is None:
-        data = DataConfig()
-        if decoder_only:
-            data = replace(data, objective="causal", input_length=0, target_length=512)
-    data = replace(data, tokenizer=str(path))
+    data = replace(data or default_rows(decoder_only), tokenizer=str(path))
     if text is None:
         return data
     rows = {}

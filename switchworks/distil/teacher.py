@@ -197,7 +197,6 @@ def _incompatible(student: SwitchTransformer, teacher: ModelConfig) -> set[str]:
 
 
 def _parameters_in(model: SwitchTransformer, kinds: tuple[type[nn.Module], ...]) -> set[str]:
-    """Names of the parameters inside modules of these classes."""
     return {
         f"{path}.{name}"
         for path, module in model.named_modules()

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from switchworks.checkpoint import is_model, stored_config
-from switchworks.data import DataConfig
+from switchworks.data import DataConfig, default_rows
 from switchworks.optim import OptimConfig
 from switchworks.recipes.quickstart import quickstart
 from switchworks.training import BestConfig, Experiment, settings_in
@@ -47,9 +47,7 @@ def text_of(path: Path) -> DataConfig:
     run = settings_in(path)
     if run is not None:
         return run.data
-    if is_model(path) and stored_config(path).decoder_only:
-        return DataConfig(objective="causal", input_length=0, target_length=512)
-    return DataConfig()
+    return default_rows(is_model(path) and stored_config(path).decoder_only)
 
 
 def _rows_of(init: Path | str | None) -> DataConfig:

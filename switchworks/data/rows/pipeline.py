@@ -227,7 +227,6 @@ def validation_batches(stream: BatchStream, limit: int) -> list[Batch]:
 
 
 def _window_length(config: DataConfig, store: TokenStore, corruption: SpanCorruption) -> int:
-    """Tokens a row consumes."""
     if config.objective == "causal":
         _check_text(store, config.target_length, "target_length", config.target_length)
         return config.target_length

@@ -140,7 +140,6 @@ def _start(line: str, *, ended: bool) -> int:
 
 
 def _inline(block: str) -> str:
-    """`block` without the markup of reST, Markdown and HTML inside its lines."""
     for pattern, replacement in _INLINE:
         block = pattern.sub(replacement, block)
     return html.unescape(block).replace("\u00a0", " ").strip()

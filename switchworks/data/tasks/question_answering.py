@@ -23,7 +23,6 @@ from switchworks.data.tasks.task import (
 
 
 def _squad(record: Record) -> Example:
-    """Question, passage and answers with spaces around every punctuation mark."""
     answers = tuple(_spaced(answer) for answer in texts(record["answers"], "text"))
     return Example(
         inputs=f"question: {_spaced(record['question'])} context: {_spaced(record['context'])}",

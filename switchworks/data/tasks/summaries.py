@@ -35,7 +35,6 @@ def summarise(record: Record, text: str, summary: str) -> Example:
 
 
 def _summaries(split: str, places: Places) -> Iterator[Record]:
-    """The records of a split: `body` and `summary`."""
     with _table(places).open(encoding="utf-8") as file:
         yield from (record for record in map(json.loads, file) if record["split"] == split)
 
@@ -111,7 +110,6 @@ def split_docstring(docstring: str) -> tuple[str, list[str]] | None:
 
 
 def _docstrings(path: Path) -> Iterator[str]:
-    """The docstrings of a file; none if it cannot be read."""
     try:
         tree = parse_quietly(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError):

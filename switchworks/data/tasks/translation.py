@@ -41,7 +41,6 @@ def translate(record: Record, source: str, target: str) -> Example:
 
 
 def _sentences(split: str, places: Places) -> Iterator[Record]:
-    """The records of a split: `language`, `english` and `text`."""
     if _has_folder(places):
         yield from FOLDER.records(split, places)
         return

@@ -153,6 +153,5 @@ def task_fingerprint(task: Task, split: str, places: Places) -> str:
 
 @cache
 def _package_code() -> str:
-    """The source of the tasks of this package."""
     files = sorted(Path(__file__).parent.glob("*.py"))
     return "".join(path.read_text(encoding="utf-8") for path in files)

@@ -126,7 +126,6 @@ def folded(text: str) -> str:
 
 
 def _filled(message: str, number: int | None) -> str:
-    """`message` with its placeholders replaced, see `clean`."""
     names = {
         match["name"] or match["field"] or ""
         for match in _PLACEHOLDER.finditer(message)
