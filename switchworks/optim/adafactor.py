@@ -4,8 +4,8 @@ torch.optim.Adafactor is another optimizer: it caps the learning rate at 1/sqrt(
 every tensor over its last two dimensions, and scales and clips a stack of experts as one.
 
 Memory traffic is the cost here, not arithmetic. So tensors are processed in blocks that fit the
-CPU's cache, temporaries have a block's size, and factors that are constant along a row are applied
-to row sums instead of elements. Small tensors, where calling an operation costs
+CPU's cache, temporaries have a block's size and are reused, and factors that are constant along a
+row are applied to row sums instead of elements. Small tensors, where calling an operation costs
 more than its arithmetic, are updated together with others of their shape.
 
 Letters: a matrix is D F; *E are the dimensions before the matrix, experts first if it is a stack.
@@ -94,6 +94,7 @@ class Adafactor(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Update every parameter that has a gradient; the others and their state stay."""
+        scratch = _Scratch()
         for group in self.param_groups:
             with_grad = [parameter for parameter in group["params"] if parameter.grad is not None]
             for batch in _batches(with_grad, self.state):
@@ -106,9 +107,9 @@ class Adafactor(torch.optim.Optimizer):
                     assert grad is not None
                     rule = rule._replace(sharding=sharding_of(batch[0]).move_to_end(dims))
                     parts = {name: local(tensor) for name, tensor in states[0].items()}
-                    _update(local(batch[0]), local(grad), parts, dims, rule)
+                    _update(local(batch[0]), local(grad), parts, dims, rule, scratch)
                 else:
-                    _update_together(batch, states, dims, rule)
+                    _update_together(batch, states, dims, rule, scratch)
 
 
 def build_adafactor(
@@ -153,6 +154,21 @@ class _Rule(NamedTuple):
         if parameter_square is None:
             return -self.lr / clip
         return parameter_square.sqrt().clamp_(min=self.scale_floor).mul_(-self.lr) / clip
+
+
+class _Scratch:
+    """Reusable memory for temporaries, as large as the largest so far."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """a * b, where b broadcasts to a. Valid until the next call."""
+        buffer = self._buffers.get((a.device, a.dtype))
+        if buffer is None or buffer.numel() < a.numel():
+            buffer = torch.empty(a.numel(), device=a.device, dtype=a.dtype)
+            self._buffers[a.device, a.dtype] = buffer
+        return torch.mul(a, b, out=buffer[: a.numel()].view(a.shape))
 
 
 def factored_dims(
@@ -219,6 +235,7 @@ def _update_together(
     states: list[dict[str, Tensor]],
     dims: tuple[int, int] | None,
     rule: _Rule,
+    scratch: _Scratch,
 ) -> None:
     """One step of several tensors of one shape, joined to one tensor.
 
@@ -234,7 +251,7 @@ def _update_together(
     if dims is not None and not rule.per_index:
         dims = (dims[0] + 1, dims[1] + 1)
     sharding = sharding_of(weights).move_to_end(dims)
-    _update(weights, grads, joined, dims, rule._replace(per_index=True, sharding=sharding))
+    _update(weights, grads, joined, dims, rule._replace(per_index=True, sharding=sharding), scratch)
 
     def split(x: Tensor) -> list[Tensor]:
         return list(x.chunk(len(parameters)) if rule.per_index else x.unbind())
@@ -251,10 +268,11 @@ def _update(
     state: dict[str, Tensor],
     dims: tuple[int, int] | None,
     rule: _Rule,
+    scratch: _Scratch,
 ) -> None:
     momentum = state.get("momentum")
     if dims is None:
-        _update_unfactored(parameter, grad, state["square"], momentum, rule)
+        _update_unfactored(parameter, grad, state["square"], momentum, rule, scratch)
         return
     p, g, row, column = parameter, grad, state["row"], state["column"]
     p, g = p.movedim(dims, (-2, -1)), g.movedim(dims, (-2, -1))
@@ -263,7 +281,7 @@ def _update(
     # through all passes of the update while they are in the cache.
     for block in _blocks(p) if rule.per_index else [slice(None)]:
         m_block = None if m is None else m[block]
-        _update_factored(p[block], g[block], row[block], column[block], m_block, rule)
+        _update_factored(p[block], g[block], row[block], column[block], m_block, rule, scratch)
 
 
 def _update_unfactored(
@@ -272,12 +290,13 @@ def _update_unfactored(
     square: Float[Tensor, "*E"],
     m: Float[Tensor, "*E"] | None,
     rule: _Rule,
+    scratch: _Scratch,
 ) -> None:
     """One step with a second moment per element."""
-    square.lerp_(g.square().add_(EPS_SQUARE), rule.mixing)
+    square.lerp_(scratch.product(g, g).add_(EPS_SQUARE), rule.mixing)
     update = square.rsqrt().mul_(g)
-    p_square = rule.mean(p.square()) if rule.parameter_scale else None
-    factor = rule.factor(rule.mean(update.square()), p_square)
+    p_square = rule.mean(scratch.product(p, p)) if rule.parameter_scale else None
+    factor = rule.factor(rule.mean(scratch.product(update, update)), p_square)
     _move(p, m, update, factor, rule)
 
 
@@ -288,6 +307,7 @@ def _update_factored(
     column: Float[Tensor, "*E F"],
     m: Float[Tensor, "*E D F"] | None,
     rule: _Rule,
+    scratch: _Scratch,
 ) -> None:
     """One step with row and column means of the second moment.
 
@@ -295,7 +315,7 @@ def _update_factored(
     r = (row / mean(row)) ** -1/2 and c = column ** -1/2.
     """
     blocks = _blocks(p)
-    _mix_squares(g, row, column, blocks, rule)
+    _mix_squares(g, row, column, blocks, rule, scratch)
     r = (row / rule.sharding.mean_over(row.sum(dim=-1, keepdim=True), -2)).rsqrt_()
     c = column.rsqrt().unsqueeze(-2)
     # First pass: the mean squares of update and parameter, which decide clipping and scale. r is
@@ -304,7 +324,7 @@ def _update_factored(
     p_square = torch.empty_like(row) if rule.parameter_scale else None
     update = g
     for block in blocks:
-        update = g[block] * _columns_at(c, block)
+        update = scratch.product(g[block], _columns_at(c, block))
         u_square[block] = _row_mean_square(update, rule)
         if p_square is not None:
             p_square[block] = _row_mean_square(p[block], rule)
@@ -312,8 +332,8 @@ def _update_factored(
     factor = r * rule.factor(rule.mean(u_square * r.square()), p_square)
     # Second pass: g * c again, which costs less than memory for it, times one factor per row.
     for block in blocks:
-        if len(blocks) > 1:  # else it is still there
-            update = g[block] * _columns_at(c, block)
+        if len(blocks) > 1:  # else the scratch memory still holds it
+            update = scratch.product(g[block], _columns_at(c, block))
         m_block = None if m is None else m[block]
         _move(p[block], m_block, update, factor[block].unsqueeze(-1), rule)
 
@@ -324,11 +344,12 @@ def _mix_squares(
     column: Float[Tensor, "*E F"],
     blocks: list[slice],
     rule: _Rule,
+    scratch: _Scratch,
 ) -> None:
     """Mix the squared gradients into the running row and column means."""
     new_row, new_column = torch.empty_like(row), torch.zeros_like(column)
     for block in blocks:
-        squares = g[block].square()
+        squares = scratch.product(g[block], g[block])
         new_row[block] = squares.sum(dim=-1)
         into = new_column if g.dim() == 2 else new_column[block]
         into += squares.sum(dim=-2)
