@@ -16,6 +16,7 @@ from switchworks.config import DataError
 from switchworks.data.tokens.build import build_shard, token_dtype, write_plan
 from switchworks.data.tokens.store import (
     finish_store,
+    finished_parts,
     missing_shards,
     open_store,
     token_digest,
@@ -30,23 +31,23 @@ def items(texts=TEXTS, held=lambda n: n % 5 == 0):
     return [(text, held(n)) for n, text in enumerate(texts)]
 
 
-def build(folder, *, pairs=None, shards=1, share=0.1):
+def build(folder, *, pairs=None, shards=1, share=0.1, part_tokens=300):
     """A whole store of `pairs`, dealt out to `shards`."""
     pairs = items() if pairs is None else pairs
     write_plan(folder, BYTES, shards)
     for shard in range(shards):
-        one(folder, pairs[shard::shards], shard=shard, shards=shards)
+        one(folder, pairs[shard::shards], shard=shard, shards=shards, part_tokens=part_tokens)
     finish_store(folder, validation_share=share)
     return open_store(folder, verify=True)
 
 
-def one(folder, pairs, *, shard=0, shards=1):
-    build_shard(folder, pairs, BYTES, shard=shard, num_shards=shards)
+def one(folder, pairs, *, shard=0, shards=1, part_tokens=300):
+    build_shard(folder, pairs, BYTES, shard=shard, num_shards=shards, part_tokens=part_tokens)
 
 
 @pytest.fixture(autouse=True)
 def _small_batches(monkeypatch):
-    """Even a small store is written in many batches."""
+    """Parts are closed between batches: with small batches a small store has many parts."""
     monkeypatch.setattr("switchworks.data.tokens.build.BATCH_CHARACTERS", 60)
 
 
@@ -66,13 +67,11 @@ def test_the_stream_is_the_documents_one_after_the_other(tmp_path):
 
 def test_the_digest_is_that_of_the_stream_however_it_is_cut(tmp_path, monkeypatch):
     whole, _ = build(tmp_path / "whole")
-    pairs = items()
-    dealt = [pair for both in zip(pairs[:25], pairs[25:], strict=True) for pair in both]
-    in_shards, _ = build(tmp_path / "shards", pairs=dealt, shards=2)
+    in_parts, _ = build(tmp_path / "parts", part_tokens=40)
     other, _ = build(
         tmp_path / "other", pairs=items([TEXTS[0].upper(), *TEXTS[1:]], lambda n: n == 9)
     )
-    assert whole.digest == in_shards.digest != other.digest
+    assert whole.digest == in_parts.digest != other.digest
     monkeypatch.setattr("switchworks.data.tokens.store.DIGEST_TOKENS", 64)
     monkeypatch.setattr("switchworks.data.tokens.store.DIGEST_WINDOW", 8)
     tokens = np.arange(1000)
@@ -85,7 +84,7 @@ def test_the_digest_is_that_of_the_stream_however_it_is_cut(tmp_path, monkeypatc
 @pytest.mark.parametrize("shards", [1, 3])
 def test_any_range_is_what_slicing_the_whole_stream_gives(tmp_path, shards):
     train, _ = build(tmp_path, shards=shards)
-    assert len(list((tmp_path / "train").glob("*.tokens"))) == shards
+    assert len(list((tmp_path / "train").glob("*.tokens"))) > 3
     whole = train.tokens(0, train.num_tokens)
     rng = np.random.default_rng(0)
     for _ in range(200):
@@ -208,7 +207,7 @@ def test_a_torn_manifest_is_refused(tmp_path):
         open_store(tmp_path)
 
 
-def test_a_build_that_is_interrupted_leaves_nothing_that_counts(tmp_path):
+def test_a_build_that_is_interrupted_goes_on_with_the_part_it_was_at(tmp_path):
     whole, _ = build(tmp_path / "whole")
     folder = tmp_path / "broken"
     write_plan(folder, BYTES, 1)
@@ -219,8 +218,14 @@ def test_a_build_that_is_interrupted_leaves_nothing_that_counts(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         one(folder, broken())
-    assert missing_shards(folder) == [0]
-    train, _ = build(folder)
+    done = finished_parts(folder, 0, 1)
+    assert done
+    assert not done[-1].last
+    before = {p: p.stat().st_mtime_ns for p in folder.glob("*.json") if "part" in p.name}
+    one(folder, items())
+    assert all(path.stat().st_mtime_ns == when for path, when in before.items())
+    finish_store(folder, validation_share=0.1)
+    train, _ = open_store(folder, verify=True)
     assert np.array_equal(train.tokens(0, train.num_tokens), whole.tokens(0, whole.num_tokens))
     assert not list(folder.rglob("*.tmp"))
 
@@ -248,7 +253,7 @@ SLOW_BUILD = """
         for n in range(50):
             time.sleep(0.02)
             yield f"document {n} " + "word " * (n % 7), n % 5 == 0
-    build.build_shard(folder, documents(), ByteTokenizer())
+    build.build_shard(folder, documents(), ByteTokenizer(), part_tokens=300)
 """
 
 
@@ -257,10 +262,11 @@ def test_a_killed_build_ends_with_the_same_files_as_one_left_alone(tmp_path):
     build(whole)
     child = subprocess.Popen([sys.executable, "-c", textwrap.dedent(SLOW_BUILD), str(broken)])
     deadline = time.monotonic() + 20
-    while not list(broken.glob("train/*.tmp")) and time.monotonic() < deadline:
+    while len(list(broken.glob("*.part-*.json"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     child.send_signal(signal.SIGKILL)
     child.wait()
+    assert 2 <= len(finished_parts(broken, 0, 1)) < len(finished_parts(whole, 0, 1))
     assert missing_shards(broken) == [0]
     build(broken)
     hashes = [json.loads((f / "store.json").read_text())["hashes"] for f in (whole, broken)]
@@ -270,6 +276,6 @@ def test_a_killed_build_ends_with_the_same_files_as_one_left_alone(tmp_path):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 def test_a_full_disk_is_reported_with_the_folder(tmp_path):
     write_plan(tmp_path, BYTES, 1)
-    (tmp_path / "train" / "shard-00000-of-00001.tokens.tmp").symlink_to("/dev/full")
+    (tmp_path / "train" / "shard-00000-of-00001.part-0000.tokens.tmp").symlink_to("/dev/full")
     with pytest.raises(DataError, match=r"(?s)cannot be written: No space left.*data\.cache"):
         one(tmp_path, items())

@@ -1,10 +1,11 @@
-"""Documents to a token store, one shard at a time."""
+"""Documents to a token store: one shard at a time, part by part, resumable after a kill."""
 
 import contextlib
 import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,10 @@ from switchworks.config import DataError
 from switchworks.data.cache import atomic_write_json
 from switchworks.data.tokens import store
 from switchworks.data.tokens.tokenizer import Tokenizer
+
+PART_TOKENS = 1 << 26
+"""A part is closed by the first batch of documents that takes it past this many tokens: 128 MiB,
+some tens of seconds of work, which is what a kill can cost."""
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -75,31 +80,61 @@ def build_shard(
     num_shards: int = 1,
     threads: int = 0,
     progress: BuildProgress | None = None,
+    part_tokens: int = PART_TOKENS,
 ) -> None:
-    """Write `shard`, unless it is finished.
+    """Write the parts of `shard` that are still missing.
 
-    `documents` yields (text, whether it is for validation). They are tokenised by `threads` threads
-    of SentencePiece's own (0: one per core), at some tens of MB/s each, so no processes are needed.
-    Raises DataError if the disk is full.
+    `documents` yields (text, whether it is for validation), the same in the same order at every
+    call. They are tokenised by `threads` threads of SentencePiece's own (0: one per core), at some
+    tens of MB/s each, so no processes are needed. Raises DataError if the disk is full.
     """
-    if store.finished_shard(folder, shard, num_shards) is not None:
+    done = store.finished_parts(folder, shard, num_shards)
+    if done and done[-1].last:
         return
-    threads = threads or os.cpu_count() or 1
+    # Resume: finished parts say how many documents they took, and as many are skipped here. A part
+    # without its .json is written again, over whatever a killed process left of its files.
+    items = islice(documents, sum(part.documents_read for part in done), None)
+    batches = _batches(items)
+    number, last = len(done), False
     try:
-        writer = _ShardWriter(folder, store.shard_name(shard, num_shards), token_dtype(tokenizer))
-        with contextlib.closing(writer):
-            for batch in _batches(documents):
-                texts = [text for text, _ in batch]
-                encoded = tokenizer.encode_batch(texts, sentinels=False, threads=threads)
-                writer.add(encoded, [is_validation for _, is_validation in batch])
-                if progress is not None:
-                    progress.advance(sum(map(len, texts)), sum(map(len, encoded)))
-            writer.commit()
+        while not last:
+            name = store.part_name(shard, num_shards, number)
+            writer = _PartWriter(folder, name, token_dtype(tokenizer))
+            with contextlib.closing(writer):
+                last = _fill_part(writer, batches, tokenizer, threads, progress, part_tokens)
+                writer.commit(shard, number, last)
+            number += 1
     except OSError as error:
         raise DataError(
             f"The token store in {folder} cannot be written: {error.strerror}.\n"
-            "  Make room, or set --data.cache to another disk."
+            "  Make room, or set --data.cache to another disk; finished parts are kept."
         ) from error
+
+
+def _fill_part(
+    writer: "_PartWriter",
+    batches: Iterator[list[tuple[str, bool]]],
+    tokenizer: Tokenizer,
+    threads: int,
+    progress: BuildProgress | None,
+    part_tokens: int,
+) -> bool:
+    """Tokenise documents into `writer` until the part is full; True if there are no more."""
+    for batch in batches:
+        texts = [text for text, _ in batch]
+        encoded = tokenizer.encode_batch(
+            texts, sentinels=False, threads=threads or os.cpu_count() or 1
+        )
+        for index, split in enumerate(store.SPLITS):  # False, to train on, is 0
+            pairs = zip(encoded, batch, strict=True)
+            ids = [tokens for tokens, (_, is_validation) in pairs if is_validation == index]
+            writer.add(split, [tokens for tokens in ids if len(tokens)])
+        writer.documents_read += len(batch)
+        if progress is not None:
+            progress.advance(sum(map(len, texts)), sum(map(len, encoded)))
+        if writer.num_tokens >= part_tokens:
+            return False
+    return True
 
 
 def _batches(items: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
@@ -116,12 +151,13 @@ def _batches(items: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool
         yield batch
 
 
-class _ShardWriter:
-    """The four files of a shard under temporary names; `commit` renames them and writes the .json
-    that makes the shard count."""
+class _PartWriter:
+    """The four files of a part under temporary names; `commit` renames them and writes the .json
+    that makes the part count."""
 
     def __init__(self, folder: Path, name: str, dtype: str) -> None:
         self.folder, self.name, self.dtype = folder, name, dtype
+        self.documents_read = 0
         self._counts = {split: [0, 0] for split in store.SPLITS}  # tokens, documents
         self._files = {
             name: (folder / f"{name}.tmp").open("wb")
@@ -129,21 +165,22 @@ class _ShardWriter:
             for name in (f"{split}/{self.name}.tokens", f"{split}/{self.name}.ends")
         }
 
-    def add(self, documents: list[np.ndarray], is_validation: list[bool]) -> None:
-        """Append tokenised documents, each to its split; those without tokens are left out."""
-        for index, split in enumerate(store.SPLITS):  # False, to train on, is 0
-            pairs = zip(documents, is_validation, strict=True)
-            kept = [tokens for tokens, held_out in pairs if held_out == index and len(tokens)]
-            if not kept:
-                continue
-            count = self._counts[split]
-            ends = count[0] + np.cumsum([len(tokens) for tokens in kept])
-            tokens = np.concatenate(kept).astype(self.dtype)
-            self._files[f"{split}/{self.name}.tokens"].write(tokens.tobytes())
-            self._files[f"{split}/{self.name}.ends"].write(ends.astype("<u8").tobytes())
-            count[0], count[1] = int(ends[-1]), count[1] + len(kept)
+    @property
+    def num_tokens(self) -> int:
+        return sum(tokens for tokens, _ in self._counts.values())
 
-    def commit(self) -> None:
+    def add(self, split: str, documents: list[np.ndarray]) -> None:
+        """Append `documents` to those already in `split`."""
+        if not documents:
+            return
+        count = self._counts[split]
+        ends = count[0] + np.cumsum([len(tokens) for tokens in documents])
+        tokens = np.concatenate(documents).astype(self.dtype)
+        self._files[f"{split}/{self.name}.tokens"].write(tokens.tobytes())
+        self._files[f"{split}/{self.name}.ends"].write(ends.astype("<u8").tobytes())
+        count[0], count[1] = int(ends[-1]), count[1] + len(documents)
+
+    def commit(self, shard: int, number: int, last: bool) -> None:
         for name, file in self._files.items():
             file.flush()
             os.fsync(file.fileno())
@@ -155,8 +192,8 @@ class _ShardWriter:
             split: store.Segment(f"{split}/{self.name}", *self._counts[split])
             for split in store.SPLITS
         }
-        shard = store.Shard(segments, hashes, sizes)
-        atomic_write_json(self.folder / f"{self.name}.json", asdict(shard))
+        part = store.ShardPart(shard, number, self.documents_read, last, segments, hashes, sizes)
+        atomic_write_json(self.folder / f"{self.name}.json", asdict(part))
 
     def close(self) -> None:
         """Remove what was not committed."""

@@ -1,21 +1,22 @@
 """Tokens on disk: every document once, end to end, memory-mapped, with random access.
 
-A store is a folder. Its text is divided into shards (one per job of a job array, or only one):
+A store is a folder. Its text is divided into shards (one per job of a job array, or only one) and a
+shard is written as parts, each of whole documents:
 
-    plan.json                             shards, tokenizer, dtype; written first
-    train/shard-00003-of-00064.tokens     uint16, or uint32 for large vocabularies
-    train/shard-00003-of-00064.ends       uint64: where each document of the shard ends
-    validation/...                        the same for the validation documents
-    shard-00003-of-00064.json             counts and hashes (`Shard`); written last
-    store.json                            all of it; written when no shard is missing
+    plan.json                                       shards, tokenizer, dtype; written first
+    train/shard-00003-of-00064.part-0000.tokens     uint16, or uint32 for large vocabularies
+    train/shard-00003-of-00064.part-0000.ends       uint64: where each document of the part ends
+    validation/...                                  the same for the validation documents
+    shard-00003-of-00064.part-0000.json             counts and hashes (`ShardPart`); written last
+    store.json                                      all of it; written when no shard is missing
 
 All numbers are little-endian. Files are written under temporary names, synced and renamed, and a
-shard counts only once its .json exists. No separator is stored between documents, and no EOS: T5
-concatenates without.
+part counts only once its .json exists: a killed build resumes with the part it was at. No separator
+is stored between documents, and no EOS: T5 concatenates without.
 
-The stream of a split is its segments end to end, in the order of shards. A segment may be less than
-its files: `finish_store` can move the last documents of the training files to validation without
-writing tokens again.
+The stream of a split is its segments end to end, in the order of shards and parts. A segment may be
+less than its files: `finish_store` can move the last documents of the training files to validation
+without writing tokens again.
 """
 
 import json
@@ -53,9 +54,13 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Shard:
-    """The content of a shard's .json."""
+class ShardPart:
+    """The content of a part's .json. `last`: the shard ends with this part."""
 
+    shard: int
+    number: int
+    documents_read: int
+    last: bool
     segments: dict[str, Segment]
     hashes: dict[str, str]
     """blake2b of each file, by its name relative to the store."""
@@ -172,7 +177,8 @@ def token_digest(size: int, read: Callable[[int, int], np.ndarray]) -> str:
 def missing_shards(folder: Path) -> list[int]:
     """The shards of the store in `folder` that are not finished."""
     num_shards = planned_shards(folder)
-    return [n for n in range(num_shards) if finished_shard(folder, n, num_shards) is None]
+    parts = [finished_parts(folder, shard, num_shards) for shard in range(num_shards)]
+    return [shard for shard, done in enumerate(parts) if not (done and done[-1].last)]
 
 
 def planned_shards(folder: Path) -> int:
@@ -183,18 +189,22 @@ def planned_shards(folder: Path) -> int:
     return plan["num_shards"]
 
 
-def finished_shard(folder: Path, shard: int, num_shards: int) -> Shard | None:
-    """Shard number `shard`; None if it is not complete."""
-    values = _read_json(folder / f"{shard_name(shard, num_shards)}.json")
-    if values is None or any(_size(folder / n) != size for n, size in values["sizes"].items()):
-        return None
-    values["segments"] = {split: Segment(**s) for split, s in values["segments"].items()}
-    return Shard(**values)
+def finished_parts(folder: Path, shard: int, num_shards: int) -> list[ShardPart]:
+    """The complete parts of `shard` from the first on, without a gap."""
+    parts: list[ShardPart] = []
+    while values := _read_json(folder / f"{part_name(shard, num_shards, len(parts))}.json"):
+        values.pop("report", None)  # which older versions wrote
+        values["segments"] = {k: Segment(**v) for k, v in values["segments"].items()}
+        part = ShardPart(**values)
+        if any(_size(folder / name) != size for name, size in part.sizes.items()):
+            break
+        parts.append(part)
+    return parts
 
 
-def shard_name(shard: int, num_shards: int) -> str:
-    """The name, without suffix, of the files of a shard."""
-    return f"shard-{shard:05d}-of-{num_shards:05d}"
+def part_name(shard: int, num_shards: int, number: int) -> str:
+    """The name, without suffix, of the files of part `number` of a shard."""
+    return f"shard-{shard:05d}-of-{num_shards:05d}.part-{number:04d}"
 
 
 def finish_store(folder: Path, *, validation_share: float) -> None:
@@ -204,10 +214,11 @@ def finish_store(folder: Path, *, validation_share: float) -> None:
     data, or the end of a single document: at least `validation_share` of the tokens.
     """
     num_shards = planned_shards(folder)
-    finished = (finished_shard(folder, shard, num_shards) for shard in range(num_shards))
-    shards = [shard for shard in finished if shard is not None]
+    parts = [
+        part for shard in range(num_shards) for part in finished_parts(folder, shard, num_shards)
+    ]
     train, validation = (
-        [s.segments[split] for s in shards if s.segments[split].num_tokens] for split in SPLITS
+        [p.segments[split] for p in parts if p.segments[split].num_tokens] for split in SPLITS
     )
     train, validation = _with_validation(folder, train, validation, validation_share)
     if not train:
@@ -219,8 +230,8 @@ def finish_store(folder: Path, *, validation_share: float) -> None:
         {
             **plan,
             "segments": {split: [asdict(s) for s in segments[split]] for split in SPLITS},
-            "sizes": {name: size for shard in shards for name, size in shard.sizes.items()},
-            "hashes": {name: value for shard in shards for name, value in shard.hashes.items()},
+            "sizes": {name: size for part in parts for name, size in part.sizes.items()},
+            "hashes": {name: value for part in parts for name, value in part.hashes.items()},
         },
     )
 
