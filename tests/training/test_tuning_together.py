@@ -145,7 +145,8 @@ def continued(rank: int, meshes: list[MeshConfig | None]) -> list[list[list[int]
         model = SwitchTransformer(replace(Case().experiment().model, decoder_only=True))
         initialise(model.double(), 1)
         ranks = Ranks(None if mesh is None else build_mesh(mesh))
-        parallelize(model, ranks.mesh, dimension_letters(model))
+        if ranks.mesh is not None:
+            parallelize(model, ranks.mesh, dimension_letters(model))
         prompts = torch.tensor([[5, 9, 3, 7], [4, 2, 0, 0]])
         found.append(generate(model, prompts, max_length=9, ranks=ranks).tolist())
     return found
