@@ -89,7 +89,7 @@ def test_explain_prints_the_paper_s_parameters_and_flops(tmp_path, capsys):
     figures = json.loads(file.read_text())
     assert figures["parameters"] == 222_903_552
     assert figures["flops_per_sequence"] == pytest.approx(124.6e9, rel=1e-3)
-    assert figures["mesh"] == {"data": 1, "expert": 1, "model": 1}
+    assert figures["mesh"].items() >= {"data": 1, "expert": 1, "model": 1}.items()
     assert "222.9M" in capsys.readouterr().out
 
 
