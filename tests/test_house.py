@@ -15,7 +15,7 @@ PACKAGE = ROOT / "switchworks"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-MOST_LINES = 31_200
+MOST_LINES = 27_700
 """What it has now; the plan is 27,000."""
 MOST_CELL = 120
 MEAN_LENGTH, P90_LENGTH = 10.5, 21
