@@ -44,7 +44,8 @@ def experiment_of(case: Case) -> Experiment:
     data = replace(experiment.data, input_length=64, target_length=32)
     routing = replace(experiment.model.routing, group_sequences=1)
     model = replace(experiment.model, routing=routing)
-    return replace(experiment, batch_size=16, data=data, model=model)
+    # The fast kernels of a CPU send what tokens there are, which no simulation can know.
+    return replace(experiment, batch_size=16, data=data, model=model, kernels="reference")
 
 
 def name(case: Case) -> str:
