@@ -92,8 +92,10 @@ class Adafactor(torch.optim.Optimizer):
             self.state[parameter] = _initial_state(parameter, group)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: object = None) -> None:
         """Update every parameter that has a gradient; the others and their state stay."""
+        if closure is not None:
+            raise ValueError("step takes no closure.\n  Call backward() first, then step().")
         scratch = _Scratch()
         for group in self.param_groups:
             with_grad = [parameter for parameter in group["params"] if parameter.grad is not None]

@@ -62,8 +62,10 @@ class Muon(torch.optim.Optimizer):
             self.state[parameter]["momentum"] = torch.zeros_like(parameter, requires_grad=False)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: object = None) -> None:
         """Update every parameter that has a gradient; the others and their state stay."""
+        if closure is not None:
+            raise ValueError("step takes no closure.\n  Call backward() first, then step().")
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from switchworks.config import ConfigError
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
-from switchworks.optim import Muon, OptimConfig, build_optimizer, dimension_letters
+from switchworks.optim import Adafactor, Muon, OptimConfig, build_optimizer, dimension_letters
 from switchworks.optim.muon import orthogonalise
 from switchworks.parallel import MeshConfig
 
@@ -181,3 +181,9 @@ def test_ten_steps_on_two_ranks_are_those_of_one_process(mesh, on_two):
         for name, tensor in wanted[kind].items():
             bound = 1e-7 * float(tensor.abs().max())
             torch.testing.assert_close(found[kind][name], tensor, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("optimizer", [Muon, Adafactor])
+def test_a_closure_is_refused_and_not_ignored(optimizer):
+    with pytest.raises(ValueError, match="step takes no closure"):
+        optimizer([torch.nn.Parameter(torch.ones(2, 2))], lr=0.1).step(lambda: 1.0)
