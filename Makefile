@@ -9,6 +9,8 @@ BIN := .venv/bin
 # One more than there are cores: tests that start processes wait for them.
 WORKERS := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# Tests start hundreds of processes: each should find its modules compiled.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: setup quickstart test test-slow check format clean
 

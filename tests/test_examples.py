@@ -15,10 +15,23 @@ import pytest
 import torch
 
 from switchworks import ModelConfig, RoutingConfig, SwitchFFN, train
-from switchworks.optim import UpdateStats
-from switchworks.training import StepResult, build_state
+from switchworks.data import SOURCES
+from switchworks.model import STRATEGIES
+from switchworks.optim import OPTIMIZERS, UpdateStats
+from switchworks.training import LOGGERS, StepResult, build_state
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+TABLES = (LOGGERS, OPTIMIZERS, SOURCES, STRATEGIES)
+
+
+@pytest.fixture(autouse=True)
+def tables_as_they_were():
+    """What an example adds to a table is gone after its test."""
+    before = [dict(table) for table in TABLES]
+    yield
+    for table, entries in zip(TABLES, before, strict=True):
+        table.clear()
+        table.update(entries)
 
 
 def load_example(name: str) -> ModuleType:

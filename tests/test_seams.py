@@ -1,7 +1,8 @@
 """Nobody overwrites a method of a live module; what is set from outside is a declared seam."""
 
 import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -37,8 +38,8 @@ NO_MODULES = {
 """Assignments to objects that are no modules, with names that modules have."""
 
 
-def bases(tree: ast.AST) -> Iterator[tuple[ast.ClassDef, set[str]]]:
-    for node in ast.walk(tree):
+def bases(trees: Iterable[ast.AST]) -> Iterator[tuple[ast.ClassDef, set[str]]]:
+    for node in chain.from_iterable(map(ast.walk, trees)):
         if isinstance(node, ast.ClassDef):
             yield node, {ast.unparse(base).rpartition(".")[2] for base in node.bases}
 
@@ -47,12 +48,12 @@ def module_classes(trees: Mapping[str, ast.AST]) -> dict[str, ast.ClassDef]:
     """Every class of the package that is an nn.Module, by name."""
     known = {"Module", *(name for name in dir(nn) if isinstance(getattr(nn, name), type))}
     found: dict[str, ast.ClassDef] = {}
+    classes = list(bases(trees.values()))
     for _ in range(4):  # as deep as the classes derive from each other
-        for tree in trees.values():
-            for node, parents in bases(tree):
-                if parents & known:
-                    known.add(node.name)
-                    found[node.name] = node
+        for node, parents in classes:
+            if parents & known:
+                known.add(node.name)
+                found[node.name] = node
     return found
 
 
