@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 from jaxtyping import install_import_hook
+from support.checked import start_checking
 from support.once import made_once, trained_once
 
 PACKAGE = Path(__file__).parent.parent / "switchworks"
@@ -22,7 +23,7 @@ def shaped_modules() -> list[str]:
     return [".".join(name).removesuffix(".__init__") for name in names]
 
 
-install_import_hook(shaped_modules(), "beartype.beartype")
+install_import_hook(shaped_modules(), "support.checked.check_types")
 torch.set_num_threads(1)  # tiny shapes gain nothing from more
 settings.register_profile("house", deadline=None)  # the machine may be busy
 settings.load_profile("house")
@@ -32,6 +33,12 @@ settings.load_profile("house")
 def the_same_numbers_every_time():
     """A test that draws without a seed of its own draws the same in every run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def shapes_are_checked():
+    """Of a test's first calls; what fixtures of a session call belongs to the test before."""
+    start_checking()
 
 
 @pytest.fixture(scope="session")
