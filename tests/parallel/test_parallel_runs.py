@@ -52,7 +52,7 @@ def test_a_run_saved_on_four_ranks_goes_on_on_two_on_one_and_on_four(tmp_path):
         MeshConfig(expert=2, model=2),
     ]
     losses: list[float] = []
-    for until, mesh in zip((3, 5, 7, STEPS), meshes, strict=True):
+    for until, mesh in zip((2, 3, 4, STEPS), meshes, strict=True):
         part = replace(case, mesh=mesh)
         if mesh.size == 1:
             losses += train_until(0, part, folder, until)
