@@ -198,12 +198,13 @@ def test_a_data_source_of_one_s_own_is_trained_on(tmp_path):
     assert '"val/loss"' in held_out_text
 
 
-def test_the_logger_of_ones_own_has_every_number_of_the_run(corpus, tmp_path):
-    output = run(str(EXAMPLES / "own_logger.py"), str(corpus), str(tmp_path / "run"))
+def test_the_logger_of_ones_own_has_every_number_of_the_run(corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["own_logger.py", str(corpus), str(tmp_path / "run")])
+    load_example("own_logger").main()
     lines = (tmp_path / "run" / "metrics.csv").read_text(encoding="utf-8").splitlines()
     assert lines[0] == "step,name,value"
     assert [line.split(",")[0] for line in lines if ",val/loss," in line] == ["10", "20"]
-    assert "validation losses: [" in output
+    assert "validation losses: [" in capsys.readouterr().out
 
 
 def test_the_hook_of_ones_own_tells_how_far_every_block_moved(corpus, tmp_path):

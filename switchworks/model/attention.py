@@ -107,7 +107,8 @@ class RelativeBias(PositionEncoding):
 def segment_mask(
     query_segments: Int[Tensor, "B L"], key_segments: Int[Tensor, "B M"]
 ) -> Bool[Tensor, "B 1 L M"]:
-    """True where query and key belong to the same example."""
+    """True where query and key belong to the same example. Padding is segment 0, so no real
+    query sees a padding key."""
     return (query_segments[:, :, None] == key_segments[:, None, :])[:, None]
 
 

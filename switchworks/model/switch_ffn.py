@@ -28,7 +28,8 @@ class Routing(NamedTuple):
     """What a switch layer reports beside its output. Statistics carry no gradient."""
 
     loss: Float[Tensor, ""]
-    """The two losses below, weighted: add it to the training loss, once per layer."""
+    """The two losses below, weighted: for a layer in your own model, to be added to its loss.
+    `SwitchTransformer` weights them itself (`_losses`)."""
     balance: Float[Tensor, ""]
     """E * sum f P: 1 when the load is even, E when one expert gets everything."""
     router_z: Float[Tensor, ""]

@@ -28,7 +28,7 @@ def all_to_all_dispatcher(dispatcher: Dispatcher, group: ProcessGroup, parts: in
 
 
 class RemoteExperts:
-    """The `ExpertBank` of all experts of a layer, of which `experts` are those of this rank.
+    """The `ExpertBank` of all E experts of a layer, of which rank r holds r E/P to (r + 1) E/P - 1.
 
     Tokens go in `parts` chunks with a share of each expert's: one is sent while the experts run on
     another.

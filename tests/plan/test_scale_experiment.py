@@ -1,12 +1,23 @@
 """experiments/scale.py with a tiny model."""
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from switchworks.recipes.tiny import tiny
+from switchworks.training import Experiment
+
 SCRIPT = Path(__file__).parents[2] / "experiments" / "scale.py"
+
+
+def shallow() -> Experiment:
+    """The recipe `tiny` with one block in each stack, a sparse one."""
+    recipe = tiny()
+    routing = replace(recipe.model.routing, every=1)
+    return replace(recipe, model=replace(recipe.model, num_layers=1, routing=routing))
 
 
 @pytest.fixture
@@ -16,6 +27,7 @@ def scale(tmp_path, monkeypatch) -> ModuleType:
     assert spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
+    monkeypatch.setattr(script, "find_recipe", {"tiny": shallow}.get)
     settings = {"DOCS": tmp_path, "RANKS": [1, 2], "ROWS": {"tiny": 4}, "WIDTH": {"tiny": 1}}
     for name, value in {**settings, "DEVICES": [2]}.items():
         monkeypatch.setattr(script, name, value)
