@@ -49,16 +49,16 @@ def experiment(tiny_experiment, tmp_path_factory) -> Experiment:
     model = tiny_experiment.model
     return replace(
         tiny_experiment,
-        steps=8,
+        steps=4,
         data=data,
         model=replace(model, dropout=0.0, routing=replace(model.routing, jitter=0.0)),
         optim=replace(tiny_experiment.optim, lr=0.02, warmup_steps=0),
         best=BestConfig(metric="val/loss"),
-        validate_every=4,
-        evaluate_every=4,
-        evaluate_examples=9,  # no multiple of two
+        validate_every=2,
+        evaluate_every=2,
+        evaluate_examples=5,  # no multiple of two
         sample_every=0,
-        checkpoint_every=4,
+        checkpoint_every=2,
     )
 
 
@@ -87,7 +87,7 @@ def test_two_ranks_measure_and_leave_what_one_process_does(experiment, tmp_path)
         runs = [folder / str(number) for folder in (alone, two)]
         figures = [measured(run_dir) for run_dir in runs]
         assert figures[1] == pytest.approx(figures[0], rel=1e-3, abs=1e-3)
-        assert {step for step, name in figures[0] if name == "task/mean"} == {4, 8}
+        assert {step for step, name in figures[0] if name == "task/mean"} == {2, 4}
         models = [switchworks.load(run_dir)[0].state_dict() for run_dir in runs]
         for name, weight in models[0].items():
             torch.testing.assert_close(models[1][name], weight, rtol=1e-3, atol=1e-4)
@@ -114,15 +114,14 @@ TEXTS = [
 
 
 def write_between_steps(rank: int, cases: list[Case]) -> list[tuple[list[float], list[str]]]:
-    """Losses of two steps, and what the model writes before, between and after them."""
+    """Losses of two steps, and what the model writes before and between them."""
     found = []
     for case in cases:
         state = state_of(case)
-        how, losses, said = DecodingConfig(input_length=24, max_length=6, batch_size=2), [], []
-        for step in range(3):
+        how, losses, said = DecodingConfig(input_length=24, max_length=4, batch_size=2), [], []
+        for step in range(2):
             said += write(state.model, ByteTokenizer(), TEXTS, how, state.ranks)
-            if step < 2:
-                losses.append(train_step(state, batch_of(step, state.ranks)).total)
+            losses.append(train_step(state, batch_of(step, state.ranks)).total)
         found.append((losses, said))
     return found
 
@@ -148,7 +147,7 @@ def continued(rank: int, meshes: list[MeshConfig | None]) -> list[list[list[int]
         if ranks.mesh is not None:
             parallelize(model, ranks.mesh, dimension_letters(model))
         prompts = torch.tensor([[5, 9, 3, 7], [4, 2, 0, 0]])
-        found.append(generate(model, prompts, max_length=9, ranks=ranks).tolist())
+        found.append(generate(model, prompts, max_length=5, ranks=ranks).tolist())
     return found
 
 
