@@ -51,10 +51,14 @@ def short(tiny_experiment):
     )
 
 
-def weights_after(steps: int, experiment, directory) -> dict[str, torch.Tensor]:
-    """Of a run of so many steps that keeps nothing but its last weights."""
-    run = train(replace(experiment, steps=steps, best=None), directory)
-    return switchworks.load(run)[0].state_dict()
+@pytest.fixture
+def weights_after(scripted, short, trained):
+    """Gives the weights of a run of so many steps that keeps nothing but its last ones."""
+
+    def load(steps: int) -> dict[str, torch.Tensor]:
+        return switchworks.load(trained(replace(short, steps=steps, best=None)))[0].state_dict()
+
+    return load
 
 
 def same(a: dict, b: dict) -> bool:
@@ -66,7 +70,7 @@ def told(run_dir) -> dict:
 
 
 def test_the_model_is_that_of_the_best_step_and_the_run_says_which(
-    scripted, short, tmp_path, capsys
+    weights_after, short, tmp_path, capsys
 ):
     run_dir = train(short, tmp_path / "run")
     assert told(run_dir) == {
@@ -79,8 +83,8 @@ def test_the_model_is_that_of_the_best_step_and_the_run_says_which(
     }
     assert "model/ is that of step 8, the best by val/loss (3)" in capsys.readouterr().out
     best = switchworks.load(run_dir)[0].state_dict()
-    assert same(best, weights_after(8, short, tmp_path / "eight"))
-    assert not same(best, weights_after(12, short, tmp_path / "twelve"))
+    assert same(best, weights_after(8))
+    assert not same(best, weights_after(12))
     assert same(best, switchworks.load(run_dir / "best" / "step_00000008")[0].state_dict())
 
 
@@ -100,7 +104,7 @@ def test_a_run_that_gets_no_better_ends_early(scripted, short, tmp_path, capsys)
 
 @pytest.mark.parametrize("killed", [5, 8, 9, 11])
 def test_an_interrupted_run_ends_at_the_same_step_with_the_same_model(
-    killed, scripted, short, tmp_path, monkeypatch
+    killed, weights_after, short, tmp_path, monkeypatch
 ):
     experiment = replace(short, steps=20, best=BestConfig(patience=2))
     interrupted_after(killed, monkeypatch)
@@ -109,9 +113,7 @@ def test_an_interrupted_run_ends_at_the_same_step_with_the_same_model(
     monkeypatch.undo()
     run_dir = train(experiment, tmp_path / "run", resume=True)
     assert (told(run_dir)["step"], told(run_dir)["last_step"]) == (8, 12)
-    assert same(
-        switchworks.load(run_dir)[0].state_dict(), weights_after(8, short, tmp_path / "eight")
-    )
+    assert same(switchworks.load(run_dir)[0].state_dict(), weights_after(8))
 
 
 def test_an_ended_run_that_is_resumed_takes_no_step(scripted, short, tmp_path):
