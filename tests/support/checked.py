@@ -2,6 +2,7 @@
 and to check every one of them would take a third of the tests' time."""
 
 from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 from beartype import beartype
@@ -20,13 +21,13 @@ def start_checking() -> None:
 
 def check_types(function: Callable[..., Any]) -> Callable[..., Any]:
     """beartype, for jaxtyping's import hook, which calls the result in place of `function`."""
-    check = beartype(function)
+    check = cache(partial(beartype, function))  # most functions are never called by a worker
 
     def counted(*arguments: Any, **named: Any) -> Any:
         global _left
         _left -= 1
         if _left == 0:
             config.update("jaxtyping_disable", True)
-        return check(*arguments, **named)
+        return check()(*arguments, **named)
 
     return counted
