@@ -7,7 +7,7 @@ records have a `language` (a code), the `english` sentence, and the `text`.
 
 import re
 from collections.abc import Iterator
-from functools import partial
+from functools import lru_cache, partial
 
 from switchworks.data.sources.catalogs import gettext
 from switchworks.data.sources.catalogs.languages import english_name
@@ -17,6 +17,7 @@ from switchworks.data.tasks.task import Example, Task, hub_task, text_in
 FOLDER = Hub(dataset=None, folder="catalogs", names={"train": "train", "validation": "validation"})
 
 
+@lru_cache(maxsize=1024)  # asked for every sentence
 def language_name(code: str) -> str:
     """The English name of a language or locale: de -> German, pt_BR -> Portuguese (Brazil).
 
