@@ -9,8 +9,8 @@ from pydoc_data.topics import topics
 import pytest
 import torch
 from hypothesis import settings
-from jaxtyping import install_import_hook
 from support.once import made_once, trained_once
+from support.shapes import check_shapes
 
 PACKAGE = Path(__file__).parent.parent / "switchworks"
 
@@ -22,7 +22,7 @@ def shaped_modules() -> list[str]:
     return [".".join(name).removesuffix(".__init__") for name in names]
 
 
-install_import_hook(shaped_modules(), "beartype.beartype")
+check_shapes(shaped_modules())
 torch.set_num_threads(1)  # tiny shapes gain nothing from more
 settings.register_profile("house", deadline=None)  # the machine may be busy
 settings.load_profile("house")
