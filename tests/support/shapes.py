@@ -44,10 +44,7 @@ def checked_once(fn: Any = None, *, typechecker: Any) -> Any:
 
 
 def remembering(fn: Any, typechecker: Any) -> Callable:
-    if any(
-        "{" in str(hint) for hint in fn.__annotations__.values()
-    ):  # a size is an argument's value
-        return jaxtyped(fn, typechecker=typechecker)
+    sized = any("{" in str(hint) for hint in fn.__annotations__.values())  # by an argument
     marks = seen.setdefault((fn.__module__, fn.__qualname__, fn.__code__), set())
     checked = []
 
@@ -55,7 +52,7 @@ def remembering(fn: Any, typechecker: Any) -> Callable:
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return fn(*args, **kwargs)
-        given = mark(("**", kwargs, *args) if kwargs else args)
+        given = None if sized else mark(("**", kwargs, *args) if kwargs else args)
         if given is None or given not in marks:
             if not checked:
                 checked.append(jaxtyped(fn, typechecker=typechecker))
