@@ -11,12 +11,12 @@ import torch
 
 @contextmanager
 def compiling(backend: str | Callable = "aot_eager") -> Iterator[None]:
-    """torch.compile traces afresh, and by `backend`, which warns of nothing deprecated in torch."""
+    """torch.compile traces afresh, and by `backend`, which warns of nothing that torch does."""
     torch._dynamo.reset()
     with (
         patch.object(torch, "compile", partial(torch.compile, backend=backend)),
         warnings.catch_warnings(),
     ):
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore")
         yield
     torch._dynamo.reset()
