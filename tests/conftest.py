@@ -9,9 +9,8 @@ from pydoc_data.topics import topics
 import pytest
 import torch
 from hypothesis import settings
-from jaxtyping import install_import_hook
-from support.checked import start_checking
 from support.once import made_once, trained_once
+from support.shapes import check_shapes
 
 PACKAGE = Path(__file__).parent.parent / "switchworks"
 
@@ -23,7 +22,7 @@ def shaped_modules() -> list[str]:
     return [".".join(name).removesuffix(".__init__") for name in names]
 
 
-install_import_hook(shaped_modules(), "support.checked.check_types")
+check_shapes(shaped_modules())
 torch.set_num_threads(1)  # tiny shapes gain nothing from more
 settings.register_profile("house", deadline=None)  # the machine may be busy
 settings.load_profile("house")
@@ -33,12 +32,6 @@ settings.load_profile("house")
 def the_same_numbers_every_time():
     """A test that draws without a seed of its own draws the same in every run."""
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def shapes_are_checked():
-    """Of a test's first calls; what fixtures of a session call belongs to the test before."""
-    start_checking()
 
 
 @pytest.fixture(scope="session")

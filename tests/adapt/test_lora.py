@@ -1,12 +1,12 @@
 """Low-rank adapters: what they compute, what they train, and how they become weights again."""
 
-import os
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from support.compiling import compiling
 
 import switchworks
 from switchworks.adapt import LoraConfig, adapt, merged
@@ -182,33 +182,22 @@ def test_explain_counts_the_adapters_without_making_them():
 
 
 def test_an_adapted_layer_compiles_as_one_graph():
-    """Without the checks of types, in a fresh Python: they break graphs up."""
-    import subprocess
-    import sys
-
-    code = """
-import torch
-from switchworks.adapt.config import LoraConfig
-from switchworks.adapt.lora import adapt
-from switchworks.model import SwitchTransformer
-from switchworks.recipes.tiny import tiny
-model = SwitchTransformer(tiny().model, seed=1)
-adapt(model, LoraConfig(rank=2, targets=("attention", "ffn", "experts", "routers")))
-layer = model.encoder.blocks[1].ffn.train()
-torch.nn.init.normal_(layer.experts.lora["w_in"].b)
-x = torch.randn(4, 16, 32)
-for module, args in ((layer, (x,)), (model.encoder.blocks[0].ffn, (x,))):
-    torch.manual_seed(0); want = module(*args)
-    torch.manual_seed(0); got = torch.compile(module, fullgraph=True, backend="aot_eager")(*args)
-    want, got = (y[0] if isinstance(y, tuple) else y for y in (want, got))
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
-    got.sum().backward()
-assert layer.experts.lora["w_in"].a.grad is not None
-assert layer.experts.w_in.grad is None
-"""
-    env = os.environ | {"PYTHONWARNINGS": "ignore"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
+    model = SwitchTransformer(tiny().model, seed=1)
+    adapt(model, LoraConfig(rank=2, targets=("attention", "ffn", "experts", "routers")))
+    layer = model.encoder.blocks[1].ffn.train()
+    torch.nn.init.normal_(layer.experts.lora["w_in"].b)
+    x = torch.randn(4, 16, 32)
+    with compiling():
+        for module in (layer, model.encoder.blocks[0].ffn):
+            found = []
+            for call in (module, torch.compile(module, fullgraph=True)):
+                torch.manual_seed(0)
+                y = call(x)
+                found.append(y[0] if isinstance(y, tuple) else y)
+            torch.testing.assert_close(*found[::-1], rtol=1e-5, atol=1e-6)
+            found[1].sum().backward()
+    assert layer.experts.lora["w_in"].a.grad is not None
+    assert layer.experts.w_in.grad is None
 
 
 @pytest.fixture(scope="module")

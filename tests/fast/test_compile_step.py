@@ -6,52 +6,18 @@ import sys
 from dataclasses import replace
 
 import pytest
-
-from switchworks.config import ConfigError
-from switchworks.model import RoutingConfig
-from switchworks.parallel.layout import MeshConfig
-from switchworks.recipes.tiny import tiny
-
-THREE_STEPS = """
-import sys
-from dataclasses import replace
-from functools import partial
 import torch
+from support.compiling import compiling
+
 from switchworks.adapt.config import LoraConfig
 from switchworks.batch import Batch
+from switchworks.config import ConfigError
+from switchworks.model import RoutingConfig
 from switchworks.optim import build
+from switchworks.parallel.layout import MeshConfig
 from switchworks.recipes.tiny import tiny
 from switchworks.training.state import build_state
 from switchworks.training.step import train_step
-
-# Traces forward and backward as inductor does, without its C++ compiler.
-torch.compile = partial(torch.compile, backend="aot_eager")
-torch.set_num_threads(1)
-torch.manual_seed(0)
-precision, lora, strategy, layers, updated = sys.argv[1:]
-build.LARGE, build.BUCKET = 1000, 5000
-recipe = tiny()
-routing = replace(
-    recipe.model.routing, every=1, strategy=strategy, layers=layers, decoder_strategy="switch"
-)
-recipe = replace(
-    recipe,
-    kernels="reference",  # the fast ones draw the dropout of experts in sorted order
-    precision=precision,
-    lora=LoraConfig() if lora == "lora" else None,
-    model=replace(recipe.model, num_layers=1, dropout=0.1, routing=routing),
-)
-packed = Batch(
-    inputs=torch.randint(2, 300, (4, 64)),
-    targets=torch.randint(2, 300, (4, 14)),
-    input_segments=torch.tensor([[1] * 40 + [2] * 24] * 4),
-    target_segments=torch.tensor([[1] * 9 + [2] * 5] * 4),
-)
-for compiled in (False, True):
-    early = compiled and updated == "early"
-    state = build_state(replace(recipe, compile=compiled, update_in_backward=early))
-    print(*(repr(train_step(state, packed).total) for _ in range(3)))
-"""
 
 
 @pytest.mark.parametrize(
@@ -67,13 +33,35 @@ for compiled in (False, True):
     ],
     ids=" ".join,
 )
-def test_a_compiled_step_learns_what_a_plain_one_learns(how):
-    """In a fresh Python: the types that tests check would break up the graph."""
-    done = subprocess.run(
-        [sys.executable, "-c", THREE_STEPS, *how], capture_output=True, text=True, check=False
+def test_a_compiled_step_learns_what_a_plain_one_learns(how, monkeypatch):
+    precision, lora, strategy, layers, updated = how
+    monkeypatch.setattr(build, "LARGE", 1000)
+    monkeypatch.setattr(build, "BUCKET", 5000)
+    recipe = tiny()
+    routing = replace(
+        recipe.model.routing, every=1, strategy=strategy, layers=layers, decoder_strategy="switch"
     )
-    assert done.returncode == 0, done.stderr
-    plain, compiled = ([float(x) for x in line.split()] for line in done.stdout.splitlines())
+    recipe = replace(
+        recipe,
+        kernels="reference",  # the fast ones draw the dropout of experts in sorted order
+        precision=precision,
+        lora=LoraConfig() if lora == "lora" else None,
+        model=replace(recipe.model, num_layers=1, dropout=0.1, routing=routing),
+    )
+    packed = Batch(
+        inputs=torch.randint(2, 300, (4, 64)),
+        targets=torch.randint(2, 300, (4, 14)),
+        input_segments=torch.tensor([[1] * 40 + [2] * 24] * 4),
+        target_segments=torch.tensor([[1] * 9 + [2] * 5] * 4),
+    )
+
+    def losses(**settings: bool) -> list[float]:
+        state = build_state(replace(recipe, **settings))
+        return [train_step(state, packed).total for _ in range(3)]
+
+    plain = losses()
+    with compiling():
+        compiled = losses(compile=True, update_in_backward=updated == "early")
     assert plain[2] < plain[0]
     assert compiled == pytest.approx(plain, rel=1e-6 if how[0] == "float32" else 1e-3)
 

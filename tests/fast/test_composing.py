@@ -2,18 +2,19 @@
 
 import itertools
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.compiling import compiling
+from support.models import TINY
 
 from switchworks.batch import Batch
 from switchworks.config import ConfigError
-from switchworks.model import RoutingConfig
+from switchworks.fast import checkpoint_blocks, compile_step, use_fast_kernels
+from switchworks.model import RoutingConfig, SwitchTransformer
 from switchworks.parallel import MeshConfig
 from switchworks.recipes.tiny import tiny
 from switchworks.training import Experiment
@@ -91,36 +92,20 @@ def test_a_pair_that_cannot_be_is_refused(pair):
         experiment(*pair)
 
 
-COMPILED = """
-from functools import partial
-import torch
-from switchworks.fast import checkpoint_blocks, compile_step, use_fast_kernels
-from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
-
-# Traces forward and backward as inductor does, without its C++ compiler.
-torch.compile = partial(torch.compile, backend="aot_eager_decomp_partition")
-torch.set_num_threads(1)
-routing = RoutingConfig(experts=4, every=1, group_sequences=2, jitter=0.0)
-config = ModelConfig(vocab_size=40, d_model=16, d_ff=24, d_kv=8, num_heads=2, num_layers=1,
-                     routing=routing)
-inputs, targets = torch.randint(2, 40, (4, 9)), torch.randint(2, 40, (4, 6))
-
-def learn(compiled):
-    model = SwitchTransformer(config, seed=1)
-    if compiled:
-        checkpoint_blocks(use_fast_kernels(model))
-    loss = (compile_step(model) if compiled else model)(inputs, targets).losses.total
-    loss.backward()
-    return loss.detach(), *(p.grad for p in model.parameters())
-
-for ours, theirs in zip(learn(True), learn(False), strict=True):
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-"""
-
-
 def test_kernels_and_checkpointing_compile():
-    """In a fresh Python: the types that tests check would break up the graph."""
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILED], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    routing = RoutingConfig(experts=4, every=1, group_sequences=2, jitter=0.0)
+    config = replace(TINY, num_layers=1, routing=routing)
+    inputs, targets = torch.randint(2, 40, (4, 9)), torch.randint(2, 40, (4, 6))
+
+    def learn(compiled: bool) -> tuple[torch.Tensor, ...]:
+        model = SwitchTransformer(config, seed=1)
+        if compiled:
+            checkpoint_blocks(use_fast_kernels(model))
+        loss = (compile_step(model) if compiled else model)(inputs, targets).losses.total
+        loss.backward()
+        return loss.detach(), *(p.grad for p in model.parameters())
+
+    with compiling("aot_eager_decomp_partition"):  # forward and backward as inductor traces them
+        ours = learn(True)
+    for mine, theirs in zip(ours, learn(False), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)

@@ -1,22 +1,27 @@
 """The step of decoding as one graph: the same tokens, and one graph for all lengths."""
 
-import os
 import subprocess
 import sys
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support.compiling import compiling
+from torch import Tensor
+from torch._dynamo.backends.debugging import aot_eager
 
 from switchworks.cli.main import main
 from switchworks.config import ConfigError
 from switchworks.fast import CompiledDecoder
+from switchworks.fast.compile_step import require_compiler
 from switchworks.fast.decode import attend_once, one_row_linear
-from switchworks.generate import generate
-from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
+from switchworks.generate import BeamSearch, generate
+from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer, first_logits
 from switchworks.model.attention import attend, mask_to_bias
 from switchworks.model.layers import SharedDropout
-from switchworks.quantise.modules import quantise
+from switchworks.quantise.modules import QuantiseConfig, quantise
 
 CONFIG = ModelConfig(
     vocab_size=64,
@@ -28,75 +33,30 @@ CONFIG = ModelConfig(
     routing=RoutingConfig(experts=4, every=1),
 )
 
-# In a fresh Python, since the types that tests check would break up the graph. The backend traces
-# as inductor does and leaves out its C++ compiler.
-BESIDE_THE_PLAIN_STEP = """
-import sys
-from dataclasses import replace
-from functools import partial
-import torch
-from torch._dynamo.backends.debugging import aot_eager
-from switchworks.fast import CompiledDecoder
-from switchworks.generate import BeamSearch, generate
-from switchworks.quantise.modules import QuantiseConfig, quantise
-from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer, first_logits
+SPARSE = RoutingConfig(experts=4, every=1)
+ONE_LAYER = ModelConfig(
+    vocab_size=512, d_model=128, d_ff=512, d_kv=128, num_heads=4, num_layers=1, routing=SPARSE
+)
+MODELS = {
+    "dense": replace(ONE_LAYER, routing=None, gated=True, tied_head=False),
+    "top2": replace(ONE_LAYER, routing=replace(SPARSE, strategy="top2")),
+    "attention": replace(ONE_LAYER, routing=replace(SPARSE, layers="both")),
+    "limited": replace(ONE_LAYER, routing=replace(SPARSE, eval_capacity_factor=0.5)),
+    "alone": replace(ONE_LAYER, decoder_only=True),
+}
+ROUNDED = {
+    "int8": QuantiseConfig(),
+    "dynamic": QuantiseConfig(product="int8_dynamic"),
+    "dequantised": QuantiseConfig(product="dequantised"),
+    "int4": QuantiseConfig(bits=4),
+}
 
-compiled = []
-def counted(graph, inputs, **_):
-    compiled.append(graph)
-    return aot_eager(graph, inputs)
-torch.compile = partial(torch.compile, backend=counted)
-torch.set_num_threads(1)
 
-kind, precision = sys.argv[1:]
-sparse = RoutingConfig(experts=4, every=1)
-config = ModelConfig(vocab_size=512, d_model=128, d_ff=512, d_kv=128, num_heads=4, num_layers=1,
-                     routing=sparse)
-config = {
-    "dense": replace(config, routing=None, gated=True, tied_head=False),
-    "top2": replace(config, routing=replace(sparse, strategy="top2")),
-    "attention": replace(config, routing=replace(sparse, layers="both")),
-    "limited": replace(config, routing=replace(sparse, eval_capacity_factor=0.5)),
-    "alone": replace(config, decoder_only=True),
-}.get(kind, config)
-model = SwitchTransformer(config, seed=1).eval().to(getattr(torch, precision))
-how = {
-    "int8": QuantiseConfig(), "dynamic": QuantiseConfig(product="int8_dynamic"),
-    "dequantised": QuantiseConfig(product="dequantised"), "int4": QuantiseConfig(bits=4),
-}.get(kind)
-if how is not None:
-    model = quantise(model, how)
-graph = CompiledDecoder(model)
-
-def texts(rows, length):
+def texts(rows: int, length: int) -> Tensor:
     drawn = torch.randint(2, 512, (rows, length), generator=torch.Generator().manual_seed(rows))
     drawn[-1, -2:] = 0
     return drawn
 
-def largest_difference(rows, length, tokens):
-    # All tokens are given, so that no tie decides which come after.
-    caches = [first_logits(model, texts(rows, length), tokens + 1)[1] for _ in range(2)]
-    step, worst = graph.start(caches[1]), 0.0
-    for token in torch.randint(2, 512, (tokens, rows, 1)):
-        with torch.no_grad():
-            plain = model.decode_step(token, caches[0])
-        worst = max(worst, float((step(token) - plain).abs().max() / plain.abs().max()))
-    return worst
-
-found = [largest_difference(1, 9, 4), largest_difference(1, 6, 7)]
-of_one = len(compiled)
-found += [largest_difference(3, 7, 4)]
-for weight in (*model.parameters(), *model.buffers()):
-    if weight.dtype.is_floating_point:
-        weight.data.mul_(1.01)  # the graph sees it
-found += [largest_difference(3, 5, 4)]
-print(of_one, len(compiled), *found)
-if precision == "float32":
-    for beams in (None, BeamSearch(beams=3)):
-        ways = [generate(model, texts(1, 8), max_length=6, beams=beams, compiled=g)
-                for g in (None, graph)]
-        print(torch.equal(*ways))
-"""
 
 CHEAP = ["switch float32"]
 COSTLY = [
@@ -113,21 +73,46 @@ ROUNDS_INPUTS = ("int8", "int4", "dynamic")
 )
 def test_one_graph_of_all_lengths_scores_as_the_plain_step_does(how):
     """Rows padded and not, also after the weights have changed; one graph per number of rows."""
-    done = in_a_fresh_python(BESIDE_THE_PLAIN_STEP, *how.split())
-    figures, *equal = done.splitlines()
-    of_one, of_both, *found = figures.split()
-    assert (of_one, of_both) == ("1", "2")
-    exact = "float32" in how and not how.startswith(ROUNDS_INPUTS)
-    assert max(map(float, found)) < (1e-5 if exact else 3e-2)
-    assert set(equal) <= {"True"}
+    kind, precision = how.split()
+    model = SwitchTransformer(MODELS.get(kind, ONE_LAYER), seed=1).eval()
+    model = model.to(getattr(torch, precision))
+    if kind in ROUNDED:
+        model = quantise(model, ROUNDED[kind])
+    compiled = []
 
+    def counted(graph: Any, inputs: Any, **_: Any) -> Any:
+        compiled.append(graph)
+        return aot_eager(graph, inputs)
 
-def in_a_fresh_python(script: str, *words: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", script, *words], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    def largest_difference(rows: int, length: int, tokens: int) -> float:
+        # All tokens are given, so that no tie decides which come after.
+        caches = [first_logits(model, texts(rows, length), tokens + 1)[1] for _ in range(2)]
+        step, worst = graph.start(caches[1]), 0.0
+        for token in torch.randint(2, 512, (tokens, rows, 1)):
+            with torch.no_grad():
+                plain = model.decode_step(token, caches[0])
+            worst = max(worst, float((step(token) - plain).abs().max() / plain.abs().max()))
+        return worst
+
+    with compiling(counted):
+        graph = CompiledDecoder(model)
+        found = [largest_difference(1, 9, 4), largest_difference(1, 6, 7)]
+        assert len(compiled) == 1
+        found += [largest_difference(3, 7, 4)]
+        for weight in (*model.parameters(), *model.buffers()):
+            if weight.dtype.is_floating_point:
+                weight.data.mul_(1.01)  # the graph sees it
+        found += [largest_difference(3, 5, 4)]
+        assert len(compiled) == 2
+        exact = precision == "float32" and not how.startswith(ROUNDS_INPUTS)
+        assert max(found) < (1e-5 if exact else 3e-2)
+        if precision == "float32":
+            for beams in (None, BeamSearch(beams=3)):
+                ways = [
+                    generate(model, texts(1, 8), max_length=6, beams=beams, compiled=way)
+                    for way in (None, graph)
+                ]
+                assert torch.equal(*ways)
 
 
 @torch.no_grad()
@@ -183,16 +168,6 @@ def test_making_a_graph_leaves_the_model_as_it_was_and_holds_no_second_copy():
     assert copied < {weight.data_ptr() for weight in model.parameters()}  # experts are the model's
 
 
-COMMAND = """
-import sys
-from functools import partial
-import torch
-torch.compile = partial(torch.compile, backend="aot_eager")
-from switchworks.cli.main import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-
 def test_the_command_line_writes_the_same_with_and_without_a_graph(tiny_run, tmp_path, capsys):
     """Three texts, two at once: the last batch is smaller, and is not compiled for."""
     texts = tmp_path / "texts.txt"
@@ -202,17 +177,16 @@ def test_the_command_line_writes_the_same_with_and_without_a_graph(tiny_run, tmp
     assert main(words) == 0
     plain = capsys.readouterr().out
     assert len(plain.splitlines()) == 3
-    assert in_a_fresh_python(COMMAND, *words, "--compile") == plain
+    with compiling():
+        assert main([*words, "--compile"]) == 0
+    assert capsys.readouterr().out == plain
 
 
-def test_without_a_compiler_the_command_line_says_what_to_do(tiny_run):
-    words = [sys.executable, "-m", "switchworks", "generate", str(tiny_run), "If the", "--compile"]
-    done = subprocess.run(
-        words, env={**os.environ, "CXX": "no-such"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2
-    assert "Install g++" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_without_a_compiler_the_command_line_says_what_to_do(tiny_run, monkeypatch, capsys):
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such",))
+    require_compiler.cache_clear()
+    assert main(["generate", str(tiny_run), "If the", "--compile"]) == 2
+    assert "Install g++" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,12 +1,15 @@
 """The compression report: one text for all, shares of the gain, sizes, and what it refuses."""
 
+import io
 import json
 import math
 import re
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.once import made_once
 
 import switchworks
 from switchworks.checkpoint.model_files import weight_files
@@ -20,23 +23,38 @@ from switchworks.report.compression_page import compression_page
 
 
 @pytest.fixture(scope="module")
-def directories(tiny_run, tmp_path_factory) -> dict[str, Path]:
+def directories(tiny_run, shared_folder) -> dict[str, Path]:
     """A run, the same rounded to 4 bits, and a dense model of first values."""
-    home = tmp_path_factory.mktemp("compression")
-    model, tokenizer = switchworks.load(tiny_run)
-    dense = SwitchTransformer(replace(model.config, routing=None), seed=3)
-    switchworks.save(dense, home / "dense", tokenizer)
-    switchworks.save(quantise(model, QuantiseConfig(bits=4)), home / "int4", tokenizer)
-    return {"teacher": tiny_run, "student": home / "int4", "dense": home / "dense", "home": home}
+
+    def make(home: Path) -> None:
+        model, tokenizer = switchworks.load(tiny_run)
+        dense = SwitchTransformer(replace(model.config, routing=None), seed=3)
+        switchworks.save(dense, home / "dense", tokenizer)
+        switchworks.save(quantise(model, QuantiseConfig(bits=4)), home / "int4", tokenizer)
+
+    home = made_once(shared_folder / "compressed", make)
+    return {"teacher": tiny_run, "student": home / "int4", "dense": home / "dense"}
 
 
 @pytest.fixture(scope="module")
-def report(directories) -> dict:
-    words = [str(directories[name]) for name in ("teacher", "student", "dense")]
-    page = directories["home"] / "page.html"
-    more = ["--output", str(page), "--batches", "2"]
-    assert main(["report", "--compression", *words, *more]) == 0
-    return json.loads(page.with_suffix(".json").read_text())
+def written(directories, shared_folder) -> Path:
+    """Page and numbers, and in said.txt what the command said."""
+
+    def make(home: Path) -> None:
+        words = [str(directories[name]) for name in ("teacher", "student", "dense")]
+        more = ["--output", str(home / "page.html"), "--batches", "2"]
+        home.mkdir()
+        with pytest.MonkeyPatch.context() as fewer, redirect_stdout(io.StringIO()) as said:
+            fewer.setattr(compression, "REPEATS", 1)
+            assert main(["report", *words, "--compression", *more]) == 0
+        (home / "said.txt").write_text(said.getvalue())
+
+    return made_once(shared_folder / "compression_page", make)
+
+
+@pytest.fixture(scope="module")
+def report(written) -> dict:
+    return json.loads((written / "page.json").read_text())
 
 
 def test_all_are_measured_on_the_teacher_s_held_out_text(report, tiny_run):
@@ -52,9 +70,13 @@ def test_all_are_measured_on_the_teacher_s_held_out_text(report, tiny_run):
     assert (teacher["gain_kept"], dense["gain_kept"]) == (1.0, 0.0)
 
 
-def test_a_teacher_that_is_no_better_has_no_gain_to_keep(directories, capsys):
+def test_a_teacher_that_is_no_better_has_no_gain_to_keep(
+    directories, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(compression, "REPEATS", 1)
+    monkeypatch.setattr(compression, "NEW_TOKENS", 2)
     words = [str(directories[name]) for name in ("dense", "student", "teacher")]
-    page = directories["home"] / "other.html"
+    page = tmp_path / "other.html"
     more = ["--output", str(page), "--batches", "1"]
     assert main(["report", "--compression", *words, *more]) == 0
     assert "no gain to keep" in capsys.readouterr().out
@@ -86,8 +108,8 @@ def test_every_tensor_is_in_the_report_with_its_bits(report):
     assert sum(row["bytes"] for row in student["tensors"]) < student["bytes_on_disk"]
 
 
-def test_the_page_needs_nothing_else_and_names_every_model(report, directories):
-    page = (directories["home"] / "page.html").read_text()
+def test_the_page_needs_nothing_else_and_names_every_model(report, written):
+    page = (written / "page.html").read_text()
     assert not re.search(r"(src|href)=|url\(|@import", page)
     assert all(model["path"] in page for model in report["models"])
     assert "Every tensor of no. 2" in page
@@ -131,13 +153,10 @@ def test_speeds_are_taken_in_turns_and_the_median_counts(monkeypatch):
     assert (speeds, turns) == ([12.0, 3.0], ["a", "b"] * 6)
 
 
-def test_the_command_says_the_gains(directories, report, tmp_path, capsys):
-    words = [str(directories[name]) for name in ("teacher", "student", "dense")]
-    more = ["--output", str(tmp_path / "p.html"), "--batches", "1"]
-    assert main(["report", *words, "--compression", *more]) == 0
-    said = capsys.readouterr().out
+def test_the_command_says_the_gains(written, report):
+    said = (written / "said.txt").read_text()
     assert "gain kept" in said
-    assert "p.html" in said
+    assert "page.html" in said
     assert math.isfinite(report["models"][1]["gain_kept"])
 
 
