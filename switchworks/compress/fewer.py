@@ -254,10 +254,7 @@ def _choose(
 
 
 def _fewer_weights(
-    layer: SwitchFFN,
-    groups: Sequence[Group],
-    usage: Float[Tensor, "E"],
-    scales: Float[Tensor, "K"],
+    layer: SwitchFFN, groups: Sequence[Group], usage: Float[Tensor, "E"], scales: Float[Tensor, "K"]
 ) -> dict[str, Tensor]:
     """Rows of the router and experts of a layer with one expert for each of `groups`."""
     heads = [group.members[0] for group in groups]

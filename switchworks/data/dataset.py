@@ -13,12 +13,7 @@ from switchworks.batch import Batch
 from switchworks.config import DataError
 from switchworks.data.config import DataConfig
 from switchworks.data.rows.mixture import Mixture, corpus_mixture, naming_corpus, rates
-from switchworks.data.rows.pipeline import (
-    VALIDATION_SEED,
-    Pipeline,
-    RunRows,
-    validation_batches,
-)
+from switchworks.data.rows.pipeline import VALIDATION_SEED, Pipeline, RunRows, validation_batches
 from switchworks.data.sources.text_source import TextSource
 from switchworks.data.tokens.coverage import (
     Coverage,

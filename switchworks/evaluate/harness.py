@@ -157,10 +157,7 @@ def harness_model(path: Path | str, **settings: int) -> Any:
     """
     try:
         from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
-        from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
-            get_rolling_token_windows,
-            make_disjoint_window,
-        )
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ConfigError(
             f"lm-eval, which asks the questions, cannot be imported: {error}.\n"

@@ -19,14 +19,7 @@ from torch import Tensor
 
 from switchworks.config import ConfigError
 from switchworks.fast import CompiledDecoder
-from switchworks.model import (
-    EOS,
-    PAD,
-    DecoderCache,
-    KeyValues,
-    SwitchTransformer,
-    first_logits,
-)
+from switchworks.model import EOS, PAD, DecoderCache, KeyValues, SwitchTransformer, first_logits
 
 NEVER = -1e9
 """The score of what may not be chosen. Finite, so that sums of it are no NaN."""

@@ -15,14 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from switchworks.config import ConfigError
-from switchworks.model import (
-    Embedding,
-    ExpertInput,
-    Experts,
-    Linear,
-    SwitchTransformer,
-    activate,
-)
+from switchworks.model import Embedding, ExpertInput, Experts, Linear, SwitchTransformer, activate
 from switchworks.quantise import matmul
 from switchworks.quantise.matmul import PRODUCTS, Product, to_int8
 

@@ -190,10 +190,7 @@ def test_where_the_teacher_gains_nothing_no_share_of_it_is_kept():
 def test_a_fresh_setting_is_three_quarters_hard_and_a_quarter_soft():
     """Fedus et al. 2021, section 4.2: 0.75 ground truth, 0.25 teacher."""
     state, batch = state_with(), some_batch()
-    given = {
-        "input_segments": batch.input_segments,
-        "target_segments": batch.target_segments,
-    }
+    given = {"input_segments": batch.input_segments, "target_segments": batch.target_segments}
     teacher = SwitchTransformer(tiny().model, seed=5).eval()
     taught = teacher(batch.inputs, batch.targets, **given).logits
     output = state.model(batch.inputs, batch.targets, **given)

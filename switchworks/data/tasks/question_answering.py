@@ -11,15 +11,7 @@ from functools import partial
 from switchworks.config import DataError
 from switchworks.data.tasks.glue import NLI
 from switchworks.data.tasks.sources import Record
-from switchworks.data.tasks.task import (
-    UNKNOWN,
-    Example,
-    classify,
-    fields,
-    hub_task,
-    text_in,
-    texts,
-)
+from switchworks.data.tasks.task import UNKNOWN, Example, classify, fields, hub_task, text_in, texts
 
 
 def _squad(record: Record) -> Example:
