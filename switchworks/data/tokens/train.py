@@ -14,13 +14,7 @@ from switchworks.config import DataError
 from switchworks.data.cache import digest, file_lock
 from switchworks.data.config import DataConfig, cache_folder
 from switchworks.data.sources.text_source import TextSource
-from switchworks.data.tokens.tokenizer import (
-    EOS_ID,
-    PAD_ID,
-    UNK_ID,
-    SentencePieceTokenizer,
-    Tokenizer,
-)
+from switchworks.data.tokens.tokenizer import SentencePieceTokenizer, Tokenizer
 
 SAMPLED_FILES = 32
 """A tokenizer is trained on the beginnings of this many files, spread evenly over the source."""
@@ -126,9 +120,9 @@ def _train(lines: list[str], model: io.BytesIO, pieces: int, coverage: float) ->
         model_type="unigram",
         vocab_size=pieces,
         hard_vocab_limit=False,
-        pad_id=PAD_ID,
-        eos_id=EOS_ID,
-        unk_id=UNK_ID,
+        pad_id=Tokenizer.pad_id,
+        eos_id=Tokenizer.eos_id,
+        unk_id=Tokenizer.unk_id,
         bos_id=-1,
         pad_piece="<pad>",
         byte_fallback=True,
