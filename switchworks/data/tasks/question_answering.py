@@ -42,6 +42,10 @@ def closed_book(record: Record, name: str, column: str) -> Example:
     )
 
 
+_nq = partial(closed_book, name="nq", column="answer")
+_wq = partial(closed_book, name="wq", column="answers")
+
+
 def _trivia_qa(record: Record) -> Example:
     """The answer's name is the target, any of its aliases is right."""
     answer = record["answer"]
@@ -78,59 +82,39 @@ def winogrande(record: Record) -> Example:
     )
 
 
-def _split(first: int, test: str) -> dict[str, str]:
-    return {"train": f"train[:{first}]", "validation": f"train[{first}:]", "test": test}
+def _parts(first: int, test: str) -> tuple[str, str, str]:
+    """The splits of a dataset of whose training split the `first` records are trained on."""
+    return f"train[:{first}]", f"train[{first}:]", test
 
 
-QUESTION_ANSWERING = (
-    hub_task(
-        "squad",
-        "rajpurkar/squad",
-        _squad,
-        names={"train": "train", "validation": "validation"},
-        metrics=("squad",),
-    ),
-    hub_task(
-        "natural_questions",
-        "google-research-datasets/nq_open",
-        partial(closed_book, name="nq", column="answer"),
-        names=_split(79_168, "validation"),
-        metrics=("squad",),
-    ),
-    hub_task(
-        "web_questions",
-        "stanfordnlp/web_questions",
-        partial(closed_book, name="wq", column="answers"),
-        names=_split(3_417, "test"),
-        metrics=("squad",),
-    ),
-    hub_task(
-        "trivia_qa",
-        "mandarjoshi/trivia_qa",
-        _trivia_qa,
-        config="unfiltered.nocontext",
-        names=_split(78_785, "validation"),
-        metrics=("trivia_qa",),
-    ),
+_NQ, _WQ = "google-research-datasets/nq_open", "stanfordnlp/web_questions"
+_TRIVIA_QA = "mandarjoshi/trivia_qa:unfiltered.nocontext"
+
+QUESTION_ANSWERING = tuple(
+    hub_task(name, dataset, to_text, splits=splits, metrics=metric)
+    for name, dataset, to_text, splits, metric in (
+        ("squad", "rajpurkar/squad", _squad, ("train", "validation", None), "squad"),
+        ("natural_questions", _NQ, _nq, _parts(79_168, "validation"), "squad"),
+        ("web_questions", _WQ, _wq, _parts(3_417, "test"), "squad"),
+        ("trivia_qa", _TRIVIA_QA, _trivia_qa, _parts(78_785, "validation"), "trivia_qa"),
+    )
 )
+
+_ANLI = classify("anli", ("hypothesis", "premise"), NLI)
 
 REASONING = (
     *(
         hub_task(
-            f"anli_r{number}",
+            f"anli_{number}",
             "facebook/anli",
-            classify("anli", ("hypothesis", "premise"), NLI),
+            _ANLI,
+            splits=(f"train_{number}", f"dev_{number}", f"test_{number}"),
             folder="anli",
-            names={
-                "train": f"train_r{number}",
-                "validation": f"dev_r{number}",
-                "test": f"test_r{number}",
-            },
             labels=NLI,
         )
-        for number in (1, 2, 3)
+        for number in ("r1", "r2", "r3")
     ),
-    hub_task("arc_easy", "allenai/ai2_arc", arc, config="ARC-Easy"),
-    hub_task("arc_challenge", "allenai/ai2_arc", arc, config="ARC-Challenge"),
-    hub_task("winogrande", "allenai/winogrande", winogrande, config="winogrande_xl"),
+    hub_task("arc_easy", "allenai/ai2_arc:ARC-Easy", arc),
+    hub_task("arc_challenge", "allenai/ai2_arc:ARC-Challenge", arc),
+    hub_task("winogrande", "allenai/winogrande:winogrande_xl", winogrande),
 )

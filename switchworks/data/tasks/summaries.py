@@ -115,20 +115,12 @@ def _docstrings(path: Path) -> Iterator[str]:
                 yield docstring
 
 
+_cnn_dailymail = partial(summarise, text="article", summary="highlights")
+_xsum = partial(summarise, text="document", summary="summary")
+
 SUMMARIES = (
-    hub_task(
-        "cnn_dailymail",
-        "abisee/cnn_dailymail",
-        partial(summarise, text="article", summary="highlights"),
-        config="3.0.0",
-        metrics=("rouge",),
-    ),
-    hub_task(
-        "xsum",
-        "EdinburghNLP/xsum",
-        partial(summarise, text="document", summary="summary"),
-        metrics=("rouge",),
-    ),
+    hub_task("cnn_dailymail", "abisee/cnn_dailymail:3.0.0", _cnn_dailymail, metrics="rouge"),
+    hub_task("xsum", "EdinburghNLP/xsum", _xsum, metrics="rouge"),
     Task(
         name="docstring_summary",
         source=Made(_summaries, _version),

@@ -87,10 +87,9 @@ TRANSLATION = (
     *(
         hub_task(
             f"wmt_en_{language}",
-            dataset,
+            f"{dataset}:{language}-en",
             partial(translate, source="en", target=language),
-            config=f"{language}-en",
-            metrics=("bleu",),
+            metrics="bleu",
         )
         for language, dataset in (("de", "wmt/wmt14"), ("fr", "wmt/wmt14"), ("ro", "wmt/wmt16"))
     ),
