@@ -6,7 +6,13 @@ from math import prod
 from pathlib import Path
 
 from switchworks.batch import Batch
-from switchworks.checkpoint import merged_names, open_model, save, stored_quantisation
+from switchworks.checkpoint import (
+    merged_names,
+    open_model,
+    require_tokenizer,
+    save,
+    stored_quantisation,
+)
 from switchworks.compress.fewer import (
     By,
     Fewer,
@@ -48,11 +54,7 @@ def reduce_directory(
         raise ConfigError(f"--batches {batches} would read no text. Use at least 1.")
     model, tokenizer = open_model(source)
     check_fewer(model.config, keep)  # before any text is read, which may take long
-    if tokenizer is None:
-        raise ConfigError(
-            f"{source} holds no tokenizer, so no text can be read for it.\n"
-            "  Put the model's spiece.model beside its weights."
-        )
+    require_tokenizer(source, tokenizer)
     data = text_to_count(source, model.config, text, only)
     dataset = open_dataset(data, vocab_size=model.config.vocab_size)
     pipeline = dataset.training(batch_size=ROWS, seed=0)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from switchworks.batch import Batch
-from switchworks.checkpoint import is_model, open_model, weights_hash
+from switchworks.checkpoint import is_model, open_model, require_tokenizer, weights_hash
 from switchworks.config import CheckpointError, ConfigError, DataError
 from switchworks.data import Tokenizer
 from switchworks.distil.config import DistilConfig
@@ -73,11 +73,7 @@ def open_teacher(distil: DistilConfig, *, decoder_only: bool) -> Teacher:
             "  directory of a finished run, of a model, or of a Hugging Face model."
         )
     model, tokenizer = open_model(path)
-    if tokenizer is None:
-        raise CheckpointError(
-            f"The teacher in {path} has no tokenizer, so the meaning of its ids is unknown.\n"
-            "  Put its spiece.model beside the weights, or save it with its tokenizer."
-        )
+    tokenizer = require_tokenizer(path, tokenizer)
     if model.config.decoder_only != decoder_only:
         kinds = "an encoder and a decoder", "a decoder only"
         raise ConfigError(

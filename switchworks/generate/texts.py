@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from switchworks.checkpoint import load
-from switchworks.config import CheckpointError, ConfigError
+from switchworks.checkpoint import load, require_tokenizer
+from switchworks.config import ConfigError
 from switchworks.data import Tokenizer
 from switchworks.device import compute_device
 from switchworks.generate.batches import GenerationConfig, generate_all
@@ -27,13 +27,7 @@ def load_with_tokenizer(
 ) -> tuple[SwitchTransformer, Tokenizer]:
     """The model in `path` on the compute device. Raises CheckpointError without a tokenizer."""
     model, tokenizer = load(path, compute_device(), dtype)
-    if tokenizer is None:
-        raise CheckpointError(
-            f"{path} holds a model without a tokenizer, so it cannot read text.\n"
-            "  Put its spiece.model beside its weights, or save it with its tokenizer:\n"
-            "  switchworks.save(model, directory, tokenizer)."
-        )
-    return model, tokenizer
+    return model, require_tokenizer(path, tokenizer)
 
 
 def complete(

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from switchworks.checkpoint import is_model, load, open_model, write_json
+from switchworks.checkpoint import is_model, load, open_model, require_tokenizer, write_json
 from switchworks.config import CheckpointError
-from switchworks.data import DataConfig, Tokenizer, open_dataset
+from switchworks.data import DataConfig, Tokenizer, atomic_write_text, open_dataset
 from switchworks.device import compute_device
 from switchworks.evaluate import routing_report
 from switchworks.model import SwitchTransformer
@@ -48,7 +48,7 @@ def write_routing_report(
     by_label = {name or "text": rows for name, rows in held_out.batches.items()}
     report = {"model": str(path), "against": against and str(against), "text": str(data.named)}
     report |= routing_report(model, tokenizer, by_label, against=other[0][0] if other else None)
-    html.write_page(output, routing_page(report))
+    atomic_write_text(output, [routing_page(report)])
     write_json(output.with_suffix(".json"), report)
     return report
 
@@ -62,11 +62,7 @@ def open_comparable(paths: Sequence[Path]) -> list[tuple[SwitchTransformer, Toke
     opened: list[tuple[SwitchTransformer, Tokenizer]] = []
     for path in paths:
         model, tokenizer = load(path) if is_model(path) else open_model(path)
-        if tokenizer is None:
-            raise CheckpointError(
-                f"The model in {path} has no tokenizer, so it cannot read text.\n"
-                "  Put its spiece.model beside its weights, or save it with its tokenizer."
-            )
+        tokenizer = require_tokenizer(path, tokenizer)
         opened.append((model.to(compute_device()).eval(), tokenizer))
         if tokenizer.fingerprint != opened[0][1].fingerprint:
             raise CheckpointError(
