@@ -24,6 +24,7 @@ from switchworks.data import (
     DataConfig,
     Tokenizer,
     ValidationSet,
+    atomic_write_text,
     open_dataset,
     places_of,
     run_data_config,
@@ -36,7 +37,6 @@ from switchworks.generate import generate
 from switchworks.model import SwitchTransformer, active_parameters, flops_per_token, num_parameters
 from switchworks.quantise import quantise_config_of, tensors_of
 from switchworks.report.compression_page import compression_page
-from switchworks.report.html import write_page
 from switchworks.report.routing import open_comparable
 
 ROWS = 16
@@ -85,7 +85,7 @@ def write_compression(
         "models": models,
     }
     page = output or _home(paths[1]) / "compression.html"
-    write_page(page, compression_page(report))
+    atomic_write_text(page, [compression_page(report)])
     write_json(page.with_suffix(".json"), report)
     return report | {"page": str(page)}
 
