@@ -18,36 +18,28 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
 
-class _CopyToTP(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
+class _SumOverTP(torch.autograd.Function):
+    """The sum over the ranks of `group`, in the forward pass or in the backward pass alone."""
 
     @staticmethod
-    def backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor, None]:
-        return _all_reduce(grad_x, ctx.group), None
-
-
-class _ReduceFromTP(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        return _all_reduce(x, group)
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup, sums: bool) -> Tensor:
+        ctx.group, ctx.sums = group, sums
+        return _all_reduce(x, group) if sums else x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad_sum: Tensor) -> tuple[Tensor, None]:
-        return grad_sum, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad if ctx.sums else _all_reduce(grad, ctx.group), None, None
 
 
 def copy_to_tp(x: Float[Tensor, "..."], group: ProcessGroup) -> Float[Tensor, "..."]:
     """`x` itself; its gradient is summed over the ranks, each of which computes a part of the
     width."""
-    return _CopyToTP.apply(x, group)
+    return _SumOverTP.apply(x, group, False)
 
 
 def reduce_from_tp(x: Float[Tensor, "..."], group: ProcessGroup) -> Float[Tensor, "..."]:
     """The sum of `x` over the ranks; the gradient is passed on, as all ranks have the same."""
-    return _ReduceFromTP.apply(x, group)
+    return _SumOverTP.apply(x, group, True)
 
 
 class AsyncAllToAll:
