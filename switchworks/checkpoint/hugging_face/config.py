@@ -7,14 +7,8 @@ from typing import Any, Literal
 from switchworks.config import CheckpointError, ConfigError
 from switchworks.model import ModelConfig, RoutingConfig
 
-_NAMES = {
-    "vocab_size": "vocab_size",
-    "d_model": "d_model",
-    "d_ff": "d_ff",
-    "d_kv": "d_kv",
-    "num_heads": "num_heads",
-    "num_layers": "num_layers",
-    "num_decoder_layers": "num_decoder_layers",
+_SAME = ("vocab_size", "d_model", "d_ff", "d_kv", "num_heads", "num_layers", "num_decoder_layers")
+_NAMES = {name: name for name in _SAME} | {
     "dropout": "dropout_rate",
     "norm_epsilon": "layer_norm_epsilon",
     "relative_buckets": "relative_attention_num_buckets",
