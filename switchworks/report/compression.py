@@ -5,7 +5,6 @@ one process.
 """
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -30,7 +29,7 @@ from switchworks.data import (
     run_data_config,
     tasks_of,
 )
-from switchworks.device import compute_device
+from switchworks.device import compute_device, take_turns
 from switchworks.distil import fraction_of_gain
 from switchworks.evaluate import DecodingConfig, build_eval_set, measure, validation_losses
 from switchworks.generate import generate
@@ -43,7 +42,7 @@ ROWS = 16
 """Rows read at once, and texts continued at once."""
 NEW_TOKENS = 32
 REPEATS = 5
-"""Measurements of a speed, of which the median is taken, after one call to warm up."""
+"""Measurements of a speed, of which the median is taken."""
 EXAMPLES = 256
 """Examples of each task, evenly spread over the split."""
 
@@ -161,24 +160,10 @@ def _speeds(models: Sequence[SwitchTransformer], held_out: ValidationSet) -> lis
 
 
 def _in_turns(works: Sequence[Callable[[], int]]) -> list[float]:
-    """Tokens per second of each function, which returns its tokens: A B A B, not A A B B.
-
-    The speed of a shared machine drifts by more than models differ; in turns it drifts for all.
-    """
-    for work in works:
-        work()
-    rounds = [[_speed(work) for work in works] for _ in range(REPEATS)]
-    return [median(speeds) for speeds in zip(*rounds, strict=True)]
-
-
-def _speed(work: Callable[[], int]) -> float:
-    """Tokens per second, between two moments in which a GPU has nothing to do."""
-    wait = torch.accelerator.synchronize if torch.accelerator.is_available() else lambda: None
-    wait()
-    started = time.perf_counter()
-    tokens = work()
-    wait()
-    return tokens / (time.perf_counter() - started)
+    """Tokens per second of each function, which returns its tokens."""
+    tokens = [work() for work in works]
+    times = take_turns(works, REPEATS)
+    return [count / median(each) for count, each in zip(tokens, times, strict=True)]
 
 
 @torch.no_grad()
