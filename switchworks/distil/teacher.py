@@ -65,14 +65,15 @@ def open_teacher(distil: DistilConfig, *, decoder_only: bool) -> Teacher:
     other rows than the student.
     """
     path = Path(distil.teacher)
-    if not _has_model(distil.teacher):
+    try:
+        model, tokenizer = open_model(path)
+    except CheckpointError as error:
+        reason = str(error).partition("\n")[0] if distil.teacher else "none is named."
         raise CheckpointError(
-            f"There is no teacher in distil.teacher = {distil.teacher!r}: "
-            f"{_reason(distil.teacher)}.\n"
+            f"distil.teacher = {distil.teacher!r} holds no teacher that can be read: {reason}\n"
             "  Train one first (switchworks train quickstart), or give --distil.teacher PATH: the\n"
             "  directory of a finished run, of a model, or of a Hugging Face model."
-        )
-    model, tokenizer = open_model(path)
+        ) from error
     tokenizer = require_tokenizer(path, tokenizer)
     if model.config.decoder_only != decoder_only:
         kinds = "an encoder and a decoder", "a decoder only"
@@ -204,13 +205,3 @@ def _parameters_in(model: SwitchTransformer, kinds: tuple[type[nn.Module], ...])
 def _has_model(teacher: str) -> bool:
     path = Path(teacher)
     return bool(teacher) and (is_model(path) or (path / "config.json").is_file())
-
-
-def _reason(teacher: str) -> str:
-    if not teacher:
-        return "none is named"
-    if not Path(teacher).exists():
-        return "it does not exist"
-    if (Path(teacher) / "experiment.toml").is_file():
-        return "that run has not finished, so it has no model/ yet"
-    return "it is no model"

@@ -468,7 +468,7 @@ def refusal(student: Experiment, tmp_path: Path, kind: type[Exception], **more) 
 
 
 @pytest.mark.parametrize(
-    ("given", "reason"), [("nowhere", "it does not exist"), ("", "none is named")]
+    ("given", "reason"), [("nowhere", "does not exist"), ("", "none is named")]
 )
 def test_a_teacher_that_is_not_there_is_explained(given, reason, student, tmp_path):
     lost = replace(student, distil=replace(student.distil, teacher=given))
@@ -481,7 +481,7 @@ def test_a_teacher_whose_run_has_not_ended_is_explained(student, tiny_run, tmp_p
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "experiment.toml").write_text("")
     early = replace(student, distil=replace(student.distil, teacher=str(tmp_path / "half")))
-    assert "that run has not finished" in refusal(early, tmp_path, CheckpointError)
+    assert "a run that has not ended" in refusal(early, tmp_path, CheckpointError)
 
 
 def test_a_teacher_with_another_vocabulary_is_refused_with_the_flag_that_helps(
