@@ -6,8 +6,8 @@
 --data.tasks my_task.py                         the file's TASK
 """
 
-import importlib.util
 import re
+import runpy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -120,17 +120,12 @@ def task_in_file(entry: str) -> Task:
     path = Path(entry).expanduser()
     if not path.is_file():
         raise ConfigError(f"data.tasks: {path} does not exist.")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        task = runpy.run_path(str(path)).get("TASK")
     except Exception as error:  # whatever the user's code raises
         raise ConfigError(
             f"data.tasks: {path} cannot be run: {type(error).__name__}: {error}."
         ) from error
-    task = getattr(module, "TASK", None)
     if not isinstance(task, Task):
         raise ConfigError(
             f"data.tasks: {path} defines no TASK, a switchworks.data.tasks.Task.\n"
