@@ -166,16 +166,10 @@ def _corpora(runs: Sequence[Run]) -> str:
 
 
 def _chart(
-    runs: Sequence[Run],
-    title: str,
-    unit: str,
-    key: str,
-    *,
-    scale: int = 1,
-    line: Mark | None = None,
+    runs: Sequence[Run], name: str, unit: str, key: str, *, scale: int = 1, line: Mark | None = None
 ) -> str:
     curves = curves_of(runs, key, scale=scale)
-    return line_chart(title, unit, "step", curves, from_zero=True, reference=line)
+    return line_chart(name, unit, "step", curves, from_zero=True, reference=line)
 
 
 def _speed(runs: Sequence[Run]) -> str:
