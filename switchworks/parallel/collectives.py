@@ -5,6 +5,7 @@ a split layer and `reduce_from_tp` after the second. Expert parallelism needs th
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -133,6 +134,7 @@ _BUCKET = 2**23
 """Numbers summed by one all-reduce."""
 
 
+@dataclass(frozen=True, eq=False)
 class GradientSum:
     """Sums the gradients of `model` over the ranks that saw different rows.
 
@@ -140,9 +142,8 @@ class GradientSum:
     rank's loss is its share of the whole batch's, so gradients are added, never averaged.
     """
 
-    def __init__(self, model: nn.Module, groups: Mapping[str, ProcessGroup]) -> None:
-        self.model = model
-        self.groups = groups
+    model: nn.Module
+    groups: Mapping[str, ProcessGroup]
 
     def expect(self, *, last: bool) -> None:
         """Call before each micro-batch: FSDP sums gradients in the last one alone."""
