@@ -12,7 +12,7 @@ import sys
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -93,26 +93,27 @@ def differences(left: Any, right: Any) -> dict[str, tuple[Any, Any]]:
 
 def check_at_least(config: Any, section: str, least: int, *names: str) -> None:
     """Raises ConfigError for the first setting of `names` below `least`. None passes."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not least <= value < math.inf:
-            raise ConfigError(f"{section}{name} = {value} must be at least {least}, and finite.")
+    rule = f"be at least {least}, and finite"
+    _check(config, section, names, lambda value: least <= value < math.inf, rule)
 
 
 def check_positive(config: Any, section: str, *names: str) -> None:
     """Raises ConfigError for the first setting of `names` that is 0 or less. None passes."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not 0 < value < math.inf:
-            raise ConfigError(f"{section}{name} = {value} must be positive, and finite.")
+    _check(config, section, names, lambda value: 0 < value < math.inf, "be positive, and finite")
 
 
 def check_rate(config: Any, section: str, *names: str) -> None:
     """Raises ConfigError for the first setting of `names` outside [0, 1). None passes."""
+    _check(config, section, names, lambda value: 0 <= value < 1, "lie in [0, 1)")
+
+
+def _check(
+    config: Any, section: str, names: Sequence[str], is_met: Callable[[float], bool], rule: str
+) -> None:
     for name in names:
         value = getattr(config, name)
-        if value is not None and not 0 <= value < 1:
-            raise ConfigError(f"{section}{name} = {value} must lie in [0, 1).")
+        if value is not None and not is_met(value):
+            raise ConfigError(f"{section}{name} = {value} must {rule}.")
 
 
 def import_named(name: str, label: str) -> Any:

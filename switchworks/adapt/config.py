@@ -1,10 +1,9 @@
 """Settings of low-rank adapters."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
-from switchworks.config import ConfigError, check_at_least
+from switchworks.config import ConfigError, check_at_least, check_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +29,7 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         check_at_least(self, "lora.", 1, "rank")
-        if not (self.alpha > 0 and math.isfinite(self.alpha)):
-            raise ConfigError(f"lora.alpha = {self.alpha} must be positive.")
+        check_positive(self, "lora.", "alpha")
         if not self.targets:
             raise ConfigError(
                 "lora.targets names nothing to adapt.\n"

@@ -1,10 +1,9 @@
 """Settings of distillation."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
-from switchworks.config import ConfigError
+from switchworks.config import ConfigError, check_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +42,7 @@ class DistilConfig:
                 f"distil.ffn = {self.ffn} takes the teacher's FFNs but distil.initialise is off.\n"
                 "  Leave one of the two out."
             )
-        if not (self.temperature > 0 and math.isfinite(self.temperature)):
-            raise ConfigError(
-                f"distil.temperature = {self.temperature} must be positive. 1.0 leaves the "
-                "teacher's probabilities as they are."
-            )
+        check_positive(self, "distil.", "temperature")
 
     @property
     def uses_teacher(self) -> bool:
