@@ -145,17 +145,16 @@ class Pipeline(BatchStream):
         return start, start + self.raw_length
 
     def _causal(self, rows: Sequence[int]) -> Batch:
-        pairs = [self._causal_row(row) for row in rows]
+        pairs = []
+        for start, stop in map(self.window_of, rows):
+            starts = self.store.document_bounds(start, stop) - start
+            tokens = self.store.tokens(start, stop)
+            pairs.append(causal_row(tokens, starts, self.tokenizer.eos_id))
         targets, segments = (torch.from_numpy(np.stack(part)) for part in zip(*pairs, strict=True))
         empty = targets[:, :0]
         if self.config.packing == "stream":
             return Batch(inputs=empty, targets=targets, padding=False)
         return Batch(inputs=empty, targets=targets, input_segments=empty, target_segments=segments)
-
-    def _causal_row(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        start, stop = self.window_of(row)
-        starts = self.store.document_bounds(start, stop) - start
-        return causal_row(self.store.tokens(start, stop), starts, self.tokenizer.eos_id)
 
     def _stream_rows(self, rows: Sequence[int]) -> Batch:
         tokens = np.stack([self.store.tokens(*self.window_of(row)) for row in rows])
