@@ -260,12 +260,6 @@ def _summed(reports: tuple[Routing, ...]) -> list[float]:
 
 
 def _report(sums: list[float], parts: int) -> LayerReport:
-    balance, router_z, tokens, dropped, confidence, *load = sums
-    tokens = max(1.0, tokens)
-    return LayerReport(
-        balance=balance / parts,
-        router_z=router_z / parts,
-        dropped=dropped / tokens,
-        confidence=confidence / tokens,
-        load=[fraction / tokens for fraction in load],
-    )
+    balance, router_z, tokens, *rest = sums
+    dropped, confidence, *load = (value / max(1.0, tokens) for value in rest)
+    return LayerReport(balance / parts, router_z / parts, dropped, confidence, load)
