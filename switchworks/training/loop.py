@@ -20,11 +20,9 @@ class Hook(Protocol):
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
         """Called after every step; `state.step` counts it already."""
-        ...
 
     def finish(self, state: TrainState, *, interrupted: bool) -> None:
         """Called once, after the last step or after the one in which a signal came."""
-        ...
 
 
 class LostContactError(RuntimeError):
