@@ -5,6 +5,7 @@ import io
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import zip_longest
 
 import numpy as np
 import sentencepiece
@@ -21,7 +22,7 @@ SAMPLED_FILES = 32
 
 
 def trained_tokenizer(
-    config: DataConfig, fingerprint: str, documents: Iterable[str], vocab_size: int, quiet: bool
+    config: DataConfig, fingerprint: str, documents: Iterable[str], vocab_size: int
 ) -> str:
     """The folder of a tokenizer of `vocab_size` ids, trained if the cache has none.
 
@@ -34,8 +35,7 @@ def trained_tokenizer(
         return str(folder)
     with file_lock(folder):
         if not folder.is_dir():  # another process may have made it meanwhile
-            if not quiet:
-                print(f"training a tokenizer of {vocab_size} ids", flush=True)
+            print(f"training a tokenizer of {vocab_size} ids", flush=True)
             tokenizer = train_sentencepiece(documents, vocab_size, coverage=coverage)
             temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
             tokenizer.save(temporary)
@@ -49,9 +49,8 @@ def sample_order(source: TextSource) -> Iterator[str]:
     A function of the source alone, so that every machine trains on the same text.
     """
     ways = min(source.num_files, SAMPLED_FILES)
-    streams = [enumerate(source.documents(way, ways)) for way in range(ways)]
-    keyed = (((number, way, text) for number, text in s) for way, s in enumerate(streams))
-    return (text for _, _, text in heapq.merge(*keyed))
+    in_turn = zip_longest(*(source.documents(way, ways) for way in range(ways)))
+    return (text for texts in in_turn for text in texts if text is not None)
 
 
 def interleave(sources: Sequence[TextSource], shares: Float[np.ndarray, " K"]) -> Iterator[str]:
