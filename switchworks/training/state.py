@@ -46,10 +46,8 @@ class TrainState:
     """Input and target tokens seen, padding not counted."""
     seconds: float = 0.0
     """Time spent in steps over all sessions, without validation and saving."""
-    teacher: SwitchTransformer | None = None
-    """The teacher, if there is one that runs. It never changes and is in no checkpoint."""
-    logits: "distil.LogitStore | None" = None
-    """The teacher's stored probabilities, in place of `teacher`."""
+    teacher: "SwitchTransformer | distil.LogitStore | None" = None
+    """One that runs, or its stored probabilities. It never changes and is in no checkpoint."""
     adapted: "adapt.Table | None" = None
     """The matrices with LoRA adapters, if the experiment has any."""
     best: Best | None = None
@@ -104,12 +102,10 @@ def build_state(
     assert (experiment.distil is None) == (teacher is None)
     spread = spread_model(experiment, model, ranks, empty=empty)
     state = state_of(experiment, spread, ranks, empty=empty)
+    state.teacher = teacher
     if isinstance(teacher, SwitchTransformer):
         cast_for_compute(teacher, getattr(torch, experiment.precision))
         teacher.to(state.model.embedding.weight.device).eval().requires_grad_(False)
-        state.teacher = teacher
-    else:
-        state.logits = teacher
     return state
 
 

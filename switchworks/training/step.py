@@ -157,18 +157,14 @@ def _forward_and_loss(
         hard = output.losses.cross_entropy
         return output, hard, hard.new_zeros(())
     # The teacher runs first: of it only logits remain while the student's activations pile up.
-    teacher_logits = _teacher_logits(state, batch)
+    logits, temperature = _teacher_logits(state, batch), config.temperature
     output = compute(**batch.arguments())
-    if state.logits is not None:
-        stored = state.logits.read(_rows_of(state, number), batch)
-        soft = distil.stored_distillation_loss(
-            output.logits, stored, batch.targets, config.temperature
-        )
+    if logits is not None:
+        soft = distil.distillation_loss(output.logits, logits, batch.targets, temperature)
     else:
-        assert teacher_logits is not None
-        soft = distil.distillation_loss(
-            output.logits, teacher_logits, batch.targets, config.temperature
-        )
+        assert isinstance(state.teacher, distil.LogitStore)
+        stored = state.teacher.read(_rows_of(state, number), batch)
+        soft = distil.stored_distillation_loss(output.logits, stored, batch.targets, temperature)
     hard = output.losses.cross_entropy
     return output, (1 - config.soft_weight) * hard + config.soft_weight * soft, soft
 
@@ -183,7 +179,7 @@ def _rows_of(state: TrainState, number: int) -> range:
 
 def _teacher_logits(state: TrainState, batch: Batch) -> Float[Tensor, "B T V"] | None:
     """The teacher's logits for the same rows; None without a teacher that runs."""
-    if state.teacher is None:
+    if not isinstance(state.teacher, SwitchTransformer):
         return None
     with torch.no_grad(), fast.skip_losses(state.teacher):
         return state.teacher(**batch.arguments()).logits
