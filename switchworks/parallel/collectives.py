@@ -4,7 +4,7 @@ Tensor parallelism needs two sums (Megatron-LM, section 3): `copy_to_tp` before 
 a split layer and `reduce_from_tp` after the second. Expert parallelism needs the all-to-all.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,7 @@ def reduce_from_tp(x: Float[Tensor, "..."], group: ProcessGroup) -> Float[Tensor
     return _SumOverTP.apply(x, group, True)
 
 
+@dataclass(eq=False)
 class AsyncAllToAll:
     """An all-to-all that has been started and not finished, and later that of its gradients.
 
@@ -51,13 +52,10 @@ class AsyncAllToAll:
     their dtype, and so do their gradients on the way back.
     """
 
-    def __init__(
-        self, group: ProcessGroup, send: Sequence[int] | None, receive: Sequence[int] | None
-    ) -> None:
-        self.group = group
-        self.send = None if send is None else list(send)
-        self.receive = None if receive is None else list(receive)
-        self._pending: tuple[Any, Tensor, Tensor]
+    group: ProcessGroup
+    send: list[int] | None
+    receive: list[int] | None
+    _pending: tuple[Any, Tensor, Tensor] | None = None
 
     def start(self, rows: Tensor, *, backward: bool) -> Tensor:
         """Start to send `rows` and return the tensor that will hold those received."""
@@ -72,9 +70,10 @@ class AsyncAllToAll:
 
     def finish(self) -> Tensor:
         """Wait for the rows and return them."""
+        assert self._pending is not None
         work, _, result = self._pending
         work.wait()
-        del self._pending
+        self._pending = None
         return result
 
 
@@ -109,8 +108,8 @@ class _Finish(torch.autograd.Function):
 def exchange(
     group: ProcessGroup,
     rows: Float[Tensor, "N D"],
-    send: Sequence[int] | None = None,
-    receive: Sequence[int] | None = None,
+    send: list[int] | None = None,
+    receive: list[int] | None = None,
 ) -> Callable[[], Float[Tensor, "M D"]]:
     """Start to exchange rows; the returned function waits for those received.
 
