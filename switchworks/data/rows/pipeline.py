@@ -284,19 +284,13 @@ def _document_window(
 
     def too_long(raw: int) -> bool:
         # Cut each sampled window to `raw` tokens and add up what its pieces need.
-        fits = [needs[np.diff(_truncated(b, raw))].sum(axis=0) <= row for b in sample]
+        fits = [needs[np.diff(np.minimum(b, b[0] + raw))].sum(axis=0) <= row for b in sample]
         return float(np.all(fits, axis=1).mean()) < FITTING_SHARE
 
     # `too_long` is False and then True over rising lengths (nearly: rounding of spans may make
     # single exceptions, which cost a little text and nothing else), so bisection finds the border.
     lengths = range(SHORTEST_PIECE + 1, longest + 1)
     return SHORTEST_PIECE + bisect_right(lengths, False, key=too_long)
-
-
-def _truncated(bounds: list[int], raw: int) -> np.ndarray:
-    """The bounds of a window's first `raw` tokens."""
-    end = bounds[0] + raw
-    return np.array([*(bound for bound in bounds if bound < end), end])
 
 
 def _bounds(store: TokenStore, start: int, stop: int) -> list[int]:
