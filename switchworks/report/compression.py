@@ -36,7 +36,7 @@ from switchworks.generate import generate
 from switchworks.model import SwitchTransformer, active_parameters, flops_per_token, num_parameters
 from switchworks.quantise import quantise_config_of, tensors_of
 from switchworks.report.compression_page import compression_page
-from switchworks.report.routing import open_comparable
+from switchworks.report.routing import open_comparable, page_folder
 
 ROWS = 16
 """Rows read at once, and texts continued at once."""
@@ -83,7 +83,7 @@ def write_compression(
         "threads": torch.get_num_threads(),
         "models": models,
     }
-    page = output or _home(paths[1]) / "compression.html"
+    page = output or page_folder(paths[1]) / "compression.html"
     atomic_write_text(page, [compression_page(report)])
     write_json(page.with_suffix(".json"), report)
     return report | {"page": str(page)}
@@ -99,11 +99,6 @@ def _compare(models: list[dict[str, Any]]) -> None:
         model["role"] = role
         model["gain_kept"] = kept if defined else None
         model["compression"] = 1 - model["parameters"] / models[0]["parameters"]
-
-
-def _home(path: Path) -> Path:
-    """`path` if it is a run directory, else the current one: a model's files are sealed by hash."""
-    return path if (path / "experiment.toml").is_file() else Path()
 
 
 def _text_of(paths: Sequence[Path]) -> DataConfig:

@@ -77,6 +77,11 @@ def open_comparable(paths: Sequence[Path]) -> list[tuple[SwitchTransformer, Toke
     return opened
 
 
+def page_folder(path: Path) -> Path:
+    """`path` if it is a run directory, else the current one: a model's files are sealed by hash."""
+    return path if (path / "experiment.toml").is_file() else Path()
+
+
 def routing_page(report: Mapping[str, Any]) -> str:
     """The report as one HTML page that needs nothing else."""
     layers: Layers = report["layers"]
