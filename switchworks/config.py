@@ -44,10 +44,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(kind: type[T], values: Mapping[str, Any], *, where: str = "") -> T:
-    """An instance of the dataclass `kind` from nested plain values.
-
-    Raises ConfigError for an unknown name or a value of the wrong type, naming both.
-    """
+    """An instance of the dataclass `kind` from nested plain values. Raises ConfigError for an
+    unknown name or a value of the wrong type, naming both."""
     hints = typing.get_type_hints(kind)
     known = [field.name for field in dataclasses.fields(kind) if field.init]  # type: ignore[arg-type]
     for name in values:
@@ -117,10 +115,8 @@ def _check(
 
 
 def import_named(name: str, label: str) -> Any:
-    """The object that `name`, module:attribute, names, of the current folder or installed.
-
-    Raises ConfigError, which begins with `label`, if it cannot be imported.
-    """
+    """The object that `name`, module:attribute, names, of the current folder or installed. Raises
+    ConfigError, which begins with `label`, if it cannot be imported."""
     if (here := str(Path.cwd())) not in sys.path:  # as `python` does, and installed commands do not
         sys.path.insert(0, here)
     try:

@@ -7,10 +7,8 @@ import torch
 
 
 def compute_device() -> torch.device:
-    """The GPU if torch sees one, else the processor. `CUDA_VISIBLE_DEVICES=` hides GPUs.
-
-    On a mesh each rank has made the GPU of its own current, and "cuda" means that one.
-    """
+    """The GPU if torch sees one, else the processor. `CUDA_VISIBLE_DEVICES=` hides GPUs. On a mesh
+    each rank has made the GPU of its own current, and "cuda" means that one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -24,10 +22,8 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def take_turns(works: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
-    """Seconds of each: once to warm up, then A B A B ... `rounds` times each.
-
-    So a machine that slows down slows all.
-    """
+    """Seconds of each: once to warm up, then A B A B ... `rounds` times each. So a machine that
+    slows down slows all."""
     for work in works:
         work()
     turns = [[seconds(work) for work in works] for _ in range(rounds)]

@@ -8,10 +8,8 @@ from switchworks.config import ConfigError, check_at_least, check_positive
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Which matrices get a low-rank pair that is trained in their place (Hu et al. 2021).
-
-    A frozen matrix W acts as W + (alpha / rank) A B, with A random and B 0 at first.
-    """
+    """Which matrices get a low-rank pair that is trained in their place (Hu et al. 2021). A frozen
+    matrix W acts as W + (alpha / rank) A B, with A random and B 0 at first."""
 
     rank: int = 8
     """Width R of the pair: A is D R, B is R F, and for a stack of experts E D R and E R F."""

@@ -21,11 +21,9 @@ TENSORS, SETTINGS, BASE = "adapters.safetensors", "lora.toml", "base.json"
 def save_adapters(
     directory: Path, tensors: Mapping[str, Tensor], config: LoraConfig, also: Iterable[str]
 ) -> None:
-    """Write the adapters among `tensors`, those of an adapted model, to `directory`.
-
-    Of the model's weights those named in `also` are stored too, and a hash of all others, by which
-    the adapters know the model they belong to.
-    """
+    """Write the adapters among `tensors`, those of an adapted model, to `directory`. Of the model's
+    weights those named in `also` are stored too, and a hash of all others, by which the adapters
+    know the model they belong to."""
     full = set(also)
     trained = {name: t for name, t in tensors.items() if MARK in name or name in full}
     rest = {name: t for name, t in tensors.items() if name not in trained}

@@ -62,10 +62,8 @@ def select(model: SwitchTransformer, entries: Sequence[str], setting: str) -> se
 
 
 def freeze_parameters(model: SwitchTransformer, entries: Sequence[str]) -> None:
-    """Set `requires_grad` to False for the parameters that `entries` select (see `select`).
-
-    Raises ConfigError for an entry without a match, or if nothing is left to train.
-    """
+    """Set `requires_grad` to False for the parameters that `entries` select (see `select`). Raises
+    ConfigError for an entry without a match, or if nothing is left to train."""
     frozen = select(model, entries, "freeze")
     for name, parameter in model.named_parameters():
         if name in frozen:

@@ -89,10 +89,8 @@ def _memory(row: Comparison, sides: Sequence[Workload]) -> Row:
 
 
 def alternate(builders: Sequence[Callable[[], Work]], rounds: int) -> list[list[float]]:
-    """As `take_turns`, for sides that do not fit in memory together.
-
-    Each turn builds a side, calls it once to warm up and twice timed, and frees it.
-    """
+    """As `take_turns`, for sides that do not fit in memory together. Each turn builds a side, calls
+    it once to warm up and twice timed, and frees it."""
     times: list[list[float]] = [[] for _ in builders]
     for _ in range(-(-rounds // 2)):
         for builder, taken in zip(builders, times, strict=True):

@@ -209,11 +209,9 @@ def _write_tensors(
 
 
 def _read_tensors(tensors: dict[str, Tensor], directory: Path) -> None:
-    """Fill `tensors` in place.
-
-    Resharding: `.metadata` lists the range of every stored piece of a tensor. Each rank reads, of
-    all files, the overlap of these ranges with the part that its DTensor has.
-    """
+    """Fill `tensors` in place. Resharding: `.metadata` lists the range of every stored piece of a
+    tensor. Each rank reads, of all files, the overlap of these ranges with the part that its
+    DTensor has."""
     import torch.distributed.checkpoint as dcp
 
     warnings.filterwarnings("ignore", message=_SINGLE)

@@ -70,10 +70,8 @@ def reduce_directory(
 def text_to_count(
     source: Path, model: ModelConfig, text: str | None, only: tuple[str, ...]
 ) -> DataConfig:
-    """The text of the run in `source`, or `text` in its place, or `only` a part of it.
-
-    Raises ConfigError if both are asked for, and what `text_for` raises.
-    """
+    """The text of the run in `source`, or `text` in its place, or `only` a part of it. Raises
+    ConfigError if both are asked for, and what `text_for` raises."""
     if text is not None and only:
         raise ConfigError(f"--text {text} and --only {' '.join(only)}: count on one of them.")
     data = text_for(source, decoder_only=model.decoder_only, text=text)

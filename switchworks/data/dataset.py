@@ -67,10 +67,8 @@ class TextDataset:
 
     @property
     def digest(self) -> str:
-        """Hexadecimal hash of the tokenizer and of all tokens of both splits in their order.
-
-        Equal wherever the same text was made the same tokens, whatever its files are called.
-        """
+        """Hexadecimal hash of the tokenizer and of all tokens of both splits in their order. Equal
+        wherever the same text was made the same tokens, whatever its files are called."""
         stores = {
             name: [getattr(store, "digest", None) for store in (part.train, part.validation)]
             for name, part in self.parts.items()

@@ -64,11 +64,9 @@ def _open_mixture(
 def _long_enough(
     config: DataConfig, parts: Mapping[str, PreparedCorpus]
 ) -> Mapping[str, PreparedCorpus]:
-    """The languages whose text fills a row of either split; the others are logged.
-
-    All of them while shards are missing. Raises DataError if none is left, or for one that was
-    named in the settings.
-    """
+    """The languages whose text fills a row of either split; the others are logged. All of them
+    while shards are missing. Raises DataError if none is left, or for one that was named in the
+    settings."""
     if any(part.missing for part in parts.values()):
         return parts
     kept = {name: part for name, part in parts.items() if _fills_rows(config, name, part)}
@@ -96,12 +94,9 @@ def _fills_rows(config: DataConfig, name: str, part: PreparedCorpus) -> bool:
 
 
 def _train_on_mixture(config: DataConfig, sources: list[TextSource], vocab_size: int) -> str:
-    """The folder of a tokenizer trained on all `sources`.
-
-    Tokens cannot be counted before there is a tokenizer, so sizes are in characters here and
-    `mixture_cap`, which counts something else, is ignored. If the size of one source is not known,
-    as of a dataset, all are drawn equally.
-    """
+    """The folder of a tokenizer trained on all `sources`. Tokens cannot be counted before there is
+    a tokenizer, so sizes are in characters here and `mixture_cap`, which counts something else, is
+    ignored. If the size of one source is not known, as of a dataset, all are drawn equally."""
     sizes = [source.num_characters for source in sources]
     known = [max(1, size) for size in sizes if size is not None]
     shares = rates(known if len(known) == len(sizes) else [1] * len(sizes), config.mixture_exponent)

@@ -8,11 +8,9 @@ from switchworks.config import ConfigError, check_positive
 
 @dataclass(frozen=True, kw_only=True)
 class DistilConfig:
-    """The teacher of an experiment, and its weight in the loss.
-
-    The loss is (1 - soft_weight) times the cross-entropy with the text plus soft_weight times
-    temperature^2 times the cross-entropy with the teacher's probabilities (section 4.2).
-    """
+    """The teacher of an experiment, and its weight in the loss. The loss is (1 - soft_weight) times
+    the cross-entropy with the text plus soft_weight times temperature^2 times the cross-entropy
+    with the teacher's probabilities (section 4.2)."""
 
     teacher: str
     """A run or model directory, or a Hugging Face model directory. It is never written to."""

@@ -59,11 +59,9 @@ def open_source(distil: DistilConfig, *, decoder_only: bool) -> TeacherSource:
 
 
 def open_teacher(distil: DistilConfig, *, decoder_only: bool) -> Teacher:
-    """The teacher that `distil` names, for a student with an encoder or without one.
-
-    Raises CheckpointError if there is no such model or it has no tokenizer, ConfigError if it reads
-    other rows than the student.
-    """
+    """The teacher that `distil` names, for a student with an encoder or without one. Raises
+    CheckpointError if there is no such model or it has no tokenizer, ConfigError if it reads other
+    rows than the student."""
     path = Path(distil.teacher)
     try:
         model, tokenizer = open_model(path)
@@ -108,11 +106,9 @@ def open_store(distil: DistilConfig) -> LogitStore:
 def require_same_rows(
     store: LogitStore, here: StoreInfo, num_rows: int, first: Batch, rows: range
 ) -> None:
-    """Raises DataError unless `store` covers the run whose store would have the info `here`.
-
-    The run has `num_rows` rows in all; `first` is this rank's part of its first batch, whose rows
-    have the numbers `rows`.
-    """
+    """Raises DataError unless `store` covers the run whose store would have the info `here`. The
+    run has `num_rows` rows in all; `first` is this rank's part of its first batch, whose rows have
+    the numbers `rows`."""
     info = store.info
     if (info.tokenizer, info.vocab_size) != (here.tokenizer, here.vocab_size):
         raise DataError(

@@ -146,10 +146,8 @@ def until(text: str, stops: Iterable[str]) -> str:
 
 
 def harness_model(path: Path | str, **settings: int) -> Any:
-    """The model in `path` as an `lm_eval.api.model.LM`; `settings` are those of `Scorer`.
-
-    Raises ConfigError if lm-eval is not installed, CheckpointError if there is no tokenizer.
-    """
+    """The model in `path` as an `lm_eval.api.model.LM`; `settings` are those of `Scorer`. Raises
+    ConfigError if lm-eval is not installed, CheckpointError if there is no tokenizer."""
     try:
         from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyright: ignore[reportMissingImports]

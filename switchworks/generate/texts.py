@@ -97,10 +97,8 @@ def fill_texts(
 
 
 def parse_fills(text: str) -> dict[int, str]:
-    """Hole number -> text. Text before the first hole is left out.
-
-    Of a hole that is named twice the first text counts.
-    """
+    """Hole number -> text. Text before the first hole is left out. Of a hole that is named twice
+    the first text counts."""
     parts = HOLE.split(text)
     fills: dict[int, str] = {}
     for number, hole in zip(parts[1::2], parts[2::2], strict=True):
@@ -138,10 +136,8 @@ def continue_texts(
 
 def continuation(tokenizer: Tokenizer, prompt: Sequence[int], written: Sequence[int]) -> str:
     """The text that `written` adds to the text of `prompt`, the space between them included.
-
     Decoded together, because alone the first token of `written` would lose its space and half a
-    character would not be one.
-    """
+    character would not be one."""
     before, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *written])
     same = takewhile(lambda pair: pair[0] == pair[1], zip(before, whole, strict=False))
     return whole[sum(1 for _ in same) :]

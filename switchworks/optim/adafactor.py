@@ -238,12 +238,10 @@ def _batches(
 def _update_together(
     parameters: list[Tensor], states: list[dict[str, Tensor]], dims: Dims, rule: _Rule
 ) -> None:
-    """One step of several tensors of one shape, joined to one tensor.
-
-    For a small tensor the twenty calls of an update cost more than their arithmetic, about as much
-    as a hundred thousand elements. So the tensors are stacked, to be scaled and clipped per index
-    of the first dimension; stacks of experts that are scaled per expert are concatenated.
-    """
+    """One step of several tensors of one shape, joined to one tensor. For a small tensor the twenty
+    calls of an update cost more than their arithmetic, about as much as a hundred thousand
+    elements. So the tensors are stacked, to be scaled and clipped per index of the first dimension;
+    stacks of experts that are scaled per expert are concatenated."""
     join = torch.cat if rule.per_index else torch.stack
     names = [name for name in states[0] if name != "step"]
     joined = {name: join([state[name] for state in states]) for name in names}
@@ -301,11 +299,9 @@ def _update_factored(
     m: Float[Tensor, "*E D F"] | None,
     rule: _Rule,
 ) -> None:
-    """One step with row and column means of the second moment.
-
-    V[i, j] is row[i] * column[j] / mean(row), so the update is u = g * r * c with
-    r = (row / mean(row)) ** -1/2 and c = column ** -1/2.
-    """
+    """One step with row and column means of the second moment. V[i, j] is row[i] * column[j] /
+    mean(row), so the update is u = g * r * c with r = (row / mean(row)) ** -1/2 and c = column **
+    -1/2."""
     blocks = _blocks(p)
     _mix_squares(g, row, column, blocks, rule)
     r = (row / rule.sharding.mean_over(row.sum(dim=-1, keepdim=True), -2)).rsqrt_()

@@ -266,18 +266,14 @@ def _norm_over_ranks(grads: Sequence[Tensor]) -> Float[Tensor, ""]:
 
 
 def clip_coefficient(norm: float, max_norm: float | None) -> float:
-    """The factor that brings gradients of global norm `norm` to at most `max_norm`.
-
-    1 if they are within it, if `max_norm` is None, and if the norm is not finite.
-    """
+    """The factor that brings gradients of global norm `norm` to at most `max_norm`. 1 if they are
+    within it, if `max_norm` is None, and if the norm is not finite."""
     if max_norm is None or not math.isfinite(norm) or norm <= max_norm:
         return 1.0
     return max_norm / norm
 
 
 def first_nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
-    """The name of the first of `tensors` that holds NaN or infinity; None if all are finite.
-
-    Of a DTensor only this rank's part is checked.
-    """
+    """The name of the first of `tensors` that holds NaN or infinity; None if all are finite. Of a
+    DTensor only this rank's part is checked."""
     return next((name for name, tensor in tensors if not local(tensor).isfinite().all()), None)

@@ -90,10 +90,8 @@ def allocate_shards(model: nn.Module, device: torch.device | str) -> None:
 
 @torch.no_grad()
 def initialise_shards(model: SwitchTransformer, seed: int) -> dict[str, Tensor]:
-    """Initialise every parameter of `model`, a shard of it where it is a `DTensor`.
-
-    Returns the float32 values of those parameters that keep 16 bits of them, by name.
-    """
+    """Initialise every parameter of `model`, a shard of it where it is a `DTensor`. Returns the
+    float32 values of those parameters that keep 16 bits of them, by name."""
     exact: dict[str, Tensor] = {}
     for name, weight in model.named_parameters():
         shape, offset = tuple(weight.shape), (0,) * weight.dim()

@@ -111,10 +111,8 @@ def exchange(
     send: list[int] | None = None,
     receive: list[int] | None = None,
 ) -> Callable[[], Float[Tensor, "M D"]]:
-    """Start to exchange rows; the returned function waits for those received.
-
-    What is computed in between overlaps with it, and so does what the backward pass computes there.
-    """
+    """Start to exchange rows; the returned function waits for those received. What is computed in
+    between overlaps with it, and so does what the backward pass computes there."""
     exchanging = AsyncAllToAll(group, send, receive)
     received = _Start.apply(rows, exchanging)
     return lambda: _Finish.apply(received, exchanging)
@@ -173,9 +171,7 @@ class GradientSum:
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     """Consecutive tensors of one dtype, at least `_BUCKET` numbers in all but the last of a dtype.
-
-    The order is that of the names, the same on every rank, so buckets match.
-    """
+    The order is that of the names, the same on every rank, so buckets match."""
     bucket: list[Tensor] = []
     for tensor in tensors:
         full = sum(member.numel() for member in bucket) >= _BUCKET

@@ -53,11 +53,9 @@ def agent_store() -> "dist.Store | None":
 
 
 def init_process_group(backend: str, step_timeout: float) -> None:
-    """Create the default process group of all ranks.
-
-    A collective fails after half an hour, and not before the watchdog has had five minutes more
-    than `step_timeout` seconds to say which rank hangs.
-    """
+    """Create the default process group of all ranks. A collective fails after half an hour, and not
+    before the watchdog has had five minutes more than `step_timeout` seconds to say which rank
+    hangs."""
     timeout = timedelta(seconds=max(1800.0, step_timeout + 300.0))
     store = agent_store()
     if store is None:

@@ -54,11 +54,9 @@ def write_routing_report(
 
 
 def open_comparable(paths: Sequence[Path]) -> list[tuple[SwitchTransformer, Tokenizer]]:
-    """The models in `paths` as they are stored, on the compute device, and their tokenizers.
-
-    Raises CheckpointError for one without a tokenizer, or with another than the first has, or if
-    one reads prompts and the first inputs and targets.
-    """
+    """The models in `paths` as they are stored, on the compute device, and their tokenizers. Raises
+    CheckpointError for one without a tokenizer, or with another than the first has, or if one reads
+    prompts and the first inputs and targets."""
     opened: list[tuple[SwitchTransformer, Tokenizer]] = []
     for path in paths:
         model, tokenizer = load(path) if is_model(path) else open_model(path)
@@ -134,9 +132,7 @@ def _evenness(layer: Layer) -> float:
 
 def _explained(layers: Sequence[Layer], category: str) -> float:
     """Share of the entropy of the expert that is gone once the category is known, mean of layers.
-
-    Mutual information over the entropy of the load: 0 if independent, 1 if the category decides.
-    """
+    Mutual information over the entropy of the load: 0 if independent, 1 if the category decides."""
     return fmean(
         layer["information"][category] / layer["load_entropy"] if layer["load_entropy"] else 0.0
         for layer in layers

@@ -108,9 +108,7 @@ def num_trainable(experiment: Experiment) -> int:
 
 def _one_per_machine_first(ranks: Ranks, make: Callable[[], T]) -> T:
     """`make()` on every rank: first on one rank of each machine, which fills the cache on disk.
-
-    Raises on all ranks what it raises on one.
-    """
+    Raises on all ranks what it raises on one."""
     made, failure = None, None
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         try:

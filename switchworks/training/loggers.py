@@ -44,10 +44,8 @@ class Logger(Protocol):
         """Called once, before the first step of a session."""
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """`values` were measured after `step` steps: numbers, and lists of numbers.
-
-        May be called several times per step; steps never decrease.
-        """
+        """`values` were measured after `step` steps: numbers, and lists of numbers. May be called
+        several times per step; steps never decrease."""
 
     def close(self) -> None:
         """Called once, when the session ends, also by an error."""

@@ -68,10 +68,8 @@ class Interrupt:
 def run_loop(
     state: TrainState, batches: Iterator[Batch], hooks: Sequence[Hook], interrupt: Interrupt
 ) -> None:
-    """Train `state` to its last step, or until it ends early or `interrupt` is set.
-
-    Raises LostContactError if a rank of the mesh dies.
-    """
+    """Train `state` to its last step, or until it ends early or `interrupt` is set. Raises
+    LostContactError if a rank of the mesh dies."""
     try:
         _loop(state, batches, hooks, interrupt)
     except RuntimeError as error:

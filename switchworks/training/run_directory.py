@@ -87,10 +87,8 @@ def settings_in(path: Path) -> Experiment | None:
 
 
 def claim(path: Path, experiment: Experiment, about: Mapping[str, Any] | None = None) -> None:
-    """Make `path` the directory of `experiment` by writing experiment.toml, and about.json.
-
-    For a resumed run about.json keeps what it says of the beginning, and lists every session.
-    """
+    """Make `path` the directory of `experiment` by writing experiment.toml, and about.json. For a
+    resumed run about.json keeps what it says of the beginning, and lists every session."""
     path.mkdir(parents=True, exist_ok=True)
     if about is not None:
         before = data.run_metadata(path) if (path / "experiment.toml").exists() else {}

@@ -251,10 +251,8 @@ def _full_model(
 
 
 def require_shape(experiment: Experiment, init: Path | str) -> None:
-    """Raises CheckpointError if `init` holds no model, or one of another shape.
-
-    Reads only its settings, so it can be called early; the vocabulary is compared later.
-    """
+    """Raises CheckpointError if `init` holds no model, or one of another shape. Reads only its
+    settings, so it can be called early; the vocabulary is compared later."""
     stored = checkpoint.stored_config(init)
     with torch.device("meta"):
         needed = SwitchTransformer(replace(experiment.model, vocab_size=stored.vocab_size))
@@ -272,11 +270,9 @@ def require_shape(experiment: Experiment, init: Path | str) -> None:
 
 
 def export(state: TrainState, directory: Path, tokenizer: "data.Tokenizer") -> None:
-    """Writes the float32 weights and the tokenizer to model/ of `directory`.
-
-    LoRA adapters are merged in, and also written to adapters/ by themselves; for that each rank
-    gathers the full model, as it did when the adapters were made.
-    """
+    """Writes the float32 weights and the tokenizer to model/ of `directory`. LoRA adapters are
+    merged in, and also written to adapters/ by themselves; for that each rank gathers the full
+    model, as it did when the adapters were made."""
     weights, lora = state.updater.masters.float_state(), state.experiment.lora
     if lora is not None and state.adapted is not None:
         also = state.adapted.also

@@ -87,10 +87,8 @@ class BatchStream(ABC):
         return self.rows(rows_of_step(step, run.batch_size, run.rank, run.world))
 
     def batches(self, start_step: int = 0) -> Generator[Batch, None, None]:
-        """batch(start_step), batch(start_step + 1), ... without end.
-
-        A thread makes them up to `prefetch` ahead, in order; closing the iterator ends the thread.
-        """
+        """batch(start_step), batch(start_step + 1), ... without end. A thread makes them up to
+        `prefetch` ahead, in order; closing the iterator ends the thread."""
         if self.prefetch == 0:
             yield from map(self.batch, count(start_step))
             return
@@ -104,10 +102,7 @@ class BatchStream(ABC):
 
 
 class Pipeline(BatchStream):
-    """The batches of one corpus.
-
-    `raw_length` is the number of tokens a row consumes.
-    """
+    """The batches of one corpus. `raw_length` is the number of tokens a row consumes."""
 
     def __init__(
         self, config: DataConfig, store: TokenStore, tokenizer: Tokenizer, run: RunRows
@@ -262,10 +257,8 @@ def _document_window(
     config: DataConfig, store: TokenStore, corruption: SpanCorruption, longest: int
 ) -> int:
     """The longest window, up to `longest`, that fits its row whole in nearly all sampled windows.
-
-    Each document in a window costs an EOS in inputs and targets and rounds its spans up or down,
-    so what fits depends on how long the documents are.
-    """
+    Each document in a window costs an EOS in inputs and targets and rounds its spans up or down, so
+    what fits depends on how long the documents are."""
     row = config.input_length, config.target_length
     least = corruption.lengths(SHORTEST_PIECE)
     if row[0] < least[0] or row[1] < least[1]:

@@ -107,11 +107,8 @@ def wsc_training(record: Record) -> list[Example]:
 
 
 def _mark(record: Record) -> str:
-    """The text with asterisks around its pronoun, punctuation outside.
-
-    In two records the pronoun is not separated from its punctuation, or is one word after the
-    index.
-    """
+    """The text with asterisks around its pronoun, punctuation outside. In two records the pronoun
+    is not separated from its punctuation, or is one word after the index."""
     pronoun, index = record["span2_text"], int(record["span2_index"])
     words = record["text"].split(" ")
     if words[index : index + 1] == [pronoun]:

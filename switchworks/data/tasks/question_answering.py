@@ -24,11 +24,9 @@ def _squad(record: Record) -> Example:
 
 
 def _spaced(text: str) -> str:
-    """`text` with spaces around every mark; letters outside ASCII count as marks, as in T5.
-
-    T5 leaves a space at either end, which its tokenizer removes. Ours keeps spaces, so they are
-    removed here.
-    """
+    """`text` with spaces around every mark; letters outside ASCII count as marks, as in T5. T5
+    leaves a space at either end, which its tokenizer removes. Ours keeps spaces, so they are
+    removed here."""
     return re.sub(r"[\t\n\f\r ]+", " ", re.sub(r"([^0-9A-Za-z_])", r" \1 ", text)).strip()
 
 

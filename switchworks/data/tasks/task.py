@@ -124,10 +124,8 @@ def texts(record: Record, column: str) -> tuple[str, ...]:
 
 
 def label_of(record: Record, labels: tuple[str, ...], column: str = "label") -> str:
-    """The name of the record's label, given by number or name; `UNKNOWN` if it is withheld.
-
-    Raises DataError for anything else.
-    """
+    """The name of the record's label, given by number or name; `UNKNOWN` if it is withheld. Raises
+    DataError for anything else."""
     value = record[column]
     if isinstance(value, bool):
         value = int(value)

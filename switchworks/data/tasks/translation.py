@@ -18,11 +18,9 @@ FOLDER = Hub(dataset=None, folder="catalogs", names={"train": "train", "validati
 
 
 def language_name(code: str) -> str:
-    """The English name of a language or locale: de -> German, pt_BR -> Portuguese (Brazil).
-
-    For a locale that babel does not know, or of which it drops a part (ca-valencia), the result of
-    `english_name`; for an unknown code the code itself.
-    """
+    """The English name of a language or locale: de -> German, pt_BR -> Portuguese (Brazil). For a
+    locale that babel does not know, or of which it drops a part (ca-valencia), the result of
+    `english_name`; for an unknown code the code itself."""
     from babel import Locale, UnknownLocaleError  # only languages need it
 
     try:

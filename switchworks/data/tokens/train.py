@@ -24,10 +24,8 @@ SAMPLED_FILES = 32
 def trained_tokenizer(
     config: DataConfig, fingerprint: str, documents: Iterable[str], vocab_size: int
 ) -> str:
-    """The folder of a tokenizer of `vocab_size` ids, trained if the cache has none.
-
-    `fingerprint` identifies the text of `documents`, which is read only for training.
-    """
+    """The folder of a tokenizer of `vocab_size` ids, trained if the cache has none. `fingerprint`
+    identifies the text of `documents`, which is read only for training."""
     coverage = config.character_coverage
     key = digest(fingerprint, vocab_size, coverage)
     folder = cache_folder(config) / f"tokenizer-{key[:16]}"
@@ -44,20 +42,16 @@ def trained_tokenizer(
 
 
 def sample_order(source: TextSource) -> Iterator[str]:
-    """The documents of `source`, taken in turn from files spread evenly over it.
-
-    A function of the source alone, so that every machine trains on the same text.
-    """
+    """The documents of `source`, taken in turn from files spread evenly over it. A function of the
+    source alone, so that every machine trains on the same text."""
     ways = min(source.num_files, SAMPLED_FILES)
     in_turn = zip_longest(*(source.documents(way, ways) for way in range(ways)))
     return (text for texts in in_turn for text in texts if text is not None)
 
 
 def interleave(sources: Sequence[TextSource], shares: Float[np.ndarray, " K"]) -> Iterator[str]:
-    """Documents of K sources, such that the text of each grows in proportion to its share.
-
-    A source that ends begins again, as in training, until every one has ended once.
-    """
+    """Documents of K sources, such that the text of each grows in proportion to its share. A source
+    that ends begins again, as in training, until every one has ended once."""
     streams = [sample_order(source) for source in sources]
     unfinished = set(range(len(sources)))
     # The source with the fewest characters per share so far is next: (characters / share, source).
@@ -136,10 +130,8 @@ def _train(lines: list[str], model: io.BytesIO, pieces: int, coverage: float) ->
 
 
 def _training_lines(documents: Iterable[str], sample_bytes: int) -> Iterator[str]:
-    """Lines of at most 2000 characters, cut at spaces where there are any.
-
-    Without NUL and U+2581, the space mark, to which SentencePiece gives a meaning of its own.
-    """
+    """Lines of at most 2000 characters, cut at spaces where there are any. Without NUL and U+2581,
+    the space mark, to which SentencePiece gives a meaning of its own."""
     total = 0
     for document in documents:
         for line in re.split(r"[\r\n\v\f\x1c-\x1e\x85\u2028\u2029]+", document):

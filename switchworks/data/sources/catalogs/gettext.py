@@ -254,10 +254,8 @@ def _fault(language: str, english: str, text: str) -> str | None:
 def _forms(
     message: Any, number_of: Callable[[int], int | None]
 ) -> Iterator[tuple[str | None, str, float]]:
-    """(English, sentence, place) of a babel Message, or of each of its plural forms.
-
-    The English is None for a form that no number calls for.
-    """
+    """(English, sentence, place) of a babel Message, or of each of its plural forms. The English is
+    None for a form that no number calls for."""
     if isinstance(message.id, str):
         english, text = message.id, str(message.string or "")
         if messages.has_mnemonic(english):

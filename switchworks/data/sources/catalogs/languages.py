@@ -56,9 +56,7 @@ SCRIPT_CHARACTERS = {
 
 def normalise(code: str) -> str:
     """The canonical code of the language that `code` (POSIX, BCP 47 or an older spelling) names.
-
-    Raises DataError, with similar codes, for a code that names none.
-    """
+    Raises DataError, with similar codes, for a code that names none."""
     plain, _, modifier = code.strip().partition("@")
     first, *rest = re.split(r"[-_]", plain.partition(".")[0])
     language, *implied = _alias(first.lower()).split("_")
