@@ -124,15 +124,10 @@ def referent(predictions: Texts, examples: Examples, labels: Labels) -> Figures:
     return {"accuracy": 100 * fmean(right)}
 
 
-_DETERMINERS = frozenset(
-    re.findall(
-        r"\w+",
-        """
-        a an few her his each every many much my our some that the their these this those which
-        whose your
-        """,
-    )
-)
+_DETERMINERS_TEXT = """
+a an few her his each every many much my our some that the their these this those which whose your
+"""
+_DETERMINERS = frozenset(_DETERMINERS_TEXT.split())
 
 
 def names(answer: str, candidate: str) -> bool:
