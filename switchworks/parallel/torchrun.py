@@ -14,12 +14,8 @@ import torch.distributed as dist
 
 _STORE_TIMEOUT = timedelta(seconds=60)
 _LOST = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "connectFullMesh failed",
-    "Timed out waiting",
-    "pair closure",
+    *("Connection closed by peer", "Connection reset by peer", "Broken pipe"),
+    *("connectFullMesh failed", "Timed out waiting", "pair closure"),
 )
 """Words of gloo's messages about a rank that is gone."""
 

@@ -20,18 +20,11 @@ Recipe = Callable[..., Experiment]
 
 GROUPS: dict[str, tuple[Recipe, ...]] = {
     "On this machine": (
-        tiny.tiny,
-        quickstart.quickstart,
-        quickstart.quickstart_dense,
-        quickstart.quickstart_lm,
-        quickstart.quickstart_lm_dense,
-        quickstart.distil,
-        quickstart.text_folder,
-        finetune.finetune,
-        quickstart.speedup,
-        quickstart.speedup_dense,
-        quickstart.multilingual,
-        quickstart.multilingual_dense,
+        *(tiny.tiny, quickstart.quickstart, quickstart.quickstart_dense),
+        *(quickstart.quickstart_lm, quickstart.quickstart_lm_dense),
+        *(quickstart.distil, quickstart.text_folder, finetune.finetune),
+        *(quickstart.speedup, quickstart.speedup_dense),
+        *(quickstart.multilingual, quickstart.multilingual_dense),
     ),
     "The paper's models on C4": c4.RECIPES,
 }
