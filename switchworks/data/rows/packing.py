@@ -34,8 +34,10 @@ def pack(
     """
     inputs, input_segments = _side([[piece[0] for piece in row] for row in rows], input_length)
     targets, target_segments = _side([[piece[1] for piece in row] for row in rows], target_length)
+    if not segments:
+        return Batch(inputs=inputs, targets=targets)
     ids = {"input_segments": input_segments, "target_segments": target_segments}
-    return Batch(inputs=inputs, targets=targets, **(ids if segments else {}))
+    return Batch(inputs=inputs, targets=targets, padding=True, **ids)
 
 
 def _side(

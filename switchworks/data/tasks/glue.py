@@ -145,6 +145,7 @@ def _classifications(
 
 _FIFTHS = tuple(f"{fifths / 5:.1f}" for fifths in range(26))
 _MNLI = classify("mnli", _HYPOTHESIS, NLI)
+_MULTIRC, _BOTH = f"{_SUPER_GLUE}:multirc", "f1_binary group_exact_match"
 
 GLUE = (
     *_classifications(
@@ -182,12 +183,12 @@ SUPER_GLUE = (
             ("wic", ("sentence1", "sentence2", "word"), TRUTH, "accuracy"),
         ],
     ),
+    hub_task("super_glue_multirc", _MULTIRC, multirc, metrics=_BOTH, labels=TRUTH),
     *(
-        hub_task(f"super_glue_{name}", f"{_SUPER_GLUE}:{config}", to_text, metrics=metrics, **more)
-        for name, config, to_text, metrics, more in (
-            ("multirc", "multirc", multirc, "f1_binary group_exact_match", {"labels": TRUTH}),
-            ("record", "record", record_judged, "squad_once", {"training_text": record_training}),
-            ("wsc", "wsc.fixed", wsc, "referent", {"training_text": wsc_training}),
+        hub_task(name, f"{_SUPER_GLUE}:{config}", judged, metrics=metric, training_text=training)
+        for name, config, judged, metric, training in (
+            ("super_glue_record", "record", record_judged, "squad_once", record_training),
+            ("super_glue_wsc", "wsc.fixed", wsc, "referent", wsc_training),
         )
     ),
     hub_task("dpr", _DPR, dpr, splits=("train", None, "test")),
