@@ -71,13 +71,8 @@ def run(words: list[str]) -> int:
             "  Measure one after the other."
         )
     command = shlex.join(["switchworks", "evaluate", *words])
-    data = evaluate.named_tasks(
-        flags.path,
-        flags.tasks,
-        flags.task_folder,
-        labels=flags.task_labels,
-        metrics=flags.task_metrics,
-    )
+    tables = {"labels": flags.task_labels, "metrics": flags.task_metrics}
+    data = evaluate.named_tasks(flags.path, flags.tasks, flags.task_folder, **tables)
     with_tasks = bool(data.tasks) and flags.text is None
     flags.check_used(tasks=with_tasks)
     if with_tasks:

@@ -72,16 +72,11 @@ def upcycle_model(
 
 
 def upcycle_directory(
-    source: Path | str,
-    destination: Path | str,
-    routing: RoutingConfig,
-    *,
-    noise: float = 0.0,
-    seed: int = 0,
+    source: Path, destination: Path, routing: RoutingConfig, *, noise: float = 0.0, seed: int = 0
 ) -> str:
     """Write the dense model in `source` upcycled, with its tokenizer, to `destination`. `source` is
     a directory of Hugging Face's, a model of ours or a run directory with one."""
-    model, tokenizer = open_model(Path(source))
+    model, tokenizer = open_model(source)
     sparse = upcycle_model(model, routing, noise=noise, seed=seed)
     save(sparse, destination, tokenizer)
     layers = len(sparse.switch_layers)

@@ -128,13 +128,9 @@ def _as_part(shard: Tensor, whole: Tensor) -> Tensor:
     """`shard` as this rank's part of a tensor that is split as `whole` is."""
     if not isinstance(whole, DTensor):
         return shard
+    mesh, placements, stride = whole.device_mesh, whole.placements, whole.stride()
     return DTensor.from_local(
-        shard,
-        whole.device_mesh,
-        whole.placements,
-        run_check=False,
-        shape=whole.shape,
-        stride=whole.stride(),
+        shard, mesh, placements, run_check=False, shape=whole.shape, stride=stride
     )
 
 

@@ -81,11 +81,8 @@ def assemble(
         )
     elif ranks.is_main:
         print(dataset.coverage_warning(), end="")
-    checkpoints = Checkpoints(
-        run_dir / "checkpoints",
-        experiment.keep_checkpoints,
-        background=experiment.async_checkpoints,
-    )
+    keep, background = experiment.keep_checkpoints, experiment.async_checkpoints
+    checkpoints = Checkpoints(run_dir / "checkpoints", keep, background=background)
     newest = checkpoints if resuming else None
     state = initial_state(experiment, newest, init, teacher, dataset, ranks)
     if state.adapted is not None:
