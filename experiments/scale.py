@@ -35,11 +35,7 @@ def lean(name: str) -> Experiment:
     """The recipe with the settings that save memory."""
     recipe = find_recipe(name)()
     return replace(
-        recipe,
-        precision="bfloat16",
-        kernels="fast",
-        activation_checkpointing=True,
-        micro_batches=1,
+        recipe, precision="bfloat16", kernels="fast", activation_checkpointing=True, micro_batches=1
     )
 
 

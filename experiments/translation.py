@@ -126,9 +126,7 @@ def keep(results: dict[tuple[str, str], dict[Direction, float]], file: Path) -> 
 
 
 def draw(
-    results: dict[tuple[str, str], dict[Direction, float]],
-    directions: list[Direction],
-    file: Path,
+    results: dict[tuple[str, str], dict[Direction, float]], directions: list[Direction], file: Path
 ) -> None:
     """A line per direction, from chrF without pre-training to chrF with it, a panel per model."""
     from matplotlib.figure import Figure

@@ -7,10 +7,12 @@ file is complete: nothing in it depends on a default that a later version might 
 
 import dataclasses
 import math
+import pkgutil
+import sys
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,10 +44,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(kind: type[T], values: Mapping[str, Any], *, where: str = "") -> T:
-    """An instance of the dataclass `kind` from nested plain values.
-
-    Raises ConfigError for an unknown name or a value of the wrong type, naming both.
-    """
+    """An instance of the dataclass `kind` from nested plain values. Raises ConfigError for an
+    unknown name or a value of the wrong type, naming both."""
     hints = typing.get_type_hints(kind)
     known = [field.name for field in dataclasses.fields(kind) if field.init]  # type: ignore[arg-type]
     for name in values:
@@ -91,26 +91,41 @@ def differences(left: Any, right: Any) -> dict[str, tuple[Any, Any]]:
 
 def check_at_least(config: Any, section: str, least: int, *names: str) -> None:
     """Raises ConfigError for the first setting of `names` below `least`. None passes."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not least <= value < math.inf:
-            raise ConfigError(f"{section}{name} = {value} must be at least {least}, and finite.")
+    rule = f"be at least {least}, and finite"
+    _check(config, section, names, lambda value: least <= value < math.inf, rule)
 
 
 def check_positive(config: Any, section: str, *names: str) -> None:
     """Raises ConfigError for the first setting of `names` that is 0 or less. None passes."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not 0 < value < math.inf:
-            raise ConfigError(f"{section}{name} = {value} must be positive, and finite.")
+    _check(config, section, names, lambda value: 0 < value < math.inf, "be positive, and finite")
 
 
 def check_rate(config: Any, section: str, *names: str) -> None:
     """Raises ConfigError for the first setting of `names` outside [0, 1). None passes."""
+    _check(config, section, names, lambda value: 0 <= value < 1, "lie in [0, 1)")
+
+
+def _check(
+    config: Any, section: str, names: Sequence[str], is_met: Callable[[float], bool], rule: str
+) -> None:
     for name in names:
         value = getattr(config, name)
-        if value is not None and not 0 <= value < 1:
-            raise ConfigError(f"{section}{name} = {value} must lie in [0, 1).")
+        if value is not None and not is_met(value):
+            raise ConfigError(f"{section}{name} = {value} must {rule}.")
+
+
+def import_named(name: str, label: str) -> Any:
+    """The object that `name`, module:attribute, names, of the current folder or installed. Raises
+    ConfigError, which begins with `label`, if it cannot be imported."""
+    if (here := str(Path.cwd())) not in sys.path:  # as `python` does, and installed commands do not
+        sys.path.insert(0, here)
+    try:
+        return pkgutil.resolve_name(name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"{label} {name!r} cannot be imported: {error}.\n"
+            f"  Searched: {here} and the installed packages."
+        ) from error
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -149,11 +164,8 @@ def _from_plain(hint: Any, value: Any, name: str) -> Any:
         items = typing.cast("list[Any]", value)
         return tuple(_from_plain(arguments[0], item, f"{name}[]") for item in items)
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-        return from_dict(
-            typing.cast("type[Any]", hint),
-            typing.cast("Mapping[str, Any]", value),
-            where=f"{name}.",
-        )
+        kind, values = typing.cast("type[Any]", hint), typing.cast("Mapping[str, Any]", value)
+        return from_dict(kind, values, where=f"{name}.")
     if hint is float and type(value) is int:
         return float(value)
     if isinstance(hint, type) and type(value) is hint:

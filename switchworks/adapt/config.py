@@ -1,18 +1,15 @@
 """Settings of low-rank adapters."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
-from switchworks.config import ConfigError, check_at_least
+from switchworks.config import ConfigError, check_at_least, check_positive
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Which matrices get a low-rank pair that is trained in their place (Hu et al. 2021).
-
-    A frozen matrix W acts as W + (alpha / rank) A B, with A random and B 0 at first.
-    """
+    """Which matrices get a low-rank pair that is trained in their place (Hu et al. 2021). A frozen
+    matrix W acts as W + (alpha / rank) A B, with A random and B 0 at first."""
 
     rank: int = 8
     """Width R of the pair: A is D R, B is R F, and for a stack of experts E D R and E R F."""
@@ -30,8 +27,7 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         check_at_least(self, "lora.", 1, "rank")
-        if not (self.alpha > 0 and math.isfinite(self.alpha)):
-            raise ConfigError(f"lora.alpha = {self.alpha} must be positive.")
+        check_positive(self, "lora.", "alpha")
         if not self.targets:
             raise ConfigError(
                 "lora.targets names nothing to adapt.\n"

@@ -8,21 +8,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from switchworks import checkpoint
 from switchworks.adapt.config import LoraConfig
 from switchworks.adapt.freeze import select
 from switchworks.adapt.lora import MARK, adapt, merged
-from switchworks.checkpoint import (
-    materialise,
-    num_bytes,
-    open_model,
-    open_safetensors,
-    read_json,
-    require_match,
-    save,
-    verify,
-    whole_directory,
-    write_json,
-)
 from switchworks.config import CheckpointError, from_toml, to_toml
 from switchworks.model import SwitchTransformer
 
@@ -32,20 +21,20 @@ TENSORS, SETTINGS, BASE = "adapters.safetensors", "lora.toml", "base.json"
 def save_adapters(
     directory: Path, tensors: Mapping[str, Tensor], config: LoraConfig, also: Iterable[str]
 ) -> None:
-    """Write the adapters among `tensors`, those of an adapted model, to `directory`.
-
-    Of the model's weights those named in `also` are stored too, and a hash of all others, by which
-    the adapters know the model they belong to.
-    """
+    """Write the adapters among `tensors`, those of an adapted model, to `directory`. Of the model's
+    weights those named in `also` are stored too, and a hash of all others, by which the adapters
+    know the model they belong to."""
     full = set(also)
     trained = {name: t for name, t in tensors.items() if MARK in name or name in full}
     rest = {name: t for name, t in tensors.items() if name not in trained}
     otherwise = "The model itself is untouched."
-    with whole_directory(directory, needs=num_bytes(trained), otherwise=otherwise) as partial:
+    with checkpoint.whole_directory(
+        directory, needs=checkpoint.num_bytes(trained), otherwise=otherwise
+    ) as partial:
         plain = {name: t.detach().cpu().clone().contiguous() for name, t in trained.items()}
         save_file(plain, partial / TENSORS, metadata={"format": "pt"})
         (partial / SETTINGS).write_text(to_toml(config), encoding="utf-8")
-        write_json(partial / BASE, {"sha256": weights_fingerprint(rest)})
+        checkpoint.write_json(partial / BASE, {"sha256": weights_fingerprint(rest)})
 
 
 def merge_adapters(model: SwitchTransformer, directory: Path) -> SwitchTransformer:
@@ -55,14 +44,14 @@ def merge_adapters(model: SwitchTransformer, directory: Path) -> SwitchTransform
     of another model.
     """
     directory = _place(directory)
-    verify(directory, allow_foreign=True)
+    checkpoint.verify(directory, allow_foreign=True)
     config = from_toml(LoraConfig, directory / SETTINGS)
-    stored = open_safetensors([directory / TENSORS])
+    stored = checkpoint.open_safetensors([directory / TENSORS])
     with torch.device("meta"):
         bare, adapted = SwitchTransformer(model.config), SwitchTransformer(model.config)
     also = select(adapted, config.also_train, "lora.also_train")
     adapt(adapted, config)
-    require_match(
+    checkpoint.require_match(
         f"The adapters in {directory} do not fit this model.",
         wanted={
             name: tuple(p.shape)
@@ -74,20 +63,20 @@ def merge_adapters(model: SwitchTransformer, directory: Path) -> SwitchTransform
     )
     base = {name: p.detach().float() for name, p in model.named_parameters()}
     rest = {name: tensor for name, tensor in base.items() if name not in also}
-    if weights_fingerprint(rest) != read_json(directory / BASE).get("sha256"):
+    if weights_fingerprint(rest) != checkpoint.read_json(directory / BASE).get("sha256"):
         raise CheckpointError(
             f"The adapters in {directory} were trained on other weights than this model's.\n"
             "  Merge them into the very model that --init named."
         )
     weights = merged(base | {name: stored.read(name) for name in stored.shapes}, config)
-    materialise(bare, lambda name, _: weights[name])
+    checkpoint.materialise(bare, lambda name, _: weights[name])
     return bare.eval()
 
 
 def merge_directory(source: Path, destination: Path, adapters: Path) -> str:
     """Write the model in `source`, of either format, with `adapters` merged to `destination`."""
-    model, tokenizer = open_model(source)
-    save(merge_adapters(model, adapters), destination, tokenizer)
+    model, tokenizer = checkpoint.open_model(source)
+    checkpoint.save(merge_adapters(model, adapters), destination, tokenizer)
     return f"{destination} holds {source} with the adapters of {adapters} merged in."
 
 

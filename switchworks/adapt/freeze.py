@@ -20,17 +20,15 @@ from switchworks.model import (
 
 ALL_BUT = "all-but-"
 
-_KINDS: Mapping[type[nn.Module], str] = {
-    Attention: "attention",
-    SwitchAttention: "attention",
-    RelativeBias: "attention",
-    FFN: "ffn",
-    Experts: "experts",
-    Router: "routers",
-    RMSNorm: "norms",
-    nn.Embedding: "embeddings",
+_KINDS: Mapping[str, tuple[type[nn.Module], ...]] = {
+    "attention": (Attention, SwitchAttention, RelativeBias),
+    "ffn": (FFN,),
+    "experts": (Experts,),
+    "routers": (Router,),
+    "norms": (RMSNorm,),
+    "embeddings": (nn.Embedding,),
 }
-KINDS = tuple(dict.fromkeys(_KINDS.values()))
+KINDS = tuple(_KINDS)
 """Kinds of parameters. "ffn" are the dense FFNs; "embeddings" are the table and, where there is
 one, the untied head."""
 
@@ -39,7 +37,7 @@ def kinds_of(model: SwitchTransformer) -> dict[str, str]:
     """The kind of every parameter, by its full name, in the model's order."""
     kinds = {name: "embeddings" for name, _ in model.named_parameters()}
     for path, module in model.named_modules():  # parents first, so that the innermost kind stays
-        kind = next((kind for cls, kind in _KINDS.items() if isinstance(module, cls)), None)
+        kind = next((kind for kind, types in _KINDS.items() if isinstance(module, types)), None)
         if kind is not None:
             kinds |= {f"{path}.{name}": kind for name, _ in module.named_parameters()}
     return kinds
@@ -62,10 +60,8 @@ def select(model: SwitchTransformer, entries: Sequence[str], setting: str) -> se
 
 
 def freeze_parameters(model: SwitchTransformer, entries: Sequence[str]) -> None:
-    """Set `requires_grad` to False for the parameters that `entries` select (see `select`).
-
-    Raises ConfigError for an entry without a match, or if nothing is left to train.
-    """
+    """Set `requires_grad` to False for the parameters that `entries` select (see `select`). Raises
+    ConfigError for an entry without a match, or if nothing is left to train."""
     frozen = select(model, entries, "freeze")
     for name, parameter in model.named_parameters():
         if name in frozen:

@@ -50,10 +50,7 @@ class LowRank(nn.Module):
         self.a = nn.Parameter(weight.new_empty(*stack, d, config.rank))
         self.b = nn.Parameter(weight.new_zeros(*stack, config.rank, f))
         before = " ".join(dims[:-1])
-        self.letters = {
-            "a": f"{before} R",
-            "b": " ".join([*dims[:-2], "R", dims[-1]]),
-        }
+        self.letters = {"a": f"{before} R", "b": " ".join([*dims[:-2], "R", dims[-1]])}
 
     def beside(self, weight: Tensor) -> "AdaptedWeight":
         """`weight` and this pair, as one operand of a product."""

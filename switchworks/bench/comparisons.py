@@ -67,7 +67,7 @@ def _compile(bench: BenchConfig, base: Workload) -> Rows:
     return _kernels(bench, base.but(kernels="compiled"), "one graph")
 
 
-def _sparse_tax(bench: BenchConfig, base: Workload) -> Rows:
+def _tax(bench: BenchConfig, base: Workload) -> Rows:
     """A sparse step against the dense twin's, as one batch and in four micro-batches."""
     for experts, parts in product(bench.sparse(), (1, 4)):
         shape = replace(base.shape, batch_size=base.shape.batch_size * parts)
@@ -101,7 +101,7 @@ def _int8(bench: BenchConfig, base: Workload) -> Rows:
             yield Comparison(name, "tokens/s", plain.but(int8=product_name), plain)
 
 
-def _decode_compiled(bench: BenchConfig, base: Workload) -> Rows:
+def _graph(bench: BenchConfig, base: Workload) -> Rows:
     """The rows above with our step compiled, int8 by its fastest product."""
     base = base.but(kernels="compiled")
     for row in (*_decode(bench, base), *_int8(bench, base)):
@@ -126,15 +126,10 @@ def _memory(bench: BenchConfig, base: Workload) -> Rows:
 
 
 PARTS = {
-    "train": _train,
-    "adafactor": _adafactor,
-    "kernels": _kernels,
-    "compile": _compile,
-    "tax": _sparse_tax,
-    "layer": _layer,
-    "decode": _decode,
-    "int8": _int8,
-    "graph": _decode_compiled,
-    "memory": _memory,
+    part.__name__.removeprefix("_"): part
+    for part in (
+        *(_train, _adafactor, _kernels, _compile, _tax),
+        *(_layer, _decode, _int8, _graph, _memory),
+    )
 }
 """The comparisons of each part."""

@@ -164,20 +164,10 @@ class BenchConfig:
             raise ConfigError(f"bench dropout = {self.dropout} must lie in [0, 1).")
 
 
-QUICK = BenchConfig(
-    experts=(0, 8),
-    decode_batches=(1, 4),
-    new_tokens=16,
-    shape=Shape(
-        d_model=256,
-        d_ff=1024,
-        num_heads=4,
-        layers=2,
-        vocab_size=4096,
-        batch_size=4,
-        input_length=128,
-        target_length=32,
-    ),
+_SMALL = Shape(d_model=256, d_ff=1024, num_heads=4, layers=2, vocab_size=4096)
+_SMALL = replace(_SMALL, batch_size=4, input_length=128, target_length=32)
+QUICK = replace(
+    BenchConfig(experts=(0, 8), decode_batches=(1, 4), new_tokens=16, shape=_SMALL),
     rounds=3,
     limit_size=1024,
 )

@@ -1,7 +1,6 @@
 """From comparisons to rows: builds both sides, times them in turns, and takes medians."""
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,7 +14,7 @@ from switchworks.bench.config import BenchConfig, Comparison, Precision, Workloa
 from switchworks.bench.memory import available_bytes, peak_memory
 from switchworks.bench.peers import Work
 from switchworks.bench.workloads import build, bytes_needed
-from switchworks.device import compute_device
+from switchworks.device import compute_device, seconds, take_turns
 from switchworks.model import training_flops_per_token
 from switchworks.training import give_back_memory
 
@@ -89,31 +88,9 @@ def _memory(row: Comparison, sides: Sequence[Workload]) -> Row:
     return _row(row, values, "", {"side": asdict(row.ours)})
 
 
-def seconds(work: Work) -> float:
-    """Seconds of one call."""
-    started = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
-def take_turns(works: Sequence[Work], rounds: int) -> list[list[float]]:
-    """Seconds of each: once to warm up, then A B A B ... `rounds` times each.
-
-    So a machine that slows down slows all.
-    """
-    for work in works:
-        work()
-    turns = [[seconds(work) for work in works] for _ in range(rounds)]
-    return [list(taken) for taken in zip(*turns, strict=True)]
-
-
 def alternate(builders: Sequence[Callable[[], Work]], rounds: int) -> list[list[float]]:
-    """As `take_turns`, for sides that do not fit in memory together.
-
-    Each turn builds a side, calls it once to warm up and twice timed, and frees it.
-    """
+    """As `take_turns`, for sides that do not fit in memory together. Each turn builds a side, calls
+    it once to warm up and twice timed, and frees it."""
     times: list[list[float]] = [[] for _ in builders]
     for _ in range(-(-rounds // 2)):
         for builder, taken in zip(builders, times, strict=True):

@@ -13,9 +13,10 @@ import torch
 from matplotlib.figure import Figure
 
 from switchworks.bench.config import BenchConfig, Precision, Shape, Workload
-from switchworks.bench.measure import Row, alternate, seconds, spread
+from switchworks.bench.measure import Row, alternate, spread
 from switchworks.bench.memory import available_bytes
 from switchworks.bench.workloads import build, bytes_needed
+from switchworks.device import seconds
 from switchworks.model import num_parameters
 
 EXPERTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)

@@ -13,6 +13,7 @@ from .model_files import convert_checkpoint as convert_checkpoint
 from .model_files import is_model as is_model
 from .model_files import load as load
 from .model_files import open_model as open_model
+from .model_files import require_tokenizer as require_tokenizer
 from .model_files import save as save
 from .model_files import stored_config as stored_config
 from .model_files import stored_quantisation as stored_quantisation

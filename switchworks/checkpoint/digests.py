@@ -54,11 +54,9 @@ def is_stack(name: str, shape: Sequence[int]) -> bool:
 
 
 def combine_digests(ranks: Sequence[Mapping[str, DigestPart]]) -> dict[str, list[str]]:
-    """Name -> a digest per expert, or one, from the parts of all ranks.
-
-    Raises CheckpointError naming the tensor if ranks with the same part differ in it, or if no rank
-    has some part of it.
-    """
+    """Name -> a digest per expert, or one, from the parts of all ranks. Raises CheckpointError
+    naming the tensor if ranks with the same part differ in it, or if no rank has some part of
+    it."""
     return {name: _combine(name, [parts[name] for parts in ranks]) for name in ranks[0]}
 
 
@@ -132,11 +130,9 @@ def _row_sums(part: Tensor, begin: Sequence[int], shape: Sequence[int]) -> Int64
 
 
 def _hash_sums(bits: Tensor, row: Tensor, stride: int) -> Tensor:
-    """splitmix64 of each element, with its position as the generator's step, summed by row.
-
-    Integer overflow wraps around, which is arithmetic modulo 2^64. Shifts of int64 bring in the
-    sign bit where splitmix64 brings in zeros; that mixes as well.
-    """
+    """splitmix64 of each element, with its position as the generator's step, summed by row. Integer
+    overflow wraps around, which is arithmetic modulo 2^64. Shifts of int64 bring in the sign bit
+    where splitmix64 brings in zeros; that mixes as well."""
     positions = torch.arange(len(bits), device=bits.device)[:, None] * stride + (row + 1)
     mixed = positions.mul_(_STEP).add_(bits)
     mixed = (mixed ^ (mixed >> 30)).mul_(_FIRST)

@@ -77,10 +77,8 @@ def copy_whole(source: Path, destination: Path) -> None:
 
 
 def _seal(directory: Path, more: Mapping[str, Any]) -> None:
-    """Flush `directory` to the disk and write its manifest, with the entries of `more`.
-
-    Files that `more` lists under "files" are flushed and hashed already.
-    """
+    """Flush `directory` to the disk and write its manifest, with the entries of `more`. Files that
+    `more` lists under "files" are flushed and hashed already."""
     known = more.get("files", {})
     rest = entries(directory, [name for name in file_names(directory) if name not in known])
     files = dict(sorted({**known, **rest}.items()))

@@ -186,6 +186,17 @@ def open_model(
     return model, load_tokenizer(pieces) if pieces.is_file() else None
 
 
+def require_tokenizer(path: Path | str, tokenizer: Tokenizer | None) -> Tokenizer:
+    """`tokenizer`, which is that of the model in `path`. Raises CheckpointError if it has none."""
+    if tokenizer is None:
+        raise CheckpointError(
+            f"The model in {path} has no tokenizer, so it cannot read text.\n"
+            "  Put its spiece.model beside its weights, or save it with its tokenizer:\n"
+            "  switchworks.save(model, directory, tokenizer)."
+        )
+    return tokenizer
+
+
 def _model_in(path: Path) -> Path:
     return path / "model" if (path / "model").is_dir() else path
 

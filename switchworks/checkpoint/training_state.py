@@ -29,7 +29,7 @@ from switchworks.checkpoint.distributed_io import (
 )
 from switchworks.checkpoint.files import MANIFEST, PARTIAL, read_json, verify
 from switchworks.checkpoint.tensors import num_bytes, require_match
-from switchworks.config import CheckpointError
+from switchworks.config import CheckpointError, flatten
 
 log = logging.getLogger(__name__)
 
@@ -171,16 +171,11 @@ def steps_in(directory: Path) -> dict[int, Path]:
     return {int(path.name[5:]): path for path in paths if re.fullmatch(r"step_\d{8,}", path.name)}
 
 
-def _flatten(state: Mapping[Any, Any], path: Path, prefix: str = "") -> dict[str, Tensor]:
+def _flatten(state: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     """The tensors of a nested state; names are the keys that lead to them, joined by dots."""
-    tensors: dict[str, Tensor] = {}
-    for key, value in state.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            tensors |= _flatten(value, path, f"{name}.")
-        elif isinstance(value, Tensor):
-            tensors[name] = value
-        else:
+    tensors = flatten(state)
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
             raise CheckpointError(
                 f"{path} cannot hold {name}, a {type(value).__name__}.\n"
                 "  A state has tensors; plain values belong into `about`."
@@ -214,11 +209,9 @@ def _write_tensors(
 
 
 def _read_tensors(tensors: dict[str, Tensor], directory: Path) -> None:
-    """Fill `tensors` in place.
-
-    Resharding: `.metadata` lists the range of every stored piece of a tensor. Each rank reads, of
-    all files, the overlap of these ranges with the part that its DTensor has.
-    """
+    """Fill `tensors` in place. Resharding: `.metadata` lists the range of every stored piece of a
+    tensor. Each rank reads, of all files, the overlap of these ranges with the part that its
+    DTensor has."""
     import torch.distributed.checkpoint as dcp
 
     warnings.filterwarnings("ignore", message=_SINGLE)

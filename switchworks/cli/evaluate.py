@@ -8,18 +8,10 @@ from typing import Any, Literal
 
 import tyro
 
+from switchworks import evaluate
 from switchworks.cli import parsing
 from switchworks.config import ConfigError, check_at_least
 from switchworks.data import DataConfig
-from switchworks.evaluate import (
-    DecodingConfig,
-    as_json,
-    as_table,
-    evaluate_run,
-    evaluate_tasks,
-    named_tasks,
-    write_predictions,
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +35,7 @@ class EvaluateFlags:
     default those of the run for a table of that name; else accuracy of any text."""
     split: Literal["train", "validation", "test", "all"] = "validation"
     """Of each task. all: the whole of a table that is one file, which training would split."""
-    decoding: tyro.conf.OmitArgPrefixes[DecodingConfig] = DecodingConfig()  # noqa: RUF009
+    decoding: tyro.conf.OmitArgPrefixes[evaluate.DecodingConfig] = evaluate.DecodingConfig()  # noqa: RUF009
     precision: parsing.Precision = "stored"
     """What to compute in: as the weights are stored (float32 after training), or auto, which is
     bfloat16 where this machine multiplies it faster."""
@@ -79,20 +71,17 @@ def run(words: list[str]) -> int:
             "  Measure one after the other."
         )
     command = shlex.join(["switchworks", "evaluate", *words])
-    data = named_tasks(
-        flags.path,
-        flags.tasks,
-        flags.task_folder,
-        labels=flags.task_labels,
-        metrics=flags.task_metrics,
-    )
+    tables = {"labels": flags.task_labels, "metrics": flags.task_metrics}
+    data = evaluate.named_tasks(flags.path, flags.tasks, flags.task_folder, **tables)
     with_tasks = bool(data.tasks) and flags.text is None
     flags.check_used(tasks=with_tasks)
     if with_tasks:
         figures = _evaluate_tasks(flags, data, command)
     else:
         dtype = parsing.dtype_of(flags.precision)
-        figures = evaluate_run(flags.path, batches=flags.batches, text=flags.text, dtype=dtype)
+        figures = evaluate.evaluate_run(
+            flags.path, batches=flags.batches, text=flags.text, dtype=dtype
+        )
         for name, value in figures.items():
             print(f"{name:<24} {value:.4g}" if isinstance(value, float) else f"{name:<24} {value}")
         figures["command"] = command
@@ -105,8 +94,8 @@ def _evaluate_tasks(flags: EvaluateFlags, data: DataConfig, command: str) -> dic
     """Print the table of the tasks' figures, and return them as plain values."""
     length = flags.decoding.input_length or data.input_length
     config, dtype = replace(flags.decoding, input_length=length), parsing.dtype_of(flags.precision)
-    results = evaluate_tasks(flags.path, data, config, split=flags.split, dtype=dtype)
-    print(as_table(results))
+    results = evaluate.evaluate_tasks(flags.path, data, config, split=flags.split, dtype=dtype)
+    print(evaluate.as_table(results))
     if flags.predictions is not None:
-        write_predictions(flags.predictions, results)
-    return as_json(results, config, str(flags.path), command)
+        evaluate.write_predictions(flags.predictions, results)
+    return evaluate.as_json(results, config, str(flags.path), command)

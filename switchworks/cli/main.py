@@ -3,8 +3,7 @@
 import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from importlib.metadata import version
 
 from switchworks.cli.parsing import HELP, UsageError
@@ -41,17 +40,11 @@ USAGE = """usage: switchworks VERB ...
 settings of a recipe with their values. --debug, after the verb, shows tracebacks."""
 
 
-def _run(verb: str, words: list[str]) -> int:
-    return importlib.import_module(f"switchworks.cli.{verb}").run(words)
-
-
-VERBS: dict[str, Callable[[list[str]], int]] = {
-    verb: partial(_run, verb)
-    for verb in (
-        *("train", "prepare", "explain", "generate", "evaluate"),
-        *("routing", "report", "convert", "bench", "recipes"),
-    )
-}
+VERBS = (
+    *("train", "prepare", "explain", "generate", "evaluate"),
+    *("routing", "report", "convert", "bench", "recipes"),
+)
+"""Each is a module beside this one, imported when it is called."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     debug = "--debug" in rest
     try:
-        status = VERBS[verb]([word for word in rest if word != "--debug"])
+        module = importlib.import_module(f"switchworks.cli.{verb}")
+        status = module.run([word for word in rest if word != "--debug"])
         sys.stdout.flush()
         return status
     except (ConfigError, DataError, CheckpointError) as error:

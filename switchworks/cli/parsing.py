@@ -83,11 +83,9 @@ def parse_experiment(verb: str, words: list[str], kind: type[T]) -> "tuple[Exper
 
 
 def _recipe(verb: str, words: list[str]) -> "tuple[Experiment, list[str]]":
-    """The experiment that the flags are applied to, and the words that are left for tyro.
-
-    tyro sets fields of what is there: a group of settings that a recipe leaves out is put in when
-    one of its flags is given, and taken out by `--GROUP none`.
-    """
+    """The experiment that the flags are applied to, and the words that are left for tyro. tyro sets
+    fields of what is there: a group of settings that a recipe leaves out is put in when one of its
+    flags is given, and taken out by `--GROUP none`."""
     from switchworks.adapt import LoraConfig
     from switchworks.distil import DistilConfig
     from switchworks.recipes import find_recipe

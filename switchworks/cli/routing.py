@@ -34,13 +34,12 @@ def run(words: list[str]) -> int:
             "  Example: switchworks routing runs/quickstart --data.path texts"
         )
     from switchworks.recipes import text_of
-    from switchworks.report import write_routing_report
+    from switchworks.report import page_folder, write_routing_report
 
     path = Path(words[0])
     default, more = RoutingFlags(data=text_of(path)), [expand(word) for word in words[1:]]
     flags = parse_flags(RoutingFlags, f"routing {path}", more, default=default)
-    home = path if (path / "experiment.toml").is_file() else Path()
-    output = flags.output or home / "routing.html"
+    output = flags.output or page_folder(path) / "routing.html"
     check_writable(output)
     write_routing_report(path, flags.data, output, against=flags.against, batches=flags.batches)
     print(output.resolve())

@@ -5,8 +5,8 @@ from dataclasses import replace
 from math import prod
 from pathlib import Path
 
+from switchworks import checkpoint
 from switchworks.batch import Batch
-from switchworks.checkpoint import merged_names, open_model, save, stored_quantisation
 from switchworks.compress.fewer import (
     By,
     Fewer,
@@ -46,20 +46,16 @@ def reduce_directory(
     source = Path(source)
     if batches < 1:
         raise ConfigError(f"--batches {batches} would read no text. Use at least 1.")
-    model, tokenizer = open_model(source)
+    model, tokenizer = checkpoint.open_model(source)
     check_fewer(model.config, keep)  # before any text is read, which may take long
-    if tokenizer is None:
-        raise ConfigError(
-            f"{source} holds no tokenizer, so no text can be read for it.\n"
-            "  Put the model's spiece.model beside its weights."
-        )
+    checkpoint.require_tokenizer(source, tokenizer)
     data = text_to_count(source, model.config, text, only)
     dataset = open_dataset(data, vocab_size=model.config.vocab_size)
     pipeline = dataset.training(batch_size=ROWS, seed=0)
     seen = [pipeline.batch(step) for step in range(batches)]
     fewer = reduce_experts(model, seen, keep, method=method, by=by)
     result = dense_equivalent(fewer.model) if keep == 1 else fewer.model
-    save(result, destination, tokenizer)
+    checkpoint.save(result, destination, tokenizer)
     layers, recipe = f"{keep} experts a layer", "RECIPE"
     flags = f" --model.routing.experts {keep}"
     if keep == 1:
@@ -74,10 +70,8 @@ def reduce_directory(
 def text_to_count(
     source: Path, model: ModelConfig, text: str | None, only: tuple[str, ...]
 ) -> DataConfig:
-    """The text of the run in `source`, or `text` in its place, or `only` a part of it.
-
-    Raises ConfigError if both are asked for, and what `text_for` raises.
-    """
+    """The text of the run in `source`, or `text` in its place, or `only` a part of it. Raises
+    ConfigError if both are asked for, and what `text_for` raises."""
     if text is not None and only:
         raise ConfigError(f"--text {text} and --only {' '.join(only)}: count on one of them.")
     data = text_for(source, decoder_only=model.decoder_only, text=text)
@@ -131,7 +125,7 @@ def quantise_directory(
     int4. Raises ConfigError if the model is quantised already, or for a group with another scheme.
     """
     source = Path(source)
-    if (before := stored_quantisation(source)) is not None:
+    if (before := checkpoint.stored_quantisation(source)) is not None:
         raise ConfigError(
             f"The model in {source} is quantised already, to {before.scheme}.\n"
             "  Quantise the one it was made from."
@@ -141,10 +135,10 @@ def quantise_directory(
             f"--group {group} is for int4; {scheme} has a scale for each output channel.\n"
             "  Leave it out."
         )
-    model, tokenizer = open_model(source)
+    model, tokenizer = checkpoint.open_model(source)
     fresh = sum(tensor.bytes for tensor in tensors_of(model))
     model = quantise(model.float(), QuantiseConfig.from_scheme(scheme, group))
-    save(model, destination, tokenizer)
+    checkpoint.save(model, destination, tokenizer)
     tensors = tensors_of(model)
     total = sum(tensor.bytes for tensor in tensors)
     sizes = f"{total / 1e6:,.2f} MB, before {fresh / 1e6:,.2f} MB"
@@ -168,7 +162,7 @@ def grouped(tensors: Sequence[TensorBits]) -> list[tuple[str, int, float, int]]:
         alike.setdefault((stem, tensor.shape, tensor.bits), []).append(tensor)
     rows = []
     for (_, shape, bits), same in alike.items():
-        (names,) = merged_names([tensor.name for tensor in same])
+        (names,) = checkpoint.merged_names([tensor.name for tensor in same])
         size = sum(tensor.bytes for tensor in same)
         with_scales = 8 * size / (len(same) * prod(shape))
         rows.append((f"{names} {list(shape)}", bits, with_scales, size))

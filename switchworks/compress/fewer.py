@@ -79,9 +79,7 @@ class Usage(NamedTuple):
 
 def measure_usage(model: SwitchTransformer, batches: Iterable[Batch]) -> dict[str, Usage]:
     """How often each expert of each switch layer is wanted on `batches`, by the layer's name.
-
-    Raises DataError if there are no tokens.
-    """
+    Raises DataError if there are no tokens."""
     totals: dict[str, tuple[Tensor, ...]] = {}
     for batch in batches:
         for name, routed in route_batch(model, batch).items():
@@ -254,10 +252,7 @@ def _choose(
 
 
 def _fewer_weights(
-    layer: SwitchFFN,
-    groups: Sequence[Group],
-    usage: Float[Tensor, "E"],
-    scales: Float[Tensor, "K"],
+    layer: SwitchFFN, groups: Sequence[Group], usage: Float[Tensor, "E"], scales: Float[Tensor, "K"]
 ) -> dict[str, Tensor]:
     """Rows of the router and experts of a layer with one expert for each of `groups`."""
     heads = [group.members[0] for group in groups]
@@ -288,12 +283,10 @@ def _average(
 
 
 def _alignment(experts: Experts, first: int, other: int) -> Int[Tensor, "F"]:
-    """The hidden unit of `other` that is matched to each one of `first`.
-
-    An FFN computes the same for any order of its hidden units, so those of two experts are not in
-    corresponding places. The matching maximises the sum, over pairs, of the inner product of the
-    units' weights: an assignment problem, solved exactly in O(F^3).
-    """
+    """The hidden unit of `other` that is matched to each one of `first`. An FFN computes the same
+    for any order of its hidden units, so those of two experts are not in corresponding places. The
+    matching maximises the sum, over pairs, of the inner product of the units' weights: an
+    assignment problem, solved exactly in O(F^3)."""
     if first == other:
         return torch.arange(experts.w_in.shape[-1])
     from scipy.optimize import linear_sum_assignment

@@ -72,18 +72,11 @@ def upcycle_model(
 
 
 def upcycle_directory(
-    source: Path | str,
-    destination: Path | str,
-    routing: RoutingConfig,
-    *,
-    noise: float = 0.0,
-    seed: int = 0,
+    source: Path, destination: Path, routing: RoutingConfig, *, noise: float = 0.0, seed: int = 0
 ) -> str:
-    """Write the dense model in `source` upcycled, with its tokenizer, to `destination`.
-
-    `source` is a directory of Hugging Face's, a model of ours or a run directory with one.
-    """
-    model, tokenizer = open_model(Path(source))
+    """Write the dense model in `source` upcycled, with its tokenizer, to `destination`. `source` is
+    a directory of Hugging Face's, a model of ours or a run directory with one."""
+    model, tokenizer = open_model(source)
     sparse = upcycle_model(model, routing, noise=noise, seed=seed)
     save(sparse, destination, tokenizer)
     layers = len(sparse.switch_layers)
@@ -124,10 +117,8 @@ def _router(
     meta: Float[Tensor, "E D"], norm: Float[Tensor, "D"], std: float, generator: torch.Generator
 ) -> Float[Tensor, "E D"]:
     """A common row of deviation `std` plus rows whose logits deviate by `SPREAD`, given the scale
-    of the norm before the layer.
-
-    Always float32, whatever the model's dtype: in bfloat16 the rows would be equal.
-    """
+    of the norm before the layer. Always float32, whatever the model's dtype: in bfloat16 the rows
+    would be equal."""
     rows, common = torch.empty(meta.shape, device=norm.device), norm.new_empty(1, meta.shape[1])
     # The norm gives each coordinate a mean square of 1 and multiplies it by its scale.
     size = max(float(norm.float().norm()), 1e-6)

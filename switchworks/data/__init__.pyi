@@ -1,4 +1,5 @@
 from .cache import atomic_write_json as atomic_write_json
+from .cache import atomic_write_text as atomic_write_text
 from .config import DataConfig as DataConfig
 from .config import cache_folder as cache_folder
 from .dataset import TextDataset as TextDataset
@@ -23,6 +24,7 @@ from .sources.catalogs.languages import script_name as script_name
 from .sources.catalogs.languages import script_of as script_of
 from .sources.text_source import TextConfig as TextConfig
 from .sources.text_source import TextSource as TextSource
+from .tasks import TASK_GROUPS as TASK_GROUPS
 from .tasks import UNKNOWN as UNKNOWN
 from .tasks import Example as Example
 from .tasks import Places as Places

@@ -1,24 +1,18 @@
 """All that a run reads: one corpus or a mixture, from token stores to batches."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 
 from switchworks.batch import Batch
 from switchworks.config import DataError
+from switchworks.data import cache
 from switchworks.data.config import DataConfig
 from switchworks.data.rows.mixture import Mixture, corpus_mixture, naming_corpus, rates
-from switchworks.data.rows.pipeline import (
-    VALIDATION_SEED,
-    Pipeline,
-    RunRows,
-    validation_batches,
-)
+from switchworks.data.rows.pipeline import VALIDATION_SEED, Pipeline, RunRows, validation_batches
 from switchworks.data.sources.text_source import TextSource
 from switchworks.data.tokens.coverage import (
     Coverage,
@@ -73,16 +67,13 @@ class TextDataset:
 
     @property
     def digest(self) -> str:
-        """Hexadecimal hash of the tokenizer and of all tokens of both splits in their order.
-
-        Equal wherever the same text was made the same tokens, whatever its files are called.
-        """
+        """Hexadecimal hash of the tokenizer and of all tokens of both splits in their order. Equal
+        wherever the same text was made the same tokens, whatever its files are called."""
         stores = {
             name: [getattr(store, "digest", None) for store in (part.train, part.validation)]
             for name, part in self.parts.items()
         }
-        text = json.dumps([self.tokenizer.fingerprint, stores])
-        return blake2b(text.encode(), digest_size=16).hexdigest()
+        return cache.digest(self.tokenizer.fingerprint, stores)
 
     def difference(self, metadata: Mapping[str, Any]) -> str | None:
         """How this text differs from that of the run with this about.json; None: it is the same, or

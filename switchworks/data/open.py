@@ -21,11 +21,7 @@ from switchworks.data.tokens.train import interleave, trained_tokenizer
 
 
 def open_dataset(
-    config: DataConfig,
-    *,
-    vocab_size: int,
-    shard: tuple[int, int] | None = None,
-    quiet: bool = False,
+    config: DataConfig, *, vocab_size: int, shard: tuple[int, int] | None = None
 ) -> TextDataset:
     """The tokenizer and the stores of every corpus or task; what is missing is made.
 
@@ -34,15 +30,15 @@ def open_dataset(
     ConfigError for names and DataError for data that cannot be used.
     """
     if config.tasks:
-        return _open_tasks(config, vocab_size, quiet)
+        return _open_tasks(config, vocab_size)
     if config.is_mixture:
-        return _open_mixture(config, vocab_size, shard, quiet)
-    corpus = prepare(config, vocab_size=vocab_size, shard=shard, quiet=quiet)
+        return _open_mixture(config, vocab_size, shard)
+    corpus = prepare(config, vocab_size=vocab_size, shard=shard)
     return TextDataset(config, corpus.tokenizer, {"": corpus})
 
 
 def _open_mixture(
-    config: DataConfig, vocab_size: int, shard: tuple[int, int] | None, quiet: bool
+    config: DataConfig, vocab_size: int, shard: tuple[int, int] | None
 ) -> TextDataset:
     cache = cache_folder(config)
     configs = config.corpora
@@ -55,14 +51,12 @@ def _open_mixture(
             sources[name] = open_source(corpus, cache)
     tokenizer = config.tokenizer
     if tokenizer == "train":
-        tokenizer = _train_on_mixture(config, list(sources.values()), vocab_size, quiet)
+        tokenizer = _train_on_mixture(config, list(sources.values()), vocab_size)
     parts: dict[str, PreparedCorpus] = {}
     for name, corpus in configs.items():
         corpus = replace(corpus, tokenizer=tokenizer)
         with naming_corpus(name):
-            parts[name] = prepare(
-                corpus, vocab_size=vocab_size, shard=shard, quiet=quiet, name=name
-            )
+            parts[name] = prepare(corpus, vocab_size=vocab_size, shard=shard, name=name)
     kept = parts if config.mixture else _long_enough(config, parts)
     return TextDataset(config, next(iter(kept.values())).tokenizer, kept, sources)
 
@@ -70,11 +64,9 @@ def _open_mixture(
 def _long_enough(
     config: DataConfig, parts: Mapping[str, PreparedCorpus]
 ) -> Mapping[str, PreparedCorpus]:
-    """The languages whose text fills a row of either split; the others are logged.
-
-    All of them while shards are missing. Raises DataError if none is left, or for one that was
-    named in the settings.
-    """
+    """The languages whose text fills a row of either split; the others are logged. All of them
+    while shards are missing. Raises DataError if none is left, or for one that was named in the
+    settings."""
     if any(part.missing for part in parts.values()):
         return parts
     kept = {name: part for name, part in parts.items() if _fills_rows(config, name, part)}
@@ -101,24 +93,19 @@ def _fills_rows(config: DataConfig, name: str, part: PreparedCorpus) -> bool:
     return True
 
 
-def _train_on_mixture(
-    config: DataConfig, sources: list[TextSource], vocab_size: int, quiet: bool
-) -> str:
-    """The folder of a tokenizer trained on all `sources`.
-
-    Tokens cannot be counted before there is a tokenizer, so sizes are in characters here and
-    `mixture_cap`, which counts something else, is ignored. If the size of one source is not known,
-    as of a dataset, all are drawn equally.
-    """
+def _train_on_mixture(config: DataConfig, sources: list[TextSource], vocab_size: int) -> str:
+    """The folder of a tokenizer trained on all `sources`. Tokens cannot be counted before there is
+    a tokenizer, so sizes are in characters here and `mixture_cap`, which counts something else, is
+    ignored. If the size of one source is not known, as of a dataset, all are drawn equally."""
     sizes = [source.num_characters for source in sources]
     known = [max(1, size) for size in sizes if size is not None]
     shares = rates(known if len(known) == len(sizes) else [1] * len(sizes), config.mixture_exponent)
     fingerprints = [source.fingerprint() for source in sources], config.mixture_exponent
     texts = interleave(sources, shares)
-    return trained_tokenizer(config, repr(fingerprints), texts, vocab_size, quiet)
+    return trained_tokenizer(config, repr(fingerprints), texts, vocab_size)
 
 
-def _open_tasks(config: DataConfig, vocab_size: int, quiet: bool) -> TaskDataset:
+def _open_tasks(config: DataConfig, vocab_size: int) -> TaskDataset:
     tasks, places = tasks_of(config), places_of(config)
     path = config.tokenizer
     if path == "train":
@@ -129,7 +116,7 @@ def _open_tasks(config: DataConfig, vocab_size: int, quiet: bool) -> TaskDataset
             for task in training
             for example in examples_of(task, "train", places, Counts())
         )
-        path = trained_tokenizer(config, fingerprint, texts, vocab_size, quiet)
+        path = trained_tokenizer(config, fingerprint, texts, vocab_size)
     tokenizer = load_tokenizer(path)
     parts: dict[str, PreparedTask] = {}
     for task in tasks:

@@ -1,19 +1,16 @@
 """Settings of distillation."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
-from switchworks.config import ConfigError
+from switchworks.config import ConfigError, check_positive
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistilConfig:
-    """The teacher of an experiment, and its weight in the loss.
-
-    The loss is (1 - soft_weight) times the cross-entropy with the text plus soft_weight times
-    temperature^2 times the cross-entropy with the teacher's probabilities (section 4.2).
-    """
+    """The teacher of an experiment, and its weight in the loss. The loss is (1 - soft_weight) times
+    the cross-entropy with the text plus soft_weight times temperature^2 times the cross-entropy
+    with the teacher's probabilities (section 4.2)."""
 
     teacher: str
     """A run or model directory, or a Hugging Face model directory. It is never written to."""
@@ -43,11 +40,7 @@ class DistilConfig:
                 f"distil.ffn = {self.ffn} takes the teacher's FFNs but distil.initialise is off.\n"
                 "  Leave one of the two out."
             )
-        if not (self.temperature > 0 and math.isfinite(self.temperature)):
-            raise ConfigError(
-                f"distil.temperature = {self.temperature} must be positive. 1.0 leaves the "
-                "teacher's probabilities as they are."
-            )
+        check_positive(self, "distil.", "temperature")
 
     @property
     def uses_teacher(self) -> bool:

@@ -107,11 +107,9 @@ def _log_rest(logits: Float[Tensor, "N V"], ids: Int[Tensor, "N k"]) -> Float[Te
 
 
 class _SoftCrossEntropy(torch.autograd.Function):
-    """Nats of every row over all ids, block of rows by block of rows.
-
-    Forward computes the gradient too and saves it in place of both logits: each softmax is computed
-    once, and the teacher's logits can be freed.
-    """
+    """Nats of every row over all ids, block of rows by block of rows. Forward computes the gradient
+    too and saves it in place of both logits: each softmax is computed once, and the teacher's
+    logits can be freed."""
 
     @staticmethod
     def forward(

@@ -207,10 +207,8 @@ class LogitWriter:
         self._pending: list[dict[str, np.ndarray]] = []
 
     def add(self, batch: Batch, logits: Float[Tensor, "B T V"]) -> None:
-        """Append the next rows, with the teacher's logits for them.
-
-        Raises DataError if a logit is not finite.
-        """
+        """Append the next rows, with the teacher's logits for them. Raises DataError if a logit is
+        not finite."""
         real = batch.targets != 0
         ids, logs = top_log_probs(logits[real], self.info.top_k, self.info.temperature)
         if not bool(logs[:, 0].isfinite().all()):

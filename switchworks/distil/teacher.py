@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from switchworks.batch import Batch
-from switchworks.checkpoint import is_model, open_model, weights_hash
+from switchworks.checkpoint import is_model, open_model, require_tokenizer, weights_hash
 from switchworks.config import CheckpointError, ConfigError, DataError
 from switchworks.data import Tokenizer
 from switchworks.distil.config import DistilConfig
@@ -59,25 +59,20 @@ def open_source(distil: DistilConfig, *, decoder_only: bool) -> TeacherSource:
 
 
 def open_teacher(distil: DistilConfig, *, decoder_only: bool) -> Teacher:
-    """The teacher that `distil` names, for a student with an encoder or without one.
-
-    Raises CheckpointError if there is no such model or it has no tokenizer, ConfigError if it reads
-    other rows than the student.
-    """
+    """The teacher that `distil` names, for a student with an encoder or without one. Raises
+    CheckpointError if there is no such model or it has no tokenizer, ConfigError if it reads other
+    rows than the student."""
     path = Path(distil.teacher)
-    if not _has_model(distil.teacher):
+    try:
+        model, tokenizer = open_model(path)
+    except CheckpointError as error:
+        reason = str(error).partition("\n")[0] if distil.teacher else "none is named."
         raise CheckpointError(
-            f"There is no teacher in distil.teacher = {distil.teacher!r}: "
-            f"{_reason(distil.teacher)}.\n"
+            f"distil.teacher = {distil.teacher!r} holds no teacher that can be read: {reason}\n"
             "  Train one first (switchworks train quickstart), or give --distil.teacher PATH: the\n"
             "  directory of a finished run, of a model, or of a Hugging Face model."
-        )
-    model, tokenizer = open_model(path)
-    if tokenizer is None:
-        raise CheckpointError(
-            f"The teacher in {path} has no tokenizer, so the meaning of its ids is unknown.\n"
-            "  Put its spiece.model beside the weights, or save it with its tokenizer."
-        )
+        ) from error
+    tokenizer = require_tokenizer(path, tokenizer)
     if model.config.decoder_only != decoder_only:
         kinds = "an encoder and a decoder", "a decoder only"
         raise ConfigError(
@@ -111,11 +106,9 @@ def open_store(distil: DistilConfig) -> LogitStore:
 def require_same_rows(
     store: LogitStore, here: StoreInfo, num_rows: int, first: Batch, rows: range
 ) -> None:
-    """Raises DataError unless `store` covers the run whose store would have the info `here`.
-
-    The run has `num_rows` rows in all; `first` is this rank's part of its first batch, whose rows
-    have the numbers `rows`.
-    """
+    """Raises DataError unless `store` covers the run whose store would have the info `here`. The
+    run has `num_rows` rows in all; `first` is this rank's part of its first batch, whose rows have
+    the numbers `rows`."""
     info = store.info
     if (info.tokenizer, info.vocab_size) != (here.tokenizer, here.vocab_size):
         raise DataError(
@@ -208,13 +201,3 @@ def _parameters_in(model: SwitchTransformer, kinds: tuple[type[nn.Module], ...])
 def _has_model(teacher: str) -> bool:
     path = Path(teacher)
     return bool(teacher) and (is_model(path) or (path / "config.json").is_file())
-
-
-def _reason(teacher: str) -> str:
-    if not teacher:
-        return "none is named"
-    if not Path(teacher).exists():
-        return "it does not exist"
-    if (Path(teacher) / "experiment.toml").is_file():
-        return "that run has not finished, so it has no model/ yet"
-    return "it is no model"

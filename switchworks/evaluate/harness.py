@@ -9,17 +9,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from switchworks import generate
 from switchworks.config import ConfigError, check_at_least
 from switchworks.data import Tokenizer
 from switchworks.evaluate.answers import score_all
-from switchworks.generate import (
-    BeamSearch,
-    GenerationConfig,
-    Sampling,
-    continuation,
-    generate_all,
-    load_with_tokenizer,
-)
 from switchworks.model import SwitchTransformer
 
 Windows = Callable[[list[int], int, int], Iterable[tuple[list[int], list[int]]]]
@@ -94,13 +87,15 @@ class Scorer:
         for group in groups.values():
             config, stops = self._parse(requests[group[0]][1])
             prompts = [self._prompt(requests[place][0], config.max_length) for place in group]
-            written = generate_all(self.model, prompts, config)
+            written = generate.generate_all(self.model, prompts, config)
             for place, prompt, ids in zip(group, prompts, written, strict=True):
                 before = prompt if self.decoder_only else []
-                answers[place] = until(continuation(self.tokenizer, before, ids), stops)
+                answers[place] = until(generate.continuation(self.tokenizer, before, ids), stops)
         return answers
 
-    def _parse(self, settings: Mapping[str, Any]) -> tuple[GenerationConfig, Sequence[str]]:
+    def _parse(
+        self, settings: Mapping[str, Any]
+    ) -> tuple[generate.GenerationConfig, Sequence[str]]:
         """The harness's settings as ours, and its stop texts. Raises ConfigError for an unknown
         setting."""
         left = dict(settings)
@@ -108,16 +103,16 @@ class Scorer:
         choice = {name: left.pop(name, None) for name in ("temperature", "top_k", "top_p")}
         if choice["temperature"] is None:
             choice["temperature"] = 1.0
-        sampling = Sampling(**choice) if left.pop("do_sample", False) else Sampling()
+        sampling = generate.Sampling(**(choice if left.pop("do_sample", False) else {}))
         penalty = left.pop("length_penalty", 1.0)
-        beams = BeamSearch(beams=left.pop("num_beams", 1), length_penalty=penalty)
+        beams = generate.BeamSearch(beams=left.pop("num_beams", 1), length_penalty=penalty)
         length = left.pop("max_gen_toks", self.max_gen_toks)
         if left:
             raise ConfigError(
                 f"The harness asks for {', '.join(map(repr, left))}, which is not known "
                 "here.\n  Leave it out of the task's generation_kwargs, or of --gen_kwargs."
             )
-        config = GenerationConfig(
+        config = generate.GenerationConfig(
             max_length=length, sampling=sampling, beams=beams, batch_size=self.batch_size
         )
         return config, (stops,) if isinstance(stops, str) else tuple(stops)
@@ -151,22 +146,17 @@ def until(text: str, stops: Iterable[str]) -> str:
 
 
 def harness_model(path: Path | str, **settings: int) -> Any:
-    """The model in `path` as an `lm_eval.api.model.LM`; `settings` are those of `Scorer`.
-
-    Raises ConfigError if lm-eval is not installed, CheckpointError if there is no tokenizer.
-    """
+    """The model in `path` as an `lm_eval.api.model.LM`; `settings` are those of `Scorer`. Raises
+    ConfigError if lm-eval is not installed, CheckpointError if there is no tokenizer."""
     try:
         from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
-        from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
-            get_rolling_token_windows,
-            make_disjoint_window,
-        )
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ConfigError(
             f"lm-eval, which asks the questions, cannot be imported: {error}.\n"
             "  Install it beside switchworks: pip install lm-eval"
         ) from error
-    scorer = Scorer(*load_with_tokenizer(Path(path)), **settings)
+    scorer = Scorer(*generate.load_with_tokenizer(Path(path)), **settings)
 
     def windows(ids: list[int], prefix: int, size: int) -> Iterable[tuple[list[int], list[int]]]:
         return map(make_disjoint_window, get_rolling_token_windows(ids, prefix, size, 1))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
 from switchworks.config import ConfigError
-from switchworks.data import Example, Task
+from switchworks.data import TASK_GROUPS, Example, Task
 
 Texts = Sequence[str]
 Examples = Sequence[Example]
@@ -124,15 +124,10 @@ def referent(predictions: Texts, examples: Examples, labels: Labels) -> Figures:
     return {"accuracy": 100 * fmean(right)}
 
 
-_DETERMINERS = frozenset(
-    re.findall(
-        r"\w+",
-        """
-        a an few her his each every many much my our some that the their these this those which
-        whose your
-        """,
-    )
-)
+_DETERMINERS_TEXT = """
+a an few her his each every many much my our some that the their these this those which whose your
+"""
+_DETERMINERS = frozenset(_DETERMINERS_TEXT.split())
 
 
 def names(answer: str, candidate: str) -> bool:
@@ -231,13 +226,6 @@ METRICS: Mapping[str, Metric] = {
     )
 }
 
-AVERAGES: Mapping[str, tuple[str, ...]] = {
-    "glue": ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "mnli_mismatched", "qnli", "rte"),
-    "super_glue": ("boolq", "cb", "copa", "multirc", "record", "rte", "wic", "wsc"),
-    "anli": ("r1", "r2", "r3"),
-}
-"""Benchmarks as means of their tasks' scores, those of GLUE's two sets of MNLI averaged first."""
-
 
 def _numeric(task: Task, examples: Examples) -> bool:
     try:
@@ -312,15 +300,16 @@ def score(task: Task, figures: Mapping[str, float]) -> float:
 
 
 def averages(scores: Mapping[str, float]) -> dict[str, float]:
-    """The benchmarks all of whose tasks have a score; "glue" is without WNLI, "glue_with_wnli", the
-    paper's list, with it."""
+    """The benchmarks all of whose tasks have a score, as the mean of these, GLUE's two sets of MNLI
+    averaged first; "glue" is without WNLI, "glue_with_wnli", the paper's list, with it."""
     means: Figures = {}
-    for name, tasks in AVERAGES.items():
-        parts = {task: scores.get(f"{name}_{task}", math.nan) for task in tasks}
+    for name in ("glue", "super_glue", "anli"):
+        tasks = [task for task in TASK_GROUPS[name] if task.startswith(name)]  # without DPR
+        parts = {task: scores.get(task, math.nan) for task in tasks}
         if any(map(math.isnan, parts.values())):
             continue
         if name == "glue":
-            parts["mnli"] = fmean([parts["mnli"], parts.pop("mnli_mismatched")])
+            parts["glue_mnli"] = fmean([parts["glue_mnli"], parts.pop("glue_mnli_mismatched")])
             if "glue_wnli" in scores:
                 means["glue_with_wnli"] = fmean([*parts.values(), scores["glue_wnli"]])
         means[name] = fmean(parts.values())

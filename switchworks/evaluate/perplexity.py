@@ -11,15 +11,8 @@ from typing import Any
 
 import torch
 
+from switchworks import data
 from switchworks.batch import Batch
-from switchworks.data import (
-    TextDataset,
-    ValidationSet,
-    open_dataset,
-    run_data_config,
-    run_metadata,
-    text_for,
-)
 from switchworks.model import SwitchTransformer, evaluating
 from switchworks.parallel import SINGLE, Ranks
 
@@ -51,7 +44,7 @@ def mean_nats(model: SwitchTransformer, batches: Iterable[Batch], ranks: Ranks =
 
 
 def validation_losses(
-    model: SwitchTransformer, held_out: ValidationSet, ranks: Ranks = SINGLE
+    model: SwitchTransformer, held_out: data.ValidationSet, ranks: Ranks = SINGLE
 ) -> tuple[float, dict[str, float]]:
     """(mean weighted by the corpora's shares, corpus -> loss), in nats per target token; the latter
     is empty where there is one corpus."""
@@ -95,7 +88,7 @@ def evaluate_run(
 
 def open_run(
     path: Path, text: str | None = None, dtype: torch.dtype | None = None
-) -> tuple[SwitchTransformer, TextDataset]:
+) -> tuple[SwitchTransformer, data.TextDataset]:
     """The model in `path` and the text it was trained on, or `text` in its place.
 
     Warns in the log where that text has changed since. Raises CheckpointError if there is no model
@@ -103,14 +96,14 @@ def open_run(
     """
     from switchworks.generate import load_with_tokenizer
 
-    if text is None and run_data_config(path) is None:
-        text_for(path, decoder_only=False)  # raises before the weights are read
+    if text is None and data.run_data_config(path) is None:
+        data.text_for(path, decoder_only=False)  # raises before the weights are read
     model, _ = load_with_tokenizer(path, dtype)
-    data = text_for(path, decoder_only=model.config.decoder_only, text=text)
+    config = data.text_for(path, decoder_only=model.config.decoder_only, text=text)
     if text is not None:  # nothing is trained on here, so that all of it may be measured
-        data = replace(data, validation_share=NEARLY_ALL)
-    dataset = open_dataset(data, vocab_size=model.config.vocab_size)
-    if text is None and (other := dataset.difference(run_metadata(path))) is not None:
+        config = replace(config, validation_share=NEARLY_ALL)
+    dataset = data.open_dataset(config, vocab_size=model.config.vocab_size)
+    if text is None and (other := dataset.difference(data.run_metadata(path))) is not None:
         logging.getLogger(__name__).warning(
             "The text here is not what %s was trained on (%s): it may have been trained on what "
             "is held out here.",

@@ -13,20 +13,8 @@ from typing import Any
 
 import torch
 
+from switchworks import data
 from switchworks.config import ConfigError, DataError
-from switchworks.data import (
-    UNKNOWN,
-    Counts,
-    DataConfig,
-    Example,
-    Places,
-    Task,
-    Tokenizer,
-    examples_of,
-    places_of,
-    run_data_config,
-    tasks_of,
-)
 from switchworks.evaluate.answers import DecodingConfig, answer, check_choices
 from switchworks.evaluate.metrics import averages, check_metrics, judge, score
 from switchworks.generate import load_with_tokenizer
@@ -40,9 +28,9 @@ _log = logging.getLogger(__name__)
 class EvalSet:
     """The examples of a split that a task is measured on, out of `total`."""
 
-    task: Task
+    task: data.Task
     split: str
-    examples: tuple[Example, ...]
+    examples: tuple[data.Example, ...]
     total: int
     unanswered: int = 0
     """Examples left out because they have no target, or their label is withheld."""
@@ -80,16 +68,16 @@ class TaskResult:
         }
 
 
-def build_eval_set(task: Task, split: str, places: Places, most: int = 0) -> EvalSet:
+def build_eval_set(task: data.Task, split: str, places: data.Places, most: int = 0) -> EvalSet:
     """The examples of a split, or at most `most` of them, evenly spread over it.
 
     Examples of one group are judged together and stay together, so of groups there may be a few
     more or less. Raises DataError if there is no such split, no data, or if its labels are
     withheld.
     """
-    counts = Counts()
-    read = list(examples_of(task, split, places, counts, judged=True))
-    examples = [example for example in read if example.target != UNKNOWN]
+    counts = data.Counts()
+    read = list(data.examples_of(task, split, places, counts, judged=True))
+    examples = [example for example in read if example.target != data.UNKNOWN]
     if not examples:
         raise DataError(
             f"The {split} split of task {task.name!r} has no labels: they are withheld.\n"
@@ -101,11 +89,11 @@ def build_eval_set(task: Task, split: str, places: Places, most: int = 0) -> Eva
     return EvalSet(task, split, tuple(examples), total, unanswered)
 
 
-def _spread(examples: list[Example], most: int) -> list[Example]:
+def _spread(examples: list[data.Example], most: int) -> list[data.Example]:
     """About `most` of `examples`, evenly spread: whole groups, where there are groups."""
     if all(example.group is None for example in examples):
         return [examples[place * len(examples) // most] for place in range(most)]
-    groups: dict[str | None, list[Example]] = {}
+    groups: dict[str | None, list[data.Example]] = {}
     for example in examples:
         groups.setdefault(example.group, []).append(example)
     members, number = list(groups.values()), max(1, most * len(groups) // len(examples))
@@ -115,7 +103,7 @@ def _spread(examples: list[Example], most: int) -> list[Example]:
 
 def measure(
     model: SwitchTransformer,
-    tokenizer: Tokenizer,
+    tokenizer: data.Tokenizer,
     eval_set: EvalSet,
     config: DecodingConfig,
     ranks: Ranks = SINGLE,
@@ -135,22 +123,24 @@ def named_tasks(
     *,
     labels: tuple[str, ...] = (),
     metrics: tuple[str, ...] = (),
-) -> DataConfig:
+) -> data.DataConfig:
     """The data settings to evaluate with: those of the run in `path`, if it is one.
 
     `tasks`, if any are named, replace the run's; `folder` holds local copies of their datasets.
     `labels` and `metrics` are those of tables. By default tables with the names of the run's tables
     have the run's; if one is not among those, all have accuracy of any text.
     """
-    data = run_data_config(path) or DataConfig()
+    settings = data.run_data_config(path) or data.DataConfig()
     named = tuple(name for entry in tasks for name in entry.split(",") if name)
     if named:
-        length = data.input_length or DataConfig().input_length  # that of causal text is 0
-        if _tables(named) - _tables(data.tasks):
-            data = replace(data, task_labels=(), task_metrics=DataConfig.task_metrics)
-        data = replace(data, tasks=named, mixture=(), input_length=length, task_packing="auto")
+        length = settings.input_length or data.DataConfig().input_length  # that of causal text is 0
+        if _tables(named) - _tables(settings.tasks):
+            settings = replace(settings, task_labels=(), task_metrics=data.DataConfig.task_metrics)
+        settings = replace(
+            settings, tasks=named, mixture=(), input_length=length, task_packing="auto"
+        )
     given = {"task_labels": labels, "task_metrics": metrics, "task_folder": str(folder or "")}
-    return replace(data, **{name: value for name, value in given.items() if value})
+    return replace(settings, **{name: value for name, value in given.items() if value})
 
 
 def _tables(entries: Sequence[str]) -> set[str]:
@@ -160,19 +150,19 @@ def _tables(entries: Sequence[str]) -> set[str]:
 
 def evaluate_tasks(
     path: Path,
-    data: DataConfig,
+    settings: data.DataConfig,
     config: DecodingConfig,
     *,
     split: str = "validation",
     dtype: torch.dtype | None = None,
 ) -> list[TaskResult]:
-    """The model in `path` measured on the tasks of `data`, in `dtype` or as it is stored.
+    """The model in `path` measured on the tasks of `settings`, in `dtype` or as it is stored.
 
     Tasks without the split are left out with a warning. Raises CheckpointError if there is no
     tokenizer, and before anything is answered ConfigError or DataError for tasks that cannot be
     read or judged.
     """
-    places, tasks = places_of(data), _with_split(tasks_of(data), split)
+    places, tasks = data.places_of(settings), _with_split(data.tasks_of(settings), split)
     eval_sets = [build_eval_set(task, split, places, config.examples) for task in tasks]
     if not eval_sets:
         raise ConfigError("There is no task to evaluate. Name one: --tasks glue_rte.")
@@ -184,7 +174,7 @@ def evaluate_tasks(
     return [measure(model, tokenizer, eval_set, config) for eval_set in eval_sets]
 
 
-def _with_split(tasks: Sequence[Task], split: str) -> list[Task]:
+def _with_split(tasks: Sequence[data.Task], split: str) -> list[data.Task]:
     """The tasks that have `split`; all if none has, so that reading them raises the error."""
     kept = [task for task in tasks if split in task.source.splits]
     for task in tasks:

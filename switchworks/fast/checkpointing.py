@@ -17,16 +17,10 @@ from torch.utils.checkpoint import (
 
 from switchworks.model import Block, SwitchAttention, SwitchFFN, SwitchTransformer
 
-_DECIDING = frozenset(
-    {
-        torch.ops.aten.argmax.default,
-        torch.ops.aten.sort.default,
-        torch.ops.aten.sort.stable,
-        torch.ops.aten.lt.Tensor,
-        torch.ops.aten.lt.Scalar,
-        torch.ops.aten.ge.Scalar,
-        torch.ops.aten.topk.default,
-    }
+_ATEN = torch.ops.aten
+_DECIDING = (
+    *(_ATEN.argmax.default, _ATEN.topk.default, _ATEN.sort.default, _ATEN.sort.stable),
+    *(_ATEN.lt.Tensor, _ATEN.lt.Scalar, _ATEN.ge.Scalar),
 )
 """The operations by which a routing strategy makes a discrete choice out of real numbers. One of
 your own that chooses by another operation has to add it here."""

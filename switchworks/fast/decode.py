@@ -150,13 +150,8 @@ def _decode_step(
     if prompt_bias is not None:
         bias = bias + F.pad(prompt_bias, (0, room - prompt_bias.shape[-1]))
     caches: list[LayerCache] = [_TracedCache(k, v, memory, position) for k, v, memory in layers]
-    x, _ = copy.decoder(
-        copy.embedding(tokens),
-        bias,
-        segments=None,
-        cache=DecoderCache(caches, last_bias),
-        memory_bias=memory_bias,
-    )
+    cached, x = DecoderCache(caches, last_bias), copy.embedding(tokens)
+    x, _ = copy.decoder(x, bias, segments=None, cache=cached, memory_bias=memory_bias)
     return copy.logits(x)
 
 

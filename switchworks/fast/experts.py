@@ -96,11 +96,9 @@ def _used(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
 
 
 class DeviceDispatcher:
-    """As `sorted_by_expert`, but the counts stay on the device.
-
-    Experts on other ranks, whose counts have to be sent, and widths that the kernel does not take
-    get the dispatcher that a model has without this.
-    """
+    """As `sorted_by_expert`, but the counts stay on the device. Experts on other ranks, whose
+    counts have to be sent, and widths that the kernel does not take get the dispatcher that a model
+    has without this."""
 
     def __call__(
         self, x: Float[Tensor, "G S D"], routes: Routes, experts: ExpertBank, capacity: int | None

@@ -5,6 +5,7 @@ from .batches import generate as generate
 from .batches import generate_all as generate_all
 from .batches import pad as pad
 from .beam import BeamSearch as BeamSearch
+from .texts import HOLE as HOLE
 from .texts import complete as complete
 from .texts import complete_file as complete_file
 from .texts import continuation as continuation

@@ -145,11 +145,9 @@ def _compile(model: SwitchTransformer, texts: int) -> CompiledDecoder:
 
 
 def _batches_of_rank(lengths: Sequence[int], size: int, ranks: Ranks) -> list[list[int]]:
-    """The batches that this rank generates, as places in `lengths`.
-
-    Collectives inside the model need all ranks to call it equally often with equally many rows, so
-    the last batch is filled up with its last row and the last batch is repeated.
-    """
+    """The batches that this rank generates, as places in `lengths`. Collectives inside the model
+    need all ranks to call it equally often with equally many rows, so the last batch is filled up
+    with its last row and the last batch is repeated."""
     batches = list(batches_by_length(lengths, size))
     if ranks.mesh is None or not batches:
         return batches

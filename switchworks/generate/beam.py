@@ -19,14 +19,7 @@ from torch import Tensor
 
 from switchworks.config import ConfigError
 from switchworks.fast import CompiledDecoder
-from switchworks.model import (
-    EOS,
-    PAD,
-    DecoderCache,
-    KeyValues,
-    SwitchTransformer,
-    first_logits,
-)
+from switchworks.model import EOS, PAD, DecoderCache, KeyValues, SwitchTransformer, first_logits
 
 NEVER = -1e9
 """The score of what may not be chosen. Finite, so that sums of it are no NaN."""
@@ -114,10 +107,8 @@ def search(
 def _extend(
     open_: _Hypotheses, logits: Float[Tensor, "BN V"], written: int
 ) -> tuple[_Hypotheses, Int[Tensor, "B C"]]:
-    """The 2 N likeliest extensions by a token, and the beams they extend.
-
-    2 N, because N of them may end with this token and N have to stay open.
-    """
+    """The 2 N likeliest extensions by a token, and the beams they extend. 2 N, because N of them
+    may end with this token and N have to stay open."""
     rows, beams = open_.scores.shape
     scores = logits.log_softmax(dim=-1).view(rows, beams, -1) + open_.scores[..., None]
     best, places = scores.flatten(1).topk(2 * beams)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from switchworks.checkpoint import load
-from switchworks.config import CheckpointError, ConfigError
+from switchworks.checkpoint import load, require_tokenizer
+from switchworks.config import ConfigError
 from switchworks.data import Tokenizer
 from switchworks.device import compute_device
 from switchworks.generate.batches import GenerationConfig, generate_all
@@ -27,13 +27,7 @@ def load_with_tokenizer(
 ) -> tuple[SwitchTransformer, Tokenizer]:
     """The model in `path` on the compute device. Raises CheckpointError without a tokenizer."""
     model, tokenizer = load(path, compute_device(), dtype)
-    if tokenizer is None:
-        raise CheckpointError(
-            f"{path} holds a model without a tokenizer, so it cannot read text.\n"
-            "  Put its spiece.model beside its weights, or save it with its tokenizer:\n"
-            "  switchworks.save(model, directory, tokenizer)."
-        )
-    return model, tokenizer
+    return model, require_tokenizer(path, tokenizer)
 
 
 def complete(
@@ -103,10 +97,8 @@ def fill_texts(
 
 
 def parse_fills(text: str) -> dict[int, str]:
-    """Hole number -> text. Text before the first hole is left out.
-
-    Of a hole that is named twice the first text counts.
-    """
+    """Hole number -> text. Text before the first hole is left out. Of a hole that is named twice
+    the first text counts."""
     parts = HOLE.split(text)
     fills: dict[int, str] = {}
     for number, hole in zip(parts[1::2], parts[2::2], strict=True):
@@ -144,10 +136,8 @@ def continue_texts(
 
 def continuation(tokenizer: Tokenizer, prompt: Sequence[int], written: Sequence[int]) -> str:
     """The text that `written` adds to the text of `prompt`, the space between them included.
-
     Decoded together, because alone the first token of `written` would lose its space and half a
-    character would not be one.
-    """
+    character would not be one."""
     before, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *written])
     same = takewhile(lambda pair: pair[0] == pair[1], zip(before, whole, strict=False))
     return whole[sum(1 for _ in same) :]

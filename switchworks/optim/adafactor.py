@@ -30,6 +30,9 @@ EPS_SCALE = 1e-3
 _BLOCK = 2**20
 """Elements per block on the CPU: 4 MB of each of parameter, gradient and temporary."""
 
+Dims = tuple[int, int] | None
+"""The two dimensions of a factored tensor; None if it is not factored."""
+
 _SMALL = 2**15
 """Elements up to which tensors of one shape are updated together."""
 
@@ -103,15 +106,15 @@ class Adafactor(torch.optim.Optimizer):
                 states = [self.state[parameter] for parameter in batch]
                 step = int(states[0]["step"]) + 1
                 torch._foreach_add_([state["step"] for state in states], 1)  # pyright: ignore[reportPrivateImportUsage]
-                rule, dims = _rule(group, step), _dims_of(batch[0], group)
+                rule, dims = _rule(group, step, scratch), _dims_of(batch[0], group)
                 if len(batch) == 1:
                     grad = batch[0].grad
                     assert grad is not None
                     rule = rule._replace(sharding=sharding_of(batch[0]).move_to_end(dims))
                     parts = {name: local(tensor) for name, tensor in states[0].items()}
-                    _update(local(batch[0]), local(grad), parts, dims, rule, scratch)
+                    _update(local(batch[0]), local(grad), parts, dims, rule)
                 else:
-                    _update_together(batch, states, dims, rule, scratch)
+                    _update_together(batch, states, dims, rule)
 
 
 def build_adafactor(
@@ -143,6 +146,7 @@ class _Rule(NamedTuple):
     """Factor of weight decay on a parameter: 1 - lr * weight_decay."""
     per_index: bool
     """Whether each index of the first dimension is scaled and clipped by itself."""
+    scratch: "_Scratch"
     sharding: Sharding = Sharding((), ())
     """Which ranks have the rest of the parameter."""
 
@@ -173,9 +177,7 @@ class _Scratch:
         return torch.mul(a, b, out=buffer[: a.numel()].view(a.shape))
 
 
-def factored_dims(
-    shape: Sequence[int], *, stacked: bool, min_factored_dim: int
-) -> tuple[int, int] | None:
+def factored_dims(shape: Sequence[int], *, stacked: bool, min_factored_dim: int) -> Dims:
     """The two largest dimensions, in ascending order; None if V is kept per element.
 
     The first dimension of a stack does not count. Of equal sizes the earlier one counts as larger.
@@ -186,7 +188,7 @@ def factored_dims(
     return min(candidates), max(candidates)
 
 
-def _dims_of(parameter: Tensor, group: dict[str, Any]) -> tuple[int, int] | None:
+def _dims_of(parameter: Tensor, group: dict[str, Any]) -> Dims:
     return factored_dims(
         parameter.shape, stacked=group["stacked"], min_factored_dim=group["min_factored_dim"]
     )
@@ -207,7 +209,7 @@ def _initial_state(parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor
     return state
 
 
-def _rule(group: dict[str, Any], step: int) -> _Rule:
+def _rule(group: dict[str, Any], step: int, scratch: _Scratch) -> _Rule:
     """The rule of step number `step`, counted from 1."""
     names = ("lr", "beta1", "clip_update", "parameter_scale", "scale_floor")
     return _Rule(
@@ -215,6 +217,7 @@ def _rule(group: dict[str, Any], step: int) -> _Rule:
         mixing=step ** -group["decay_exponent"],
         decay=1.0 - group["lr"] * group["weight_decay"],
         per_index=group["stacked"] and group["per_expert"],
+        scratch=scratch,
     )
 
 
@@ -233,18 +236,12 @@ def _batches(
 
 
 def _update_together(
-    parameters: list[Tensor],
-    states: list[dict[str, Tensor]],
-    dims: tuple[int, int] | None,
-    rule: _Rule,
-    scratch: _Scratch,
+    parameters: list[Tensor], states: list[dict[str, Tensor]], dims: Dims, rule: _Rule
 ) -> None:
-    """One step of several tensors of one shape, joined to one tensor.
-
-    For a small tensor the twenty calls of an update cost more than their arithmetic, about as much
-    as a hundred thousand elements. So the tensors are stacked, to be scaled and clipped per index
-    of the first dimension; stacks of experts that are scaled per expert are concatenated.
-    """
+    """One step of several tensors of one shape, joined to one tensor. For a small tensor the twenty
+    calls of an update cost more than their arithmetic, about as much as a hundred thousand
+    elements. So the tensors are stacked, to be scaled and clipped per index of the first dimension;
+    stacks of experts that are scaled per expert are concatenated."""
     join = torch.cat if rule.per_index else torch.stack
     names = [name for name in states[0] if name != "step"]
     joined = {name: join([state[name] for state in states]) for name in names}
@@ -253,7 +250,7 @@ def _update_together(
     if dims is not None and not rule.per_index:
         dims = (dims[0] + 1, dims[1] + 1)
     sharding = sharding_of(weights).move_to_end(dims)
-    _update(weights, grads, joined, dims, rule._replace(per_index=True, sharding=sharding), scratch)
+    _update(weights, grads, joined, dims, rule._replace(per_index=True, sharding=sharding))
 
     def split(x: Tensor) -> list[Tensor]:
         return list(x.chunk(len(parameters)) if rule.per_index else x.unbind())
@@ -264,26 +261,19 @@ def _update_together(
         copy([state[name] for state in states], split(joined[name]))
 
 
-def _update(
-    parameter: Tensor,
-    grad: Tensor,
-    state: dict[str, Tensor],
-    dims: tuple[int, int] | None,
-    rule: _Rule,
-    scratch: _Scratch,
-) -> None:
+def _update(p: Tensor, g: Tensor, state: dict[str, Tensor], dims: Dims, rule: _Rule) -> None:
     momentum = state.get("momentum")
     if dims is None:
-        _update_unfactored(parameter, grad, state["square"], momentum, rule, scratch)
+        _update_unfactored(p, g, state["square"], momentum, rule)
         return
-    p, g, row, column = parameter, grad, state["row"], state["column"]
+    row, column = state["row"], state["column"]
     p, g = p.movedim(dims, (-2, -1)), g.movedim(dims, (-2, -1))
     m = None if momentum is None else momentum.movedim(dims, (-2, -1))
     # Experts that are scaled by themselves need nothing of each other: a few of them at a time run
     # through all passes of the update while they are in the cache.
     for block in _blocks(p) if rule.per_index else [slice(None)]:
         m_block = None if m is None else m[block]
-        _update_factored(p[block], g[block], row[block], column[block], m_block, rule, scratch)
+        _update_factored(p[block], g[block], row[block], column[block], m_block, rule)
 
 
 def _update_unfactored(
@@ -292,13 +282,12 @@ def _update_unfactored(
     square: Float[Tensor, "*E"],
     m: Float[Tensor, "*E"] | None,
     rule: _Rule,
-    scratch: _Scratch,
 ) -> None:
     """One step with a second moment per element."""
-    square.lerp_(scratch.product(g, g).add_(EPS_SQUARE), rule.mixing)
+    square.lerp_(rule.scratch.product(g, g).add_(EPS_SQUARE), rule.mixing)
     update = square.rsqrt().mul_(g)
-    p_square = rule.mean(scratch.product(p, p)) if rule.parameter_scale else None
-    factor = rule.factor(rule.mean(scratch.product(update, update)), p_square)
+    p_square = rule.mean(rule.scratch.product(p, p)) if rule.parameter_scale else None
+    factor = rule.factor(rule.mean(rule.scratch.product(update, update)), p_square)
     _move(p, m, update, factor, rule)
 
 
@@ -309,15 +298,12 @@ def _update_factored(
     column: Float[Tensor, "*E F"],
     m: Float[Tensor, "*E D F"] | None,
     rule: _Rule,
-    scratch: _Scratch,
 ) -> None:
-    """One step with row and column means of the second moment.
-
-    V[i, j] is row[i] * column[j] / mean(row), so the update is u = g * r * c with
-    r = (row / mean(row)) ** -1/2 and c = column ** -1/2.
-    """
+    """One step with row and column means of the second moment. V[i, j] is row[i] * column[j] /
+    mean(row), so the update is u = g * r * c with r = (row / mean(row)) ** -1/2 and c = column **
+    -1/2."""
     blocks = _blocks(p)
-    _mix_squares(g, row, column, blocks, rule, scratch)
+    _mix_squares(g, row, column, blocks, rule)
     r = (row / rule.sharding.mean_over(row.sum(dim=-1, keepdim=True), -2)).rsqrt_()
     c = column.rsqrt().unsqueeze(-2)
     # First pass: the mean squares of update and parameter, which decide clipping and scale. r is
@@ -326,7 +312,7 @@ def _update_factored(
     p_square = torch.empty_like(row) if rule.parameter_scale else None
     update = g
     for block in blocks:
-        update = scratch.product(g[block], _columns_at(c, block))
+        update = rule.scratch.product(g[block], _columns_at(c, block))
         u_square[block] = _row_mean_square(update, rule)
         if p_square is not None:
             p_square[block] = _row_mean_square(p[block], rule)
@@ -335,7 +321,7 @@ def _update_factored(
     # Second pass: g * c again, which costs less than memory for it, times one factor per row.
     for block in blocks:
         if len(blocks) > 1:  # else the scratch memory still holds it
-            update = scratch.product(g[block], _columns_at(c, block))
+            update = rule.scratch.product(g[block], _columns_at(c, block))
         m_block = None if m is None else m[block]
         _move(p[block], m_block, update, factor[block].unsqueeze(-1), rule)
 
@@ -346,12 +332,11 @@ def _mix_squares(
     column: Float[Tensor, "*E F"],
     blocks: list[slice],
     rule: _Rule,
-    scratch: _Scratch,
 ) -> None:
     """Mix the squared gradients into the running row and column means."""
     new_row, new_column = torch.empty_like(row), torch.zeros_like(column)
     for block in blocks:
-        squares = scratch.product(g[block], g[block])
+        squares = rule.scratch.product(g[block], g[block])
         new_row[block] = squares.sum(dim=-1)
         into = new_column if g.dim() == 2 else new_column[block]
         into += squares.sum(dim=-2)

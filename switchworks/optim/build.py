@@ -9,6 +9,7 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
@@ -43,6 +44,7 @@ class UpdateStats(NamedTuple):
     """Norm of all gradients together, before clipping. If not finite, nothing was updated."""
 
 
+@dataclass(eq=False)
 class Updater:
     """Masters, optimizers, clipping and schedule as one: gradients in, updated weights out.
 
@@ -51,12 +53,9 @@ class Updater:
     bucket, so that a float32 copy of all of them never exists.
     """
 
-    def __init__(
-        self, masters: MasterWeights, optimizers: list[torch.optim.Optimizer], config: OptimConfig
-    ) -> None:
-        self.masters = masters
-        self.optimizers = optimizers
-        self.config = config
+    masters: MasterWeights
+    optimizers: list[torch.optim.Optimizer]
+    config: OptimConfig
 
     def begin(self, step: int, total_steps: int) -> None:
         """Call before the first backward pass of step number `step`. Does nothing here."""
@@ -125,6 +124,7 @@ class Updater:
         self.masters.copy_to_model()
 
 
+@dataclass(eq=False)
 class BackwardUpdater(Updater):
     """An `Updater` that updates large weights in the backward pass, to the same values bit for bit.
 
@@ -133,11 +133,8 @@ class BackwardUpdater(Updater):
     the same step stay.
     """
 
-    def __init__(
-        self, masters: MasterWeights, optimizers: list[torch.optim.Optimizer], config: OptimConfig
-    ) -> None:
-        super().__init__(masters, optimizers, config)
-        assert config.clip_norm is None, "clipping needs the norm of all gradients"
+    def __post_init__(self) -> None:
+        assert self.config.clip_norm is None, "clipping needs the norm of all gradients"
         self._in_step = False
         self._bucket: list[str] = []
         """Names of large weights with a gradient, not yet updated."""
@@ -146,7 +143,7 @@ class BackwardUpdater(Updater):
         # The hooks hold a weak reference: the model would otherwise keep its updater, and the
         # updater its model, alive until the garbage collector runs.
         updater: weakref.ref[BackwardUpdater] = weakref.ref(self)
-        for name, parameter in masters.parameters.items():
+        for name, parameter in self.masters.parameters.items():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(partial(_on_grad, updater, name))
 
@@ -269,18 +266,14 @@ def _norm_over_ranks(grads: Sequence[Tensor]) -> Float[Tensor, ""]:
 
 
 def clip_coefficient(norm: float, max_norm: float | None) -> float:
-    """The factor that brings gradients of global norm `norm` to at most `max_norm`.
-
-    1 if they are within it, if `max_norm` is None, and if the norm is not finite.
-    """
+    """The factor that brings gradients of global norm `norm` to at most `max_norm`. 1 if they are
+    within it, if `max_norm` is None, and if the norm is not finite."""
     if max_norm is None or not math.isfinite(norm) or norm <= max_norm:
         return 1.0
     return max_norm / norm
 
 
 def first_nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
-    """The name of the first of `tensors` that holds NaN or infinity; None if all are finite.
-
-    Of a DTensor only this rank's part is checked.
-    """
+    """The name of the first of `tensors` that holds NaN or infinity; None if all are finite. Of a
+    DTensor only this rank's part is checked."""
     return next((name for name, tensor in tensors if not local(tensor).isfinite().all()), None)

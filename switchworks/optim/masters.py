@@ -18,22 +18,18 @@ _SMALL, _BUCKET = 2**16, 2**24
 
 
 class MasterWeights:
-    """A float32 master for every 16-bit parameter; any other parameter is its own master.
-
-    Names are those of `named_parameters()`, where a tied parameter appears once.
-    """
+    """A float32 master for every 16-bit parameter; any other parameter is its own master. Names are
+    those of `named_parameters()`, where a tied parameter appears once."""
 
     def __init__(
         self,
         named_parameters: Iterable[tuple[str, nn.Parameter]],
         weights: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Masters start from `weights` where these have the name, else from the parameter.
-
-        A float32 tensor in `weights` becomes the master itself and is changed by training: to keep
-        the digits of a float32 model, take them before it is cast, without a copy, by
-        `{name: p.detach() for name, p in model.named_parameters()}`.
-        """
+        """Masters start from `weights` where these have the name, else from the parameter. A
+        float32 tensor in `weights` becomes the master itself and is changed by training: to keep
+        the digits of a float32 model, take them before it is cast, without a copy, by `{name:
+        p.detach() for name, p in model.named_parameters()}`."""
         weights = weights or {}
         self.parameters = dict(named_parameters)
         """Name -> parameter, which the model computes with."""

@@ -45,11 +45,9 @@ class Sharding(NamedTuple):
         return sums.div_(self.shape[dim])
 
     def mean(self, x: Float[Tensor, "..."], first: int) -> Float[Tensor, "..."]:
-        """The mean of `x` over its dimensions from `first` on, which are kept with size 1.
-
-        `x` has the dimensions of this rank's part, or all but the last, over which each part has
-        been averaged by the size of the whole.
-        """
+        """The mean of `x` over its dimensions from `first` on, which are kept with size 1. `x` has
+        the dimensions of this rank's part, or all but the last, over which each part has been
+        averaged by the size of the whole."""
         dims = tuple(range(first, x.dim()))
         if not dims:
             return x

@@ -90,10 +90,8 @@ def allocate_shards(model: nn.Module, device: torch.device | str) -> None:
 
 @torch.no_grad()
 def initialise_shards(model: SwitchTransformer, seed: int) -> dict[str, Tensor]:
-    """Initialise every parameter of `model`, a shard of it where it is a `DTensor`.
-
-    Returns the float32 values of those parameters that keep 16 bits of them, by name.
-    """
+    """Initialise every parameter of `model`, a shard of it where it is a `DTensor`. Returns the
+    float32 values of those parameters that keep 16 bits of them, by name."""
     exact: dict[str, Tensor] = {}
     for name, weight in model.named_parameters():
         shape, offset = tuple(weight.shape), (0,) * weight.dim()
@@ -130,13 +128,9 @@ def _as_part(shard: Tensor, whole: Tensor) -> Tensor:
     """`shard` as this rank's part of a tensor that is split as `whole` is."""
     if not isinstance(whole, DTensor):
         return shard
+    mesh, placements, stride = whole.device_mesh, whole.placements, whole.stride()
     return DTensor.from_local(
-        shard,
-        whole.device_mesh,
-        whole.placements,
-        run_check=False,
-        shape=whole.shape,
-        stride=whole.stride(),
+        shard, mesh, placements, run_check=False, shape=whole.shape, stride=stride
     )
 
 

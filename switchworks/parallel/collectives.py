@@ -4,7 +4,8 @@ Tensor parallelism needs two sums (Megatron-LM, section 3): `copy_to_tp` before 
 a split layer and `reduce_from_tp` after the second. Expert parallelism needs the all-to-all.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,38 +19,31 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
 
-class _CopyToTP(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
+class _SumOverTP(torch.autograd.Function):
+    """The sum over the ranks of `group`, in the forward pass or in the backward pass alone."""
 
     @staticmethod
-    def backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor, None]:
-        return _all_reduce(grad_x, ctx.group), None
-
-
-class _ReduceFromTP(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        return _all_reduce(x, group)
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup, sums: bool) -> Tensor:
+        ctx.group, ctx.sums = group, sums
+        return _all_reduce(x, group) if sums else x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad_sum: Tensor) -> tuple[Tensor, None]:
-        return grad_sum, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad if ctx.sums else _all_reduce(grad, ctx.group), None, None
 
 
 def copy_to_tp(x: Float[Tensor, "..."], group: ProcessGroup) -> Float[Tensor, "..."]:
     """`x` itself; its gradient is summed over the ranks, each of which computes a part of the
     width."""
-    return _CopyToTP.apply(x, group)
+    return _SumOverTP.apply(x, group, False)
 
 
 def reduce_from_tp(x: Float[Tensor, "..."], group: ProcessGroup) -> Float[Tensor, "..."]:
     """The sum of `x` over the ranks; the gradient is passed on, as all ranks have the same."""
-    return _ReduceFromTP.apply(x, group)
+    return _SumOverTP.apply(x, group, True)
 
 
+@dataclass(eq=False)
 class AsyncAllToAll:
     """An all-to-all that has been started and not finished, and later that of its gradients.
 
@@ -58,13 +52,10 @@ class AsyncAllToAll:
     their dtype, and so do their gradients on the way back.
     """
 
-    def __init__(
-        self, group: ProcessGroup, send: Sequence[int] | None, receive: Sequence[int] | None
-    ) -> None:
-        self.group = group
-        self.send = None if send is None else list(send)
-        self.receive = None if receive is None else list(receive)
-        self._pending: tuple[Any, Tensor, Tensor]
+    group: ProcessGroup
+    send: list[int] | None
+    receive: list[int] | None
+    _pending: tuple[Any, Tensor, Tensor] | None = None
 
     def start(self, rows: Tensor, *, backward: bool) -> Tensor:
         """Start to send `rows` and return the tensor that will hold those received."""
@@ -79,9 +70,10 @@ class AsyncAllToAll:
 
     def finish(self) -> Tensor:
         """Wait for the rows and return them."""
+        assert self._pending is not None
         work, _, result = self._pending
         work.wait()
-        del self._pending
+        self._pending = None
         return result
 
 
@@ -116,13 +108,11 @@ class _Finish(torch.autograd.Function):
 def exchange(
     group: ProcessGroup,
     rows: Float[Tensor, "N D"],
-    send: Sequence[int] | None = None,
-    receive: Sequence[int] | None = None,
+    send: list[int] | None = None,
+    receive: list[int] | None = None,
 ) -> Callable[[], Float[Tensor, "M D"]]:
-    """Start to exchange rows; the returned function waits for those received.
-
-    What is computed in between overlaps with it, and so does what the backward pass computes there.
-    """
+    """Start to exchange rows; the returned function waits for those received. What is computed in
+    between overlaps with it, and so does what the backward pass computes there."""
     exchanging = AsyncAllToAll(group, send, receive)
     received = _Start.apply(rows, exchanging)
     return lambda: _Finish.apply(received, exchanging)
@@ -141,6 +131,7 @@ _BUCKET = 2**23
 """Numbers summed by one all-reduce."""
 
 
+@dataclass(frozen=True, eq=False)
 class GradientSum:
     """Sums the gradients of `model` over the ranks that saw different rows.
 
@@ -148,9 +139,8 @@ class GradientSum:
     rank's loss is its share of the whole batch's, so gradients are added, never averaged.
     """
 
-    def __init__(self, model: nn.Module, groups: Mapping[str, ProcessGroup]) -> None:
-        self.model = model
-        self.groups = groups
+    model: nn.Module
+    groups: Mapping[str, ProcessGroup]
 
     def expect(self, *, last: bool) -> None:
         """Call before each micro-batch: FSDP sums gradients in the last one alone."""
@@ -181,9 +171,7 @@ class GradientSum:
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     """Consecutive tensors of one dtype, at least `_BUCKET` numbers in all but the last of a dtype.
-
-    The order is that of the names, the same on every rank, so buckets match.
-    """
+    The order is that of the names, the same on every rank, so buckets match."""
     bucket: list[Tensor] = []
     for tensor in tensors:
         full = sum(member.numel() for member in bucket) >= _BUCKET

@@ -39,11 +39,8 @@ class MeshConfig:
     where. Work between steps, such as validation, counts as part of a step. 0: never."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, "mesh.", 1, "data", "expert", "model")
-        if self.overlap < 1:
-            raise ConfigError(f"mesh.overlap = {self.overlap} parts must be at least 1.")
-        if not self.timeout >= 0:
-            raise ConfigError(f"mesh.timeout = {self.timeout} seconds must be 0 (never) or more.")
+        check_at_least(self, "mesh.", 1, "data", "expert", "model", "overlap")
+        check_at_least(self, "mesh.", 0, "timeout")
 
     @property
     def size(self) -> int:

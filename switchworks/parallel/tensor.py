@@ -160,10 +160,8 @@ def gather_logits(logits: Float[Tensor, "B T v"], group: ProcessGroup) -> Float[
 def split_cross_entropy(
     logits: Float[Tensor, "B T v"], targets: Int[Tensor, "B T"], group: ProcessGroup
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """`losses.cross_entropy` of logits whose vocabulary is split over the ranks of `group`.
-
-    Only three numbers per position are exchanged, never the logits.
-    """
+    """`losses.cross_entropy` of logits whose vocabulary is split over the ranks of `group`. Only
+    three numbers per position are exchanged, never the logits."""
     wide = to_float32(logits)
     peak = wide.detach().amax(dim=-1)
     dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)

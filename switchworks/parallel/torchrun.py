@@ -14,12 +14,8 @@ import torch.distributed as dist
 
 _STORE_TIMEOUT = timedelta(seconds=60)
 _LOST = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "connectFullMesh failed",
-    "Timed out waiting",
-    "pair closure",
+    *("Connection closed by peer", "Connection reset by peer", "Broken pipe"),
+    *("connectFullMesh failed", "Timed out waiting", "pair closure"),
 )
 """Words of gloo's messages about a rank that is gone."""
 
@@ -53,11 +49,9 @@ def agent_store() -> "dist.Store | None":
 
 
 def init_process_group(backend: str, step_timeout: float) -> None:
-    """Create the default process group of all ranks.
-
-    A collective fails after half an hour, and not before the watchdog has had five minutes more
-    than `step_timeout` seconds to say which rank hangs.
-    """
+    """Create the default process group of all ranks. A collective fails after half an hour, and not
+    before the watchdog has had five minutes more than `step_timeout` seconds to say which rank
+    hangs."""
     timeout = timedelta(seconds=max(1800.0, step_timeout + 300.0))
     store = agent_store()
     if store is None:

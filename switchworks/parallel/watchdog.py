@@ -122,7 +122,8 @@ def diagnose(
     silent ones are blamed. If all ranks report, those that do not wait are. The step named is the
     one that the blamed ranks are in: ranks that wait may be one step ahead.
     """
-    silent = [rank for rank, pair in enumerate(zip(before, after, strict=True)) if _silent(*pair)]
+    pairs = enumerate(zip(before, after, strict=True))
+    silent = [rank for rank, (a, b) in pairs if b is None or (a is not None and a.beat == b.beat)]
     alive = {rank: status for rank, status in enumerate(after) if status and rank not in silent}
     busy = {} if silent else {rank: status for rank, status in alive.items() if not status.waits}
     waiting = {rank: status for rank, status in alive.items() if status.waits}
@@ -143,10 +144,6 @@ def diagnose(
             f"waiting for others: rank {names}{more}, in step {first.step + 1}, at {first.where}"
         )
     return "\n  ".join(lines)
-
-
-def _silent(before: RankStatus | None, after: RankStatus | None) -> bool:
-    return after is None or (before is not None and before.beat == after.beat)
 
 
 def current_frame(frame: FrameType | None) -> tuple[str, bool]:

@@ -8,7 +8,7 @@ from switchworks.config import ConfigError, check_positive, from_toml
 from switchworks.plan.trace import Operation, Traffic
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Machine:
     """What one device of a `node` of several does by its maker's figures; links count one
     direction."""
@@ -37,33 +37,9 @@ class Machine:
 
 
 MACHINES = {
-    "tpuv3": Machine(
-        name="TPUv3-like core",
-        flops=61.5e12,
-        memory_gib=16.0,
-        memory_bandwidth=450e9,
-        node=2048,
-        near=140e9,
-        far=3e9,
-    ),
-    "a100": Machine(
-        name="A100 80 GB, 8 to a node",
-        flops=312e12,
-        memory_gib=80.0,
-        memory_bandwidth=2.0e12,
-        node=8,
-        near=300e9,
-        far=25e9,
-    ),
-    "h100": Machine(
-        name="H100 80 GB, 8 to a node",
-        flops=989e12,
-        memory_gib=80.0,
-        memory_bandwidth=3.35e12,
-        node=8,
-        near=450e9,
-        far=50e9,
-    ),
+    "tpuv3": Machine("TPUv3-like core", 61.5e12, 16.0, 450e9, node=2048, near=140e9, far=3e9),
+    "a100": Machine("A100 80 GB, 8 to a node", 312e12, 80.0, 2.0e12, node=8, near=300e9, far=25e9),
+    "h100": Machine("H100 80 GB, 8 to a node", 989e12, 80.0, 3.35e12, node=8, near=450e9, far=50e9),
 }
 """tpuv3 is half a chip (123 TFLOP/s, 32 GiB, 900 GB/s, four links of 70 GB/s) in a pod of 1024.
 The others: dense bfloat16, NVLink in one direction, one network card of 200 or 400 Gb/s each."""

@@ -15,14 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from switchworks.config import ConfigError
-from switchworks.model import (
-    Embedding,
-    ExpertInput,
-    Experts,
-    Linear,
-    SwitchTransformer,
-    activate,
-)
+from switchworks.model import Embedding, ExpertInput, Experts, Linear, SwitchTransformer, activate
 from switchworks.quantise import matmul
 from switchworks.quantise.matmul import PRODUCTS, Product, to_int8
 
@@ -115,9 +108,7 @@ def quantise_config_of(model: SwitchTransformer) -> QuantiseConfig | None:
 @torch.no_grad()
 def dequantise(model: SwitchTransformer) -> SwitchTransformer:
     """An ordinary float32 model with the quantised weights of `model`, to train, change or export.
-
-    In evaluation mode, and sharing memory with `model` where that is in float32.
-    """
+    In evaluation mode, and sharing memory with `model` where that is in float32."""
     with torch.device("meta"):
         plain = SwitchTransformer(model.config)
     before = dict(model.named_parameters())
@@ -130,10 +121,8 @@ def dequantise(model: SwitchTransformer) -> SwitchTransformer:
 
 
 class QuantisedModule(nn.Module):
-    """Holds quantised weights as buffers: `name`, the integers, and `name`_scale.
-
-    4-bit weights that few rows were multiplied by have a second copy, in the kernel's order.
-    """
+    """Holds quantised weights as buffers: `name`, the integers, and `name`_scale. 4-bit weights
+    that few rows were multiplied by have a second copy, in the kernel's order."""
 
     def __init__(self, config: QuantiseConfig) -> None:
         super().__init__()

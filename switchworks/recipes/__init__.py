@@ -4,13 +4,10 @@ A recipe's docstring says what it trains, what it needs, and what was measured, 
 The name of a size (`sizes.py`) is a recipe too: that model, trained as in its paper.
 """
 
-import importlib
-import sys
 from collections.abc import Callable
 from functools import partial, wraps
-from pathlib import Path
 
-from switchworks.config import ConfigError
+from switchworks.config import ConfigError, import_named
 from switchworks.recipes import c4, finetune, quickstart, tiny
 from switchworks.recipes.finetune import text_of as text_of
 from switchworks.recipes.sizes import FAMILIES as FAMILIES
@@ -23,18 +20,11 @@ Recipe = Callable[..., Experiment]
 
 GROUPS: dict[str, tuple[Recipe, ...]] = {
     "On this machine": (
-        tiny.tiny,
-        quickstart.quickstart,
-        quickstart.quickstart_dense,
-        quickstart.quickstart_lm,
-        quickstart.quickstart_lm_dense,
-        quickstart.distil,
-        quickstart.text_folder,
-        finetune.finetune,
-        quickstart.speedup,
-        quickstart.speedup_dense,
-        quickstart.multilingual,
-        quickstart.multilingual_dense,
+        *(tiny.tiny, quickstart.quickstart, quickstart.quickstart_dense),
+        *(quickstart.quickstart_lm, quickstart.quickstart_lm_dense),
+        *(quickstart.distil, quickstart.text_folder, finetune.finetune),
+        *(quickstart.speedup, quickstart.speedup_dense),
+        *(quickstart.multilingual, quickstart.multilingual_dense),
     ),
     "The paper's models on C4": c4.RECIPES,
 }
@@ -55,23 +45,13 @@ def find_recipe(name: str) -> Recipe:
     size = name.replace("-", "_")
     if size in SIZES:
         return partial(c4.on_own_text if size in MT5 else c4.on_c4, size, SIZES[size])
-    module, _, function = name.partition(":")
-    if not function:
+    if ":" not in name:
         raise ConfigError(
             f"There is no recipe {name!r}. Recipes: {', '.join(RECIPES)}.\n"
             "  Names of sizes are recipes too; `switchworks recipes` lists them.\n"
             "  Your own: module:function, a function that returns an Experiment."
         )
-    if (here := str(Path.cwd())) not in sys.path:  # as `python` does, and installed commands do not
-        sys.path.insert(0, here)
-    try:
-        recipe = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"The recipe {name!r} cannot be imported: {error}.\n"
-            f"  Searched: {here} and the installed packages."
-        ) from error
-    return _checked(name, recipe)
+    return _checked(name, import_named(name, "The recipe"))
 
 
 def _checked(name: str, recipe: Callable[..., object]) -> Recipe:

@@ -5,10 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from switchworks.checkpoint import is_model, stored_config
-from switchworks.data import DataConfig, default_rows
+from switchworks.data import DataConfig, default_rows, run_data_config
 from switchworks.optim import OptimConfig
 from switchworks.recipes.quickstart import quickstart
-from switchworks.training import BestConfig, Experiment, settings_in
+from switchworks.training import BestConfig, Experiment
 
 ROWS = 64
 """Rows per batch, rounded up to a multiple of the model's routing groups."""
@@ -44,10 +44,8 @@ def finetune(init: Path | str | None = None) -> Experiment:
 def text_of(path: Path) -> DataConfig:
     """Text and row settings that the model in `path` was trained with; outside a run directory the
     defaults for its architecture."""
-    run = settings_in(path)
-    if run is not None:
-        return run.data
-    return default_rows(is_model(path) and stored_config(path).decoder_only)
+    decoder_only = is_model(path) and stored_config(path).decoder_only
+    return run_data_config(path) or default_rows(decoder_only)
 
 
 def _rows_of(init: Path | str | None) -> DataConfig:

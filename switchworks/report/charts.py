@@ -79,11 +79,8 @@ def line_chart(
     mark: Mark | None = None,
 ) -> str:
     """A `<figure>` with `curves`; "" if none has a point. `reference` is a line across, `mark`
-    down.
-
-    The y axis fits the values after the first tenth of the run; what lies outside is cut off, and a
-    note says so.
-    """
+    down. The y axis fits the values after the first tenth of the run; what lies outside is cut off,
+    and a note says so."""
     several = len(curves) > 1  # the legend names the curves left, even if that is one
     curves = [curve for curve in curves if len(curve.x)]
     if not curves:

@@ -5,7 +5,6 @@ one process.
 """
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,26 +23,26 @@ from switchworks.data import (
     DataConfig,
     Tokenizer,
     ValidationSet,
+    atomic_write_text,
     open_dataset,
     places_of,
     run_data_config,
     tasks_of,
 )
-from switchworks.device import compute_device
+from switchworks.device import compute_device, take_turns
 from switchworks.distil import fraction_of_gain
 from switchworks.evaluate import DecodingConfig, build_eval_set, measure, validation_losses
 from switchworks.generate import generate
 from switchworks.model import SwitchTransformer, active_parameters, flops_per_token, num_parameters
 from switchworks.quantise import quantise_config_of, tensors_of
 from switchworks.report.compression_page import compression_page
-from switchworks.report.html import write_page
-from switchworks.report.routing import open_comparable
+from switchworks.report.routing import open_comparable, page_folder
 
 ROWS = 16
 """Rows read at once, and texts continued at once."""
 NEW_TOKENS = 32
 REPEATS = 5
-"""Measurements of a speed, of which the median is taken, after one call to warm up."""
+"""Measurements of a speed, of which the median is taken."""
 EXAMPLES = 256
 """Examples of each task, evenly spread over the split."""
 
@@ -84,8 +83,8 @@ def write_compression(
         "threads": torch.get_num_threads(),
         "models": models,
     }
-    page = output or _home(paths[1]) / "compression.html"
-    write_page(page, compression_page(report))
+    page = output or page_folder(paths[1]) / "compression.html"
+    atomic_write_text(page, [compression_page(report)])
     write_json(page.with_suffix(".json"), report)
     return report | {"page": str(page)}
 
@@ -100,11 +99,6 @@ def _compare(models: list[dict[str, Any]]) -> None:
         model["role"] = role
         model["gain_kept"] = kept if defined else None
         model["compression"] = 1 - model["parameters"] / models[0]["parameters"]
-
-
-def _home(path: Path) -> Path:
-    """`path` if it is a run directory, else the current one: a model's files are sealed by hash."""
-    return path if (path / "experiment.toml").is_file() else Path()
 
 
 def _text_of(paths: Sequence[Path]) -> DataConfig:
@@ -161,24 +155,10 @@ def _speeds(models: Sequence[SwitchTransformer], held_out: ValidationSet) -> lis
 
 
 def _in_turns(works: Sequence[Callable[[], int]]) -> list[float]:
-    """Tokens per second of each function, which returns its tokens: A B A B, not A A B B.
-
-    The speed of a shared machine drifts by more than models differ; in turns it drifts for all.
-    """
-    for work in works:
-        work()
-    rounds = [[_speed(work) for work in works] for _ in range(REPEATS)]
-    return [median(speeds) for speeds in zip(*rounds, strict=True)]
-
-
-def _speed(work: Callable[[], int]) -> float:
-    """Tokens per second, between two moments in which a GPU has nothing to do."""
-    wait = torch.accelerator.synchronize if torch.accelerator.is_available() else lambda: None
-    wait()
-    started = time.perf_counter()
-    tokens = work()
-    wait()
-    return tokens / (time.perf_counter() - started)
+    """Tokens per second of each function, which returns its tokens."""
+    tokens = [work() for work in works]
+    times = take_turns(works, REPEATS)
+    return [count / median(each) for count, each in zip(tokens, times, strict=True)]
 
 
 @torch.no_grad()

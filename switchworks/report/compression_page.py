@@ -161,15 +161,10 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def _tensors(number: int, model: Mapping[str, Any]) -> str:
-    rows = [
-        [
-            escape(row["names"]),
-            str(row["bits"]),
-            f"{row['bits_with_scales']:.2f}",
-            _bytes(row["bytes"]),
-        ]
-        for row in model["tensors"]
-    ]
+    rows = []
+    for row in model["tensors"]:
+        bits, with_scales = str(row["bits"]), f"{row['bits_with_scales']:.2f}"
+        rows.append([escape(row["names"]), bits, with_scales, _bytes(row["bytes"])])
     table = html.table(["tensors", "bits a weight", "with scales", "bytes"], rows)
     return html.details(f"Every tensor of no. {number}, {model['path']}", html.scroll(table))
 

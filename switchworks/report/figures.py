@@ -53,12 +53,8 @@ def speedups(runs: Sequence[Run], base: Run, target: float) -> tuple[list[Tile],
                 (f"Speed-up in steps, {run.name}", ratio, f"{steps} instead of {note}"),
                 (f"Speed-up in time, {run.name}", time_ratio, f"{time} instead of {time_note}"),
             ]
-    names = (
-        f"Steps to a loss of {target:.3f}",
-        "Speed-up in steps",
-        f"Time to a loss of {target:.3f}",
-        "Speed-up in time",
-    )
+    goal = f"to a loss of {target:.3f}"
+    names = (f"Steps {goal}", "Speed-up in steps", f"Time {goal}", "Speed-up in time")
     return tiles, [[name, *cells] for name, *cells in zip(names, *columns, strict=True)]
 
 

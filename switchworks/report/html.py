@@ -5,7 +5,6 @@ Titles, names and values are plain text and escaped here; what is called HTML is
 
 import base64
 import hashlib
-import os
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -31,14 +30,6 @@ def document(title: str, sections: Iterable[str]) -> str:
         + "\n".join(section for section in sections if section)
         + f'</main><div id="tip"></div><script>{SCRIPT}</script></body></html>\n'
     )
-
-
-def write_page(path: Path, html: str) -> None:
-    """Write `path` in one move: a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(html, encoding="utf-8")
-    aside.replace(path)
 
 
 def header(title: str, facts: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from switchworks.config import DataError
+from switchworks.data import atomic_write_text
 from switchworks.report import html
 from switchworks.report.charts import Curve, Kind, Mark, curves_of, line_chart, points_of
 from switchworks.report.figures import by_corpus, compact, figures, recorded, speedups
@@ -31,7 +32,7 @@ def write_report(run_dirs: Sequence[Path], output: Path | None = None) -> Path:
     runs = [read_run(Path(path)) for path in run_dirs]
     name = "report.html" if len(runs) == 1 else "comparison.html"
     target = runs[0].path / name if output is None else Path(output)
-    html.write_page(target, page(runs))
+    atomic_write_text(target, [page(runs)])
     return target
 
 
@@ -165,16 +166,10 @@ def _corpora(runs: Sequence[Run]) -> str:
 
 
 def _chart(
-    runs: Sequence[Run],
-    title: str,
-    unit: str,
-    key: str,
-    *,
-    scale: int = 1,
-    line: Mark | None = None,
+    runs: Sequence[Run], name: str, unit: str, key: str, *, scale: int = 1, line: Mark | None = None
 ) -> str:
     curves = curves_of(runs, key, scale=scale)
-    return line_chart(title, unit, "step", curves, from_zero=True, reference=line)
+    return line_chart(name, unit, "step", curves, from_zero=True, reference=line)
 
 
 def _speed(runs: Sequence[Run]) -> str:

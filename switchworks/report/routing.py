@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from switchworks.checkpoint import is_model, load, open_model, write_json
+from switchworks.checkpoint import is_model, load, open_model, require_tokenizer, write_json
 from switchworks.config import CheckpointError
-from switchworks.data import DataConfig, Tokenizer, open_dataset
+from switchworks.data import DataConfig, Tokenizer, atomic_write_text, open_dataset
 from switchworks.device import compute_device
 from switchworks.evaluate import routing_report
 from switchworks.model import SwitchTransformer
@@ -48,25 +48,19 @@ def write_routing_report(
     by_label = {name or "text": rows for name, rows in held_out.batches.items()}
     report = {"model": str(path), "against": against and str(against), "text": str(data.named)}
     report |= routing_report(model, tokenizer, by_label, against=other[0][0] if other else None)
-    html.write_page(output, routing_page(report))
+    atomic_write_text(output, [routing_page(report)])
     write_json(output.with_suffix(".json"), report)
     return report
 
 
 def open_comparable(paths: Sequence[Path]) -> list[tuple[SwitchTransformer, Tokenizer]]:
-    """The models in `paths` as they are stored, on the compute device, and their tokenizers.
-
-    Raises CheckpointError for one without a tokenizer, or with another than the first has, or if
-    one reads prompts and the first inputs and targets.
-    """
+    """The models in `paths` as they are stored, on the compute device, and their tokenizers. Raises
+    CheckpointError for one without a tokenizer, or with another than the first has, or if one reads
+    prompts and the first inputs and targets."""
     opened: list[tuple[SwitchTransformer, Tokenizer]] = []
     for path in paths:
         model, tokenizer = load(path) if is_model(path) else open_model(path)
-        if tokenizer is None:
-            raise CheckpointError(
-                f"The model in {path} has no tokenizer, so it cannot read text.\n"
-                "  Put its spiece.model beside its weights, or save it with its tokenizer."
-            )
+        tokenizer = require_tokenizer(path, tokenizer)
         opened.append((model.to(compute_device()).eval(), tokenizer))
         if tokenizer.fingerprint != opened[0][1].fingerprint:
             raise CheckpointError(
@@ -79,6 +73,11 @@ def open_comparable(paths: Sequence[Path]) -> list[tuple[SwitchTransformer, Toke
                 "they read different rows.\n  Compare models of one kind."
             )
     return opened
+
+
+def page_folder(path: Path) -> Path:
+    """`path` if it is a run directory, else the current one: a model's files are sealed by hash."""
+    return path if (path / "experiment.toml").is_file() else Path()
 
 
 def routing_page(report: Mapping[str, Any]) -> str:
@@ -133,9 +132,7 @@ def _evenness(layer: Layer) -> float:
 
 def _explained(layers: Sequence[Layer], category: str) -> float:
     """Share of the entropy of the expert that is gone once the category is known, mean of layers.
-
-    Mutual information over the entropy of the load: 0 if independent, 1 if the category decides.
-    """
+    Mutual information over the entropy of the load: 0 if independent, 1 if the category decides."""
     return fmean(
         layer["information"][category] / layer["load_entropy"] if layer["load_entropy"] else 0.0
         for layer in layers

@@ -1,17 +1,16 @@
 """What a model wrote, beside what stood there: fill-ins and continuations as HTML."""
 
-import re
 from collections.abc import Sequence
 from html import escape
 
 import numpy as np
 
+from switchworks.generate import HOLE, parse_fills
 from switchworks.report import html
 from switchworks.report.runs import Run, Sample
 
 SAMPLE_STEPS = 8
 
-_HOLE = re.compile(r"<extra_id_(\d+)>")
 _FILLED_IN = (
     "Held-out text, filled in",
     'The model saw the text without the marked words. <mark class="right">its guess</mark> was the '
@@ -56,11 +55,11 @@ def _fill_ins(samples: Sequence[Sample]) -> tuple[str, list[str]]:
 
 def _filled(sample: Sample) -> tuple[str, int, int]:
     """The text with its holes filled; how many holes are right, and how many there are."""
-    truth, guesses = _answers(sample.truth), _answers(sample.prediction)
-    first, *pieces = _HOLE.split(sample.inputs)
+    truth, guesses = parse_fills(sample.truth), parse_fills(sample.prediction)
+    first, *pieces = HOLE.split(sample.inputs)
     text, right = escape(first), 0
     for number, after in zip(pieces[::2], pieces[1::2], strict=True):
-        guess, original = guesses.get(number, ""), truth.get(number, "")
+        guess, original = guesses.get(int(number), ""), truth.get(int(number), "")
         if guess == original:
             right += 1
             text += f'<mark class="right">{escape(guess)}</mark>'
@@ -68,10 +67,3 @@ def _filled(sample: Sample) -> tuple[str, int, int]:
             text += f"<mark>{escape(guess) or '(nothing)'}</mark><ins>{escape(original)}</ins>"
         text += escape(after)
     return text, right, len(pieces) // 2
-
-
-def _answers(text: str) -> dict[str, str]:
-    """Hole number -> what stands behind it; the first answer counts."""
-    _, *pieces = _HOLE.split(text)
-    pairs = list(zip(pieces[::2], pieces[1::2], strict=True))
-    return {number: words.strip() for number, words in reversed(pairs)}

@@ -15,7 +15,8 @@ def tasks_section(runs: Sequence[Run]) -> str:
         for run in runs
         if (sentence := _best_sentence(run))
     ]
-    names = _task_names(runs)
+    scores = [key for key in _keys(runs, "task/") if key.endswith("/score")]
+    names = [key.removesuffix("/score") for key in scores]
     if not names:
         return f"<section>{html.soft(' '.join(sentences))}</section>" if sentences else ""
     sentences.insert(0, "Answers to the same validation examples, out of 100; higher is better.")
@@ -41,11 +42,6 @@ def best_mark(runs: Sequence[Run]) -> Mark | None:
 def _keys(runs: Sequence[Run], prefix: str) -> list[str]:
     keys = dict.fromkeys(key for run in runs for key in run.keys(prefix))
     return [key.removeprefix(prefix) for key in keys]
-
-
-def _task_names(runs: Sequence[Run]) -> list[str]:
-    keys = _keys(runs, "task/")
-    return [key.removesuffix("/score") for key in keys if key.endswith("/score")]
 
 
 def _metrics(runs: Sequence[Run], name: str) -> list[str]:

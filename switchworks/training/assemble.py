@@ -81,11 +81,8 @@ def assemble(
         )
     elif ranks.is_main:
         print(dataset.coverage_warning(), end="")
-    checkpoints = Checkpoints(
-        run_dir / "checkpoints",
-        experiment.keep_checkpoints,
-        background=experiment.async_checkpoints,
-    )
+    keep, background = experiment.keep_checkpoints, experiment.async_checkpoints
+    checkpoints = Checkpoints(run_dir / "checkpoints", keep, background=background)
     newest = checkpoints if resuming else None
     state = initial_state(experiment, newest, init, teacher, dataset, ranks)
     if state.adapted is not None:
@@ -108,9 +105,7 @@ def num_trainable(experiment: Experiment) -> int:
 
 def _one_per_machine_first(ranks: Ranks, make: Callable[[], T]) -> T:
     """`make()` on every rank: first on one rank of each machine, which fills the cache on disk.
-
-    Raises on all ranks what it raises on one.
-    """
+    Raises on all ranks what it raises on one."""
     made, failure = None, None
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         try:

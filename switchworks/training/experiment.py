@@ -32,11 +32,7 @@ class BestConfig:
     """Improvements up to this size do not count."""
 
     def __post_init__(self) -> None:
-        if self.patience < 0 or not self.min_delta >= 0:
-            raise ConfigError(
-                f"best.patience = {self.patience} and best.min_delta = {self.min_delta} must be 0 "
-                "or more."
-            )
+        check_at_least(self, "best.", 0, "patience", "min_delta")
         known = re.search("^auto$|loss|perplexity|^task/", self.metric)
         if self.mode == "auto" and not known:
             raise ConfigError(

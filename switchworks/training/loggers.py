@@ -4,13 +4,12 @@ and the two that write files in the run directory."""
 import importlib
 import json
 import logging
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
-from switchworks.config import ConfigError
+from switchworks.config import ConfigError, import_named
 from switchworks.training.experiment import Experiment
 from switchworks.training.state import TrainState
 
@@ -43,18 +42,13 @@ class Logger(Protocol):
 
     def start(self, run: RunInfo) -> None:
         """Called once, before the first step of a session."""
-        ...
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """`values` were measured after `step` steps: numbers, and lists of numbers.
-
-        May be called several times per step; steps never decrease.
-        """
-        ...
+        """`values` were measured after `step` steps: numbers, and lists of numbers. May be called
+        several times per step; steps never decrease."""
 
     def close(self) -> None:
         """Called once, when the session ends, also by an error."""
-        ...
 
 
 _HERE = "switchworks.training"
@@ -73,18 +67,13 @@ def make_loggers(names: Sequence[str]) -> list[Logger]:
 
 
 def _make(name: str) -> Logger:
-    module, _, attribute = LOGGERS.get(name, name).partition(":")
-    if not attribute:
+    place = LOGGERS.get(name, name)
+    if ":" not in place:
         raise ConfigError(
             f"log: there is no logger {name!r}. Loggers: {', '.join(LOGGERS)}.\n"
             "  Your own: module:class with the methods start, log and close."
         )
-    if (here := str(Path.cwd())) not in sys.path:  # as `python` does, and installed commands do not
-        sys.path.insert(0, here)
-    try:
-        return getattr(importlib.import_module(module), attribute)()
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"log: the logger {name!r} cannot be imported: {error}.") from error
+    return import_named(place, "log: the logger")()
 
 
 def require_package(name: str) -> ModuleType:

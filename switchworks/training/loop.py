@@ -20,11 +20,9 @@ class Hook(Protocol):
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
         """Called after every step; `state.step` counts it already."""
-        ...
 
     def finish(self, state: TrainState, *, interrupted: bool) -> None:
         """Called once, after the last step or after the one in which a signal came."""
-        ...
 
 
 class LostContactError(RuntimeError):
@@ -70,10 +68,8 @@ class Interrupt:
 def run_loop(
     state: TrainState, batches: Iterator[Batch], hooks: Sequence[Hook], interrupt: Interrupt
 ) -> None:
-    """Train `state` to its last step, or until it ends early or `interrupt` is set.
-
-    Raises LostContactError if a rank of the mesh dies.
-    """
+    """Train `state` to its last step, or until it ends early or `interrupt` is set. Raises
+    LostContactError if a rank of the mesh dies."""
     try:
         _loop(state, batches, hooks, interrupt)
     except RuntimeError as error:

@@ -81,9 +81,7 @@ def warn_of_warmup(experiment: Experiment) -> None:
 
 def resolve_tokenizer(experiment: Experiment, init: Path | str | None) -> Experiment:
     """`experiment` with the tokenizer of `init` where a task tokenizer would be trained otherwise.
-
-    A tokenizer trained on the tasks' text would not fit that model.
-    """
+    A tokenizer trained on the tasks' text would not fit that model."""
     data = experiment.data
     if init is None or not data.tasks or data.tokenizer != "train":
         return experiment

@@ -11,7 +11,6 @@ best/               with best: the best weights so far as models; best.json says
 report.html
 """
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -88,18 +87,16 @@ def settings_in(path: Path) -> Experiment | None:
 
 
 def claim(path: Path, experiment: Experiment, about: Mapping[str, Any] | None = None) -> None:
-    """Make `path` the directory of `experiment` by writing experiment.toml, and about.json.
-
-    For a resumed run about.json keeps what it says of the beginning, and lists every session.
-    """
+    """Make `path` the directory of `experiment` by writing experiment.toml, and about.json. For a
+    resumed run about.json keeps what it says of the beginning, and lists every session."""
     path.mkdir(parents=True, exist_ok=True)
     if about is not None:
         before = data.run_metadata(path) if (path / "experiment.toml").exists() else {}
         kept = {name: before[name] for name in _OF_BEGINNING if name in before}
         session = {name: about[name] for name in _OF_SESSION if name in about}
         contents = {**about, **kept, "sessions": [*before.get("sessions", []), session]}
-        _put(path / "about.json", json.dumps(contents, indent=2) + "\n")
-    _put(path / "experiment.toml", to_toml(experiment))
+        data.atomic_write_json(path / "about.json", contents)
+    data.atomic_write_text(path / "experiment.toml", [to_toml(experiment)])
 
 
 _OF_BEGINNING = ("id", "command", "started", "init", "init_weights")
@@ -130,12 +127,6 @@ def require_same_run(
             "The teacher is not the one this run began with: its weights have changed.\n"
             "  Restore them, or start again in another --run-dir."
         )
-
-
-def _put(path: Path, text: str) -> None:
-    aside = path.with_suffix(".tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
 
 
 def _refuse_foreign_files(path: Path) -> None:

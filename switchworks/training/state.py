@@ -46,10 +46,8 @@ class TrainState:
     """Input and target tokens seen, padding not counted."""
     seconds: float = 0.0
     """Time spent in steps over all sessions, without validation and saving."""
-    teacher: SwitchTransformer | None = None
-    """The teacher, if there is one that runs. It never changes and is in no checkpoint."""
-    logits: "distil.LogitStore | None" = None
-    """The teacher's stored probabilities, in place of `teacher`."""
+    teacher: "SwitchTransformer | distil.LogitStore | None" = None
+    """One that runs, or its stored probabilities. It never changes and is in no checkpoint."""
     adapted: "adapt.Table | None" = None
     """The matrices with LoRA adapters, if the experiment has any."""
     best: Best | None = None
@@ -104,12 +102,10 @@ def build_state(
     assert (experiment.distil is None) == (teacher is None)
     spread = spread_model(experiment, model, ranks, empty=empty)
     state = state_of(experiment, spread, ranks, empty=empty)
+    state.teacher = teacher
     if isinstance(teacher, SwitchTransformer):
         cast_for_compute(teacher, getattr(torch, experiment.precision))
         teacher.to(state.model.embedding.weight.device).eval().requires_grad_(False)
-        state.teacher = teacher
-    else:
-        state.logits = teacher
     return state
 
 
@@ -255,10 +251,8 @@ def _full_model(
 
 
 def require_shape(experiment: Experiment, init: Path | str) -> None:
-    """Raises CheckpointError if `init` holds no model, or one of another shape.
-
-    Reads only its settings, so it can be called early; the vocabulary is compared later.
-    """
+    """Raises CheckpointError if `init` holds no model, or one of another shape. Reads only its
+    settings, so it can be called early; the vocabulary is compared later."""
     stored = checkpoint.stored_config(init)
     with torch.device("meta"):
         needed = SwitchTransformer(replace(experiment.model, vocab_size=stored.vocab_size))
@@ -276,11 +270,9 @@ def require_shape(experiment: Experiment, init: Path | str) -> None:
 
 
 def export(state: TrainState, directory: Path, tokenizer: "data.Tokenizer") -> None:
-    """Writes the float32 weights and the tokenizer to model/ of `directory`.
-
-    LoRA adapters are merged in, and also written to adapters/ by themselves; for that each rank
-    gathers the full model, as it did when the adapters were made.
-    """
+    """Writes the float32 weights and the tokenizer to model/ of `directory`. LoRA adapters are
+    merged in, and also written to adapters/ by themselves; for that each rank gathers the full
+    model, as it did when the adapters were made."""
     weights, lora = state.updater.masters.float_state(), state.experiment.lora
     if lora is not None and state.adapted is not None:
         also = state.adapted.also

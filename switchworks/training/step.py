@@ -94,12 +94,10 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
 def _accumulate(
     state: TrainState, part: Batch, number: int, num_targets: int
 ) -> tuple[Float[Tensor, "3"], tuple[Routing, ...]]:
-    """Forward and backward of the `number`-th micro-batch (from 1) of this rank's batch.
-
-    Its cross-entropy is weighted by its share of the batch's `num_targets`, its balance and router
+    """Forward and backward of the `number`-th micro-batch (from 1) of this rank's batch. Its
+    cross-entropy is weighted by its share of the batch's `num_targets`, its balance and router
     losses, which are means over routing groups, by its share of the groups. Returns its parts of
-    total, cross-entropy and soft loss, and its routing.
-    """
+    total, cross-entropy and soft loss, and its routing."""
     experiment, ranks = state.experiment, state.ranks
     num_parts = experiment.micro_batches * ranks.batch_world
     state.gradients.expect(last=number == experiment.micro_batches)
@@ -134,11 +132,8 @@ def _require_finite(state: TrainState, batch: Batch, name: str, value: float) ->
 
 def _seed_noise(state: TrainState) -> None:
     """Seed the global generator from (seed, batch rank, step): 32 bits of seed above 32 of step,
-    with the rank added in the bits from 48 on.
-
-    Ranks with rows of their own draw noise of their own; ranks that share the width of a layer have
-    the same batch rank and must draw the same.
-    """
+    with the rank added in the bits from 48 on. Ranks with rows of their own draw noise of their
+    own; ranks that share the width of a layer have the same batch rank and must draw the same."""
     torch.manual_seed((state.experiment.seed << 32) + (state.ranks.batch_rank << 48) + state.step)
 
 
@@ -146,10 +141,8 @@ def _forward_and_loss(
     state: TrainState, batch: Batch, number: int
 ) -> tuple[Output, Tensor, Tensor]:
     """The output for the `number`-th micro-batch, the loss to learn from and its teacher's part.
-
     Both are means in nats per target. Without a teacher, or with one of weight 0, which does not
-    run, they are the cross-entropy with the text, and 0.
-    """
+    run, they are the cross-entropy with the text, and 0."""
     compute = state.model if state.compiled is None else state.compiled
     config = state.experiment.distil
     if config is None or not config.uses_teacher:
@@ -157,18 +150,14 @@ def _forward_and_loss(
         hard = output.losses.cross_entropy
         return output, hard, hard.new_zeros(())
     # The teacher runs first: of it only logits remain while the student's activations pile up.
-    teacher_logits = _teacher_logits(state, batch)
+    logits, temperature = _teacher_logits(state, batch), config.temperature
     output = compute(**batch.arguments())
-    if state.logits is not None:
-        stored = state.logits.read(_rows_of(state, number), batch)
-        soft = distil.stored_distillation_loss(
-            output.logits, stored, batch.targets, config.temperature
-        )
+    if logits is not None:
+        soft = distil.distillation_loss(output.logits, logits, batch.targets, temperature)
     else:
-        assert teacher_logits is not None
-        soft = distil.distillation_loss(
-            output.logits, teacher_logits, batch.targets, config.temperature
-        )
+        assert isinstance(state.teacher, distil.LogitStore)
+        stored = state.teacher.read(_rows_of(state, number), batch)
+        soft = distil.stored_distillation_loss(output.logits, stored, batch.targets, temperature)
     hard = output.losses.cross_entropy
     return output, (1 - config.soft_weight) * hard + config.soft_weight * soft, soft
 
@@ -183,19 +172,17 @@ def _rows_of(state: TrainState, number: int) -> range:
 
 def _teacher_logits(state: TrainState, batch: Batch) -> Float[Tensor, "B T V"] | None:
     """The teacher's logits for the same rows; None without a teacher that runs."""
-    if state.teacher is None:
+    if not isinstance(state.teacher, SwitchTransformer):
         return None
     with torch.no_grad(), fast.skip_losses(state.teacher):
         return state.teacher(**batch.arguments()).logits
 
 
 def _first_nonfinite(state: TrainState, batch: Batch) -> str:
-    """The first tensor that is not finite among weights, activations in order, and gradients.
-
-    On a mesh all ranks come here together, as the loss and the gradient norm are sums over ranks;
-    each looks at its own part, and the first rank that has one names it. So every rank has to make
-    the same collective calls, whatever it finds itself.
-    """
+    """The first tensor that is not finite among weights, activations in order, and gradients. On a
+    mesh all ranks come here together, as the loss and the gradient norm are sums over ranks; each
+    looks at its own part, and the first rank that has one names it. So every rank has to make the
+    same collective calls, whatever it finds itself."""
     weights = ((name, weight.detach()) for name, weight in state.model.named_parameters())
     weight = _first_on_any_rank(state, first_nonfinite(weights))
     if weight is not None:
@@ -234,11 +221,9 @@ def _first_on_any_rank(state: TrainState, name: str | None) -> str | None:
 def layer_reports(
     model: SwitchTransformer, routings: list[tuple[Routing, ...]], ranks: Ranks
 ) -> dict[str, LayerReport]:
-    """Statistics of each switch layer over all micro-batches and ranks.
-
-    Losses are means over groups, of which every part has equally many; the rest are means over
-    tokens that are not padding, so it is summed weighted by tokens.
-    """
+    """Statistics of each switch layer over all micro-batches and ranks. Losses are means over
+    groups, of which every part has equally many; the rest are means over tokens that are not
+    padding, so it is summed weighted by tokens."""
     sums = [_summed(layer) for layer in zip(*routings, strict=True)]
     width = len(sums[0]) if sums else 0
     flat = ranks.all_sum([value for layer in sums for value in layer])
@@ -260,12 +245,6 @@ def _summed(reports: tuple[Routing, ...]) -> list[float]:
 
 
 def _report(sums: list[float], parts: int) -> LayerReport:
-    balance, router_z, tokens, dropped, confidence, *load = sums
-    tokens = max(1.0, tokens)
-    return LayerReport(
-        balance=balance / parts,
-        router_z=router_z / parts,
-        dropped=dropped / tokens,
-        confidence=confidence / tokens,
-        load=[fraction / tokens for fraction in load],
-    )
+    balance, router_z, tokens, *rest = sums
+    dropped, confidence, *load = (value / max(1.0, tokens) for value in rest)
+    return LayerReport(balance / parts, router_z / parts, dropped, confidence, load)

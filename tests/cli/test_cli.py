@@ -54,7 +54,7 @@ def test_an_error_of_the_system_is_said_without_a_traceback(monkeypatch, capsys)
     def full(words: list[str]) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setitem(VERBS, "recipes", full)
+    monkeypatch.setattr("switchworks.cli.recipes.run", full)
     assert main(["recipes"]) == 1
     assert "error: [Errno 28] No space left on device" in capsys.readouterr().err
     with pytest.raises(OSError, match="No space left"):

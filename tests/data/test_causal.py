@@ -80,7 +80,7 @@ def data(documents, tmp_path_factory) -> DataConfig:
 
 
 def pipeline_of(data: DataConfig) -> Pipeline:
-    prepared = prepare(data, vocab_size=384, quiet=True)
+    prepared = prepare(data, vocab_size=384)
     return Pipeline(data, prepared.train, prepared.tokenizer, RunRows(batch_size=2, seed=0))
 
 
@@ -124,7 +124,7 @@ def test_only_what_eos_pushes_out_is_left_out(data):
 
 
 def test_validation_rows_are_causal_and_never_change(data):
-    prepared = prepare(data, vocab_size=384, quiet=True)
+    prepared = prepare(data, vocab_size=384)
     run = RunRows(batch_size=2, seed=VALIDATION_SEED)
     first, again = (
         validation_batches(Pipeline(data, prepared.train, prepared.tokenizer, run), 2)

@@ -16,10 +16,7 @@ from switchworks.data.tokens.coverage import (
     coverage_table,
     measure_coverage,
 )
-from switchworks.data.tokens.tokenizer import (
-    ByteTokenizer,
-    SentencePieceTokenizer,
-)
+from switchworks.data.tokens.tokenizer import ByteTokenizer, SentencePieceTokenizer
 from switchworks.data.tokens.train import train_sentencepiece
 
 

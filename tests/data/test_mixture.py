@@ -307,10 +307,10 @@ def config(folders) -> DataConfig:
 
 
 def test_each_corpus_has_a_store_and_held_out_text_of_its_own(config) -> None:
-    corpora = open_dataset(config, vocab_size=512, quiet=True)
+    corpora = open_dataset(config, vocab_size=512)
     for name, alone in config.corpora.items():
         path = alone.path
-        part = open_dataset(alone, vocab_size=512, quiet=True).parts[""]
+        part = open_dataset(alone, vocab_size=512).parts[""]
         assert corpora.parts[name].folder == part.folder  # the very one the text has alone
         text = "".join(file.read_text().strip() for file in Path(path).iterdir())
         assert part.train.num_tokens + part.validation.num_tokens == len(text.encode())
@@ -329,7 +329,7 @@ def test_a_mixture_may_have_data_sets_beside_folders(folders, tmp_path, monkeypa
         streaming=streaming,
     )
     assert [own.dataset_config for own in config.corpora.values()] == [None, "default", None]
-    corpora = open_dataset(config, vocab_size=384, quiet=True)
+    corpora = open_dataset(config, vocab_size=384)
     assert list(corpora.parts) == ["a", "b", "c"]
     for name, said in (("a", "one "), ("b", "two ")):
         store = corpora.parts[name].train
@@ -340,7 +340,7 @@ def test_a_mixture_may_have_data_sets_beside_folders(folders, tmp_path, monkeypa
 @pytest.mark.parametrize("by", ["tokens", "documents"])
 def test_rates_are_by_the_tokens_or_the_documents_to_train_on(config, by) -> None:
     settings = replace(config, mixture_by=by, mixture_exponent=1.0)
-    corpora = open_dataset(settings, vocab_size=512, quiet=True)
+    corpora = open_dataset(settings, vocab_size=512)
     stores = [part.train for part in corpora.parts.values()]
     sizes = [s.num_tokens if by == "tokens" else s.num_documents for s in stores]
     expected = {"en": sizes[0] / sum(sizes), "qq": sizes[1] / sum(sizes)}
@@ -351,12 +351,12 @@ def test_rates_are_by_the_tokens_or_the_documents_to_train_on(config, by) -> Non
 
 def test_one_tokenizer_learns_from_all_corpora(config, folders) -> None:
     settings = replace(config, tokenizer="train")
-    corpora = open_dataset(settings, vocab_size=600, quiet=True)
+    corpora = open_dataset(settings, vocab_size=600)
     assert {part.tokenizer.fingerprint for part in corpora.parts.values()} == {
         corpora.tokenizer.fingerprint
     }
     english = replace(settings, mixture=(), path=str(folders / "en"))
-    alone = open_dataset(english, vocab_size=600, quiet=True).tokenizer
+    alone = open_dataset(english, vocab_size=600).tokenizer
     capitals = (folders / "qq").iterdir()
     text = next(capitals).read_text()
     assert len(corpora.tokenizer.encode(text)) < 0.8 * len(alone.encode(text))
@@ -380,12 +380,12 @@ def test_a_corpus_that_is_not_there_is_named_before_any_is_tokenised(config, tmp
     broken = (config.mixture[0], f"gd={tmp_path / 'nowhere'}")
     settings = replace(config, mixture=broken, cache=str(tmp_path / "cache"))
     with pytest.raises(DataError, match=r"Corpus 'gd': .*nowhere does not exist"):
-        open_dataset(settings, vocab_size=512, quiet=True)
+        open_dataset(settings, vocab_size=512)
     assert not (tmp_path / "cache").exists()
 
 
 def test_held_out_batches_are_shared_out_over_the_corpora(config) -> None:
-    corpora = open_dataset(config, vocab_size=512, quiet=True)
+    corpora = open_dataset(config, vocab_size=512)
     for asked, each in ((1, 1), (4, 2), (5, 3)):
         held_out = corpora.held_out(batch_size=2, batches=asked)
         assert [len(batches) for batches in held_out.batches.values()] == [each, each]
@@ -399,7 +399,7 @@ def test_held_out_batches_are_shared_out_over_the_corpora(config) -> None:
 def test_held_out_text_under_one_row_is_refused_by_the_corpus_name(config, tmp_path) -> None:
     (tmp_path / "gd.txt").write_text("Tha mi gu math. " * 20)
     settings = replace(config, mixture=(config.mixture[0], f"gd={tmp_path / 'gd.txt'}"))
-    corpora = open_dataset(settings, vocab_size=512, quiet=True)
+    corpora = open_dataset(settings, vocab_size=512)
     corpora.training(batch_size=2, seed=0)
     with pytest.raises(DataError, match=r"Corpus 'gd': Held-out text: .*(.|\n)*validation_share"):
         corpora.held_out(batch_size=2, batches=1)
@@ -426,7 +426,7 @@ def _validations(run_dir: Path) -> list[dict]:
 
 
 def test_a_run_notes_the_loss_of_each_corpus_and_their_mean_by_rates(run_of_two, config) -> None:
-    shares = open_dataset(config, vocab_size=512, quiet=True).rates
+    shares = open_dataset(config, vocab_size=512).rates
     lines = _validations(run_of_two)
     assert [line["step"] for line in lines] == [2, 4, 6]
     for line in lines:
@@ -437,7 +437,7 @@ def test_a_run_notes_the_loss_of_each_corpus_and_their_mean_by_rates(run_of_two,
 
 def test_a_run_notes_how_often_each_corpus_was_read(run_of_two, config) -> None:
     experiment = from_toml(Experiment, run_of_two / "experiment.toml")
-    corpora = open_dataset(config, vocab_size=512, quiet=True)
+    corpora = open_dataset(config, vocab_size=512)
     last = _validations(run_of_two)[-1]
     row = raw_length(64, 0.15, 3.0)
     rows = sum(

@@ -54,9 +54,7 @@ def test_a_window_of_scraps_only_is_kept_as_one_piece() -> None:
 
 
 @given(
-    st.lists(st.integers(1, 40), min_size=4, max_size=30),
-    st.integers(8, 128),
-    st.integers(6, 64),
+    st.lists(st.integers(1, 40), min_size=4, max_size=30), st.integers(8, 128), st.integers(6, 64)
 )
 def test_the_pieces_of_a_window_always_fit_one_row(
     sizes: list[int], input_length: int, target_length: int

@@ -156,7 +156,7 @@ def test_languages_kept_by_the_flag_but_under_one_row_are_left_out_with_the_reas
     (texts / "gd.txt").write_text("Halo.\nTapadh leat.\n", encoding="utf-8")
     config = of(texts, min_sentences=1, validation_share=0.2, **ROWS_OF_BYTES)
     with caplog.at_level(logging.WARNING):
-        corpora = open_dataset(config, vocab_size=384, quiet=True)
+        corpora = open_dataset(config, vocab_size=384)
     assert "gd" not in corpora.parts
     assert "he" in corpora.parts
     assert "gd is left out, train text: The corpus has" in caplog.text
@@ -166,7 +166,7 @@ def test_a_language_under_one_row_that_was_asked_for_by_name_is_refused(texts):
     (texts / "gd.txt").write_text("Halo.\nTapadh leat.\n", encoding="utf-8")
     config = of(texts, "he", "gd", min_sentences=1, validation_share=0.2, **ROWS_OF_BYTES)
     with pytest.raises(DataError, match=r"\(gd\) cannot be used: of its text to train on: The "):
-        open_dataset(config, vocab_size=384, quiet=True)
+        open_dataset(config, vocab_size=384)
 
 
 @pytest.mark.parametrize(
@@ -280,8 +280,7 @@ def test_a_mixture_of_languages_goes_on_at_any_step_as_if_never_stopped(texts, t
     config = of(texts, tokenizer="bytes", input_length=64, target_length=14, validation_share=0.2)
     config = replace(config, cache=str(tmp_path / "cache"), prefetch=0)
     first, second = (
-        open_dataset(config, vocab_size=384, quiet=True).training(batch_size=4, seed=1)
-        for _ in range(2)
+        open_dataset(config, vocab_size=384).training(batch_size=4, seed=1) for _ in range(2)
     )
     ahead = first.batches()
     for _ in range(5):

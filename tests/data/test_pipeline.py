@@ -422,7 +422,7 @@ def test_text_on_disk_comes_back_out_of_the_batches(
         target_length=17,
         packing=packing,
     )
-    prepared = prepare(config, vocab_size=384, quiet=True)
+    prepared = prepare(config, vocab_size=384)
     pipeline = Pipeline(config, prepared.train, prepared.tokenizer, RunRows(batch_size=2, seed=0))
     batch = pipeline.batch(0)
     first = int((batch.inputs[0] == 1).nonzero()[0])  # where the first example ends

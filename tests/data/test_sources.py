@@ -158,10 +158,7 @@ def test_half_a_surrogate_pair_in_json_does_not_stop_the_reading(tmp_path, cache
 
 BAD_FILES = {
     "binary.txt": (b"abc\0def", r"binary\.txt is binary, not text: byte 3 is zero"),
-    "latin.txt": (
-        b"x" * 70_000 + b"\xe9 caf",
-        r"latin\.txt is not UTF-8: byte 70000 is 0xe9",
-    ),
+    "latin.txt": (b"x" * 70_000 + b"\xe9 caf", r"latin\.txt is not UTF-8: byte 70000 is 0xe9"),
     "cut.txt": ("caf\u00e9".encode()[:-1], r"cut\.txt is not UTF-8: byte 3 is 0xc3"),
     "torn.parquet": (parquet()[:200], r"torn\.parquet cannot be read as Parquet"),
     "name.txt.gz": (None, r"name\.txt\.gz is damaged, or is not what its name says"),

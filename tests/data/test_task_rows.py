@@ -294,7 +294,7 @@ def test_a_tokenizer_trained_here_learns_from_the_tasks(tmp_path):
     path = tmp_path / "t.jsonl"
     path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     config = settings(tmp_path, tasks=(f"t={path}",), tokenizer="train")
-    corpora = open_dataset(config, vocab_size=640, quiet=True)
+    corpora = open_dataset(config, vocab_size=640)
     assert len(corpora.tokenizer.encode("the expression")) < 6
 
 

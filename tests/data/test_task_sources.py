@@ -225,10 +225,7 @@ def test_a_few_empty_targets_among_thousands_are_left_out_and_counted(tmp_path):
     counts = Counts()
     found = list(examples_of(task, "train", Places(tmp_path, validation_share=1e-9), counts))
     assert len(found) == counts.examples == 1999
-    assert (counts.empty, counts.first_empty) == (
-        1,
-        "record 4 of train, with the input 'review 3'",
-    )
+    assert (counts.empty, counts.first_empty) == (1, "record 4 of train, with the input 'review 3'")
 
 
 def test_empty_targets_that_are_held_out_are_counted_and_refuse_nothing(tmp_path):

@@ -27,31 +27,19 @@ GOLDEN = {
         "cola sentence: Him left.",
         "unacceptable",
     ),
-    "glue_sst2": (
-        {"sentence": "a gem", "label": 1, "idx": 0},
-        "sst2 sentence: a gem",
-        "positive",
-    ),
+    "glue_sst2": ({"sentence": "a gem", "label": 1, "idx": 0}, "sst2 sentence: a gem", "positive"),
     "glue_mrpc": (
         PAIR | {"label": 1},
         "mrpc sentence1: Big news. sentence2: No idea.",
         "equivalent",
     ),
-    "glue_stsb": (
-        PAIR | {"label": 1.66},
-        "stsb sentence1: Big news. sentence2: No idea.",
-        "1.6",
-    ),
+    "glue_stsb": (PAIR | {"label": 1.66}, "stsb sentence1: Big news. sentence2: No idea.", "1.6"),
     "glue_qqp": (
         {"question1": "How so?", "question2": "Why not?", "label": 0, "idx": 10},
         "qqp question1: How so? question2: Why not?",
         "not_duplicate",
     ),
-    "glue_mnli": (
-        NLI | {"label": 1},
-        "mnli hypothesis: It is wet. premise: It rains.",
-        "neutral",
-    ),
+    "glue_mnli": (NLI | {"label": 1}, "mnli hypothesis: It is wet. premise: It rains.", "neutral"),
     "glue_mnli_mismatched": (
         NLI | {"label": 2},
         "mnli hypothesis: It is wet. premise: It rains.",
@@ -196,16 +184,8 @@ GOLDEN = {
         "summarize: An article.",
         "A summary.",
     ),
-    "anli_r1": (
-        NLI | {"label": 0},
-        "anli hypothesis: It is wet. premise: It rains.",
-        "entailment",
-    ),
-    "anli_r2": (
-        NLI | {"label": 1},
-        "anli hypothesis: It is wet. premise: It rains.",
-        "neutral",
-    ),
+    "anli_r1": (NLI | {"label": 0}, "anli hypothesis: It is wet. premise: It rains.", "entailment"),
+    "anli_r2": (NLI | {"label": 1}, "anli hypothesis: It is wet. premise: It rains.", "neutral"),
     "anli_r3": (
         NLI | {"label": 2},
         "anli hypothesis: It is wet. premise: It rains.",
@@ -454,11 +434,7 @@ def test_questions_have_every_right_answer():
 
 def test_closed_book_questions_are_split_where_orqa_split_them():
     names = TASKS["natural_questions"].source.names
-    assert names == {
-        "train": "train[:79168]",
-        "validation": "train[79168:]",
-        "test": "validation",
-    }
+    assert names == {"train": "train[:79168]", "validation": "train[79168:]", "test": "validation"}
     assert TASKS["web_questions"].source.names["train"] == "train[:3417]"
     assert TASKS["trivia_qa"].source.names["validation"] == "train[78785:]"
 

@@ -13,11 +13,7 @@ from hypothesis import strategies as st
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from switchworks.config import DataError
-from switchworks.data.tokens.tokenizer import (
-    ByteTokenizer,
-    SentencePieceTokenizer,
-    load_tokenizer,
-)
+from switchworks.data.tokens.tokenizer import ByteTokenizer, SentencePieceTokenizer, load_tokenizer
 from switchworks.data.tokens.train import train_sentencepiece
 
 SENTENCE = "the cat sat on a mat while rain fell over every quiet town and nobody walked home"

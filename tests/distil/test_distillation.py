@@ -190,10 +190,7 @@ def test_where_the_teacher_gains_nothing_no_share_of_it_is_kept():
 def test_a_fresh_setting_is_three_quarters_hard_and_a_quarter_soft():
     """Fedus et al. 2021, section 4.2: 0.75 ground truth, 0.25 teacher."""
     state, batch = state_with(), some_batch()
-    given = {
-        "input_segments": batch.input_segments,
-        "target_segments": batch.target_segments,
-    }
+    given = {"input_segments": batch.input_segments, "target_segments": batch.target_segments}
     teacher = SwitchTransformer(tiny().model, seed=5).eval()
     taught = teacher(batch.inputs, batch.targets, **given).logits
     output = state.model(batch.inputs, batch.targets, **given)
@@ -471,7 +468,7 @@ def refusal(student: Experiment, tmp_path: Path, kind: type[Exception], **more) 
 
 
 @pytest.mark.parametrize(
-    ("given", "reason"), [("nowhere", "it does not exist"), ("", "none is named")]
+    ("given", "reason"), [("nowhere", "does not exist"), ("", "none is named")]
 )
 def test_a_teacher_that_is_not_there_is_explained(given, reason, student, tmp_path):
     lost = replace(student, distil=replace(student.distil, teacher=given))
@@ -484,7 +481,7 @@ def test_a_teacher_whose_run_has_not_ended_is_explained(student, tiny_run, tmp_p
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "experiment.toml").write_text("")
     early = replace(student, distil=replace(student.distil, teacher=str(tmp_path / "half")))
-    assert "that run has not finished" in refusal(early, tmp_path, CheckpointError)
+    assert "a run that has not ended" in refusal(early, tmp_path, CheckpointError)
 
 
 def test_a_teacher_with_another_vocabulary_is_refused_with_the_flag_that_helps(

@@ -8,12 +8,7 @@ import torch
 from switchworks.config import ConfigError
 from switchworks.data.tasks import TASKS, Example, Hub, Task
 from switchworks.data.tokens.tokenizer import ByteTokenizer
-from switchworks.evaluate.answers import (
-    DecodingConfig,
-    answer,
-    log_likelihoods,
-    write,
-)
+from switchworks.evaluate.answers import DecodingConfig, answer, log_likelihoods, write
 from switchworks.generate import batches_by_length, generate
 
 TEXTS = ["a", "a much longer text than that", "ab", "some text", "x" * 60]

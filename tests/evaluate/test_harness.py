@@ -217,7 +217,7 @@ def test_the_harness_runs_a_task_of_its_own_with_our_model(model, tmp_path):
 @needs_lm_eval
 def test_a_model_without_a_tokenizer_cannot_be_asked(byte_decoder, tmp_path):
     save(byte_decoder, tmp_path / "model")
-    with pytest.raises(CheckpointError, match="without a tokenizer"):
+    with pytest.raises(CheckpointError, match="has no tokenizer"):
         harness_model(tmp_path / "model")
 
 

@@ -119,10 +119,7 @@ def test_a_compiled_run_is_resumed_as_if_nothing_had_been(corpus, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "what"),
-    [
-        ({"mesh": MeshConfig(expert=2)}, "a mesh of 2 ranks"),
-    ],
+    ("changes", "what"), [({"mesh": MeshConfig(expert=2)}, "a mesh of 2 ranks")]
 )
 def test_what_cannot_be_one_graph_is_refused(changes, what):
     with pytest.raises(ConfigError, match=f"compile beside {what}: a step must be one graph"):

@@ -18,13 +18,7 @@ from switchworks.fast.attention import (
 from switchworks.fast.kernels import use_fast_kernels
 from switchworks.fast.norm import rms_norm
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
-from switchworks.model.attention import (
-    RelativeBias,
-    attend,
-    causal,
-    mask_to_bias,
-    segment_mask,
-)
+from switchworks.model.attention import RelativeBias, attend, causal, mask_to_bias, segment_mask
 from switchworks.model.layers import RMSNorm, SharedDropout
 
 NO_DROPOUT = SharedDropout(0.0)

@@ -7,12 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from switchworks.model import RoutingConfig, SwitchFFN
-from switchworks.model.losses import (
-    balance_loss,
-    cross_entropy,
-    expert_load,
-    router_z_loss,
-)
+from switchworks.model.losses import balance_loss, cross_entropy, expert_load, router_z_loss
 
 ALPHA = 0.01
 

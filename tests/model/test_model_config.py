@@ -5,12 +5,7 @@ from dataclasses import replace
 import pytest
 
 from switchworks.config import ConfigError, from_dict, from_toml, to_toml
-from switchworks.model import (
-    ModelConfig,
-    RoutingConfig,
-    SwitchFFN,
-    SwitchTransformer,
-)
+from switchworks.model import ModelConfig, RoutingConfig, SwitchFFN, SwitchTransformer
 
 
 def test_what_is_not_set_is_as_the_paper_has_it():

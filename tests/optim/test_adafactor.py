@@ -299,10 +299,7 @@ def step_all(weights: list[Tensor], grads: list[list[Tensor]], **group) -> list[
         ([(6, 3), (6, 3)], {"min_factored_dim": 5}),
         ([(4, 5, 6), (4, 5, 6), (4, 6, 5)], {"stacked": True, "min_factored_dim": 5}),
         ([(4, 5, 6), (4, 5, 6)], {"stacked": True, "min_factored_dim": 128}),
-        (
-            [(4, 5, 6), (4, 5, 6)],
-            {"stacked": True, "min_factored_dim": 5, "per_expert": False},
-        ),
+        ([(4, 5, 6), (4, 5, 6)], {"stacked": True, "min_factored_dim": 5, "per_expert": False}),
         ([(4, 5, 6), (4, 5, 6)], {"stacked": True, "per_expert": False}),
         ([(7,), (7,)], {"weight_decay": 0.1, "parameter_scale": False}),
     ],

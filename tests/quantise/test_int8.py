@@ -15,12 +15,7 @@ from switchworks.quantise.matmul import (
     int8_kernel,
     to_int8,
 )
-from switchworks.quantise.modules import (
-    QuantiseConfig,
-    QuantisedExperts,
-    QuantisedLinear,
-    quantise,
-)
+from switchworks.quantise.modules import QuantiseConfig, QuantisedExperts, QuantisedLinear, quantise
 
 CONFIG = ModelConfig(
     vocab_size=40,

@@ -14,13 +14,7 @@ import pytest
 
 from switchworks.config import ConfigError
 from switchworks.training import Experiment, Interrupted, train
-from switchworks.training.loggers import (
-    LOGGERS,
-    JsonLines,
-    RunInfo,
-    make_loggers,
-    metrics_after,
-)
+from switchworks.training.loggers import LOGGERS, JsonLines, RunInfo, make_loggers, metrics_after
 
 
 class Listed:

@@ -104,13 +104,7 @@ MESHES = {
     "rows apart": Case(MeshConfig(data=2), more=WORDS),
     "rows apart, weights whole": Case(MeshConfig(data=2, shard=False), more=WORDS),
 }
-TEXTS = [
-    "one",
-    "two and three",
-    "a much longer text than all the others",
-    "",
-    "five",
-]
+TEXTS = ["one", "two and three", "a much longer text than all the others", "", "five"]
 
 
 def write_between_steps(rank: int, cases: list[Case]) -> list[tuple[list[float], list[str]]]:

@@ -7,14 +7,8 @@ from typing import Any, Literal
 from switchworks.config import CheckpointError, ConfigError
 from switchworks.model import ModelConfig, RoutingConfig
 
-_NAMES = {
-    "vocab_size": "vocab_size",
-    "d_model": "d_model",
-    "d_ff": "d_ff",
-    "d_kv": "d_kv",
-    "num_heads": "num_heads",
-    "num_layers": "num_layers",
-    "num_decoder_layers": "num_decoder_layers",
+_SAME = ("vocab_size", "d_model", "d_ff", "d_kv", "num_heads", "num_layers", "num_decoder_layers")
+_NAMES = {name: name for name in _SAME} | {
     "dropout": "dropout_rate",
     "norm_epsilon": "layer_norm_epsilon",
     "relative_buckets": "relative_attention_num_buckets",
@@ -139,10 +133,8 @@ def _refuse_other_ids(values: Mapping[str, Any]) -> None:
 def _activation(
     values: Mapping[str, Any], default: str, sparse: bool
 ) -> tuple[Literal["relu", "gelu"], bool]:
-    """The activation, and whether the configuration mentions a gate.
-
-    Switch models have dense_act_fn; older ones, and all with gates, also feed_forward_proj.
-    """
+    """The activation, and whether the configuration mentions a gate. Switch models have
+    dense_act_fn; older ones, and all with gates, also feed_forward_proj."""
     key = "feed_forward_proj"
     if sparse and not str(values.get(key, "")).startswith("gated-"):
         key = "dense_act_fn"
@@ -156,10 +148,8 @@ def _activation(
 
 def _is_tied(values: Mapping[str, Any], kind: str) -> bool:
     """Whether the output is scaled by d_model ** -0.5, which in this family means tied.
-
     transformers 5 writes tie_word_embeddings = true for every T5, and the actual value as
-    scale_decoder_outputs; mT5 never scales.
-    """
+    scale_decoder_outputs; mT5 never scales."""
     tied = values.get("tie_word_embeddings", True) is not False
     if kind == "t5":
         return bool(values.get("scale_decoder_outputs", tied))
@@ -237,11 +227,9 @@ def _sparse_values(config: ModelConfig, routing: RoutingConfig) -> dict[str, Any
 
 
 def _num_sparse(layers: int, blocks: set[int]) -> int:
-    """The num_sparse_layers with which transformers makes `blocks` sparse.
-
-    Its rule: with step = layers // number, blocks 1, 1 + step, ... or, if step is 1, all. A step
-    of 0, from a number beyond the layers, makes none sparse.
-    """
+    """The num_sparse_layers with which transformers makes `blocks` sparse. Its rule: with step =
+    layers // number, blocks 1, 1 + step, ... or, if step is 1, all. A step of 0, from a number
+    beyond the layers, makes none sparse."""
     for number in range(1, layers + 2):
         step = layers // number
         if blocks == {b for b in range(layers) if step == 1 or (step > 1 and b % step == 1)}:

@@ -124,10 +124,8 @@ def to_hf_state(model: SwitchTransformer, *, ffn: str) -> dict[str, Tensor]:
 
 
 def to_hf(name: str, tensor: Tensor, *, gated: bool, ffn: str) -> Iterator[tuple[str, Tensor]]:
-    """The parameter `name` as transformers has it: one tensor, or one for each expert.
-
-    Works for anything of the parameter's shape, such as its gradient.
-    """
+    """The parameter `name` as transformers has it: one tensor, or one for each expert. Works for
+    anything of the parameter's shape, such as its gradient."""
     pattern = name
     for ours, theirs in RENAMES:
         pattern = re.sub(ours, theirs, pattern)

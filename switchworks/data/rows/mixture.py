@@ -22,12 +22,7 @@ from jaxtyping import Float, Int
 from switchworks.batch import Batch
 from switchworks.config import DataError
 from switchworks.data.config import DataConfig
-from switchworks.data.rows.pipeline import (
-    BatchStream,
-    Pipeline,
-    RunRows,
-    stream_seed,
-)
+from switchworks.data.rows.pipeline import BatchStream, Pipeline, RunRows, stream_seed
 from switchworks.data.tokens.store import TokenStore
 from switchworks.data.tokens.tokenizer import Tokenizer
 

@@ -36,12 +36,8 @@ def pack(
     targets, target_segments = _side([[piece[1] for piece in row] for row in rows], target_length)
     if not segments:
         return Batch(inputs=inputs, targets=targets)
-    return Batch(
-        inputs=inputs,
-        targets=targets,
-        input_segments=input_segments,
-        target_segments=target_segments,
-    )
+    ids = {"input_segments": input_segments, "target_segments": target_segments}
+    return Batch(inputs=inputs, targets=targets, padding=True, **ids)
 
 
 def _side(

@@ -87,10 +87,8 @@ class BatchStream(ABC):
         return self.rows(rows_of_step(step, run.batch_size, run.rank, run.world))
 
     def batches(self, start_step: int = 0) -> Generator[Batch, None, None]:
-        """batch(start_step), batch(start_step + 1), ... without end.
-
-        A thread makes them up to `prefetch` ahead, in order; closing the iterator ends the thread.
-        """
+        """batch(start_step), batch(start_step + 1), ... without end. A thread makes them up to
+        `prefetch` ahead, in order; closing the iterator ends the thread."""
         if self.prefetch == 0:
             yield from map(self.batch, count(start_step))
             return
@@ -104,10 +102,7 @@ class BatchStream(ABC):
 
 
 class Pipeline(BatchStream):
-    """The batches of one corpus.
-
-    `raw_length` is the number of tokens a row consumes.
-    """
+    """The batches of one corpus. `raw_length` is the number of tokens a row consumes."""
 
     def __init__(
         self, config: DataConfig, store: TokenStore, tokenizer: Tokenizer, run: RunRows
@@ -145,17 +140,16 @@ class Pipeline(BatchStream):
         return start, start + self.raw_length
 
     def _causal(self, rows: Sequence[int]) -> Batch:
-        pairs = [self._causal_row(row) for row in rows]
+        pairs = []
+        for start, stop in map(self.window_of, rows):
+            starts = self.store.document_bounds(start, stop) - start
+            tokens = self.store.tokens(start, stop)
+            pairs.append(causal_row(tokens, starts, self.tokenizer.eos_id))
         targets, segments = (torch.from_numpy(np.stack(part)) for part in zip(*pairs, strict=True))
         empty = targets[:, :0]
         if self.config.packing == "stream":
             return Batch(inputs=empty, targets=targets, padding=False)
         return Batch(inputs=empty, targets=targets, input_segments=empty, target_segments=segments)
-
-    def _causal_row(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        start, stop = self.window_of(row)
-        starts = self.store.document_bounds(start, stop) - start
-        return causal_row(self.store.tokens(start, stop), starts, self.tokenizer.eos_id)
 
     def _stream_rows(self, rows: Sequence[int]) -> Batch:
         tokens = np.stack([self.store.tokens(*self.window_of(row)) for row in rows])
@@ -263,10 +257,8 @@ def _document_window(
     config: DataConfig, store: TokenStore, corruption: SpanCorruption, longest: int
 ) -> int:
     """The longest window, up to `longest`, that fits its row whole in nearly all sampled windows.
-
-    Each document in a window costs an EOS in inputs and targets and rounds its spans up or down,
-    so what fits depends on how long the documents are.
-    """
+    Each document in a window costs an EOS in inputs and targets and rounds its spans up or down, so
+    what fits depends on how long the documents are."""
     row = config.input_length, config.target_length
     least = corruption.lengths(SHORTEST_PIECE)
     if row[0] < least[0] or row[1] < least[1]:
@@ -285,19 +277,13 @@ def _document_window(
 
     def too_long(raw: int) -> bool:
         # Cut each sampled window to `raw` tokens and add up what its pieces need.
-        fits = [needs[np.diff(_truncated(b, raw))].sum(axis=0) <= row for b in sample]
+        fits = [needs[np.diff(np.minimum(b, b[0] + raw))].sum(axis=0) <= row for b in sample]
         return float(np.all(fits, axis=1).mean()) < FITTING_SHARE
 
     # `too_long` is False and then True over rising lengths (nearly: rounding of spans may make
     # single exceptions, which cost a little text and nothing else), so bisection finds the border.
     lengths = range(SHORTEST_PIECE + 1, longest + 1)
     return SHORTEST_PIECE + bisect_right(lengths, False, key=too_long)
-
-
-def _truncated(bounds: list[int], raw: int) -> np.ndarray:
-    """The bounds of a window's first `raw` tokens."""
-    end = bounds[0] + raw
-    return np.array([*(bound for bound in bounds if bound < end), end])
 
 
 def _bounds(store: TokenStore, start: int, stop: int) -> list[int]:

@@ -35,10 +35,8 @@ class SpanCorruption:
     eos_id: int
 
     def counts(self, length: int) -> tuple[int, int]:
-        """(hidden tokens, spans) for `length` tokens.
-
-        Raises DataError if `length` is too short, ConfigError if it takes too many sentinels.
-        """
+        """(hidden tokens, spans) for `length` tokens. Raises DataError if `length` is too short,
+        ConfigError if it takes too many sentinels."""
         noise, spans = noise_counts(length, self.noise_density, self.mean_span)
         if spans > len(self.sentinels):
             raise ConfigError(

@@ -19,10 +19,8 @@ SOURCES: dict[str, type[TextSource]] = {
 
 
 def source_class(config: TextConfig) -> type[TextSource]:
-    """The class of the source that `config` names: `Files` if it has a path.
-
-    Raises ConfigError, listing the sources, for an unknown name.
-    """
+    """The class of the source that `config` names: `Files` if it has a path. Raises ConfigError,
+    listing the sources, for an unknown name."""
     name = config.source if config.path is None else "files"
     if name not in SOURCES:
         raise ConfigError(
@@ -35,8 +33,6 @@ def source_class(config: TextConfig) -> type[TextSource]:
 
 def open_source(config: TextConfig, cache: Path) -> TextSource:
     """The source that `config` names, limited to the first `config.documents` if that is set.
-
-    Raises what `TextSource.open` raises.
-    """
+    Raises what `TextSource.open` raises."""
     source = source_class(config).open(config, cache)
     return source if config.documents is None else FirstDocuments(source, config.documents)

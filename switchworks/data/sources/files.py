@@ -91,10 +91,8 @@ class Files(TextSource):
 
 
 def find_files(pattern: str) -> list[Path]:
-    """The text files that `pattern` (a file, folder or glob) names, sorted by path.
-
-    Raises DataError if there is none, NoText if all of them are empty.
-    """
+    """The text files that `pattern` (a file, folder or glob) names, sorted by path. Raises
+    DataError if there is none, NoText if all of them are empty."""
     path = Path(pattern).expanduser()
     readable = ", ".join(FORMATS) + f" (also {', '.join(COMPRESSIONS)})"
     if path.is_file():

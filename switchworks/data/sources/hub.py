@@ -19,16 +19,11 @@ _MC4_ENGLISH = "en-multi"
 
 @dataclass(frozen=True)
 class HubDataset(TextSource):
-    """One split of a dataset, whole or streamed."""
+    """The split of a dataset that `config` names, whole or streamed."""
 
     is_local: ClassVar[bool] = False
 
-    name: str
-    config: str | None
-    split: str
-    validation_split: str | None
-    column: str
-    streaming: bool
+    config: TextConfig
 
     @classmethod
     def check(cls, config: TextConfig) -> None:
@@ -42,14 +37,8 @@ class HubDataset(TextSource):
     def open(cls, config: TextConfig, cache: Path) -> "HubDataset":
         assert config.dataset is not None  # `check` saw to it
         name = config.dataset  # which may be a folder
-        return HubDataset(
-            str(Path(name).expanduser()) if name.startswith("~") else name,
-            config.dataset_config,
-            config.split,
-            config.validation_split,
-            config.column,
-            config.streaming,
-        )
+        name = str(Path(name).expanduser()) if name.startswith("~") else name
+        return HubDataset(replace(config, dataset=name))
 
     @classmethod
     def mixture_settings(cls, argument: str) -> dict[str, Any]:
@@ -79,41 +68,43 @@ class HubDataset(TextSource):
 
     def documents(self, shard: int = 0, num_shards: int = 1) -> Iterator[str]:
         rows = self._load()
-        if not self.streaming or rows.num_shards >= num_shards:
+        if not self.config.streaming or rows.num_shards >= num_shards:
             rows = rows.shard(num_shards, shard, contiguous=False)
         else:
             rows = islice(rows, shard, None, num_shards)
-        texts = (row[self.column] for row in rows)
+        texts = (row[self.config.column] for row in rows)
         return (text for text in texts if isinstance(text, str) and text.strip())
 
     def fingerprint(self) -> str:
         # A local folder is identified by its files; of the Hub only the name is known beforehand.
-        folder = Path(self.name)
+        config, folder = self.config, Path(self.config.dataset or "")
         files = sorted(folder.rglob("*")) if folder.is_dir() else []
         stats = file_stats(path for path in files if path.is_file())
-        return digest(self.name, self.config, self.split, self.column, stats)
+        names = config.dataset, config.dataset_config, config.split, config.column
+        return digest(*names, stats)
 
     def validation(self) -> TextSource | None:
-        if self.validation_split is None:
+        split = self.config.validation_split
+        if split is None:
             return None
-        return replace(self, split=self.validation_split, validation_split=None)
+        return HubDataset(replace(self.config, split=split, validation_split=None))
 
     def _load(self) -> Any:
         import datasets  # two seconds, and only this source needs it
 
-        label = f"dataset {self.name!r}, config {self.config!r}, split {self.split!r}"
+        config, split = self.config, self.config.split
+        name, subset, streaming = config.dataset or "", config.dataset_config, config.streaming
+        label = f"dataset {name!r}, config {subset!r}, split {split!r}"
         try:
-            rows = datasets.load_dataset(
-                self.name, self.config, split=self.split, streaming=self.streaming
-            )
+            rows = datasets.load_dataset(name, subset, split=split, streaming=streaming)
         # Whatever the library raises (many kinds, by source), the user can only change the name.
         except Exception as error:
             raise DataError(
                 f"{label} cannot be opened: {error}\n  Check --data.dataset and "
                 "--data.dataset-config, or the entry of --data.mixture, and --data.split."
             ) from error
-        check_column(self.column, rows.column_names or list(next(iter(rows), {})), label)
-        return rows if self.streaming else rows.select_columns([self.column])
+        check_column(config.column, rows.column_names or list(next(iter(rows), {})), label)
+        return rows if streaming else rows.select_columns([config.column])
 
 
 def _has_c4(dataset: str) -> bool:

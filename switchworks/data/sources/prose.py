@@ -55,17 +55,13 @@ _INLINE: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r" (?=[,.;:?!)](?:\s|$))"), ""),
 )
 
-_FUNCTION_WORDS = frozenset(
-    re.findall(
-        r"\w+",
-        """
-        a an and any are as at be been but by can could do does each else for from had has have if
-        in into is it its may more most must no not of on one only or other over same should so
-        some such than that the their them then there these they this those to under up use used
-        using was we were what when where which while who will with would you your
-        """,
-    )
-)
+_FUNCTION_WORDS_TEXT = """
+a an and any are as at be been but by can could do does each else for from had has have if in into
+is it its may more most must no not of on one only or other over same should so some such than that
+the their them then there these they this those to under up use used using was we were what when
+where which while who will with would you your
+"""
+_FUNCTION_WORDS = frozenset(_FUNCTION_WORDS_TEXT.split())
 _WORD = re.compile(r"[A-Za-z]+(?:['\u2019-][A-Za-z]+)*")
 _NEVER = re.compile(r"http|&\w+;")
 _ODD = re.compile(r"www\.|[{}<>|\\=~^@$#\[\]*`]|__|::|->|\.\.\.\.|\ufffd")

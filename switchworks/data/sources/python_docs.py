@@ -280,12 +280,10 @@ def _documents(texts: Iterable[str]) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _main_hidden() -> Iterator[None]:
-    """Keep processes that are spawned inside from importing the caller's main module.
-
-    Spawned processes (forked ones are unsafe beside torch's threads) import it first. Ours need
-    nothing from it; a script without a main guard would start pools in its own workers, and the
-    command line would load torch in each.
-    """
+    """Keep processes that are spawned inside from importing the caller's main module. Spawned
+    processes (forked ones are unsafe beside torch's threads) import it first. Ours need nothing
+    from it; a script without a main guard would start pools in its own workers, and the command
+    line would load torch in each."""
     main = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
     try:

@@ -34,10 +34,8 @@ def format_of(path: Path, formats: tuple[str, ...] = FORMATS) -> str | None:
 
 
 def read_documents(path: Path, column: str) -> Iterator[str]:
-    """The documents of one file, in order, without empty ones; bad lines are logged.
-
-    Raises DataError if the file cannot be read to its end.
-    """
+    """The documents of one file, in order, without empty ones; bad lines are logged. Raises
+    DataError if the file cannot be read to its end."""
     kind = format_of(path)
     if kind == ".txt":
         documents = _cut(_characters(path))
@@ -92,10 +90,8 @@ def _characters(path: Path) -> Iterator[str]:
 
 
 def _cut(blocks: Iterator[str]) -> Iterator[str]:
-    """The text of `blocks` as one document, or as several of at most MAX_DOCUMENT_CHARACTERS.
-
-    Cuts are made at the last blank line that fits, else at a line end, else at a space.
-    """
+    """The text of `blocks` as one document, or as several of at most MAX_DOCUMENT_CHARACTERS. Cuts
+    are made at the last blank line that fits, else at a line end, else at a space."""
     waiting = ""
     for block in blocks:
         waiting += block

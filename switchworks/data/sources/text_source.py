@@ -92,9 +92,7 @@ class TextSource(ABC):
     @classmethod
     def open(cls, config: TextConfig, cache: Path) -> Self:
         """The source that `config` describes; `cache` is a folder for what is derived from it.
-
-        Raises DataError if there is no such text, NoText if it is empty.
-        """
+        Raises DataError if there is no such text, NoText if it is empty."""
         raise NotImplementedError
 
     @classmethod

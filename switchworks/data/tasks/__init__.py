@@ -51,12 +51,9 @@ TASK_GROUPS: Mapping[str, tuple[str, ...]] = {
 
 
 def find_tasks(
-    entries: Iterable[str],
-    *,
-    metrics: tuple[str, ...] = ("accuracy",),
-    labels: tuple[str, ...] = (),
+    names: Iterable[str], *, metrics: tuple[str, ...] = ("accuracy",), labels: tuple[str, ...] = ()
 ) -> tuple[Task, ...]:
-    """The tasks that `entries` name: a task, a group, NAME=PATH:INPUT:TARGET or a Python file.
+    """The tasks of these `names`: a task, a group, NAME=PATH:INPUT:TARGET or a Python file.
 
     `metrics` and `labels` are those of the tasks from tables. A task in two groups is returned
     once. Raises ConfigError for anything else, listing the known names, and for an entry or a
@@ -64,7 +61,7 @@ def find_tasks(
     """
     tasks: dict[str, Task] = {}
     seen: set[str] = set()
-    for entry in entries:
+    for entry in names:
         for task in _find(entry, metrics, labels):
             if entry in seen or tasks.get(task.name, task) is not task:
                 raise ConfigError(f"data.tasks names {task.name!r} twice. Once is enough.")

@@ -26,6 +26,7 @@ from switchworks.data.tasks.task import (
 )
 
 _GLUE, _SUPER_GLUE = "nyu-mll/glue", "aps/super_glue"
+_DPR = "community-datasets/definite_pronoun_resolution"
 
 NLI = ("entailment", "neutral", "contradiction")
 TWO_WAY = ("entailment", "not_entailment")
@@ -106,11 +107,8 @@ def wsc_training(record: Record) -> list[Example]:
 
 
 def _mark(record: Record) -> str:
-    """The text with asterisks around its pronoun, punctuation outside.
-
-    In two records the pronoun is not separated from its punctuation, or is one word after the
-    index.
-    """
+    """The text with asterisks around its pronoun, punctuation outside. In two records the pronoun
+    is not separated from its punctuation, or is one word after the index."""
     pronoun, index = record["span2_text"], int(record["span2_index"])
     words = record["text"].split(" ")
     if words[index : index + 1] == [pronoun]:
@@ -139,17 +137,15 @@ def dpr(record: Record) -> Example:
 def _classifications(
     prefix: str, dataset: str, rows: Iterable[tuple[str, tuple[str, ...], tuple[str, ...], str]]
 ) -> Iterator[Task]:
-    """Tasks of a benchmark from rows of (name, columns, labels, metrics separated by spaces)."""
+    """Tasks of a benchmark from rows of (name, columns, labels, metrics)."""
     for name, columns, labels, metrics in rows:
-        yield hub_task(
-            f"{prefix}_{name}",
-            dataset,
-            classify(name, columns, labels),
-            config=name,
-            metrics=tuple(metrics.split()),
-            labels=labels,
-        )
+        to_text, config = classify(name, columns, labels), f"{dataset}:{name}"
+        yield hub_task(f"{prefix}_{name}", config, to_text, metrics=metrics, labels=labels)
 
+
+_FIFTHS = tuple(f"{fifths / 5:.1f}" for fifths in range(26))
+_MNLI = classify("mnli", _HYPOTHESIS, NLI)
+_MULTIRC, _BOTH = f"{_SUPER_GLUE}:multirc", "f1_binary group_exact_match"
 
 GLUE = (
     *_classifications(
@@ -165,30 +161,13 @@ GLUE = (
             ("wnli", _PAIR, ("not_entailment", "entailment"), "accuracy"),
         ],
     ),
-    hub_task(
-        "glue_stsb",
-        _GLUE,
-        stsb,
-        config="stsb",
-        metrics=("pearson", "spearman"),
-        labels=tuple(f"{fifths / 5:.1f}" for fifths in range(26)),
-    ),
-    hub_task(
-        "glue_mnli",
-        _GLUE,
-        classify("mnli", _HYPOTHESIS, NLI),
-        config="mnli",
-        names={"train": "train", "validation": "validation_matched", "test": "test_matched"},
-        labels=NLI,
-    ),
-    hub_task(
-        "glue_mnli_mismatched",
-        _GLUE,
-        classify("mnli", _HYPOTHESIS, NLI),
-        config="mnli",
-        folder="glue_mnli",
-        names={"validation": "validation_mismatched", "test": "test_mismatched"},
-        labels=NLI,
+    hub_task("glue_stsb", f"{_GLUE}:stsb", stsb, metrics="pearson spearman", labels=_FIFTHS),
+    *(
+        hub_task(name, f"{_GLUE}:mnli", _MNLI, splits=splits, folder="glue_mnli", labels=NLI)
+        for name, splits in (
+            ("glue_mnli", ("train", "validation_matched", "test_matched")),
+            ("glue_mnli_mismatched", (None, "validation_mismatched", "test_mismatched")),
+        )
     ),
 )
 
@@ -204,34 +183,13 @@ SUPER_GLUE = (
             ("wic", ("sentence1", "sentence2", "word"), TRUTH, "accuracy"),
         ],
     ),
-    hub_task(
-        "super_glue_multirc",
-        _SUPER_GLUE,
-        multirc,
-        config="multirc",
-        labels=TRUTH,
-        metrics=("f1_binary", "group_exact_match"),
+    hub_task("super_glue_multirc", _MULTIRC, multirc, metrics=_BOTH, labels=TRUTH),
+    *(
+        hub_task(name, f"{_SUPER_GLUE}:{config}", judged, metrics=metric, training_text=training)
+        for name, config, judged, metric, training in (
+            ("super_glue_record", "record", record_judged, "squad_once", record_training),
+            ("super_glue_wsc", "wsc.fixed", wsc, "referent", wsc_training),
+        )
     ),
-    hub_task(
-        "super_glue_record",
-        _SUPER_GLUE,
-        record_judged,
-        config="record",
-        metrics=("squad_once",),
-        training_text=record_training,
-    ),
-    hub_task(
-        "super_glue_wsc",
-        _SUPER_GLUE,
-        wsc,
-        config="wsc.fixed",
-        metrics=("referent",),
-        training_text=wsc_training,
-    ),
-    hub_task(
-        "dpr",
-        "community-datasets/definite_pronoun_resolution",
-        dpr,
-        names={"train": "train", "test": "test"},
-    ),
+    hub_task("dpr", _DPR, dpr, splits=("train", None, "test")),
 )

@@ -11,15 +11,7 @@ from functools import partial
 from switchworks.config import DataError
 from switchworks.data.tasks.glue import NLI
 from switchworks.data.tasks.sources import Record
-from switchworks.data.tasks.task import (
-    UNKNOWN,
-    Example,
-    classify,
-    fields,
-    hub_task,
-    text_in,
-    texts,
-)
+from switchworks.data.tasks.task import UNKNOWN, Example, classify, fields, hub_task, text_in, texts
 
 
 def _squad(record: Record) -> Example:
@@ -32,11 +24,9 @@ def _squad(record: Record) -> Example:
 
 
 def _spaced(text: str) -> str:
-    """`text` with spaces around every mark; letters outside ASCII count as marks, as in T5.
-
-    T5 leaves a space at either end, which its tokenizer removes. Ours keeps spaces, so they are
-    removed here.
-    """
+    """`text` with spaces around every mark; letters outside ASCII count as marks, as in T5. T5
+    leaves a space at either end, which its tokenizer removes. Ours keeps spaces, so they are
+    removed here."""
     return re.sub(r"[\t\n\f\r ]+", " ", re.sub(r"([^0-9A-Za-z_])", r" \1 ", text)).strip()
 
 
@@ -48,6 +38,10 @@ def closed_book(record: Record, name: str, column: str) -> Example:
         target=answers[0] if answers else "",
         references=answers,
     )
+
+
+_nq = partial(closed_book, name="nq", column="answer")
+_wq = partial(closed_book, name="wq", column="answers")
 
 
 def _trivia_qa(record: Record) -> Example:
@@ -86,59 +80,39 @@ def winogrande(record: Record) -> Example:
     )
 
 
-def _split(first: int, test: str) -> dict[str, str]:
-    return {"train": f"train[:{first}]", "validation": f"train[{first}:]", "test": test}
+def _parts(first: int, test: str) -> tuple[str, str, str]:
+    """The splits of a dataset of whose training split the `first` records are trained on."""
+    return f"train[:{first}]", f"train[{first}:]", test
 
 
-QUESTION_ANSWERING = (
-    hub_task(
-        "squad",
-        "rajpurkar/squad",
-        _squad,
-        names={"train": "train", "validation": "validation"},
-        metrics=("squad",),
-    ),
-    hub_task(
-        "natural_questions",
-        "google-research-datasets/nq_open",
-        partial(closed_book, name="nq", column="answer"),
-        names=_split(79_168, "validation"),
-        metrics=("squad",),
-    ),
-    hub_task(
-        "web_questions",
-        "stanfordnlp/web_questions",
-        partial(closed_book, name="wq", column="answers"),
-        names=_split(3_417, "test"),
-        metrics=("squad",),
-    ),
-    hub_task(
-        "trivia_qa",
-        "mandarjoshi/trivia_qa",
-        _trivia_qa,
-        config="unfiltered.nocontext",
-        names=_split(78_785, "validation"),
-        metrics=("trivia_qa",),
-    ),
+_NQ, _WQ = "google-research-datasets/nq_open", "stanfordnlp/web_questions"
+_TRIVIA_QA = "mandarjoshi/trivia_qa:unfiltered.nocontext"
+
+QUESTION_ANSWERING = tuple(
+    hub_task(name, dataset, to_text, splits=splits, metrics=metric)
+    for name, dataset, to_text, splits, metric in (
+        ("squad", "rajpurkar/squad", _squad, ("train", "validation", None), "squad"),
+        ("natural_questions", _NQ, _nq, _parts(79_168, "validation"), "squad"),
+        ("web_questions", _WQ, _wq, _parts(3_417, "test"), "squad"),
+        ("trivia_qa", _TRIVIA_QA, _trivia_qa, _parts(78_785, "validation"), "trivia_qa"),
+    )
 )
+
+_ANLI = classify("anli", ("hypothesis", "premise"), NLI)
 
 REASONING = (
     *(
         hub_task(
-            f"anli_r{number}",
+            f"anli_{number}",
             "facebook/anli",
-            classify("anli", ("hypothesis", "premise"), NLI),
+            _ANLI,
+            splits=(f"train_{number}", f"dev_{number}", f"test_{number}"),
             folder="anli",
-            names={
-                "train": f"train_r{number}",
-                "validation": f"dev_r{number}",
-                "test": f"test_r{number}",
-            },
             labels=NLI,
         )
-        for number in (1, 2, 3)
+        for number in ("r1", "r2", "r3")
     ),
-    hub_task("arc_easy", "allenai/ai2_arc", arc, config="ARC-Easy"),
-    hub_task("arc_challenge", "allenai/ai2_arc", arc, config="ARC-Challenge"),
-    hub_task("winogrande", "allenai/winogrande", winogrande, config="winogrande_xl"),
+    hub_task("arc_easy", "allenai/ai2_arc:ARC-Easy", arc),
+    hub_task("arc_challenge", "allenai/ai2_arc:ARC-Challenge", arc),
+    hub_task("winogrande", "allenai/winogrande:winogrande_xl", winogrande),
 )

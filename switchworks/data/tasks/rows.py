@@ -37,11 +37,8 @@ class RowPlan(NamedTuple):
 
 
 class TaskRows:
-    """The rows of one task by their number.
-
-    `cut` counts the examples whose (inputs, targets) are longer than a row; these are truncated,
-    as in T5.
-    """
+    """The rows of one task by their number. `cut` counts the examples whose (inputs, targets) are
+    longer than a row; these are truncated, as in T5."""
 
     def __init__(self, config: DataConfig, store: TaskStore, eos_id: int, *, seed: int) -> None:
         self.config, self.store, self.eos_id = config, store, eos_id

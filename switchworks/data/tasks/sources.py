@@ -60,10 +60,8 @@ class Source(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Hub(Source):
-    """A dataset on the Hub, or a local copy of it. `names` are the splits' names there.
-
-    A name may end in a slice of numbers, as in "train[:79168]".
-    """
+    """A dataset on the Hub, or a local copy of it. `names` are the splits' names there. A name may
+    end in a slice of numbers, as in "train[:79168]"."""
 
     dataset: str | None
     """None: it is not on the Hub and needs local files."""

@@ -13,14 +13,8 @@ from itertools import chain
 from pathlib import Path
 
 from switchworks.data.cache import atomic_write_text
+from switchworks.data.sources import python_docs
 from switchworks.data.sources.prose import paragraphs
-from switchworks.data.sources.python_docs import (
-    docs_file,
-    docs_fingerprint,
-    in_processes,
-    parse_quietly,
-    source_files,
-)
 from switchworks.data.sources.text_source import is_validation
 from switchworks.data.tasks.sources import Made, Places, Record
 from switchworks.data.tasks.task import Example, Task, hub_task, text_in
@@ -41,12 +35,12 @@ def _summaries(split: str, places: Places) -> Iterator[Record]:
 
 def _version(places: Places) -> str:
     """Identifies the corpus, and which of its documents are held out."""
-    return f"{docs_fingerprint()} {places.validation_share}"
+    return f"{python_docs.docs_fingerprint()} {places.validation_share}"
 
 
 def _table(places: Places) -> Path:
     """All records, one JSON object per line; made if missing, a minute or two of work."""
-    key = f"{docs_fingerprint()[:16]}-{places.validation_share:g}"
+    key = f"{python_docs.docs_fingerprint()[:16]}-{places.validation_share:g}"
     path = places.cache / f"docstring_summary-{key}.jsonl"
     if not path.exists():
         held_out = _held_out(places)
@@ -71,7 +65,7 @@ def split_of(parts: Iterable[str], held_out: Mapping[str, bool]) -> str | None:
 def _held_out(places: Places) -> dict[str, bool]:
     """Every paragraph of the embedded corpus, and whether its document is held out."""
     held_out: dict[str, bool] = {}
-    with docs_file(places.cache).open(encoding="utf-8") as file:
+    with python_docs.docs_file(places.cache).open(encoding="utf-8") as file:
         for document in map(json.loads, file):
             side = is_validation(document, places.validation_share)
             held_out.update((paragraph, side) for paragraph in document.split("\n"))
@@ -81,8 +75,8 @@ def _held_out(places: Places) -> dict[str, bool]:
 def _pairs() -> Iterator[tuple[str, list[str]]]:
     """(summary, paragraphs of the body) of every docstring, each summary and each body once."""
     seen: set[str] = set()
-    files = [path for path in source_files() if path.endswith((".py", ".pyi"))]
-    for summary, body in chain.from_iterable(in_processes(_pairs_of, [files])):
+    files = [path for path in python_docs.source_files() if path.endswith((".py", ".pyi"))]
+    for summary, body in chain.from_iterable(python_docs.in_processes(_pairs_of, [files])):
         text = "\n".join(body)
         if summary not in seen and text not in seen:
             seen.update((summary, text))
@@ -111,7 +105,7 @@ def split_docstring(docstring: str) -> tuple[str, list[str]] | None:
 
 def _docstrings(path: Path) -> Iterator[str]:
     try:
-        tree = parse_quietly(path.read_text(encoding="utf-8"))
+        tree = python_docs.parse_quietly(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError):
         return
     for node in ast.walk(tree or ast.Module([], [])):
@@ -121,20 +115,12 @@ def _docstrings(path: Path) -> Iterator[str]:
                 yield docstring
 
 
+_cnn_dailymail = partial(summarise, text="article", summary="highlights")
+_xsum = partial(summarise, text="document", summary="summary")
+
 SUMMARIES = (
-    hub_task(
-        "cnn_dailymail",
-        "abisee/cnn_dailymail",
-        partial(summarise, text="article", summary="highlights"),
-        config="3.0.0",
-        metrics=("rouge",),
-    ),
-    hub_task(
-        "xsum",
-        "EdinburghNLP/xsum",
-        partial(summarise, text="document", summary="summary"),
-        metrics=("rouge",),
-    ),
+    hub_task("cnn_dailymail", "abisee/cnn_dailymail:3.0.0", _cnn_dailymail, metrics="rouge"),
+    hub_task("xsum", "EdinburghNLP/xsum", _xsum, metrics="rouge"),
     Task(
         name="docstring_summary",
         source=Made(_summaries, _version),

@@ -1,6 +1,6 @@
 """A task: how a record of a dataset becomes text, and by which metrics answers are judged."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,10 +124,8 @@ def texts(record: Record, column: str) -> tuple[str, ...]:
 
 
 def label_of(record: Record, labels: tuple[str, ...], column: str = "label") -> str:
-    """The name of the record's label, given by number or name; `UNKNOWN` if it is withheld.
-
-    Raises DataError for anything else.
-    """
+    """The name of the record's label, given by number or name; `UNKNOWN` if it is withheld. Raises
+    DataError for anything else."""
     value = record[column]
     if isinstance(value, bool):
         value = int(value)
@@ -166,12 +164,17 @@ def hub_task(
     dataset: str,
     to_text: ToText,
     *,
-    config: str | None = None,
+    splits: tuple[str | None, str | None, str | None] = ("train", "validation", "test"),
     folder: str | None = None,
-    names: Mapping[str, str] = SPLIT_NAMES,
+    metrics: str = "accuracy",
     **settings: Any,
 ) -> Task:
-    """A task, with these more `settings`, of a dataset on the Hub; the folder of a local copy has
+    """A task of DATASET or DATASET:CONFIG on the Hub, where the `splits` to train on, to validate
+    and to test have these names; metrics are separated by spaces. The folder of a local copy has
     the task's name by default."""
-    source = Hub(dataset=dataset, config=config, folder=folder or name, names=names)
-    return Task(name=name, source=source, to_text=to_text, **settings)
+    path, _, config = dataset.partition(":")
+    names = {ours: theirs for ours, theirs in zip(SPLIT_NAMES, splits, strict=True) if theirs}
+    source = Hub(dataset=path, config=config or None, folder=folder or name, names=names)
+    return Task(
+        name=name, source=source, to_text=to_text, metrics=tuple(metrics.split()), **settings
+    )

@@ -19,11 +19,9 @@ FOLDER = Hub(dataset=None, folder="catalogs", names={"train": "train", "validati
 
 @lru_cache(maxsize=1024)  # asked for every sentence
 def language_name(code: str) -> str:
-    """The English name of a language or locale: de -> German, pt_BR -> Portuguese (Brazil).
-
-    For a locale that babel does not know, or of which it drops a part (ca-valencia), the result of
-    `english_name`; for an unknown code the code itself.
-    """
+    """The English name of a language or locale: de -> German, pt_BR -> Portuguese (Brazil). For a
+    locale that babel does not know, or of which it drops a part (ca-valencia), the result of
+    `english_name`; for an unknown code the code itself."""
     from babel import Locale, UnknownLocaleError  # only languages need it
 
     try:
@@ -88,10 +86,9 @@ TRANSLATION = (
     *(
         hub_task(
             f"wmt_en_{language}",
-            dataset,
+            f"{dataset}:{language}-en",
             partial(translate, source="en", target=language),
-            config=f"{language}-en",
-            metrics=("bleu",),
+            metrics="bleu",
         )
         for language, dataset in (("de", "wmt/wmt14"), ("fr", "wmt/wmt14"), ("ro", "wmt/wmt16"))
     ),

@@ -6,8 +6,8 @@
 --data.tasks my_task.py                         the file's TASK
 """
 
-import importlib.util
 import re
+import runpy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -17,20 +17,12 @@ from switchworks.config import ConfigError, DataError
 from switchworks.data.cache import digest, file_stats
 from switchworks.data.sources.reading import format_of
 from switchworks.data.sources.text_source import is_validation
-from switchworks.data.tasks.sources import (
-    SPLIT_NAMES,
-    TABLE_FORMATS,
-    Places,
-    Record,
-    Source,
-    read_tables,
-    tables_named,
-)
+from switchworks.data.tasks import sources
 from switchworks.data.tasks.task import Example, Task
 
 
 @dataclass(frozen=True)
-class TableSource(Source):
+class TableSource(sources.Source):
     """A table file, part of which is held out by a hash of its inputs, or a folder of splits.
 
     The split `all` of a file is both parts. Records have the columns `inputs` and `targets`,
@@ -45,11 +37,13 @@ class TableSource(Source):
     def splits(self) -> tuple[str, ...]:
         if self.path.is_file():
             return ("train", "validation", "all")
-        return tuple(split for split in SPLIT_NAMES if tables_named(self.path, split))
+        return tuple(
+            split for split in sources.SPLIT_NAMES if sources.tables_named(self.path, split)
+        )
 
-    def records(self, split: str, places: Places) -> Iterator[Record]:
+    def records(self, split: str, places: sources.Places) -> Iterator[sources.Record]:
         parted = self.path.is_file() and split != "all"
-        for record in read_tables(self._files(split)):
+        for record in sources.read_tables(self._files(split)):
             source, target = self._column_names
             if missing := [name for name in (source, target) if name not in record]:
                 raise DataError(
@@ -63,12 +57,12 @@ class TableSource(Source):
                     continue
             yield {"inputs": inputs, "targets": _text(record[target])}
 
-    def fingerprint(self, split: str, places: Places) -> str:
+    def fingerprint(self, split: str, places: sources.Places) -> str:
         stats = file_stats(self._files(split))
         return digest(stats, self._column_names, split, places.validation_share)
 
     def _files(self, split: str) -> list[Path]:
-        return [self.path] if self.path.is_file() else tables_named(self.path, split)
+        return [self.path] if self.path.is_file() else sources.tables_named(self.path, split)
 
     @cached_property
     def _column_names(self) -> tuple[str, str]:
@@ -77,7 +71,7 @@ class TableSource(Source):
         if self.columns is not None:
             return self.columns
         files = self._files(self.splits[0])
-        names = list(next(iter(read_tables(files)), {"inputs": "", "targets": ""}))
+        names = list(next(iter(sources.read_tables(files)), {"inputs": "", "targets": ""}))
         if len(names) != 2:
             raise DataError(
                 f"{self.path} has {len(names)} columns: {', '.join(names)}.\n  Say which are "
@@ -91,7 +85,7 @@ def _text(value: object) -> str:
     return "" if value is None else str(value).strip()
 
 
-def pair(record: Record) -> Example:
+def pair(record: sources.Record) -> Example:
     """A table's row as it stands."""
     return Example(inputs=record["inputs"], target=record["targets"])
 
@@ -106,17 +100,17 @@ def table_task(entry: str, *, metrics: tuple[str, ...], labels: tuple[str, ...])
             "  Example: reviews=reviews.csv:text:stars. Names have letters, digits, '.', '_', '-'."
         )
     file = Path(path).expanduser()
-    if not (file.is_dir() or (file.is_file() and format_of(file, TABLE_FORMATS))):
+    if not (file.is_dir() or (file.is_file() and format_of(file, sources.TABLE_FORMATS))):
         problem = "is no table" if file.is_file() else "does not exist"
         raise ConfigError(
             f"data.tasks: {file} {problem}.\n  A task's examples are in a file that ends in "
-            f"{', '.join(TABLE_FORMATS)}, or in a folder with train.csv and the like."
+            f"{', '.join(sources.TABLE_FORMATS)}, or in a folder with train.csv and the like."
         )
     source = TableSource(file, (columns[0], columns[1]) if columns else None)
     if not source.splits:
         raise ConfigError(
-            f"data.tasks: the folder {file} has no train, validation or test "
-            f"that ends in {', '.join(TABLE_FORMATS)}.\n  Name its files after splits: train.csv."
+            f"data.tasks: the folder {file} has no train, validation or test that ends in "
+            f"{', '.join(sources.TABLE_FORMATS)}.\n  Name its files after splits: train.csv."
         )
     return Task(name=name, source=source, to_text=pair, metrics=metrics, labels=labels)
 
@@ -126,17 +120,12 @@ def task_in_file(entry: str) -> Task:
     path = Path(entry).expanduser()
     if not path.is_file():
         raise ConfigError(f"data.tasks: {path} does not exist.")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        task = runpy.run_path(str(path)).get("TASK")
     except Exception as error:  # whatever the user's code raises
         raise ConfigError(
             f"data.tasks: {path} cannot be run: {type(error).__name__}: {error}."
         ) from error
-    task = getattr(module, "TASK", None)
     if not isinstance(task, Task):
         raise ConfigError(
             f"data.tasks: {path} defines no TASK, a switchworks.data.tasks.Task.\n"
@@ -145,7 +134,7 @@ def task_in_file(entry: str) -> Task:
     return replace(task, code=path.read_text(encoding="utf-8"))
 
 
-def task_fingerprint(task: Task, split: str, places: Places) -> str:
+def task_fingerprint(task: Task, split: str, places: sources.Places) -> str:
     """Hexadecimal; changes when the examples of `task` may: by data, by code or by settings."""
     data = task.source.fingerprint(split, places)
     return digest(task.name, split, data, task.code, _package_code(), task.labels)

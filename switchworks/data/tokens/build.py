@@ -29,8 +29,8 @@ class BuildProgress:
     """Prints every ten seconds the tokens so far, their rate, and of `total` characters (0: not
     known) the share done and the time left."""
 
-    def __init__(self, label: str, total: int, *, quiet: bool = False) -> None:
-        self.label, self.total, self.quiet = label, total, quiet
+    def __init__(self, label: str, total: int) -> None:
+        self.label, self.total = label, total
         self.characters = self.tokens = 0
         self._started = self._printed = time.monotonic()
 
@@ -39,7 +39,7 @@ class BuildProgress:
         self.characters += characters
         self.tokens += tokens
         now = time.monotonic()
-        if self.quiet or now - self._printed < SECONDS_BETWEEN_LINES:
+        if now - self._printed < SECONDS_BETWEEN_LINES:
             return
         self._printed, seconds = now, now - self._started
         line = (

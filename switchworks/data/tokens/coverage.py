@@ -57,20 +57,17 @@ def measure_coverage(language: str, texts: Iterable[str], tokenizer: Tokenizer) 
             break
         sample.append(text)
         characters += len(text)
-    ids = tokenizer.encode_batch(sample, sentinels=False)
+    ids, pieces = tokenizer.encode_batch(sample, sentinels=False), alphabet(tokenizer)
+    counts = Counter(c for text in sample for c in text if not c.isspace())
+    covered = sum(count for c, count in counts.items() if c in pieces)
     return Coverage(
         language=language,
         texts=len(sample),
         characters=characters,
         tokens=sum(map(len, ids)),
-        coverage=_coverage(sample, alphabet(tokenizer)),
+        coverage=covered / max(1, counts.total()),
         exact=sum(tokenizer.decode(row) == text for row, text in zip(ids, sample, strict=True)),
     )
-
-
-def _coverage(texts: Iterable[str], characters: frozenset[str]) -> float:
-    counts = Counter(c for text in texts for c in text if not c.isspace())
-    return sum(n for c, n in counts.items() if c in characters) / max(1, counts.total())
 
 
 def alphabet(tokenizer: Tokenizer) -> frozenset[str]:

@@ -64,16 +64,11 @@ class PreparedCorpus:
 
 
 def prepare(
-    config: DataConfig,
-    *,
-    vocab_size: int,
-    shard: tuple[int, int] | None = None,
-    quiet: bool = False,
-    name: str = "",
+    config: DataConfig, *, vocab_size: int, shard: tuple[int, int] | None = None, name: str = ""
 ) -> PreparedCorpus:
     """The tokenizer and the stores of one corpus; what is missing is made, the rest is opened.
 
-    For a mixture of several use `open_dataset`. Progress is printed under `name` unless `quiet`.
+    For a mixture of several use `open_dataset`. Progress is printed under `name`.
     `vocab_size` is the size of a tokenizer trained here, sentinels included. `shard` = (i, n)
     builds the i-th of n shards only, so that n jobs can share the work; the first of them to
     start trains the tokenizer while the others wait for it. Raises DataError for bad input.
@@ -82,7 +77,7 @@ def prepare(
     path = config.tokenizer
     if path == "train":
         texts = sample_order(source)
-        path = trained_tokenizer(config, source.fingerprint(), texts, vocab_size, quiet)
+        path = trained_tokenizer(config, source.fingerprint(), texts, vocab_size)
     tokenizer = load_tokenizer(path)
     folder = cache_folder(config) / f"store-{_store_key(config, source, tokenizer)}"
     if not (folder / "store.json").exists():
@@ -99,7 +94,7 @@ def prepare(
                     shard=index,
                     num_shards=num_shards,
                     threads=config.workers,
-                    progress=BuildProgress(label, characters, quiet=quiet),
+                    progress=BuildProgress(label, characters),
                 )
         with file_lock(folder):
             if not store.missing_shards(folder):

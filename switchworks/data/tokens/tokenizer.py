@@ -151,9 +151,7 @@ class ByteTokenizer(Tokenizer):
 
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model with 100 sentinels above its pieces. `model` is the file's content.
-
-    T5's file does not hold the sentinels; in mT5's they are the last 100 pieces.
-    """
+    T5's file does not hold the sentinels; in mT5's they are the last 100 pieces."""
 
     def __init__(self, model: bytes, *, source: str = MODEL_FILE) -> None:
         self.model = model
@@ -205,10 +203,8 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _encode_parts(self, text: str) -> list[int]:
         """Ids of a text with sentinels, equal to those that corrupting the text's ids would give.
-
         The space before a sentinel belongs to it (`decode` writes it); the space after it belongs
-        to the next piece, which starts with the space mark.
-        """
+        to the next piece, which starts with the space mark."""
         parts = list(self._split(text))
         ids: list[int] = []
         for index, part in enumerate(parts):
@@ -262,10 +258,8 @@ class SentencePieceTokenizer(Tokenizer):
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer at `path`: "bytes", a SentencePiece model file, a folder holding one, or a run
-    directory, whose model has it.
-
-    Raises DataError if there is none, or if it is not laid out as T5's.
-    """
+    directory, whose model has it. Raises DataError if there is none, or if it is not laid out as
+    T5's."""
     if str(path) == "bytes":
         return ByteTokenizer()
     file = Path(path)
@@ -308,10 +302,8 @@ def _check_layout(processor: sentencepiece.SentencePieceProcessor, source: str) 
 
 
 def _holds_sentinels(processor: sentencepiece.SentencePieceProcessor, source: str) -> bool:
-    """Whether the last 100 pieces are the sentinels, the first of them at the end.
-
-    Raises DataError if there are sentinels in other places.
-    """
+    """Whether the last 100 pieces are the sentinels, the first of them at the end. Raises DataError
+    if there are sentinels in other places."""
     total, count = processor.get_piece_size(), SentencePieceTokenizer.num_sentinels
     for space in ("\u2581", ""):  # mT5's have a space mark
         ids = [processor.piece_to_id(f"{space}<extra_id_{index}>") for index in range(count)]

@@ -5,6 +5,7 @@ import io
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import zip_longest
 
 import numpy as np
 import sentencepiece
@@ -14,25 +15,17 @@ from switchworks.config import DataError
 from switchworks.data.cache import digest, file_lock
 from switchworks.data.config import DataConfig, cache_folder
 from switchworks.data.sources.text_source import TextSource
-from switchworks.data.tokens.tokenizer import (
-    EOS_ID,
-    PAD_ID,
-    UNK_ID,
-    SentencePieceTokenizer,
-    Tokenizer,
-)
+from switchworks.data.tokens.tokenizer import SentencePieceTokenizer, Tokenizer
 
 SAMPLED_FILES = 32
 """A tokenizer is trained on the beginnings of this many files, spread evenly over the source."""
 
 
 def trained_tokenizer(
-    config: DataConfig, fingerprint: str, documents: Iterable[str], vocab_size: int, quiet: bool
+    config: DataConfig, fingerprint: str, documents: Iterable[str], vocab_size: int
 ) -> str:
-    """The folder of a tokenizer of `vocab_size` ids, trained if the cache has none.
-
-    `fingerprint` identifies the text of `documents`, which is read only for training.
-    """
+    """The folder of a tokenizer of `vocab_size` ids, trained if the cache has none. `fingerprint`
+    identifies the text of `documents`, which is read only for training."""
     coverage = config.character_coverage
     key = digest(fingerprint, vocab_size, coverage)
     folder = cache_folder(config) / f"tokenizer-{key[:16]}"
@@ -40,8 +33,7 @@ def trained_tokenizer(
         return str(folder)
     with file_lock(folder):
         if not folder.is_dir():  # another process may have made it meanwhile
-            if not quiet:
-                print(f"training a tokenizer of {vocab_size} ids", flush=True)
+            print(f"training a tokenizer of {vocab_size} ids", flush=True)
             tokenizer = train_sentencepiece(documents, vocab_size, coverage=coverage)
             temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
             tokenizer.save(temporary)
@@ -50,21 +42,16 @@ def trained_tokenizer(
 
 
 def sample_order(source: TextSource) -> Iterator[str]:
-    """The documents of `source`, taken in turn from files spread evenly over it.
-
-    A function of the source alone, so that every machine trains on the same text.
-    """
+    """The documents of `source`, taken in turn from files spread evenly over it. A function of the
+    source alone, so that every machine trains on the same text."""
     ways = min(source.num_files, SAMPLED_FILES)
-    streams = [enumerate(source.documents(way, ways)) for way in range(ways)]
-    keyed = (((number, way, text) for number, text in s) for way, s in enumerate(streams))
-    return (text for _, _, text in heapq.merge(*keyed))
+    in_turn = zip_longest(*(source.documents(way, ways) for way in range(ways)))
+    return (text for texts in in_turn for text in texts if text is not None)
 
 
 def interleave(sources: Sequence[TextSource], shares: Float[np.ndarray, " K"]) -> Iterator[str]:
-    """Documents of K sources, such that the text of each grows in proportion to its share.
-
-    A source that ends begins again, as in training, until every one has ended once.
-    """
+    """Documents of K sources, such that the text of each grows in proportion to its share. A source
+    that ends begins again, as in training, until every one has ended once."""
     streams = [sample_order(source) for source in sources]
     unfinished = set(range(len(sources)))
     # The source with the fewest characters per share so far is next: (characters / share, source).
@@ -126,9 +113,9 @@ def _train(lines: list[str], model: io.BytesIO, pieces: int, coverage: float) ->
         model_type="unigram",
         vocab_size=pieces,
         hard_vocab_limit=False,
-        pad_id=PAD_ID,
-        eos_id=EOS_ID,
-        unk_id=UNK_ID,
+        pad_id=Tokenizer.pad_id,
+        eos_id=Tokenizer.eos_id,
+        unk_id=Tokenizer.unk_id,
         bos_id=-1,
         pad_piece="<pad>",
         byte_fallback=True,
@@ -143,10 +130,8 @@ def _train(lines: list[str], model: io.BytesIO, pieces: int, coverage: float) ->
 
 
 def _training_lines(documents: Iterable[str], sample_bytes: int) -> Iterator[str]:
-    """Lines of at most 2000 characters, cut at spaces where there are any.
-
-    Without NUL and U+2581, the space mark, to which SentencePiece gives a meaning of its own.
-    """
+    """Lines of at most 2000 characters, cut at spaces where there are any. Without NUL and U+2581,
+    the space mark, to which SentencePiece gives a meaning of its own."""
     total = 0
     for document in documents:
         for line in re.split(r"[\r\n\v\f\x1c-\x1e\x85\u2028\u2029]+", document):

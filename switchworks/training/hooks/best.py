@@ -7,7 +7,7 @@ until a better step is found and no kept checkpoint refers to them.
 
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import InitVar, dataclass, replace
 from difflib import get_close_matches
 from math import isnan
 from pathlib import Path
@@ -23,26 +23,22 @@ Export = Callable[[TrainState, Path], None]
 """Writes the state as a finished model into a directory."""
 
 
+@dataclass(eq=False)
 class KeepBest:
     """Compares a metric whenever a hook before it in the list has written it.
 
-    Only measurements at their regular steps count, not those made because the run ends.
+    Only measurements at their regular steps count, not those made because the run ends. Raises
+    CheckpointError if the best weights so far are missing.
     """
 
-    def __init__(
-        self,
-        config: BestConfig,
-        recorder: Recorder,
-        checkpoints: Checkpoints,
-        state: TrainState,
-        export: Export,
-    ) -> None:
-        """Raises CheckpointError if the best weights so far are missing."""
-        self.config = config
-        self.recorder = recorder
-        self.checkpoints = checkpoints
-        self.directory = checkpoints.directory.with_name("best")
-        self.export = export
+    config: BestConfig
+    recorder: Recorder
+    checkpoints: Checkpoints
+    state: InitVar[TrainState]
+    export: Export
+
+    def __post_init__(self, state: TrainState) -> None:
+        self.directory = self.checkpoints.directory.with_name("best")
         if state.best is not None and not self._path(state.best.step).is_dir():
             raise CheckpointError(
                 f"The best weights so far, of step {state.best.step}, are not in "

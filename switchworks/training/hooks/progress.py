@@ -1,6 +1,7 @@
 """Hooks of every run: progress lines, checkpoints, validation, and actions every so many steps."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from statistics import fmean
 from typing import Any
@@ -13,14 +14,14 @@ from switchworks.training.state import TrainState
 from switchworks.training.step import StepResult
 
 
+@dataclass(eq=False)
 class Every:
     """Calls `action` every `steps` steps (0: never), and after the last step unless a signal ended
     the run."""
 
-    def __init__(self, steps: int, action: Callable[[TrainState], None]) -> None:
-        self.steps = steps
-        self.action = action
-        self._done = -1
+    steps: int
+    action: Callable[[TrainState], None]
+    _done: int = -1
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
         if self.steps and state.step % self.steps == 0:

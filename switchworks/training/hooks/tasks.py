@@ -18,10 +18,8 @@ def evaluate_tasks(
     state: TrainState,
 ) -> None:
     """The model answers every `EvalSet` greedily; prints a line per task with its first answer.
-
     Writes task/NAME/METRIC, task/NAME/score, task/mean over all tasks and task/BENCHMARK for each
-    benchmark all of whose tasks are there, all out of 100.
-    """
+    benchmark all of whose tasks are there, all out of 100."""
     results = [
         evaluate.measure(state.model, tokenizer, eval_set, decoding, state.ranks)
         for eval_set in sets
@@ -49,10 +47,8 @@ def task_metrics(results: Sequence[evaluate.TaskResult]) -> Mapping[str, float]:
 
 
 def tasks_to_evaluate(experiment: Experiment, dataset: TextDataset) -> list[evaluate.EvalSet]:
-    """One `EvalSet` for each task of a run that has a validation split.
-
-    Raises ConfigError for a metric that does not apply to a task, DataError for unusable data.
-    """
+    """One `EvalSet` for each task of a run that has a validation split. Raises ConfigError for a
+    metric that does not apply to a task, DataError for unusable data."""
     assert isinstance(dataset, TaskDataset)
     places = places_of(experiment.data)
     sets = [

@@ -172,19 +172,15 @@ def split_sentences(path: Path, share: float) -> Mapping[str, Split]:
 
 def split_by_english(sentences: Sequence[Sentence], share: float) -> dict[str, Split]:
     """`sentences` by language, in two splits that have no sentence and no English in common."""
+    by_language = {code: Split([], []) for code in sorted({s.language for s in sentences})}
     held_out = [sentence for sentence in sentences if sentence.place < share]
     excluded = {messages.folded(text) for s in held_out for text in (s.text, s.english)}
-    train = [
-        sentence
-        for sentence in sentences
-        if sentence.place >= share
-        and excluded.isdisjoint((messages.folded(sentence.text), messages.folded(sentence.english)))
-    ]
-    by_language = {code: Split([], []) for code in sorted({s.language for s in sentences})}
-    for sentence in train:
-        by_language[sentence.language].train.append(sentence)
-    for sentence in held_out:
-        by_language[sentence.language].validation.append(sentence)
+    for sentence in sentences:
+        split, texts = by_language[sentence.language], (sentence.text, sentence.english)
+        if sentence.place < share:
+            split.validation.append(sentence)
+        elif excluded.isdisjoint(map(messages.folded, texts)):
+            split.train.append(sentence)
     return by_language
 
 
@@ -258,10 +254,8 @@ def _fault(language: str, english: str, text: str) -> str | None:
 def _forms(
     message: Any, number_of: Callable[[int], int | None]
 ) -> Iterator[tuple[str | None, str, float]]:
-    """(English, sentence, place) of a babel Message, or of each of its plural forms.
-
-    The English is None for a form that no number calls for.
-    """
+    """(English, sentence, place) of a babel Message, or of each of its plural forms. The English is
+    None for a form that no number calls for."""
     if isinstance(message.id, str):
         english, text = message.id, str(message.string or "")
         if messages.has_mnemonic(english):

@@ -34,10 +34,8 @@ _CONTROL = re.compile(r"[\0-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff\ue000-\uf8ff]")
 
 @lru_cache(maxsize=8192)  # the English of a message is met in a hundred languages
 def clean(message: str, number: int | None = None) -> str:
-    """`message` in NFC on one line, without tags and roles, its placeholders filled.
-
-    Numeric placeholders become `number`, the count of a plural form, else NUMBER; others GAP.
-    """
+    """`message` in NFC on one line, without tags and roles, its placeholders filled. Numeric
+    placeholders become `number`, the count of a plural form, else NUMBER; others GAP."""
     text = _BREAK.sub(" ", _filled(message, number))
     text = html.unescape(_TAG.sub("", _ROLE.sub(r"\1", text)))
     return unicodedata.normalize("NFC", _SPACE.sub(" ", _CONTROL.sub("", text)).strip())

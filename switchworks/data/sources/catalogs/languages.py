@@ -14,17 +14,13 @@ from typing import Any
 
 from switchworks.config import DataError
 
-MC4 = tuple(
-    re.findall(
-        r"[\w-]+",
-        """
-    af am ar az be bg bg-Latn bn ca ceb co cs cy da de el el-Latn en eo es et eu fa fi fil fr fy ga
-    gd gl gu ha haw hi hi-Latn hmn ht hu hy id ig is it iw ja ja-Latn jv ka kk km kn ko ku ky la lb
-    lo lt lv mg mi mk ml mn mr ms mt my ne nl no ny pa pl ps pt ro ru ru-Latn sd si sk sl sm sn so
-    sq sr st su sv sw ta te tg th tr uk ur uz vi xh yi yo zh zh-Latn zu
-    """,
-    )
-)
+_MC4_TEXT = """
+af am ar az be bg bg-Latn bn ca ceb co cs cy da de el el-Latn en eo es et eu fa fi fil fr fy ga gd
+gl gu ha haw hi hi-Latn hmn ht hu hy id ig is it iw ja ja-Latn jv ka kk km kn ko ku ky la lb lo lt
+lv mg mi mk ml mn mr ms mt my ne nl no ny pa pl ps pt ro ru ru-Latn sd si sk sl sm sn so sq sr st su
+sv sw ta te tg th tr uk ur uz vi xh yi yo zh zh-Latn zu
+"""
+MC4 = tuple(_MC4_TEXT.split())
 """The 107 codes of mC4, 101 languages and six of them in Latin script besides."""
 
 _ALIASES = {"no": "nb"}
@@ -56,9 +52,7 @@ SCRIPT_CHARACTERS = {
 
 def normalise(code: str) -> str:
     """The canonical code of the language that `code` (POSIX, BCP 47 or an older spelling) names.
-
-    Raises DataError, with similar codes, for a code that names none.
-    """
+    Raises DataError, with similar codes, for a code that names none."""
     plain, _, modifier = code.strip().partition("@")
     first, *rest = re.split(r"[-_]", plain.partition(".")[0])
     language, *implied = _alias(first.lower()).split("_")
