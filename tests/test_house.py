@@ -15,8 +15,8 @@ PACKAGE = ROOT / "switchworks"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-MOST_LINES = 27_700
-"""What it has now; the plan is 27,000."""
+MOST_LINES = 27_000
+"""Lines of the package, with blank ones, docstrings and imports."""
 MOST_CELL = 120
 MEAN_LENGTH, P90_LENGTH = 10.5, 21
 """Lines of a function: its mean, and what a tenth of them exceed."""
