@@ -85,8 +85,8 @@ class Progress:
 
 def averages(results: Sequence[StepResult]) -> dict[str, Any]:
     """The metrics of consecutive steps: means over the steps and, where one number stands for all
-    layers, over layers. Losses in nats; `balance` and `router_z` without their weights; `dropped` and
-    `load` as fractions of tokens."""
+    layers, over layers. Losses in nats; `balance` and `router_z` without their weights; `dropped`
+    and `load` as fractions of tokens."""
     values: dict[str, Any] = {
         "train/loss": fmean(result.cross_entropy for result in results),
         "train/total": fmean(result.total for result in results),
