@@ -1,6 +1,5 @@
 """Recipes: each is built on the meta device, and each kind trains three steps when made tiny."""
 
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from switchworks.cli.main import main
 from switchworks.config import ConfigError
 from switchworks.model import SwitchTransformer
 from switchworks.model.sizes import active_parameters, flops_per_token, num_parameters
@@ -86,23 +86,20 @@ def test_a_recipe_of_ones_own_is_found_by_module_and_function(tmp_path, monkeypa
     assert find_recipe("my_recipes:mine")() == tiny()
 
 
-def test_a_recipe_beside_the_user_is_found_by_the_program(tmp_path):
+def test_a_recipe_beside_the_user_is_found_by_the_program(tmp_path, monkeypatch, capsys):
     (tmp_path / "mine.py").write_text(
         "from switchworks.recipes.tiny import tiny\ndef run():\n    return tiny()\n"
         "def number():\n    return 3\n"
     )
-    program = Path(sys.executable).with_name("switchworks")
-
-    def explain(name: str) -> subprocess.CompletedProcess:
-        words = [str(program), "explain", name]
-        return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
-
-    found = explain("mine:run")
-    assert found.returncode == 0, found.stderr
-    assert "parameters" in found.stdout
-    odd = explain("mine:number")
-    assert (odd.returncode, odd.stdout) == (2, "")
-    assert "returned int, not a switchworks.training.Experiment" in odd.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if Path(place) != Path()])
+    assert main(["explain", "mine:run"]) == 0
+    assert "parameters" in capsys.readouterr().out
+    assert main(["explain", "mine:number"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "returned int, not a switchworks.training.Experiment" in printed.err
+    del sys.modules["mine"]
 
 
 def test_a_recipe_that_cannot_be_imported_says_why():
