@@ -8,6 +8,7 @@ import runpy
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import matplotlib.image as images
@@ -24,6 +25,7 @@ SCRIPTS = sorted(
 )
 
 
+@cache
 def names_in_calls(file: Path) -> set[str]:
     """The strings in `file` that are no docstring: arguments, paths and members of lists."""
     tree = ast.parse(file.read_text(encoding="utf-8"))

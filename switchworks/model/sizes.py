@@ -5,17 +5,21 @@ E experts, L encoder length, T decoder length. `W` stands for the weights of one
 network, 2 D F, or 3 D F when it is gated.
 """
 
+from functools import lru_cache
+
 import torch
 
 from switchworks.model.config import ModelConfig
 from switchworks.model.transformer import SwitchTransformer
 
 
+@lru_cache
 def num_parameters(config: ModelConfig) -> int:
     """Every parameter of `SwitchTransformer(config)`."""
     return sum(weight.numel() for weight in _without_values(config).parameters())
 
 
+@lru_cache
 def active_parameters(config: ModelConfig) -> int:
     """The parameters one token meets: all but those of the experts it is not sent to.
 

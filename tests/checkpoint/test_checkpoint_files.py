@@ -1,13 +1,20 @@
 """Directories that are whole or not there; the disk is really full in the last tests."""
 
+import resource
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 from switchworks.checkpoint.files import MANIFEST, verify, whole_directory
+from switchworks.checkpoint.model_files import save
+from switchworks.checkpoint.training_state import Checkpoints
 from switchworks.config import CheckpointError
+from switchworks.model import ModelConfig, SwitchTransformer
 
 
 def write(path: Path, text: str = "hello", needs: int = 0) -> None:
@@ -128,39 +135,28 @@ def test_a_place_that_cannot_be_written_is_a_checkpoint_error(tmp_path):
         write(tmp_path / "file" / "step")
 
 
-LIMITED = """
-import resource, sys, torch
-from pathlib import Path
-from switchworks.checkpoint.model_files import save
-from switchworks.checkpoint.training_state import Checkpoints
-from switchworks.config import CheckpointError
-from switchworks.model import ModelConfig, SwitchTransformer
-
-folder = Path(sys.argv[1])
-model = SwitchTransformer(ModelConfig(vocab_size=512, d_model=32, d_ff=8, d_kv=8, num_layers=1))
-checkpoints = Checkpoints(folder / "checkpoints", keep=1)
-checkpoints.save(5, {"w": torch.arange(10)}, {})
-save(model, folder / "model")
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-for write in (
-    lambda: checkpoints.save(6, {"w": torch.zeros(100_000)}, {}),
-    lambda: save(model, folder / "model"),
-):
+@contextmanager
+def no_file_beyond(size: int) -> Iterator[None]:
+    """The system refuses to let any file of this process grow beyond `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
-        write()
-    except CheckpointError as error:
-        print(error)
-"""
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_file_that_stops_growing_halfway_leaves_the_previous_checkpoint(tmp_path):
-    """The system refuses to let any file grow beyond 20 kB, so writing really breaks off."""
-    command = [sys.executable, "-W", "error", "-c", LIMITED, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
-    first, second = done.stdout.split("No room for ")[1:]
-    assert "step_00000006: it needs 0.4 MB" in first
-    assert "Training state is safe at step 5" in first
-    assert "model: it needs 0.2 MB" in second
+    model = SwitchTransformer(ModelConfig(vocab_size=512, d_model=32, d_ff=8, d_kv=8, num_layers=1))
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+    checkpoints.save(5, {"w": torch.arange(10)}, {})
+    save(model, tmp_path / "model")
+    with no_file_beyond(20_000):
+        with pytest.raises(CheckpointError, match=r"step_00000006: it needs 0\.4 MB") as error:
+            checkpoints.save(6, {"w": torch.zeros(100_000)}, {})
+        with pytest.raises(CheckpointError, match=r"No room for .*model: it needs 0\.2 MB"):
+            save(model, tmp_path / "model")
+    assert "Training state is safe at step 5" in str(error.value)
     assert everything_in(tmp_path / "checkpoints") == ["step_00000005"]
     verify(tmp_path / "checkpoints" / "step_00000005")
     verify(tmp_path / "model")

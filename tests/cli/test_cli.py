@@ -228,25 +228,22 @@ def test_recipes_are_listed_with_what_they_are(capsys):
     assert re.search(r"quickstart_dense +The dense twin", capsys.readouterr().out)
 
 
+HELP = [sys.executable, "-m", "switchworks", "explain", "--help"]
+
+
 def test_the_module_runs_as_a_program():
-    done = subprocess.run(
-        [sys.executable, "-m", "switchworks", "explain", "tiny"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = subprocess.run(HELP, capture_output=True, text=True, check=False)
     assert done.returncode == 0
-    assert "parameters" in done.stdout
+    assert "--simulate" in done.stdout
     assert done.stderr == ""
 
 
 def test_a_reader_who_leaves_early_gets_no_traceback():
-    """As in `switchworks explain tiny | head -1`; here nobody reads at all."""
+    """As in `switchworks explain --help | head -1`; here nobody reads at all."""
     reading, writing = os.pipe()
     os.close(reading)
-    words = [sys.executable, "-m", "switchworks", "explain", "tiny"]
     with os.fdopen(writing, "w") as nobody:
-        done = subprocess.run(words, stdout=nobody, stderr=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(HELP, stdout=nobody, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr == ""
 

@@ -230,7 +230,7 @@ def test_realised_rates_are_the_configured_ones_also_after_resuming(
         task_mixture(config, stores, EOS, RunRows(batch_size=16, seed=2)) for _ in range(2)
     )
     assert task_rates(config, list(first.parts.values())).tolist() == pytest.approx(shares)
-    found = drawn(first, range(25)) + drawn(again, range(25, 60))
+    found = drawn(first, range(12)) + drawn(again, range(12, 30))
     total = sum(found.values())
     for (name, *_), share in zip(entries, shares, strict=True):
         # Turns are dealt out evenly; what varies is how many examples a row happens to hold.

@@ -117,8 +117,9 @@ def test_every_text_comes_back_from_a_trained_tokenizer(trained, text):
     assert trained.decode(trained.encode_batch([text], sentinels=False)[0]) == text
 
 
-def test_a_line_of_ten_megabytes_can_be_trained_on():
-    tokenizer = train_sentencepiece([" ".join(TEXTS * 900)[:10_000_000]], 512, sample_bytes=10**6)
+def test_a_line_of_a_megabyte_can_be_trained_on():
+    """SentencePiece itself leaves out lines of more than 8192 bytes."""
+    tokenizer = train_sentencepiece([" ".join(TEXTS * 90)[:1_000_000]], 512)
     assert tokenizer.encode("the cat sat") == tokenizer.encode_batch(["the cat sat"])[0].tolist()
 
 

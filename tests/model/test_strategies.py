@@ -497,10 +497,10 @@ def test_in_evaluation_an_example_is_answered_as_if_it_were_alone(routing):
 def test_every_kind_trains(routing):
     torch.manual_seed(0)
     model = SwitchTransformer(tiny(routing))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-2)
     inputs, targets = torch.randint(1, 50, (4, 9)), torch.randint(1, 50, (4, 6))
     losses = []
-    for _ in range(30):
+    for _ in range(10):
         loss = model(inputs, targets).losses.total
         optimizer.zero_grad()
         loss.backward()

@@ -6,6 +6,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from switchworks.training import Experiment, loop, train
 
 SCRIPT = """
 import json
@@ -30,6 +34,19 @@ except Exception as error:
     print(type(error).__name__, error)
     raise SystemExit(3)
 """
+
+
+def train_noting_targets(experiment: Experiment, run_dir: Path, *, resume: bool) -> None:
+    """Trains in this process and notes the targets, as a process of `start` does."""
+    step = loop.train_step
+
+    def noting(state: Any, batch: Any) -> Any:
+        with run_dir.with_suffix(".targets").open("a") as file:
+            file.write(json.dumps([state.step, batch.targets.tolist()]) + "\n")
+        return step(state, batch)
+
+    with patch.object(loop, "train_step", noting):
+        train(experiment, run_dir, resume=resume)
 
 
 def start(experiment_file: Path, run_dir: Path, pause: float, *more: str) -> subprocess.Popen:

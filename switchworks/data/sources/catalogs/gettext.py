@@ -14,7 +14,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from gettext import c2py  # type: ignore[attr-defined]
 from itertools import islice
@@ -155,7 +155,7 @@ def catalogs(cache: Path) -> Path:
             f"There are no catalogs: of {', '.join(CATALOG_ROOTS)} none is installed.\n"
             "  Install them: pip install 'switchworks[languages]', or switchworks[more-languages]."
         )
-    lines = (json.dumps(asdict(sentence), ensure_ascii=False) + "\n" for sentence in sentences)
+    lines = (json.dumps(vars(sentence), ensure_ascii=False) + "\n" for sentence in sentences)
     counts = [[language, reason, count] for (language, reason), count in refusals.items()]
     atomic_write_text(path.with_suffix(".json"), [json.dumps(counts)])
     atomic_write_text(path, lines)
@@ -221,7 +221,7 @@ def _sentences(language: str, files: Sequence[Path], refusals: Refusals) -> Iter
     catalog = _first_readable(files, refusals)
     if catalog is None:
         return
-    number_of = _numbers(catalog)
+    number_of = _numbers(str(catalog.plural_expr))
     for message in catalog:
         if not message.id:
             continue  # the header
@@ -280,11 +280,12 @@ def _place(english: str) -> float:
     return int.from_bytes(value, "big") / 2**64
 
 
-def _numbers(catalog: Any) -> Callable[[int], int | None]:
-    """Maps the index of a plural form to the smallest number that calls for it: from 1 on, else 0;
-    None if none does."""
+@lru_cache(maxsize=256)
+def _numbers(plural: str) -> Callable[[int], int | None]:
+    """Maps the index of a form of the rule `plural` to the smallest number that calls for it: from
+    1 on, else 0; None if none does."""
     try:
-        form_of = c2py(catalog.plural_expr)
+        form_of = c2py(plural)
         forms = [form_of(number) for number in range(LARGEST_NUMBER + 1)]
     except (ValueError, ArithmeticError):
         return lambda form: None

@@ -98,8 +98,13 @@ def is_written_in(text: str, script: str) -> bool:
     for character, count in Counter(text).items():
         if character.isalpha():
             letters += count
-            of_script += count * unicodedata.name(character, "").startswith(prefixes)
+            of_script += count * _begins(character, prefixes)
     return 3 * of_script >= letters
+
+
+@lru_cache(maxsize=32768)
+def _begins(character: str, prefixes: tuple[str, ...]) -> bool:
+    return unicodedata.name(character, "").startswith(prefixes)
 
 
 class _Folding(dict[int, int | None]):
