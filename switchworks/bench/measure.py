@@ -131,10 +131,8 @@ def share_of_limit(row: Comparison, measured: Row, limit: float) -> Row | None:
 
 
 def matrix_limit(size: int, precision: Precision, rounds: int = 5) -> float:
-    """Floating-point operations per second of a square product, the best of `rounds`.
-
-    x W^T as in a linear layer: where bfloat16 is emulated x W is ten times slower.
-    """
+    """Floating-point operations per second of a square product, the best of `rounds`. x W^T as in a
+    linear layer: where bfloat16 is emulated x W is ten times slower."""
     dtype = getattr(torch, precision)
     a, b = (torch.randn(size, size).to(compute_device(), dtype) for _ in range(2))
     F.linear(a, b)

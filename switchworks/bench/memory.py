@@ -14,11 +14,8 @@ STEPS = 3
 
 def peak_memory(workload: Workload, threads: int) -> float:
     """Largest resident memory, in MB (10^6 bytes), of a fresh process that builds `workload` and
-    takes a few steps.
-
-    Everything counts: Python, torch and, for a peer, transformers. Raises RuntimeError with the
-    stderr of the process if it fails.
-    """
+    takes a few steps. Everything counts: Python, torch and, for a peer, transformers. Raises
+    RuntimeError with the stderr of the process if it fails."""
     words = [sys.executable, "-m", "switchworks.bench.memory", json.dumps(to_dict(workload))]
     done = subprocess.run([*words, str(threads)], capture_output=True, text=True, check=False)
     if done.returncode:

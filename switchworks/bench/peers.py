@@ -29,9 +29,7 @@ def available() -> bool:
 
 def peer_model(model: SwitchTransformer, *, expert_capacity: int | None = None) -> Any:
     """transformers' model of the same config and with copies of the weights, in float32.
-
-    `expert_capacity`: slots per expert and row; None: enough that nothing is dropped.
-    """
+    `expert_capacity`: slots per expert and row; None: enough that nothing is dropped."""
     import transformers
 
     values = to_hf_config(model.config)

@@ -37,11 +37,8 @@ def bytes_needed(workload: Workload) -> int:
 
 
 def new_model(workload: Workload) -> SwitchTransformer:
-    """The model of `workload` with the weights of seed 0, the same for every side.
-
-    The embedding of EOS is zero: its logit is 0, another is above it, and no greedy decoding ends
-    early.
-    """
+    """The model of `workload` with the weights of seed 0, the same for every side. The embedding of
+    EOS is zero: its logit is 0, another is above it, and no greedy decoding ends early."""
     model = SwitchTransformer(workload.shape.model(workload.experts, workload.dropout), seed=0)
     with torch.no_grad():
         model.embedding.weight[1] = 0.0

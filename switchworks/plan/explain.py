@@ -12,11 +12,9 @@ _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 
 
 def explain_experiment(experiment: Experiment) -> dict[str, Any]:
-    """The figures of `experiment` by name, for `explain --json`.
-
-    FLOPs per token and sequence are those of the forward pass, counted as in the paper's Table 9;
-    a training step takes three times as many. Bytes are those of one rank.
-    """
+    """The figures of `experiment` by name, for `explain --json`. FLOPs per token and sequence are
+    those of the forward pass, counted as in the paper's Table 9; a training step takes three times
+    as many. Bytes are those of one rank."""
     experiment = experiment.resolved("bfloat16")  # "auto" is, on machines that are good at it
     model, data = experiment.model, experiment.data
     counts = shares(model, experiment.freeze, experiment.lora)
@@ -43,11 +41,9 @@ def explain_experiment(experiment: Experiment) -> dict[str, Any]:
 
 
 def memory_per_rank(experiment: Experiment) -> dict[str, int]:
-    """Bytes of one rank that stay allocated during a step, activations not counted.
-
-    Frozen weights have no gradients and no optimizer state; under bfloat16 they keep their masters,
-    so that a run exports them as they were. With `update_in_backward` no gradients stay.
-    """
+    """Bytes of one rank that stay allocated during a step, activations not counted. Frozen weights
+    have no gradients and no optimizer state; under bfloat16 they keep their masters, so that a run
+    exports them as they were. With `update_in_backward` no gradients stay."""
     optim, compute = experiment.optim, _BYTES[experiment.precision]
     counts = shares(experiment.model, experiment.freeze, experiment.lora)
     moments = {"adamw": 2, "muon": 1}.get(optim.name, int(optim.betas[0] > 0))

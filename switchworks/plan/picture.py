@@ -13,11 +13,9 @@ MAX_FRAMED = 1024
 
 
 def cells(mesh: MeshConfig) -> dict[str, np.ndarray]:
-    """Heading -> for every rank in order, the number of the part it computes with.
-
-    Ranks with the same number compute with the same. Full shard, which divides storage further, is
-    not shown: a rank gathers its weights before it computes.
-    """
+    """Heading -> for every rank in order, the number of the part it computes with. Ranks with the
+    same number compute with the same. Full shard, which divides storage further, is not shown: a
+    rank gathers its weights before it computes."""
     data, expert, model = np.indices((mesh.data, mesh.expert, mesh.model)).reshape(3, -1)
     return {
         "experts": expert * mesh.model + model,

@@ -42,11 +42,9 @@ def make_plan(
 def find_meshes(
     experiment: Experiment, devices: int, memory: float, machine: Machine
 ) -> list[Plan]:
-    """All meshes of `devices` ranks on which a step fits in `memory` GiB, fastest first.
-
-    Each has the fewest micro-batches that fit. Footprints are those of `simulate_with_depth`.
-    Raises ConfigError, with the reason, if no mesh is possible at all.
-    """
+    """All meshes of `devices` ranks on which a step fits in `memory` GiB, fastest first. Each has
+    the fewest micro-batches that fit. Footprints are those of `simulate_with_depth`. Raises
+    ConfigError, with the reason, if no mesh is possible at all."""
     plans = [
         _fewest_micro_batches(possible, memory, machine)
         for possible in possible_meshes(experiment.resolved("bfloat16"), devices)

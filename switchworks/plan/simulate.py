@@ -31,23 +31,18 @@ from switchworks.training import Experiment, spread_model, state_of
 
 
 def simulate(experiment: Experiment) -> Footprint:
-    """What a step of `experiment` takes of one rank of its mesh.
-
-    Two and three micro-batches are traced and larger numbers extrapolated, as all are alike.
-    Without a capacity the load is taken to be even. Raises ConfigError if the model does not fit
-    the mesh.
-    """
+    """What a step of `experiment` takes of one rank of its mesh. Two and three micro-batches are
+    traced and larger numbers extrapolated, as all are alike. Without a capacity the load is taken
+    to be even. Raises ConfigError if the model does not fit the mesh."""
     check_fit(experiment.model, experiment.mesh)
     with fake_ranks(experiment.mesh) as ranks:
         return simulate_on(ranks, experiment)
 
 
 def simulate_with_depth(experiment: Experiment) -> Footprint:
-    """`simulate` at a cost that does not grow with the depth of the model.
-
-    Two and three of the model's periods (`routing.every` blocks of each stack) are traced and the
-    others extrapolated. Counts are exact where blocks are alike, the peak is within some per cent.
-    """
+    """`simulate` at a cost that does not grow with the depth of the model. Two and three of the
+    model's periods (`routing.every` blocks of each stack) are traced and the others extrapolated.
+    Counts are exact where blocks are alike, the peak is within some per cent."""
     model = experiment.model
     period = 1 if model.routing is None else model.routing.every
     periods = model.num_layers / period

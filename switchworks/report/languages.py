@@ -83,11 +83,9 @@ def write_languages(run_dirs: Sequence[Path], out: Path, *, batches: int = 16) -
 
 
 def compare(runs: Sequence[Run], *, batches: int = 0) -> list[LanguageComparison]:
-    """Every language that all of `runs`, switch models and dense twins, were validated on.
-
-    Final qualities are measured on so many batches as in `write_languages`. Raises DataError if a
-    side is missing, if the runs differ in their text, batch or steps, or if there is no language.
-    """
+    """Every language that all of `runs`, switch models and dense twins, were validated on. Final
+    qualities are measured on so many batches as in `write_languages`. Raises DataError if a side is
+    missing, if the runs differ in their text, batch or steps, or if there is no language."""
     sparse = [run for run in runs if run.sparse]
     dense = [run for run in runs if not run.sparse]
     if not sparse or not dense:

@@ -22,11 +22,9 @@ LOSS_UNIT = "nats per target token"
 
 
 def write_report(run_dirs: Sequence[Path], output: Path | None = None) -> Path:
-    """Write one self-contained HTML page about the runs in `run_dirs`, and return where it is.
-
-    By default the page is report.html in the run directory, or for several runs comparison.html
-    in the first of them. Raises DataError for a directory that holds no run.
-    """
+    """Write one self-contained HTML page about the runs in `run_dirs`, and return where it is. By
+    default the page is report.html in the run directory, or for several runs comparison.html in the
+    first of them. Raises DataError for a directory that holds no run."""
     if not run_dirs:
         raise DataError("A report needs at least one run directory. Name the one to report on.")
     runs = [read_run(Path(path)) for path in run_dirs]

@@ -37,10 +37,8 @@ def write_routing_report(
     batch_size: int = 16,
 ) -> dict[str, Any]:
     """Write the report on the model in `path` as a page into `output`, and beside it as JSON.
-
     Held-out rows of `data` are routed, labelled by their corpus in a mixture or by their task.
-    Raises CheckpointError if there is no tokenizer, or if `against` is another model.
-    """
+    Raises CheckpointError if there is no tokenizer, or if `against` is another model."""
     (model, tokenizer), *other = open_comparable([path] if against is None else [path, against])
     data = replace(data, tokenizer=str(path))
     dataset = open_dataset(data, vocab_size=model.config.vocab_size)

@@ -169,11 +169,9 @@ def open_recorder(run: Run, extra: Sequence[loggers.Logger]) -> loggers.Recorder
 def make_hooks(
     run: Run, recorder: loggers.Recorder, extra: Sequence[Hook], reached: Callable[[int], None]
 ) -> "tuple[list[Hook], hooks.KeepBest | None]":
-    """All hooks in order, and the one that keeps the best weights.
-
-    Those that measure come first, then the best of what they measured, then checkpoints, which
-    contain it; then the user's `extra` ones. The watchdog is last, so that a step includes all.
-    """
+    """All hooks in order, and the one that keeps the best weights. Those that measure come first,
+    then the best of what they measured, then checkpoints, which contain it; then the user's `extra`
+    ones. The watchdog is last, so that a step includes all."""
     experiment, state, tokenizer = run.experiment, run.state, run.dataset.tokenizer
     standard = _measuring(run, recorder)
     best, config = None, experiment.resolved_best

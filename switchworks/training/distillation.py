@@ -78,10 +78,8 @@ def dense_teacher(
 
 
 def rows_to_count(dataset: TextDataset, seed: int) -> list[Batch]:
-    """The first COUNTED_ROWS rows of the run in small batches.
-
-    Of the whole run, not of one rank: every rank must start with the same weights.
-    """
+    """The first COUNTED_ROWS rows of the run in small batches. Of the whole run, not of one rank:
+    every rank must start with the same weights."""
     pipeline = dataset.training(batch_size=COUNT_BATCH, seed=seed)
     return [pipeline.batch(step) for step in range(COUNTED_ROWS // COUNT_BATCH)]
 

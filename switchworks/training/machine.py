@@ -53,11 +53,9 @@ def give_back_memory() -> None:
 
 @cache
 def bfloat16_gain(size: int = 256) -> float:
-    """Speed of bfloat16 matrix products on this machine, relative to float32.
-
-    About 2 to 6 with AVX-512 bf16, AMX or a GPU; below 0.1 on CPUs that emulate it, as most laptops
-    do. Measured once per process, in some hundredths of a second.
-    """
+    """Speed of bfloat16 matrix products on this machine, relative to float32. About 2 to 6 with
+    AVX-512 bf16, AMX or a GPU; below 0.1 on CPUs that emulate it, as most laptops do. Measured once
+    per process, in some hundredths of a second."""
     device = compute_device()
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):

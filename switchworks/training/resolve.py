@@ -21,9 +21,7 @@ _AUTO = ("precision", "steps", "kernels")
 
 def resolve_auto(experiment: Experiment, run_dir: Path, ranks: Ranks = SINGLE) -> Experiment:
     """`experiment` without "auto": as the run in `run_dir` began, or by the main rank's machine.
-
-    Prints every choice. Warns where bfloat16 is asked for and far slower than float32.
-    """
+    Prints every choice. Warns where bfloat16 is asked for and far slower than float32."""
     auto = [name for name in _AUTO if getattr(experiment, name) == "auto"]
     begun = settings_in(run_dir)
     if begun is not None:
@@ -44,11 +42,9 @@ def resolve_auto(experiment: Experiment, run_dir: Path, ranks: Ranks = SINGLE) -
 
 
 def kernels_of(experiment: Experiment, device: torch.device) -> Literal["reference", "fast"]:
-    """`kernels` with the set that docs/speed.md has as faster in place of "auto".
-
-    In float32 on CPUs a training step with experts is 5 % faster with the fast kernels, a dense one
-    2 to 5 % slower. bfloat16 with instructions for it and GPUs have not been measured.
-    """
+    """`kernels` with the set that docs/speed.md has as faster in place of "auto". In float32 on
+    CPUs a training step with experts is 5 % faster with the fast kernels, a dense one 2 to 5 %
+    slower. bfloat16 with instructions for it and GPUs have not been measured."""
     if experiment.kernels != "auto":
         return experiment.kernels
     is_sparse = experiment.model.routing is not None and not experiment.compile

@@ -25,11 +25,9 @@ Export = Callable[[TrainState, Path], None]
 
 @dataclass(eq=False)
 class KeepBest:
-    """Compares a metric whenever a hook before it in the list has written it.
-
-    Only measurements at their regular steps count, not those made because the run ends. Raises
-    CheckpointError if the best weights so far are missing.
-    """
+    """Compares a metric whenever a hook before it in the list has written it. Only measurements at
+    their regular steps count, not those made because the run ends. Raises CheckpointError if the
+    best weights so far are missing."""
 
     config: BestConfig
     recorder: Recorder
@@ -71,9 +69,7 @@ class KeepBest:
 
     def write_model(self, state: TrainState, run_dir: Path) -> None:
         """Write the best weights to model/ (and adapters/) of `run_dir`, and best.json about them.
-
-        If the metric was never measured: those of the last step, with a warning.
-        """
+        If the metric was never measured: those of the last step, with a warning."""
         best = state.best
         if best is None:
             self.export(state, run_dir)

@@ -21,11 +21,8 @@ ROWS = 4
 
 def write_samples(path: Path | None, batch: Batch, tokenizer: Tokenizer, state: TrainState) -> None:
     """The model fills the spans of `batch`, or continues its texts if it is decoder-only: then it
-    gets the first half of each row's longest packed example.
-
-    Samples are appended to the JSON lines in `path` (None: on this rank they are not); the first is
-    printed.
-    """
+    gets the first half of each row's longest packed example. Samples are appended to the JSON lines
+    in `path` (None: on this rank they are not); the first is printed."""
     continues = state.model.config.decoder_only
     sample = _continuations if continues else _fill_ins
     samples = sample(state, batch, tokenizer)
