@@ -193,6 +193,7 @@ def finished_parts(folder: Path, shard: int, num_shards: int) -> list[ShardPart]
     """The complete parts of `shard` from the first on, without a gap."""
     parts: list[ShardPart] = []
     while values := _read_json(folder / f"{part_name(shard, num_shards, len(parts))}.json"):
+        values.pop("report", None)  # which older versions wrote
         values["segments"] = {k: Segment(**v) for k, v in values["segments"].items()}
         part = ShardPart(**values)
         if any(_size(folder / name) != size for name, size in part.sizes.items()):
