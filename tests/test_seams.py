@@ -33,7 +33,6 @@ BY_NAME = {
 NO_MODULES = {
     "generate/beam.py: layer.k",
     "generate/beam.py: layer.v",
-    "training/state.py: state.logits",
 }
 """Assignments to objects that are no modules, with names that modules have."""
 
