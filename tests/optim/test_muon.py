@@ -171,7 +171,7 @@ def on_two(tmp_path_factory) -> dict:
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=["data", "expert", "model"])
-def test_five_steps_on_two_ranks_are_those_of_one_process(mesh, on_two):
+def test_three_steps_on_two_ranks_are_those_of_one_process(mesh, on_two):
     """Sharded matrices are gathered: 1e-7 of the largest entry, in float64."""
     case = Case(mesh, more=MUON)
     found, wanted = on_two[case], run_case(replace(case, mesh=MeshConfig()))

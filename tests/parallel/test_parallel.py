@@ -133,19 +133,19 @@ def name(case: Case) -> str:
 
 
 @pytest.mark.parametrize("case", ON_TWO, ids=name)
-def test_five_steps_on_two_ranks_are_those_of_one_process(case, on_two, alone):
+def test_three_steps_on_two_ranks_are_those_of_one_process(case, on_two, alone):
     agree(on_two[case], on_one(alone, case), TOLERANCE[case.precision])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ON_FOUR, ids=name)
-def test_five_steps_on_four_ranks_are_those_of_one_process(case, on_four, alone):
+def test_three_steps_on_four_ranks_are_those_of_one_process(case, on_four, alone):
     agree(on_four[case], on_one(alone, case), TOLERANCE[case.precision])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ON_EIGHT, ids=name)
-def test_five_steps_on_all_three_axes_are_those_of_one_process(case, on_eight, alone):
+def test_three_steps_on_all_three_axes_are_those_of_one_process(case, on_eight, alone):
     """Fedus et al. 2021, section 5.5: data, expert and model parallel together."""
     agree(on_eight[case], on_one(alone, case), TOLERANCE[case.precision])
 

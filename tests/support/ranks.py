@@ -66,7 +66,7 @@ def torchrun(run_dir: Path, corpus: Path, *more: str, launch: tuple[str, ...] = 
     return [*begin, "-m", "switchworks", "train", "tiny", *flags, "--mesh.expert", "2", *more]
 
 
-STEPS = 5
+STEPS = 3
 ROWS, INPUTS, TARGETS, WORDS = 8, 16, 8, 64
 
 

@@ -51,7 +51,9 @@ def experiment(tiny_experiment, tmp_path_factory) -> Experiment:
         tiny_experiment,
         steps=4,
         data=data,
-        model=replace(model, dropout=0.0, routing=replace(model.routing, jitter=0.0)),
+        model=replace(
+            model, num_layers=1, dropout=0.0, routing=replace(model.routing, every=1, jitter=0.0)
+        ),
         optim=replace(tiny_experiment.optim, lr=0.02, warmup_steps=0),
         best=BestConfig(metric="val/loss"),
         validate_every=2,
