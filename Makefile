@@ -32,6 +32,8 @@ setup: .venv/installed
 quickstart: .venv/installed
 	$(BIN)/switchworks train quickstart --run-dir runs/quickstart $(if $(wildcard runs/quickstart/experiment.toml),--resume)
 
+# One thread each: there are more processes than cores, and a thread that waits for work burns time.
+test: export OMP_NUM_THREADS := 1
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -m "not gpu and not slow" --numprocesses $(WORKERS) --dist worksteal $(ARGS)
 
