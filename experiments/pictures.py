@@ -8,7 +8,7 @@ Writes docs/routing.png and docs/curve.png, or to `--output`.
 
 import argparse
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import takewhile
 from pathlib import Path
 
 import matplotlib
@@ -65,15 +65,14 @@ def routed(run: Path, text: str, layer: str) -> list[tuple[str, int]]:
 
 def draw_routing(tokens: Sequence[tuple[str, int]], output: Path) -> None:
     """The text token by token, each on the colour of its expert."""
-    ends = list(accumulate(len(piece) for piece, _ in tokens))
-    lines = 1 + (ends[-1] - 1) // LINE
+    places = wrapped([piece for piece, _ in tokens])
+    lines = places[-1][0] + 1
     colours = plt.get_cmap("tab20")
     figure, axes = plt.subplots(figsize=(9.6, 0.38 * (lines + 1.3)))
     axes.set(xlim=(0, LINE + 4), ylim=(lines + 1.0, -0.6))
     axes.axis("off")
     font = {"family": "monospace", "fontsize": 10, "va": "center", "color": "#222222"}
-    for (piece, expert), end in zip(tokens, ends, strict=True):
-        line, start = divmod(end - len(piece), LINE)
+    for (piece, expert), (line, start) in zip(tokens, places, strict=True):
         box = {"color": colours(expert % 20), "alpha": 0.5, "linewidth": 0}
         axes.add_patch(Rectangle((start, line - 0.4), len(piece) - 0.15, 0.8, **box))
         for place, letter in enumerate(piece):  # one by one, so that columns are of equal width
@@ -87,6 +86,18 @@ def draw_routing(tokens: Sequence[tuple[str, int]], output: Path) -> None:
         axes.text(left + 1.9, lines + 0.53, str(expert), **small)
     figure.savefig(output, dpi=160, bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)
+
+
+def wrapped(pieces: Sequence[str]) -> list[tuple[int, int]]:
+    """(line, column) of each piece; a word that does not fit begins a new line."""
+    places, line, column = [], 0, 0
+    for index, piece in enumerate(pieces):
+        rest = takewhile(lambda part: not part.startswith(" "), pieces[index + 1 :])
+        if piece.startswith(" ") and column + len(piece) + sum(map(len, rest)) > LINE:
+            line, column = line + 1, 0
+        places.append((line, column))
+        column += len(piece)
+    return places
 
 
 def draw_curve(sparse: Path, dense: Path, output: Path) -> None:
