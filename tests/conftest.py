@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 from support.once import made_once, trained_once
-from support.shapes import check_shapes
+from support.shapes import check_shapes, start_checking
 
 PACKAGE = Path(__file__).parent.parent / "switchworks"
 
@@ -29,9 +29,10 @@ settings.load_profile("house")
 
 
 @pytest.fixture(autouse=True)
-def the_same_numbers_every_time():
+def a_fresh_start():
     """A test that draws without a seed of its own draws the same in every run."""
     torch.manual_seed(0)
+    start_checking()
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import beartype
 import pytest
 import torch
 from jaxtyping import Float, TypeCheckError
-from support.shapes import checked_once, mark
+from support.shapes import CALLS, checked_once, mark, start_checking
 from torch import Tensor
 
 from switchworks.batch import Batch
@@ -93,3 +93,12 @@ def test_the_package_is_under_this_check():
         Batch(inputs=tokens, targets=tokens[:1])
     with pytest.raises(TypeCheckError):
         RMSNorm(4, 1e-6)(torch.ones(2, 4, dtype=torch.int64))
+
+
+def test_the_first_calls_of_a_test_are_checked():
+    for _ in range(CALLS):
+        product(SQUARE, WIDE)
+    assert product(SQUARE.long(), WIDE.long()).shape == (2, 3)
+    start_checking()
+    with pytest.raises(TypeCheckError):
+        product(SQUARE.long(), WIDE.long())
