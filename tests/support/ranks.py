@@ -137,12 +137,13 @@ def batch_of(step: int, ranks: Ranks = SINGLE) -> Batch:
 
 
 def state_of(case: Case) -> TrainState:
-    """Step 0, in all digits of the case's precision."""
+    """Step 0: the same weights for every mesh and every precision."""
     experiment = case.experiment()
     ranks = SINGLE if case.mesh.size == 1 else Ranks(build_mesh(case.mesh))
     model = SwitchTransformer(experiment.model)
+    initialise(model, experiment.seed)
     if case.precision == "float64":
-        initialise(model.double(), experiment.seed)
+        model.double()
     return build_state(experiment, model, ranks=ranks)
 
 
