@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.cases import mostly_slow
 from torch import nn
 
 from switchworks.cli.main import main
@@ -163,7 +164,7 @@ def test_the_recipes_of_the_paper_train_the_sizes_of_its_names(name):
     assert RECIPES[name]().model == SIZES[name.replace("c4", "switch")]
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", mostly_slow(SIZES, [next(iter(f)) for f in FAMILIES.values()]))
 def test_every_size_can_be_explained(name, capsys):
     assert main(["explain", name]) == 0
     printed = capsys.readouterr().out

@@ -10,6 +10,7 @@ from pydoc_data.topics import topics
 import numpy as np
 import pytest
 import torch
+from support.cases import mostly_slow
 
 from switchworks.batch import Batch
 from switchworks.config import ConfigError, DataError
@@ -203,7 +204,7 @@ def drawn(mixture: Mixture, steps: range) -> Counter:
     return found
 
 
-@pytest.mark.parametrize("packing", ["packed", "padded"])
+@pytest.mark.parametrize("packing", mostly_slow(["packed", "padded"], ["packed"]))
 @pytest.mark.parametrize(
     ("more", "shares"),
     [

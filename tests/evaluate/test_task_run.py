@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 import signal
-import time
 import tomllib
 from collections import Counter
 from dataclasses import replace
@@ -14,14 +13,14 @@ import pytest
 import torch
 from support.once import made_once
 from support.scripts import run_script
-from support.slowed import start, targets_of, train_noting_targets, wait_for
+from support.slowed import targets_of, train_noting_targets
 
 import switchworks
 from switchworks.cli.evaluate import EvaluateFlags
 from switchworks.cli.main import main
 from switchworks.cli.parsing import parse_experiment, parse_flags
 from switchworks.cli.train import TrainFlags
-from switchworks.config import ConfigError, DataError, from_toml, to_toml
+from switchworks.config import ConfigError, DataError, from_toml
 from switchworks.data.tasks import find_tasks
 from switchworks.evaluate.answers import DecodingConfig
 from switchworks.evaluate.tasks import evaluate_tasks, named_tasks
@@ -133,6 +132,17 @@ def test_an_interrupted_run_goes_on_with_the_same_examples(
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+class Killed(BaseException):
+    """The run ends without saving, a few steps after the checkpoint of step 12."""
+
+    def after_step(self, state, result):
+        if state.step == 15:
+            raise self
+
+    def finish(self, state, *, interrupted):
+        pass
+
+
 def test_a_mixture_killed_and_resumed_keeps_its_rates_and_its_examples(experiment, table, tmp_path):
     small = tmp_path / "boxes.csv"
     small.write_text("text,answer\n" + "".join(f"box {i} has a lid,yes\n" for i in range(50)))
@@ -143,20 +153,14 @@ def test_a_mixture_killed_and_resumed_keeps_its_rates_and_its_examples(experimen
         task_temperature=2.0,
         tokenizer="bytes",
     )
-    settings, run_dir = tmp_path / "mixed.toml", tmp_path / "run"
     often = replace(experiment, checkpoint_every=6, evaluate_every=0, validate_every=0, steps=40)
-    settings.write_text(to_toml(replace(often, data=data)))
-    with start(settings, run_dir, 0.1) as process:
-        wait_for(run_dir / "checkpoints" / "step_00000012", process)
-        time.sleep(0.3)  # a few steps past the checkpoint
-        process.kill()
-    before = [step for step, _ in targets_of(run_dir)]
-    train_noting_targets(from_toml(Experiment, settings), run_dir, resume=True)
+    often, run_dir = replace(often, data=data), tmp_path / "run"
+    with pytest.raises(Killed):
+        train_noting_targets(often, run_dir, hooks=[Killed()])
+    train_noting_targets(often, run_dir, resume=True)
 
     trained = targets_of(run_dir)
-    assert before == list(range(len(before)))
-    assert 12 < len(before) < 40
-    assert [step for step, _ in trained] == [*before, *range(len(before) // 6 * 6, 40)]
+    assert [step for step, _ in trained] == [*range(15), *range(12, 40)]
     batches = dict(trained)
     assert all(batches[step] == targets for step, targets in trained)  # the repeated ones, too
     rows = [row for targets in batches.values() for row in targets]

@@ -1,9 +1,11 @@
 """Activation checkpointing: the same loss and gradients, the same routes, fewer bytes kept."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
 import torch
+from support.cases import mostly_slow
 from support.models import TINY
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
@@ -43,8 +45,12 @@ ENCODERS = [
 ]
 
 
-@pytest.mark.parametrize("fast", [False, True])
-@pytest.mark.parametrize("strategy", ENCODERS)
+EACH_ONCE = [(strategy, number % 2 == 0) for number, strategy in enumerate(ENCODERS)]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "fast"), mostly_slow(itertools.product(ENCODERS, [False, True]), EACH_ONCE)
+)
 def test_loss_and_gradients_are_those_without_checkpointing(strategy, fast):
     decoder = "top2" if strategy == "top2" else "switch"
     routing = replace(ROUTING, strategy=strategy, decoder_strategy=decoder, layers="both")

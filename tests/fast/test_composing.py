@@ -92,6 +92,7 @@ def test_a_pair_that_cannot_be_is_refused(pair):
         experiment(*pair)
 
 
+@pytest.mark.slow  # a compiled step: test_compile_step.py; the two, not compiled: above
 def test_kernels_and_checkpointing_compile():
     routing = RoutingConfig(experts=4, every=1, group_sequences=2, jitter=0.0)
     config = replace(TINY, num_layers=1, routing=routing)

@@ -1,12 +1,14 @@
 """Weights that move in the backward pass: the same weights, gradients that are never together."""
 
 import gc
+import itertools
 import math
 import weakref
 from dataclasses import replace
 
 import pytest
 import torch
+from support.cases import mostly_slow
 from torch import Tensor
 
 from switchworks.batch import Batch
@@ -53,18 +55,25 @@ def numbers(of: TrainState) -> dict[str, Tensor]:
     return contents["weights"] | slots
 
 
+SETTINGS = {
+    "plain": {},
+    "bfloat16": {"precision": "bfloat16"},
+    "fast and checkpointed": {"kernels": "fast", "activation_checkpointing": True},
+    "frozen": {"freeze": ("all-but-experts",)},
+}
+EACH_ONCE = [
+    ("adafactor", "bfloat16"),
+    ("adafactor", "fast and checkpointed"),
+    ("adamw", "frozen"),
+    ("muon", "plain"),
+]
+
+
 @pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"precision": "bfloat16"},
-        {"kernels": "fast", "activation_checkpointing": True},
-        {"freeze": ("all-but-experts",)},
-    ],
-    ids=["plain", "bfloat16", "fast and checkpointed", "frozen"],
+    ("name", "special"), mostly_slow(itertools.product(OPTIMIZERS, SETTINGS), EACH_ONCE)
 )
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_weights_and_optimizer_are_those_of_updates_after_the_pass(name, settings, many_moves):
+def test_weights_and_optimizer_are_those_of_updates_after_the_pass(name, special, many_moves):
+    settings = SETTINGS[special]
     plain, early = (state(e, optim=OPTIMIZERS[name], **settings) for e in (False, True))
     for _ in range(3):
         one, two = train_step(plain, some_batch()), train_step(early, some_batch())

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from support.cases import mostly_slow
 from torch.distributed.tensor import DTensor, Shard
 
 from switchworks.cli.explain import ExplainFlags
@@ -267,7 +268,11 @@ def small_command(command: str) -> str:
 SMALL_COMMANDS = list(dict.fromkeys(map(small_command, COMMANDS)))
 
 
-@pytest.mark.parametrize("command", [c for c in SMALL_COMMANDS if "--search" not in c])
+SMALL_LAYOUTS = [command for command in SMALL_COMMANDS if "--search" not in command]
+OVER_MESHES = [command for command in SMALL_LAYOUTS if "--ranks" in command]
+
+
+@pytest.mark.parametrize("command", mostly_slow(SMALL_LAYOUTS, OVER_MESHES))
 def test_a_command_of_the_page_runs_with_a_small_model(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["explain", *command.split(), *SHALLOW, "--json", "figures.json"]) == 0

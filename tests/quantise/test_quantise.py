@@ -1,5 +1,6 @@
 """Models in 8 and 4 bits: how far off they are, how large, and the same from a file."""
 
+import itertools
 import json
 import struct
 from dataclasses import replace
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.cases import mostly_slow
 from support.models import CAUSAL, DENSE, TINY
 from torch import Tensor
 
@@ -37,11 +39,15 @@ KINDS = {
     "decoder alone": CAUSAL,
     "experts in attention": replace(TINY, routing=RoutingConfig(experts=4, layers="both")),
 }
-each_kind = pytest.mark.parametrize("config", KINDS.values(), ids=list(KINDS))
 with_kernels = pytest.mark.skipif(
     not torch.backends.cpu.get_cpu_capability().startswith("AVX"), reason="torch's kernels for AVX"
 )
-each_scheme = pytest.mark.parametrize("scheme", ["int8", "int8-dynamic", "int4"])
+SCHEMES = ["int8", "int8-dynamic", "int4"]
+each_scheme = pytest.mark.parametrize("scheme", SCHEMES)
+EACH_ONCE = [*zip(KINDS, SCHEMES * 2, strict=True)]
+each_pair = pytest.mark.parametrize(
+    ("kind", "scheme"), mostly_slow(itertools.product(KINDS, SCHEMES), EACH_ONCE)
+)
 
 
 def inputs() -> Tensor:
@@ -157,20 +163,18 @@ def test_every_expert_in_4_bits_has_an_order_of_its_own():
 # Whole models
 
 
-@each_kind
-@each_scheme
-def test_a_rounded_model_scores_nearly_as_before(scheme, config):
-    model = SwitchTransformer(config, seed=1)
+@each_pair
+def test_a_rounded_model_scores_nearly_as_before(kind, scheme):
+    model = SwitchTransformer(KINDS[kind], seed=1)
     expected = logits(model)
     off = (logits(quantise(model, QuantiseConfig.from_scheme(scheme))) - expected).norm()
     assert off < {"int4": 0.3, "int8": 0.03, "int8-dynamic": 0.05}[scheme] * expected.norm()
 
 
-@each_kind
-@each_scheme
-def test_every_matrix_is_rounded_and_every_tensor_listed(scheme, config):
+@each_pair
+def test_every_matrix_is_rounded_and_every_tensor_listed(kind, scheme):
     """Nothing but routers, norms and relative biases is left, and embeddings have 8 bits."""
-    model = quantise(SwitchTransformer(config, seed=1), QuantiseConfig.from_scheme(scheme))
+    model = quantise(SwitchTransformer(KINDS[kind], seed=1), QuantiseConfig.from_scheme(scheme))
     found = tensors_of(model)
     small = ("router", "norm", "relative_bias")
     low = 4 if scheme == "int4" else 8
@@ -178,16 +182,15 @@ def test_every_matrix_is_rounded_and_every_tensor_listed(scheme, config):
         stays = any(part in tensor.name for part in small)
         expected = 32 if stays else 8 if "embedding" in tensor.name else low
         assert tensor.bits == expected, tensor.name
-    assert sum(torch.Size(t.shape).numel() for t in found) == num_parameters(config)
+    assert sum(torch.Size(t.shape).numel() for t in found) == num_parameters(KINDS[kind])
     assert sorted(t.name for t in found) == sorted(
-        name for name, _ in SwitchTransformer(config).named_parameters()
+        name for name, _ in SwitchTransformer(KINDS[kind]).named_parameters()
     )
 
 
-@each_kind
-@each_scheme
-def test_a_rounded_model_comes_back_from_its_file_bit_for_bit(scheme, config, tmp_path):
-    model = quantise(SwitchTransformer(config, seed=1), QuantiseConfig.from_scheme(scheme))
+@each_pair
+def test_a_rounded_model_comes_back_from_its_file_bit_for_bit(kind, scheme, tmp_path):
+    model = quantise(SwitchTransformer(KINDS[kind], seed=1), QuantiseConfig.from_scheme(scheme))
     switchworks.save(model, tmp_path / "m")
     back, _ = switchworks.load(tmp_path / "m")
     assert quantise_config_of(back) == QuantiseConfig.from_scheme(scheme)
@@ -226,10 +229,9 @@ def test_the_file_is_as_large_as_computed(scheme, config, tmp_path):
     assert json.loads(content[8 : 8 + header])
 
 
-@each_kind
-@each_scheme
-def test_a_dequantise_model_is_an_ordinary_one_that_computes_the_same(scheme, config):
-    model = quantise(SwitchTransformer(config, seed=1), QuantiseConfig.from_scheme(scheme))
+@each_pair
+def test_a_dequantise_model_is_an_ordinary_one_that_computes_the_same(kind, scheme):
+    model = quantise(SwitchTransformer(KINDS[kind], seed=1), QuantiseConfig.from_scheme(scheme))
     wide = dequantise(model)
     assert all(parameter.dtype == torch.float32 for parameter in wide.parameters())
     if scheme != "int8-dynamic":

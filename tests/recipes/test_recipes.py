@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.cases import mostly_slow
 
 from switchworks.cli.main import main
 from switchworks.config import ConfigError, to_toml
@@ -52,7 +53,10 @@ DIFFERENT = {to_toml(replace(made_tiny(name), name="tiny")): name for name in RE
 """One recipe of each kind: with 4 experts those of 8 to 256 are the same but for the name."""
 
 
-@pytest.mark.parametrize("name", DIFFERENT.values())
+@pytest.mark.parametrize(
+    "name",
+    mostly_slow(DIFFERENT.values(), ["text_folder", "quickstart_lm", "distil", "c4_xxl_128"]),
+)
 def test_every_recipe_trains_three_steps_when_made_tiny(name, corpus, tiny_run, tmp_path):
     experiment = made_tiny(name)
     experiment = replace(

@@ -36,7 +36,7 @@ except Exception as error:
 """
 
 
-def train_noting_targets(experiment: Experiment, run_dir: Path, *, resume: bool) -> None:
+def train_noting_targets(experiment: Experiment, run_dir: Path, **more: Any) -> None:
     """Trains in this process and notes the targets, as a process of `start` does."""
     step = loop.train_step
 
@@ -46,7 +46,7 @@ def train_noting_targets(experiment: Experiment, run_dir: Path, *, resume: bool)
         return step(state, batch)
 
     with patch.object(loop, "train_step", noting):
-        train(experiment, run_dir, resume=resume)
+        train(experiment, run_dir, **more)
 
 
 def start(experiment_file: Path, run_dir: Path, pause: float, *more: str) -> subprocess.Popen:

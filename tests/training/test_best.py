@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from adapt.test_freeze import interrupted_after
+from support.cases import mostly_slow
 
 import switchworks
 from switchworks.adapt import LoraConfig
@@ -102,7 +103,7 @@ def test_a_run_that_gets_no_better_ends_early(scripted, short, tmp_path, capsys)
     assert (run_dir / "checkpoints" / "step_00000012").is_dir()
 
 
-@pytest.mark.parametrize("killed", [5, 8, 9, 11])
+@pytest.mark.parametrize("killed", mostly_slow([5, 8, 9, 11], [9]))
 def test_an_interrupted_run_ends_at_the_same_step_with_the_same_model(
     killed, weights_after, short, tmp_path, monkeypatch
 ):

@@ -17,7 +17,7 @@ import switchworks
 from switchworks.config import CheckpointError, ConfigError, DataError, from_toml, to_toml
 from switchworks.data.tokens.train import train_sentencepiece
 from switchworks.evaluate.perplexity import evaluate_run
-from switchworks.training import Experiment, train
+from switchworks.training import Experiment, Interrupted, train
 from switchworks.training.run_directory import claim, may_resume
 
 
@@ -279,8 +279,32 @@ def test_a_run_killed_in_the_middle_and_resumed_ends_bitwise_the_same(
     assert read[0][-1] == read[1][-1]
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_signal_saves_and_leaves_and_the_run_goes_on(name, resumable, uninterrupted, tmp_path):
+class SignalAt:
+    """A hook that sends this process a signal after a step."""
+
+    def __init__(self, step: int, name: signal.Signals) -> None:
+        self.step, self.name = step, name
+
+    def after_step(self, state, result):
+        if state.step == self.step:
+            signal.raise_signal(self.name)
+
+    def finish(self, state, *, interrupted):
+        assert interrupted
+
+
+def test_a_signal_saves_this_step_and_the_run_goes_on(resumable, uninterrupted, tmp_path):
+    experiment, run_dir = from_toml(Experiment, resumable), tmp_path / "run"
+    with pytest.raises(Interrupted, match="SIGTERM: step 8"):
+        train(experiment, run_dir, hooks=[SignalAt(8, signal.SIGTERM)])
+    assert (run_dir / "checkpoints" / "step_00000008").is_dir()
+    train(experiment, run_dir, resume=True)
+    whole, resumed = weights_of(uninterrupted), weights_of(run_dir)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", pytest.param("SIGTERM", marks=pytest.mark.slow)])
+def test_a_process_that_gets_a_signal_saves_and_ends_with_status_3(name, resumable, tmp_path):
     run_dir = tmp_path / "run"
     with start(resumable, run_dir, 0.2) as process:
         wait_for(run_dir / "metrics.jsonl", process)
@@ -291,9 +315,6 @@ def test_a_signal_saves_and_leaves_and_the_run_goes_on(name, resumable, uninterr
     saved = int(output.rpartition("step ")[2].split()[0])
     assert 0 < saved < 20
     assert (run_dir / "checkpoints" / f"step_{saved:08d}").is_dir()
-    train(from_toml(Experiment, resumable), run_dir, resume=True)
-    whole, resumed = weights_of(uninterrupted), weights_of(run_dir)
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 @pytest.mark.parametrize("program", ["/opt/bin/switchworks", "/lib/switchworks/__main__.py"])

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.cases import mostly_slow
 
 import switchworks
 from switchworks.cli.main import main
@@ -35,14 +36,14 @@ FLAGS = {
 }
 
 
-@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS.keys())
-def test_every_way_to_route_trains_and_exports(flags, corpus, tmp_path, capsys):
+@pytest.mark.parametrize("way", mostly_slow(FLAGS, ["expert choice", "dropless", "attention"]))
+def test_every_way_to_route_trains_and_exports(way, corpus, tmp_path, capsys):
     words = ["--steps", "2", "--threads", "1", "--data.path", str(corpus)]
     run_dir = tmp_path / "run"
-    assert main(["train", "tiny", *words, "--run-dir", str(run_dir), *flags]) == 0
+    assert main(["train", "tiny", *words, "--run-dir", str(run_dir), *FLAGS[way]]) == 0
     model, _ = switchworks.load(run_dir)
     assert not model.training
-    assert main(["explain", "tiny", *flags]) == 0
+    assert main(["explain", "tiny", *FLAGS[way]]) == 0
     assert "switch layers" in capsys.readouterr().out
 
 
