@@ -28,6 +28,10 @@ settings.register_profile("house", deadline=None)  # the machine may be busy
 settings.load_profile("house")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 @pytest.fixture(autouse=True)
 def a_fresh_start():
     """A test that draws without a seed of its own draws the same in every run."""

@@ -75,6 +75,7 @@ def test_the_language_model_compiles_into_one_graph():
     assert after < before - 0.5
 
 
+@pytest.mark.long
 def test_the_language_model_trains_sharded_over_two_processes():
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     output = run(*launcher, str(EXAMPLES / "causal_lm.py"), "--fsdp", "--steps", "15")
@@ -104,6 +105,7 @@ def test_the_language_model_sees_no_later_token():
     assert not torch.allclose(logits[:, 12:], other[:, 12:], atol=1e-6)
 
 
+@pytest.mark.long
 def test_the_vision_transformer_learns(capsys):
     before, after = load_example("vision_transformer").main(["--steps", "80"])
     assert before < 0.4  # a quarter is a blind guess

@@ -252,6 +252,7 @@ def text(tmp_path_factory) -> Path:
     return text_file(tmp_path_factory.mktemp("golden"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", RUNS)
 def test_twenty_steps_from_stored_weights_have_the_losses_they_had(name, golden, text, tmp_path):
     found, recorded = losses_of(name, text, tmp_path), golden["losses"][name]

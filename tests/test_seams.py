@@ -1,7 +1,9 @@
 """Nobody overwrites a method of a live module; what is set from outside is a declared seam."""
 
 import ast
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from pathlib import Path
 
@@ -15,9 +17,7 @@ from switchworks.model.switch_ffn import SwitchFFN
 from switchworks.model.transformer import SwitchTransformer
 
 PACKAGE = Path(switchworks.__file__).parent
-FILES = sorted(PACKAGE.rglob("*.py"))
-SOURCES = {path.relative_to(PACKAGE).as_posix(): path.read_text("utf-8") for path in FILES}
-TREES = {name: ast.parse(source) for name, source in SOURCES.items()}
+FILES = [path.relative_to(PACKAGE).as_posix() for path in sorted(PACKAGE.rglob("*.py"))]
 
 NAMES = {seam.attribute for seam in SEAMS}
 PLACES = {"experts", "embedding", "head"}
@@ -42,32 +42,49 @@ def bases(trees: Iterable[ast.AST]) -> Iterator[tuple[ast.ClassDef, set[str]]]:
 
 def module_classes(trees: Mapping[str, ast.AST]) -> dict[str, ast.ClassDef]:
     """Every class of the package that is an nn.Module, by name."""
-    known = {"Module", *(name for name in dir(nn) if isinstance(getattr(nn, name), type))}
+    names = {"Module", *(name for name in dir(nn) if isinstance(getattr(nn, name), type))}
     found: dict[str, ast.ClassDef] = {}
     classes = list(bases(trees.values()))
     for _ in range(4):  # as deep as the classes derive from each other
         for node, parents in classes:
-            if parents & known:
-                known.add(node.name)
+            if parents & names:
+                names.add(node.name)
                 found[node.name] = node
     return found
 
 
-MODULES = module_classes(TREES)
-METHODS = {
-    item.name
-    for node in MODULES.values()
-    for item in node.body
-    if isinstance(item, ast.FunctionDef)
-} | {"forward", "_parameters", "_buffers", "_modules"}
-ATTRIBUTES = {
-    target.attr
-    for node in MODULES.values()
-    for each in ast.walk(node)
-    if isinstance(each, ast.Assign | ast.AnnAssign)
-    for target in (each.targets if isinstance(each, ast.Assign) else [each.target])
-    if isinstance(target, ast.Attribute) and ast.unparse(target.value) == "self"
-} - {"config", "weight", "inputs", "scale"}  # names that plain objects have too
+@dataclass(frozen=True)
+class Known:
+    """What the package's modules are called, and all that is in them."""
+
+    modules: Collection[str]
+    methods: frozenset[str]
+    attributes: frozenset[str]
+
+
+@cache  # read when the first test needs it, not by every worker
+def known() -> Known:
+    trees = {file: ast.parse((PACKAGE / file).read_text("utf-8")) for file in FILES}
+    modules = module_classes(trees)
+    functions = {
+        item.name
+        for node in modules.values()
+        for item in node.body
+        if isinstance(item, ast.FunctionDef)
+    }
+    attributes = {
+        target.attr
+        for node in modules.values()
+        for each in ast.walk(node)
+        if isinstance(each, ast.Assign | ast.AnnAssign)
+        for target in (each.targets if isinstance(each, ast.Assign) else [each.target])
+        if isinstance(target, ast.Attribute) and ast.unparse(target.value) == "self"
+    }
+    methods = frozenset(functions | {"forward", "_parameters", "_buffers", "_modules"})
+    of_others = {"config", "weight", "inputs", "scale"}  # names that plain objects have too
+    return Known(modules, methods, frozenset(attributes - of_others))
+
+
 ALLOWED = NAMES | PLACES
 
 
@@ -79,7 +96,7 @@ class Finder(ast.NodeVisitor):
         self.in_module = [False]
 
     def visit_ClassDef(self, node: ast.ClassDef) -> None:
-        self.in_module.append(node.name in MODULES)
+        self.in_module.append(node.name in known().modules)
         self.generic_visit(node)
         self.in_module.pop()
 
@@ -107,12 +124,12 @@ class Finder(ast.NodeVisitor):
         if not isinstance(target, ast.Attribute):
             return
         if ast.unparse(target.value) == "self":
-            if self.in_module[-1] and target.attr in METHODS - {"weights"}:
+            if self.in_module[-1] and target.attr in known().methods - {"weights"}:
                 self.found.append(f"{ast.unparse(target)} = ...")
             return
         if f"{self.file}: {ast.unparse(target)}" in NO_MODULES:
             return
-        if target.attr in (METHODS | ATTRIBUTES) - ALLOWED:
+        if target.attr in (known().methods | known().attributes) - ALLOWED:
             self.found.append(f"{ast.unparse(target)} = ...")
 
     def visit_Call(self, node: ast.Call) -> None:
@@ -120,13 +137,13 @@ class Finder(ast.NodeVisitor):
         if name == "setattr" and len(node.args) == 3:
             key = node.args[1]
             if isinstance(key, ast.Constant):
-                if key.value in (METHODS | ATTRIBUTES) - ALLOWED:
+                if key.value in (known().methods | known().attributes) - ALLOWED:
                     self.found.append(ast.unparse(node))
             elif f"{self.file}: {self.inside[-1]}" not in BY_NAME:
                 self.found.append(ast.unparse(node))
         owner, _, method = name.rpartition(".")
         outside = not self.in_module[-1]
-        if outside and owner in MODULES and method in METHODS and node.args:
+        if outside and owner in known().modules and method in known().methods and node.args:
             self.found.append(f"{ast.unparse(node)[:60]}")
         self.generic_visit(node)
 
@@ -137,9 +154,9 @@ def patches(source: str, file: str = "sample.py") -> list[str]:
     return finder.found
 
 
-@pytest.mark.parametrize("file", SOURCES)
+@pytest.mark.parametrize("file", FILES)
 def test_no_file_patches_a_live_module(file):
-    assert patches(SOURCES[file], file) == []
+    assert patches((PACKAGE / file).read_text("utf-8"), file) == []
 
 
 @pytest.mark.parametrize(
@@ -185,7 +202,7 @@ def test_every_seam_has_its_plain_form_in_its_class():
     for seam in SEAMS:
         if held.get(seam.module) != seam.attribute:
             assert seam.attribute in vars(seam.module), seam
-            assert seam.attribute not in METHODS, seam
+            assert seam.attribute not in known().methods, seam
 
 
 def test_a_fresh_model_has_no_seam_set(tiny_experiment):

@@ -323,6 +323,7 @@ def test_a_run_over_catalogs_notes_loss_bits_and_epochs_of_every_language(
     assert sum(one["rate"] for one in about["corpora"].values()) == pytest.approx(1.0)
 
 
+@pytest.mark.long
 def test_the_report_by_language_measures_the_last_weights_on_more_text(
     tiny_experiment, tmp_path, capsys
 ):

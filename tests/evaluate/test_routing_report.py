@@ -8,8 +8,6 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
-from scipy.spatial.distance import jensenshannon
-from sklearn.metrics import mutual_info_score
 
 import switchworks
 from switchworks.batch import Batch
@@ -79,6 +77,9 @@ def test_ids_beyond_the_tokenizer_are_special():
 
 
 def test_divergence_and_information_agree_with_scipy_and_scikit_learn():
+    from scipy.spatial.distance import jensenshannon
+    from sklearn.metrics import mutual_info_score
+
     generator = torch.Generator().manual_seed(0)
     p, q = torch.rand(2, 6, generator=generator, dtype=torch.float64)
     p, q = p / p.sum(), q / q.sum()

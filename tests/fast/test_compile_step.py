@@ -20,6 +20,7 @@ from switchworks.training.state import build_state
 from switchworks.training.step import train_step
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "how",
     [

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from support.compiling import compiling
 from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
-from torch._inductor import config as inductor
 
 from switchworks.cli.main import main
 from switchworks.config import ConfigError
@@ -69,6 +68,7 @@ ROUNDS_INPUTS = ("int8", "int4", "dynamic")
 """Where the last digit of an input may turn what it is rounded to."""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "how", [*CHEAP, *(pytest.param(how, marks=pytest.mark.slow) for how in COSTLY)]
 )
@@ -184,6 +184,8 @@ def test_the_command_line_writes_the_same_with_and_without_a_graph(tiny_run, tmp
 
 
 def test_without_a_compiler_the_command_line_says_what_to_do(tiny_run, capsys):
+    from torch._inductor import config as inductor
+
     require_compiler.cache_clear()
     with inductor.patch({"cpp.cxx": ("no-such",)}):  # what the environment's CXX sets
         assert main(["generate", str(tiny_run), "If the", "--compile"]) == 2

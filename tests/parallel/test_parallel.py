@@ -134,6 +134,7 @@ def name(case: Case) -> str:
     return "-".join([*parts, *([more] if more else [])])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", ON_TWO, ids=name)
 def test_three_steps_on_two_ranks_are_those_of_one_process(case, on_two, alone):
     agree(on_two[case], on_one(alone, case), TOLERANCE[case.precision])

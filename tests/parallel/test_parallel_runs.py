@@ -66,6 +66,7 @@ def train_twice(rank: int, folder: Path) -> list[float]:
     return first + train_until(rank, Case(MeshConfig(model=2)), folder, 4)
 
 
+@pytest.mark.long
 def test_a_checkpoint_of_one_mesh_is_read_on_another_and_on_one_process(tmp_path):
     folder = tmp_path / "checkpoints"
     losses = spawn(2, train_twice, tmp_path, folder)[0]
@@ -96,6 +97,7 @@ def export_parts(rank: int, case: Case, folder: Path) -> dict[str, torch.Tensor]
     return {name: whole(weight) for name, weight in state.updater.masters.float_state().items()}
 
 
+@pytest.mark.long
 def test_a_model_exported_from_parts_is_the_model(tmp_path):
     words = (("model.vocab_size", 384),)
     case = Case(MeshConfig(expert=2), precision="float32", more=words)

@@ -34,6 +34,7 @@ def scale(tmp_path, monkeypatch) -> ModuleType:
     return script
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # as parallel/apply.py does
 @pytest.mark.filterwarnings("ignore:Data has no positive values")  # so small is the model
 def test_the_curves_have_a_row_for_each_number_of_ranks(scale, tmp_path):

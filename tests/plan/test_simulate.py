@@ -284,6 +284,7 @@ def test_a_command_of_the_page_runs_with_a_small_model(command, tmp_path, monkey
     assert math.prod(mesh[axis] for axis in ("data", "expert", "model")) == ranks
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", [c for c in SMALL_COMMANDS if "--search" in c])
 def test_a_search_of_the_page_lists_all_meshes_the_fastest_first(command, tmp_path, capsys):
     file = tmp_path / "figures.json"

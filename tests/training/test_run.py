@@ -254,6 +254,7 @@ def uninterrupted(resumable, trained) -> Path:
     return trained(from_toml(Experiment, resumable))
 
 
+@pytest.mark.long
 def test_a_run_killed_in_the_middle_and_resumed_ends_bitwise_the_same(
     resumable, uninterrupted, tmp_path
 ):
@@ -303,6 +304,7 @@ def test_a_signal_saves_this_step_and_the_run_goes_on(resumable, uninterrupted, 
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["SIGINT", pytest.param("SIGTERM", marks=pytest.mark.slow)])
 def test_a_process_that_gets_a_signal_saves_and_ends_with_status_3(name, resumable, tmp_path):
     run_dir = tmp_path / "run"

@@ -80,6 +80,7 @@ def measured(run_dir: Path) -> dict[tuple[int, str], float]:
     }
 
 
+@pytest.mark.long
 def test_two_ranks_measure_and_leave_what_one_process_does(experiment, tmp_path):
     alone, two, pickles = (tmp_path / name for name in ("alone", "two", "pickles"))
     pickles.mkdir()
@@ -122,6 +123,7 @@ def write_between_steps(rank: int, cases: list[Case]) -> list[tuple[list[float],
     return found
 
 
+@pytest.mark.long
 def test_ranks_that_share_a_model_write_what_one_process_writes(tmp_path):
     cases = list(MESHES.values())
     both = spawn(2, write_between_steps, tmp_path, cases)
