@@ -31,6 +31,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.cases import mostly_slow
 from torch import nn
 
 import switchworks
@@ -253,7 +254,7 @@ def text(tmp_path_factory) -> Path:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", mostly_slow(RUNS, RUNS.keys() - {"quickstart_lm"}))
 def test_twenty_steps_from_stored_weights_have_the_losses_they_had(name, golden, text, tmp_path):
     found, recorded = losses_of(name, text, tmp_path), golden["losses"][name]
     if this_machine() == golden["machine"]:

@@ -249,6 +249,7 @@ print(*(after - before for before, after in zip(marks, marks[1:])))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's")
 def test_freed_memory_is_kept_beyond_two_gigabytes_until_it_is_given_back():
     """Of 300 MB given back; then of page faults in rounds of 2.4 GB, in blocks of 128 MB."""

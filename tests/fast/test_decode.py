@@ -58,9 +58,15 @@ def texts(rows: int, length: int) -> Tensor:
     return drawn
 
 
-CHEAP = ["switch float32"]
-COSTLY = [
-    *("dense float32", "top2 float32", "attention float32", "limited float32", "alone float32"),
+HOW = [
+    *(
+        "switch float32",
+        "dense float32",
+        "top2 float32",
+        "attention float32",
+        "limited float32",
+        "alone float32",
+    ),
     *("int8 float32", "dynamic float32", "dequantised float32", "int4 float32"),
     *("switch bfloat16", "alone bfloat16", "int8 bfloat16"),
 ]
@@ -68,10 +74,8 @@ ROUNDS_INPUTS = ("int8", "int4", "dynamic")
 """Where the last digit of an input may turn what it is rounded to."""
 
 
-@pytest.mark.long
-@pytest.mark.parametrize(
-    "how", [*CHEAP, *(pytest.param(how, marks=pytest.mark.slow) for how in COSTLY)]
-)
+@pytest.mark.slow  # what the graph writes: test_the_command_line_writes_the_same below
+@pytest.mark.parametrize("how", HOW)
 def test_one_graph_of_all_lengths_scores_as_the_plain_step_does(how):
     """Rows padded and not, also after the weights have changed; one graph per number of rows."""
     kind, precision = how.split()

@@ -28,7 +28,7 @@ def scale(tmp_path, monkeypatch) -> ModuleType:
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     monkeypatch.setattr(script, "find_recipe", {"tiny": shallow}.get)
-    settings = {"DOCS": tmp_path, "RANKS": [1, 2], "ROWS": {"tiny": 4}, "WIDTH": {"tiny": 1}}
+    settings = {"DOCS": tmp_path, "RANKS": [2], "ROWS": {"tiny": 4}, "WIDTH": {"tiny": 1}}
     for name, value in {**settings, "DEVICES": [2]}.items():
         monkeypatch.setattr(script, name, value)
     return script
@@ -40,7 +40,7 @@ def scale(tmp_path, monkeypatch) -> ModuleType:
 def test_the_curves_have_a_row_for_each_number_of_ranks(scale, tmp_path):
     scale.write_curves()
     lines = (tmp_path / "scale.csv").read_text().splitlines()
-    assert [line.split(",")[1:3] for line in lines[1:]] == [["1", "1x1x1"], ["2", "1x2x1"]]
+    assert [line.split(",")[1:3] for line in lines[1:]] == [["2", "1x2x1"]]
     assert (tmp_path / "scale.png").exists()
 
 

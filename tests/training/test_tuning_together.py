@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -81,11 +82,9 @@ def measured(run_dir: Path) -> dict[tuple[int, str], float]:
 
 
 @pytest.mark.long
-def test_two_ranks_measure_and_leave_what_one_process_does(experiment, tmp_path):
-    alone, two, pickles = (tmp_path / name for name in ("alone", "two", "pickles"))
-    pickles.mkdir()
+def test_two_ranks_measure_and_leave_what_one_process_does(experiment, on_two, tmp_path):
+    alone, two = tmp_path / "alone", on_two[0]["runs"]
     run_all(0, experiment, alone, together=False)
-    spawn(2, run_all, pickles, experiment, two)
     for number, settings in enumerate(CASES.values()):
         runs = [folder / str(number) for folder in (alone, two)]
         figures = [measured(run_dir) for run_dir in runs]
@@ -110,7 +109,7 @@ MESHES = {
 TEXTS = ["one", "two and three", "a much longer text than all the others", "", "five"]
 
 
-def write_between_steps(rank: int, cases: list[Case]) -> list[tuple[list[float], list[str]]]:
+def write_between_steps(cases: list[Case]) -> list[tuple[list[float], list[str]]]:
     """Losses of two steps, and what the model writes before and between them."""
     found = []
     for case in cases:
@@ -123,19 +122,7 @@ def write_between_steps(rank: int, cases: list[Case]) -> list[tuple[list[float],
     return found
 
 
-@pytest.mark.long
-def test_ranks_that_share_a_model_write_what_one_process_writes(tmp_path):
-    cases = list(MESHES.values())
-    both = spawn(2, write_between_steps, tmp_path, cases)
-    for number, case in enumerate(cases):
-        losses, said = write_between_steps(0, [replace(case, mesh=MeshConfig())])[0]
-        assert len(set(said)) > 3  # they have something to get wrong
-        for rank in both:
-            assert rank[number][0] == pytest.approx(losses, rel=1e-10)
-            assert rank[number][1] == said
-
-
-def continued(rank: int, meshes: list[MeshConfig | None]) -> list[list[list[int]]]:
+def continued(meshes: list[MeshConfig | None]) -> list[list[list[int]]]:
     """What a decoder-only model writes after prompts, spread over each of `meshes`."""
     found = []
     for mesh in meshes:
@@ -149,10 +136,34 @@ def continued(rank: int, meshes: list[MeshConfig | None]) -> list[list[list[int]
     return found
 
 
-def test_prompts_are_continued_alike(tmp_path):
-    both = spawn(2, continued, tmp_path, [MeshConfig(model=2), MeshConfig(expert=2)])
-    (alone,) = continued(0, [None])
-    assert both == [[alone] * 2] * 2
+def all_of_it(rank: int, experiment: Experiment, folder: Path) -> dict[str, Any]:
+    run_all(rank, experiment, folder)
+    written = write_between_steps(list(MESHES.values()))
+    prompts = continued([MeshConfig(model=2), MeshConfig(expert=2)])
+    return {"runs": folder, "written": written, "continued": prompts}
+
+
+@pytest.fixture(scope="module")
+def on_two(experiment, tmp_path_factory) -> list[dict[str, Any]]:
+    """What each of two ranks made of everything here: to start them takes longest."""
+    runs, pickles = (tmp_path_factory.mktemp(name) for name in ("runs", "pickles"))
+    return spawn(2, all_of_it, pickles, experiment, runs)
+
+
+@pytest.mark.long
+def test_ranks_that_share_a_model_write_what_one_process_writes(on_two):
+    for number, case in enumerate(MESHES.values()):
+        losses, said = write_between_steps([replace(case, mesh=MeshConfig())])[0]
+        assert len(set(said)) > 3  # they have something to get wrong
+        for rank in on_two:
+            assert rank["written"][number][0] == pytest.approx(losses, rel=1e-10)
+            assert rank["written"][number][1] == said
+
+
+@pytest.mark.long
+def test_prompts_are_continued_alike(on_two):
+    (alone,) = continued([None])
+    assert [rank["continued"] for rank in on_two] == [[alone] * 2] * 2
 
 
 def test_adapters_of_matrices_in_parts_are_refused(experiment, tmp_path):
