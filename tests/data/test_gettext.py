@@ -4,7 +4,9 @@ import gettext
 import importlib.metadata
 import io
 import json
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -398,3 +400,17 @@ def test_without_catalogs_the_corpus_says_what_to_install(tmp_path, monkeypatch)
     monkeypatch.setattr(corpus, "CATALOG_ROOTS", ("no-such-package",))
     with pytest.raises(DataError, match=r"switchworks\[languages\]"):
         corpus.catalogs(tmp_path)
+
+
+def test_of_two_that_need_the_corpus_at_once_one_makes_it(tmp_path, monkeypatch):
+    made = []
+
+    def slowly(path: Path) -> None:
+        time.sleep(0.3)
+        made.append(path)
+        path.touch()
+
+    monkeypatch.setattr(corpus, "_write_catalogs", slowly)
+    with ThreadPoolExecutor(2) as threads:
+        paths = list(threads.map(corpus.catalogs, [tmp_path, tmp_path]))
+    assert made == paths[:1] == paths[1:]

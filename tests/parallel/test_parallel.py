@@ -45,8 +45,11 @@ ON_TWO = [
     Case(KEPT_WHOLE, optimizer="adamw", more=OF_ALL_KINDS),
     Case(TWO[2], optimizer="adamw", more=OTHER_WORDS),
     Case(TWO[0], more=(*LEAN, ("micro_batches", 2))),
+    Case(TWO[1], more=EXPERTS_CHOOSE),
+]
+MORE_ON_TWO = [
     *(Case(mesh, more=LEAN) for mesh in TWO[1:]),
-    *(Case(mesh, more=EXPERTS_CHOOSE) for mesh in TWO),
+    *(Case(mesh, more=EXPERTS_CHOOSE) for mesh in (TWO[0], TWO[2])),
 ]
 ON_FOUR = [
     *(Case(mesh, capacity, precision) for mesh in FOUR for capacity in (1.0, None)
@@ -76,6 +79,11 @@ def on_two(tmp_path_factory) -> dict:
             results.mkdir(exist_ok=True)
             spawn(2, run_cases, results, ON_TWO)
         return pickle.loads((results / "0.pickle").read_bytes())
+
+
+@pytest.fixture(scope="module")
+def more_on_two(tmp_path_factory) -> dict:
+    return spawn(2, run_cases, tmp_path_factory.mktemp("more_on_two"), MORE_ON_TWO)[0]
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +146,14 @@ def name(case: Case) -> str:
 @pytest.mark.parametrize("case", ON_TWO, ids=name)
 def test_three_steps_on_two_ranks_are_those_of_one_process(case, on_two, alone):
     agree(on_two[case], on_one(alone, case), TOLERANCE[case.precision])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MORE_ON_TWO, ids=name)
+def test_three_steps_of_what_composes_on_two_ranks_are_those_of_one_process(
+    case, more_on_two, alone
+):
+    agree(more_on_two[case], on_one(alone, case), TOLERANCE[case.precision])
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ from typing import TypeVar
 
 from packaging.requirements import Requirement
 
-from switchworks.data.cache import atomic_write_text, digest
+from switchworks.data.cache import atomic_write_text, digest, file_lock
 from switchworks.data.sources.prose import paragraphs
 from switchworks.data.sources.text_source import TextConfig, TextSource
 
@@ -97,8 +97,11 @@ def docs_file(cache: Path, *, workers: int = 0) -> Path:
     """
     path = cache / f"python_docs-{docs_fingerprint()[:16]}.jsonl"
     if not path.exists():
-        documents = extract_docs(_packages(), workers=workers)
-        atomic_write_text(path, (json.dumps(d, ensure_ascii=False) + "\n" for d in documents))
+        with file_lock(path):
+            if not path.exists():  # by the process that had the lock before
+                documents = extract_docs(_packages(), workers=workers)
+                lines = (json.dumps(document, ensure_ascii=False) + "\n" for document in documents)
+                atomic_write_text(path, lines)
     return path
 
 

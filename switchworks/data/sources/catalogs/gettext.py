@@ -23,7 +23,7 @@ from struct import error as struct_error
 from typing import Any, ClassVar, Literal
 
 from switchworks.config import DataError
-from switchworks.data.cache import atomic_write_text, digest
+from switchworks.data.cache import atomic_write_text, digest, file_lock
 from switchworks.data.sources.catalogs import gettext_messages as messages
 from switchworks.data.sources.catalogs.languages import normalise
 from switchworks.data.sources.python_docs import Packages, installed_packages, versions
@@ -146,8 +146,14 @@ def catalogs(cache: Path) -> Path:
     Raises DataError if no package with catalogs is installed.
     """
     path = cache / f"catalogs-{catalogs_fingerprint()[:16]}.jsonl"
-    if path.exists():
-        return path
+    if not path.exists():
+        with file_lock(path):
+            if not path.exists():  # by the process that had the lock before
+                _write_catalogs(path)
+    return path
+
+
+def _write_catalogs(path: Path) -> None:
     refusals = Refusals()
     sentences = list(extract_sentences(installed_packages(CATALOG_ROOTS), refusals))
     if not sentences:
@@ -160,7 +166,6 @@ def catalogs(cache: Path) -> Path:
     atomic_write_text(path.with_suffix(".json"), [json.dumps(counts)])
     atomic_write_text(path, lines)
     print(f"catalogs: {len(sentences):,} sentences; left out: {refusals_text(refusals)}")
-    return path
 
 
 @lru_cache(maxsize=2)
