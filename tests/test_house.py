@@ -15,8 +15,9 @@ PACKAGE = ROOT / "switchworks"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-MOST_LINES = 27_000
-"""Lines of the package, with blank ones, docstrings and imports."""
+MOST_LINES = 28_400
+"""Lines of the package, with blank ones, docstrings and imports: 27,000 without `lab`
+and `package_docs`."""
 MOST_CELL = 120
 MEAN_LENGTH, P90_LENGTH = 10.5, 21
 """Lines of a function: its mean, and what a tenth of them exceed."""

@@ -34,6 +34,8 @@ USAGE = """usage: switchworks VERB ...
                       --merge-lora RUN: adapters merged into their model]
   bench               our speed against transformers, our dense twin and the machine's limit
                       [--quick: two minutes; --sweep-experts: step time against E]
+  lab [STUDY ...]     experiments over seeds and lengths, resumable: what there are, how far
+                      they are, [--budget 8h] and train what is missing
   recipes             what there is to train, and the sizes of the papers
 
 `switchworks VERB --help` lists the flags of a verb, `switchworks train RECIPE --help` all
@@ -42,7 +44,7 @@ settings of a recipe with their values. --debug, after the verb, shows traceback
 
 VERBS = (
     *("train", "prepare", "explain", "generate", "evaluate"),
-    *("routing", "report", "convert", "bench", "recipes"),
+    *("routing", "report", "convert", "bench", "lab", "recipes"),
 )
 """Each is a module beside this one, imported when it is called."""
 

@@ -38,9 +38,11 @@ class DataConfig(TextConfig):
     """Folder for tokenizers and token stores. None: $SWITCHWORKS_CACHE, else
     ~/.cache/switchworks."""
 
-    objective: Literal["span_corruption", "causal"] = "span_corruption"
-    """"span_corruption" hides spans of the text, which the model predicts (T5). "causal": every
-    token is predicted from those before it, for decoder-only models."""
+    objective: Literal["span_corruption", "prefix", "causal"] = "span_corruption"
+    """"span_corruption" hides spans of the text, which the model predicts (T5). "prefix": a row's
+    beginning is the input, and the model continues it, so that half of the positions or more can be
+    targets (prefix LM, Raffel et al. 2020, section 3.2.1, at a fixed place). "causal": every token
+    is predicted from those before it, for decoder-only models."""
     input_length: int = 512
     """L: encoder positions per row, the closing EOS included. "causal" has none: 0. For tasks of a
     decoder-only model, positions of the prompt."""
@@ -53,7 +55,8 @@ class DataConfig(TextConfig):
     packing: Literal["stream", "documents"] = "stream"
     """"stream": a row is a window over the concatenated documents, corrupted as one, as T5 does.
     "documents": the documents in the window are corrupted separately and packed with segment ids,
-    so that no position attends to another document. "causal" takes the same windows for both."""
+    so that no position attends to another document. "causal" takes the same windows for both;
+    "prefix" has streams alone."""
 
     tasks: tuple[str, ...] = ()
     """Train on tasks instead of text: glue_mnli, super_glue, ..., your own table as
@@ -89,6 +92,7 @@ class DataConfig(TextConfig):
         if not self.mixture and not self.tasks:
             source.check(self)
         self._check_causal()
+        self._check_prefix()
         check_rate(self, "data.", "noise_density")
         check_positive(self, "data.", "noise_density", "mixture_cap")
         check_at_least(self, "data.", 0, "prefetch", "input_length")
@@ -161,6 +165,13 @@ class DataConfig(TextConfig):
                 "data.tasks, which a decoder-only model reads as prompts.\n"
                 f"  Share the row out, for example --data.input-length {prompt} "
                 f"--data.target-length {max(2, self.target_length - prompt)}."
+            )
+
+    def _check_prefix(self) -> None:
+        if self.objective == "prefix" and self.packing == "documents":
+            raise ConfigError(
+                "data.packing = 'documents', but of a document that begins in the targets nothing "
+                "is in the inputs to be continued.\n  Set --data.packing stream."
             )
 
     def _check_causal(self) -> None:

@@ -35,12 +35,14 @@ class OptimConfig:
     adafactor, the root mean square (RMS) of a weight; adamw, one; muon, 0.2, AdamW's usual RMS."""
     router_lr: float = 1.0
     """Factor on the learning rate of routers."""
-    schedule: Literal["rsqrt", "cosine", "linear", "constant"] = "rsqrt"
+    schedule: Literal["rsqrt", "cosine", "linear", "constant", "wsd"] = "rsqrt"
     warmup_steps: int = 10_000
     """rsqrt: lr / sqrt(max(step, warmup_steps)), flat until then, as in T5. Others: linear rise,
     whose first step moves already."""
     final_lr_share: float = 0.1
-    """Where cosine and linear end, as a share of `lr`."""
+    """Where cosine, linear and wsd end, as a share of `lr`."""
+    decay_share: float = 0.2
+    """wsd: share of all steps over which the rate falls."""
     clip_norm: float | None = None
     """Largest global gradient norm; gradients beyond it are scaled down. None: no clipping."""
     weight_decay: float = 0.0
@@ -79,7 +81,7 @@ class OptimConfig:
         check_positive(self, "optim.", "lr", "eps", "decay_exponent", "clip_update", "fallback_lr")
         check_positive(self, "optim.", "relative_bias_floor", "adapter_floor", "clip_norm")
         check_at_least(self, "optim.", 0, "warmup_steps", "weight_decay", "router_lr")
-        check_rate(self, "optim.", "momentum")
+        check_rate(self, "optim.", "momentum", "decay_share")
         _check_name("name", self.name, OPTIMIZERS)
         if self.name == "muon":
             _check_name("fallback", self.fallback, OPTIMIZERS.keys() - {"muon"})
@@ -90,6 +92,10 @@ class OptimConfig:
                 f"optim.final_lr_share = {self.final_lr_share} must be between 0 and 1."
             )
 
+    def decay_begins(self, total_steps: int) -> int:
+        """The first step at which "wsd" is below `lr` in a run of `total_steps`."""
+        return total_steps - round(self.decay_share * total_steps)
+
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
     """The learning rate of step number `step`, counted from 0, in a run of `total_steps`.
@@ -97,7 +103,9 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
     "rsqrt" is T5's: lr / sqrt(max(step, warmup_steps)), flat until the warm-up ends (Mesh
     TensorFlow's `learning_rate_schedule_noam` without its final linear decay). The others rise
     linearly over `warmup_steps` to `lr`, never from 0: the first step moves already. "cosine" and
-    "linear" then fall to final_lr_share * lr at `total_steps` and stay there.
+    "linear" then fall to final_lr_share * lr at `total_steps` and stay there. "wsd" (warm-up,
+    stable, decay: Hu et al. 2024, MiniCPM) stays at `lr` and falls linearly over the last
+    `decay_share` of the steps, so runs of any length have their beginning in common.
     """
     if config.schedule == "rsqrt":
         return config.lr / math.sqrt(max(step, config.warmup_steps, 1))
@@ -105,7 +113,10 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return config.lr
-    done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    begin = config.warmup_steps
+    if config.schedule == "wsd":
+        begin = max(begin, config.decay_begins(total_steps))
+    done = max(0, step - begin) / max(1, total_steps - begin)
     left = 1.0 - min(1.0, done)
     if config.schedule == "cosine":
         left = (1.0 - math.cos(math.pi * left)) / 2

@@ -1,3 +1,4 @@
+from . import html as html
 from .compression import write_compression as write_compression
 from .languages import write_languages as write_languages
 from .page import write_report as write_report

@@ -232,8 +232,8 @@ class Experiment:
             length = self.data.input_length + self.data.target_length
             fix = "" if self.data.tasks else f" --data.input-length 0 --data.target-length {length}"
             raise ConfigError(
-                "data.objective = 'span_corruption' needs an encoder, and model.decoder_only has "
-                f"none.\n  Set --data.objective causal{fix}."
+                f"data.objective = {self.data.objective!r} needs an encoder, and "
+                f"model.decoder_only has none.\n  Set --data.objective causal{fix}."
             )
         if causal and not self.model.decoder_only:
             raise ConfigError(

@@ -92,6 +92,30 @@ def test_rows_are_full_and_all_of_them_is_target(data):
     assert batch.num_tokens == 2 * 128
 
 
+def test_a_prefix_and_its_continuation_are_the_row_of_a_causal_model_cut_in_two(data):
+    whole = pipeline_of(data).batch(3).targets
+    half = replace(data, objective="prefix", input_length=50, target_length=78)
+    batch = pipeline_of(half).batch(3)
+    assert (batch.inputs.shape, batch.targets.shape) == ((2, 50), (2, 78))
+    assert torch.equal(torch.cat([batch.inputs, batch.targets], dim=1), whole)
+
+
+def test_a_prefix_of_packed_documents_is_refused(data):
+    with pytest.raises(ConfigError, match=r"--data\.packing stream"):
+        replace(data, objective="prefix", input_length=50, packing="documents")
+
+
+def test_an_encoder_decoder_learns_to_continue_prefixes(tiny_experiment, tmp_path, capsys):
+    half = replace(tiny_experiment.data, objective="prefix", input_length=20, target_length=20)
+    run_dir = train(replace(tiny_experiment, data=half, steps=8), tmp_path / "run")
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    losses = [line["train/loss"] for line in lines if "train/loss" in line]
+    assert losses[-1] < losses[0] - 0.1
+    assert main(["evaluate", str(run_dir), "--batches", "1"]) == 0
+    with pytest.raises(ConfigError, match="'prefix' needs an encoder"):
+        replace(tiny(), data=half, model=replace(tiny().model, decoder_only=True))
+
+
 def test_what_stands_between_two_eos_is_one_whole_document(data, documents):
     pipeline, whole = pipeline_of(data), 0
     for step in range(pipeline.windows // 2):

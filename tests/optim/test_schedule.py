@@ -1,6 +1,7 @@
 """Learning rates by step."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def test_rsqrt_without_warm_up_starts_at_the_full_rate():
     ]
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
 def test_warm_up_rises_in_equal_steps_and_the_first_is_not_zero(schedule):
     config = OptimConfig(lr=2.0, schedule=schedule, warmup_steps=4)
     assert rates(config, range(5)) == [0.5, 1.0, 1.5, 2.0, 2.0]
@@ -63,7 +64,21 @@ def test_cosine_agrees_with_torch():
         theirs.step()
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_wsd_is_constant_until_its_last_steps_and_falls_in_equal_steps():
+    config = OptimConfig(lr=1.0, schedule="wsd", warmup_steps=2, final_lr_share=0.2)
+    config = replace(config, decay_share=0.4)
+    found = rates(config, range(11), total=10)
+    assert found == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
+
+
+def test_wsd_of_runs_of_any_length_is_the_same_until_the_shorter_decays():
+    config = OptimConfig(lr=0.3, schedule="wsd", warmup_steps=5)
+    assert config.decay_begins(100) == 80
+    assert rates(config, range(81), total=100) == rates(config, range(81), total=1000)
+    assert learning_rate(config, 81, 100) < learning_rate(config, 81, 1000)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
 def test_after_the_end_the_final_rate_stays(schedule):
     config = OptimConfig(lr=1.0, schedule=schedule, warmup_steps=0, final_lr_share=0.25)
     assert rates(config, range(10, 13), total=10) == pytest.approx([0.25] * 3)

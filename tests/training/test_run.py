@@ -141,6 +141,21 @@ def test_a_finished_run_may_be_made_longer(tiny_experiment, tmp_path):
         train(replace(short, steps=3), run_dir, resume=True)
 
 
+def test_a_decay_branches_off_a_copy_of_the_run(tiny_experiment, tmp_path):
+    optim = replace(tiny_experiment.optim, schedule="wsd", lr=0.01, warmup_steps=2)
+    whole = replace(tiny_experiment, steps=10, optim=optim, checkpoint_every=4)
+    trunk = train(whole, tmp_path / "trunk")
+    branch = shutil.copytree(trunk, tmp_path / "branch")
+    shorter = replace(whole, steps=5)
+    with pytest.raises(ConfigError, match="steps: 10 there, 5 now"):
+        train(shorter, branch, resume=True)  # its last checkpoint is of step 10
+    for step in (8, 10):
+        shutil.rmtree(branch / "checkpoints" / f"step_{step:08d}")
+    train(shorter, branch, resume=True)
+    alone = weights_of(train(shorter, tmp_path / "alone"))
+    assert all(torch.equal(alone[name], weight) for name, weight in weights_of(branch).items())
+
+
 def test_a_run_that_cannot_begin_leaves_no_directory(tiny_experiment, tmp_path):
     with pytest.raises(CheckpointError):
         train(tiny_experiment, tmp_path / "run", init=tmp_path / "nowhere")

@@ -127,6 +127,9 @@ class Pipeline(BatchStream):
     def rows(self, rows: Sequence[int]) -> Batch:
         if self.config.objective == "causal":
             return self._causal(rows)
+        if self.config.objective == "prefix":
+            whole, length = self._whole_rows(rows)[0], self.config.input_length
+            return Batch(inputs=whole[:, :length], targets=whole[:, length:], padding=False)
         if self.config.packing == "stream":
             return self._stream_rows(rows)
         lengths = self.config.input_length, self.config.target_length
@@ -140,16 +143,20 @@ class Pipeline(BatchStream):
         return start, start + self.raw_length
 
     def _causal(self, rows: Sequence[int]) -> Batch:
+        targets, segments = self._whole_rows(rows)
+        empty = targets[:, :0]
+        if self.config.packing == "stream":
+            return Batch(inputs=empty, targets=targets, padding=False)
+        return Batch(inputs=empty, targets=targets, input_segments=empty, target_segments=segments)
+
+    def _whole_rows(self, rows: Sequence[int]) -> list[Int[torch.Tensor, "B N"]]:
+        """The tokens of whole windows, and the segments of their documents."""
         pairs = []
         for start, stop in map(self.window_of, rows):
             starts = self.store.document_bounds(start, stop) - start
             tokens = self.store.tokens(start, stop)
             pairs.append(causal_row(tokens, starts, self.tokenizer.eos_id))
-        targets, segments = (torch.from_numpy(np.stack(part)) for part in zip(*pairs, strict=True))
-        empty = targets[:, :0]
-        if self.config.packing == "stream":
-            return Batch(inputs=empty, targets=targets, padding=False)
-        return Batch(inputs=empty, targets=targets, input_segments=empty, target_segments=segments)
+        return [torch.from_numpy(np.stack(part)) for part in zip(*pairs, strict=True)]
 
     def _stream_rows(self, rows: Sequence[int]) -> Batch:
         tokens = np.stack([self.store.tokens(*self.window_of(row)) for row in rows])
@@ -224,6 +231,10 @@ def _window_length(config: DataConfig, store: TokenStore, corruption: SpanCorrup
     if config.objective == "causal":
         _check_text(store, config.target_length, "target_length", config.target_length)
         return config.target_length
+    if config.objective == "prefix":
+        whole = config.input_length + config.target_length
+        _check_text(store, whole, "target_length", config.target_length)
+        return whole
     raw = raw_length(config.input_length, config.noise_density, config.mean_span)
     corruption.counts(raw)  # raises if there are too few sentinels
     _check_text(store, raw, "input_length", config.input_length)

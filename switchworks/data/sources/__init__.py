@@ -6,6 +6,7 @@ from switchworks.config import ConfigError
 from switchworks.data.sources.catalogs.gettext import Catalogs
 from switchworks.data.sources.files import Files
 from switchworks.data.sources.hub import HubDataset
+from switchworks.data.sources.package_docs import PackageDocs
 from switchworks.data.sources.python_docs import PythonDocs
 from switchworks.data.sources.text_source import FirstDocuments, TextConfig, TextSource
 
@@ -13,6 +14,7 @@ SOURCES: dict[str, type[TextSource]] = {
     "files": Files,
     "hub": HubDataset,
     "python_docs": PythonDocs,
+    "package_docs": PackageDocs,
     "catalogs": Catalogs,
 }
 """Every data source by the name that `data.source` gives it. Register your own here."""

@@ -111,7 +111,7 @@ def extract_docs(packages: Packages, *, workers: int = 0) -> Iterator[str]:
     groups += [_package_files(packages[name]) for name in sorted(packages)]
     seen: set[bytes] = set()
     for texts in in_processes(extract_paragraphs, groups, workers):
-        yield from _documents(_unseen(texts, seen))
+        yield from join_documents(_unseen(texts, seen))
 
 
 def in_processes(
@@ -194,7 +194,7 @@ def texts_of(path: Path) -> Iterator[str]:
     if path.suffix in {".md", ".rst"}:
         yield source
     elif path.suffix in {".py", ".pyi"}:
-        yield from _python_strings(source)
+        yield from python_strings(source)
         yield from _comments(source, "#")
     else:
         yield from _comments(source, "#" if path.suffix in {".pyx", ".pxd"} else "//")
@@ -202,7 +202,7 @@ def texts_of(path: Path) -> Iterator[str]:
             yield re.sub(r"(?m)^[ \t]*\*+ ?", "", match.group(1) or match.group(2) or "")
 
 
-def _python_strings(source: str) -> Iterator[str]:
+def python_strings(source: str) -> Iterator[str]:
     """Docstrings, and long string constants such as those given to `add_docstr`."""
     tree = parse_quietly(source)
     stack: list[ast.AST] = [] if tree is None else [tree]
@@ -267,7 +267,7 @@ def _unseen(texts: Iterable[str], seen: set[bytes]) -> Iterator[str]:
             yield paragraph
 
 
-def _documents(texts: Iterable[str]) -> Iterator[str]:
+def join_documents(texts: Iterable[str]) -> Iterator[str]:
     """Paragraphs joined, by line feeds, into documents of about DOCUMENT_CHARACTERS."""
     document: list[str] = []
     length = 0

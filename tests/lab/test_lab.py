@@ -1,0 +1,162 @@
+"""`switchworks lab`: what is trained, in which folders, and what is kept of it."""
+
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from switchworks.cli.main import main
+from switchworks.config import ConfigError, DataError
+from switchworks.lab import STUDIES, Arm, Runner, Study, jobs_of, read_results, write_results
+from switchworks.lab.results import losses
+from switchworks.lab.runner import commit_of, progress
+from switchworks.recipes import find_recipe
+
+ARMS = (
+    Arm(name="dense", recipe="tiny", flags=("--model.routing", "none")),
+    Arm(name="4 experts", recipe="tiny"),
+)
+
+
+@pytest.fixture
+def study(corpus) -> Study:
+    """Two arms of the recipe tiny, twenty steps and a branch of ten."""
+    flags = ("--data.path", str(corpus), "--validate-every", "10", "--sample-every", "0")
+    return Study(
+        name="small",
+        question="Does it run?",
+        paper="Figure 0",
+        arms=ARMS,
+        seeds=(0, 1),
+        steps=(10, 20),
+        flags=(*flags, "--validation-batches", "1", "--optim.warmup-steps", "2"),
+        minutes=1,
+    )
+
+
+def test_every_study_names_recipes_and_arms_once():
+    for study in STUDIES.values():
+        assert {arm.recipe for arm in study.arms} == {
+            arm.recipe for arm in study.arms if find_recipe(arm.recipe)
+        }
+        places = [training.folder for training in study.trainings(Path("runs"))]
+        assert len(set(places)) == len(places) == len(study.arms) * len(study.seeds)
+
+
+def test_an_arm_of_two_studies_is_trained_once(study, tmp_path):
+    other = replace(study, name="other", question="And this?")
+    folders = [[t.folder for t in each.trainings(tmp_path)] for each in (study, other)]
+    assert folders[0] == folders[1]
+    longer = replace(study, flags=(*study.flags, "--optim.lr", "0.5"))
+    assert not {t.folder for t in longer.trainings(tmp_path)} & set(folders[0])
+
+
+def test_the_first_seed_of_every_arm_comes_before_the_second_of_any(study, tmp_path):
+    found = [(t.seed, t.arm.name) for t in study.trainings(tmp_path)]
+    assert found == [(0, "dense"), (0, "4 experts"), (1, "dense"), (1, "4 experts")]
+
+
+@pytest.mark.parametrize(
+    "changed", [{"arms": (ARMS[0], ARMS[0])}, {"steps": (10, 5)}, {"steps": ()}]
+)
+def test_a_study_that_cannot_be_is_refused(study, changed):
+    with pytest.raises(ConfigError):
+        replace(study, **changed)
+
+
+@pytest.mark.long
+def test_a_run_and_its_branch_are_trained_and_their_results_kept(study, tmp_path):
+    one = replace(study, arms=ARMS[1:], seeds=(0,))
+    said: list[str] = []
+    jobs = jobs_of(one.trainings(tmp_path / "runs"))
+    assert [(job.steps, job.is_branch) for job in jobs] == [(20, False), (10, True)]
+    assert Runner(processes=2, say=said.append).run(jobs)
+    assert said[-1].endswith("2 of 2 runs")
+    results = write_results(one, tmp_path / "runs", tmp_path / "small.json")
+    assert results == read_results(tmp_path / "small.json") | {
+        key: results[key]
+        for key in ("seeds", "steps", "arms")  # tuples there, lists in the file
+    }
+    (by_steps,) = losses(results, "4 experts").values()
+    assert list(by_steps) == [10, 20]
+    long, short = results["runs"]
+    assert [row[0] for row in short["curve"]] == [10]
+    assert long["curve"][0][3] != short["curve"][0][3]  # the short one has decayed by then
+    assert long["commit"] == commit_of(Path(__file__).parent)
+    assert long["command"].startswith("-m switchworks train tiny --seed 0 --optim.schedule wsd")
+    assert progress(jobs[0]).startswith("step 20 of 20")
+    again = Runner(launch=("no-such-program",), say=said.append)
+    assert again.run(jobs)  # nothing is left to do
+
+
+@pytest.mark.long
+def test_what_is_at_work_when_the_time_is_over_saves(study, tmp_path):
+    one = replace(study, arms=ARMS[1:], seeds=(0,), steps=(100_000,))
+    (job,) = jobs_of(one.trainings(tmp_path))
+    end = time.monotonic() + 300
+    runner = Runner(say=lambda _: None)
+    runner._start(job)
+    while not (job.run_dir / "metrics.jsonl").exists():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    runner._stop()
+    assert job.step > 0
+    assert not job.is_done
+
+
+def test_a_run_that_fails_is_named_with_its_log(study, tmp_path):
+    jobs = jobs_of(replace(study, seeds=(0,)).trainings(tmp_path))
+    runner = Runner(launch=(sys.executable, "-c", "raise SystemExit(7)"), say=lambda _: None)
+    with pytest.raises(ConfigError, match=r"dense-s0.* \(status 7\)"):
+        runner.run(jobs)
+
+
+def test_the_command_lists_studies_with_what_is_done(tmp_path, capsys):
+    assert main(["lab", "--folder", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in STUDIES)
+    assert " 0 of " in said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nothing"], "no study 'nothing'"),
+        (["speedup", "--arms", "many"], "speedup has no arm 'many'"),
+        (["speedup", "--budget", "long"], "is no time"),
+        (["--processes", "0"], "processes"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_refused(words, message, tmp_path, capsys):
+    assert main(["lab", *words, "--folder", str(tmp_path), "--results", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_call_whose_budget_is_over_says_that_more_is_to_do(tmp_path, capsys):
+    words = ["lab", "speedup", "--budget", "0s", "--folder", str(tmp_path)]
+    assert main([*words, "--results", str(tmp_path)]) == 3
+    assert json.loads((tmp_path / "speedup.json").read_text())["runs"] == []
+
+
+def test_a_file_that_holds_no_results_is_refused(tmp_path):
+    (tmp_path / "a.json").write_text("[]")
+    for file in (tmp_path / "a.json", tmp_path / "none.json"):
+        with pytest.raises(DataError, match="no results"):
+            read_results(file)
+
+
+def test_rates_are_measured_in_turns_and_stay_when_results_are_written_again(tmp_path, monkeypatch):
+    two = replace(STUDIES["speedup"], name="small", arms=ARMS, flags=(), seeds=(0,))
+    monkeypatch.setitem(STUDIES, "small", two)
+    monkeypatch.setattr("switchworks.lab.speed.ROUNDS", 1)
+    monkeypatch.setattr("switchworks.lab.speed.STEPS", 1)
+    file = tmp_path / "small.json"
+    write_results(two, tmp_path, file)
+    assert main(["lab", "small", "--speed", "--results", str(tmp_path)]) == 0
+    rates = read_results(file)["tokens_per_second"]
+    assert rates.keys() == {"dense", "4 experts"}
+    assert all(rate > 0 for rate in rates.values())
+    assert write_results(two, tmp_path, file)["tokens_per_second"] == rates
