@@ -56,7 +56,9 @@ class Job:
 
     @property
     def is_ready(self) -> bool:
-        return not self.is_branch or self.run_dir.exists() or self.checkpoint.is_dir()
+        trunk = Job(self.training, self.training.steps[-1])
+        begun = self.run_dir.exists() or self.checkpoint.is_dir()
+        return not self.is_branch or begun or trunk.is_done
 
     @property
     def step(self) -> int:
@@ -73,8 +75,10 @@ class Job:
         return [*words, "--threads", "1", "--resume"]
 
     def prepare(self) -> None:
-        """Give a branch its beginning: the trunk's settings and state. Writes all or nothing."""
-        if not self.is_branch or self.run_dir.exists():
+        """Give a branch its beginning: the trunk's settings and state. Writes all or nothing.
+        Nothing if the trunk kept no such checkpoint, having been trained for other lengths: then
+        the branch is a run from step 0, with the same result."""
+        if not self.is_branch or self.run_dir.exists() or not self.checkpoint.is_dir():
             return
         trunk, aside = self.training.trunk, self.run_dir.with_suffix(".part")
         shutil.rmtree(aside, ignore_errors=True)
@@ -148,7 +152,10 @@ class Runner:
                         self.say(f"       {job.run_dir}, {progress(job)}")
         finally:
             self._stop()
-        return all(job.is_done for job in jobs)
+        missing = sum(not job.is_done for job in jobs)
+        if missing:
+            self.say(f"the time is over; the same command goes on with {missing} runs")
+        return not missing
 
     def _start(self, job: Job) -> None:
         job.prepare()

@@ -88,6 +88,8 @@ def test_a_run_and_its_branch_are_trained_and_their_results_kept(study, tmp_path
     assert long["commit"] == commit_of(Path(__file__).parent)
     assert long["command"].startswith("-m switchworks train tiny --seed 0 --optim.schedule wsd")
     assert progress(jobs[0]).startswith("step 20 of 20")
+    (more,) = replace(one, steps=(5, 10, 20)).trainings(tmp_path / "runs")
+    assert jobs_of([more])[-1].is_ready  # its beginning was not kept, so it begins at step 0
     again = Runner(launch=("no-such-program",), say=said.append)
     assert again.run(jobs)  # nothing is left to do
 
@@ -139,6 +141,7 @@ def test_a_call_whose_budget_is_over_says_that_more_is_to_do(tmp_path, capsys):
     words = ["lab", "speedup", "--budget", "0s", "--folder", str(tmp_path)]
     assert main([*words, "--results", str(tmp_path)]) == 3
     assert json.loads((tmp_path / "speedup.json").read_text())["runs"] == []
+    assert "goes on with" in capsys.readouterr().out
 
 
 def test_a_file_that_holds_no_results_is_refused(tmp_path):
