@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import json
 import os
 import re
 import runpy
@@ -108,3 +109,15 @@ def test_the_curves_of_a_pair_are_drawn(tiny_run, tmp_path):
     output = tmp_path / "curve.png"
     run_script("pictures.py", "curve", str(tiny_run), str(tiny_run), "--output", str(output))
     assert images.imread(output).shape[2] == 4
+
+
+@pytest.mark.parametrize("optimizer", ["adafactor-fixed", "adafactor-relative", "adamw"])
+def test_transformers_t5_is_trained_on_the_rows_of_a_run(optimizer, tiny_run, tmp_path):
+    out = tmp_path / "rival.jsonl"
+    words = [str(tiny_run), "--optimizer", optimizer, "--rate", "3e-3", "--steps", "12"]
+    output = run_script("rival.py", *words, "--every", "4", "--out", str(out))
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [4, 8, 12]
+    assert output.count(" of ") == 3
+    if optimizer != "adafactor-relative":  # whose rate is next to nothing at first
+        assert lines[-1]["loss"] < lines[0]["loss"] - 0.1
