@@ -87,6 +87,11 @@ def upcycle_directory(
 
 
 def _check_routing(routing: RoutingConfig) -> None:
+    if routing.expert_d_ff is not None:
+        raise ConfigError(
+            f"routing.expert_d_ff = {routing.expert_d_ff} cannot be upcycled: an expert begins as "
+            "a copy of the dense FFN.\n  Leave it out."
+        )
     if routing.sparse_attention:
         raise ConfigError(
             f"routing.layers = {routing.layers} cannot be upcycled: experts in attention have a "

@@ -31,6 +31,10 @@ def experts(number: int) -> Arm:
     return Arm(name=f"{number} experts", recipe="speedup", flags=words, expected="better")
 
 
+FINER = (
+    "--routing.experts {} --routing.expert-d-ff {} --routing.strategy {} "
+    "--routing.capacity-factor {} --routing.second-threshold 0"
+)
 BASE = arm(f"{EXPERTS} experts")
 
 
@@ -120,6 +124,15 @@ STUDIES = {
                 arm("argmax", "--routing.exploration argmax", "the same"),
                 arm("input dropout", "--routing.exploration input_dropout", "the same"),
                 arm("sampling", "--routing.exploration sample", "worse"),
+            ),
+        ),
+        short(
+            "finer",
+            "Are many narrow experts better than few wide ones at the same cost?",
+            "No table: the paper's experts have the width of the dense FFN",
+            (
+                arm("64 of half the width, top-2", FINER.format(64, 128, "top2", 2.5)),
+                arm("128 of a quarter, top-4", FINER.format(128, 64, "top4", 5.0)),
             ),
         ),
         short(

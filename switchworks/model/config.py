@@ -22,7 +22,8 @@ class RoutingConfig:
     strategy: str = "switch"
     """switch: one expert per token, first come first served. switch_max and switch_random differ
     in which tokens a full expert drops, no_token_left_behind offers those their next choices, top2
-    uses two experts, with expert_choice experts pick tokens. Or a name put into `STRATEGIES`."""
+    and top4 use so many experts, with expert_choice experts pick tokens. Or a name put into
+    `STRATEGIES`."""
     decoder_strategy: str | None = None
     """The same for decoders, where routing must not look ahead. None: `strategy`."""
     layers: Literal["ffn", "attention", "both"] = "ffn"
@@ -39,8 +40,8 @@ class RoutingConfig:
     """Rows of the batch whose tokens compete for the same slots. Never derived from the number
     of devices, so adding devices does not change who is dropped."""
     capacity_factor: float | None = 1.25
-    """Slots offered per token in training. 1.0 is enough only if routing is perfectly even; None
-    drops no token."""
+    """Slots offered per token in training, whatever number of experts it asks: for two, 2.0 is
+    enough if routing is perfectly even. None drops no token."""
     eval_capacity_factor: float | None = None
     """The same in evaluation and generation. None drops nothing, so that no output depends on
     its neighbours in the batch; the paper's code uses 2.0."""
@@ -67,6 +68,9 @@ class RoutingConfig:
     """epsilon: in training the router's input is multiplied by Uniform(1 - eps, 1 + eps)."""
     input_dropout: float = 0.1
     """Dropout on the router's input, for exploration = "input_dropout"."""
+    expert_d_ff: int | None = None
+    """Width of an expert's hidden layer, for finer experts: half as wide and twice as many have
+    as many parameters. None: the model's d_ff."""
     second_threshold: float = 0.2
     """top2 in training uses a second expert of gate g with probability min(1, g / threshold).
     0: always."""
@@ -79,7 +83,7 @@ class RoutingConfig:
 
     def __post_init__(self) -> None:
         check_at_least(self, "routing.", 1, "experts", "every", "group_sequences", "min_capacity")
-        check_at_least(self, "routing.", 1, "ntlb_rounds")
+        check_at_least(self, "routing.", 1, "ntlb_rounds", "expert_d_ff")
         check_at_least(self, "routing.", 0, "balance_weight", "z_weight", "bias_rate")
         check_at_least(self, "routing.", 0, "second_threshold")
         check_rate(self, "routing.", "jitter", "input_dropout", "expert_dropout")

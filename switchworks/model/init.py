@@ -140,7 +140,8 @@ def _draw(
     if kind in normal:
         return torch.from_numpy(generator.standard_normal(shape, np.float32)) * normal[kind]
     assert kind in ("w_in", "w_gate", "w_out", "router", "head"), f"no initial value for {name}"
-    fan_in = config.d_ff if kind == "w_out" else config.d_model
+    width = config.routing.expert_d_ff if config.routing and ".experts." in name else None
+    fan_in = width or config.d_ff if kind == "w_out" else config.d_model
     return _standard_truncated_normal(generator, shape) * math.sqrt(config.init_scale / fan_in)
 
 

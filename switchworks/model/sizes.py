@@ -93,9 +93,10 @@ def _products(config: ModelConfig, layer: int, decoder: bool) -> float:
     if config.routing is None or not config.is_sparse(layer, decoder=decoder):
         return attention + ffn
     routing = config.routing.for_decoder() if decoder else config.routing
+    width = routing.expert_d_ff or config.d_ff
     if routing.sparse_attention:  # an expert's hidden layer, its query and its key
-        expert = config.d_ff * (config.d_model + 2 * inner)
+        expert = width * (config.d_model + 2 * inner)
         attention = routing.experts_per_token * expert + inner * config.d_model
     if routing.sparse_ffn:
-        ffn *= routing.experts_per_token
+        ffn *= routing.experts_per_token * width / config.d_ff
     return attention + ffn

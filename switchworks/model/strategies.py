@@ -12,6 +12,7 @@ Letters: G groups, S tokens per group, E experts, C slots per expert, A assignme
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -64,11 +65,6 @@ Plan = Callable[[Tensor, Tensor, Tensor, RoutingLimits], Routes]
 wants most, `real` is False at padding."""
 
 
-def softmax(logits: Float[Tensor, "G S E"]) -> Float[Tensor, "G S E"]:
-    """Probabilities over the experts."""
-    return logits.softmax(dim=-1)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Strategy:
     """One way to route, and what the rest of the package has to know about it."""
@@ -83,7 +79,7 @@ class Strategy:
     """Whether the gates of a token are scaled to sum to 1."""
     experts_choose: bool = False
     """Experts pick tokens: load is even by construction, and capacity is what they pick."""
-    score: Callable[[Tensor], Tensor] = softmax
+    score: Callable[[Tensor], Tensor] = lambda logits: logits.softmax(dim=-1)
     """From router logits [G S E] to the probabilities that gates come from: a softmax over the
     experts, or torch.sigmoid, for each by itself."""
 
@@ -152,29 +148,27 @@ def switch_random(probs: Tensor, choice: Tensor, real: Tensor, limits: RoutingLi
     return route(probs, real, limits.capacity, choice=choice, order=order)
 
 
-def top2(probs: Tensor, choice: Tensor, real: Tensor, limits: RoutingLimits) -> Routes:
-    """Two experts per token, gates scaled to sum to 1: the paper's MoE baseline (Mesh-TF
-    `_top_2_gating`).
+def top_k(probs: Tensor, choice: Tensor, real: Tensor, limits: RoutingLimits, k: int) -> Routes:
+    """The k likeliest experts per token, with gates that sum to 1.
 
-    In training a weak second expert is used at random (see `RoutingLimits`); in evaluation always.
-    Slots go to all first choices of a group, then to second ones; where routing has to be causal,
-    token after token.
+    Two are the paper's baseline (Mesh-TF `_top_2_gating`): in training a weak second expert is used
+    at random (see `RoutingLimits`). Slots go to all first choices of a group, then to second ones,
+    and so on; where routing has to be causal, token after token. A selection bias moves every
+    choice, and no gate.
     """
-    experts, tokens = probs.shape[-1], probs.shape[1]
-    if experts == 1:
-        return switch(probs, choice, real, limits)
-    others = probs.scatter(-1, choice[..., None], -1.0)
-    both = torch.stack([choice, others.argmax(dim=-1)], dim=1)  # G 2 S
-    gate = probs.gather(-1, both.mT).mT  # G 2 S
+    tokens, k = probs.shape[1], min(k, probs.shape[-1])
+    bias = 0.0 if limits.selection_bias is None else limits.selection_bias
+    first = (probs + bias).scatter(-1, choice[..., None], torch.inf)  # what sampling chose, too
+    expert = first.topk(k, dim=-1).indices.mT  # G k S
+    gate = probs.gather(-1, expert.mT).mT
     gate = gate / (gate.sum(dim=1, keepdim=True) + 1e-9)
-    wanted = real[:, None].repeat(1, 2, 1)
-    if limits.training and limits.second_threshold > 0:
-        coin = torch.rand_like(gate[:, 1]) * limits.second_threshold
-        wanted[:, 1] &= coin < gate[:, 1]
-    expert, wanted = both.flatten(1), wanted.flatten(1)
-    place = torch.arange(2 * tokens, device=probs.device).expand_as(expert)
-    turns = place.view(-1, 2, tokens).mT.flatten(1) if limits.causal else None
-    slot = queue(expert, wanted, experts, turns)
+    wanted = real[:, None].repeat(1, k, 1)
+    if k == 2 and limits.training and limits.second_threshold > 0:
+        wanted[:, 1] &= torch.rand_like(gate[:, 1]) * limits.second_threshold < gate[:, 1]
+    expert, wanted = expert.flatten(1), wanted.flatten(1)
+    place = torch.arange(k * tokens, device=probs.device).expand_as(expert)
+    turns = place.view(-1, k, tokens).mT.flatten(1) if limits.causal else None
+    slot = queue(expert, wanted, probs.shape[-1], turns)
     kept = wanted if limits.capacity is None else wanted & (slot < limits.capacity)
     return Routes(expert, slot, kept, gate.flatten(1), place % tokens)
 
@@ -237,7 +231,8 @@ STRATEGIES: dict[str, Strategy] = {
         plan=switch_random,
         looks_ahead="which tokens get a slot is drawn from all of the group, later ones too",
     ),
-    "top2": Strategy(plan=top2, experts_per_token=2, gates_sum_to_one=True),
+    "top2": Strategy(plan=partial(top_k, k=2), experts_per_token=2, gates_sum_to_one=True),
+    "top4": Strategy(plan=partial(top_k, k=4), experts_per_token=4, gates_sum_to_one=True),
     "no_token_left_behind": Strategy(
         plan=no_token_left_behind,
         looks_ahead="second wishes are served after all first ones, later tokens' too",

@@ -94,15 +94,17 @@ class SwitchFFN(nn.Module):
     ) -> None:
         """`causal` for decoders: raises ConfigError for strategies that look ahead.
 
-        `d_out` is the width of the outputs, None: `d_model`.
+        `d_out` is the width of the outputs, None: `d_model`. `routing.expert_d_ff`, if it is set,
+        is in the place of `d_ff`.
         """
         super().__init__()
         self.config = routing.for_decoder() if causal else routing
         self.causal = causal
         self.router = Router(d_model, self.config)
         rate = dropout if routing.expert_dropout is None else routing.expert_dropout
-        form: dict[str, Any] = {"activation": activation, "gated": gated, "dropout": rate}
-        self.experts = Experts(routing.experts, d_model, d_ff, d_out=d_out, **form)
+        form: dict[str, Any] = {"activation": activation, "gated": gated, "d_out": d_out}
+        width = routing.expert_d_ff or d_ff
+        self.experts = Experts(routing.experts, d_model, width, dropout=rate, **form)
         initialise_switch_ffn(self, init_scale)
 
     @property

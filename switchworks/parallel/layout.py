@@ -118,11 +118,14 @@ def check_fit(model: ModelConfig, mesh: MeshConfig) -> None:
             "routing.balance_over = batch balances what one rank computes at once, so the number of"
             " ranks\n  would change the loss. Set --routing.balance-over group."
         )
-    for name in ("num_heads", "d_ff"):
-        if getattr(model, name) % mesh.model:
+    sizes = {"model.num_heads": model.num_heads, "model.d_ff": model.d_ff}
+    if routing is not None and routing.expert_d_ff is not None:
+        sizes["routing.expert_d_ff"] = routing.expert_d_ff
+    for name, size in sizes.items():
+        if size % mesh.model:
             raise ConfigError(
-                f"model.{name} = {getattr(model, name)} cannot be split over mesh.model = "
-                f"{mesh.model} ranks.\n  Use a divisor of {getattr(model, name)}."
+                f"{name} = {size} cannot be split over mesh.model = {mesh.model} ranks.\n"
+                f"  Use a divisor of {size}."
             )
     if mesh.model > 1 and routing is not None and routing.sparse_attention:
         raise ConfigError(

@@ -351,6 +351,7 @@ def test_sparse_blocks_that_no_frequency_gives_are_read_block_by_block():
         ({"num_layers": 6, "routing": RoutingConfig(experts=2, every=3)}, r"\[2, 5\] of 6 cannot"),
         ({"routing": RoutingConfig(experts=2, strategy="top2")}, "strategy = top2 cannot"),
         ({"routing": RoutingConfig(experts=2, layers="both")}, "layers = both cannot"),
+        ({"routing": RoutingConfig(experts=2, expert_d_ff=5)}, "expert_d_ff = 5 cannot"),
         ({"routing": RoutingConfig(experts=2, bias_rate=1e-3)}, "have no selection bias"),
         (
             {"routing": RoutingConfig(experts=2, expert_capacity=5, group_sequences=2)},

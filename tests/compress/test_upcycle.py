@@ -70,6 +70,7 @@ def test_other_strategies_start_at_the_dense_loss_too(routing):
     ("settings", "why"),
     [
         ({"layers": "both"}, "layers = both cannot be upcycled"),
+        ({"expert_d_ff": 8}, "expert_d_ff = 8 cannot be upcycled"),
         ({"strategy": "expert_choice", "decoder_strategy": "switch"}, "varies"),
     ],
 )

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from switchworks.cli.lab import NoFlags
 from switchworks.cli.main import main
+from switchworks.cli.parsing import parse_experiment
 from switchworks.config import ConfigError, DataError
 from switchworks.lab import STUDIES, Arm, Runner, Study, jobs_of, read_results, write_results
 from switchworks.lab.results import losses
 from switchworks.lab.runner import commit_of, progress
+from switchworks.model.sizes import flops_per_token
 from switchworks.recipes import find_recipe
 
 ARMS = (
@@ -44,6 +47,21 @@ def test_every_study_names_recipes_and_arms_once():
         }
         places = [training.folder for training in study.trainings(Path("runs"))]
         assert len(set(places)) == len(places) == len(study.arms) * len(study.seeds)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_arms_of_a_study_are_experiments_of_equal_flops_per_token(name):
+    """But for routers, and for top-2 of whole experts, which costs more (table 1)."""
+    study, flops = STUDIES[name], {}
+    for arm in study.arms:
+        words = [arm.recipe, *study.flags, *arm.flags]
+        experiment, _ = parse_experiment("train", words, NoFlags)
+        data = experiment.data
+        flops[arm.name] = flops_per_token(experiment.model, data.input_length, data.target_length)
+    base = flops.pop(study.arms[0].name)
+    for arm_name, number in flops.items():
+        if not arm_name.startswith("top-2"):
+            assert number == pytest.approx(base, rel=0.03), arm_name
 
 
 def test_an_arm_of_two_studies_is_trained_once(study, tmp_path):

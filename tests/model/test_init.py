@@ -29,6 +29,16 @@ def parameters() -> dict[str, torch.Tensor]:
     return dict(SwitchTransformer(CONFIG, seed=3).named_parameters())
 
 
+def test_narrow_experts_have_the_fan_in_of_their_own_width():
+    routing = RoutingConfig(experts=6, every=1, expert_d_ff=24)
+    weights = dict(SwitchTransformer(replace(CONFIG, routing=routing)).named_parameters())
+    found = weights["encoder.blocks.0.ffn.experts.w_out"]
+    assert found.shape == (6, 24, 64)
+    assert std_of(found) == pytest.approx(TRUNCATED * math.sqrt(0.1 / 24), rel=0.03)
+    alone = SwitchFFN(64, 96, routing).experts.w_out
+    assert std_of(alone) == pytest.approx(TRUNCATED * math.sqrt(0.1 / 24), rel=0.03)
+
+
 def std_of(weight: torch.Tensor) -> float:
     return weight.detach().double().std().item()
 

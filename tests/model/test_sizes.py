@@ -53,6 +53,15 @@ def test_switch_base_has_the_parameters_of_the_paper(experts, millions):
     assert round(num_parameters(switch(BASE, experts)) / 1e6, 1) == millions
 
 
+def test_experts_twice_as_many_and_half_as_wide_cost_as_much_for_two_per_token():
+    coarse = switch(BASE, 8)
+    fine = replace(BASE, routing=RoutingConfig(experts=16, expert_d_ff=1536, strategy="top2"))
+    routers = 12 * 768 * 8  # in each sparse block 8 columns more
+    assert num_parameters(fine) == num_parameters(coarse) + routers
+    assert active_parameters(fine) == active_parameters(coarse) + routers
+    assert flops_per_sequence(fine, 512, 114) == flops_per_sequence(coarse, 512, 114)
+
+
 @pytest.mark.parametrize(
     ("config", "billions"),
     [(switch(LARGE, 128), 26.3), (switch(XXL, 128), 394.7), (SWITCH_C, 1571.4)],

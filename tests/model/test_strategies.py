@@ -66,6 +66,38 @@ def test_switch_max_serves_the_likeliest_tokens_of_each_expert(case):
 
 
 @given(groups_of_tokens())
+def test_top4_serves_whom_a_plain_loop_serves(case):
+    """In a decoder: token after token, each its four likeliest experts; gates are shares of those
+    four."""
+    probs, real, capacity = case
+    load, expected, gates = Counter[int](), set(), {}
+    for t in range(probs.shape[1]):
+        wishes = probs[0, t].sort(descending=True, stable=True).indices[:4].tolist()
+        total = sum(float(probs[0, t, e]) for e in wishes)
+        for e in wishes if real[0, t] else []:
+            load[e] += 1
+            if load[e] <= capacity:
+                expected.add((t, e))
+                gates[t, e] = float(probs[0, t, e]) / total
+    routes = plan("top4", probs, capacity, real, causal=True)
+    assert assignments(routes) == [expected]
+    assert routes.token is not None
+    columns = (x[0].tolist() for x in (routes.token, routes.expert, routes.kept, routes.gate))
+    served = {(t, e): gate for t, e, kept, gate in zip(*columns, strict=True) if kept}
+    assert served == pytest.approx(gates, abs=1e-6)
+
+
+def test_a_bias_moves_which_four_experts_are_chosen_and_no_gate():
+    probs = probabilities([0.3, 0.25, 0.2, 0.15, 0.1])
+    bias = torch.tensor([-1.0, 0.0, 0.0, 0.0, 0.0])
+    rules = RoutingLimits(None, selection_bias=bias)
+    chosen = (probs + bias).argmax(-1)
+    routes = STRATEGIES["top4"].plan(probs, chosen, torch.ones(1, 1, dtype=torch.bool), rules)
+    assert routes.expert.tolist() == [[1, 2, 3, 4]]
+    torch.testing.assert_close(routes.gate, torch.tensor([[0.25, 0.2, 0.15, 0.1]]) / 0.7)
+
+
+@given(groups_of_tokens())
 def test_no_token_left_behind_serves_whom_a_plain_loop_serves(case):
     """Appendix B: stage by stage, each token still waiting asks its next likeliest expert."""
     probs, real, capacity = case
@@ -198,7 +230,7 @@ def test_padding_gets_no_expert_and_changes_nothing_for_the_rest(name, case):
 
 @every_strategy
 def test_without_a_limit_every_strategy_of_one_expert_is_switch(name):
-    if name in ("top2", "expert_choice"):
+    if name in ("top2", "top4", "expert_choice"):
         pytest.skip("asks several experts")
     probs = torch.randn(2, 9, 4).softmax(-1)
     routes, first = plan(name, probs, None, training=True), plan("switch", probs, None)

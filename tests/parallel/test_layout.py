@@ -61,6 +61,11 @@ def test_nothing_is_split_over_data_where_ranks_keep_weights_whole():
     [
         (SPARSE, MeshConfig(expert=3), "experts = 4 cannot be shared out evenly"),
         (SPARSE, MeshConfig(model=3), "num_heads = 4 cannot be split"),
+        (
+            replace(SPARSE, routing=RoutingConfig(experts=4, expert_d_ff=7)),
+            MeshConfig(model=2),
+            "routing.expert_d_ff = 7 cannot be split",
+        ),
         (replace(SPARSE, routing=None), MeshConfig(expert=2), "the model is dense"),
         (
             replace(SPARSE, routing=RoutingConfig(experts=4, balance_over="batch")),

@@ -200,6 +200,8 @@ def _refuse_other_routing(config: ModelConfig, routing: RoutingConfig) -> None:
     refuse(config.gated, "model.gated = true with routing", "whose experts have no gate")
     refuse(names != "switch", f"routing.strategy = {names}", "which sends each token to one expert")
     refuse(layers != "ffn", f"routing.layers = {layers}", "which has experts in FFN layers only")
+    width = f"routing.expert_d_ff = {routing.expert_d_ff}"
+    refuse(routing.expert_d_ff is not None, width, "whose experts have the width of other FFNs")
     rate, capacity = routing.bias_rate, routing.expert_capacity
     refuse(rate > 0, f"routing.bias_rate = {rate}", "whose routers have no selection bias")
     sequences = routing.group_sequences
