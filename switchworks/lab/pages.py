@@ -27,15 +27,16 @@ def write_pages(results: Sequence[Mapping[str, Any]], markdown: Path, page: Path
         picture = draw(study, comparisons)
         name = f"results-{study['study']}.png"
         (markdown.parent / name).write_bytes(picture)
-        rows = [cells(comparison) for comparison in comparisons]
+        head, *rows = without_empty([HEAD, *(cells(each) for each in comparisons)])
         about = conditions(study)
         text += [f"## {study['question']}", f"{study['paper']}.", f"![{study['question']}]({name})"]
-        text += [_markdown_table(rows), about]
+        text += [_markdown_table(head, rows), about]
         encoded = base64.b64encode(picture).decode()
-        image = f'<img alt="{escape(study["question"])}" src="data:image/png;base64,{encoded}">'
-        shown = html.table(HEAD, [[escape(cell) for cell in row] for row in rows])
+        alt = f'alt="{escape(study["question"])}" style="max-width:100%"'
+        image = f'<img {alt} src="data:image/png;base64,{encoded}">'
+        shown = html.table(head, [[escape(cell) for cell in row] for row in rows])
         sections.append(html.section(study["question"], escape(study["paper"]), image, shown))
-        sections.append(html.soft(escape(about)))
+        sections.append(html.soft(escape(about.replace("`", ""))))
     atomic_write_text(markdown, ["\n\n".join(text), "\n"])
     atomic_write_text(page, [html.document("Results - switchworks lab", sections)])
 
@@ -86,44 +87,89 @@ def conditions(results: Mapping[str, Any]) -> str:
     )
 
 
-def _markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    lines = [HEAD, ["---"] * len(HEAD), *rows]
+def without_empty(table: Sequence[Sequence[str]]) -> list[list[str]]:
+    """`table`, whose first row is its head, without the columns in which nothing else stands."""
+    head, *rows = table
+    filled = [column for column in range(len(head)) if any(row[column] for row in rows)]
+    return [[row[column] for column in filled] for row in table]
+
+
+def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def draw(results: Mapping[str, Any], comparisons: Sequence[Comparison]) -> bytes:
-    """A PNG: the loss of each arm over the tokens of a run, and its factor over the same."""
+    """A PNG. Of several lengths: the loss of each arm over the tokens of a run, and its factor over
+    the same. Of one: the loss of each arm with its interval."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4))
+    several = len(results["steps"]) > 1
+    height = 4.0 if several else 1.0 + 0.35 * len(comparisons)
+    figure = Figure(figsize=(10, height))
     FigureCanvasAgg(figure)
-    with_factors = any(comparison.factors for comparison in comparisons)
-    axes = figure.subplots(1, 2 if with_factors else 1, squeeze=False)[0]
-    per_step = results["runs"][0]["tokens"] / results["runs"][0]["steps"] / 1e6
-    for colour, comparison in zip(COLOURS * 3, comparisons, strict=False):
-        mine = list(losses(results, comparison.arm).values())
-        for number, by_steps in enumerate(mine):
-            x, y = zip(*((steps * per_step, loss) for steps, loss in by_steps.items()), strict=True)
-            name = comparison.arm if number == 0 else None
-            axes[0].plot(x, y, "o-", color=colour, label=name, markersize=3, linewidth=1.2)
-        if comparison.factors:
-            x = [steps * per_step for steps in comparison.factors]
-            factors = [times for times, _ in comparison.factors.values()]
-            axes[1].plot(x, [f.mean for f in factors], "o-", color=colour, markersize=3)
-            axes[1].fill_between(
-                x, [f.low for f in factors], [f.high for f in factors], color=colour, alpha=0.2
-            )
-    axes[0].set(xscale="log", xlabel="million tokens of a run", ylabel="held-out loss (nats)")
-    axes[0].legend(frameon=False, fontsize=8)
-    if with_factors:
-        first = results["arms"][0]["name"]
-        axes[1].axhline(1.0, color="#999999", linewidth=0.8, linestyle=":")
-        label = f"million tokens of a run of {first}"
-        axes[1].set(xscale="log", xlabel=label, ylabel="times fewer steps to its loss")
-    for each in axes:
-        each.spines[["top", "right"]].set_visible(False)
+    panels = figure.subplots(1, 2 if several else 1, squeeze=False)[0]
+    if several:
+        run = results["runs"][0]
+        per_step = run["tokens"] / run["steps"] / 1e6
+        _draw_losses(panels[0], results, comparisons, per_step)
+        _draw_factors(panels[1], results, comparisons, per_step)
+        for axes in panels:
+            axes.set_xscale("log")
+            places = [steps * per_step for steps in results["steps"]]
+            axes.set_xticks(places, [f"{place:.3g}" for place in places])
+            axes.minorticks_off()
+    else:
+        _draw_intervals(panels[0], results, comparisons)
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     out = io.BytesIO()
     figure.savefig(out, dpi=130, metadata={"Software": None})
     return out.getvalue()
+
+
+def _draw_losses(
+    axes: Any, results: Mapping[str, Any], comparisons: Sequence[Comparison], per_step: float
+) -> None:
+    """A line for each seed, by the million tokens of its runs."""
+    for colour, comparison in zip(COLOURS * 3, comparisons, strict=False):
+        for number, by_steps in enumerate(losses(results, comparison.arm).values()):
+            name = comparison.arm if number == 0 else None
+            x = [steps * per_step for steps in by_steps]
+            style = {"color": colour, "label": name, "markersize": 3, "linewidth": 1.2}
+            axes.plot(x, list(by_steps.values()), "o-", **style)
+    axes.set(xlabel="million tokens of a run", ylabel="held-out loss (nats per token)")
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _draw_factors(
+    axes: Any, results: Mapping[str, Any], comparisons: Sequence[Comparison], per_step: float
+) -> None:
+    """How many times fewer steps than the first arm, by the million tokens of that one's runs."""
+    for colour, comparison in zip(COLOURS * 3, comparisons, strict=False):
+        x = [steps * per_step for steps in comparison.factors]
+        times = [factor for factor, _ in comparison.factors.values()]
+        axes.plot(x, [f.mean for f in times], "o-", color=colour, markersize=3)
+        band = [f.low for f in times], [f.high for f in times]
+        axes.fill_between(x, *band, color=colour, alpha=0.2)
+    axes.axhline(1.0, color="#999999", linewidth=0.8, linestyle=":")
+    first = results["arms"][0]["name"]
+    axes.set(xlabel=f"million tokens of a run, {first}", ylabel="times fewer steps to its loss")
+
+
+def _draw_intervals(
+    axes: Any, results: Mapping[str, Any], comparisons: Sequence[Comparison]
+) -> None:
+    """A row for each arm, the first on top: every seed, and the interval of their mean."""
+    for row, (colour, comparison) in enumerate(zip(COLOURS * 3, comparisons, strict=False)):
+        loss = comparison.loss
+        axes.plot([loss.low, loss.high], [row, row], color=colour, linewidth=5, alpha=0.25)
+        seeds = [
+            by_steps[comparison.steps] for by_steps in losses(results, comparison.arm).values()
+        ]
+        axes.plot(seeds, [row] * len(seeds), "o", color=colour, markersize=4)
+    axes.set_yticks(range(len(comparisons)), [comparison.arm for comparison in comparisons])
+    axes.invert_yaxis()
+    axes.set_xlabel("held-out loss (nats per token): seeds, and 95 % of their mean")

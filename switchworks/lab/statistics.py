@@ -69,4 +69,5 @@ def fewer_steps(
     if reached is not None:
         return Factor(steps / reached, bound=False)
     first, loss = next(iter(other.items()))
-    return Factor(steps / first, bound=True) if loss <= target else None
+    # Ahead after its shortest run: of runs as long as that, nothing is known.
+    return Factor(steps / first, bound=True) if loss <= target and first < steps else None

@@ -103,6 +103,15 @@ def test_the_pages_have_every_study_with_its_picture_and_table(tmp_path):
     assert "Is it <better>?" in page.text
 
 
+def test_a_study_of_one_length_has_no_column_for_factors(tmp_path):
+    found = results([3.5, 3.6], [4.0, 4.1])
+    found["runs"] = [run for run in found["runs"] if run["steps"] == 200]
+    write_pages([found | {"steps": [200]}], tmp_path / "results.md", tmp_path / "results.html")
+    text = (tmp_path / "results.md").read_text("utf-8")
+    assert "|  | loss (nats) | ahead by | verdict |" in text
+    assert (tmp_path / "results-small.png").stat().st_size > 1000
+
+
 def test_the_command_writes_them(tmp_path, capsys):
     atomic_write_json(tmp_path / "small.json", results([3.5], [4.0]))
     words = ["--results", str(tmp_path), "--page", str(tmp_path / "results.md")]

@@ -43,3 +43,4 @@ def test_a_side_that_is_as_good_after_half_the_steps_needs_half_of_them():
 def test_a_side_that_is_ahead_after_its_shortest_run_needs_at_least_so_many_times_fewer():
     assert fewer_steps({400: 3.0}, {100: 2.9, 200: 2.0}, 400) == Factor(4.0, bound=True)
     assert fewer_steps({400: 3.0}, {100: 3.2, 200: 3.1}, 400) is None
+    assert fewer_steps({100: 3.0}, {100: 2.9, 200: 2.0}, 100) is None
