@@ -91,6 +91,11 @@ class DataConfig(TextConfig):
         source = source_class(self)
         if not self.mixture and not self.tasks:
             source.check(self)
+            if self.packages and source is not SOURCES["package_docs"]:
+                raise ConfigError(
+                    f"data.packages = {' '.join(self.packages)} names wheels, and another source "
+                    "is read.\n  Set --data.source package_docs too."
+                )
         self._check_causal()
         self._check_prefix()
         check_rate(self, "data.", "noise_density")

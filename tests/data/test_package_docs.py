@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from switchworks.config import ConfigError, DataError
-from switchworks.data import TextConfig
+from switchworks.data import DataConfig, TextConfig
 from switchworks.data.sources import open_source, package_docs
 from switchworks.data.sources.package_docs import (
     fetch,
@@ -90,6 +90,12 @@ def test_half_a_wheel_is_refused(tmp_path):
 def test_a_requirement_without_one_version_is_refused(name, tmp_path):
     with pytest.raises(ConfigError, match="NAME==VERSION"):
         open_source(config(name), tmp_path)
+
+
+@pytest.mark.parametrize("other", [{}, {"path": "texts"}, {"source": "catalogs"}])
+def test_wheels_that_nothing_reads_are_refused(other):
+    with pytest.raises(ConfigError, match=r"--data\.source package_docs"):
+        DataConfig(**{"packages": ("botocore==1.44.8",), **other})
 
 
 def test_strings_under_keys_of_prose_are_read_in_their_order():

@@ -177,7 +177,7 @@ def test_another_version_of_a_package_is_another_text(package):
 
 def test_documents_are_closed_at_the_first_paragraph_past_their_length():
     found = [f"{n} " + "x" * 1000 for n in range(7)]
-    documents = list(python_docs._documents(found))
+    documents = list(python_docs.join_documents(found))
     assert [document.count("\n") + 1 for document in documents] == [3, 3, 1]
     assert "\n".join(documents).split("\n") == found
 
