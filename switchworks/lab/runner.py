@@ -179,9 +179,11 @@ class Runner:
                 continue
             del self._running[path]
             if not job.is_done:
+                # Told to stop from outside, a run saves and ends with these.
+                how = "was stopped" if process.returncode in (0, 130) else "failed"
                 raise ConfigError(
-                    f"{path} did not come to its end (status {process.returncode}).\n"
-                    f"  {path.with_suffix('.log')} says why; the same command goes on."
+                    f"{path} {how} before its end (status {process.returncode}).\n"
+                    f"  {path.with_suffix('.log')} says more; the same command goes on."
                 )
             done = sum(each.is_done for each in jobs)
             self.say(f"done   {path}, {done} of {len(jobs)} runs")
