@@ -66,8 +66,9 @@ class Job:
         return max(checkpoint.steps_in(self.run_dir / "checkpoints"), default=0)
 
     def command(self) -> list[str]:
-        """The words after `python -m switchworks`, to start the run or to go on with it."""
-        words = ["train", *self.training.flags(self.steps)]
+        """The words after `python`, to start the run or to go on with it."""
+        program = self.training.arm.script or ("-m", "switchworks")
+        words = [*program, "train", *self.training.flags(self.steps)]
         steps = self.training.steps
         if not self.is_branch and len(steps) > 1:
             begins = [self.training.branches_at(each) for each in steps[:-1]]
@@ -161,8 +162,8 @@ class Runner:
         job.prepare()
         log = job.run_dir.with_suffix(".log")
         log.parent.mkdir(parents=True, exist_ok=True)
-        command = [*self.launch, "-m", "switchworks", *job.command()]
-        record = {"command": shlex.join(command[len(self.launch) :]), "launch": [*self.launch]}
+        command = [*self.launch, *job.command()]
+        record = {"command": shlex.join(job.command()), "launch": [*self.launch]}
         record["commit"] = commit_of(Path(__file__).parent)
         with log.open("a", encoding="utf-8") as file:
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -1,12 +1,12 @@
 """The studies there are, by name. A training of one thread takes ten minutes per 12M tokens."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Literal
 
 from switchworks.lab.study import Arm, Study
 
-TEXT = ("--data.source", "package_docs")
+TEXT = ("--data.source", "package_docs", "--optim.lr", "0.08", "--validate-every", "250")
 PREFIX = (
     *("--model.no-decoder-only", "--data.objective", "prefix"),
     *("--data.input-length", "39", "--data.target-length", "39"),
@@ -15,6 +15,9 @@ PREFIX = (
 
 EXPERTS = "32"
 """Of the studies that change something else."""
+
+LENGTHS = (1250, 2500, 5000, 7500, 12_500)
+"""Steps of 4992 tokens: up to 62M."""
 
 Expected = Literal["better", "worse", "the same"]
 
@@ -35,20 +38,42 @@ FINER = (
     "--routing.experts {} --routing.expert-d-ff {} --routing.strategy {} "
     "--routing.capacity-factor {} --routing.second-threshold 0"
 )
+DENSE = Arm(name="dense", recipe="speedup_dense")
 BASE = arm(f"{EXPERTS} experts")
 
 
-def short(name: str, question: str, paper: str, arms: Iterable[Arm]) -> Study:
+def variant(name: str, model: str, sparse: Arm, flags: str = "") -> Arm:
+    """`sparse` with another model: one of experiments/variants.py."""
+    words = (*sparse.flags, *flags.split())
+    return replace(sparse, name=name, flags=words, script=("experiments/variants.py", model))
+
+
+def at_other_rates(arms: Iterable[Arm]) -> Iterator[Arm]:
+    for each in arms:
+        for rate in ("0.04", "0.16"):
+            flags = (*each.flags, "--optim.lr", rate)
+            yield replace(each, name=f"{each.name} at {rate}", flags=flags, expected=None)
+
+
+def short(
+    name: str,
+    question: str,
+    paper: str,
+    arms: Iterable[Arm],
+    *,
+    base: Arm = BASE,
+    seeds: tuple[int, ...] = (0, 1, 2),
+) -> Study:
     """A study of what changes a model of 32 experts, in runs of 12M tokens."""
-    arms = (BASE, *arms)
+    arms = (base, *arms)
     return Study(
         name=name,
         question=question,
         paper=paper,
         arms=arms,
-        seeds=(0, 1, 2),
+        seeds=seeds,
         steps=(2500,),
-        flags=(*TEXT, "--validate-every", "250"),
+        flags=TEXT,
         minutes=10 * len(arms),
     )
 
@@ -60,14 +85,11 @@ STUDIES = {
             name="speedup",
             question="How many times fewer steps does a sparse language model need?",
             paper="Figures 1, 5 and 6: 7.5 times fewer for 64 experts against T5-Base",
-            arms=(
-                Arm(name="dense", recipe="speedup_dense"),
-                *(experts(number) for number in (32, 128, 8, 2)),
-            ),
+            arms=(DENSE, *(experts(number) for number in (32, 128, 8, 2))),
             seeds=(0, 1, 2),
-            steps=(1250, 2500, 5000, 7500, 10_000, 12_500),
-            flags=(*TEXT, "--validate-every", "250"),
-            minutes=5 * 70,
+            steps=LENGTHS,
+            flags=TEXT,
+            minutes=5 * 65,
         ),
         Study(
             name="speedup_t5",
@@ -81,9 +103,33 @@ STUDIES = {
                 ),
             ),
             seeds=(0, 1, 2),
-            steps=(1250, 2500, 5000, 7500, 10_000, 12_500),
-            flags=(*TEXT, *PREFIX, "--validate-every", "250"),
-            minutes=3 * 100,
+            steps=LENGTHS,
+            flags=(*TEXT, *PREFIX),
+            minutes=3 * 90,
+        ),
+        short(
+            "rates",
+            "Which learning rate is best for either side? Without a name it is 0.08.",
+            "No table: one rate for all, that of T5",
+            (BASE, *at_other_rates((DENSE, BASE)), experts(128), *at_other_rates((experts(128),))),
+            base=DENSE,
+            seeds=(0,),
+        ),
+        short(
+            "rivals",
+            "What is it that helps: routing that learns, or parameters alone?",
+            "Section 2 compares with dense models alone",
+            (
+                replace(DENSE, expected="worse"),
+                arm("random router", "--optim.router-lr 0", "worse"),
+                variant("expert by hash", "hash", BASE, "--routing.capacity-factor none"),
+                variant("table of bigrams", "bigrams", DENSE),
+                Arm(
+                    name="dense and as wide as all experts",
+                    recipe="speedup_dense",
+                    flags=("--model.d-ff", str(256 * int(EXPERTS))),
+                ),
+            ),
         ),
         short(
             "capacity",
@@ -131,8 +177,13 @@ STUDIES = {
             "Are many narrow experts better than few wide ones at the same cost?",
             "No table: the paper's experts have the width of the dense FFN",
             (
-                arm("64 of half the width, top-2", FINER.format(64, 128, "top2", 2.5)),
-                arm("128 of a quarter, top-4", FINER.format(128, 64, "top4", 5.0)),
+                arm("64 of half the width with top-2", FINER.format(64, 128, "top2", 2.5)),
+                arm("128 of a quarter with top-4", FINER.format(128, 64, "top4", 5.0)),
+                variant(
+                    "64 of half the width and one for all tokens",
+                    "shared",
+                    arm("", "--routing.expert-d-ff 128 --routing.experts 64"),
+                ),
             ),
         ),
         short(
@@ -145,6 +196,8 @@ STUDIES = {
                     for factor in ("0.25", "4")
                 ),
                 arm("z-loss 1e-3", "--routing.z-weight 1e-3"),
+                arm("the last block alone", "--routing.every 2", "worse"),
+                variant("router initialised smaller", "small_router", BASE),
             ),
         ),
     )

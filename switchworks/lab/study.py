@@ -30,6 +30,8 @@ class Arm:
     flags: tuple[str, ...] = ()
     expected: Literal["better", "worse", "the same"] | None = None
     """What the paper found: its loss beside that of the study's first arm."""
+    script: tuple[str, ...] = ()
+    """A file of experiments/ and its first words, run in place of `-m switchworks`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,8 @@ class Study:
         words = (arm.recipe, "--seed", str(seed), *SCHEDULE, *self.flags, *arm.flags)
         # Named after what is trained and not after the study: an arm of two studies runs once.
         slug = re.sub(r"\W+", "-", arm.name.lower()).strip("-")
-        key = hashlib.blake2b(" ".join(words).encode(), digest_size=4).hexdigest()
+        key = " ".join((*arm.script, *words)).encode()
+        key = hashlib.blake2b(key, digest_size=4).hexdigest()
         place = folder / f"{slug}-s{seed}-{key}"
         return Training(arm, seed, words, place, self.steps)
 

