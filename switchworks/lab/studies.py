@@ -6,7 +6,11 @@ from typing import Literal
 
 from switchworks.lab.study import Arm, Study
 
-TEXT = ("--data.source", "package_docs", "--optim.lr", "0.08", "--validate-every", "250")
+TEXT = (
+    *("--data.source", "package_docs", "--optim.lr", "0.08", "--validate-every", "250"),
+    *("--precision", "float32"),
+)
+"""Of all arms, on every machine."""
 PREFIX = (
     *("--model.no-decoder-only", "--data.objective", "prefix"),
     *("--data.input-length", "39", "--data.target-length", "39"),
