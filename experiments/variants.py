@@ -7,7 +7,10 @@
   `speedup` have parameters; the vector of each pair is added to its second token's embedding.
 - shared: each block's experts stand beside a dense FFN of their width that every token uses
   (DeepSeekMoE). At `--routing.expert-d-ff 128` the two cost as much as one expert of `speedup`.
-- bfloat16: routers as they are in a model all in bfloat16, against section 2.4 of the paper.
+- selective: what is handed on between layers is rounded to bfloat16, but not in routers, as
+  section 2.4 of the paper has it. Everything is summed up in float32, as tensor cores do, so this
+  runs on any processor. Use it with --precision float32 --kernels reference.
+- bfloat16: the same, and routers score and choose in bfloat16 as well.
 - small_router: routers initialised with a tenth of the variance.
 
 Everything but the model is the package's: text, optimizer, loop, run directory. Their exported
@@ -17,14 +20,26 @@ weights open only here.
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from switchworks.cli.main import main
-from switchworks.model import FFN, ModelConfig, Router, SwitchFFN, SwitchTransformer
+from switchworks.model import (
+    FFN,
+    Embedding,
+    Experts,
+    Linear,
+    Matmul,
+    ModelConfig,
+    RMSNorm,
+    Router,
+    Stack,
+    SwitchFFN,
+    SwitchTransformer,
+)
 from switchworks.model.init import initialise
 
 ROWS = 31_744
@@ -114,9 +129,54 @@ class WithShared(SwitchTransformer):
         initialise(self, seed)
 
 
+class Round(torch.autograd.Function):
+    """The nearest number of bfloat16, in the dtype it had; also of the gradient."""
+
+    @staticmethod
+    def forward(_context: Any, x: Tensor) -> Tensor:
+        return x.bfloat16().to(x.dtype)
+
+    @staticmethod
+    def backward(_context: Any, gradient: Tensor) -> Tensor:
+        return gradient.bfloat16().to(gradient.dtype)
+
+
+def rounded(x: Tensor) -> Tensor:
+    return cast(Tensor, Round.apply(x))
+
+
+def round_matmul(matmul: Matmul) -> Matmul:
+    """`matmul` of rounded factors, rounded."""
+    return lambda x, weight: rounded(matmul(rounded(x), rounded(weight)))
+
+
+def round_result(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *inputs: rounded(function(*inputs))
+
+
+def call_and_round(block: nn.Module, *inputs: Any, **options: Any) -> Any:
+    x, reports = block(*inputs, **options)
+    return rounded(x), reports
+
+
+class Selective(SwitchTransformer):
+    """Rounds to bfloat16 what leaves linear layers, experts, norms, look-ups and blocks."""
+
+    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+        super().__init__(config, seed)
+        for module in self.modules():
+            if isinstance(module, Linear | Experts):
+                module.matmul = round_matmul(module.matmul)
+            elif isinstance(module, RMSNorm):
+                module.normalise = round_result(module.normalise)
+            elif isinstance(module, Embedding):
+                module.look_up = round_result(module.look_up)
+            elif isinstance(module, Stack):
+                module.call_block = call_and_round
+
+
 class NarrowRouter(Router):
-    """Scores tokens in bfloat16, and so their softmax and their gates are in it, too. The product
-    is summed up in float32, as tensor cores do."""
+    """Scores tokens in bfloat16, and so their softmax and their gates are in it, too."""
 
     def __init__(self, router: Router) -> None:
         super().__init__(router.weight.shape[1], router.config)
@@ -132,8 +192,8 @@ class NarrowRouter(Router):
         return F.linear(x, self.weight.bfloat16().float())
 
 
-class Narrow(SwitchTransformer):
-    """Routers in bfloat16."""
+class Narrow(Selective):
+    """`Selective`, and routers in bfloat16, too."""
 
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         super().__init__(config, seed)
@@ -154,6 +214,7 @@ VARIANTS: dict[str, type[SwitchTransformer]] = {
     "hash": Hashed,
     "bigrams": WithBigrams,
     "shared": WithShared,
+    "selective": Selective,
     "bfloat16": Narrow,
     "small_router": SmallRouters,
 }

@@ -69,6 +69,19 @@ def test_a_narrow_router_and_a_small_one_score_as_they_say():
     torch.testing.assert_close(small(x) * 10**0.5, plain(x))
 
 
+def test_what_layers_hand_on_is_rounded_and_routers_are_not():
+    plain, selective = SwitchTransformer(SMALL).eval(), variants.Selective(SMALL).eval()
+    norm, router = selective.decoder.blocks[0].ffn_norm, selective.switch_layers["decoder.0"].router
+    x = torch.randn(1, 6, 16)
+    assert torch.equal(norm(x), norm(x).bfloat16().float())
+    assert not torch.equal(router(x), router(x).bfloat16().float())
+    here, there = (model(NOTHING, TEXT).losses.cross_entropy for model in (plain, selective))
+    assert 0 < (here - there).detach().abs().item() < 0.02
+    there.backward()
+    gradient = selective.decoder.blocks[0].self_attention.o.weight.grad
+    assert torch.equal(gradient, gradient.bfloat16().float())
+
+
 @pytest.mark.parametrize("name", variants.VARIANTS)
 def test_a_variant_is_trained_by_the_package(name, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(state, "SwitchTransformer", SwitchTransformer)  # and so put back after it

@@ -150,4 +150,4 @@ def _line(study: "Study", flags: LabFlags) -> str:
     jobs = jobs_of(study.trainings(flags.folder))
     done = sum(job.is_done for job in jobs)
     hours = study.minutes * len(study.seeds) / 60 / flags.processes
-    return f"{study.name:<14} {done:>3} of {len(jobs)} runs  {hours:5.1f} h  {study.question}"
+    return f"{study.name:<20} {done:>3} of {len(jobs):>3} runs  {hours:5.1f} h  {study.question}"
