@@ -13,8 +13,9 @@ import tomllib
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import tomli_w
 
@@ -103,6 +104,44 @@ def check_positive(config: Any, section: str, *names: str) -> None:
 def check_rate(config: Any, section: str, *names: str) -> None:
     """Raises ConfigError for the first setting of `names` outside [0, 1). None passes."""
     _check(config, section, names, lambda value: 0 <= value < 1, "lie in [0, 1)")
+
+
+def check_literals(config: Any, section: str) -> None:
+    """Raises ConfigError for the first setting that is none of the words its type lists."""
+    for name, choices in _choices(type(config)).items():
+        value = getattr(config, name)
+        for word in value if isinstance(value, tuple) else (value,):
+            # Other types than words may be allowed, too: whether a value has one is not asked here.
+            if (isinstance(word, str) or not choices.others) and word not in choices.words:
+                listed = ", ".join(map(repr, choices.words))
+                raise ConfigError(f"{section}{name} = {word!r} is not known.\n  Use {listed}.")
+
+
+class Choices(NamedTuple):
+    """The values that a setting's type lists, and whether it allows other types beside them."""
+
+    words: tuple[Any, ...]
+    others: bool
+
+
+@cache
+def _choices(kind: type) -> dict[str, Choices]:
+    """Each setting of `kind` whose type has a Literal: `Literal[...]`, a tuple of them, or a union
+    with one."""
+    choices = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        inner = typing.get_args(hint)[:1] if typing.get_origin(hint) is tuple else (hint,)
+        members = [part for each in inner for part in _members(each)]
+        literal = [part for part in members if typing.get_origin(part) is typing.Literal]
+        if literal:
+            words = tuple(word for part in literal for word in typing.get_args(part))
+            choices[name] = Choices(words, others=len(literal) < len(members))
+    return choices
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    return typing.get_args(hint) if union else (hint,)
 
 
 def _check(

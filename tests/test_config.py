@@ -5,7 +5,26 @@ from typing import Literal
 
 import pytest
 
-from switchworks.config import ConfigError, differences, from_dict, from_toml, to_dict, to_toml
+from switchworks.adapt import LoraConfig
+from switchworks.bench import BenchConfig
+from switchworks.config import (
+    ConfigError,
+    check_literals,
+    differences,
+    from_dict,
+    from_toml,
+    to_dict,
+    to_toml,
+)
+from switchworks.data import DataConfig
+from switchworks.distil import DistilConfig
+from switchworks.evaluate import DecodingConfig
+from switchworks.generate import BeamSearch
+from switchworks.model import ModelConfig, RoutingConfig
+from switchworks.optim import OptimConfig
+from switchworks.quantise import QuantiseConfig
+from switchworks.recipes.tiny import tiny
+from switchworks.training import BestConfig, Experiment
 
 
 @dataclass(frozen=True)
@@ -85,3 +104,60 @@ def test_a_file_that_is_not_toml_is_refused_by_name(tmp_path):
     file.write_text("steps = = 3")
     with pytest.raises(ConfigError, match=r"broken\.toml cannot be read"):
         from_toml(Outer, file)
+
+
+CHOICES = [
+    (RoutingConfig, "exploration", "jitter"),
+    (RoutingConfig, "layers", "attn"),
+    (RoutingConfig, "balance_over", "all"),
+    (RoutingConfig, "strategy", "top3"),
+    (RoutingConfig, "decoder_strategy", "top3"),
+    (ModelConfig, "activation", "silu"),
+    (ModelConfig, "attention_init", "T5"),
+    (OptimConfig, "name", "sgd"),
+    (OptimConfig, "schedule", "WSD"),
+    (Experiment, "precision", "bf16"),
+    (Experiment, "kernels", "triton"),
+    (Experiment, "steps", "many"),
+    (BestConfig, "mode", "highest"),
+    (DataConfig, "objective", "mlm"),
+    (DataConfig, "packing", "none"),
+    (DataConfig, "task_rates", "size"),
+    (DataConfig, "task_packing", "yes"),
+    (DataConfig, "mixture_by", "rows"),
+    (DistilConfig, "ffn", "mean"),
+    (LoraConfig, "targets", ("attention", "router")),
+    (DecodingConfig, "decode", "sampled"),
+    (BeamSearch, "penalty", "gnmt"),
+    (QuantiseConfig, "bits", 2),
+    (BenchConfig, "parts", ("trian",)),
+    (BenchConfig, "precision", "float16"),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "value"), CHOICES)
+def test_a_misspelt_choice_is_refused_with_the_words_there_are(kind, name, value):
+    if kind is Experiment:
+        config = tiny()
+    else:
+        config = kind(**{"teacher": "runs/t"} if kind is DistilConfig else {})
+    object.__setattr__(config, name, value)  # beartype, in tests, refuses it as an argument
+    with pytest.raises(ConfigError, match=rf"{name} = .*\n  Use "):
+        config.__post_init__()
+
+
+def test_choices_of_a_union_leave_values_of_its_other_types_alone():
+    @dataclass(frozen=True)
+    class Mixed:
+        steps: int | Literal["auto"] = 3
+        mode: Literal["a", "b"] | None = None
+        parts: tuple[Literal["x", "y"], ...] = ()
+
+        def __post_init__(self) -> None:
+            check_literals(self, "mixed.")
+
+    assert Mixed(steps="auto", mode="b", parts=("y", "x")).steps == "auto"
+    with pytest.raises(ConfigError, match=r"mixed\.parts = 'z' is not known\.\n  Use 'x', 'y'\."):
+        Mixed(parts=("x", "z"))
+    with pytest.raises(ConfigError, match=r"mixed\.mode = 'c'"):
+        Mixed(mode="c")

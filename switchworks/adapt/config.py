@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from switchworks.config import ConfigError, check_at_least, check_positive
+from switchworks.config import ConfigError, check_at_least, check_literals, check_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,7 @@ class LoraConfig:
     stored with the adapters."""
 
     def __post_init__(self) -> None:
+        check_literals(self, "lora.")
         check_at_least(self, "lora.", 1, "rank")
         check_positive(self, "lora.", "alpha")
         if not self.targets:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from switchworks.config import ConfigError, check_at_least
+from switchworks.config import ConfigError, check_at_least, check_literals
 from switchworks.model import ModelConfig, RoutingConfig
 
 Part = Literal[
@@ -157,6 +157,7 @@ class BenchConfig:
         return [experts for experts in self.narrow() if experts]
 
     def __post_init__(self) -> None:
+        check_literals(self, "bench ")
         check_at_least(self, "bench ", 1, "rounds")
         if any(experts < 0 for experts in self.experts):
             raise ConfigError(f"bench experts = {self.experts} must be 0 (dense) or more.")

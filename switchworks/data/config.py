@@ -7,7 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from switchworks.config import ConfigError, check_at_least, check_positive, check_rate
+from switchworks.config import (
+    ConfigError,
+    check_at_least,
+    check_literals,
+    check_positive,
+    check_rate,
+)
 from switchworks.data.sources import SOURCES, source_class
 from switchworks.data.sources.text_source import TextConfig
 
@@ -81,6 +87,7 @@ class DataConfig(TextConfig):
     """Batches prepared ahead of the step that needs them. 0: none, made in the calling thread."""
 
     def __post_init__(self) -> None:
+        check_literals(self, "data.")
         self._check_mixture()
         self.check_text()
         if not 0.9 <= self.character_coverage <= 1:

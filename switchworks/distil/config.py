@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from switchworks.config import ConfigError, check_positive
+from switchworks.config import ConfigError, check_literals, check_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,7 @@ class DistilConfig:
     used of them. The latter two count the experts' use on 512 rows."""
 
     def __post_init__(self) -> None:
+        check_literals(self, "distil.")
         if not 0 <= self.soft_weight <= 1:
             raise ConfigError(
                 f"distil.soft_weight = {self.soft_weight} must lie in [0, 1]. The paper uses 0.25."

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from switchworks.config import ConfigError, check_at_least
+from switchworks.config import ConfigError, check_at_least, check_literals
 from switchworks.data import Example, Task, Tokenizer, with_eos
 from switchworks.generate import GenerationConfig, batches_by_length, generate_all, pad
 from switchworks.model import SwitchTransformer, evaluating
@@ -34,6 +34,7 @@ class DecodingConfig(GenerationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_literals(self, "")
         check_at_least(self, "", 2, "input_length")
         check_at_least(self, "", 0, "examples")
         if self.decode == "rank" and (self.beams.beams > 1 or self.sampling.temperature):

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from switchworks.config import ConfigError
+from switchworks.config import ConfigError, check_literals
 from switchworks.fast import CompiledDecoder
 from switchworks.model import EOS, PAD, DecoderCache, KeyValues, SwitchTransformer, first_logits
 
@@ -41,6 +41,7 @@ class BeamSearch:
     and GNMT."""
 
     def __post_init__(self) -> None:
+        check_literals(self, "")
         if self.beams < 1:
             raise ConfigError(f"beams = {self.beams} must be at least 1, which is greedy.")
         if not abs(self.length_penalty) <= MAX_PENALTY:

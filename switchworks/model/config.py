@@ -7,7 +7,13 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from switchworks.config import ConfigError, check_at_least, check_positive, check_rate
+from switchworks.config import (
+    ConfigError,
+    check_at_least,
+    check_literals,
+    check_positive,
+    check_rate,
+)
 from switchworks.model.strategies import STRATEGIES, Strategy
 
 MIN_TEMPERATURE = 1e-4
@@ -82,6 +88,7 @@ class RoutingConfig:
     and 0.1 elsewhere. None: the model's own rate."""
 
     def __post_init__(self) -> None:
+        check_literals(self, "routing.")
         check_at_least(self, "routing.", 1, "experts", "every", "group_sequences", "min_capacity")
         check_at_least(self, "routing.", 1, "ntlb_rounds", "expert_d_ff")
         check_at_least(self, "routing.", 0, "balance_weight", "z_weight", "bias_rate")
@@ -217,6 +224,7 @@ class ModelConfig:
     """None: every FFN is dense and the model is T5."""
 
     def __post_init__(self) -> None:
+        check_literals(self, "model.")
         check_at_least(self, "model.", 1, "vocab_size", "d_model", "d_ff", "d_kv", "num_heads")
         check_at_least(self, "model.", 1, "num_layers", "num_decoder_layers")
         check_rate(self, "model.", "dropout")
@@ -227,7 +235,6 @@ class ModelConfig:
                 "encoder, and a decoder-only model has none.\n"
                 "  Set model.num_layers and leave model.num_decoder_layers at none."
             )
-        check_activation(self.activation)
         if self.relative_buckets < 4 or self.relative_buckets % 4:
             raise ConfigError(
                 f"model.relative_buckets = {self.relative_buckets} must be a positive multiple of "

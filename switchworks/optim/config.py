@@ -7,7 +7,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from switchworks.config import ConfigError, check_at_least, check_positive, check_rate
+from switchworks.config import (
+    ConfigError,
+    check_at_least,
+    check_literals,
+    check_positive,
+    check_rate,
+)
 
 OPTIMIZERS: dict[str, Callable[..., Any] | str] = {
     "adafactor": "switchworks.optim.adafactor:build_adafactor",
@@ -78,6 +84,7 @@ class OptimConfig:
     """muon: peak learning rate of `fallback`, in its units and on the same schedule. None: `lr`."""
 
     def __post_init__(self) -> None:
+        check_literals(self, "optim.")
         check_positive(self, "optim.", "lr", "eps", "decay_exponent", "clip_update", "fallback_lr")
         check_positive(self, "optim.", "relative_bias_floor", "adapter_floor", "clip_norm")
         check_at_least(self, "optim.", 0, "warmup_steps", "weight_decay", "router_lr")
@@ -126,6 +133,7 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
 def _check_name(setting: str, name: str, known: Iterable[str]) -> None:
     if name not in known:
         raise ConfigError(
-            f"optim.{setting} = {name!r} is not one of {', '.join(sorted(known))}.\n"
-            "  Add your own optimizer to switchworks.optim.OPTIMIZERS before the settings are made."
+            f"optim.{setting} = {name!r} is not known.\n"
+            f"  Use one of {', '.join(sorted(known))}, or put yours into "
+            "switchworks.optim.OPTIMIZERS first."
         )

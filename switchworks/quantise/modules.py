@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from switchworks.config import ConfigError
+from switchworks.config import ConfigError, check_literals
 from switchworks.model import Embedding, ExpertInput, Experts, Linear, SwitchTransformer, activate
 from switchworks.quantise import matmul
 from switchworks.quantise.matmul import PRODUCTS, Product, to_int8
@@ -35,6 +35,7 @@ class QuantiseConfig:
     "dequantised"."""
 
     def __post_init__(self) -> None:
+        check_literals(self, "")
         if self.group < 2 or self.group % 2:
             raise ConfigError(
                 f"group = {self.group} must be an even number of weights, two of which share a "

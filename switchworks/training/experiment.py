@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from switchworks.adapt import LoraConfig
-from switchworks.config import ConfigError, check_at_least
+from switchworks.config import ConfigError, check_at_least, check_literals
 from switchworks.data import DataConfig
 from switchworks.distil import DistilConfig
 from switchworks.model import ModelConfig
@@ -32,6 +32,7 @@ class BestConfig:
     """Improvements up to this size do not count."""
 
     def __post_init__(self) -> None:
+        check_literals(self, "best.")
         check_at_least(self, "best.", 0, "patience", "min_delta")
         known = re.search("^auto$|loss|perplexity|^task/", self.metric)
         if self.mode == "auto" and not known:
@@ -124,6 +125,7 @@ class Experiment:
     """CPU threads. 0: torch's default."""
 
     def __post_init__(self) -> None:
+        check_literals(self, "")
         self._check_steps()
         check_at_least(self, "", 1, "batch_size", "micro_batches")
         check_at_least(self, "", 0, *_CADENCES)

@@ -154,7 +154,10 @@ def test_a_few_hundred_steps_learn_a_matrix():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"fallback": "muon"}, r"optim.fallback = 'muon' is not one of adafactor, adamw"),
+        (
+            {"fallback": "muon"},
+            r"optim.fallback = 'muon' is not known.\n  Use one of adafactor, adamw",
+        ),
         ({"momentum": 1.0}, r"optim.momentum = 1.0"),
         ({"fallback_lr": 0.0}, r"optim.fallback_lr = 0.0"),
     ],
