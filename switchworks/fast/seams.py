@@ -67,4 +67,4 @@ def no_statistics(
 ) -> Routing:
     """In the place of a switch layer's reporter: the plan, and zeros."""
     zero, load = logits.new_zeros(()), logits.new_zeros(logits.shape[-1])
-    return Routing(zero, zero, zero, load, zero, zero, zero, plan)
+    return Routing(zero, zero, zero, load, load, zero, zero, zero, plan)

@@ -110,6 +110,13 @@ class RoutingConfig:
                 )
         if any(STRATEGIES[name].experts_choose for name in self.strategies):
             self._check_experts_choose()
+        if self.bias_rate > 0 and self.exploration == "sample":
+            raise ConfigError(
+                f"routing.bias_rate = {self.bias_rate} cannot balance routing.exploration = "
+                "sample: experts drawn at random do not follow the bias, which then grows and in "
+                "evaluation decides alone.\n"
+                "  Set routing.bias_rate 0 and a balance weight, or another routing.exploration."
+            )
 
     def _check_experts_choose(self) -> None:
         if self.capacity_factor is None and self.expert_capacity is None:

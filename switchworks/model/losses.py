@@ -114,9 +114,9 @@ def row_blocks(rows: Tensor, like: Tensor | None = None) -> tuple[Tensor, ...]:
 
 
 def expert_load(
-    expert: Int[Tensor, "G S"], real: Bool[Tensor, "G S"], experts: int
+    expert: Int[Tensor, "G A"], real: Bool[Tensor, "G A"], experts: int
 ) -> Float[Tensor, "E"]:
-    """Share of the real tokens that want each expert; sums to 1, or to 0 without real tokens."""
+    """Share of each expert in the real assignments; sums to 1, or to 0 without any."""
     counts = torch.zeros(experts, device=expert.device)
     counts.scatter_add_(0, expert.flatten(), real.flatten().float())
     return counts / counts.sum().clamp(min=1)

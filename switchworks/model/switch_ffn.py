@@ -34,7 +34,10 @@ class Routing(NamedTuple):
     """E * sum f P: 1 when the load is even, E when one expert gets everything."""
     router_z: Float[Tensor, ""]
     load: Float[Tensor, "E"]
-    """Share of the real tokens that want each expert most, before any is dropped."""
+    """Share of each expert in what real tokens ask for, before any is dropped: of top-2 in first
+    and second choices."""
+    received: Float[Tensor, "E"]
+    """Share of each expert in what is served."""
     dropped: Float[Tensor, ""]
     """Share of the real tokens that no expert had room for (or, with expert choice, picked)."""
     confidence: Float[Tensor, ""]
@@ -52,7 +55,9 @@ def statistics(
     `logits` and `probs` [G S E] are the router's, `choice` [G S] the expert each token wants most,
     `real` [G S] is False at padding.
     """
-    served = routes.served(real.shape[1]) & real
+    served, wishes = routes.served(real.shape[1]) & real, (choice, real)
+    if layer.config.rule.experts_per_token > 1 and routes.token is not None:
+        wishes = routes.expert, real.gather(1, routes.token)
     tokens = real.sum()
     count = tokens.clamp(min=1)
     wanted = probs.detach().gather(-1, choice[..., None]).squeeze(-1)
@@ -64,7 +69,8 @@ def statistics(
         loss=layer.balance_weight * balance + layer.config.z_weight * router_z,
         balance=balance,
         router_z=router_z,
-        load=expert_load(choice, real, layer.config.experts),
+        load=expert_load(*wishes, layer.config.experts),
+        received=expert_load(routes.expert, routes.kept, layer.config.experts),
         dropped=(tokens - served.sum()) / count,
         confidence=(wanted * real.view_as(wanted)).sum() / count,
         tokens=tokens.to(wanted.dtype),

@@ -151,9 +151,8 @@ class SwitchTransformer(nn.Module):
     def init_cache(self, memory: Memory, max_length: int) -> DecoderCache:
         """An empty cache for up to `max_length` tokens: cross-attention is projected once."""
         states, segments = memory.states, memory.segments
-        bias = None
-        if segments is not None:
-            bias = mask_to_bias((segments != 0)[:, None, None], states.dtype)
+        real = None if segments is None else (segments != 0)[:, None, None]
+        bias = None if real is None else mask_to_bias(real, states.dtype)
         return self._cache(states, max_length, memory_bias=bias)
 
     def prefill(
@@ -246,12 +245,9 @@ class SwitchTransformer(nn.Module):
     def _losses(self, logits: Tensor, targets: Tensor, routing: tuple[Routing, ...]) -> Losses:
         nll, squared_log_z = self.cross_entropy(logits, targets)
         output_z = self.config.z_loss * squared_log_z
-        balance, router_z = nll.new_zeros(()), nll.new_zeros(())
-        weights = self.config.routing
-        if weights is not None:
-            layers = self.switch_layers.values()
-            for layer, report in zip(layers, routing, strict=True):
-                balance = balance + layer.balance_weight * report.balance
-            router_z = weights.z_weight * sum((r.router_z for r in routing), router_z)
+        zero, sparse = nll.new_zeros(()), self.config.routing
+        pairs = zip(self.switch_layers.values(), routing, strict=True)
+        balance = sum((layer.balance_weight * report.balance for layer, report in pairs), zero)
+        router_z = sum((r.router_z for r in routing), zero) * (sparse.z_weight if sparse else 0.0)
         total = nll + output_z + balance + router_z
         return Losses(total, nll, output_z, balance, router_z)

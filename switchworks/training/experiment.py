@@ -264,6 +264,12 @@ class Experiment:
         routing = self.model.routing
         if routing is None:
             return
+        if routing.balance_over == "batch" and self.micro_batches > 1:
+            raise ConfigError(
+                f"routing.balance_over = batch balances what is computed at once, so with "
+                f"micro_batches = {self.micro_batches} the loss would be another.\n"
+                "  Set micro_batches 1, or routing.balance_over group."
+            )
         rows = routing.group_sequences
         if self.micro_batch_size % rows:
             raise ConfigError(

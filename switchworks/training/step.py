@@ -34,7 +34,9 @@ class LayerReport(NamedTuple):
     confidence: float
     """Mean probability of the chosen experts."""
     load: list[float]
-    """Fraction of the tokens that chose each expert."""
+    """Share of each expert in what tokens asked for."""
+    received: list[float]
+    """Share of each expert in what was served."""
 
 
 class StepResult(NamedTuple):
@@ -235,16 +237,17 @@ def layer_reports(
 
 
 def _summed(reports: tuple[Routing, ...]) -> list[float]:
-    """Sums of balance, router z and tokens, and of dropped, confidence and load times tokens."""
+    """Sums of balance, router z and tokens, and of what are means over tokens times those."""
     rows = []
     for part in reports:
         weighted = (part.dropped * part.tokens, part.confidence * part.tokens)
         numbers = torch.stack([part.balance, part.router_z, part.tokens, *weighted])
-        rows.append(torch.cat([numbers, part.load * part.tokens]))
+        rows.append(torch.cat([numbers, part.load * part.tokens, part.received * part.tokens]))
     return torch.stack(rows).detach().double().sum(dim=0).tolist()
 
 
 def _report(sums: list[float], parts: int) -> LayerReport:
     balance, router_z, tokens, *rest = sums
-    dropped, confidence, *load = (value / max(1.0, tokens) for value in rest)
-    return LayerReport(balance / parts, router_z / parts, dropped, confidence, load)
+    dropped, confidence, *shares = (value / max(1.0, tokens) for value in rest)
+    load, received = shares[: len(shares) // 2], shares[len(shares) // 2 :]
+    return LayerReport(balance / parts, router_z / parts, dropped, confidence, load, received)

@@ -86,7 +86,8 @@ class Progress:
 def averages(results: Sequence[StepResult]) -> dict[str, Any]:
     """The metrics of consecutive steps: means over the steps and, where one number stands for all
     layers, over layers. Losses in nats; `balance` and `router_z` without their weights; `dropped`
-    and `load` as fractions of tokens."""
+    as a fraction of tokens; `load`, what tokens ask for, and `received`, what is served, as shares
+    of the experts."""
     values: dict[str, Any] = {
         "train/loss": fmean(result.cross_entropy for result in results),
         "train/total": fmean(result.total for result in results),
@@ -103,10 +104,10 @@ def averages(results: Sequence[StepResult]) -> dict[str, Any]:
         values[f"train/{field}"] = fmean(getattr(layer, field) for layer in layers)
     in_use: list[int] = []
     for name in results[0].layers:
-        loads = zip(*(result.layers[name].load for result in results), strict=True)
-        load = [fmean(shares) for shares in loads]
-        in_use.append(sum(share > 0 for share in load))
-        values[f"load/{name}"] = [round(share, 5) for share in load]
+        for kind in ("load", "received"):
+            steps = zip(*(getattr(r.layers[name], kind) for r in results), strict=True)
+            values[f"{kind}/{name}"] = [round(fmean(shares), 5) for shares in steps]
+        in_use.append(sum(share > 0 for share in values[f"received/{name}"]))
         values[f"dropped/{name}"] = fmean(result.layers[name].dropped for result in results)
     values["train/experts_in_use"] = fmean(in_use)
     return values
