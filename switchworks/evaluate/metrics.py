@@ -10,9 +10,14 @@ import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 from switchworks.config import ConfigError
 from switchworks.data import TASK_GROUPS, Example, Task
+from switchworks.evaluate.scripts import WordTokenizer, bleu_tokenizer, is_latin, spaced
+
+if TYPE_CHECKING:
+    from sacrebleu import BLEU
 
 Texts = Sequence[str]
 Examples = Sequence[Example]
@@ -148,13 +153,14 @@ def _bare(text: str) -> str:
 def rouge(predictions: Texts, examples: Examples, labels: Labels) -> Figures:
     """F of ROUGE-1, ROUGE-2 and ROUGE-L over sentences: T5's settings, without stemming.
 
-    Against several right answers the best counts. rouge-score's words consist of the letters a to z
-    and digits: use chrF for other scripts.
+    Against several right answers the best counts. rouge-score's own words consist of the letters a
+    to z and digits; where right answers have more than a hundredth of others, words are those of
+    any script.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
     kinds = ["rouge1", "rouge2", "rougeLsum"]
-    scorer = RougeScorer(kinds)
+    scorer = RougeScorer(kinds, tokenizer=None if is_latin(_texts(examples)) else WordTokenizer())
     scores = [
         scorer.score_multi([_by_sentence(right) for right in example.answers], _by_sentence(answer))
         for answer, example in zip(predictions, examples, strict=True)
@@ -167,11 +173,38 @@ def _by_sentence(text: str) -> str:
 
 
 def bleu(predictions: Texts, examples: Examples, labels: Labels) -> Figures:
-    """sacrebleu's BLEU of the whole set with its international tokenizer, as in T5."""
-    from sacrebleu import corpus_bleu
-
-    score = corpus_bleu(list(predictions), _reference_sets(examples), tokenize="intl")
+    """sacrebleu's BLEU of the whole set, with the tokenizer of its script (T5: `intl`). Of runs of
+    up to four words, or as many as the longest right answer has."""
+    score = _bleu_of(examples).corpus_score(list(predictions), _reference_sets(examples))
     return {"bleu": float(score.score)}
+
+
+def _bleu_of(examples: Examples) -> "BLEU":
+    from sacrebleu import BLEU
+
+    texts = _texts(examples)
+    name = bleu_tokenizer(texts)
+    longest = max(len(words.split()) for words in map(BLEU(tokenize=name).tokenizer, texts))
+    return BLEU(tokenize=name, max_ngram_order=max(1, min(4, longest)))
+
+
+def _texts(examples: Examples) -> list[str]:
+    return [right for example in examples for right in example.answers]
+
+
+def signatures(task: Task, examples: Examples) -> dict[str, str]:
+    """What else a figure of `task` depends on, by its name: sacrebleu's tokenizer and version, and
+    whose words ROUGE counts."""
+    described: dict[str, str] = {}
+    if "bleu" in task.metrics:
+        scorer = _bleu_of(examples)
+        references = _reference_sets(examples)
+        scorer.corpus_score(references[0], references)  # it signs with how many there were
+        described["bleu"] = f"{scorer.get_signature()}|order:{scorer.max_ngram_order}"
+    if "rouge" in task.metrics:
+        words = "rouge-score" if is_latin(_texts(examples)) else "any script"
+        described["rouge"] = f"words of {words}|stemming:no"
+    return described
 
 
 def chrf(predictions: Texts, examples: Examples, labels: Labels) -> Figures:
@@ -212,8 +245,9 @@ def _best(predictions: Texts, examples: Examples, normal: Callable[[str], str]) 
 
 
 def word_f1(prediction: str, answer: str) -> float:
-    """F1 of the words, counted with repetitions. 0 if no word is shared, even by empty texts."""
-    a, b = prediction.split(), answer.split()
+    """F1 of the words (see `spaced`), counted with repetitions. 0 if no word is shared, even by
+    empty texts."""
+    a, b = spaced(prediction).split(), spaced(answer).split()
     shared = sum((Counter(a) & Counter(b)).values())
     return 0.0 if shared == 0 else 2 * shared / (len(a) + len(b))
 
@@ -234,17 +268,12 @@ def _numeric(task: Task, examples: Examples) -> bool:
         return False
 
 
-def _latin(task: Task, examples: Examples) -> bool:
-    return any(re.search("[a-z0-9]", right.lower()) for e in examples for right in e.answers)
-
-
 REQUIREMENTS: Mapping[str, tuple[Callable[[Task, Examples], bool], str]] = {
     "f1_binary": (lambda task, _: len(task.labels) == 2, "two labels (data.task_labels)"),
     "f1_macro": (lambda task, _: bool(task.labels), "labels (data.task_labels)"),
     "matthews": (lambda task, _: bool(task.labels), "labels (data.task_labels)"),
     "pearson": (_numeric, "targets that are numbers"),
     "spearman": (_numeric, "targets that are numbers"),
-    "rouge": (_latin, "words of the letters a to z; other scripts: use chrf"),
 }
 """Conditions of a metric: a test, and in words."""
 

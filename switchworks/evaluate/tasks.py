@@ -16,7 +16,7 @@ import torch
 from switchworks import data
 from switchworks.config import ConfigError, DataError
 from switchworks.evaluate.answers import DecodingConfig, answer, check_choices
-from switchworks.evaluate.metrics import averages, check_metrics, judge, score
+from switchworks.evaluate.metrics import averages, check_metrics, judge, score, signatures
 from switchworks.generate import load_with_tokenizer
 from switchworks.model import SwitchTransformer
 from switchworks.parallel import SINGLE, Ranks
@@ -65,6 +65,7 @@ class TaskResult:
             "inputs_cut": self.cut,
             "score": self.score,
             "metrics": dict(self.figures),
+            "signatures": signatures(self.eval_set.task, self.eval_set.examples),
         }
 
 
@@ -218,6 +219,9 @@ def as_table(results: Sequence[TaskResult]) -> str:
         )
     for name, value in averages({result.name: result.score for result in results}).items():
         lines.append(f"{name:<{width}} {'average':<10} {'':>13} {value:>7.2f}")
+    for result in results:
+        for name, text in signatures(result.eval_set.task, result.eval_set.examples).items():
+            lines.append(f"{result.name}: {name} is {text}")
     return "\n".join(lines)
 
 
