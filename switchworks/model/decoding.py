@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -101,7 +102,8 @@ def choose(
 
 
 def _outside_nucleus(scores: Tensor, top_p: float) -> Tensor:
-    """True for tokens outside the smallest set of likeliest ones that holds `top_p`."""
-    ordered, order = scores.softmax(dim=-1).sort(dim=-1, descending=True)
-    before = ordered.cumsum(dim=-1) - ordered
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, before >= top_p)
+    """True for tokens outside the smallest set of likeliest ones that holds `top_p`, but for what
+    float32 rounds away."""
+    ordered, order = scores.softmax(dim=-1).double().sort(dim=-1, descending=True)
+    before = F.pad(ordered.cumsum(dim=-1), (1, -1))
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, before >= top_p - 1e-6)

@@ -6,6 +6,7 @@ Letters: B sequences, T target length, V vocabulary, E experts.
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -133,10 +134,16 @@ def _require_finite(state: TrainState, batch: Batch, name: str, value: float) ->
 
 
 def _seed_noise(state: TrainState) -> None:
-    """Seed the global generator from (seed, batch rank, step): 32 bits of seed above 32 of step,
-    with the rank added in the bits from 48 on. Ranks with rows of their own draw noise of their
-    own; ranks that share the width of a layer have the same batch rank and must draw the same."""
-    torch.manual_seed((state.experiment.seed << 32) + (state.ranks.batch_rank << 48) + state.step)
+    """Seed the global generator from seed, batch rank and step. Ranks with rows of their own draw
+    noise of their own; ranks that share the width of a layer have the same batch rank and must draw
+    the same."""
+    torch.manual_seed(noise_seed(state.experiment.seed, state.ranks.batch_rank, state.step))
+
+
+def noise_seed(seed: int, rank: int, step: int) -> int:
+    """Mixed into 64 bits of which every 32 depend on all three: a generator on the CPU takes the
+    lower 32 bits of its seed and drops the others."""
+    return int(np.random.SeedSequence((seed, rank, step)).generate_state(1, np.uint64)[0])
 
 
 def _forward_and_loss(

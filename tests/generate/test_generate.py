@@ -138,6 +138,23 @@ def test_top_p_keeps_the_smallest_set_that_holds_the_probability():
     assert set(drawn.tolist()) == {0, 1}
 
 
+@pytest.mark.parametrize(
+    ("probs", "top_p", "kept"),
+    [
+        ([0.5, 0.25, 0.125, 0.125], 0.75, 2),
+        ([0.4, 0.3, 0.2, 0.1], 0.7, 2),
+        ([0.4, 0.3, 0.2, 0.1], 0.9, 3),
+        ([0.3, 0.3, 0.2, 0.2], 0.6, 2),
+        ([0.1] * 10, 0.3, 3),
+        ([0.9, 0.1], 0.5, 1),
+    ],
+)
+def test_a_sum_of_exactly_top_p_is_enough(probs, top_p, kept):
+    logits = torch.tensor([probs]).log().expand(800, len(probs))
+    drawn = choose(logits, Sampling(temperature=1.0, top_p=top_p), torch.Generator().manual_seed(0))
+    assert len(set(drawn.tolist())) == kept
+
+
 def test_the_same_seed_draws_the_same_text(model):
     sampling = Sampling(temperature=1.0, seed=5)
     first = generate(model, some_inputs(), max_length=6, sampling=sampling)

@@ -8,7 +8,7 @@ import torch
 from switchworks.batch import Batch
 from switchworks.recipes.tiny import tiny
 from switchworks.training.state import build_state
-from switchworks.training.step import DivergenceError, train_step
+from switchworks.training.step import DivergenceError, noise_seed, train_step
 
 
 def quiet_experiment(**settings):
@@ -46,6 +46,20 @@ def test_the_noise_of_a_step_follows_from_seed_and_step():
         return [train_step(state, some_batch(step)).total for step in range(3)]
 
     assert losses() == losses()
+
+
+@pytest.mark.parametrize(
+    "other", [(1, 0, 0), (65_536, 0, 0), (0, 1, 0), (0, 0, 1), (2**32 - 1, 1, 0)]
+)
+def test_seed_rank_and_step_each_change_the_noise_of_a_generator_on_the_cpu(other):
+    """It takes 32 of the 64 bits of a seed: those of seed and rank must be among them."""
+
+    def noise(key: tuple[int, int, int]) -> torch.Tensor:
+        return torch.rand(3, generator=torch.Generator().manual_seed(noise_seed(*key)))
+
+    assert torch.equal(noise(other), noise(other))
+    assert not torch.equal(noise(other), noise((0, 0, 0)))
+    assert not torch.equal(noise(other), noise((0, other[1] + 1, other[2])))
 
 
 def test_two_seeds_draw_different_noise_and_values():
