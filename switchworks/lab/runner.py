@@ -13,7 +13,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import gcd
 from pathlib import Path
@@ -120,6 +121,18 @@ def progress(job: Job) -> str:
     return f"step {last['step']} of {job.steps}, {last['seconds_left'] / 60:.0f} min left"
 
 
+@contextmanager
+def _as_ctrl_c() -> Iterator[None]:
+    """Inside, signals that would end this process and not those it started act as Ctrl-C does."""
+    names = signal.SIGTERM, signal.SIGHUP
+    previous = [signal.signal(name, signal.default_int_handler) for name in names]
+    try:
+        yield
+    finally:
+        for name, handler in zip(names, previous, strict=True):
+            signal.signal(name, handler)
+
+
 @dataclass
 class Runner:
     """Works off jobs, some at a time."""
@@ -134,10 +147,10 @@ class Runner:
 
     def run(self, jobs: Sequence[Job]) -> bool:
         """Work off `jobs`; whether all are done. Raises ConfigError if one fails, naming its log.
-        Ctrl-C lets those at work save."""
+        Ctrl-C, SIGTERM or a closed terminal lets those at work save."""
         end = time.monotonic() + self.seconds
         told = time.monotonic()
-        try:
+        with _as_ctrl_c(), self._stopping():
             while time.monotonic() < end:
                 waiting = [j for j in jobs if not j.is_done and j.run_dir not in self._running]
                 if not waiting and not self._running:
@@ -151,8 +164,6 @@ class Runner:
                     told = time.monotonic()
                     for job, _ in self._running.values():
                         self.say(f"       {job.run_dir}, {progress(job)}")
-        finally:
-            self._stop()
         missing = sum(not job.is_done for job in jobs)
         if missing:
             self.say(f"the time is over; the same command goes on with {missing} runs")
@@ -188,6 +199,13 @@ class Runner:
                 )
             done = sum(each.is_done for each in jobs)
             self.say(f"done   {path}, {done} of {len(jobs)} runs")
+
+    @contextmanager
+    def _stopping(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self._stop()
 
     def _stop(self) -> None:
         for _, process in self._running.values():

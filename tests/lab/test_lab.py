@@ -1,7 +1,10 @@
 """`switchworks lab`: what is trained, in which folders, and what is kept of it."""
 
 import json
+import os
+import signal
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -127,6 +130,18 @@ def test_what_is_at_work_when_the_time_is_over_saves(study, tmp_path):
     runner._stop()
     assert job.step > 0
     assert not job.is_done
+
+
+def test_a_signal_that_ends_the_lab_ends_what_it_started(study, tmp_path):
+    jobs = jobs_of(replace(study, seeds=(0,)).trainings(tmp_path / "runs"))
+    pid = tmp_path / "pid"
+    runner = Runner(launch=("sh", "-c", f"echo $$ > {pid}; exec sleep 60"), say=lambda _: None)
+    end = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM))
+    end.start()
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(jobs)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
 
 
 @pytest.mark.parametrize(
