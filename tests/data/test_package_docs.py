@@ -9,13 +9,13 @@ import pytest
 from switchworks.config import ConfigError, DataError
 from switchworks.data import DataConfig, TextConfig
 from switchworks.data.sources import open_source, package_docs
+from switchworks.data.sources.near_copies import without_copies
 from switchworks.data.sources.package_docs import (
     fetch,
     json_strings,
     new_sentences,
     read_members,
     texts_in,
-    without_copies,
 )
 
 ONE = "The name of the bucket is what you see in the list of all the buckets you have."

@@ -10,6 +10,7 @@ import pytest
 
 from switchworks.config import DataError
 from switchworks.data.config import DataConfig, cache_folder
+from switchworks.data.sources.text_source import is_validation
 from switchworks.data.tokens.prepare import prepare
 
 SENTENCE = "the cat sat on a mat while rain fell over every quiet town and nobody walked home"
@@ -181,3 +182,38 @@ def test_preparing_needs_no_torch(config):
     """
     arguments = [sys.executable, "-c", textwrap.dedent(program), config.path, config.cache]
     assert subprocess.run(arguments, check=False).returncode == 0
+
+
+def test_held_out_documents_with_near_copies_are_counted_and_on_demand_dropped(tmp_path, capsys):
+    """Twenty documents of 200 words of their own; of each held out there is one copy with another
+    word in the middle, which its hash leaves on the other side."""
+    words = [[f"w{n}x{k}" for k in range(200)] for n in range(20)]
+    texts = [" ".join(each) for each in words]
+    held_out = [text for text in texts if is_validation(text, 0.3)]
+    copies = [
+        next(
+            near
+            for n in range(99)
+            if not is_validation(near := text.replace(text.split()[100], f"other{n}"), 0.3)
+        )
+        for text in held_out[:2]
+    ]
+    path = tmp_path / "all.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts, *copies]))
+    counts = {}
+    for choice in ("keep", "count", "drop"):
+        config = DataConfig(
+            path=str(path),
+            tokenizer="bytes",
+            cache=str(tmp_path / choice),
+            validation_share=0.3,
+            near_copies=choice,
+        )
+        made = prepare(config, vocab_size=512)
+        counts[choice] = made.validation.num_documents, made.train.num_documents
+        said = capsys.readouterr().out
+        assert (f"2 of {len(held_out)} held-out documents have near copies" in said) == (
+            choice != "keep"
+        )
+    assert counts["keep"] == counts["count"] == (len(held_out), 22 - len(held_out))
+    assert counts["drop"] == (len(held_out) - 2, 22 - len(held_out))

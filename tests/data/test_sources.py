@@ -274,6 +274,22 @@ def test_the_fingerprint_changes_with_the_file(tmp_path, cache):
     assert open_source(config, cache).fingerprint() != before
 
 
+@pytest.mark.parametrize(
+    "copy",
+    [
+        "Der Hund schlief.\r\nEs war warm, über 30 Grad.",
+        "  Der Hund  schlief.\n\nEs war warm,\tüber 30 Grad.\n",
+        "Der Hund schlief. Es war warm, u\u0308ber 30 Grad.",
+        "Der Hund schlief.\u00a0Es war warm, über \uff13\uff10 Grad.",
+    ],
+)
+def test_copies_that_look_the_same_are_on_one_side(copy):
+    """Over a hundred shares, so that no copy is there by chance."""
+    text = "Der Hund schlief. Es war warm, über 30 Grad."
+    shares = [share / 100 for share in range(1, 100)]
+    assert [is_validation(copy, s) for s in shares] == [is_validation(text, s) for s in shares]
+
+
 def test_the_share_held_out_is_about_what_was_asked_for_and_never_changes():
     chosen = [n for n in range(5000) if is_validation(f"text {n}", 0.02)]
     assert 60 < len(chosen) < 140

@@ -26,6 +26,7 @@ from zipfile import BadZipFile, ZipFile
 
 from switchworks.config import ConfigError, DataError
 from switchworks.data.cache import atomic_write_text, digest
+from switchworks.data.sources.near_copies import without_copies
 from switchworks.data.sources.prose import is_english, paragraphs
 from switchworks.data.sources.python_docs import in_processes, join_documents, python_strings
 from switchworks.data.sources.text_source import TextConfig, TextSource
@@ -67,8 +68,6 @@ _BREAK = re.compile(
 _TAG = re.compile(r"</?[A-Za-z][^<>]*>")
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\u201d]*\s+(?=[\"'(\u201c]?[A-Z])")
 _NUMBER = re.compile(r"\d+")
-_SHINGLE = 5
-_PERMUTATIONS = 64
 
 
 @dataclass(frozen=True)
@@ -235,20 +234,3 @@ def new_sentences(texts: Iterable[str]) -> Iterator[str]:
         left = " ".join(filter(is_new, _SENTENCE_END.split(text)))
         if is_english(left):
             yield left
-
-
-def without_copies(documents: Iterable[str], threshold: float = 0.5) -> Iterator[str]:
-    """`documents` without those that share about half of their runs of five words, or more, with
-    one before (MinHash: Jaccard similarity above `threshold`, by 64 permutations)."""
-    from datasketch import MinHash, MinHashLSH
-
-    index = MinHashLSH(threshold=threshold, num_perm=_PERMUTATIONS)
-    for number, document in enumerate(documents):
-        words = document.lower().split()
-        starts = range(max(1, len(words) - _SHINGLE + 1))
-        runs = {" ".join(words[start : start + _SHINGLE]) for start in starts}
-        sketch = MinHash(num_perm=_PERMUTATIONS)
-        sketch.update_batch([run.encode() for run in runs])
-        if not index.query(sketch):
-            index.insert(str(number), sketch)
-            yield document

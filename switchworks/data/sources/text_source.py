@@ -6,12 +6,13 @@ To add one, subclass `TextSource` in a file of its own and enter it in `SOURCES`
 
 import hashlib
 import logging
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from switchworks.config import ConfigError, DataError, check_at_least, check_positive, check_rate
 from switchworks.data.cache import digest
@@ -52,6 +53,9 @@ class TextConfig:
     """The column (Parquet, Hub) or key (JSONL) that holds the text."""
     validation_share: float = 0.02
     """Share of the documents held out for validation, chosen by a hash of the document's text."""
+    near_copies: Literal["keep", "count", "drop"] = "keep"
+    """What to do with held-out documents of which nearly the same is trained on: leave them where
+    they are, print how many there are, or drop them. Takes some minutes per 100 MB."""
     documents: int | None = None
     """Read at most this many documents of each corpus, from its beginning. None: all."""
     workers: int = 0
@@ -151,10 +155,16 @@ class FirstDocuments(TextSource):
         return None if validation is None else FirstDocuments(validation, self.limit)
 
 
+SPLIT_RULES = 2
+"""Raised when `is_validation` changes, so that nothing cached by older rules is taken for it."""
+
+
 def is_validation(text: str, share: float) -> bool:
     """Whether the document `text` is for validation: decided by its hash, true for `share` of all
-    texts, so that equal documents are on the same side in every run."""
-    value = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()
+    texts, so that equal documents are on the same side in every run; also those that differ in
+    spaces, line ends or the form of their Unicode alone."""
+    normal = unicodedata.normalize("NFKC", " ".join(text.split()))
+    value = hashlib.blake2b(normal.encode("utf-8", "replace"), digest_size=8).digest()
     return int.from_bytes(value, "big") < share * 2**64
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from switchworks.data.cache import atomic_write_text
 from switchworks.data.sources import python_docs
 from switchworks.data.sources.prose import paragraphs
-from switchworks.data.sources.text_source import is_validation
+from switchworks.data.sources.text_source import SPLIT_RULES, is_validation
 from switchworks.data.tasks.sources import Made, Places, Record
 from switchworks.data.tasks.task import Example, Task, hub_task, text_in
 
@@ -35,12 +35,12 @@ def _summaries(split: str, places: Places) -> Iterator[Record]:
 
 def _version(places: Places) -> str:
     """Identifies the corpus, and which of its documents are held out."""
-    return f"{python_docs.docs_fingerprint()} {places.validation_share}"
+    return f"{python_docs.docs_fingerprint()} {SPLIT_RULES} {places.validation_share}"
 
 
 def _table(places: Places) -> Path:
     """All records, one JSON object per line; made if missing, a minute or two of work."""
-    key = f"{python_docs.docs_fingerprint()[:16]}-{places.validation_share:g}"
+    key = f"{python_docs.docs_fingerprint()[:16]}-{SPLIT_RULES}-{places.validation_share:g}"
     path = places.cache / f"docstring_summary-{key}.jsonl"
     if not path.exists():
         held_out = _held_out(places)

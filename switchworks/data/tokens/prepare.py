@@ -14,7 +14,8 @@ from switchworks.config import DataError
 from switchworks.data.cache import digest, file_lock
 from switchworks.data.config import DataConfig, cache_folder
 from switchworks.data.sources import open_source
-from switchworks.data.sources.text_source import TextSource, is_validation
+from switchworks.data.sources.near_copies import copied, key_of
+from switchworks.data.sources.text_source import SPLIT_RULES, TextSource, is_validation
 from switchworks.data.tokens import store
 from switchworks.data.tokens.build import BuildProgress, build_shard, write_plan
 from switchworks.data.tokens.store import TokenStore
@@ -126,6 +127,18 @@ def _documents(
 ) -> Iterator[tuple[str, bool]]:
     """(text, whether it is for validation) of each document: chosen by their hash unless the source
     has a validation split."""
+    dropped: set[bytes] = set()
+    if config.near_copies != "keep":
+        copies = _near_copies(config, source)
+        dropped = copies if config.near_copies == "drop" else dropped
+    for text, held_out in _split(config, source, shard, num_shards):
+        if not (held_out and dropped and key_of(text) in dropped):
+            yield text, held_out
+
+
+def _split(
+    config: DataConfig, source: TextSource, shard: int = 0, num_shards: int = 1
+) -> Iterator[tuple[str, bool]]:
     documents = source.documents(shard, num_shards)
     validation = source.validation()
     if validation is None:
@@ -134,10 +147,26 @@ def _documents(
     return chain(((text, False) for text in documents), ((text, True) for text in more))
 
 
+def _near_copies(config: DataConfig, source: TextSource) -> set[bytes]:
+    """The keys of held-out documents with a near copy among those trained on; printed is how many
+    there are."""
+    held_out = [text for text, is_held_out in _split(config, source) if is_held_out]
+    rest = (text for text, is_held_out in _split(config, source) if not is_held_out)
+    copies = copied(held_out, rest)
+    end = "are left out" if config.near_copies == "drop" else "--data.near-copies drop drops them"
+    print(
+        f"{len(copies):,} of {len(held_out):,} held-out documents have near copies among those "
+        f"trained on; {end}"
+    )
+    return copies
+
+
 def _store_key(config: DataConfig, source: TextSource, tokenizer: Tokenizer) -> str:
     validation = source.validation()
+    by_hash = SPLIT_RULES, config.validation_share
     return digest(
         source.fingerprint(),
-        config.validation_share if validation is None else validation.fingerprint(),
+        by_hash if validation is None else validation.fingerprint(),
+        config.near_copies == "drop",
         tokenizer.fingerprint,
     )[:16]
