@@ -7,11 +7,10 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import count, takewhile
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -31,8 +30,8 @@ from switchworks.data.tokens.tokenizer import (
 )
 
 CONFIG_FILE = "tokenizer_config.json"
-_ADDED_FILE = "added_tokens.json"
-_SPECIAL = ("<pad>", "</s>", "<unk>")
+_SPECIAL = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+_TEXT_ONLY = {"split_special_tokens": True}
 _UNREACHABLE = -1e6
 """Score of a piece that spells a special token or a byte: the library looks for those in text too,
 SentencePiece does not. Any other spelling scores higher."""
@@ -40,38 +39,32 @@ _SENTINEL = r"extra_id_(?:0|[1-9][0-9]?)>"  # after its <
 
 
 class LibraryTokenizer(PieceTokenizer):
-    """A tokenizer.json, whose content is `text`, run by the `tokenizers` library. `splits_special`:
-    a literal </s> in a text is text, as for our other tokenizers; else it is the token."""
+    """A tokenizer.json, whose content is `text`, run by the `tokenizers` library. By `config`, its
+    tokenizer_config.json, a literal </s> is either text, as for our other tokenizers, or a token.
+    """
 
-    def __init__(
-        self, text: str, config: dict[str, Any] | None = None, *, source: str = SETTINGS_FILE
-    ) -> None:
-        self.text, config = text, config or {}
-        self.splits_special = bool(config.get("split_special_tokens"))
-        self.special = [
-            _content(config.get(f"{name}_token") or default)
-            for name, default in zip(("pad", "eos", "unk"), _SPECIAL, strict=True)
-        ]
-        self._values = _parse(text, source)
-        self._whole = self._library([], source)
-        self._exact = self._library(self.special, source) if self.splits_special else self._whole
-        self._size = max(self._whole.get_vocab().values()) + 1
-        self._require_layout(source)
-        self._names, self._sentinels = _find_sentinels(self._whole, source)
+    def __init__(self, text: str, config: dict[str, Any], *, source: str = SETTINGS_FILE) -> None:
+        special = {key: config.get(key) or name for key, name in _SPECIAL.items()}
+        self.text, self._special = text, [_content(token) for token in special.values()]
+        self.config = dict(zip(special, self._special, strict=True)) | {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "split_special_tokens": bool(config.get("split_special_tokens")),
+            "clean_up_tokenization_spaces": False,
+        }
+        self._library = _open(text, source)
+        vocab = self._library.get_vocab()
+        self._size = max(vocab.values()) + 1
+        self._names, self._sentinels = _find_sentinels(vocab, source)
         self.num_sentinels = len(self._names)
+        if (ids := [vocab.get(name) for name in self._special[:2]]) != [PAD_ID, EOS_ID]:
+            raise DataError(
+                f"{source} has {self._special[0]} and {self._special[1]} at {ids[0]} and {ids[1]}; "
+                "padding has to be 0 and the end of a text 1.\n"
+                f"  Name them in {CONFIG_FILE} (pad_token, eos_token), or use another tokenizer."
+            )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (LibraryTokenizer, (self.text, self.config))
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """What tokenizer_config.json says about the file."""
-        names = dict(zip(("pad_token", "eos_token", "unk_token"), self.special, strict=True))
-        return names | {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "split_special_tokens": self.splits_special,
-            "clean_up_tokenization_spaces": False,
-        }
 
     @property
     def size(self) -> int:
@@ -79,7 +72,7 @@ class LibraryTokenizer(PieceTokenizer):
 
     @property
     def fingerprint(self) -> str:
-        content = f"{self.splits_special} {self.text}"
+        content = f"{self.config['split_special_tokens']} {self.text}"
         return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
     @property
@@ -87,36 +80,31 @@ class LibraryTokenizer(PieceTokenizer):
         return self._sentinels
 
     @cached_property
-    def _plain(self) -> Any:
-        """The library's tokenizer for which sentinels and special tokens are text."""
-        return self._library([*self.special, *self._names])
+    def _exact(self) -> Any:
+        return self._without(self._special if self.config["split_special_tokens"] else [])
 
-    def _library(self, literals: Sequence[str], source: str = SETTINGS_FILE) -> Any:
+    @cached_property
+    def _plain(self) -> Any:
+        return self._without([*self._special, *self._names])
+
+    def _without(self, literals: Sequence[str]) -> Any:
         """The library's tokenizer for which `literals` are text like any other: their pieces and
         added tokens keep their ids under names that no text has."""
 
         def rename(name: str) -> str:
             return f"\U0010ffff{name}" if name in literals else name
 
-        added, model = self._values["added_tokens"], dict(self._values["model"])
-        added = [token | {"content": rename(token["content"])} for token in added]
-        if isinstance(model["vocab"], dict):
-            model["vocab"] = {rename(piece): index for piece, index in model["vocab"].items()}
+        values = json.loads(self.text)
+        for token in values.get("added_tokens", []):
+            token["content"] = rename(token["content"])
+        model, vocab = values["model"], values["model"]["vocab"]
+        if isinstance(vocab, dict):
+            model["vocab"] = {rename(piece): index for piece, index in vocab.items()}
         else:  # a unigram model's
-            model["vocab"] = [(rename(piece), score) for piece, score in model["vocab"]]
+            model["vocab"] = [(rename(piece), score) for piece, score in vocab]
         if model.get("unk_token"):
             model["unk_token"] = rename(model["unk_token"])
-        changed = {"added_tokens": added, "model": model, "truncation": None, "padding": None}
-        return _open_library(json.dumps(self._values | changed), source)
-
-    def _require_layout(self, source: str) -> None:
-        special = [self._whole.token_to_id(name) for name in self.special[:2]]
-        if special != [PAD_ID, EOS_ID]:
-            raise DataError(
-                f"{source} has {self.special[0]} and {self.special[1]} at "
-                f"{special[0]} and {special[1]}; padding has to be 0 and the end of a text 1.\n"
-                f"  Name them in {CONFIG_FILE} (pad_token, eos_token), or use another tokenizer."
-            )
+        return _open(json.dumps(values), SETTINGS_FILE)
 
     def encode_batch(
         self, texts: Sequence[str], *, sentinels: bool = True, threads: int = 1
@@ -131,13 +119,13 @@ class LibraryTokenizer(PieceTokenizer):
         return [np.array(each.ids, np.int32) for each in encoded]
 
     def _is_text(self, token: int) -> bool:
-        return token > EOS_ID and token not in self.sentinels and token < self.size
+        return EOS_ID < token < self.size and token not in self.sentinels
 
     def _raw_piece(self, token: int) -> str:
-        return self._whole.id_to_token(token) or ""
+        return self._library.id_to_token(token) or ""
 
     def _decode_run(self, run: Sequence[int]) -> str:
-        return self._whole.decode(run, skip_special_tokens=False)
+        return self._library.decode(run, skip_special_tokens=False)
 
     def piece(self, token: int) -> str:
         if not self._is_text(token) or token == UNK_ID:
@@ -155,20 +143,20 @@ def open_folder(folder: Path) -> Tokenizer | None:
     """The tokenizer in `folder`, of ours or of transformers, with its added tokens; None if there
     is none. Raises DataError if its ids cannot be ours."""
     config, added = _read(folder / CONFIG_FILE), _added_tokens(folder)
-    settings, base = folder / SETTINGS_FILE, None
     kind = config.get("tokenizer_class") or _read(folder / "config.json").get("tokenizer_class")
     if kind == "ByT5Tokenizer":
         base = ByteTokenizer()
     elif (model := folder / MODEL_FILE).is_file():
         base = SentencePieceTokenizer(model.read_bytes(), source=str(model))
-    elif not settings.is_file():
+    elif (settings := folder / SETTINGS_FILE).is_file():
+        text = _with_added(settings.read_text(encoding="utf-8"), added, folder)
+        return LibraryTokenizer(text, config, source=str(settings))
+    else:
         return None
-    if base is None:
-        text = settings.read_text(encoding="utf-8")
-        return LibraryTokenizer(_with_added(text, added, folder), config, source=str(settings))
-    extra = {index: token for index, token in added.items() if index >= base.size}
-    _require_same_names(base, added, folder)
-    if not extra:
+    names = _sentinel_names(base)
+    known = {i for i, t in added.items() if t["content"].lstrip("\u2581") == names.get(i)}
+    known |= set(range(base.size)) - names.keys()
+    if not (extra := {i: token for i, token in added.items() if i not in known}):
         return base
     return LibraryTokenizer(_with_added(to_json(base), extra, folder), _TEXT_ONLY)
 
@@ -177,126 +165,100 @@ def write_for_transformers(tokenizer: Tokenizer, folder: Path) -> None:
     """Write the files with which AutoTokenizer gives the ids of `tokenizer`. Raises DataError for a
     SentencePiece model of another kind than unigram."""
     if isinstance(tokenizer, ByteTokenizer):
-        names = dict(enumerate(_SPECIAL)) | _sentinel_names(tokenizer)
-        tokens = {
-            str(index): {"content": name, "special": index <= UNK_ID, "normalized": False}
-            for index, name in names.items()
+        names = dict(enumerate(_SPECIAL.values())) | _sentinel_names(tokenizer)
+        tokens = {i: {"content": name, "special": i <= UNK_ID} for i, name in names.items()}
+        values = {
+            "tokenizer_class": "ByT5Tokenizer",
+            "extra_ids": 0,
+            "added_tokens_decoder": tokens,
         }
-        special = dict(zip(("pad_token", "eos_token", "unk_token"), _SPECIAL, strict=True))
-        values = {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 0}
-        _write_config(folder, values | special | {"added_tokens_decoder": tokens})
-    elif isinstance(tokenizer, SentencePieceTokenizer):
-        tokenizer.save(folder)
+        return _write_config(folder, _SPECIAL | values)
+    tokenizer.save(folder)
+    if isinstance(tokenizer, SentencePieceTokenizer):
         LibraryTokenizer(to_json(tokenizer), _TEXT_ONLY).save(folder)
-    else:
-        tokenizer.save(folder)
-
-
-_TEXT_ONLY = {"split_special_tokens": True}
 
 
 def to_json(tokenizer: ByteTokenizer | SentencePieceTokenizer) -> str:
     """The content of a tokenizer.json that gives the ids and texts of `tokenizer`."""
-    library = _import_library()
-    if isinstance(tokenizer, ByteTokenizer):
-        result = _from_bytes()
+    library, normalized = _import_library(), isinstance(tokenizer, SentencePieceTokenizer)
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        result = _of_pieces(library, tokenizer)
     else:
-        result = _from_sentencepiece(ModelProto.FromString(tokenizer.model), tokenizer)
-    added = {"special": False, "normalized": isinstance(tokenizer, SentencePieceTokenizer)}
-    names = sorted(_sentinel_names(tokenizer).items())
-    result.add_special_tokens(list(_SPECIAL))
-    result.add_tokens([library.AddedToken(name, **added) for _, name in names])
+        result = _of_bytes(library)
+    result.add_special_tokens(list(_SPECIAL.values()))
+    names = [name for _, name in sorted(_sentinel_names(tokenizer).items())]
+    result.add_tokens([library.AddedToken(name, normalized=normalized) for name in names])
     result.post_processor = library.processors.TemplateProcessing(
         single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", EOS_ID)]
     )
     return result.to_str()
 
 
-def _from_bytes() -> Any:
+def _of_bytes(library: Any) -> Any:
     """No merges and no pieces but bytes, so that every character falls back to its bytes."""
-    library = _import_library()
-    vocab = [*_SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))]
-    result = library.Tokenizer(
-        library.models.BPE(
-            {name: index for index, name in enumerate(vocab)}, [], byte_fallback=True
-        )
-    )
-    result.decoder = library.decoders.Sequence(
-        [library.decoders.ByteFallback(), library.decoders.Fuse()]
-    )
+    names = [*_SPECIAL.values(), *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocab, decoders = {name: index for index, name in enumerate(names)}, library.decoders
+    result = library.Tokenizer(library.models.BPE(vocab, [], byte_fallback=True))
+    result.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     return result
 
 
-def _from_sentencepiece(proto: Any, tokenizer: SentencePieceTokenizer) -> Any:
-    library, kinds = _import_library(), ModelProto.SentencePiece
-    if proto.trainer_spec.model_type != proto.trainer_spec.UNIGRAM:
+def _of_pieces(library: Any, tokenizer: SentencePieceTokenizer) -> Any:
+    proto, kinds = ModelProto.FromString(tokenizer.model), ModelProto.SentencePiece
+    spec = proto.trainer_spec
+    if spec.model_type != spec.UNIGRAM:
         raise DataError(
-            f"The tokenizer's {MODEL_FILE} is of type {proto.trainer_spec.model_type} (1 is "
-            "unigram), and only unigram models can be written as tokenizer.json.\n"
-            "  Save the model without its tokenizer, switchworks.save_hf(model, directory)."
+            f"The tokenizer's {MODEL_FILE} is of type {spec.model_type} (1 is unigram), and only "
+            "unigram models can be written as tokenizer.json.\n"
+            "  Save the model without its tokenizer: switchworks.save_hf(model, directory)."
         )
     pieces = proto.pieces[: tokenizer.size - tokenizer.num_sentinels]
     is_text = kinds.NORMAL, kinds.USER_DEFINED
     vocab = [(p.piece, p.score if p.type in is_text else _UNREACHABLE) for p in pieces]
     vocab += [(name, _UNREACHABLE) for _, name in sorted(_sentinel_names(tokenizer).items())]
-    fallback = proto.trainer_spec.byte_fallback
-    result = library.Tokenizer(library.models.Unigram(vocab, UNK_ID, byte_fallback=fallback))
-    result.normalizer = _normalizer(proto.normalizer_spec)
-    if split := _unknown_split(vocab, fallback):
-        result.pre_tokenizer = split
-    result.decoder = _decoder()
+    unigram = library.models.Unigram(vocab, UNK_ID, byte_fallback=spec.byte_fallback)
+    result = library.Tokenizer(unigram)
+    result.normalizer = _normalizer(library, proto.normalizer_spec)
+    # The penalty of a character without a piece is beyond _UNREACHABLE. Where such are in the names
+    # of special tokens or bytes, each stands apart, so that they spell no name (without bytes each
+    # run, since that is one unknown token).
+    known = {c for piece, score in vocab if score != _UNREACHABLE for c in piece}
+    if not known.issuperset("<0123456789ABCDEFx>/spadunk"):
+        unknown = f"[^{''.join(map(re.escape, sorted(known)))}]{'' if spec.byte_fallback else '+'}"
+        apart = library.pre_tokenizers.Split(library.Regex(unknown), "isolated")
+        result.pre_tokenizer = apart
+    result.decoder = _decoder(library)
     return result
 
 
-def _normalizer(spec: Any) -> Any:
+def _normalizer(library: Any, spec: Any) -> Any:
     """Spaces as U+2581 with one in front, and one, its own, in front of every sentinel."""
-    library = _import_library()
-    steps, replace = [], library.normalizers.Replace
+    steps, replace, regex = [], library.normalizers.Replace, library.Regex
     if spec.precompiled_charsmap:
         steps.append(library.normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
-        ends, runs = library.Regex(r"\A +| +\z"), library.Regex(" {2,}")
-        steps += [replace(ends, ""), replace(runs, " ")]
+        steps += [replace(regex(r"\A +| +\z"), ""), replace(regex(" {2,}"), " ")]
     if spec.add_dummy_prefix:
         steps.append(library.normalizers.Prepend("\u2581"))
-    sentinel = library.Regex(rf"(\A\u2581(?=\u2581))?\u2581?<(?={_SENTINEL})")
-    return library.normalizers.Sequence(
-        [*steps, replace(" ", "\u2581"), replace(sentinel, "\u2581<")]
-    )
+    sentinel = regex(rf"(\A\u2581(?=\u2581))?\u2581?<(?={_SENTINEL})")
+    steps += [replace(" ", "\u2581"), replace(sentinel, "\u2581<")]
+    return library.normalizers.Sequence(steps)
 
 
-def _unknown_split(vocab: Iterable[tuple[str, float]], fallback: bool) -> Any:
-    """Cuts a text at characters without a piece if some occur in the names of special tokens and
-    bytes: their penalty is beyond _UNREACHABLE, so only apart from the rest do they spell no name.
-    Without byte fallback a run of them is one unknown token, so it is kept together."""
-    library = _import_library()
-    known = {c for piece, score in vocab if score != _UNREACHABLE for c in piece}
-    if not (unknown := set("<0123456789ABCDEFx>/spadunk") - known):
-        return None
-    pattern = f"[{_escaped(unknown)}]" if fallback else f"[^{_escaped(known)}]+"
-    return library.pre_tokenizers.Split(library.Regex(pattern), "isolated")
-
-
-def _escaped(characters: Iterable[str]) -> str:
-    return "".join(map(re.escape, sorted(characters)))
-
-
-def _decoder() -> Any:
-    library = _import_library()
+def _decoder(library: Any) -> Any:
     decoders, regex = library.decoders, library.Regex
-    return decoders.Sequence(
-        [
-            decoders.Replace(regex(rf"\A\u2581(?=<{_SENTINEL}\z)"), ""),
-            decoders.Replace("\u2581", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Replace(regex(rf"(?<=\S)<(?={_SENTINEL})"), " <"),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
+    steps = [
+        decoders.Replace(regex(rf"\A\u2581(?=<{_SENTINEL}\z)"), ""),
+        decoders.Replace("\u2581", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Replace(regex(rf"(?<=\S)<(?={_SENTINEL})"), " <"),
+        decoders.Strip(" ", 1, 0),
+    ]
+    return decoders.Sequence(steps)
 
 
-def _import_library() -> ModuleType:
+def _import_library() -> Any:
     try:
         import tokenizers
     except ImportError as error:
@@ -307,39 +269,29 @@ def _import_library() -> ModuleType:
     return tokenizers
 
 
-def _parse(text: str, source: str) -> dict[str, Any]:
-    try:
-        values = json.loads(text)
-        return values | {"added_tokens": values["added_tokens"], "model": values["model"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{source} is no tokenizer.json of the tokenizers library: {error!r}.\n"
-            "  Fetch or write it again."
-        ) from error
-
-
-def _open_library(text: str, source: str) -> Any:
+def _open(text: str, source: str) -> Any:
     library = _import_library()
     try:
-        return library.Tokenizer.from_str(text)
+        result = library.Tokenizer.from_str(text)
     except Exception as error:  # the library raises nothing more exact
         raise DataError(
             f"{source} cannot be read by tokenizers {library.__version__}: {error}\n"
             "  Fetch or write it again, or install the version that wrote it."
         ) from error
+    result.no_padding()
+    result.no_truncation()
+    return result
 
 
-def _find_sentinels(library: Any, source: str) -> tuple[list[str], range]:
+def _find_sentinels(vocab: dict[str, int], source: str) -> tuple[list[str], range]:
     """Names and ids of the sentinels; those of mT5 begin with a space mark."""
-    for space in ("", "\u2581"):
-        names = takewhile(
-            lambda name: library.token_to_id(name) is not None,
-            (f"{space}<extra_id_{index}>" for index in count()),
-        )
-        if names := list(names):
-            break
-    ids = [library.token_to_id(name) for name in names]
-    step = -1 if len(ids) > 1 and ids[1] < ids[0] else 1
+    names = [
+        name
+        for space in ("", "\u2581")
+        for name in takewhile(vocab.__contains__, (f"{space}<extra_id_{i}>" for i in count()))
+    ]
+    ids = [vocab[name] for name in names]
+    step = -1 if ids[1:] and ids[1] < ids[0] else 1
     sentinels = range(ids[0], ids[0] + step * len(ids), step) if ids else range(0)
     if list(sentinels) != ids:
         raise DataError(
@@ -355,9 +307,9 @@ def _sentinel_names(tokenizer: Tokenizer) -> dict[int, str]:
 
 def _added_tokens(folder: Path) -> dict[int, dict[str, Any]]:
     """id -> settings of each added token that the files in `folder` name."""
-    in_config = _read(folder / CONFIG_FILE).get("added_tokens_decoder", {})
+    plain = {i: {"content": name} for name, i in _read(folder / "added_tokens.json").items()}
     in_settings = _read(folder / SETTINGS_FILE).get("added_tokens", [])
-    plain = {i: {"content": name} for name, i in _read(folder / _ADDED_FILE).items()}
+    in_config = _read(folder / CONFIG_FILE).get("added_tokens_decoder", {})
     return (
         plain
         | {token["id"]: token for token in in_settings}
@@ -365,36 +317,22 @@ def _added_tokens(folder: Path) -> dict[int, dict[str, Any]]:
     )
 
 
-def _require_same_names(
-    base: ByteTokenizer | SentencePieceTokenizer, added: dict[int, dict[str, Any]], folder: Path
-) -> None:
-    names = dict(enumerate(_SPECIAL[:UNK_ID])) | _sentinel_names(base)
-    for index, token in added.items():
-        if index in names and token["content"] != names[index]:
-            raise DataError(
-                f"{folder} gives id {index} to the added token {token['content']}, but in T5's "
-                f"layout it is {names[index]}, with {base.num_sentinels} sentinels after the "
-                "pieces.\n  Save the tokenizer by transformers 5, which writes a tokenizer.json, "
-                f"and take {MODEL_FILE} out of the folder."
-            )
-
-
 def _with_added(text: str, added: dict[int, dict[str, Any]], folder: Path) -> str:
     """The tokenizer.json `text` with those `added` tokens that it lacks."""
-    library = _import_library()
-    result = _open_library(text, str(folder / SETTINGS_FILE))
-    for index, token in sorted(added.items()):
-        if result.token_to_id(token["content"]) is None:
-            flags = ("lstrip", "rstrip", "single_word")
-            chosen = {name: token[name] for name in flags if name in token}
-            result.add_tokens([library.AddedToken(token["content"], normalized=False, **chosen)])
+    result = _open(text, str(folder / SETTINGS_FILE))
+    lacking = {i: t for i, t in sorted(added.items()) if result.token_to_id(t["content"]) != i}
+    for index, token in lacking.items():
+        flags = {name: token.get(name, False) for name in ("lstrip", "rstrip", "single_word")}
+        new = _import_library().AddedToken(token["content"], normalized=False, **flags)
+        result.add_tokens([new])
         if (actual := result.token_to_id(token["content"])) != index:
             raise DataError(
                 f"{folder} gives id {index} to the added token {token['content']}, but the next "
-                f"free id, or that of its piece, is {actual}.\n"
-                "  Ids of added tokens have to follow the others without a gap."
+                f"free id, or that of the piece, is {actual}: added tokens have to follow T5's 100 "
+                "sentinels (ByT5's 125) without a gap.\n  Save the tokenizer by transformers 5, "
+                f"which writes a {SETTINGS_FILE}, and take {MODEL_FILE} out of the folder."
             )
-    return result.to_str()
+    return result.to_str() if lacking else text
 
 
 def _content(token: str | dict[str, Any]) -> str:
@@ -407,9 +345,7 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise DataError(
-            f"{file} is not the JSON object it has to be: {error}.\n  Fetch or write it again."
-        ) from error
+        raise DataError(f"{file} is no JSON object: {error}.\n  Fetch it again.") from error
 
 
 def _write_config(folder: Path, values: dict[str, Any]) -> None:
