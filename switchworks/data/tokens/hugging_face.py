@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
@@ -45,14 +45,17 @@ class LibraryTokenizer(PieceTokenizer):
 
     def __init__(self, text: str, config: dict[str, Any], *, source: str = SETTINGS_FILE) -> None:
         special = {key: config.get(key) or name for key, name in _SPECIAL.items()}
-        self.text, self._special = text, [_content(token) for token in special.values()]
-        self.config = dict(zip(special, self._special, strict=True)) | {
+        special = {k: t["content"] if isinstance(t, dict) else t for k, t in special.items()}
+        self.text, self._special = text, list(special.values())
+        self.config = special | {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "split_special_tokens": bool(config.get("split_special_tokens")),
             "clean_up_tokenization_spaces": False,
         }
-        self._library = _open(text, source)
-        vocab = self._library.get_vocab()
+        library = _open(text, source)
+        self._raw_piece = lambda token: library.id_to_token(token) or ""
+        self._decode_run = partial(library.decode, skip_special_tokens=False)
+        vocab = library.get_vocab()
         self._size = max(vocab.values()) + 1
         self._names, self._sentinels = _find_sentinels(vocab, source)
         self.num_sentinels = len(self._names)
@@ -118,17 +121,8 @@ class LibraryTokenizer(PieceTokenizer):
             encoded = library.encode_batch(texts, add_special_tokens=False)
         return [np.array(each.ids, np.int32) for each in encoded]
 
-    def _is_text(self, token: int) -> bool:
-        return EOS_ID < token < self.size and token not in self.sentinels
-
-    def _raw_piece(self, token: int) -> str:
-        return self._library.id_to_token(token) or ""
-
-    def _decode_run(self, run: Sequence[int]) -> str:
-        return self._library.decode(run, skip_special_tokens=False)
-
     def piece(self, token: int) -> str:
-        if not self._is_text(token) or token == UNK_ID:
+        if not UNK_ID < token < self.size or token in self.sentinels:
             return ""
         text = self._decode_run([token])
         return f" {text.removeprefix(' ')}" if self._raw_piece(token).startswith("\u2581") else text
@@ -333,10 +327,6 @@ def _with_added(text: str, added: dict[int, dict[str, Any]], folder: Path) -> st
                 f"which writes a {SETTINGS_FILE}, and take {MODEL_FILE} out of the folder."
             )
     return result.to_str() if lacking else text
-
-
-def _content(token: str | dict[str, Any]) -> str:
-    return token if isinstance(token, str) else token["content"]
 
 
 def _read(file: Path) -> dict[str, Any]:

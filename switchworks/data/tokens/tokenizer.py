@@ -9,7 +9,7 @@ import hashlib
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -152,17 +152,10 @@ class ByteTokenizer(Tokenizer):
 class PieceTokenizer(Tokenizer):
     """Decodes runs of pieces between sentinels: the space before a sentinel belongs to it."""
 
-    @abstractmethod
-    def _is_text(self, token: int) -> bool:
-        """Whether `token` is part of a decoded text and no sentinel."""
-
-    @abstractmethod
-    def _raw_piece(self, token: int) -> str:
-        """The piece as it stands in the file, its space as U+2581."""
-
-    @abstractmethod
-    def _decode_run(self, run: Sequence[int]) -> str:
-        """The text of ids without sentinels, without the first space."""
+    _raw_piece: Callable[[int], str]
+    """The piece as it stands in the file, its space as U+2581."""
+    _decode_run: Callable[[list[int]], str]
+    """The text of ids without sentinels, without the first space."""
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         text, run = "", list[int]()
@@ -172,7 +165,7 @@ class PieceTokenizer(Tokenizer):
                 mark = f"<extra_id_{self.sentinels.index(token)}>"
                 text += (" " if text and not text[-1].isspace() else "") + mark
                 run = []
-            elif self._is_text(token):
+            elif EOS_ID < token < self.size:
                 run.append(token)
         return self._append(text, run)
 
@@ -198,6 +191,7 @@ class SentencePieceTokenizer(PieceTokenizer):
             self._pieces -= self.num_sentinels
             self._plain = _without_sentinels(model, self._pieces)
             self._exact = _processor(self._plain, source)
+        self._raw_piece, self._decode_run = self._exact.id_to_piece, self._exact.decode
         # T5's models collapse runs of white space; those trained here keep them.
         self._collapses = self._exact.encode("a  b") == self._exact.encode("a b")
 
@@ -256,15 +250,6 @@ class SentencePieceTokenizer(PieceTokenizer):
                 spaced = self._collapses and part[0].isspace()
                 ids += (self._exact if spaced else self._without_prefix).encode(part)
         return ids
-
-    def _is_text(self, token: int) -> bool:
-        return EOS_ID < token < self._pieces
-
-    def _raw_piece(self, token: int) -> str:
-        return self._exact.id_to_piece(token)
-
-    def _decode_run(self, run: Sequence[int]) -> str:
-        return self._exact.decode(run)
 
     def piece(self, token: int) -> str:
         if not UNK_ID < token < self._pieces or self._exact.is_control(token):
