@@ -8,8 +8,8 @@ from .hugging_face.config import to_hf_config as to_hf_config
 from .hugging_face.weights import load_hf as load_hf
 from .hugging_face.weights import save_hf as save_hf
 from .hugging_face.weights import to_hf_state as to_hf_state
-from .model_files import MAX_SPARE_ROWS as MAX_SPARE_ROWS
 from .model_files import convert_checkpoint as convert_checkpoint
+from .model_files import fits as fits
 from .model_files import is_model as is_model
 from .model_files import load as load
 from .model_files import open_model as open_model

@@ -17,16 +17,14 @@ from switchworks.checkpoint.files import MANIFEST, read_manifest, sha256, verify
 from switchworks.checkpoint.hugging_face.config import Capacity
 from switchworks.checkpoint.hugging_face.weights import load_hf, save_hf
 from switchworks.config import CheckpointError, ConfigError, from_toml, to_toml
-from switchworks.data import MODEL_FILE, SETTINGS_FILE, Tokenizer, load_tokenizer
+from switchworks.data import MODEL_FILE, SETTINGS_FILE, Tokenizer, load_tokenizer, open_folder
 from switchworks.model import ModelConfig, SwitchTransformer
 from switchworks.quantise import QuantiseConfig, dequantise, quantise, quantise_config_of
 
 CONFIG = "config.toml"
 QUANTISED = "quantised.toml"
 """The QuantiseConfig of a quantised model."""
-MAX_SPARE_ROWS = 1024
-"""Fewer padding rows than this an embedding may have beyond the tokenizer's ids: vocabularies are
-padded to multiples of 128."""
+_MAX_SPARE_ROWS = 1024
 
 
 def save(
@@ -146,7 +144,7 @@ def convert_checkpoint(
 ) -> str:
     """Write the model in `source` to `destination` in the other format; returns a sentence on it.
 
-    A SentencePiece tokenizer beside the weights is copied. `capacity` is for reading Hugging Face's
+    The tokenizer beside the weights comes along. `capacity` is for reading Hugging Face's
     format, see `load_hf`. Raises CheckpointError if the model cannot be read or expressed, or if
     `destination` holds other files.
     """
@@ -162,7 +160,8 @@ def convert_checkpoint(
         return f"{destination} holds the model for transformers: from_pretrained opens it."
     model, tokenizer = open_model(source, capacity)
     save(model, destination, tokenizer)
-    without = "" if tokenizer else f", without a tokenizer: {source} has no {MODEL_FILE}"
+    missing = f"{source} has neither {MODEL_FILE} nor {SETTINGS_FILE}"
+    without = "" if tokenizer else f", without a tokenizer: {missing}"
     return f"{destination} holds the model for switchworks{without}."
 
 
@@ -182,8 +181,7 @@ def open_model(
             f"{source} is a run that has not ended: it has no model/ yet.\n"
             "  Go on with it: switchworks train RECIPE --run-dir ... --resume"
         )
-    model, pieces = load_hf(source, capacity=capacity), source / MODEL_FILE
-    return model, load_tokenizer(pieces) if pieces.is_file() else None
+    return load_hf(source, capacity=capacity), open_folder(source)
 
 
 def require_tokenizer(path: Path | str, tokenizer: Tokenizer | None) -> Tokenizer:
@@ -191,10 +189,16 @@ def require_tokenizer(path: Path | str, tokenizer: Tokenizer | None) -> Tokenize
     if tokenizer is None:
         raise CheckpointError(
             f"The model in {path} has no tokenizer, so it cannot read text.\n"
-            "  Put its spiece.model beside its weights, or save it with its tokenizer:\n"
+            "  Put its spiece.model or tokenizer.json beside its weights, or save it with it:\n"
             "  switchworks.save(model, directory, tokenizer)."
         )
     return tokenizer
+
+
+def fits(tokenizer: Tokenizer, rows: int) -> bool:
+    """Whether an embedding of `rows` rows has one for each id of `tokenizer`, and under 1024 more
+    than those padded to a multiple of 128."""
+    return tokenizer.size <= rows < tokenizer.vocab_size + _MAX_SPARE_ROWS
 
 
 def _model_in(path: Path) -> Path:
@@ -225,9 +229,9 @@ def _load_tokenizer(directory: Path, config: ModelConfig) -> Tokenizer | None:
 
 
 def _require_fit(config: ModelConfig, tokenizer: Tokenizer, subject: str) -> None:
-    if not 0 <= config.vocab_size - tokenizer.vocab_size < MAX_SPARE_ROWS:
+    if not fits(tokenizer, config.vocab_size):
         raise CheckpointError(
-            f"{subject} has {tokenizer.vocab_size} ids but the model's vocab_size is "
+            f"{subject} has {tokenizer.size} ids but the model's vocab_size is "
             f"{config.vocab_size}.\n  They belong to different models; use the tokenizer that the "
             "model was trained with."
         )

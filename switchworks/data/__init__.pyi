@@ -38,6 +38,8 @@ from .tasks.store import Counts as Counts
 from .tasks.store import examples_of as examples_of
 from .tasks.translation import language_name as language_name
 from .tokens.coverage import coverage_table as coverage_table
+from .tokens.hugging_face import open_folder as open_folder
+from .tokens.hugging_face import write_for_transformers as write_for_transformers
 from .tokens.prepare import prepare as prepare
 from .tokens.tokenizer import MODEL_FILE as MODEL_FILE
 from .tokens.tokenizer import SETTINGS_FILE as SETTINGS_FILE

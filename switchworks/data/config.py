@@ -36,7 +36,7 @@ class DataConfig(TextConfig):
 
     tokenizer: str = "train"
     """"train" makes a SentencePiece model from the text, "bytes" needs none (ByT5's ids), and
-    anything else is the path of a `spiece.model`, of a folder that holds one or of a run."""
+    anything else is the path of a `spiece.model`, a tokenizer.json, a folder with one or a run."""
     character_coverage: float = 0.9999
     """Share of the text's characters that have pieces in a tokenizer trained here. The others are
     encoded in bytes."""

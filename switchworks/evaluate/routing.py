@@ -40,8 +40,7 @@ class TokenTypes:
         """`rows` is the number of rows of the embedding; ids above the tokenizer's are special."""
         pieces = [tokenizer.piece(id_) if id_ < tokenizer.size else "" for id_ in range(rows)]
         types = torch.tensor([_type(piece) for piece in pieces])
-        ends = [tokenizer.sentinel(index) for index in (0, tokenizer.num_sentinels - 1)]
-        types[min(ends) : max(ends) + 1] = _SENTINEL  # ids may fall or rise from the first on
+        types[list(tokenizer.sentinels)] = _SENTINEL
         self._types = types
         self._opens = torch.tensor([piece[-1:].isspace() for piece in pieces])
         """Whether letters after an id are the start of a word."""

@@ -96,11 +96,11 @@ def resolve_vocabulary(experiment: Experiment, vocab_size: int) -> Experiment:
 def resolve_vocab_size(
     dataset: "data.TextDataset", init: Path | str | None, teacher_rows: int | None
 ) -> int:
-    """Vocabulary size to build: that of `init` (else of the teacher) if it has at most 1024 padding
-    rows more than the tokenizer has ids, else the tokenizer's."""
-    ids = dataset.tokenizer.vocab_size
+    """Vocabulary size to build: that of `init` (else of the teacher) if the tokenizer fits it, else
+    the tokenizer's."""
+    tokenizer = dataset.tokenizer
     rows = teacher_rows if init is None else checkpoint.stored_config(init).vocab_size
-    return rows if rows is not None and 0 <= rows - ids < checkpoint.MAX_SPARE_ROWS else ids
+    return rows if rows is not None and checkpoint.fits(tokenizer, rows) else tokenizer.vocab_size
 
 
 def check_initial_weights(experiment: Experiment, init: Path | str | None) -> None:

@@ -16,7 +16,7 @@ from switchworks.checkpoint import tensors
 from switchworks.checkpoint.files import MANIFEST, read_json, verify, whole_directory, write_json
 from switchworks.checkpoint.hugging_face.config import Capacity, from_hf_config, to_hf_config
 from switchworks.config import CheckpointError, ConfigError
-from switchworks.data import MODEL_FILE, SentencePieceTokenizer, Tokenizer
+from switchworks.data import Tokenizer, write_for_transformers
 from switchworks.model import ModelConfig, SwitchTransformer
 
 RENAMES = (
@@ -93,9 +93,9 @@ def save_hf(
     """Write `model` so that transformers' `from_pretrained` opens it: as T5 or, when sparse, as
     Switch Transformers.
 
-    A SentencePiece `tokenizer` is written beside it as spiece.model; one of bytes needs no file.
-    Raises CheckpointError for what transformers cannot express, a decoder-only model among it,
-    before anything is written, and for a full disk.
+    A `tokenizer` is written beside it, so that AutoTokenizer gives its ids. Raises CheckpointError
+    for what transformers cannot express, a decoder-only model among it, and for a full disk, and
+    DataError for such a tokenizer; then nothing is written.
     """
     dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
     values = to_hf_config(model.config) | {"dtype": dtype}
@@ -110,8 +110,8 @@ def save_hf(
     ) as partial:
         write_json(partial / "config.json", values)
         tensors.write_tensors(state, partial, shard_bytes=shard_bytes)
-        if isinstance(tokenizer, SentencePieceTokenizer):
-            (partial / MODEL_FILE).write_bytes(tokenizer.model)
+        if tokenizer is not None:
+            write_for_transformers(tokenizer, partial)
 
 
 def to_hf_state(model: SwitchTransformer, *, ffn: str) -> dict[str, Tensor]:

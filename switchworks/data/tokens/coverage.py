@@ -23,7 +23,7 @@ MIN_COVERAGE = 0.98
 MAX_TOKENS_PER_CHARACTER = 1.0
 """Beyond either a tokenizer covers a language poorly: its text is mostly spelt in bytes."""
 
-_NORMAL, _USER_DEFINED, _BYTE = 1, 4, 6  # SentencePiece's kinds of pieces that stand for text
+_NORMAL, _USER_DEFINED = 1, 4  # SentencePiece's kinds of pieces that stand for text
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def measure_coverage(language: str, texts: Iterable[str], tokenizer: Tokenizer) 
 def alphabet(tokenizer: Tokenizer) -> frozenset[str]:
     """The characters that are in pieces; of a byte tokenizer ASCII, the characters of one byte."""
     if not isinstance(tokenizer, SentencePieceTokenizer):
-        return frozenset(map(chr, range(128)))
+        return frozenset("".join(map(tokenizer.piece, range(tokenizer.size)))) - {"\ufffd"}
     pieces = ModelProto.FromString(tokenizer.model).pieces
     kinds = (_NORMAL, _USER_DEFINED)
     return frozenset(c for piece in pieces if piece.type in kinds for c in piece.piece)
@@ -82,15 +82,9 @@ def alphabet(tokenizer: Tokenizer) -> frozenset[str]:
 def byte_lengths(tokenizer: Tokenizer) -> Int[np.ndarray, " V"]:
     """The number of UTF-8 bytes of text of each id; 0 for sentinels and special ids."""
     lengths = np.zeros(tokenizer.vocab_size, np.int64)
-    if not isinstance(tokenizer, SentencePieceTokenizer):
-        lengths[3 : 3 + 256] = 1
-        return lengths
-    for index, piece in enumerate(ModelProto.FromString(tokenizer.model).pieces):
-        if piece.type == _BYTE:
-            lengths[index] = 1
-        elif piece.type in (_NORMAL, _USER_DEFINED):
-            lengths[index] = len(piece.piece.replace("\u2581", " ").encode())
-    lengths[[tokenizer.sentinel(index) for index in range(tokenizer.num_sentinels)]] = 0  # mT5's
+    for token in range(tokenizer.size):
+        piece = tokenizer.piece(token)
+        lengths[token] = 1 if piece == "\ufffd" else len(piece.encode())  # part of a character
     return lengths
 
 

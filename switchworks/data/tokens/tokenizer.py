@@ -9,7 +9,7 @@ import hashlib
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ MODEL_FILE = "spiece.model"
 SETTINGS_FILE = "tokenizer.json"
 _BYTES = '{"kind": "bytes"}\n'  # its content for a `ByteTokenizer`
 
-_SENTINEL = re.compile(r"<extra_id_(\d{1,3})>")
+_SENTINEL = re.compile(r"<extra_id_(0|[1-9][0-9]{0,2})>")
 
 
 class Tokenizer(ABC):
@@ -149,7 +149,35 @@ class ByteTokenizer(Tokenizer):
         (Path(directory) / SETTINGS_FILE).write_text(_BYTES, encoding="utf-8")
 
 
-class SentencePieceTokenizer(Tokenizer):
+class PieceTokenizer(Tokenizer):
+    """Decodes runs of pieces between sentinels: the space before a sentinel belongs to it."""
+
+    _raw_piece: Callable[[int], str]
+    """The piece as it stands in the file, its space as U+2581."""
+    _decode_run: Callable[[list[int]], str]
+    """The text of ids without sentinels, without the first space."""
+
+    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
+        text, run = "", list[int]()
+        for token in map(int, ids):
+            if token in self.sentinels:
+                text = self._append(text, run)
+                mark = f"<extra_id_{self.sentinels.index(token)}>"
+                text += (" " if text and not text[-1].isspace() else "") + mark
+                run = []
+            elif EOS_ID < token < self.size:
+                run.append(token)
+        return self._append(text, run)
+
+    def _append(self, text: str, run: list[int]) -> str:
+        """`text` and the text of `run`, with the space that is dropped at a start."""
+        if not run:
+            return text
+        spaced = bool(text) and self._raw_piece(run[0]).startswith("\u2581")
+        return text + (" " if spaced else "") + self._decode_run(run)
+
+
+class SentencePieceTokenizer(PieceTokenizer):
     """A SentencePiece model with 100 sentinels above its pieces. `model` is the file's content.
     T5's file does not hold the sentinels; in mT5's they are the last 100 pieces."""
 
@@ -163,6 +191,7 @@ class SentencePieceTokenizer(Tokenizer):
             self._pieces -= self.num_sentinels
             self._plain = _without_sentinels(model, self._pieces)
             self._exact = _processor(self._plain, source)
+        self._raw_piece, self._decode_run = self._exact.id_to_piece, self._exact.decode
         # T5's models collapse runs of white space; those trained here keep them.
         self._collapses = self._exact.encode("a  b") == self._exact.encode("a b")
 
@@ -217,31 +246,10 @@ class SentencePieceTokenizer(Tokenizer):
                 continue
             if index == 0:
                 ids += self._exact.encode(part)
-            elif part[0] == " ":
-                ids += self._exact.encode(part[1:])  # encoding puts one space in front
             else:
                 spaced = self._collapses and part[0].isspace()
                 ids += (self._exact if spaced else self._without_prefix).encode(part)
         return ids
-
-    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
-        text, run = "", list[int]()
-        for token in map(int, ids):
-            if token in self.sentinels:
-                text = self._append(text, run)
-                mark = f"<extra_id_{self.sentinels.index(token)}>"
-                text += (" " if text and not text[-1].isspace() else "") + mark
-                run = []
-            elif token > EOS_ID and token < self._pieces:
-                run.append(token)
-        return self._append(text, run)
-
-    def _append(self, text: str, run: list[int]) -> str:
-        """`text` and the text of `run`, with the space that SentencePiece drops at a start."""
-        if not run:
-            return text
-        spaced = bool(text) and self._exact.id_to_piece(run[0]).startswith("\u2581")
-        return text + (" " if spaced else "") + self._exact.decode(run)
 
     def piece(self, token: int) -> str:
         if not UNK_ID < token < self._pieces or self._exact.is_control(token):
@@ -257,18 +265,24 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer at `path`: "bytes", a SentencePiece model file, a folder holding one, or a run
-    directory, whose model has it. Raises DataError if there is none, or if it is not laid out as
-    T5's."""
+    """The tokenizer at `path`: "bytes", a SentencePiece model file, a tokenizer.json, a folder that
+    holds one or a tokenizer of transformers, or a run directory, whose model has it. Raises
+    DataError if there is none, or if it is not laid out as T5's."""
+    from switchworks.data.tokens.hugging_face import open_folder
+
     if str(path) == "bytes":
         return ByteTokenizer()
     file = Path(path)
+    if file.name == SETTINGS_FILE:
+        file = file.parent
     if file.is_dir():
         if (file / "model").is_dir():
             file = file / "model"
         settings = file / SETTINGS_FILE  # that of Hugging Face's tokenizers is called so, too
         if settings.is_file() and settings.read_text(encoding="utf-8") == _BYTES:
             return ByteTokenizer()
+        if (tokenizer := open_folder(file)) is not None:
+            return tokenizer
         file = file / MODEL_FILE
     try:
         model = file.read_bytes()
