@@ -127,8 +127,10 @@ class AdaptedRouter(Router):
         self.lora = nn.ModuleDict({"weight": pair})
 
     def logits(self, x: Float[Tensor, "G S D"]) -> Float[Tensor, "G S E"]:
-        """Those of the router, and what the pair adds."""
-        return super().logits(x) + _pair_of(self).beside(self.weight).low_rank(x)
+        """Those of the router, and what the pair adds, in the dtype of `x` as well."""
+        weight, a, b, scale = _pair_of(self).beside(self.weight)
+        pair = AdaptedWeight(weight, a.to(x.dtype), b.to(x.dtype), scale)
+        return super().logits(x) + pair.low_rank(x)
 
 
 class AdaptedExperts(Experts):

@@ -304,3 +304,13 @@ def test_adapters_learn_under_adafactor(tiny_run, tiny_experiment, tmp_path):
         losses[floor] = results[0] - results[-1]
     assert losses[1.0] > 0.05
     assert losses[1e-3] < 0.5 * losses[1.0]
+
+
+def test_an_adapted_router_of_float32_scores_float64_inputs_in_float64():
+    model = a_model()
+    adapt(model, LoraConfig(rank=2, targets=("routers",)))
+    router = next(iter(model.switch_layers.values())).router.eval()
+    router.lora["weight"].b.data.normal_()
+    x = torch.randn(1, 5, router.weight.shape[1], dtype=torch.float64)
+    assert router(x).dtype == torch.float64
+    torch.testing.assert_close(router(x).float(), router(x.float()))
