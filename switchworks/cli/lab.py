@@ -32,7 +32,8 @@ class LabFlags:
     page: Path = Path("docs/results.md")
     """With report: the page, beside which its pictures and an HTML file go."""
     speed: bool = False
-    """Instead of training: measure the tokens per second of all arms, in turns, on one thread."""
+    """Instead of training: measure the tokens per second of all arms with a finished run, in turns,
+    on one thread."""
     seeds: int | None = None
     """Train only the first so many seeds."""
     arms: tuple[str, ...] = ()
@@ -58,11 +59,6 @@ class LabFlags:
             return float(number) * units[unit]
         except (KeyError, ValueError):
             raise ConfigError(f"--budget {self.budget} is no time.\n  Say 8h or 90m.") from None
-
-
-@dataclass(frozen=True)
-class NoFlags:
-    """An arm has settings alone."""
 
 
 def run(words: list[str]) -> int:
@@ -102,16 +98,19 @@ def _report(flags: LabFlags) -> int:
 def _measure(study: "Study", flags: LabFlags) -> None:
     import torch
 
-    from switchworks.cli.parsing import parse_experiment
-    from switchworks.lab import tokens_per_second, write_rates
+    from switchworks.lab import jobs_of, tokens_per_second, write_rates
     from switchworks.training import machine
 
     torch.set_num_threads(1)
-    arms = {
-        arm.name: parse_experiment("train", [arm.recipe, *study.flags, *arm.flags], NoFlags)[0]
-        for arm in study.arms
-    }
-    rates = tokens_per_second(arms)
+    # The models of scripts are no part of switchworks, which cannot open them.
+    jobs = [job for job in jobs_of(_trainings(study, flags)) if not job.training.arm.script]
+    runs = {job.training.arm.name: job.run_dir for job in reversed(jobs) if job.is_done}
+    if not runs:
+        raise ConfigError(
+            f"{study.name} has no finished run below {flags.folder}, whose speed to measure.\n"
+            f"  Train first: switchworks lab {study.name}."
+        )
+    rates = tokens_per_second(runs)
     for name, rate in rates.items():
         print(f"{name:<16} {rate:8.0f} tokens/s")
     write_rates(flags.results / f"{study.name}.json", rates, machine.describe())

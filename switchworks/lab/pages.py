@@ -19,11 +19,12 @@ COLOURS = ("#4a5a70", "#c4442d", "#d98b2b", "#2f7f6f", "#7a5ba6", "#3d78b8", "#a
 
 def write_pages(results: Sequence[Mapping[str, Any]], markdown: Path, page: Path) -> None:
     """Write `markdown`, a picture of each study beside it, and `page`, which holds its pictures."""
-    text, sections = [INTRODUCTION], [html.header("Results", ["switchworks lab"])]
-    for study in results:
-        comparisons = compare(study)
-        if not comparisons:
-            continue
+    compared = [(study, comparisons) for study in results if (comparisons := compare(study))]
+    head, *rows = summary(compared)
+    text = [INTRODUCTION, _markdown_table(head, rows)]
+    sections = [html.header("Results", ["switchworks lab"])]
+    sections.append(html.table(head, [[escape(cell) for cell in row] for row in rows]))
+    for study, comparisons in compared:
         picture = draw(study, comparisons)
         name = f"results-{study['study']}.png"
         (markdown.parent / name).write_bytes(picture)
@@ -49,6 +50,17 @@ held-out text in nats per token, at the end of a whole run with a whole schedule
 the paper's factor: how many times fewer steps an arm needs to the loss that the first arm ends at,
 both with runs of several lengths. "In seconds" is that, times the tokens per second of both sides,
 measured in turns on a quiet machine."""
+
+
+def summary(compared: Sequence[tuple[Mapping[str, Any], Sequence[Comparison]]]) -> list[list[str]]:
+    """A head, and a row for each arm of which the paper says something."""
+    rows = [["paper", "study", "what", "here"]]
+    for study, comparisons in compared:
+        place = study["paper"].partition(":")[0]
+        for each in comparisons:
+            if conclusion := each.conclusion():
+                rows.append([place, study["study"], each.arm, conclusion])
+    return rows
 
 
 def cells(comparison: Comparison) -> list[str]:

@@ -2,37 +2,39 @@
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
-import torch
-
+from switchworks import checkpoint
 from switchworks.batch import Batch
-from switchworks.training import Experiment, TrainState, build_state, keep_freed_memory, train_step
+from switchworks.data import open_dataset
+from switchworks.training import TrainState, build_state, keep_freed_memory, settings_in, train_step
 
 ROUNDS, STEPS = 7, 10
 
 
-def tokens_per_second(arms: Mapping[str, Experiment]) -> dict[str, float]:
-    """The median over ROUNDS of each arm's rate in STEPS steps, with the threads that torch has.
-    The first round, in which memory is taken, does not count."""
+def tokens_per_second(runs: Mapping[str, Path]) -> dict[str, float]:
+    """The median over ROUNDS of each arm's rate in STEPS steps that go on from its finished run,
+    with the threads that torch has: its weights, so its routing, and its text. The first round, in
+    which memory is taken, does not count."""
     keep_freed_memory()
-    states = {name: build_state(experiment) for name, experiment in arms.items()}
-    rates: dict[str, list[float]] = {name: [] for name in states}
+    sides = {name: _open(run) for name, run in runs.items()}
+    rates: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(ROUNDS + 1):
-        for name, state in states.items():
-            rates[name].append(_rate(state))
+        for name, (state, batches) in sides.items():
+            rates[name].append(_rate(state, batches))
     return {name: statistics.median(measured[1:]) for name, measured in rates.items()}
 
 
-def _rate(state: TrainState) -> float:
-    batch, started = _batch(state.experiment), time.perf_counter()
-    for _ in range(STEPS):
-        train_step(state, batch)
-    return STEPS * batch.num_tokens / (time.perf_counter() - started)
+def _open(run: Path) -> tuple[TrainState, list[Batch]]:
+    experiment = settings_in(run)
+    model, _ = checkpoint.load(run)
+    dataset = open_dataset(experiment.data, vocab_size=experiment.model.vocab_size)
+    rows = dataset.training(batch_size=experiment.batch_size, seed=experiment.seed)
+    return build_state(experiment, model), [rows.batch(number) for number in range(STEPS)]
 
 
-def _batch(experiment: Experiment) -> Batch:
-    rows, lengths = experiment.batch_size, experiment.data
-    shapes = (rows, lengths.input_length), (rows, lengths.target_length)
-    inputs, targets = (torch.randint(2, experiment.model.vocab_size, shape) for shape in shapes)
-    return Batch(inputs=inputs, targets=targets)
+def _rate(state: TrainState, batches: Iterable[Batch]) -> float:
+    started = time.perf_counter()
+    tokens = sum(train_step(state, batch).tokens for batch in batches)
+    return tokens / (time.perf_counter() - started)

@@ -6,12 +6,11 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
-from switchworks.cli.lab import NoFlags
 from switchworks.cli.main import main
 from switchworks.cli.parsing import parse_experiment
 from switchworks.config import ConfigError, DataError
@@ -49,6 +48,11 @@ def test_every_study_names_recipes_and_arms_once():
             find_recipe(arm.recipe)  # raises for one that there is not
         places = [training.folder for training in study.trainings(Path("runs"))]
         assert len(set(places)) == len(places) == len(study.arms) * len(study.seeds)
+
+
+@dataclass(frozen=True)
+class NoFlags:
+    """An arm has settings alone."""
 
 
 DEARER = ("top-2", "dense and as wide", "dense of 3.5 times", "experts in")
@@ -91,7 +95,7 @@ def test_a_study_that_cannot_be_is_refused(study, changed):
 
 
 @pytest.mark.long
-def test_a_run_and_its_branch_are_trained_and_their_results_kept(study, tmp_path):
+def test_a_run_and_its_branch_are_trained_and_their_results_kept(study, tmp_path, monkeypatch):
     one = replace(study, arms=ARMS[1:], seeds=(0,))
     said: list[str] = []
     jobs = jobs_of(one.trainings(tmp_path / "runs"))
@@ -111,6 +115,15 @@ def test_a_run_and_its_branch_are_trained_and_their_results_kept(study, tmp_path
     assert long["commit"] == commit_of(Path(__file__).parent)
     assert long["command"].startswith("-m switchworks train tiny --seed 0 --optim.schedule wsd")
     assert progress(jobs[0]).startswith("step 20 of 20")
+    monkeypatch.setitem(STUDIES, "small", one)
+    monkeypatch.setattr("switchworks.lab.speed.ROUNDS", 1)
+    words = ["--folder", str(tmp_path / "runs"), "--results", str(tmp_path)]
+    assert main(["lab", "small", "--speed", *words]) == 0  # goes on from the finished run
+    rates = read_results(tmp_path / "small.json")["tokens_per_second"]
+    assert rates.keys() == {"4 experts"}
+    assert rates["4 experts"] > 0
+    again = write_results(one, tmp_path / "runs", tmp_path / "small.json")
+    assert again["tokens_per_second"] == rates
     (more,) = replace(one, steps=(5, 10, 20)).trainings(tmp_path / "runs")
     assert jobs_of([more])[-1].is_ready  # its beginning was not kept, so it begins at step 0
     again = Runner(launch=("no-such-program",), say=said.append)
@@ -190,15 +203,7 @@ def test_a_file_that_holds_no_results_is_refused(tmp_path):
             read_results(file)
 
 
-def test_rates_are_measured_in_turns_and_stay_when_results_are_written_again(tmp_path, monkeypatch):
-    two = replace(STUDIES["speedup"], name="small", arms=ARMS, flags=(), seeds=(0,))
-    monkeypatch.setitem(STUDIES, "small", two)
-    monkeypatch.setattr("switchworks.lab.speed.ROUNDS", 1)
-    monkeypatch.setattr("switchworks.lab.speed.STEPS", 1)
-    file = tmp_path / "small.json"
-    write_results(two, tmp_path, file)
-    assert main(["lab", "small", "--speed", "--results", str(tmp_path)]) == 0
-    rates = read_results(file)["tokens_per_second"]
-    assert rates.keys() == {"dense", "4 experts"}
-    assert all(rate > 0 for rate in rates.values())
-    assert write_results(two, tmp_path, file)["tokens_per_second"] == rates
+def test_the_speed_of_what_was_not_trained_is_not_measured(tmp_path, capsys):
+    words = ["lab", "rates", "--speed", "--folder", str(tmp_path), "--results", str(tmp_path)]
+    assert main(words) == 2
+    assert "rates has no finished run" in capsys.readouterr().err

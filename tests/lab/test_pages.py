@@ -99,7 +99,8 @@ def test_the_pages_have_every_study_with_its_picture_and_table(tmp_path):
     page = Tags()
     page.feed((tmp_path / "results.html").read_text("utf-8"))
     assert "better" not in page.seen
-    assert (page.seen.count("img"), page.seen.count("tr")) == (1, 3)
+    assert (page.seen.count("img"), page.seen.count("tr")) == (1, 5)
+    assert "| Figure 0 | small | sparse | same direction as in the paper |" in text
     assert "Is it <better>?" in page.text
 
 
