@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -123,10 +123,14 @@ def named_tasks(
     *,
     labels: tuple[str, ...] = (),
     metrics: tuple[str, ...] = (),
+    delimiter: str | None = None,
+    quoting: Literal["auto", "on", "off"] = "auto",
+    skip_bad: bool = False,
 ) -> data.DataConfig:
     """The data settings to evaluate with: those of the run in `path`, if it is one.
 
     `tasks`, if any are named, replace the run's; `folder` holds local copies of their datasets.
+    `delimiter`, `quoting` and `skip_bad` are those of the settings, if they are not the default.
     `labels` and `metrics` are those of tables. By default tables with the names of the run's tables
     have the run's; if one is not among those, all have accuracy of any text.
     """
@@ -140,6 +144,8 @@ def named_tasks(
             settings, tasks=named, mixture=(), input_length=length, task_packing="auto"
         )
     given = {"task_labels": labels, "task_metrics": metrics, "task_folder": str(folder or "")}
+    given |= {"task_delimiter": delimiter, "task_skip_bad": skip_bad}
+    given |= {"task_quoting": quoting} if quoting != "auto" else {}
     return replace(settings, **{name: value for name, value in given.items() if value})
 
 

@@ -133,7 +133,7 @@ def test_bad_lines_are_counted_and_the_first_is_named(tmp_path, cache, caplog):
     path = write(tmp_path / "a.jsonl", lines)
     assert read(path, cache=cache) == ["good", "last"]
     assert (
-        "4 lines were left out: 1 not JSON, 1 not an object, 1 no key 'text', "
+        "4 lines were left out: 1 not JSON, 1 not a JSON object, 1 no key 'text', "
         f"1 'text' is not a string. First: {path}:2 (not JSON)"
     ) in caplog.text
 
