@@ -13,6 +13,8 @@ from switchworks.cli import parsing
 from switchworks.config import ConfigError, check_at_least
 from switchworks.data import DataConfig
 
+_TABLES = ("labels", "metrics", "delimiter", "quoting", "skip_bad")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateFlags:
@@ -59,8 +61,7 @@ class EvaluateFlags:
 
     def check_used(self, *, tasks: bool) -> None:
         """Raises ConfigError for a flag that is unused where tasks are measured, or are not."""
-        tables = ("labels", "metrics", "delimiter", "quoting", "skip_bad")
-        for name in ("split", "predictions", "task_folder", *(f"task_{name}" for name in tables)):
+        for name in ("split", "predictions", "task_folder", *(f"task_{name}" for name in _TABLES)):
             parsing.check_needed(self, name, "--tasks", given=tasks)
         for name in ("decode", "examples", "input_length", "max_length", "batch_size", "beams"):
             parsing.check_needed(self.decoding, name, "--tasks", given=tasks)
@@ -79,16 +80,8 @@ def run(words: list[str]) -> int:
             "  Measure one after the other."
         )
     command = shlex.join(["switchworks", "evaluate", *words])
-    data = evaluate.named_tasks(
-        flags.path,
-        flags.tasks,
-        flags.task_folder,
-        labels=flags.task_labels,
-        metrics=flags.task_metrics,
-        delimiter=flags.task_delimiter,
-        quoting=flags.task_quoting,
-        skip_bad=flags.task_skip_bad,
-    )
+    tables = {name: getattr(flags, f"task_{name}") for name in _TABLES}
+    data = evaluate.named_tasks(flags.path, flags.tasks, flags.task_folder, **tables)
     with_tasks = bool(data.tasks) and flags.text is None
     flags.check_used(tasks=with_tasks)
     if with_tasks:
