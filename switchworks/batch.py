@@ -14,6 +14,9 @@ from torch import Tensor
 
 from switchworks.config import ConfigError
 
+IGNORED = -100
+"""What transformers' labels have in place of padding. A model reads it in targets as padding."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
@@ -69,7 +72,7 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         """Input and target positions that are not padding."""
-        return int((self.inputs != 0).sum()) + int((self.targets != 0).sum())
+        return int((self.inputs != 0).sum()) + int((self.targets > 0).sum())
 
 
 def check_rows(

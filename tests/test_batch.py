@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from switchworks.batch import Batch
+from tests.support.models import byte_transformer
 
 
 def some_batch() -> Batch:
@@ -36,3 +37,12 @@ def test_moving_a_batch_keeps_everything():
     moved = batch.to("cpu")
     assert torch.equal(moved.targets, batch.targets)
     assert moved.padding == batch.padding
+
+
+def test_transformers_labels_are_read_as_padding():
+    model = byte_transformer(decoder_only=False).eval()
+    inputs, targets = torch.tensor([[5, 6, 1]]), torch.tensor([[7, 1, 0, 0]])
+    labels = torch.tensor([[7, 1, -100, -100]])
+    losses = [model(inputs, rows).losses.total for rows in (targets, labels)]
+    assert losses[0] == losses[1]
+    assert Batch(inputs=inputs, targets=labels).num_tokens == 5

@@ -13,6 +13,8 @@ from switchworks.cli import parsing
 from switchworks.config import ConfigError, check_at_least
 from switchworks.data import DataConfig
 
+_TABLES = ("labels", "metrics", "delimiter", "quoting", "skip_bad")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateFlags:
@@ -33,6 +35,13 @@ class EvaluateFlags:
     task_metrics: tuple[str, ...] = ()
     """For such tables: accuracy, squad, rouge, bleu, chrf, f1_macro, ... Labels and metrics are by
     default those of the run for a table of that name; else accuracy of any text."""
+    task_delimiter: str | None = None
+    """Between the columns of .csv and .tsv tables whose first lines do not tell: one character or
+    tab."""
+    task_quoting: Literal["auto", "on", "off"] = "auto"
+    """Whether a quote at the beginning of a cell encloses it. auto: in .csv, not in .tsv."""
+    task_skip_bad: bool = False
+    """Leave out and count the records that cannot be read, in place of stopping at the first."""
     split: Literal["train", "validation", "test", "all"] = "validation"
     """Of each task. all: the whole of a table that is one file, which training would split."""
     decoding: tyro.conf.OmitArgPrefixes[evaluate.DecodingConfig] = evaluate.DecodingConfig()  # noqa: RUF009
@@ -52,7 +61,7 @@ class EvaluateFlags:
 
     def check_used(self, *, tasks: bool) -> None:
         """Raises ConfigError for a flag that is unused where tasks are measured, or are not."""
-        for name in ("split", "predictions", "task_folder", "task_labels", "task_metrics"):
+        for name in ("split", "predictions", "task_folder", *(f"task_{name}" for name in _TABLES)):
             parsing.check_needed(self, name, "--tasks", given=tasks)
         for name in ("decode", "examples", "input_length", "max_length", "batch_size", "beams"):
             parsing.check_needed(self.decoding, name, "--tasks", given=tasks)
@@ -71,7 +80,7 @@ def run(words: list[str]) -> int:
             "  Measure one after the other."
         )
     command = shlex.join(["switchworks", "evaluate", *words])
-    tables = {"labels": flags.task_labels, "metrics": flags.task_metrics}
+    tables = {name: getattr(flags, f"task_{name}") for name in _TABLES}
     data = evaluate.named_tasks(flags.path, flags.tasks, flags.task_folder, **tables)
     with_tasks = bool(data.tasks) and flags.text is None
     flags.check_used(tasks=with_tasks)

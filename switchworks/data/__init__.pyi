@@ -35,6 +35,7 @@ from .tasks.dataset import places_of as places_of
 from .tasks.dataset import tasks_of as tasks_of
 from .tasks.rows import with_eos as with_eos
 from .tasks.store import Counts as Counts
+from .tasks.store import check_labels as check_labels
 from .tasks.store import examples_of as examples_of
 from .tasks.translation import language_name as language_name
 from .tokens.coverage import coverage_table as coverage_table

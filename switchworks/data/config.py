@@ -15,6 +15,7 @@ from switchworks.config import (
     check_rate,
 )
 from switchworks.data.sources import SOURCES, source_class
+from switchworks.data.sources.tables import Quoting
 from switchworks.data.sources.text_source import TextConfig
 
 
@@ -83,6 +84,15 @@ class DataConfig(TextConfig):
     """The metrics of tasks from tables."""
     task_labels: tuple[str, ...] = ()
     """The only targets that tasks from tables may have. Empty: any."""
+    task_delimiter: str | None = None
+    """What stands between the columns of .csv and .tsv tables where their first lines do not tell:
+    one character, or tab. Of several tables it is for those whose first line it splits."""
+    task_quoting: Quoting = "auto"
+    """Whether a quote at the beginning of a cell encloses it, up to the next. auto: in .csv, while
+    in .tsv a quote is a character."""
+    task_skip_bad: bool = False
+    """Leave out and count the records of tasks that cannot be read (a list, null or NaN for a text,
+    a target outside task_labels). Otherwise the first one stops the run."""
     prefetch: int = 4
     """Batches prepared ahead of the step that needs them. 0: none, made in the calling thread."""
 
@@ -90,10 +100,10 @@ class DataConfig(TextConfig):
         check_literals(self, "data.")
         self._check_mixture()
         self.check_text()
-        if not 0.9 <= self.character_coverage <= 1:
+        if not 0.98 <= self.character_coverage <= 1:
             raise ConfigError(
-                f"data.character_coverage = {self.character_coverage} is not a share between 0.9 "
-                "and 1.\n  SentencePiece advises 0.9995 where characters are many."
+                f"data.character_coverage = {self.character_coverage} is not a share between 0.98 "
+                "and 1, as SentencePiece needs.\n  It advises 0.9995 where characters are many."
             )
         source = source_class(self)
         if not self.mixture and not self.tasks:
@@ -103,6 +113,7 @@ class DataConfig(TextConfig):
                     f"data.packages = {' '.join(self.packages)} names wheels, and another source "
                     "is read.\n  Set --data.source package_docs too."
                 )
+        self._check_delimiter()
         self._check_causal()
         self._check_prefix()
         check_rate(self, "data.", "noise_density")
@@ -161,6 +172,14 @@ class DataConfig(TextConfig):
                     f"data.mixture and data.{setting} = {value!r} both say what to train on.\n"
                     f"  Keep one of them; --data.{setting}{nothing} removes the second."
                 )
+
+    def _check_delimiter(self) -> None:
+        delimiter = self.task_delimiter
+        if delimiter is not None and not re.fullmatch(r'[^"\r\n]|tab', delimiter):
+            raise ConfigError(
+                f"data.task_delimiter = {self.task_delimiter!r} is not one character other than a "
+                "quote or a line end.\n  Examples: --data.task-delimiter ';' or tab."
+            )
 
     def _check_causal_tasks(self) -> None:
         """A decoder-only model reads a prompt of `input_length` and learns from the target only."""

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from switchworks.config import ConfigError, check_at_least, check_literals
-from switchworks.data import Example, Task, Tokenizer, with_eos
+from switchworks.data import Example, Task, Tokenizer, check_labels, with_eos
 from switchworks.generate import GenerationConfig, batches_by_length, generate_all, pad
 from switchworks.model import SwitchTransformer, evaluating
 from switchworks.parallel import SINGLE, Ranks
@@ -89,6 +89,7 @@ def choose(
 ) -> list[str]:
     """The choice with the highest likelihood for each input; of equals the first."""
     check_choices(task, examples)
+    check_labels(task, tokenizer)
     choices = [example.choices or task.labels for example in examples]
     pairs = [(e.inputs, choice) for e, row in zip(examples, choices, strict=True) for choice in row]
     scores = iter(log_likelihoods(model, tokenizer, pairs, config))

@@ -118,17 +118,13 @@ def measure(
 
 
 def named_tasks(
-    path: Path,
-    tasks: Sequence[str],
-    folder: Path | None,
-    *,
-    labels: tuple[str, ...] = (),
-    metrics: tuple[str, ...] = (),
+    path: Path, tasks: Sequence[str], folder: Path | None, **tables: Any
 ) -> data.DataConfig:
     """The data settings to evaluate with: those of the run in `path`, if it is one.
 
     `tasks`, if any are named, replace the run's; `folder` holds local copies of their datasets.
-    `labels` and `metrics` are those of tables. By default tables with the names of the run's tables
+    `tables`: labels, metrics, delimiter, quoting and skip_bad of tables, as in data.task_labels
+    and so on, if they are not the default. By default tables with the names of the run's tables
     have the run's; if one is not among those, all have accuracy of any text.
     """
     settings = data.run_data_config(path) or data.DataConfig()
@@ -140,8 +136,10 @@ def named_tasks(
         settings = replace(
             settings, tasks=named, mixture=(), input_length=length, task_packing="auto"
         )
-    given = {"task_labels": labels, "task_metrics": metrics, "task_folder": str(folder or "")}
-    return replace(settings, **{name: value for name, value in given.items() if value})
+    given = {f"task_{name}": value for name, value in tables.items()}
+    given["task_folder"] = str(folder or "")
+    values = {name: value for name, value in given.items() if value and value != "auto"}
+    return replace(settings, **values)
 
 
 def _tables(entries: Sequence[str]) -> set[str]:

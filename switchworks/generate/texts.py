@@ -66,7 +66,7 @@ def complete_file(
     An empty line stays empty. Raises ConfigError if there is no text.
     """
     try:
-        with source.open(encoding="utf-8") as file:  # unlike `splitlines`, not split at U+2028
+        with source.open(encoding="utf-8-sig") as file:  # unlike `splitlines`, not split at U+2028
             lines = [line.rstrip("\n") for line in file]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(

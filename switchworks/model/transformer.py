@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from switchworks.batch import align_right, check_rows, shift_right
+from switchworks.batch import IGNORED, align_right, check_rows, shift_right
 from switchworks.config import ConfigError
 from switchworks.model.attention import causal, mask_to_bias, segment_mask
 from switchworks.model.blocks import Stack
@@ -107,14 +107,14 @@ class SwitchTransformer(nn.Module):
         count in the loss: inputs are prompts, padded on either side, or have width 0.
         """
         check_rows(inputs, targets, input_segments, target_segments, self.config.decoder_only)
+        targets = targets.masked_fill(targets == IGNORED, 0)
         memory, tokens, segments = None, targets, target_segments
         if self.encoder is None:
             tokens = torch.cat([align_right(inputs) if padding else inputs, targets], dim=1)
         else:
             # FSDP replaces `encode` of the instance by one that gathers weights, as has been done.
             memory = type(self).encode(self, inputs, segments=input_segments, padding=padding)
-        if segments is None and padding:
-            segments = (tokens != 0).to(tokens.dtype)
+        segments = (tokens != 0).to(tokens.dtype) if segments is None and padding else segments
         x, routing = self._decode(shift_right(tokens, segments), segments, memory)
         logits = self.logits(x[:, tokens.shape[1] - targets.shape[1] :])
         if memory is not None:

@@ -148,7 +148,7 @@ def test_lines_of_a_file_end_where_other_programs_end_them(tmp_path, monkeypatch
         "switchworks.generate.texts.complete",
         lambda path, texts, *_, **__: seen.extend(texts) or texts,
     )
-    for text, lines in (("a\u2028b\x0cc\r\n\nlast", 3), ("a\n", 1)):
+    for text, lines in (("\ufeffa\u2028b\x0cc\r\n\nlast", 3), ("a\n", 1)):
         (tmp_path / "lines.txt").write_bytes(text.encode())
         assert len(complete_file(tmp_path, tmp_path / "lines.txt", GenerationConfig())) == lines
     assert seen == ["a\u2028b\x0cc", "last", "a"]

@@ -96,6 +96,12 @@ def test_a_tokenizer_trained_here_is_the_same_in_transformers(trained, exported_
     require_same(trained, exported_trained, [*TEXTS[:5], *ODD, *NAMES])
 
 
+def test_more_sentinels_than_t5_s_go_along(tmp_path):
+    tokenizer = train_sentencepiece(TEXTS, 600, sentinels=130)
+    texts = ["the <extra_id_129> sat <extra_id_99>", "<extra_id_130> walk<extra_id_100>ed", *ODD]
+    require_same(tokenizer, exported(tokenizer, tmp_path), texts)
+
+
 @settings(max_examples=200)
 @given(text=st.text().filter(lambda text: "\u2581" not in text and "\0" not in text))
 def test_any_text_has_the_same_ids_in_transformers(trained, exported_trained, text):

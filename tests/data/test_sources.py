@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from io import BytesIO
 from itertools import chain
 
 import pyarrow as pa
@@ -133,7 +134,7 @@ def test_bad_lines_are_counted_and_the_first_is_named(tmp_path, cache, caplog):
     path = write(tmp_path / "a.jsonl", lines)
     assert read(path, cache=cache) == ["good", "last"]
     assert (
-        "4 lines were left out: 1 not JSON, 1 not an object, 1 no key 'text', "
+        "4 lines were left out: 1 not JSON, 1 not a JSON object, 1 no key 'text', "
         f"1 'text' is not a string. First: {path}:2 (not JSON)"
     ) in caplog.text
 
@@ -295,3 +296,76 @@ def test_the_share_held_out_is_about_what_was_asked_for_and_never_changes():
     assert 60 < len(chosen) < 140
     assert chosen[:3] == [n for n in range(chosen[2] + 1) if is_validation(f"text {n}", 0.02)]
     assert set(chosen) <= {n for n in range(5000) if is_validation(f"text {n}", 0.05)}
+
+
+def test_zst_with_the_longest_window_is_read_and_a_torn_one_named(tmp_path, cache):
+    settings = zstandard.ZstdCompressionParameters.from_level(3, window_log=31, enable_ldm=True)
+    data = BytesIO()
+    with zstandard.ZstdCompressor(compression_params=settings).stream_writer(data) as file:
+        file.write(jsonl())
+        (tmp_path / "a.jsonl.zst").write_bytes(data.getvalue())
+        file.flush(zstandard.FLUSH_FRAME)
+        whole = data.getvalue()
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(whole)
+    assert zstandard.get_frame_parameters(whole).window_size == 1 << 31
+    assert read(path, cache=cache) == TEXTS
+    path.write_bytes(whole[:-3])
+    with pytest.raises(DataError, match="breaks off in the middle"):
+        read(path, cache=cache)
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view()])
+@pytest.mark.parametrize("is_category", [False, True])
+def test_every_kind_of_text_in_parquet_is_read(kind, is_category, tmp_path, cache):
+    texts = pa.array(TEXTS, kind)
+    if is_category and kind != pa.string_view():  # of which pyarrow writes no categories
+        texts = pa.DictionaryArray.from_arrays(pa.array(range(10), pa.int8()), texts)
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet", cache=cache) == TEXTS
+
+
+def test_lists_of_text_in_parquet_are_no_text_and_nulls_are_counted(tmp_path, cache, caplog):
+    pq.write_table(pa.table({"text": [["a"]], "more": [None]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"column 'text' holds list<.*>, not text"):
+        read(tmp_path / "a.parquet", cache=cache)
+    pq.write_table(pa.table({"text": ["a", None, "b", None]}), tmp_path / "b.parquet")
+    assert read(tmp_path / "b.parquet", cache=cache) == ["a", "b"]
+    assert "b.parquet: 2 records were left out: their 'text' is null" in caplog.text
+
+
+def test_two_columns_of_one_name_are_refused_in_parquet_and_left_out_of_jsonl(
+    tmp_path, cache, caplog
+):
+    pair = pa.Table.from_arrays([pa.array(["a"])] * 2, names=["text", "text"])
+    pq.write_table(pair, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="two columns of one name: text, text"):
+        read(tmp_path / "a.parquet", cache=cache)
+    path = write(tmp_path / "a.jsonl", b'{"text": "a", "text": "b"}\n{"text": "c"}\n')
+    assert read(path, cache=cache) == ["c"]
+    assert "1 an object with two keys 'text'" in caplog.text
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("second", "problem"),
+    [
+        (jsonl(key="title"), r"train-2.jsonl has no column 'text'. It has: title, n"),
+        (b"[" * 5000 + b"]" * 5000, r"train-2.jsonl:1 is not JSON: nested too deeply"),
+    ],
+)
+def test_the_file_of_a_dataset_s_folder_that_goes_wrong_is_named(
+    second, problem, streaming, tmp_path, cache, monkeypatch
+):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    write(tmp_path / "set" / "train-1.jsonl", jsonl())
+    write(tmp_path / "set" / "train-2.jsonl", second)
+    with pytest.raises(DataError, match=problem):
+        list(open_source(hub(tmp_path / "set", streaming=streaming), cache).documents())
+
+
+def test_records_of_a_dataset_that_are_no_text_are_counted(tmp_path, cache, caplog, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    write(tmp_path / "set" / "train.jsonl", b'{"text": "a"}\n{"text": null}\n{"text": "b"}\n')
+    assert list(open_source(hub(tmp_path / "set"), cache).documents()) == ["a", "b"]
+    assert "1 records were left out: their 'text' is not a string. First: record 2" in caplog.text

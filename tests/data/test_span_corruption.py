@@ -13,6 +13,7 @@ from switchworks.data.rows.span_corruption import (
     SpanCorruption,
     corrupt_rows,
     corrupted_lengths,
+    noise_counts,
     raw_length,
 )
 
@@ -213,3 +214,15 @@ def test_two_tokens_are_one_kept_and_one_hidden() -> None:
 def test_an_input_length_without_room_for_a_span_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"data.input_length = 2 is too short to corrupt"):
         raw_length(2, 0.15, 3.0)
+
+
+def test_counts_are_those_that_t5_computes_in_float32() -> None:
+    def t5(length: int, density: float, mean_span: float) -> tuple[int, int]:
+        noise = int(np.round(np.float32(length) * np.float32(density)))
+        noise = min(max(noise, 1), length - 1)
+        return noise, max(int(np.round(np.float32(noise) / np.float32(mean_span))), 1)
+
+    for density, mean_span in ((0.15, 3.0), (0.15, 2.2), (0.3, 1.7)):
+        for length in range(2, 2300):
+            assert noise_counts(length, density, mean_span) == t5(length, density, mean_span)
+    assert noise_counts(190, 0.15, 3.0)[0] == 29  # float64 has 28.5 and rounds it to 28

@@ -22,6 +22,7 @@ from switchworks.data.tokens.store import (
     token_digest,
 )
 from switchworks.data.tokens.tokenizer import ByteTokenizer, Tokenizer
+from switchworks.data.tokens.train import train_sentencepiece
 
 BYTES = ByteTokenizer()
 TEXTS = [f"document {n} " + "word " * (n % 7) for n in range(50)]
@@ -279,3 +280,11 @@ def test_a_full_disk_is_reported_with_the_folder(tmp_path):
     (tmp_path / "train" / "shard-00000-of-00001.part-0000.tokens.tmp").symlink_to("/dev/full")
     with pytest.raises(DataError, match=r"(?s)cannot be written: No space left.*data\.cache"):
         one(tmp_path, items())
+
+
+def test_space_marks_that_become_spaces_are_counted(tmp_path, caplog):
+    tokenizer = train_sentencepiece(["the cat sat on the mat\n" * 50], 512)
+    for kind, name in ((tokenizer, "pieces"), (ByteTokenizer(), "bytes")):
+        write_plan(tmp_path / name, kind, 1)
+        build_shard(tmp_path / name, [("a\u2581b\u2581c", False)], kind)
+    assert caplog.text.count("2 characters U+2581 of the text became spaces") == 1

@@ -4,19 +4,24 @@ import gzip
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import sentencepiece
 
 from switchworks.config import ConfigError, DataError
 from switchworks.data.config import DataConfig
+from switchworks.data.open import open_dataset
+from switchworks.data.sources.tables import TableFormat, read_tables
 from switchworks.data.tasks import TASKS, Hub, Places, find_tasks
 from switchworks.data.tasks.dataset import places_of
-from switchworks.data.tasks.sources import parse_slice, read_tables, tables_named
-from switchworks.data.tasks.store import Counts, examples_of
+from switchworks.data.tasks.sources import parse_slice, tables_named
+from switchworks.data.tasks.store import Counts, examples_of, open_task
 from switchworks.data.tasks.user_tasks import task_fingerprint
+from switchworks.data.tokens.tokenizer import load_tokenizer
 from switchworks.evaluate.tasks import build_eval_set
 
 ROWS = [
@@ -48,7 +53,8 @@ def test_a_local_copy_has_the_dataset_s_columns_in_any_format(kind, tmp_path):
     else:
         text = {"csv": CSV, "tsv": CSV.replace(",", "\t").replace("e\t o", "e, o"), "jsonl": lines}
         path.write_text(text[kind], encoding="utf-8")
-    examples = read(TASKS["glue_rte"], "train", Places(tmp_path, tmp_path))
+    places = Places(tmp_path, tmp_path, table=TableFormat(quoting="on"))
+    examples = read(TASKS["glue_rte"], "train", places)
     assert [(e.inputs, e.target) for e in examples] == [
         ('rte sentence1: Big news. sentence2: He said "no".', "not_entailment"),
         ("rte sentence1: Größe, ohne\nEnde sentence2: NA", "entailment"),
@@ -347,3 +353,196 @@ def test_a_python_file_of_twenty_lines_is_a_task_and_a_change_in_it_is_noticed(t
     write(path, MY_TASK.replace("title:", "headline:"))
     (changed,) = find_tasks([str(path)])
     assert task_fingerprint(changed, "train", places) != before
+
+
+def rows_of(path: Path, text: str | bytes, **table) -> list[tuple[str, ...]]:
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return [tuple(row.values()) for row in read_tables([path], TableFormat(**table))]
+
+
+def test_a_quote_in_a_tsv_is_a_character_and_swallows_no_row(tmp_path):
+    text = 'text\tlabel\n"Late again\tbad\nso they say"\tgood\nok\tgood\n'
+    expected = [('"Late again', "bad"), ('so they say"', "good"), ("ok", "good")]
+    assert rows_of(tmp_path / "a.tsv", text) == expected
+    assert len(rows_of(tmp_path / "a.tsv", text, quoting="on")) == 2
+
+
+def test_a_hundred_rows_of_a_tsv_stay_a_hundred(tmp_path):
+    opens, ends = '"so', 'so"'
+    rows = [f"{opens if i % 5 == 0 else ends if i % 5 == 2 else 'x'} {i}\t{i}" for i in range(100)]
+    assert len(rows_of(tmp_path / "a.tsv", "\n".join(["text\tn", *rows, ""]))) == 100
+
+
+def test_a_record_that_spans_lines_in_a_tsv_is_refused_with_the_flag(tmp_path):
+    text = 'text\tlabel\n"one\ntwo"\tgood\n'
+    with pytest.raises(DataError, match=r":2 has 1 values for 2(?s:.*)--data.task-quoting on"):
+        rows_of(tmp_path / "a.tsv", text)
+
+
+def test_rows_of_several_lines_are_reported_with_the_first(tmp_path, caplog):
+    text = 'text,label\nok,good\n"Late again,bad\nso they say",good\n'
+    assert len(rows_of(tmp_path / "a.csv", text)) == 2
+    assert "1 rows are several lines long, the first from line 3" in caplog.text
+    assert len(rows_of(tmp_path / "a.csv", text, quoting="off")) == 3
+
+
+def test_quotes_that_a_tsv_keeps_are_reported(tmp_path, caplog):
+    rows = rows_of(tmp_path / "a.tsv", 'text\tlabel\n"a"\tgood\n"\tbad\n')
+    assert rows == [('"a"', "good"), ('"', "bad")]
+    assert "quotes around cells of 1 rows" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "table"),
+    [
+        ("a.csv", "text;label\n1,5;good\n", {}),
+        ("a.csv", "text\tlabel\n1,5\tgood\n", {}),
+        ("a.csv", "text|label\n1,5|good\n", {}),
+        ("a.csv", "text^label\n1,5^good\n", {"delimiter": "^"}),
+        ("a.csv", '"text",label\n"1,5",good\n', {"delimiter": ";"}),
+        ("a.tsv", "text;label\n1,5;good\n", {"delimiter": ";"}),
+        ("a.csv", 'text,label\r"1,5",good\r', {}),
+        ("a.tsv", "text\tlabel\r1,5\tgood", {}),
+        ("a.tsv", "text\tlabel\r\n1,5\tgood\r\n", {}),
+        ("a.csv", 'text,label,,\n"1,5",good,,\n', {}),
+        ("a.csv", 'text,label\n"1,5",good,\n', {}),
+        ("a.tsv", "text\tlabel\t\n1,5\tgood\n", {}),
+        ("a.tsv", "\ufefftext\tlabel\n1,5\tgood\n", {}),
+        ("a.jsonl", '{"text": "1,5", "label": "good"}\r{"text": "1,5", "label": "good"}', {}),
+    ],
+)
+def test_columns_and_rows_are_told_apart_however_a_table_is_written(name, text, table, tmp_path):
+    assert set(rows_of(tmp_path / name, text, **table)) == {("1,5", "good")}
+
+
+def test_two_possible_delimiters_are_named_and_the_flag_decides(tmp_path):
+    text = "text, if any;label\nhi;good\n"
+    with pytest.raises(DataError, match=r"any of ',' ';'(?s:.*)--data.task-delimiter"):
+        rows_of(tmp_path / "a.csv", text)
+    assert rows_of(tmp_path / "a.csv", text, delimiter=";") == [("hi", "good")]
+
+
+@pytest.mark.parametrize("delimiter", ["", ";;", '"', "\n"])
+def test_a_delimiter_is_one_character(delimiter):
+    with pytest.raises(ConfigError, match="is not one character"):
+        DataConfig(task_delimiter=delimiter)
+
+
+def test_the_settings_of_tables_reach_the_reader(tmp_path):
+    config = DataConfig(task_delimiter="tab", task_quoting="off", task_skip_bad=True)
+    places = places_of(config)
+    assert places.table == TableFormat(delimiter="\t", quoting="off")
+    assert places.skip_bad
+
+
+def test_two_columns_of_one_name_are_refused_in_every_format(tmp_path):
+    pair = pa.Table.from_arrays([pa.array(["a"])] * 3, names=["text", "label", "label"])
+    pq.write_table(pair, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="two columns of one name: text, label, label"):
+        list(read_tables([tmp_path / "a.parquet"]))
+    with pytest.raises(DataError, match=r"a.jsonl:1 is an object with two keys 'label'"):
+        rows_of(tmp_path / "a.jsonl", '{"label": "a", "label": "b"}\n')
+
+
+def test_json_that_is_nested_too_deeply_is_refused_with_the_line(tmp_path):
+    with pytest.raises(DataError, match=r"a.jsonl:1 is not JSON: nested too deeply"):
+        rows_of(tmp_path / "a.jsonl", "[" * 100_000 + "]" * 100_000)
+
+
+BAD = ['{"text": ["Ann"]}', "NaN", "null", "[1]", "Infinity"]
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("column", ["q", "a"])
+def test_a_value_that_is_no_text_is_refused_with_the_record_or_counted(bad, column, tmp_path):
+    good = '{"q": "hi", "a": 1}\n'
+    row = '{"q": "hi", "a": "yo"}'.replace('"hi"' if column == "q" else '"yo"', bad)
+    file = write(tmp_path / "r.jsonl", good + f"{row}\n" + good)
+    (task,) = find_tasks([f"r={file}:q:a"])
+    places = Places(tmp_path, validation_share=1e-9)
+    with pytest.raises(DataError, match=r"\(record 2 of train\)(?s:.*)--data.task-skip-bad"):
+        read(task, "train", places)
+    counts = Counts()
+    left = list(examples_of(task, "train", replace(places, skip_bad=True), counts))
+    assert [(e.inputs, e.target) for e in left] == [("hi", "1")] * 2
+    assert counts.bad == 1
+    assert counts.first_bad.startswith("record 2 of train")
+
+
+def test_bytes_in_parquet_are_no_text(tmp_path):
+    pq.write_table(pa.table({"q": ["hi"], "a": [b"yo"]}), tmp_path / "r.parquet")
+    (task,) = find_tasks([f"r={tmp_path / 'r.parquet'}"])
+    with pytest.raises(DataError, match=r"targets = b'yo' is of the type bytes"):
+        read(task, "all", Places(tmp_path))
+
+
+def test_records_have_the_numbers_of_the_table_whatever_is_held_out(tmp_path):
+    rows = [json.dumps({"q": f"q{i}", "a": None if i == 90 else "a"}) for i in range(100)]
+    (task,) = find_tasks([f"r={write(tmp_path / 'r.jsonl', chr(10).join(rows))}:q:a"])
+    places = Places(tmp_path, validation_share=0.5)
+    messages = []
+    for split in ("train", "validation"):
+        try:
+            read(task, split, places)
+        except DataError as error:
+            messages.append(str(error))
+    (message,) = messages
+    assert "(record 91 of " in message
+
+
+def test_a_list_or_nan_in_a_benchmark_s_text_is_refused(tmp_path):
+    row = {"sentence1": "a", "sentence2": ["b"], "label": 1, "idx": 0}
+    write(tmp_path / "glue_rte" / "train.jsonl", json.dumps(row))
+    with pytest.raises(DataError, match=r"sentence2 = \['b'\] is of the type list"):
+        read(TASKS["glue_rte"], "train", Places(tmp_path, tmp_path))
+
+
+def test_categories_of_parquet_are_their_texts(tmp_path):
+    labels = pa.array(["good", "bad", "good"]).dictionary_encode()
+    pq.write_table(pa.table({"text": ["a", "b", "c"], "label": labels}), tmp_path / "a.parquet")
+    rows = list(read_tables([tmp_path / "a.parquet"]))
+    assert [row["label"] for row in rows] == ["good", "bad", "good"]
+
+
+def test_targets_that_do_not_come_back_from_their_ids_are_counted_and_shown(tmp_path, capsys):
+    rows = "q,a\n" + "".join(
+        f"q{i},{'x<extra_id_0>y' if i % 10 == 3 else 'x'}\n" for i in range(40)
+    )
+    file = write(tmp_path / "r.csv", rows)
+    config = DataConfig(tasks=(f"r={file}",), tokenizer="bytes", cache=str(tmp_path / "cache"))
+    config = replace(config, validation_share=0.3, tokenizer=str(t5_like(tmp_path)))
+    dataset = open_dataset(config, vocab_size=512)
+    summary = dataset.summary(dataset.training(batch_size=1, seed=0), 10)
+    assert "targets cannot be written with the tokenizer, so no answer equals them" in summary
+    assert "'x<extra_id_0>y', which comes back as 'x <extra_id_0>y'" in summary
+    counts = [store.counts.unwritable for store in dataset.parts["r"].stores.values()]
+    assert sum(counts) == 4
+
+
+def t5_like(folder: Path) -> Path:
+    """A tokenizer without bytes for what it has no piece for, as T5's."""
+    write(folder / "text.txt", "the cat sat on a mat and x y z\n" * 50)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text.txt"),
+        model_prefix=str(folder / "spiece"),
+        vocab_size=30,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    return folder / "spiece.model"
+
+
+def test_labels_with_the_same_ids_are_refused_by_name(tmp_path):
+    tokenizer = load_tokenizer(t5_like(tmp_path))
+    rows = "q,a\n" + "".join(f"q{i},{'猫犬'[i % 2]}\n" for i in range(10))
+    entry = f"r={write(tmp_path / 'r.csv', rows)}"
+    places = Places(tmp_path, validation_share=1e-9)
+    (task,) = find_tasks([entry], labels=("猫", "犬"))
+    with pytest.raises(DataError, match="gives its labels '猫' and '犬' the same ids"):
+        open_task(task, "train", places, tokenizer)
+    (task,) = find_tasks([entry])
+    assert open_task(task, "train", places, tokenizer).counts.unwritable == 10

@@ -3,6 +3,7 @@
 import io
 import pickle
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-from switchworks.config import DataError
+from switchworks.config import ConfigError, DataError
+from switchworks.data.config import DataConfig
 from switchworks.data.tokens.tokenizer import ByteTokenizer, SentencePieceTokenizer, load_tokenizer
-from switchworks.data.tokens.train import train_sentencepiece
+from switchworks.data.tokens.train import needed_sentinels, train_sentencepiece, trained_tokenizer
 
 SENTENCE = "the cat sat on a mat while rain fell over every quiet town and nobody walked home"
 WORDS = SENTENCE.split()
@@ -237,3 +239,36 @@ def test_a_vocabulary_without_room_for_pieces_is_refused():
 def test_no_text_is_refused():
     with pytest.raises(DataError, match=r"no text to train a tokenizer on"):
         train_sentencepiece(["", " \n "], 512)
+
+
+def test_bytes_that_are_no_utf_8_are_left_out_as_byt5_does():
+    ids = [3 + byte for byte in b"a\xff\xe9b"]
+    assert ByteTokenizer().decode(ids) == transformers.ByT5Tokenizer().decode(ids) == "ab"
+
+
+def test_a_tokenizer_trained_for_long_rows_has_a_sentinel_for_each_span(tmp_path):
+    config = DataConfig(input_length=4096, target_length=910, cache=str(tmp_path))
+    assert needed_sentinels(config) == 227
+    folder = trained_tokenizer(config, "text", TEXTS, 600)
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.num_sentinels == 227
+    assert tokenizer.sentinel(226) == tokenizer.size - 227
+    assert tokenizer.encode("a <extra_id_226>")[-1] == tokenizer.sentinel(226)
+    (plain,) = tokenizer.encode_batch(["<extra_id_226>"], sentinels=False)
+    assert plain.max() < tokenizer.sentinel(226)
+    for length, tasks in ((512, ()), (4096, ("glue_rte",))):
+        few = replace(config, input_length=length, tasks=tasks)
+        assert needed_sentinels(few) == 100
+
+
+def test_the_space_mark_in_a_text_becomes_a_space_and_bytes_keep_it(trained):
+    assert trained.decode(trained.encode("a\u2581b")) == "a b"
+    assert ByteTokenizer().decode(ByteTokenizer().encode("a\u2581b")) == "a\u2581b"
+
+
+def test_a_coverage_that_sentencepiece_refuses_is_refused_beforehand(tmp_path):
+    with pytest.raises(ConfigError, match=r"coverage = 0.97 is not a share between 0.98 and 1"):
+        DataConfig(character_coverage=0.97)
+    assert train_sentencepiece(TEXTS, 600, coverage=0.98).size
+    with pytest.raises(DataError):
+        train_sentencepiece(TEXTS, 600, coverage=0.97)

@@ -310,6 +310,12 @@ def test_labels_and_metrics_of_a_run_are_for_its_own_tables(run_dir, table):
     assert beside.task_labels == ()  # a run's benchmark is no reason to judge other tables by it
 
 
+def test_a_table_s_delimiter_quoting_and_bad_records_are_told_to_evaluate_too(run_dir, table):
+    told = {"delimiter": ";", "quoting": "off", "skip_bad": True}
+    data = named_tasks(run_dir, (f"numbers={table}",), None, **told)
+    assert (data.task_delimiter, data.task_quoting, data.task_skip_bad) == (";", "off", True)
+
+
 def test_a_run_s_table_and_another_are_not_judged_by_one_s_labels(run_dir, table):
     both = (f"colours={table}", f"numbers={table}")
     mixed = named_tasks(run_dir, both, None)

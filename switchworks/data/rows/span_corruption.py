@@ -43,7 +43,8 @@ class SpanCorruption:
                 f"{length} tokens with noise density {self.noise_density} and mean span "
                 f"{self.mean_span} make {spans} hidden spans;\n"
                 f"  the tokenizer has {len(self.sentinels)} sentinels. "
-                "Lower data.input_length or raise data.mean_span."
+                f"Lower data.input_length or raise data.mean_span; --data.tokenizer train makes "
+                f"a tokenizer with {spans} (at most 1000)."
             )
         return noise, spans
 
@@ -64,9 +65,11 @@ def noise_counts(length: int, noise_density: float, mean_span: float) -> tuple[i
             "one to keep and one to hide."
         )
     # T5's counts: rounded, at least one token hidden, at least one kept, at least one span. Both
-    # depend on the length alone, so all rows of one length have the same shape.
-    noise = min(max(round(length * noise_density), 1), length - 1)
-    spans = min(max(round(noise / mean_span), 1), length - noise)
+    # depend on the length alone, so all rows of one length have the same shape. T5 computes in
+    # float32, where 190 * 0.15 is above 28.5.
+    noise = round(np.float32(length) * np.float32(noise_density))
+    noise = min(max(noise, 1), length - 1)
+    spans = min(max(round(np.float32(noise) / np.float32(mean_span)), 1), length - noise)
     return noise, spans
 
 

@@ -1,6 +1,7 @@
 """The source `hub`: a dataset that `datasets.load_dataset` opens, on the Hub or in a folder."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any, ClassVar
 from switchworks.config import ConfigError, DataError
 from switchworks.data.cache import digest, file_stats
 from switchworks.data.sources.catalogs.languages import MC4, english_name, mc4_code, normalise
-from switchworks.data.sources.reading import check_column
+from switchworks.data.sources.reading import check_column, format_of, warn_once
+from switchworks.data.sources.tables import TABLE_FORMATS, read_tables
 from switchworks.data.sources.text_source import ALL, TextConfig, TextSource
 
 _C4_AND_MC4 = "allenai/c4"
@@ -72,8 +74,23 @@ class HubDataset(TextSource):
             rows = rows.shard(num_shards, shard, contiguous=False)
         else:
             rows = islice(rows, shard, None, num_shards)
-        texts = (row[self.config.column] for row in rows)
-        return (text for text in texts if isinstance(text, str) and text.strip())
+        return self._texts(rows)
+
+    def _texts(self, rows: Iterable[Any]) -> Iterator[str]:
+        """The texts of `rows` that are not empty; how many are no text is logged."""
+        column, others, first = self.config.column, 0, ""
+        with self._naming_errors():
+            for number, row in enumerate(rows, start=1):
+                text = row[column]
+                if not isinstance(text, str):
+                    others, first = others + 1, first or f"record {number}: {str(text)[:60]}"
+                elif text.strip():
+                    yield text
+        if others:
+            warn_once(
+                f"{self._label}: {others} records were left out: their {column!r} is not a string. "
+                f"First: {first}"
+            )
 
     def fingerprint(self) -> str:
         # A local folder is identified by its files; of the Hub only the name is known beforehand.
@@ -94,17 +111,40 @@ class HubDataset(TextSource):
 
         config, split = self.config, self.config.split
         name, subset, streaming = config.dataset or "", config.dataset_config, config.streaming
-        label = f"dataset {name!r}, config {subset!r}, split {split!r}"
-        try:
+        with self._naming_errors():
             rows = datasets.load_dataset(name, subset, split=split, streaming=streaming)
-        # Whatever the library raises (many kinds, by source), the user can only change the name.
-        except Exception as error:
-            raise DataError(
-                f"{label} cannot be opened: {error}\n  Check --data.dataset and "
-                "--data.dataset-config, or the entry of --data.mixture, and --data.split."
-            ) from error
-        check_column(config.column, rows.column_names or list(next(iter(rows), {})), label)
+            names = rows.column_names or list(next(iter(rows), {}))
+        check_column(config.column, names, self._label)
         return rows if streaming else rows.select_columns([config.column])
+
+    @property
+    def _label(self) -> str:
+        name, config, split = self.config.dataset, self.config.dataset_config, self.config.split
+        return f"dataset {name!r}, config {config!r}, split {split!r}"
+
+    @contextmanager
+    def _naming_errors(self) -> Iterator[None]:
+        """Raises DataError for whatever the library raises (many kinds, by source)."""
+        try:
+            yield
+        except Exception as error:
+            reason = str(error.__cause__ or error).partition("\n")[0]
+            raise DataError(
+                f"{self._label} cannot be opened or read: {reason}{self._odd_file()}\n"
+                "  Check --data.dataset and --data.dataset-config, or the entry of "
+                "--data.mixture, and --data.split."
+            ) from error
+
+    def _odd_file(self) -> str:
+        """The first file of a local folder that cannot be read, or lacks the column."""
+        files = sorted(Path(self.config.dataset or "").rglob("*"))
+        for path in (path for path in files if format_of(path, TABLE_FORMATS)):
+            try:
+                for row in read_tables([path]):
+                    check_column(self.config.column, list(row), str(path))
+            except DataError as error:
+                return f"\n  {error}"
+        return ""
 
 
 def _has_c4(dataset: str) -> bool:

@@ -3,6 +3,7 @@
 import codecs
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,11 +18,14 @@ BLOCK_BYTES = 1 << 16
 MAX_DOCUMENT_CHARACTERS = 1 << 16
 """A longer .txt file is cut into documents of at most this many characters."""
 
+MAX_ZSTD_WINDOW = 1 << 31
+"""Bytes that unpacking a .zst file may keep: what `zstd --long=31`, its longest, asks for."""
+
 FORMATS = (".txt", ".jsonl", ".parquet")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 """The suffixes of compressed files, and pyarrow's names of their formats."""
 
-_warn_once = cache(logging.getLogger(__name__).warning)
+warn_once = cache(logging.getLogger(__name__).warning)
 """Files may be read several times: to train a tokenizer, to be tokenised, and by every shard."""
 
 
@@ -49,17 +53,36 @@ def read_documents(path: Path, column: str) -> Iterator[str]:
 def _blocks(path: Path) -> Iterator[bytes]:
     """The decompressed bytes of `path`, in blocks. Raises DataError for a truncated file."""
     import pyarrow as pa
+    import zstandard
 
     try:
+        if path.suffix.lower() == ".zst":
+            yield from _zstd_blocks(path)
+            return
         with pa.input_stream(str(path), COMPRESSIONS.get(path.suffix.lower())) as file:
             yield from iter(lambda: file.read(BLOCK_BYTES), b"")
-    except OSError as error:
-        if error.errno is not None:
+    except (OSError, zstandard.ZstdError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
             raise DataError(f"{path} cannot be read: {error.strerror}.") from error
         problem = f"is damaged, or is not what its name says: {error}"
         if "Truncated" in str(error):
             problem = "breaks off in the middle"
         raise DataError(f"{path} {problem}.\n  Fetch or compress it again.") from error
+
+
+def _zstd_blocks(path: Path) -> Iterator[bytes]:
+    import zstandard
+
+    decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW)
+    frame = None
+    with path.open("rb") as file:
+        while data := file.read(BLOCK_BYTES // 16):  # so little that no block is huge unpacked
+            while data:
+                frame = frame or decompressor.decompressobj()
+                yield frame.decompress(data)
+                data, frame = frame.unused_data, None if frame.eof else frame
+    if frame is not None:
+        raise OSError("Truncated frame")
 
 
 def _characters(path: Path) -> Iterator[str]:
@@ -111,10 +134,13 @@ def _cut_point(text: str) -> int:
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """The lines of `path` without line ends. Raises DataError for what is not UTF-8 text."""
+    """The lines of `path` without line ends, which are CR in a file whose first is a lone CR, else
+    LF. Raises DataError for what is not UTF-8 text."""
     pieces: list[str] = []  # of the line so far; joined once per line, however long it is
+    end = None
     for block in _characters(path):
-        first, *rest = block.split("\n")
+        end = end or re.search(r"\n|\r(?!\n|\Z)", block)
+        first, *rest = block.split(end[0] if end else "\n")
         pieces.append(first)
         for line in rest:
             yield "".join(pieces)
@@ -144,39 +170,66 @@ def _from_jsonl(path: Path, column: str) -> Iterator[str]:
         )
     if bad:
         reasons = ", ".join(f"{count} {reason}" for reason, count in bad.items())
-        _warn_once(f"{bad.total()} lines were left out: {reasons}. First: {first}")
+        warn_once(f"{bad.total()} lines were left out: {reasons}. First: {first}")
 
 
 def _json_text(line: str, column: str, keys: set[str]) -> str:
     """The text in `line`. Raises ValueError with the reason if there is none; if the key is missing
     the first others are added to `keys`."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        raise ValueError("not JSON") from None
-    if not isinstance(row, dict):
-        raise ValueError("not an object")
+    row = parse_json(line)
     if column not in row:
         if len(keys) < 20:
             keys.update(row)
         raise ValueError(f"no key {column!r}")
     if not isinstance(row[column], str):
         raise ValueError(f"{column!r} is not a string")
-    # JSON can spell half a surrogate pair, which is no character and has no UTF-8.
-    return row[column].encode("utf-8", "replace").decode("utf-8")
+    return row[column]
+
+
+def parse_json(line: str) -> dict[str, Any]:
+    """The JSON object in `line`, with "?" for half of a surrogate pair (\\ud83d alone), in which
+    truncated posts end and which has no UTF-8. Raises ValueError with what `line` is instead."""
+    try:
+        row = json.loads(line, object_pairs_hook=_columns)
+    except KeyError as error:
+        raise ValueError(f"an object with two keys {error}") from None
+    except RecursionError:
+        raise ValueError("not JSON: nested too deeply") from None
+    except ValueError as error:
+        raise ValueError("not JSON") from error
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    if "\\ud" in line.lower():
+        return json.loads(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace"))
+    return row
+
+
+def _columns(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise KeyError(next(name for name in names if names.count(name) > 1))
+    return row
 
 
 def _from_parquet(path: Path, column: str) -> Iterator[str]:
+    import pyarrow as pa
+
     with open_parquet(path) as file:
         check_column(column, file.schema_arrow.names, str(path))
-        kind = str(file.schema_arrow.field(column).type)
-        if kind not in ("string", "large_string"):
+        kind = file.schema_arrow.field(column).type
+        values = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if str(values) not in ("string", "large_string", "string_view"):
             raise DataError(
                 f"{path}: column {column!r} holds {kind}, not text.\n"
                 "  Name a column of strings with --data.column."
             )
+        nulls = 0
         for batch in file.iter_batches(batch_size=256, columns=[column]):
+            nulls += batch.column(0).null_count
             yield from (value for value in batch.column(0).to_pylist() if value)
+    if nulls:
+        warn_once(f"{path}: {nulls} records were left out: their {column!r} is null")
 
 
 @contextmanager
@@ -189,11 +242,20 @@ def open_parquet(path: Path) -> Iterator[Any]:
     source = pa.BufferReader(b"".join(_blocks(path))) if is_compressed else path
     try:
         with pq.ParquetFile(source) as file:
+            two_of_one_name(path, file.schema_arrow.names)
             yield file
     except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"{path} cannot be read as Parquet: {error}\n  Fetch or write it again."
         ) from error
+
+
+def two_of_one_name(path: Path, names: list[str]) -> None:
+    """Raises DataError if a name occurs twice among the columns of `path`."""
+    if len(set(names)) < len(names):
+        raise DataError(
+            f"{path} has two columns of one name: {', '.join(names)}.\n  Rename or remove one."
+        )
 
 
 def check_column(column: str, names: list[str], label: str) -> None:

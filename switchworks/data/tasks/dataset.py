@@ -11,6 +11,7 @@ from switchworks.data.config import DataConfig, cache_folder
 from switchworks.data.dataset import TextDataset
 from switchworks.data.rows.mixture import Mixture
 from switchworks.data.rows.pipeline import RunRows
+from switchworks.data.sources.tables import TableFormat
 from switchworks.data.tasks import Places, Task, find_tasks
 from switchworks.data.tasks.rows import TaskRows, rows_of_tasks, task_mixture, task_rates
 from switchworks.data.tasks.store import TaskStore
@@ -35,8 +36,7 @@ class PreparedTask:
         parts = []
         for split, store in self.stores.items():
             part = f"{split} {len(store):,} examples of {store.num_tokens:,} tokens"
-            empty = store.counts.empty
-            parts.append(part + (f", {empty} without a target left out" if empty else ""))
+            parts.append(" ".join([part, *store.counts.notes()]))
         return "; ".join(parts)
 
 
@@ -97,12 +97,8 @@ class TaskDataset(TextDataset):
                 f"{self.rates[name]:>9.2%} {epochs[name]:>8.3g}  {rows.cut[0]:,}/{rows.cut[1]:,}"
             )
         for name, part in self.parts.items():
-            stores = part.stores.values()
-            if empty := sum(store.counts.empty for store in stores):
-                first = next(store.counts.first_empty for store in stores if store.counts.empty)
-                lines.append(
-                    f"{name}: {empty} examples without a target are left out, the first {first}."
-                )
+            for split, store in part.stores.items():
+                lines += [f"{name}, {split}: {note}" for note in store.counts.notes()]
         if any(rows.cut[1] for rows in tasks.values()):
             lines.append(
                 f"Targets longer than data.target_length = {self.config.target_length} lose their "
@@ -120,7 +116,11 @@ def places_of(config: DataConfig) -> Places:
             f"data.task_folder: {folder} is no folder.\n  Name the one with a folder for each "
             "task: --data.task-folder FOLDER (evaluate: --task-folder)."
         )
-    return Places(cache_folder(config), folder, config.validation_share)
+    delimiter = "\t" if config.task_delimiter == "tab" else config.task_delimiter
+    table = TableFormat(delimiter=delimiter, quoting=config.task_quoting)
+    return Places(
+        cache_folder(config), folder, config.validation_share, table, config.task_skip_bad
+    )
 
 
 def tasks_of(config: DataConfig) -> tuple[Task, ...]:

@@ -5,25 +5,17 @@ holds, for each split, one or more files named after it, such as validation_matc
 train-00000-of-00001.parquet.
 """
 
-import csv
-import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from switchworks.config import DataError
 from switchworks.data.cache import digest, file_stats
-from switchworks.data.sources.reading import format_of, open_parquet, read_lines
-
-Record = Mapping[str, Any]
-"""One row of a dataset: column name -> value."""
-
-TABLE_FORMATS = (".parquet", ".jsonl", ".csv", ".tsv")
-"""Table files that can be read, each also as .gz or .zst."""
+from switchworks.data.sources.reading import format_of
+from switchworks.data.sources.tables import TABLE_FORMATS, Record, TableFormat, read_tables
 
 SPLIT_NAMES = {"train": "train", "validation": "validation", "test": "test"}
 
@@ -39,6 +31,9 @@ class Places:
     """One folder per task, with files of the dataset's own columns."""
     validation_share: float = 0.02
     """The share to hold out of a source without a validation split."""
+    table: TableFormat = field(default_factory=TableFormat)
+    skip_bad: bool = False
+    """Leave out and count the records that cannot be read, in place of stopping at the first."""
 
 
 class Source(ABC):
@@ -51,7 +46,8 @@ class Source(ABC):
 
     @abstractmethod
     def records(self, split: str, places: Places) -> Iterator[Record]:
-        """The records of a split, in order. Raises DataError if they cannot be read."""
+        """The records of a split, in order; an empty one is left out, and counts in the numbers of
+        the others. Raises DataError if they cannot be read."""
 
     @abstractmethod
     def fingerprint(self, split: str, places: Places) -> str:
@@ -77,7 +73,7 @@ class Hub(Source):
     def records(self, split: str, places: Places) -> Iterator[Record]:
         base, start, stop = parse_slice(self.names[split])
         files = self._files(base, places)
-        records = read_tables(files) if files else self._download(base)
+        records = read_tables(files, places.table) if files else self._download(base)
         yield from islice(records, start, stop)
 
     def fingerprint(self, split: str, places: Places) -> str:
@@ -182,66 +178,3 @@ def _stem(path: Path) -> str:
     kind = format_of(path, TABLE_FORMATS)
     assert kind is not None
     return path.name[: path.name.lower().rindex(kind)]
-
-
-def read_tables(paths: Iterable[Path]) -> Iterator[Record]:
-    """The rows of table files, file after file. Raises DataError for what is not a table."""
-    for path in paths:
-        kind = format_of(path, TABLE_FORMATS)
-        if kind == ".parquet":
-            with open_parquet(path) as file:
-                for batch in file.iter_batches(batch_size=1024):
-                    yield from batch.to_pylist()
-        elif kind == ".jsonl":
-            yield from _jsonl(path)
-        elif kind is not None:
-            yield from _delimited(path, "\t" if kind == ".tsv" else ",")
-        else:
-            raise DataError(f"{path} is no table. Readable are {', '.join(TABLE_FORMATS)}.")
-
-
-def _jsonl(path: Path) -> Iterator[Record]:
-    for number, line in enumerate(read_lines(path), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}:{number} is not JSON: {error}.") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{path}:{number} is not a JSON object with the columns as keys.")
-        yield _without_surrogates(row) if "\\ud" in line.lower() else row
-
-
-def _without_surrogates(row: Record) -> Record:
-    """The row with "?" for half of a surrogate pair (\\ud83d alone), in which truncated posts
-    end and which has no UTF-8."""
-    return json.loads(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace"))
-
-
-def _delimited(path: Path, delimiter: str) -> Iterator[Record]:
-    """Rows of CSV or TSV with every value as the file's text: 3.40 stays 3.40 and NA stays NA."""
-    csv.field_size_limit(1 << 30)  # the default is shorter than some articles
-    # strict: a quote that is never closed would swallow the rest of the file.
-    reader = csv.reader(
-        (f"{line}\n" for line in read_lines(path)), delimiter=delimiter, strict=True
-    )
-    rows, read = filter(None, reader), 0
-    try:
-        names = [name.strip() for name in next(rows, [])]
-        if len(set(names)) < len(names):
-            raise DataError(f"{path} has two columns of one name: {', '.join(names)}.")
-        read = reader.line_num
-        for row in rows:
-            read = reader.line_num
-            if len(row) != len(names):
-                raise DataError(
-                    f"{path}:{read} has {len(row)} values for {len(names)} columns "
-                    f"({', '.join(names)}).\n  Quote values that hold a {delimiter!r}."
-                )
-            yield dict(zip(names, row, strict=True))
-    except csv.Error as error:
-        raise DataError(
-            f"{path}:{read + 1} is not a row of a table: {error}.\n"
-            "  A quote that opens a value has to be closed, and one inside is written twice."
-        ) from error

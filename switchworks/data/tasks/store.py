@@ -6,6 +6,7 @@ in full and without EOS, so that the lengths of rows do not matter. Letters: N e
 """
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ MAX_EMPTY_SHARE = 1e-3
 """A larger share of training examples without a target is an error: then a column is wrong. A few
 are left out and counted, and so are those of other splits: real datasets have them."""
 
-TASK_STORE_VERSION = 3
+TASK_STORE_VERSION = 4
 """Raised when the content of stores changes, so that no older one is opened."""
 
 BATCH_EXAMPLES = 4096
@@ -46,6 +47,25 @@ class Counts:
     """Examples left out because the target is empty or its label is withheld."""
     first_empty: str = ""
     """The record and input of the first of these."""
+    bad: int = 0
+    """Records left out because they cannot be read, as `Places.skip_bad` allows."""
+    first_bad: str = ""
+    unwritable: int = 0
+    """Examples with a target that the tokenizer does not give back from its ids."""
+    first_unwritable: str = ""
+
+    def notes(self) -> list[str]:
+        """A line on each kind that there is."""
+        kinds = (
+            (self.empty, "examples without a target are left out", self.first_empty),
+            (self.bad, "records that cannot be read are left out", self.first_bad),
+            (
+                self.unwritable,
+                "targets cannot be written with the tokenizer, so no answer equals them",
+                self.first_unwritable,
+            ),
+        )
+        return [f"{count} {kind}, the first {first}." for count, kind, first in kinds if count]
 
 
 class TaskStore:
@@ -106,9 +126,17 @@ def examples_of(
         )
     for number, record in enumerate(task.source.records(split, places), start=1):
         try:
-            examples = task.examples(record, split, judged=judged)
+            examples = task.examples(record, split, judged=judged) if record else []
         except DataError as error:
-            raise DataError(f"{error}\n  (record {number} of {split})") from error
+            if not places.skip_bad:
+                raise DataError(
+                    f"{error}\n  (record {number} of {split}) Mend it, or leave out and count all "
+                    "such records: --data.task-skip-bad (evaluate: --task-skip-bad)."
+                ) from error
+            counts.bad += 1
+            reason = str(error).partition("\n")[0].removesuffix(".")
+            counts.first_bad = counts.first_bad or f"record {number} of {split}: {reason}"
+            continue
         for example in examples:
             if example.target.strip() and (split == "test" or example.target != UNKNOWN):
                 counts.examples += 1
@@ -117,11 +145,14 @@ def examples_of(
                 counts.empty += 1
                 label = f"record {number} of {split}, with the input {example.inputs[:60]!r}"
                 counts.first_empty = counts.first_empty or label
+    if counts.bad:
+        logging.getLogger(__name__).warning("%s: %s", task.name, "\n".join(counts.notes()))
     if split == "train" and not judged:
         _check_empty(task, counts)
     if not counts.examples:
         raise DataError(
-            f"Task {task.name!r} has no examples in {split}, of {counts.empty} without a target.\n"
+            f"Task {task.name!r} has no examples in {split}, of {counts.empty} without a target "
+            f"and {counts.bad} that cannot be read.\n"
             "  Of a table that is one file, --data.validation-share says how much training holds "
             "out, by a hash of the inputs;\n"
             "  `switchworks evaluate --split all` measures all of it."
@@ -141,6 +172,7 @@ def _check_empty(task: Task, counts: Counts) -> None:
 def open_task(task: Task, split: str, places: Places, tokenizer: Tokenizer) -> TaskStore:
     """The store of a split, made in the cache if it is missing. Raises DataError for bad data."""
     key = digest(task_fingerprint(task, split, places), tokenizer.fingerprint, TASK_STORE_VERSION)
+    check_labels(task, tokenizer)
     folder = places.cache / f"task-{task.name}-{split}-{key[:16]}"
     if not folder.is_dir():
         counts = Counts()
@@ -156,6 +188,7 @@ def _build(folder: Path, examples: Iterator[Example], tokenizer: Tokenizer, coun
         with (temporary / "ids.bin").open("wb") as file:
             while batch := list(islice(examples, BATCH_EXAMPLES)):
                 parts = _tokens(batch, tokenizer)
+                _count_unwritable(batch, parts[1::2], tokenizer, counts)
                 ends.append(size + np.cumsum([len(part) for part in parts]).reshape(-1, 2))
                 size = int(ends[-1][-1, 1])
                 file.write(np.concatenate(parts).astype(dtype).tobytes())
@@ -181,3 +214,26 @@ def _tokens(batch: list[Example], tokenizer: Tokenizer) -> list[np.ndarray]:
     inputs = tokenizer.encode_batch([example.inputs for example in batch], threads=threads)
     targets = tokenizer.encode_batch([example.target for example in batch], threads=threads)
     return [part for pair in zip(inputs, targets, strict=True) for part in pair]
+
+
+def _count_unwritable(
+    batch: list[Example], targets: list[np.ndarray], tokenizer: Tokenizer, counts: Counts
+) -> None:
+    for example, ids in zip(batch, targets, strict=True):
+        if (text := tokenizer.decode(ids)) != example.target:
+            counts.unwritable += 1
+            first = f"{example.target[:60]!r}, which comes back as {text[:60]!r}"
+            counts.first_unwritable = counts.first_unwritable or first
+
+
+def check_labels(task: Task, tokenizer: Tokenizer) -> None:
+    """Raises DataError if two labels of `task` have the same ids."""
+    labels: dict[tuple[int, ...], str] = {}
+    for label, ids in zip(task.labels, tokenizer.encode_batch(task.labels), strict=True):
+        other = labels.setdefault(tuple(ids.tolist()), label)
+        if other != label:
+            raise DataError(
+                f"Task {task.name!r}: the tokenizer gives its labels {other!r} and {label!r} the "
+                f"same ids, {ids.tolist()}.\n  Name the labels in characters that it has pieces "
+                "for, or use another tokenizer: --data.tokenizer bytes can write any."
+            )

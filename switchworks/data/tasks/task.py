@@ -1,7 +1,8 @@
 """A task: how a record of a dataset becomes text, and by which metrics answers are judged."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 from switchworks.config import DataError
@@ -106,10 +107,15 @@ class _Row(dict[str, Any]):
 
 
 def text_in(record: Record, column: str) -> str:
-    """The text of a column. Raises TypeError for null, which must not become the word "None"."""
-    if record[column] is None:
+    """The text of a column. Raises TypeError for null, which must not become the word "None", and
+    for lists, dicts, bytes and NaN."""
+    value = record[column]
+    if value is None:
         raise TypeError(f"{column} is null")
-    return str(record[column])
+    is_text = isinstance(value, str) or not isinstance(value, Collection)
+    if not is_text or (isinstance(value, float) and not isfinite(value)):
+        raise TypeError(f"{column} = {str(value)[:80]} is of the type {type(value).__name__}")
+    return str(value)
 
 
 def texts(record: Record, column: str) -> tuple[str, ...]:
@@ -142,12 +148,10 @@ def label_of(record: Record, labels: tuple[str, ...], column: str = "label") -> 
     )
 
 
-def fields(name: str, record: Record, columns: Iterable[str]) -> str:
+def fields(name: str, record: Record, columns: Sequence[str]) -> str:
     """T5's general form: the task's name, then every column's name and text ("" for null)."""
-    values = ((column, record[column]) for column in columns)
-    return " ".join(
-        [name, *(f"{column}: {'' if value is None else value}" for column, value in values)]
-    )
+    values = ("" if record[column] is None else text_in(record, column) for column in columns)
+    return " ".join([name, *map("{}: {}".format, columns, values)])
 
 
 def classify(name: str, columns: tuple[str, ...], labels: tuple[str, ...]) -> ToText:

@@ -10,7 +10,7 @@ import re
 import runpy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 
 from switchworks.config import ConfigError, DataError
@@ -18,7 +18,7 @@ from switchworks.data.cache import digest, file_stats
 from switchworks.data.sources.reading import format_of
 from switchworks.data.sources.text_source import is_validation
 from switchworks.data.tasks import sources
-from switchworks.data.tasks.task import Example, Task
+from switchworks.data.tasks.task import Example, Task, text_in
 
 
 @dataclass(frozen=True)
@@ -43,51 +43,49 @@ class TableSource(sources.Source):
 
     def records(self, split: str, places: sources.Places) -> Iterator[sources.Record]:
         parted = self.path.is_file() and split != "all"
-        for record in sources.read_tables(self._files(split)):
-            source, target = self._column_names
+        source, target = self._column_names(places)
+        for record in sources.read_tables(self._files(split), places.table):
             if missing := [name for name in (source, target) if name not in record]:
                 raise DataError(
                     f"{self.path} has no column {missing[0]!r}. It has: {', '.join(record)}.\n"
-                    "  Name input and target: NAME=PATH:INPUT:TARGET."
+                    "  Name input and target: NAME=PATH:INPUT:TARGET; if columns are not told "
+                    "apart, set --data.task-delimiter."
                 )
-            inputs = _text(record[source])
-            if parted:
-                held_out = is_validation(inputs, places.validation_share)
-                if held_out != (split == "validation"):
-                    continue
-            yield {"inputs": inputs, "targets": _text(record[target])}
+            inputs = str(record[source]).strip()
+            held_out = parted and is_validation(inputs, places.validation_share)
+            if parted and held_out != (split == "validation"):
+                yield {}  # counts in the numbers of records, which are the table's
+            else:
+                yield {"inputs": record[source], "targets": record[target]}
 
     def fingerprint(self, split: str, places: sources.Places) -> str:
         stats = file_stats(self._files(split))
-        return digest(stats, self._column_names, split, places.validation_share)
+        return digest(stats, self._column_names(places), split, places.validation_share)
 
     def _files(self, split: str) -> list[Path]:
         return [self.path] if self.path.is_file() else sources.tables_named(self.path, split)
 
-    @cached_property
-    def _column_names(self) -> tuple[str, str]:
+    def _column_names(self, places: sources.Places) -> tuple[str, str]:
         """The columns for input and target. If they are not named, the first row of the first split
         decides: in JSONL every row may have another order."""
         if self.columns is not None:
             return self.columns
         files = self._files(self.splits[0])
-        names = list(next(iter(sources.read_tables(files)), {"inputs": "", "targets": ""}))
+        rows = sources.read_tables(files, places.table)
+        names = list(next(iter(rows), {"inputs": "", "targets": ""}))
         if len(names) != 2:
             raise DataError(
                 f"{self.path} has {len(names)} columns: {', '.join(names)}.\n  Say which are "
-                f"input and target, for example {self.path}:{names[0]}:{names[-1]}."
+                f"input and target, for example {self.path}:{names[0]}:{names[-1]}; if columns are "
+                "not told apart, set --data.task-delimiter."
             )
         return names[0], names[1]
 
 
-def _text(value: object) -> str:
-    """A cell as text without the space around it; "" for a missing one."""
-    return "" if value is None else str(value).strip()
-
-
 def pair(record: sources.Record) -> Example:
-    """A table's row as it stands."""
-    return Example(inputs=record["inputs"], target=record["targets"])
+    """A table's row as it stands, without the space around its cells."""
+    inputs, target = (text_in(record, column).strip() for column in ("inputs", "targets"))
+    return Example(inputs=inputs, target=target)
 
 
 def table_task(entry: str, *, metrics: tuple[str, ...], labels: tuple[str, ...]) -> Task:
@@ -137,7 +135,8 @@ def task_in_file(entry: str) -> Task:
 def task_fingerprint(task: Task, split: str, places: sources.Places) -> str:
     """Hexadecimal; changes when the examples of `task` may: by data, by code or by settings."""
     data = task.source.fingerprint(split, places)
-    return digest(task.name, split, data, task.code, _package_code(), task.labels)
+    reading = places.table, places.skip_bad
+    return digest(task.name, split, data, task.code, _package_code(), task.labels, reading)
 
 
 @cache

@@ -1,6 +1,7 @@
 """Documents to a token store: one shard at a time, part by part, resumable after a kill."""
 
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -13,7 +14,7 @@ import numpy as np
 from switchworks.config import DataError
 from switchworks.data.cache import atomic_write_json
 from switchworks.data.tokens import store
-from switchworks.data.tokens.tokenizer import Tokenizer
+from switchworks.data.tokens.tokenizer import SentencePieceTokenizer, Tokenizer
 
 PART_TOKENS = 1 << 26
 """A part is closed by the first batch of documents that takes it past this many tokens: 128 MiB,
@@ -129,6 +130,8 @@ def _fill_part(
             pairs = zip(encoded, batch, strict=True)
             ids = [tokens for tokens, (_, is_validation) in pairs if is_validation == index]
             writer.add(split, [tokens for tokens in ids if len(tokens)])
+        if isinstance(tokenizer, SentencePieceTokenizer):
+            writer.space_marks += sum(text.count("\u2581") for text in texts)
         writer.documents_read += len(batch)
         if progress is not None:
             progress.advance(sum(map(len, texts)), sum(map(len, encoded)))
@@ -157,7 +160,7 @@ class _PartWriter:
 
     def __init__(self, folder: Path, name: str, dtype: str) -> None:
         self.folder, self.name, self.dtype = folder, name, dtype
-        self.documents_read = 0
+        self.documents_read = self.space_marks = 0
         self._counts = {split: [0, 0] for split in store.SPLITS}  # tokens, documents
         self._files = {
             name: (folder / f"{name}.tmp").open("wb")
@@ -194,6 +197,11 @@ class _PartWriter:
         }
         part = store.ShardPart(shard, number, self.documents_read, last, segments, hashes, sizes)
         atomic_write_json(self.folder / f"{self.name}.json", asdict(part))
+        if self.space_marks:
+            logging.getLogger(__name__).warning(
+                "%d characters U+2581 of the text became spaces, for which SentencePiece has them",
+                self.space_marks,
+            )
 
     def close(self) -> None:
         """Remove what was not committed."""

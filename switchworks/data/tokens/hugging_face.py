@@ -35,7 +35,6 @@ _TEXT_ONLY = {"split_special_tokens": True}
 _UNREACHABLE = -1e6
 """Score of a piece that spells a special token or a byte: the library looks for those in text too,
 SentencePiece does not. Any other spelling scores higher."""
-_SENTINEL = r"extra_id_(?:0|[1-9][0-9]?)>"  # after its <
 
 
 class LibraryTokenizer(PieceTokenizer):
@@ -212,7 +211,9 @@ def _of_pieces(library: Any, tokenizer: SentencePieceTokenizer) -> Any:
     vocab += [(name, _UNREACHABLE) for _, name in sorted(_sentinel_names(tokenizer).items())]
     unigram = library.models.Unigram(vocab, UNK_ID, byte_fallback=spec.byte_fallback)
     result = library.Tokenizer(unigram)
-    result.normalizer = _normalizer(library, proto.normalizer_spec)
+    numbers = "|".join(map(str, reversed(range(tokenizer.num_sentinels))))
+    sentinel = f"extra_id_(?:{numbers})>"  # after its <
+    result.normalizer = _normalizer(library, proto.normalizer_spec, sentinel)
     # The penalty of a character without a piece is beyond _UNREACHABLE. Where such are in the names
     # of special tokens or bytes, each stands apart, so that they spell no name (without bytes each
     # run, since that is one unknown token).
@@ -221,11 +222,11 @@ def _of_pieces(library: Any, tokenizer: SentencePieceTokenizer) -> Any:
         unknown = f"[^{''.join(map(re.escape, sorted(known)))}]{'' if spec.byte_fallback else '+'}"
         apart = library.pre_tokenizers.Split(library.Regex(unknown), "isolated")
         result.pre_tokenizer = apart
-    result.decoder = _decoder(library)
+    result.decoder = _decoder(library, sentinel)
     return result
 
 
-def _normalizer(library: Any, spec: Any) -> Any:
+def _normalizer(library: Any, spec: Any, sentinel: str) -> Any:
     """Spaces as U+2581 with one in front, and one, its own, in front of every sentinel."""
     steps, replace, regex = [], library.normalizers.Replace, library.Regex
     if spec.precompiled_charsmap:
@@ -234,19 +235,19 @@ def _normalizer(library: Any, spec: Any) -> Any:
         steps += [replace(regex(r"\A +| +\z"), ""), replace(regex(" {2,}"), " ")]
     if spec.add_dummy_prefix:
         steps.append(library.normalizers.Prepend("\u2581"))
-    sentinel = regex(rf"(\A\u2581(?=\u2581))?\u2581?<(?={_SENTINEL})")
-    steps += [replace(" ", "\u2581"), replace(sentinel, "\u2581<")]
+    before = regex(rf"(\A\u2581(?=\u2581))?\u2581?<(?={sentinel})")
+    steps += [replace(" ", "\u2581"), replace(before, "\u2581<")]
     return library.normalizers.Sequence(steps)
 
 
-def _decoder(library: Any) -> Any:
+def _decoder(library: Any, sentinel: str) -> Any:
     decoders, regex = library.decoders, library.Regex
     steps = [
-        decoders.Replace(regex(rf"\A\u2581(?=<{_SENTINEL}\z)"), ""),
+        decoders.Replace(regex(rf"\A\u2581(?=<{sentinel}\z)"), ""),
         decoders.Replace("\u2581", " "),
         decoders.ByteFallback(),
         decoders.Fuse(),
-        decoders.Replace(regex(rf"(?<=\S)<(?={_SENTINEL})"), " <"),
+        decoders.Replace(regex(rf"(?<=\S)<(?={sentinel})"), " <"),
         decoders.Strip(" ", 1, 0),
     ]
     return decoders.Sequence(steps)

@@ -25,6 +25,9 @@ MODEL_FILE = "spiece.model"
 SETTINGS_FILE = "tokenizer.json"
 _BYTES = '{"kind": "bytes"}\n'  # its content for a `ByteTokenizer`
 
+MAX_SENTINELS = 1000
+"""The most that a tokenizer can have."""
+
 _SENTINEL = re.compile(r"<extra_id_(0|[1-9][0-9]{0,2})>")
 
 
@@ -139,7 +142,7 @@ class ByteTokenizer(Tokenizer):
                 text.append(token - 3)
             elif token in self.sentinels:
                 text += b"<extra_id_%d>" % self.sentinels.index(token)
-        return text.decode("utf-8", "replace")
+        return text.decode("utf-8", "ignore")  # as ByT5's
 
     def piece(self, token: int) -> str:
         return bytes([token - 3]).decode("ascii", "replace") if 3 <= token < 259 else ""
@@ -179,7 +182,9 @@ class PieceTokenizer(Tokenizer):
 
 class SentencePieceTokenizer(PieceTokenizer):
     """A SentencePiece model with 100 sentinels above its pieces. `model` is the file's content.
-    T5's file does not hold the sentinels; in mT5's they are the last 100 pieces."""
+    T5's file does not hold the sentinels; in mT5's they are the last 100 pieces, and where more are
+    needed those of a file trained here are the last of it, too. The text's own U+2581, which
+    SentencePiece puts in place of spaces, becomes a space."""
 
     def __init__(self, model: bytes, *, source: str = MODEL_FILE) -> None:
         self.model = model
@@ -187,8 +192,9 @@ class SentencePieceTokenizer(PieceTokenizer):
         _check_layout(self._exact, source)
         self._pieces = self._exact.get_piece_size()
         self._plain = model
-        if _holds_sentinels(self._exact, source):
-            self._pieces -= self.num_sentinels
+        if held := _held_sentinels(self._exact, source):
+            self.num_sentinels = held
+            self._pieces -= held
             self._plain = _without_sentinels(model, self._pieces)
             self._exact = _processor(self._plain, source)
         self._raw_piece, self._decode_run = self._exact.id_to_piece, self._exact.decode
@@ -315,21 +321,33 @@ def _check_layout(processor: sentencepiece.SentencePieceProcessor, source: str) 
         )
 
 
-def _holds_sentinels(processor: sentencepiece.SentencePieceProcessor, source: str) -> bool:
-    """Whether the last 100 pieces are the sentinels, the first of them at the end. Raises DataError
-    if there are sentinels in other places."""
-    total, count = processor.get_piece_size(), SentencePieceTokenizer.num_sentinels
+def _held_sentinels(processor: sentencepiece.SentencePieceProcessor, source: str) -> int:
+    """How many sentinels the last pieces are, the first of them at the end. Raises DataError if
+    they are fewer than 100 or in other places."""
+    total, least = processor.get_piece_size(), SentencePieceTokenizer.num_sentinels
     for space in ("\u2581", ""):  # mT5's have a space mark
-        ids = [processor.piece_to_id(f"{space}<extra_id_{index}>") for index in range(count)]
-        if ids == [total - 1 - index for index in range(count)]:
-            return True
-        if set(ids) != {UNK_ID}:
+        ids = [
+            processor.piece_to_id(f"{space}<extra_id_{index}>") for index in range(MAX_SENTINELS)
+        ]
+        held = next((n for n, id in enumerate(ids) if id != total - 1 - n), MAX_SENTINELS)
+        if held >= least and set(ids[held:]) <= {UNK_ID}:
+            return held
+        if set(ids[:least]) != {UNK_ID}:
             raise DataError(
                 f"{source} already holds <extra_id_0> or another sentinel as a piece, and not "
-                "all 100 at its end as in mT5.\n"
+                f"all {least} at its end as in mT5.\n"
                 "  Use a T5 or mT5 spiece.model, or --data.tokenizer train."
             )
-    return False
+    return 0
+
+
+def with_sentinels(model: bytes, count: int) -> bytes:
+    """`model` with `count` sentinels as its last pieces."""
+    proto = ModelProto.FromString(model)
+    for index in reversed(range(count)):
+        kind = ModelProto.SentencePiece.USER_DEFINED
+        proto.pieces.add(piece=f"<extra_id_{index}>", score=0.0, type=kind)
+    return proto.SerializeToString()
 
 
 def _without_sentinels(model: bytes, first: int) -> bytes:

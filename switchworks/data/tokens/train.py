@@ -14,8 +14,14 @@ from jaxtyping import Float
 from switchworks.config import DataError
 from switchworks.data.cache import digest, file_lock
 from switchworks.data.config import DataConfig, cache_folder
+from switchworks.data.rows.span_corruption import noise_counts, raw_length
 from switchworks.data.sources.text_source import TextSource
-from switchworks.data.tokens.tokenizer import SentencePieceTokenizer, Tokenizer
+from switchworks.data.tokens.tokenizer import (
+    MAX_SENTINELS,
+    SentencePieceTokenizer,
+    Tokenizer,
+    with_sentinels,
+)
 
 SAMPLED_FILES = 32
 """A tokenizer is trained on the beginnings of this many files, spread evenly over the source."""
@@ -26,19 +32,31 @@ def trained_tokenizer(
 ) -> str:
     """The folder of a tokenizer of `vocab_size` ids, trained if the cache has none. `fingerprint`
     identifies the text of `documents`, which is read only for training."""
-    coverage = config.character_coverage
-    key = digest(fingerprint, vocab_size, coverage)
+    coverage, sentinels = config.character_coverage, needed_sentinels(config)
+    more = () if sentinels == Tokenizer.num_sentinels else (sentinels,)
+    key = digest(fingerprint, vocab_size, coverage, *more)
     folder = cache_folder(config) / f"tokenizer-{key[:16]}"
     if folder.is_dir():
         return str(folder)
     with file_lock(folder):
         if not folder.is_dir():  # another process may have made it meanwhile
             print(f"training a tokenizer of {vocab_size} ids", flush=True)
-            tokenizer = train_sentencepiece(documents, vocab_size, coverage=coverage)
+            tokenizer = train_sentencepiece(
+                documents, vocab_size, coverage=coverage, sentinels=sentinels
+            )
             temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
             tokenizer.save(temporary)
             temporary.replace(folder)
     return str(folder)
+
+
+def needed_sentinels(config: DataConfig) -> int:
+    """100, or as many as a row has spans to hide, up to MAX_SENTINELS."""
+    if config.objective != "span_corruption" or config.tasks:
+        return Tokenizer.num_sentinels
+    noise = config.noise_density, config.mean_span
+    spans = noise_counts(raw_length(config.input_length, *noise), *noise)[1]
+    return min(max(Tokenizer.num_sentinels, spans), MAX_SENTINELS)
 
 
 def sample_order(source: TextSource) -> Iterator[str]:
@@ -75,6 +93,7 @@ def train_sentencepiece(
     *,
     sample_bytes: int = 12_000_000,
     coverage: float = 0.9999,
+    sentinels: int = Tokenizer.num_sentinels,
 ) -> SentencePieceTokenizer:
     """A unigram model of `vocab_size` ids, sentinels included, trained on `documents`.
 
@@ -84,11 +103,12 @@ def train_sentencepiece(
     `coverage` is the share of the text's characters that get pieces, the most frequent ones.
     A text too small for so many pieces gives fewer. Raises DataError if there is no text.
     """
-    pieces = vocab_size - Tokenizer.num_sentinels
+    pieces = vocab_size - sentinels
     if pieces < 3 + 256 + 32:
         raise DataError(
-            f"A vocabulary of {vocab_size} is too small: 100 sentinels, 256 bytes and 3 special "
-            "ids leave no room for pieces.\n  Use 512 or more, or --data.tokenizer bytes."
+            f"A vocabulary of {vocab_size} is too small: {sentinels} sentinels, 256 bytes and 3 "
+            f"special ids leave no room for pieces.\n  Use {sentinels + 412} or more, or "
+            "--data.tokenizer bytes."
         )
     lines = list(_training_lines(documents, sample_bytes))
     if not lines:
@@ -102,7 +122,10 @@ def train_sentencepiece(
             "  Give more text, a larger vocabulary or, where characters are many, a lower "
             "--data.character-coverage; or use --data.tokenizer bytes."
         ) from error
-    return SentencePieceTokenizer(model.getvalue())
+    trained, least = model.getvalue(), Tokenizer.num_sentinels
+    return SentencePieceTokenizer(
+        with_sentinels(trained, sentinels) if sentinels > least else trained
+    )
 
 
 def _train(lines: list[str], model: io.BytesIO, pieces: int, coverage: float) -> None:
