@@ -110,7 +110,8 @@ def check_literals(config: Any, section: str) -> None:
     """Raises ConfigError for the first setting that is none of the words its type lists."""
     for name, choices in _choices(type(config)).items():
         value = getattr(config, name)
-        for word in value if isinstance(value, tuple) else (value,):
+        words: tuple[Any, ...] = value if isinstance(value, tuple) else (value,)
+        for word in words:
             # Other types than words may be allowed, too: whether a value has one is not asked here.
             if (isinstance(word, str) or not choices.others) and word not in choices.words:
                 listed = ", ".join(map(repr, choices.words))
@@ -128,7 +129,7 @@ class Choices(NamedTuple):
 def _choices(kind: type) -> dict[str, Choices]:
     """Each setting of `kind` whose type has a Literal: `Literal[...]`, a tuple of them, or a union
     with one."""
-    choices = {}
+    choices: dict[str, Choices] = {}
     for name, hint in typing.get_type_hints(kind).items():
         inner = typing.get_args(hint)[:1] if typing.get_origin(hint) is tuple else (hint,)
         members = [part for each in inner for part in _members(each)]

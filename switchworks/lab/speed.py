@@ -28,6 +28,7 @@ def tokens_per_second(runs: Mapping[str, Path]) -> dict[str, float]:
 
 def _open(run: Path) -> tuple[TrainState, list[Batch]]:
     experiment = settings_in(run)
+    assert experiment is not None  # the run is finished
     model, _ = checkpoint.load(run)
     dataset = open_dataset(experiment.data, vocab_size=experiment.model.vocab_size)
     rows = dataset.training(batch_size=experiment.batch_size, seed=experiment.seed)

@@ -5,7 +5,8 @@ Two documents are near copies if they share about half of those runs, or more.
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from itertools import chain
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     from datasketch import MinHash, MinHashLSH
@@ -31,7 +32,8 @@ def copied(held_out: Iterable[str], documents: Iterable[str]) -> set[bytes]:
     for document in held_out:
         if (key := key_of(document)) not in index:
             index.insert(key, _sketch(document))
-    return {key for document in documents for key in index.query(_sketch(document))}
+    keys = (index.query(_sketch(document)) for document in documents)
+    return set(chain.from_iterable(cast("Iterable[list[bytes]]", keys)))
 
 
 def key_of(document: str) -> bytes:
