@@ -108,11 +108,11 @@ def check_rate(config: Any, section: str, *names: str) -> None:
 
 def check_literals(config: Any, section: str) -> None:
     """Raises ConfigError for the first setting that is none of the words its type lists."""
-    for name, choices in _choices(type(config)).items():
+    for name, choices in _choices(config.__class__).items():
         value = getattr(config, name)
-        words: tuple[Any, ...] = value if isinstance(value, tuple) else (value,)
-        for word in words:
-            # Other types than words may be allowed, too: whether a value has one is not asked here.
+        several = isinstance(value, tuple)
+        for word in typing.cast("tuple[Any, ...]", value) if several else (value,):
+            # Where a type allows numbers or None as well, those are checked elsewhere.
             if (isinstance(word, str) or not choices.others) and word not in choices.words:
                 listed = ", ".join(map(repr, choices.words))
                 raise ConfigError(f"{section}{name} = {word!r} is not known.\n  Use {listed}.")

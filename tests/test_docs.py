@@ -40,8 +40,8 @@ def test_every_test_that_a_page_names_exists(page):
     assert not missing
 
 
-@pytest.mark.parametrize("page", ["paper.md", "statements.md"])
-def test_the_two_pages_about_the_paper_name_tests(page):
+@pytest.mark.parametrize("page", ["paper.md", "statements.md", "interop.md"])
+def test_pages_of_facts_name_tests(page):
     assert len(named_in(ROOT / "docs" / page)) > 20
 
 
