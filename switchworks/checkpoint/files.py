@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from switchworks.config import CheckpointError
+from switchworks.locks import only_writer
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
@@ -40,8 +41,15 @@ def whole_directory(
     fails nothing has changed and nothing is left over. `needs`: about how many bytes will be
     written. `otherwise`: what the user still has then, for the error message. `more`, read when
     the block ends, is added to the manifest. Raises CheckpointError for a full disk, any other
-    failure to write, or a `path` with foreign files.
+    failure to write, or a `path` with foreign files, and ConfigError if another process writes it.
     """
+    with only_writer(path):
+        yield from _written_whole(path, needs, otherwise, {} if more is None else more)
+
+
+def _written_whole(
+    path: Path, needs: int, otherwise: str, more: Mapping[str, Any]
+) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}{PARTIAL}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +61,7 @@ def whole_directory(
         yield partial
         # The order is the guarantee: files, then their hashes, then the manifest, then the
         # directories' entries reach the disk, and only after them the name that readers look for.
-        _seal(partial, more or {})
+        _seal(partial, more)
         _move_into_place(partial, path)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)

@@ -14,6 +14,7 @@ from switchworks.config import ConfigError, to_dict
 from switchworks.data import TextDataset, Tokenizer, open_dataset
 from switchworks.device import compute_device
 from switchworks.fast import skip_losses, use_fast_kernels
+from switchworks.locks import only_writer
 from switchworks.model import SwitchTransformer
 from switchworks.training import machine
 from switchworks.training.experiment import Experiment
@@ -128,14 +129,14 @@ def precompute_teacher(
     experiment = resolve_vocabulary(experiment, teacher.vocab_size)
     teacher.require_same_ids(dataset.tokenizer, experiment.model.vocab_size)
     info = store_info(experiment, dataset.tokenizer, top_k, dtype, teacher.weights)
-    writer = distil.LogitWriter(folder, info)
     batches = dataset.training(batch_size=experiment.batch_size, seed=experiment.seed)
     model, device = teacher.model, compute_device()
     cast_for_compute(model, getattr(torch, experiment.precision))
     model.to(device).eval()
     if kernels_of(experiment, device) == "fast":
         use_fast_kernels(model, device)
-    _write(writer, model, batches.batch, experiment)
+    with only_writer(folder):
+        _write(distil.LogitWriter(folder, info), model, batches.batch, experiment)
     return summary(distil.LogitStore(folder))
 
 

@@ -3,11 +3,13 @@
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, redirect_stdout
+from contextlib import ExitStack, closing, contextmanager, redirect_stdout
 from pathlib import Path
 
 from switchworks import data, report
-from switchworks.parallel import connect_ranks, torchrun, watching
+from switchworks.config import ConfigError
+from switchworks.locks import only_writer
+from switchworks.parallel import Ranks, connect_ranks, torchrun, watching
 from switchworks.training import machine
 from switchworks.training.assemble import Run, assemble, make_hooks, num_trainable, open_recorder
 from switchworks.training.experiment import Experiment
@@ -43,6 +45,8 @@ def train(
     starts from the weights of another model. `hooks` run on every rank after the standard ones, in
     this order; `loggers` get all metrics on the main rank, beside those of `experiment.log`.
 
+    Raises ConfigError if another process trains in `run_dir`.
+
     On a mesh every process that torchrun started calls this with the same arguments; the main rank
     prints and writes metrics. After SIGINT or SIGTERM the state is saved and `Interrupted` raised.
     """
@@ -54,7 +58,11 @@ def train(
     if torchrun.attempt() > 0:  # a restart goes on in the directory that this launch trained in
         resume = resume or data.run_metadata(run_dir).get("launch") == torchrun.run_id()
     experiment = resolve_tokenizer(experiment, init)
-    with connect_ranks(experiment.mesh, torchrun.world()) as ranks, _silent_unless(ranks.is_main):
+    with (
+        connect_ranks(experiment.mesh, torchrun.world()) as ranks,
+        _silent_unless(ranks.is_main),
+        _only_run_in(run_dir, ranks),
+    ):
         check_mesh(experiment)
         run = assemble(experiment, run_dir, resume=resume, init=init, ranks=ranks)
         interrupted = _train(run, hooks, loggers)
@@ -81,6 +89,23 @@ def _train(run: Run, hooks: Sequence[Hook], loggers: Sequence[Logger]) -> Interr
     if run.ranks.is_main:
         report.write_report([run.directory])
     return None
+
+
+@contextmanager
+def _only_run_in(run_dir: Path, ranks: Ranks) -> Iterator[None]:
+    """Inside, no other run trains in `run_dir`: the main rank holds its lock, and all raise if it
+    cannot."""
+    with ExitStack() as stack:
+        failure = None
+        if ranks.is_main:
+            try:
+                stack.enter_context(only_writer(run_dir))
+            except ConfigError as error:
+                failure = error
+        for error in ranks.all_gather(failure):
+            if error is not None:
+                raise error
+        yield
 
 
 @contextmanager

@@ -274,7 +274,8 @@ def test_a_student_of_all_stored_ids_learns_what_one_beside_its_teacher_does(
 def test_a_student_of_few_stored_ids_ends_close_to_it_and_of_more_closer(
     student, student_run, tmp_path
 ):
-    gaps = []
+    gaps, distances = [], []
+    whole = weights_of(student_run)
     for top_k in (24, 48):
         store = str(tmp_path / f"store_{top_k}")
         few = replace(student, distil=replace(student.distil, store=store))
@@ -285,8 +286,12 @@ def test_a_student_of_few_stored_ids_ends_close_to_it_and_of_more_closer(
             for p in (run_dir / "metrics.jsonl", student_run / "metrics.jsonl")
         ]
         gaps.append(abs(losses[0] - losses[1]))
-    assert gaps[1] < 0.02  # of 384 ids; the loss is 3.68
-    assert gaps[1] < gaps[0] < 0.04
+        few_weights = weights_of(run_dir)
+        squares = ((few_weights[name] - whole[name]).square().sum() for name in whole)
+        distances.append(float(sum(squares)) ** 0.5)
+    assert gaps[0] < 0.04  # of 384 ids; the loss is 3.68
+    assert gaps[1] < 0.02
+    assert distances[1] < distances[0]  # of all weights together
 
 
 def test_a_student_from_a_store_resumes_bitwise(student, student_run, tmp_path):
