@@ -61,7 +61,7 @@ def from_hf_config(
     cannot be expressed.
     """
     names = list(names)
-    kind = values.get("model_type")
+    kind = str(values.get("model_type"))
     _refuse_other_kinds(kind, names)
     _refuse_other_ids(values)
     sparse = kind == "switch_transformers"
@@ -119,7 +119,7 @@ def _get(values: Mapping[str, Any], name: str) -> Any:
     return values.get(name, _HF_DEFAULTS.get(name))
 
 
-def _refuse_other_kinds(kind: Any, names: list[str]) -> None:
+def _refuse_other_kinds(kind: str, names: list[str]) -> None:
     if kind not in ("t5", "mt5", "switch_transformers"):
         reason = ": its layers have a relative bias each" if kind == "umt5" else ""
         raise CheckpointError(
