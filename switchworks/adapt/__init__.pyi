@@ -1,6 +1,7 @@
 from .config import LoraConfig as LoraConfig
 from .files import merge_directory as merge_directory
 from .files import save_adapters as save_adapters
+from .files import save_peft as save_peft
 from .freeze import freeze_parameters as freeze_parameters
 from .lora import Shares as Shares
 from .lora import Table as Table

@@ -3,16 +3,18 @@
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import get_args
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from switchworks import checkpoint
+from switchworks.adapt import peft
 from switchworks.adapt.config import LoraConfig
 from switchworks.adapt.freeze import select
 from switchworks.adapt.lora import MARK, adapt, merged
-from switchworks.config import CheckpointError, from_toml, to_toml
+from switchworks.config import CheckpointError, ConfigError, from_toml, to_toml
 from switchworks.model import SwitchTransformer
 
 TENSORS, SETTINGS, BASE = "adapters.safetensors", "lora.toml", "base.json"
@@ -40,15 +42,55 @@ def save_adapters(
 def merge_adapters(model: SwitchTransformer, directory: Path) -> SwitchTransformer:
     """`model` in float32 with the adapters of `directory` merged in.
 
-    `directory` is a run, or its adapters/. Raises CheckpointError if it holds no adapters, or those
-    of another model.
+    `directory` is a run, its adapters/, or what PEFT wrote, see `merge_peft`. Raises
+    CheckpointError if it holds no adapters, or those of another model.
     """
+    if (directory / peft.SETTINGS).is_file():
+        return peft.merge_peft(model, directory)
+    config, weights = _read(model, directory)
+    with torch.device("meta"):
+        bare = SwitchTransformer(model.config)
+    base = {name: p.detach().float() for name, p in model.named_parameters()}
+    result = merged(base | weights, config)
+    checkpoint.materialise(bare, lambda name, _: result[name])
+    return bare.eval()
+
+
+def save_peft(
+    model: SwitchTransformer,
+    adapters: Path | str,
+    directory: Path | str,
+    base: peft.Base = "transformers",
+) -> None:
+    """Write the adapters of a run, trained on `model`, in the format of PEFT.
+
+    `base` "transformers" is for `model` as `save_hf` writes it, "switchworks" for `model` itself.
+    Raises CheckpointError for adapters of another model, and for weights trained in full.
+    """
+    if base not in get_args(peft.Base):
+        raise ConfigError(f'base = {base!r} is not known.\n  Use "transformers" or "switchworks".')
+    config, weights = _read(model, Path(adapters))
+    if config.also_train:
+        raise CheckpointError(
+            f"lora.also_train = {' '.join(config.also_train)} cannot be written for PEFT, which "
+            "keeps whole weights by other rules.\n  Merge: switchworks convert --merge-lora."
+        )
+    pairs = {
+        name.removesuffix(".a").replace(MARK, "."): (a, weights[f"{name[:-2]}.b"])
+        for name, a in weights.items()
+        if name.endswith(".a")
+    }
+    peft.write_peft(Path(directory), model, pairs, config, base)
+
+
+def _read(model: SwitchTransformer, directory: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """The adapters of `model` in a run, and what else was trained, by name."""
     directory = _place(directory)
     checkpoint.verify(directory, allow_foreign=True)
     config = from_toml(LoraConfig, directory / SETTINGS)
     stored = checkpoint.open_safetensors([directory / TENSORS])
     with torch.device("meta"):
-        bare, adapted = SwitchTransformer(model.config), SwitchTransformer(model.config)
+        adapted = SwitchTransformer(model.config)
     also = select(adapted, config.also_train, "lora.also_train")
     adapt(adapted, config)
     checkpoint.require_match(
@@ -68,9 +110,7 @@ def merge_adapters(model: SwitchTransformer, directory: Path) -> SwitchTransform
             f"The adapters in {directory} were trained on other weights than this model's.\n"
             "  Merge them into the very model that --init named."
         )
-    weights = merged(base | {name: stored.read(name) for name in stored.shapes}, config)
-    checkpoint.materialise(bare, lambda name, _: weights[name])
-    return bare.eval()
+    return config, {name: stored.read(name) for name in stored.shapes}
 
 
 def merge_directory(source: Path, destination: Path, adapters: Path) -> str:

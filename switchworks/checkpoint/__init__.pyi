@@ -7,6 +7,7 @@ from .files import write_json as write_json
 from .hugging_face.config import to_hf_config as to_hf_config
 from .hugging_face.weights import load_hf as load_hf
 from .hugging_face.weights import save_hf as save_hf
+from .hugging_face.weights import to_hf as to_hf
 from .hugging_face.weights import to_hf_state as to_hf_state
 from .model_files import convert_checkpoint as convert_checkpoint
 from .model_files import fits as fits

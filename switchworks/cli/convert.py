@@ -49,8 +49,8 @@ class ConvertFlags:
     group: int = 32
     """Of int4: weights along the inputs of a channel that share a scale."""
     merge_lora: Path | None = None
-    """A run with adapters, or their directory: merged into the source, which must be the model they
-    were trained on. The result is in this format."""
+    """A run with adapters, their directory or PEFT's: merged into the source, which must be the
+    model they were trained on. The result is in this format."""
     overwrite: bool = False
     """Replace a model that is in the destination."""
 

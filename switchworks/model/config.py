@@ -5,7 +5,7 @@ A `ModelConfig` describes a model completely; `SwitchTransformer(config)` needs 
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from switchworks.config import (
     ConfigError,
@@ -16,6 +16,7 @@ from switchworks.config import (
 )
 from switchworks.model.strategies import STRATEGIES, Strategy
 
+Activation = Literal["relu", "gelu", "silu"]
 MIN_TEMPERATURE = 1e-4
 """Below it sampling is greedy, and scores divided by the temperature may overflow float32."""
 
@@ -207,8 +208,8 @@ class ModelConfig:
     num_decoder_layers: int | None = None
     decoder_only: bool = False
     """No encoder and no cross-attention: a causal language model of `num_layers` blocks."""
-    activation: Literal["relu", "gelu"] = "relu"
-    """gelu is its tanh form, as in T5 1.1."""
+    activation: Activation = "relu"
+    """gelu is its tanh form, as in T5 1.1; silu, gated, is UL2's."""
     gated: bool = False
     """Multiply the activation by a second projection (GEGLU with gelu: T5 1.1)."""
     tied_head: bool = True
@@ -322,8 +323,8 @@ class Sampling:
 
 def check_activation(name: str) -> None:
     """Raises ConfigError unless `name` is an activation that experts and dense FFNs have."""
-    if name not in ("relu", "gelu"):
+    if name not in get_args(Activation):
         raise ConfigError(
             f"activation = {name!r} is not known.\n"
-            '  Use "relu" (T5 1.0) or "gelu" in its tanh form (T5 1.1).'
+            '  Use "relu" (T5 1.0), "gelu" in its tanh form (T5 1.1) or "silu" (UL2).'
         )

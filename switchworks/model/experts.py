@@ -103,8 +103,7 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         check_activation(activation)
-        self.activation = activation
-        self.dropout = dropout
+        self.activation, self.dropout = activation, dropout
         self.num_experts, self.d_out = experts, d_out or d_model
         self.w_in = nn.Parameter(torch.empty(experts, d_model, d_ff))
         self.w_gate = nn.Parameter(torch.empty(experts, d_model, d_ff)) if gated else None

@@ -107,11 +107,13 @@ class Embedding(nn.Embedding):
         return self.look_up(self.weight, ids)
 
 
+ACTIVATIONS = {"relu": F.relu, "gelu": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu}
+
+
 def activate(hidden: Tensor, gate: Tensor | None, activation: str) -> Tensor:
     """The non-linearity of an FFN or expert; with `gate`, the activated gate times `hidden`."""
-    driver = hidden if gate is None else gate
-    active = F.relu(driver) if activation == "relu" else F.gelu(driver, approximate="tanh")
-    return active if gate is None else active * hidden
+    function = ACTIVATIONS[activation]
+    return function(hidden) if gate is None else function(gate) * hidden
 
 
 class FFN(nn.Module):

@@ -305,7 +305,7 @@ def test_every_tensor_is_accounted_for():
     ("change", "complaint"),
     [
         ({"model_type": "bart"}, "model_type = 'bart' cannot be read"),
-        ({"feed_forward_proj": "gated-silu"}, "feed_forward_proj = 'gated-silu'"),
+        ({"feed_forward_proj": "gated-mish"}, "feed_forward_proj = 'gated-mish'"),
         ({"feed_forward_proj": "gelu"}, "feed_forward_proj = 'gelu'"),
         ({"pad_token_id": 3}, "pad_token_id = 3"),
         ({"vocab_size": 12}, r"shared.weight is \[11, 4\] and should be \[12, 4\]"),

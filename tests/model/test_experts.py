@@ -10,6 +10,7 @@ KINDS = [
     {"activation": "relu", "gated": False},
     {"activation": "gelu", "gated": False},
     {"activation": "gelu", "gated": True},
+    {"activation": "silu", "gated": True},
 ]
 
 

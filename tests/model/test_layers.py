@@ -64,6 +64,11 @@ def test_gelu_is_the_tanh_form():
     torch.testing.assert_close(activate(x, None, "gelu"), expected)
 
 
+def test_silu_is_x_times_its_sigmoid():
+    x = torch.linspace(-4, 4, 50, dtype=torch.float64)
+    torch.testing.assert_close(activate(x, None, "silu"), x / (1 + torch.exp(-x)))
+
+
 def test_the_gate_is_what_is_activated():
     hidden, gate = torch.tensor([-3.0, 5.0]), torch.tensor([2.0, -2.0])
     assert activate(hidden, gate, "relu").tolist() == [-6.0, 0.0]

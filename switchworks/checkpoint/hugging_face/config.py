@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from switchworks.config import CheckpointError, ConfigError
-from switchworks.model import ModelConfig, RoutingConfig
+from switchworks.model import Activation, ModelConfig, RoutingConfig
 
 _SAME = ("vocab_size", "d_model", "d_ff", "d_kv", "num_heads", "num_layers", "num_decoder_layers")
 _NAMES = {name: name for name in _SAME} | {
@@ -33,14 +33,16 @@ _HF_DEFAULTS: dict[str, Any] = {
     "expert_capacity": 64,
 }
 """Defaults of transformers for what an older config.json lacks."""
-_ACTIVATIONS: dict[str, tuple[Literal["relu", "gelu"], bool]] = {
+_ACTIVATIONS: dict[str, tuple[Activation, bool]] = {
     "relu": ("relu", False),
     "gelu_new": ("gelu", False),
     "gelu_pytorch_tanh": ("gelu", False),
+    "silu": ("silu", False),
     "gated-relu": ("relu", True),
     "gated-gelu": ("gelu", True),
     "gated-gelu_new": ("gelu", True),
     "gated-gelu_pytorch_tanh": ("gelu", True),
+    "gated-silu": ("silu", True),
 }
 """transformers' name -> (activation, gated). Its plain "gelu" is the exact form: not supported."""
 _UNLIMITED = 2**31 - 1
@@ -59,12 +61,8 @@ def from_hf_config(
     cannot be expressed.
     """
     names = list(names)
-    kind = values.get("model_type")
-    if kind not in ("t5", "mt5", "switch_transformers"):
-        raise CheckpointError(
-            f"model_type = {kind!r} cannot be read.\n"
-            "  Models of type t5, mt5 and switch_transformers can."
-        )
+    kind = str(values.get("model_type"))
+    _refuse_other_kinds(kind, names)
     _refuse_other_ids(values)
     sparse = kind == "switch_transformers"
     activation, gated = _activation(values, "gated-gelu" if kind == "mt5" else "relu", sparse)
@@ -121,6 +119,21 @@ def _get(values: Mapping[str, Any], name: str) -> Any:
     return values.get(name, _HF_DEFAULTS.get(name))
 
 
+def _refuse_other_kinds(kind: str, names: list[str]) -> None:
+    if kind not in ("t5", "mt5", "switch_transformers"):
+        reason = ": its layers have a relative bias each" if kind == "umt5" else ""
+        raise CheckpointError(
+            f"model_type = {kind!r} cannot be read{reason}.\n"
+            "  Models of type t5, mt5 and switch_transformers can."
+        )
+    if {name.partition(".")[0] for name in names} == {"shared", "encoder"}:
+        raise CheckpointError(
+            "The checkpoint is an encoder alone (such as T5EncoderModel), and every model here has "
+            "a decoder.\n  Load the whole model it came from and call encode(inputs), which gives "
+            "the same states."
+        )
+
+
 def _refuse_other_ids(values: Mapping[str, Any]) -> None:
     for name, ours in (("pad_token_id", 0), ("decoder_start_token_id", 0), ("eos_token_id", 1)):
         if values.get(name) not in (None, ours, [ours]):
@@ -130,9 +143,7 @@ def _refuse_other_ids(values: Mapping[str, Any]) -> None:
             )
 
 
-def _activation(
-    values: Mapping[str, Any], default: str, sparse: bool
-) -> tuple[Literal["relu", "gelu"], bool]:
+def _activation(values: Mapping[str, Any], default: str, sparse: bool) -> tuple[Activation, bool]:
     """The activation, and whether the configuration mentions a gate. Switch models have
     dense_act_fn; older ones, and all with gates, also feed_forward_proj."""
     key = "feed_forward_proj"
