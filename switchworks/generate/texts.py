@@ -5,9 +5,10 @@ then the text of its hole, as in its training targets.
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from itertools import takewhile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -15,7 +16,14 @@ from switchworks.checkpoint import load, require_tokenizer
 from switchworks.config import ConfigError
 from switchworks.data import Tokenizer
 from switchworks.device import compute_device
-from switchworks.generate.batches import GenerationConfig, generate_all
+from switchworks.generate.batches import (
+    GenerationConfig,
+    generate_all,
+    generate_candidates,
+    pad,
+    stream,
+)
+from switchworks.generate.constraints import continuation
 from switchworks.model import EOS, SwitchTransformer
 from switchworks.quantise import quantise
 
@@ -28,6 +36,15 @@ def load_with_tokenizer(
     """The model in `path` on the compute device. Raises CheckpointError without a tokenizer."""
     model, tokenizer = load(path, compute_device(), dtype)
     return model, require_tokenizer(path, tokenizer)
+
+
+class CandidateText(NamedTuple):
+    """One completion of a text, how likely it is (`Scored`), and its tokens with theirs."""
+
+    text: str
+    score: float
+    tokens: list[str]
+    log_probs: list[float]
 
 
 def complete(
@@ -45,11 +62,67 @@ def complete(
     as it is stored. With `int8` the weights are quantised to 8 bits first. Raises CheckpointError
     if the model has no tokenizer, ConfigError if there is no text.
     """
+    return write_texts(*_load(path, int8, dtype), texts, config)
+
+
+def complete_candidates(
+    path: Path,
+    texts: Sequence[str],
+    config: GenerationConfig,
+    count: int,
+    *,
+    int8: bool = False,
+    dtype: torch.dtype | None = None,
+) -> list[list[CandidateText]]:
+    """`count` completions of each text as `complete` has them, the likeliest first."""
+    model, tokenizer = _load(path, int8, dtype)
+    prompts = _prompts(model, tokenizer, texts)
+    ids = [prompt.ids for prompt in prompts]
+    written = generate_candidates(model, ids, config, count, tokenizer=tokenizer)
+    return [
+        [
+            CandidateText(prompt.show(each.tokens), each.score, pieces, each.log_probs)
+            for each in candidates
+            for pieces in [[tokenizer.piece(id_) for id_ in each.tokens]]
+        ]
+        for prompt, candidates in zip(prompts, written, strict=True)
+    ]
+
+
+def stream_text(
+    path: Path,
+    text: str,
+    config: GenerationConfig,
+    *,
+    int8: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Iterator[str]:
+    """What the model in `path` writes for `text`, piece by piece as it is written, without beams:
+    a decoder-only model's continuation, or else the holes' names and their fills."""
+    model, tokenizer = _load(path, int8, dtype)
+    (prompt,) = _prompts(model, tokenizer, [text])
+    inputs = pad([prompt.ids]).to(model.embedding.weight.device)
+    before = prompt.ids if model.config.decoder_only else []
+    steps = stream(
+        model,
+        inputs,
+        max_length=config.max_length,
+        sampling=config.sampling,
+        constraints=config.constraints(tokenizer),
+    )
+    ids, shown, whole = list[int](), 0, ""
+    for token in steps:
+        ids.append(int(token))
+        whole = continuation(tokenizer, before, ids)
+        ready = len(whole.rstrip("\ufffd"))  # half a character waits for its rest
+        yield whole[shown:ready]
+        shown = max(shown, ready)
+    yield whole[shown:]
+
+
+def _load(path: Path, int8: bool, dtype: torch.dtype | None) -> tuple[SwitchTransformer, Tokenizer]:
     model, tokenizer = load_with_tokenizer(path, dtype)
-    if int8:
-        model = quantise(model)
-    write = continue_texts if model.config.decoder_only else fill_texts
-    return write(model, tokenizer, texts, config)
+    return (quantise(model) if int8 else model), tokenizer
 
 
 def complete_file(
@@ -82,18 +155,52 @@ def complete_file(
     return results
 
 
-def fill_texts(
+class _Prompt(NamedTuple):
+    ids: list[int]
+    show: Callable[[Sequence[int]], str]
+    """The whole text, given the tokens that were written."""
+
+
+def write_texts(
     model: SwitchTransformer, tokenizer: Tokenizer, texts: Sequence[str], config: GenerationConfig
 ) -> list[str]:
-    """`texts` with every hole <extra_id_N> filled in square brackets; see `complete`."""
+    """`texts` with every hole filled, or continued; see `complete`."""
+    prompts = _prompts(model, tokenizer, texts)
+    ids = [prompt.ids for prompt in prompts]
+    written = generate_all(model, ids, config, tokenizer=tokenizer)
+    return [prompt.show(tokens) for prompt, tokens in zip(prompts, written, strict=True)]
+
+
+def _prompts(model: SwitchTransformer, tokenizer: Tokenizer, texts: Sequence[str]) -> list[_Prompt]:
+    if model.config.decoder_only:
+        return _to_continue(tokenizer, texts)
+    return _to_fill(tokenizer, texts)
+
+
+def _to_fill(tokenizer: Tokenizer, texts: Sequence[str]) -> list[_Prompt]:
     if not all(text.strip() for text in texts):
         raise ConfigError('There is no text to fill in. Example: "The <extra_id_0> of the list."')
     texts = [text if HOLE.search(text) else f"{text.rstrip()} <extra_id_0>" for text in texts]
-    written = generate_all(model, [[*tokenizer.encode(text), EOS] for text in texts], config)
-    return [
-        fill(text, parse_fills(tokenizer.decode(ids)))
-        for text, ids in zip(texts, written, strict=True)
-    ]
+
+    def show(text: str, ids: Sequence[int]) -> str:
+        return fill(text, parse_fills(tokenizer.decode(ids)))
+
+    return [_Prompt([*tokenizer.encode(text), EOS], partial(show, text)) for text in texts]
+
+
+def _to_continue(tokenizer: Tokenizer, texts: Sequence[str]) -> list[_Prompt]:
+    """An empty text starts a new one."""
+    if any(HOLE.search(text) for text in texts):
+        raise ConfigError(
+            "This model is decoder-only: it continues a text and cannot fill holes inside it.\n"
+            "  Give the text up to the first <extra_id_N>."
+        )
+
+    def show(text: str, prompt: list[int], ids: Sequence[int]) -> str:
+        return text + continuation(tokenizer, prompt, ids)
+
+    pairs = [(text, tokenizer.encode(text)) for text in map(str.rstrip, texts)]
+    return [_Prompt(prompt, partial(show, text, prompt)) for text, prompt in pairs]
 
 
 def parse_fills(text: str) -> dict[int, str]:
@@ -114,30 +221,3 @@ def fill(text: str, fills: Mapping[int, str]) -> str:
         return f"[{fills[number]}]" if number in fills else hole[0]
 
     return HOLE.sub(replacement, text)
-
-
-def continue_texts(
-    model: SwitchTransformer, tokenizer: Tokenizer, texts: Sequence[str], config: GenerationConfig
-) -> list[str]:
-    """Each text and its continuation by a decoder-only model. An empty one starts a new text."""
-    if any(HOLE.search(text) for text in texts):
-        raise ConfigError(
-            "This model is decoder-only: it continues a text and cannot fill holes inside it.\n"
-            "  Give the text up to the first <extra_id_N>."
-        )
-    texts = [text.rstrip() for text in texts]
-    prompts = [tokenizer.encode(text) for text in texts]
-    written = generate_all(model, prompts, config)
-    return [
-        text + continuation(tokenizer, prompt, ids)
-        for text, prompt, ids in zip(texts, prompts, written, strict=True)
-    ]
-
-
-def continuation(tokenizer: Tokenizer, prompt: Sequence[int], written: Sequence[int]) -> str:
-    """The text that `written` adds to the text of `prompt`, the space between them included.
-    Decoded together, because alone the first token of `written` would lose its space and half a
-    character would not be one."""
-    before, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *written])
-    same = takewhile(lambda pair: pair[0] == pair[1], zip(before, whole, strict=False))
-    return whole[sum(1 for _ in same) :]
