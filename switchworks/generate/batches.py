@@ -7,7 +7,7 @@ Letters: B sequences, L input or prompt length, T tokens written.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, TypeVar
 
@@ -155,7 +155,7 @@ def stream(
     compiled: CompiledDecoder | None = None,
     ranks: Ranks = SINGLE,
     generator: torch.Generator | None = None,
-) -> Iterator[Int[Tensor, "BN"]]:
+) -> Generator[Int[Tensor, "BN"], None, None]:
     """The columns of `generate` without beams, each as soon as it is written. Until the iterator
     ends or is closed, the model decodes and should do nothing else."""
     sampling = sampling or Sampling()
