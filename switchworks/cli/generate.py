@@ -11,10 +11,11 @@ from switchworks.cli import parsing
 from switchworks.config import ConfigError
 from switchworks.generate import (
     GenerationConfig,
-    complete,
-    complete_candidates,
     complete_file,
+    load_with_tokenizer,
     stream_text,
+    write_candidates,
+    write_texts,
 )
 
 
@@ -78,15 +79,15 @@ def run(words: list[str]) -> int:
 
 
 def _write_one(flags: GenerateFlags, text: str, weights: dict[str, Any]) -> None:
+    model = load_with_tokenizer(flags.path, **weights)
     if flags.stream:
-        for piece in stream_text(flags.path, text, flags.config, **weights):
+        for piece in stream_text(*model, text, flags.config):
             print(piece, end="", flush=True)
         print()
     elif flags.candidates == 1 and flags.json is None:
-        print(*complete(flags.path, [text], flags.config, **weights))
+        print(*write_texts(*model, [text], flags.config))
     else:
-        count, settings = flags.candidates, flags.config
-        (answers,) = complete_candidates(flags.path, [text], settings, count, **weights)
+        (answers,) = write_candidates(*model, [text], flags.config, flags.candidates)
         print(*(f"{answer.score:8.3f}  {answer.text}" for answer in answers), sep="\n")
         if flags.json is not None:
             figures = {"text": text, "candidates": [answer._asdict() for answer in answers]}

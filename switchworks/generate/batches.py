@@ -1,7 +1,7 @@
 """Tokens for many inputs, in batches of similar length, so that little of them is padding.
 
 `generate` writes one batch, with everything that makes decoding faster or better: kernels, a
-compiled step, beams, ranks. The loop itself is `switchworks.model.decode`.
+compiled step, beams, ranks. The loop itself is `switchworks.model.decode_steps`.
 
 Letters: B sequences, L input or prompt length, T tokens written.
 """

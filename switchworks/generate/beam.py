@@ -19,7 +19,7 @@ from torch import Tensor
 
 from switchworks.config import ConfigError, check_literals
 from switchworks.fast import CompiledDecoder
-from switchworks.generate.constraints import Rules
+from switchworks.generate.constraints import BoundConstraints
 from switchworks.model import EOS, PAD, DecoderCache, KeyValues, SwitchTransformer, first_logits
 
 NEVER = -1e9
@@ -76,7 +76,7 @@ def search(
     max_length: int,
     config: BeamSearch,
     compiled: CompiledDecoder | None = None,
-    rules: Rules | None = None,
+    rules: BoundConstraints | None = None,
     candidates: int = 1,
 ) -> tuple[Int[Tensor, "BC T"], Float[Tensor, "BC"]]:
     """The best C `candidates` for each of `inputs`, ended by EOS and padded with id 0, and their
@@ -114,7 +114,7 @@ def search(
 
 
 def _extend(
-    open_: _Hypotheses, logits: Float[Tensor, "BN V"], written: int, rules: Rules | None
+    open_: _Hypotheses, logits: Float[Tensor, "BN V"], written: int, rules: BoundConstraints | None
 ) -> tuple[_Hypotheses, Int[Tensor, "B C"]]:
     """The 2 N likeliest extensions by a token, and the beams they extend. 2 N, because N of them
     may end with this token and N have to stay open."""

@@ -101,7 +101,7 @@ class Constraints(Limits):
 
 
 @dataclass(frozen=True)
-class Rules:
+class BoundConstraints:
     """Constraints on what follows `start`, the tokens before the first that is written. Each row of
     it may have several of texts, its beams, one after another."""
 
@@ -133,15 +133,15 @@ def bind(
     model: SwitchTransformer,
     inputs: Int[Tensor, "B L"],
     max_length: int,
-) -> Rules | None:
+) -> BoundConstraints | None:
     """The constraints after `inputs`; None if there are none. Raises ConfigError as `check`."""
     if constraints is None or constraints == Constraints():
         return None
     constraints.check(model.config.vocab_size, max_length)
     if not model.config.decoder_only:
-        return Rules(constraints, torch.zeros_like(inputs[:, :1]))
+        return BoundConstraints(constraints, torch.zeros_like(inputs[:, :1]))
     prompts = align_right(inputs)
-    return Rules(constraints, prompts.masked_fill((prompts != 0).cumsum(dim=1) == 0, -1))
+    return BoundConstraints(constraints, prompts.masked_fill((prompts != 0).cumsum(dim=1) == 0, -1))
 
 
 def _penalised(

@@ -17,6 +17,7 @@ from switchworks.config import ConfigError
 from switchworks.data import Tokenizer
 from switchworks.device import compute_device
 from switchworks.generate.batches import (
+    Candidate,
     GenerationConfig,
     generate_all,
     generate_candidates,
@@ -31,11 +32,15 @@ HOLE = re.compile(r"<extra_id_(\d+)>")
 
 
 def load_with_tokenizer(
-    path: Path, dtype: torch.dtype | None = None
+    path: Path, dtype: torch.dtype | None = None, *, int8: bool = False
 ) -> tuple[SwitchTransformer, Tokenizer]:
-    """The model in `path` on the compute device. Raises CheckpointError without a tokenizer."""
+    """The model in `path` on the compute device. Raises CheckpointError without a tokenizer.
+
+    `dtype` is what the model computes in, None: as it is stored. With `int8` the weights are
+    quantised to 8 bits.
+    """
     model, tokenizer = load(path, compute_device(), dtype)
-    return model, require_tokenizer(path, tokenizer)
+    return (quantise(model) if int8 else model), require_tokenizer(path, tokenizer)
 
 
 class CandidateText(NamedTuple):
@@ -58,71 +63,10 @@ def complete(
     """`texts` with their holes filled by the model in `path`, fills in square brackets.
 
     A text without a hole gets one at its end, so it is continued. A decoder-only model only
-    continues, and its text follows without brackets. `dtype` is what the model computes in, None:
-    as it is stored. With `int8` the weights are quantised to 8 bits first. Raises CheckpointError
-    if the model has no tokenizer, ConfigError if there is no text.
+    continues, and its text follows without brackets. Raises CheckpointError if the model has no
+    tokenizer, ConfigError if there is no text.
     """
-    return write_texts(*_load(path, int8, dtype), texts, config)
-
-
-def complete_candidates(
-    path: Path,
-    texts: Sequence[str],
-    config: GenerationConfig,
-    count: int,
-    *,
-    int8: bool = False,
-    dtype: torch.dtype | None = None,
-) -> list[list[CandidateText]]:
-    """`count` completions of each text as `complete` has them, the likeliest first."""
-    model, tokenizer = _load(path, int8, dtype)
-    prompts = _prompts(model, tokenizer, texts)
-    ids = [prompt.ids for prompt in prompts]
-    written = generate_candidates(model, ids, config, count, tokenizer=tokenizer)
-    return [
-        [
-            CandidateText(prompt.show(each.tokens), each.score, pieces, each.log_probs)
-            for each in candidates
-            for pieces in [[tokenizer.piece(id_) for id_ in each.tokens]]
-        ]
-        for prompt, candidates in zip(prompts, written, strict=True)
-    ]
-
-
-def stream_text(
-    path: Path,
-    text: str,
-    config: GenerationConfig,
-    *,
-    int8: bool = False,
-    dtype: torch.dtype | None = None,
-) -> Iterator[str]:
-    """What the model in `path` writes for `text`, piece by piece as it is written, without beams:
-    a decoder-only model's continuation, or else the holes' names and their fills."""
-    model, tokenizer = _load(path, int8, dtype)
-    (prompt,) = _prompts(model, tokenizer, [text])
-    inputs = pad([prompt.ids]).to(model.embedding.weight.device)
-    before = prompt.ids if model.config.decoder_only else []
-    steps = stream(
-        model,
-        inputs,
-        max_length=config.max_length,
-        sampling=config.sampling,
-        constraints=config.constraints(tokenizer),
-    )
-    ids, shown, whole = list[int](), 0, ""
-    for token in steps:
-        ids.append(int(token))
-        whole = continuation(tokenizer, before, ids)
-        ready = len(whole.rstrip("\ufffd"))  # half a character waits for its rest
-        yield whole[shown:ready]
-        shown = max(shown, ready)
-    yield whole[shown:]
-
-
-def _load(path: Path, int8: bool, dtype: torch.dtype | None) -> tuple[SwitchTransformer, Tokenizer]:
-    model, tokenizer = load_with_tokenizer(path, dtype)
-    return (quantise(model) if int8 else model), tokenizer
+    return write_texts(*load_with_tokenizer(path, dtype, int8=int8), texts, config)
 
 
 def complete_file(
@@ -169,6 +113,52 @@ def write_texts(
     ids = [prompt.ids for prompt in prompts]
     written = generate_all(model, ids, config, tokenizer=tokenizer)
     return [prompt.show(tokens) for prompt, tokens in zip(prompts, written, strict=True)]
+
+
+def write_candidates(
+    model: SwitchTransformer,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    config: GenerationConfig,
+    count: int,
+) -> list[list[CandidateText]]:
+    """`count` completions of each text as `complete` has them, the likeliest first."""
+    prompts = _prompts(model, tokenizer, texts)
+    ids = [prompt.ids for prompt in prompts]
+    written = generate_candidates(model, ids, config, count, tokenizer=tokenizer)
+
+    def as_text(prompt: _Prompt, candidate: Candidate) -> CandidateText:
+        tokens, score, log_probs = candidate
+        return CandidateText(
+            prompt.show(tokens), score, [tokenizer.piece(id_) for id_ in tokens], log_probs
+        )
+
+    pairs = zip(prompts, written, strict=True)
+    return [[as_text(prompt, each) for each in candidates] for prompt, candidates in pairs]
+
+
+def stream_text(
+    model: SwitchTransformer, tokenizer: Tokenizer, text: str, config: GenerationConfig
+) -> Iterator[str]:
+    """What the model writes for `text`, piece by piece as it is written, without beams: a
+    decoder-only model's continuation, or else the holes' names and their fills."""
+    (prompt,) = _prompts(model, tokenizer, [text])
+    before = prompt.ids if model.config.decoder_only else []
+    steps = stream(
+        model,
+        pad([prompt.ids]).to(model.embedding.weight.device),
+        max_length=config.max_length,
+        sampling=config.sampling,
+        constraints=config.constraints(tokenizer),
+    )
+    ids, shown, whole = list[int](), 0, ""
+    for token in steps:
+        ids.append(int(token))
+        whole = continuation(tokenizer, before, ids)
+        ready = len(whole.rstrip("\ufffd"))  # half a character waits for its rest
+        yield whole[shown:ready]
+        shown = max(shown, ready)
+    yield whole[shown:]
 
 
 def _prompts(model: SwitchTransformer, tokenizer: Tokenizer, texts: Sequence[str]) -> list[_Prompt]:
