@@ -1,5 +1,6 @@
 """`switchworks generate PATH TEXT`: fill the holes of a text, or continue it."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,14 @@ import tyro
 
 from switchworks.cli import parsing
 from switchworks.config import ConfigError
-from switchworks.generate import GenerationConfig, complete, complete_file
+from switchworks.generate import (
+    GenerationConfig,
+    complete_file,
+    load_with_tokenizer,
+    stream_text,
+    write_candidates,
+    write_texts,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +32,13 @@ class GenerateFlags:
     """Many texts instead, one in each line."""
     output: Path | None = None
     """Where their answers go, one in each line. Default: they are printed."""
+    candidates: int = 1
+    """Answers to the text, each printed behind its score; more than one need --beams or
+    --temperature."""
+    json: Path | None = None
+    """Where the candidates go with scores, tokens and their log-probabilities."""
+    stream: bool = False
+    """Print what is written as it is written."""
     config: tyro.conf.OmitArgPrefixes[GenerationConfig] = GenerationConfig()  # noqa: RUF009
     precision: parsing.Precision = "stored"
     """What to compute in: as the weights are stored (float32 after training), or auto, which is
@@ -35,21 +50,45 @@ class GenerateFlags:
     def __post_init__(self) -> None:
         parsing.check_decoding(self.config)
         parsing.check_needed(self, "output", "--file", given=self.file is not None)
+        for name in ("candidates", "json", "stream"):
+            parsing.check_needed(self, name, "TEXT", given=self.file is None)
+        scored = self.candidates != 1 or self.json is not None
+        if self.stream and (scored or self.config.beams.beams > 1 or self.config.compile):
+            raise ConfigError(
+                "--stream prints tokens as they are written, and --beams, --candidates, --json and "
+                "--compile need all of a text.\n  Leave out one or the other."
+            )
 
 
 def run(words: list[str]) -> int:
     """Print or write the model's answers."""
     flags = parsing.parse_flags(GenerateFlags, "generate", words)
-    parsing.check_writable(flags.output)
+    parsing.check_writable(flags.output, flags.json)
     if (flags.text is None) == (flags.file is None):
         raise ConfigError(
             "switchworks generate needs one text, or --file with a text in each line.\n"
             '  Example: switchworks generate runs/quickstart "The <extra_id_0> of the list."'
         )
     weights: dict[str, Any] = {"int8": flags.int8, "dtype": parsing.dtype_of(flags.precision)}
-    if flags.file is None:
-        print(*complete(flags.path, [flags.text or ""], flags.config, **weights))
-    else:
+    if flags.text is not None:
+        _write_one(flags, flags.text, weights)
+    elif flags.file is not None:
         answers = complete_file(flags.path, flags.file, flags.config, flags.output, **weights)
         print(f"{len(answers)} texts  {flags.output}" if flags.output else "\n".join(answers))
     return 0
+
+
+def _write_one(flags: GenerateFlags, text: str, weights: dict[str, Any]) -> None:
+    model = load_with_tokenizer(flags.path, **weights)
+    if flags.stream:
+        for piece in stream_text(*model, text, flags.config):
+            print(piece, end="", flush=True)
+        print()
+    elif flags.candidates == 1 and flags.json is None:
+        print(*write_texts(*model, [text], flags.config))
+    else:
+        (answers,) = write_candidates(*model, [text], flags.config, flags.candidates)
+        print(*(f"{answer.score:8.3f}  {answer.text}" for answer in answers), sep="\n")
+        if flags.json is not None:
+            figures = {"text": text, "candidates": [answer._asdict() for answer in answers]}
+            flags.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

@@ -77,7 +77,7 @@ def write(
 ) -> list[str]:
     """The text generated for each input."""
     tokens = encode_all(tokenizer, inputs, config.input_length)
-    return [tokenizer.decode(ids) for ids in generate_all(model, tokens, config, ranks)]
+    return [tokenizer.decode(ids) for ids in generate_all(model, tokens, config, ranks, tokenizer)]
 
 
 def choose(

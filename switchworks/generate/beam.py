@@ -19,6 +19,7 @@ from torch import Tensor
 
 from switchworks.config import ConfigError, check_literals
 from switchworks.fast import CompiledDecoder
+from switchworks.generate.constraints import BoundConstraints
 from switchworks.model import EOS, PAD, DecoderCache, KeyValues, SwitchTransformer, first_logits
 
 NEVER = -1e9
@@ -75,9 +76,11 @@ def search(
     max_length: int,
     config: BeamSearch,
     compiled: CompiledDecoder | None = None,
-) -> Int[Tensor, "B T"]:
-    """The best hypothesis for each of `inputs`, ended by EOS and padded with id 0; `model` is in
-    evaluation mode."""
+    rules: BoundConstraints | None = None,
+    candidates: int = 1,
+) -> tuple[Int[Tensor, "BC T"], Float[Tensor, "BC"]]:
+    """The best C `candidates` for each of `inputs`, ended by EOS and padded with id 0, and their
+    scores; `model` is in evaluation mode."""
     logits, cache = first_logits(model, inputs, max_length)
     rows, beams = inputs.shape[0], config.beams
     cache = _repeat(cache, beams)
@@ -89,29 +92,37 @@ def search(
     scores[:, 0] = 0.0
     open_, ended = _Hypotheses(empty, scores), _Hypotheses(empty, torch.full_like(scores, NEVER))
     done = torch.zeros(rows, dtype=torch.bool, device=inputs.device)
+    forced = 0 if rules is None else len(rules.constraints.prefix)
     for written in range(max_length):
-        candidates, parents = _extend(open_, logits[:, -1].float(), written)
-        over = (candidates.tokens[:, :, written] == EOS) | (written + 1 == max_length)
-        ended = _merge(ended, candidates, over, done, written + 1, config)
-        unended = _Hypotheses(candidates.tokens, candidates.scores.masked_fill(over, NEVER))
+        extended, parents = _extend(open_, logits[:, -1].float(), written, rules)
+        texts = extended.tokens[:, :, : written + 1]
+        over = texts[..., -1] == EOS if rules is None else rules.ended(texts.flatten(0, 1))
+        over = over.view(texts.shape[:2]) | (written + 1 == max_length)
+        length = max(1, written + 1 - forced)
+        ended = _merge(ended, extended, over, done, length, config)
+        unended = _Hypotheses(extended.tokens, extended.scores.masked_fill(over, NEVER))
         open_, places = unended.best(beams)
-        done = done | _is_done(open_, ended, written + 1, config)
+        done = done | _is_done(open_, ended, length, config)
         if done.all() or written + 1 == max_length:
             break
         _reorder(cache, parents.gather(1, places))
         logits = step(open_.tokens[:, :, written].reshape(-1, 1))
-    best = ended.tokens[:, 0]
+    best = ended.tokens[:, :candidates].flatten(0, 1)
     used = (best != PAD).any(dim=0).nonzero()
-    return best[:, : int(used.max()) + 1 if len(used) else 1]
+    best = best[:, : int(used.max()) + 1 if len(used) else 1]
+    return best, ended.scores[:, :candidates].flatten()
 
 
 def _extend(
-    open_: _Hypotheses, logits: Float[Tensor, "BN V"], written: int
+    open_: _Hypotheses, logits: Float[Tensor, "BN V"], written: int, rules: BoundConstraints | None
 ) -> tuple[_Hypotheses, Int[Tensor, "B C"]]:
     """The 2 N likeliest extensions by a token, and the beams they extend. 2 N, because N of them
     may end with this token and N have to stay open."""
     rows, beams = open_.scores.shape
-    scores = logits.log_softmax(dim=-1).view(rows, beams, -1) + open_.scores[..., None]
+    logits = logits.log_softmax(dim=-1)
+    if rules is not None:
+        logits = rules.process(logits, open_.tokens[:, :, :written].flatten(0, 1))
+    scores = logits.view(rows, beams, -1) + open_.scores[..., None]
     best, places = scores.flatten(1).topk(2 * beams)
     parents, tokens = places // scores.shape[2], places % scores.shape[2]
     texts = _take(open_.tokens, parents)

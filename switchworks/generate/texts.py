@@ -5,9 +5,10 @@ then the text of its hole, as in its training targets.
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from itertools import takewhile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -15,7 +16,15 @@ from switchworks.checkpoint import load, require_tokenizer
 from switchworks.config import ConfigError
 from switchworks.data import Tokenizer
 from switchworks.device import compute_device
-from switchworks.generate.batches import GenerationConfig, generate_all
+from switchworks.generate.batches import (
+    Candidate,
+    GenerationConfig,
+    generate_all,
+    generate_candidates,
+    pad,
+    stream,
+)
+from switchworks.generate.constraints import continuation
 from switchworks.model import EOS, SwitchTransformer
 from switchworks.quantise import quantise
 
@@ -23,11 +32,24 @@ HOLE = re.compile(r"<extra_id_(\d+)>")
 
 
 def load_with_tokenizer(
-    path: Path, dtype: torch.dtype | None = None
+    path: Path, dtype: torch.dtype | None = None, *, int8: bool = False
 ) -> tuple[SwitchTransformer, Tokenizer]:
-    """The model in `path` on the compute device. Raises CheckpointError without a tokenizer."""
+    """The model in `path` on the compute device. Raises CheckpointError without a tokenizer.
+
+    `dtype` is what the model computes in, None: as it is stored. With `int8` the weights are
+    quantised to 8 bits.
+    """
     model, tokenizer = load(path, compute_device(), dtype)
-    return model, require_tokenizer(path, tokenizer)
+    return (quantise(model) if int8 else model), require_tokenizer(path, tokenizer)
+
+
+class CandidateText(NamedTuple):
+    """One completion of a text, how likely it is (`Scored`), and its tokens with theirs."""
+
+    text: str
+    score: float
+    tokens: list[str]
+    log_probs: list[float]
 
 
 def complete(
@@ -41,15 +63,10 @@ def complete(
     """`texts` with their holes filled by the model in `path`, fills in square brackets.
 
     A text without a hole gets one at its end, so it is continued. A decoder-only model only
-    continues, and its text follows without brackets. `dtype` is what the model computes in, None:
-    as it is stored. With `int8` the weights are quantised to 8 bits first. Raises CheckpointError
-    if the model has no tokenizer, ConfigError if there is no text.
+    continues, and its text follows without brackets. Raises CheckpointError if the model has no
+    tokenizer, ConfigError if there is no text.
     """
-    model, tokenizer = load_with_tokenizer(path, dtype)
-    if int8:
-        model = quantise(model)
-    write = continue_texts if model.config.decoder_only else fill_texts
-    return write(model, tokenizer, texts, config)
+    return write_texts(*load_with_tokenizer(path, dtype, int8=int8), texts, config)
 
 
 def complete_file(
@@ -82,18 +99,98 @@ def complete_file(
     return results
 
 
-def fill_texts(
+class _Prompt(NamedTuple):
+    ids: list[int]
+    show: Callable[[Sequence[int]], str]
+    """The whole text, given the tokens that were written."""
+
+
+def write_texts(
     model: SwitchTransformer, tokenizer: Tokenizer, texts: Sequence[str], config: GenerationConfig
 ) -> list[str]:
-    """`texts` with every hole <extra_id_N> filled in square brackets; see `complete`."""
+    """`texts` with every hole filled, or continued; see `complete`."""
+    prompts = _prompts(model, tokenizer, texts)
+    ids = [prompt.ids for prompt in prompts]
+    written = generate_all(model, ids, config, tokenizer=tokenizer)
+    return [prompt.show(tokens) for prompt, tokens in zip(prompts, written, strict=True)]
+
+
+def write_candidates(
+    model: SwitchTransformer,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    config: GenerationConfig,
+    count: int,
+) -> list[list[CandidateText]]:
+    """`count` completions of each text as `complete` has them, the likeliest first."""
+    prompts = _prompts(model, tokenizer, texts)
+    ids = [prompt.ids for prompt in prompts]
+    written = generate_candidates(model, ids, config, count, tokenizer=tokenizer)
+
+    def as_text(prompt: _Prompt, candidate: Candidate) -> CandidateText:
+        tokens, score, log_probs = candidate
+        return CandidateText(
+            prompt.show(tokens), score, [tokenizer.piece(id_) for id_ in tokens], log_probs
+        )
+
+    pairs = zip(prompts, written, strict=True)
+    return [[as_text(prompt, each) for each in candidates] for prompt, candidates in pairs]
+
+
+def stream_text(
+    model: SwitchTransformer, tokenizer: Tokenizer, text: str, config: GenerationConfig
+) -> Iterator[str]:
+    """What the model writes for `text`, piece by piece as it is written, without beams: a
+    decoder-only model's continuation, or else the holes' names and their fills."""
+    (prompt,) = _prompts(model, tokenizer, [text])
+    before = prompt.ids if model.config.decoder_only else []
+    steps = stream(
+        model,
+        pad([prompt.ids]).to(model.embedding.weight.device),
+        max_length=config.max_length,
+        sampling=config.sampling,
+        constraints=config.constraints(tokenizer),
+    )
+    ids, shown, whole = list[int](), 0, ""
+    for token in steps:
+        ids.append(int(token))
+        whole = continuation(tokenizer, before, ids)
+        ready = len(whole.rstrip("\ufffd"))  # half a character waits for its rest
+        yield whole[shown:ready]
+        shown = max(shown, ready)
+    yield whole[shown:]
+
+
+def _prompts(model: SwitchTransformer, tokenizer: Tokenizer, texts: Sequence[str]) -> list[_Prompt]:
+    if model.config.decoder_only:
+        return _to_continue(tokenizer, texts)
+    return _to_fill(tokenizer, texts)
+
+
+def _to_fill(tokenizer: Tokenizer, texts: Sequence[str]) -> list[_Prompt]:
     if not all(text.strip() for text in texts):
         raise ConfigError('There is no text to fill in. Example: "The <extra_id_0> of the list."')
     texts = [text if HOLE.search(text) else f"{text.rstrip()} <extra_id_0>" for text in texts]
-    written = generate_all(model, [[*tokenizer.encode(text), EOS] for text in texts], config)
-    return [
-        fill(text, parse_fills(tokenizer.decode(ids)))
-        for text, ids in zip(texts, written, strict=True)
-    ]
+
+    def show(text: str, ids: Sequence[int]) -> str:
+        return fill(text, parse_fills(tokenizer.decode(ids)))
+
+    return [_Prompt([*tokenizer.encode(text), EOS], partial(show, text)) for text in texts]
+
+
+def _to_continue(tokenizer: Tokenizer, texts: Sequence[str]) -> list[_Prompt]:
+    """An empty text starts a new one."""
+    if any(HOLE.search(text) for text in texts):
+        raise ConfigError(
+            "This model is decoder-only: it continues a text and cannot fill holes inside it.\n"
+            "  Give the text up to the first <extra_id_N>."
+        )
+
+    def show(text: str, prompt: list[int], ids: Sequence[int]) -> str:
+        return text + continuation(tokenizer, prompt, ids)
+
+    pairs = [(text, tokenizer.encode(text)) for text in map(str.rstrip, texts)]
+    return [_Prompt(prompt, partial(show, text, prompt)) for text, prompt in pairs]
 
 
 def parse_fills(text: str) -> dict[int, str]:
@@ -114,30 +211,3 @@ def fill(text: str, fills: Mapping[int, str]) -> str:
         return f"[{fills[number]}]" if number in fills else hole[0]
 
     return HOLE.sub(replacement, text)
-
-
-def continue_texts(
-    model: SwitchTransformer, tokenizer: Tokenizer, texts: Sequence[str], config: GenerationConfig
-) -> list[str]:
-    """Each text and its continuation by a decoder-only model. An empty one starts a new text."""
-    if any(HOLE.search(text) for text in texts):
-        raise ConfigError(
-            "This model is decoder-only: it continues a text and cannot fill holes inside it.\n"
-            "  Give the text up to the first <extra_id_N>."
-        )
-    texts = [text.rstrip() for text in texts]
-    prompts = [tokenizer.encode(text) for text in texts]
-    written = generate_all(model, prompts, config)
-    return [
-        text + continuation(tokenizer, prompt, ids)
-        for text, prompt, ids in zip(texts, prompts, written, strict=True)
-    ]
-
-
-def continuation(tokenizer: Tokenizer, prompt: Sequence[int], written: Sequence[int]) -> str:
-    """The text that `written` adds to the text of `prompt`, the space between them included.
-    Decoded together, because alone the first token of `written` would lose its space and half a
-    character would not be one."""
-    before, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *written])
-    same = takewhile(lambda pair: pair[0] == pair[1], zip(before, whole, strict=False))
-    return whole[sum(1 for _ in same) :]

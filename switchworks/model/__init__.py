@@ -26,7 +26,8 @@ from switchworks.model.config import Sampling as Sampling
 from switchworks.model.decoding import EOS as EOS
 from switchworks.model.decoding import PAD as PAD
 from switchworks.model.decoding import Step as Step
-from switchworks.model.decoding import decode as decode
+from switchworks.model.decoding import choose as choose
+from switchworks.model.decoding import decode_steps as decode_steps
 from switchworks.model.decoding import evaluating as evaluating
 from switchworks.model.decoding import first_logits as first_logits
 from switchworks.model.dispatch import DISPATCHERS as DISPATCHERS

@@ -31,37 +31,34 @@ Step = Callable[[Int[Tensor, "B 1"]], Float[Tensor, "B 1 V"]]
 
 
 @torch.no_grad()
-def decode(
+def decode_steps(
     model: "SwitchTransformer",
     inputs: Int[Tensor, "B L"],
     max_length: int,
-    sampling: Sampling,
+    select: Callable[[Float[Tensor, "B V"], list[Tensor]], Int[Tensor, "B"]],
     *,
-    generator: torch.Generator | None = None,
     make_step: Callable[[DecoderCache], Step] | None = None,
+    ends: Callable[[list[Tensor]], Tensor] = lambda written: written[-1] == EOS,
     goes_on: Callable[[Tensor], bool] = lambda ended: not bool(ended.all()),
-) -> Int[Tensor, "B T"]:
-    """The tokens written for `inputs`, each row ended by EOS and then padded with 0.
+) -> Iterator[Int[Tensor, "B"]]:
+    """The tokens written for `inputs` at one position after another: PAD in rows that have ended.
 
-    T is the length of the longest row and at most `max_length`; a row that has not ended by then
-    has no EOS. Random numbers come from `generator`; None: from the sampling's seed. `make_step`
-    makes the step for a cache (None: `model.decode_step`), `goes_on` says from which rows have
-    ended whether to take another. The model's training mode is restored afterwards.
+    `select` takes the next token of each row from its logits and the tokens written before,
+    `make_step` makes the step for a cache (None: `model.decode_step`), `ends` says from the tokens
+    written which rows end with the last, `goes_on` from which rows have ended whether to take
+    another step. `model` is in evaluation mode meanwhile, and then in the mode it was in.
     """
     check_prompts(inputs, max_length, model.config.decoder_only)
-    if generator is None:
-        generator = torch.Generator(inputs.device).manual_seed(sampling.seed)
     with evaluating(model):
         logits, cache = first_logits(model, inputs, max_length)
         step = partial(model.decode_step, cache=cache) if make_step is None else make_step(cache)
-        token = choose(logits[:, -1], sampling, generator)
-        written, ended = [token], token == EOS
-        while len(written) < max_length and goes_on(ended):
-            logits = step(token[:, None])
-            token = choose(logits[:, -1], sampling, generator).masked_fill(ended, PAD)
-            ended = ended | (token == EOS)
-            written.append(token)
-    return torch.stack(written, dim=1)
+        written, ended = list[Tensor](), inputs.new_zeros(len(inputs), dtype=torch.bool)
+        while not written or (len(written) < max_length and goes_on(ended)):
+            if written:
+                logits = step(written[-1][:, None])
+            written.append(select(logits[:, -1], written).masked_fill(ended, PAD))
+            ended = ended | ends(written)
+            yield written[-1]
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from switchworks.model.attention import causal, mask_to_bias, segment_mask
 from switchworks.model.blocks import Stack
 from switchworks.model.cache import DecoderCache, LayerCache
 from switchworks.model.config import ModelConfig, Sampling
-from switchworks.model.decoding import decode
+from switchworks.model.decoding import choose, decode_steps
 from switchworks.model.init import initialise
 from switchworks.model.layers import Embedding, Linear, Matmul, SharedDropout
 from switchworks.model.losses import Losses, cross_entropy
@@ -211,11 +211,13 @@ class SwitchTransformer(nn.Module):
         """The tokens written for `inputs`: greedy at temperature 0, else sampled.
 
         Each row is ended by EOS (id 1) and padded with 0. In a decoder-only model the inputs are
-        prompts, and the tokens are what follows them. `switchworks.generate` has beams, a compiled
-        step and kernels for small batches.
+        prompts, and the tokens are what follows them. Beams, constraints, scores, streaming and a
+        compiled step are in `switchworks.generate`, which builds on the model and not the reverse.
         """
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        return decode(self, inputs, max_length, sampling)
+        draws = torch.Generator(inputs.device).manual_seed(seed)
+        steps = decode_steps(self, inputs, max_length, lambda x, _: choose(x, sampling, draws))
+        return torch.stack([*steps], dim=1)
 
     def logits(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T V"]:
         """Scores over the vocabulary for decoder states `x`, in their dtype."""

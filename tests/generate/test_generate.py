@@ -9,7 +9,7 @@ from switchworks.data.tokens.tokenizer import ByteTokenizer
 from switchworks.fast.seams import skip_losses
 from switchworks.generate import Sampling, generate
 from switchworks.generate.beam import BeamSearch
-from switchworks.generate.texts import GenerationConfig, continue_texts, fill, parse_fills
+from switchworks.generate.texts import GenerationConfig, fill, parse_fills, write_texts
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
 from switchworks.model.decoding import choose
 
@@ -199,9 +199,9 @@ def test_texts_of_several_batches_are_drawn_with_other_numbers(byte_decoder):
     config = GenerationConfig(
         max_length=8, sampling=Sampling(temperature=1.0, seed=3), batch_size=1
     )
-    texts = continue_texts(byte_decoder, ByteTokenizer(), ["The list"] * 4, config)
+    texts = write_texts(byte_decoder, ByteTokenizer(), ["The list"] * 4, config)
     assert len(set(texts)) == 4
-    assert texts == continue_texts(byte_decoder, ByteTokenizer(), ["The list"] * 4, config)
+    assert texts == write_texts(byte_decoder, ByteTokenizer(), ["The list"] * 4, config)
 
 
 def test_no_room_to_write_is_refused(model):
