@@ -15,7 +15,7 @@ PACKAGE = ROOT / "switchworks"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-MOST_LINES = 29_900
+MOST_LINES = 30_800
 """Lines of the package, with blank ones, docstrings and imports: 27,000 without `lab`
 and `package_docs`."""
 MOST_CELL = 120

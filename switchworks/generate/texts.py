@@ -172,10 +172,23 @@ def _to_fill(tokenizer: Tokenizer, texts: Sequence[str]) -> list[_Prompt]:
         raise ConfigError('There is no text to fill in. Example: "The <extra_id_0> of the list."')
     texts = [text if HOLE.search(text) else f"{text.rstrip()} <extra_id_0>" for text in texts]
 
-    def show(text: str, ids: Sequence[int]) -> str:
-        return fill(text, parse_fills(tokenizer.decode(ids)))
+    def prompt(text: str) -> _Prompt:
+        numbers = list(dict.fromkeys(int(number) for number in HOLE.findall(text)))
+        if len(numbers) > tokenizer.num_sentinels:
+            raise ConfigError(
+                f"The text has {len(numbers)} holes, and the tokenizer has names for "
+                f"{tokenizer.num_sentinels}.\n  Fill it in parts."
+            )
+        # A model has seen holes counted from 0 alone.
+        counted = HOLE.sub(lambda hole: f"<extra_id_{numbers.index(int(hole[1]))}>", text)
 
-    return [_Prompt([*tokenizer.encode(text), EOS], partial(show, text)) for text in texts]
+        def show(ids: Sequence[int]) -> str:
+            fills = parse_fills(tokenizer.decode(ids))
+            return fill(text, {n: fills[i] for i, n in enumerate(numbers) if i in fills})
+
+        return _Prompt([*tokenizer.encode(counted), EOS], show)
+
+    return [prompt(text) for text in texts]
 
 
 def _to_continue(tokenizer: Tokenizer, texts: Sequence[str]) -> list[_Prompt]:

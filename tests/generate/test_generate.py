@@ -9,7 +9,13 @@ from switchworks.data.tokens.tokenizer import ByteTokenizer
 from switchworks.fast.seams import skip_losses
 from switchworks.generate import Sampling, generate
 from switchworks.generate.beam import BeamSearch
-from switchworks.generate.texts import GenerationConfig, fill, parse_fills, write_texts
+from switchworks.generate.texts import (
+    GenerationConfig,
+    _to_fill,
+    fill,
+    parse_fills,
+    write_texts,
+)
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
 from switchworks.model.decoding import choose
 
@@ -212,6 +218,22 @@ def test_no_room_to_write_is_refused(model):
 def test_fills_are_read_by_their_number():
     complete = "lost <extra_id_1> of the <extra_id_0> big <extra_id_1> again"
     assert parse_fills(complete) == {1: "of the", 0: "big"}
+
+
+def test_holes_are_counted_from_zero_for_the_model_whatever_their_numbers():
+    tokenizer = ByteTokenizer()
+    texts = ["a <extra_id_0> b <extra_id_1>", "a <extra_id_7> b <extra_id_3>"]
+    usual, other = _to_fill(tokenizer, texts)
+    assert other.ids == usual.ids
+    written = tokenizer.encode("<extra_id_0> old <extra_id_1> new")
+    assert other.show(written) == usual.show(written) == "a [old] b [new]"
+    assert other.show(tokenizer.encode("<extra_id_1> new")) == "a <extra_id_7> b [new]"
+
+
+def test_more_holes_than_sentinels_are_refused(byte_model):
+    text = " ".join(f"<extra_id_{number}>" for number in range(ByteTokenizer.num_sentinels + 1))
+    with pytest.raises(ConfigError, match=r"has \d+ holes, and the tokenizer has names for \d+"):
+        write_texts(byte_model, ByteTokenizer(), [text], GenerationConfig())
 
 
 def test_a_hole_without_a_fill_stays():
