@@ -1,5 +1,6 @@
 from .checkpoint import load as load
 from .checkpoint import load_hf as load_hf
+from .checkpoint import push_to_hub as push_to_hub
 from .checkpoint import save as save
 from .checkpoint import save_hf as save_hf
 from .data import Tokenizer as Tokenizer

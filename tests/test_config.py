@@ -112,7 +112,7 @@ CHOICES = [
     (RoutingConfig, "balance_over", "all"),
     (RoutingConfig, "strategy", "top3"),
     (RoutingConfig, "decoder_strategy", "top3"),
-    (ModelConfig, "activation", "silu"),
+    (ModelConfig, "activation", "tanh"),
     (ModelConfig, "attention_init", "T5"),
     (OptimConfig, "name", "sgd"),
     (OptimConfig, "schedule", "WSD"),

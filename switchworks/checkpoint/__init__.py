@@ -1,7 +1,7 @@
 """Checkpoints: training state, model files, and Hugging Face's format.
 
-Reading order: files, distributed_io, tensors, digests, training_state, hugging_face/config,
-hugging_face/weights, model_files.
+Reading order: files, distributed_io, tensors, digests, training_state, card, hub,
+hugging_face/config, hugging_face/weights, model_files.
 """
 
 import lazy_loader

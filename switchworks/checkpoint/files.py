@@ -20,6 +20,8 @@ from switchworks.config import CheckpointError
 from switchworks.locks import only_writer
 
 MANIFEST = "manifest.json"
+CARD = "README.md"
+"""The model card, which may be edited: the only file whose content is not verified."""
 PARTIAL = ".partial"
 """Suffix of a directory that is being written. Nothing ever reads one."""
 REPLACED = ".replaced"
@@ -76,7 +78,7 @@ def copy_whole(source: Path, destination: Path) -> None:
     """Copy the complete directory `source`. Raises CheckpointError if a file of it is missing or
     has changed, or if `destination` cannot be written."""
     verify(source)
-    files = read_manifest(source)
+    files = {name: e for name, e in read_manifest(source).items() if (source / name).is_file()}
     needs = sum(entry["bytes"] for entry in files.values())
     with whole_directory(destination, needs=needs, otherwise=f"{source} is untouched.") as partial:
         for name in files:
@@ -119,7 +121,8 @@ def verify(
     (of another hash), or, unless `allow_foreign`, that the manifest does not list. With a `share`
     (i, n) only every nth file is hashed, from the ith on.
     """
-    listing = read_manifest(directory)
+    manifest = read_manifest(directory)
+    listing = {name: entry for name, entry in manifest.items() if name != CARD}
     for name, entry in listing.items():  # sizes first: they cost nothing to read
         file = directory / name
         if not file.is_file():
@@ -128,7 +131,7 @@ def verify(
             raise CheckpointError(
                 f"{file} is torn: it has {size} bytes and should have {entry['bytes']}.{_FIX}"
             )
-    foreign = [] if allow_foreign else sorted(set(file_names(directory)) - listing.keys())
+    foreign = [] if allow_foreign else sorted(set(file_names(directory)) - manifest.keys())
     if foreign:
         raise CheckpointError(
             f"{directory / foreign[0]} is not part of the checkpoint it lies in.\n"

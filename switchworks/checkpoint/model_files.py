@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from switchworks.checkpoint import tensors
+from switchworks.checkpoint.card import CardFacts, write_card
 from switchworks.checkpoint.distributed_io import on_rank_zero, shared_directory
 from switchworks.checkpoint.files import MANIFEST, read_manifest, sha256, verify
 from switchworks.checkpoint.hugging_face.config import Capacity
@@ -48,7 +49,7 @@ def save(
         Path(directory), needs=tensors.num_bytes(state), otherwise=otherwise
     ) as partial:
         tensors.write_tensors(state, partial, shard_bytes=shard_bytes)
-        on_rank_zero(lambda: _describe(partial, model, tokenizer))
+        on_rank_zero(lambda: _describe(partial, model, tokenizer, Path(directory).name))
 
 
 def _state(model: SwitchTransformer) -> dict[str, Tensor]:
@@ -56,7 +57,10 @@ def _state(model: SwitchTransformer) -> dict[str, Tensor]:
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
-def _describe(directory: Path, model: SwitchTransformer, tokenizer: Tokenizer | None) -> None:
+def _describe(
+    directory: Path, model: SwitchTransformer, tokenizer: Tokenizer | None, name: str
+) -> None:
+    write_card(directory, model.config, CardFacts(name=name))
     (directory / CONFIG).write_text(to_toml(model.config), encoding="utf-8")
     if (config := quantise_config_of(model)) is not None:
         (directory / QUANTISED).write_text(to_toml(config), encoding="utf-8")

@@ -1,12 +1,13 @@
 """`switchworks convert SRC DST`: between formats, and from a model to a sparser or smaller one."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
-from switchworks import adapt, checkpoint, compress
+from switchworks import adapt, checkpoint, compress, report
 from switchworks.cli.parsing import check_needed, flag_name, parse_flags
 from switchworks.config import ConfigError
 
@@ -53,6 +54,8 @@ class ConvertFlags:
     model they were trained on. The result is in this format."""
     overwrite: bool = False
     """Replace a model that is in the destination."""
+    push_to: str | None = None
+    """Upload the result to this name on the Hugging Face Hub, in private if it is new there."""
 
 
 def run(words: list[str]) -> int:
@@ -61,6 +64,11 @@ def run(words: list[str]) -> int:
     _check_change(flags)
     _check_destination(flags)
     print(_convert(flags))
+    is_changed = any(getattr(flags, name) is not None for name in _CHANGES)
+    command = shlex.join(["switchworks", "convert", *words]) if is_changed else ""
+    report.carry_card(flags.source, flags.destination, change=command)
+    if flags.push_to is not None:
+        print(checkpoint.push_to_hub(flags.destination, flags.push_to))
     return 0
 
 

@@ -87,6 +87,7 @@ def _train(run: Run, hooks: Sequence[Hook], loggers: Sequence[Logger]) -> Interr
     else:
         best.write_model(state, run.directory)
     if run.ranks.is_main:
+        report.write_run_card(run.directory)
         report.write_report([run.directory])
     return None
 

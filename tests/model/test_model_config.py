@@ -127,13 +127,13 @@ def test_a_sparse_frequency_that_leaves_no_sparse_layer_is_refused():
 
 
 def test_an_unknown_activation_is_refused_by_a_layer_of_its_own():
-    with pytest.raises(ConfigError, match=r"activation = 'silu' is not known(?s:.*)relu"):
-        SwitchFFN(8, 16, RoutingConfig(), activation="silu")
+    with pytest.raises(ConfigError, match=r"activation = 'tanh' is not known(?s:.*)relu"):
+        SwitchFFN(8, 16, RoutingConfig(), activation="tanh")
 
 
 def test_an_unknown_activation_in_an_experiment_file_is_refused():
-    with pytest.raises(ConfigError, match="activation = 'silu' is not one of 'relu', 'gelu'"):
-        from_dict(ModelConfig, {"activation": "silu"})
+    with pytest.raises(ConfigError, match="activation = 'tanh' is not one of 'relu', 'gelu'"):
+        from_dict(ModelConfig, {"activation": "tanh"})
 
 
 def test_a_dense_encoder_beside_a_sparse_decoder_can_be_built():

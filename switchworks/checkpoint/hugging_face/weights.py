@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from switchworks.checkpoint import tensors
+from switchworks.checkpoint.card import CardFacts, write_card
 from switchworks.checkpoint.files import MANIFEST, read_json, verify, whole_directory, write_json
+from switchworks.checkpoint.hub import fetch, is_hub_name
 from switchworks.checkpoint.hugging_face.config import Capacity, from_hf_config, to_hf_config
 from switchworks.config import CheckpointError, ConfigError
 from switchworks.data import Tokenizer, write_for_transformers
@@ -53,7 +55,8 @@ def load_hf(
     """The model in `source`, in evaluation mode.
 
     `source` is a directory with config.json and weights (safetensors or .bin, whole or in
-    shards) or a live transformers model of T5, mT5 or Switch Transformers, which is copied.
+    shards), the name of one on the Hub ("google/switch-base-8"), or a live transformers model of
+    T5, mT5 or Switch Transformers, which is copied.
     `capacity` "paper" drops tokens in training only, by the capacity factor; "hf" as transformers
     does, by the checkpoint's expert_capacity, so that outputs agree also where tokens are dropped.
     `dtype` None keeps the embedding's; routers keep the precision they are stored in. Raises
@@ -63,7 +66,8 @@ def load_hf(
     if capacity not in get_args(Capacity):
         raise ConfigError(f'capacity = {capacity!r} is not known.\n  Use "paper" or "hf".')
     if isinstance(source, str | Path):
-        directory = Path(source)
+        is_local = isinstance(source, Path) or not is_hub_name(source)
+        directory = Path(source) if is_local else fetch(str(source))
         values, stored = _read_config(directory), tensors.open_tensors(directory)
     else:
         directory, values, stored = type(source).__name__, *_of_model(source)
@@ -109,6 +113,7 @@ def save_hf(
         Path(directory), needs=tensors.num_bytes(state), otherwise=otherwise
     ) as partial:
         write_json(partial / "config.json", values)
+        write_card(partial, model.config, CardFacts(name=Path(directory).name), "transformers")
         tensors.write_tensors(state, partial, shard_bytes=shard_bytes)
         if tokenizer is not None:
             write_for_transformers(tokenizer, partial)
