@@ -9,13 +9,7 @@ from switchworks.data.tokens.tokenizer import ByteTokenizer
 from switchworks.fast.seams import skip_losses
 from switchworks.generate import Sampling, generate
 from switchworks.generate.beam import BeamSearch
-from switchworks.generate.texts import (
-    GenerationConfig,
-    _to_fill,
-    fill,
-    parse_fills,
-    write_texts,
-)
+from switchworks.generate.texts import GenerationConfig, _to_fill, fill, parse_fills, write_texts
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
 from switchworks.model.decoding import choose
 
