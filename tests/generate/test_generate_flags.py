@@ -115,6 +115,7 @@ def test_candidates_of_many_texts_are_those_of_each_alone():
         assert candidates[0].tokens == best[: len(candidates[0].tokens)]
 
 
+@pytest.mark.slow
 def test_a_compiled_step_writes_the_same_under_constraints():
     model, inputs = byte_transformer(decoder_only=True), torch.tensor([[70, 71], [80, 0]])
     constraints = Constraints(repetition_penalty=1.5, no_repeat_ngram=2, forbid=((90,),))
