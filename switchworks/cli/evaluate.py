@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,7 +44,10 @@ class EvaluateFlags:
     """Leave out and count the records that cannot be read, in place of stopping at the first."""
     split: Literal["train", "validation", "test", "all"] = "validation"
     """Of each task. all: the whole of a table that is one file, which training would split."""
-    decoding: tyro.conf.OmitArgPrefixes[evaluate.DecodingConfig] = evaluate.DecodingConfig()  # noqa: RUF009
+    decoding: tyro.conf.OmitArgPrefixes[evaluate.DecodingConfig] = field(
+        default_factory=evaluate.DecodingConfig
+    )
+    """How answers are written."""
     precision: parsing.Precision = "stored"
     """What to compute in: as the weights are stored (float32 after training), or auto, which is
     bfloat16 where this machine multiplies it faster."""

@@ -1,7 +1,7 @@
 """`switchworks generate PATH TEXT`: fill the holes of a text, or continue it."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,8 @@ class GenerateFlags:
     """Where the candidates go with scores, tokens and their log-probabilities."""
     stream: bool = False
     """Print what is written as it is written."""
-    config: tyro.conf.OmitArgPrefixes[GenerationConfig] = GenerationConfig()  # noqa: RUF009
+    config: tyro.conf.OmitArgPrefixes[GenerationConfig] = field(default_factory=GenerationConfig)
+    """How texts are written."""
     precision: parsing.Precision = "stored"
     """What to compute in: as the weights are stored (float32 after training), or auto, which is
     bfloat16 where this machine multiplies it faster."""

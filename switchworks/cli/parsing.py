@@ -5,7 +5,7 @@ import inspect
 import io
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -157,7 +157,9 @@ def flag_name(field: str) -> str:
 
 def check_needed(flags: Any, name: str, owner: str, *, given: bool) -> None:
     """Raises ConfigError if the flag `name` is set, but not `owner`, without which it is unused."""
-    default = next(field.default for field in fields(flags) if field.name == name)
+    field = next(field for field in fields(flags) if field.name == name)
+    made = None if field.default_factory is MISSING else field.default_factory()
+    default = field.default if made is None else made
     if getattr(flags, name) != default and not given:
         raise ConfigError(
             f"{flag_name(name)} needs {owner}.\n  Add {owner}, or leave {flag_name(name)} out."

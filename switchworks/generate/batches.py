@@ -8,7 +8,7 @@ Letters: B sequences, L input or prompt length, T tokens written.
 
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -44,8 +44,10 @@ class GenerationConfig(Limits):
 
     max_length: int = 128
     """Tokens written at most."""
-    sampling: Sampling = Sampling()  # noqa: RUF009  it is frozen
-    beams: BeamSearch = BeamSearch(beams=1)  # noqa: RUF009
+    sampling: Sampling = field(default_factory=Sampling)
+    """How the next token is chosen."""
+    beams: BeamSearch = field(default_factory=lambda: BeamSearch(beams=1))
+    """How many texts are followed at once."""
     prefix: str = ""
     """What every text begins with."""
     forbid: tuple[str, ...] = ()

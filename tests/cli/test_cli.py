@@ -36,6 +36,7 @@ def test_every_verb_has_help_without_more_words(verb, capsys):
     assert not end.value.code
     said = capsys.readouterr().out
     assert f"usage: switchworks {verb}" in said
+    assert "noqa" not in said  # comments of the code, which become help where a docstring lacks
 
 
 def test_the_version_is_that_of_the_package(capsys):
