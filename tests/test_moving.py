@@ -4,6 +4,7 @@ transformers is run itself. The formulas of the others are written out here, aft
 st-moe-pytorch 0.1.8, mixture-of-experts 0.2.3 and labml-nn 0.5.1 gave the same numbers.
 """
 
+import ast
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +16,19 @@ import torch.nn.functional as F
 from support.models import DENSE, TINY
 from torch import Tensor
 
+import switchworks
 from switchworks import RoutingConfig, SwitchFFN, SwitchTransformer, load, load_hf, save_hf
 from switchworks.cli.main import main
-from switchworks.generate import BeamSearch, generate
+from switchworks.data.tokens.tokenizer import ByteTokenizer
+from switchworks.generate import (
+    BeamSearch,
+    Constraints,
+    Sampling,
+    StopTexts,
+    generate,
+    generate_scored,
+    stream,
+)
 from switchworks.recipes.sizes import SIZES
 
 PAGE = (Path(__file__).parent.parent / "docs" / "moving.md").read_text(encoding="utf-8")
@@ -347,3 +358,98 @@ def test_every_other_setting_the_page_names_exists(section):
     named = set(re.findall(rf"`{section}\.(\w+)", PAGE)) - {"md", "init_scale"}
     named -= {"generate", "encode"}  # methods of a model
     assert named <= set(vars(getattr(ran("flaxformer")["experiment"], section)))
+
+
+# What stands in the tables
+
+
+def ours(section: str) -> set[str]:
+    """What the second column of a section's first table shows as code."""
+    table = re.findall(r"(?:^\|.*\n)+", SECTIONS[section], flags=re.MULTILINE)[0]
+    rows = [line.strip()[1:-1].split("|") for line in table.splitlines()[2:]]
+    return {code for row in rows if len(row) > 1 for code in re.findall(r"`([^`]+)`", row[1])}
+
+
+CALLS = {
+    "model(inputs, targets)": "model(inputs, targets)",
+    "generate(inputs, max_length=, temperature=, top_k=, top_p=, seed=)": (
+        "model.generate(inputs, max_length=3, temperature=0.5, top_k=5, top_p=0.9, seed=1)"
+    ),
+    "max_length=20": "model.generate(inputs, max_length=20)",
+    "constraints=Constraints(min_length=, repetition_penalty=)": (
+        "generate(model, inputs, constraints=Constraints(min_length=2, repetition_penalty=1.5))"
+    ),
+    "Constraints(no_repeat_ngram=, forbid=((5, 6), (7,)))": (
+        "generate(model, inputs, constraints=Constraints(no_repeat_ngram=2, forbid=((5, 6), (7,))))"
+    ),
+    "Constraints(prefix=(7, 3))": "generate(model, inputs, constraints=Constraints(prefix=(7, 3)))",
+    "Constraints(allow=(1, 4, 8))": (
+        "generate(model, inputs, constraints=Constraints(allow=(1, 4, 8)))"
+    ),
+    'Constraints(ends=StopTexts(tokenizer, ("stop",)))': (
+        'generate(model, inputs, constraints=Constraints(ends=StopTexts(tokenizer, ("stop",))))'
+    ),
+    "candidates=3": "generate(model, inputs, sampling=Sampling(temperature=1.0), candidates=3)",
+    "generate_scored(...).scores": "generate_scored(model, inputs, max_length=3).scores",
+    "generate_scored(...).log_probs": "generate_scored(model, inputs, max_length=3).log_probs",
+    "for tokens in stream(model, inputs):": "for tokens in stream(model, inputs): pass",
+    "switchworks.generate.generate(model, inputs, beams=BeamSearch(beams=4))": (
+        "switchworks.generate.generate(model, inputs, beams=BeamSearch(beams=4))"
+    ),
+}
+OF_FILES = {  # tests/checkpoint/test_hub.py runs those that speak to the Hub
+    "load_hf(dir)",
+    "load(NEW)",
+    'load_hf("org/name")',
+    'push_to_hub(dir, "org/name")',
+}
+
+
+def test_every_call_of_the_table_for_transformers_is_run_by_a_test():
+    shown = ours("transformers")
+    calls = {code for code in shown if "(" in code and "/ experts" not in code}
+    assert calls <= set(CALLS) | OF_FILES <= shown
+
+
+@pytest.mark.parametrize("cell", CALLS)
+def test_a_call_of_the_table_for_transformers_runs(cell):
+    model = SwitchTransformer(replace(TINY, vocab_size=384), seed=1).eval()
+    names = {
+        "Constraints": Constraints,
+        "Sampling": Sampling,
+        "StopTexts": StopTexts,
+        "BeamSearch": BeamSearch,
+        "generate": generate,
+        "generate_scored": generate_scored,
+        "inputs": padded(),
+        "model": model,
+        "stream": stream,
+        "switchworks": switchworks,
+        "targets": padded(),
+        "tokenizer": ByteTokenizer(),
+    }
+    exec(CALLS[cell], names)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [("moe(x, real=mask)", (2, 6, 512)), ("x = x + moe(norm(x))[0]", (2, 6, 512))],
+)
+def test_a_call_of_the_table_for_st_moe_runs(line, expected):
+    assert line in ours("st-moe-pytorch")
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    names = ran("st-moe-pytorch", mask=mask, norm=torch.nn.LayerNorm(512))
+    exec(line, names)
+    assert names["x"].shape == expected
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_a_routing_setting_with_a_value_is_a_valid_one(section):
+    lines = [re.fullmatch(r"(?:routing\.)?(\w+) ?= ?(.+)", code) for code in ours(section)]
+    pairs = {line[1]: line[2] for line in lines if line and line[1] in vars(RoutingConfig())}
+    for name, value in pairs.items():
+        given = {"expert_capacity": {"capacity_factor": 1.25}}.get(name, {})
+        given = given | {name: ast.literal_eval(value)}
+        if given.get("strategy") in {"switch_max", "expert_choice", "switch_random"}:
+            given["decoder_strategy"] = "switch"
+        assert getattr(RoutingConfig(experts=8, **given), name) == ast.literal_eval(value)
