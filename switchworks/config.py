@@ -21,6 +21,9 @@ import tomli_w
 
 T = TypeVar("T")
 
+MAX_TOML_BYTES = 1 << 24
+"""Larger settings are refused. Those of a run have 4 kB."""
+
 NONE = "none"
 """How TOML, which has no null, says None here. No setting takes this word as a real value."""
 
@@ -73,10 +76,18 @@ def from_toml(kind: type[T], path: Path) -> T:
 
 def read_toml(path: Path) -> dict[str, Any]:
     """The settings in the TOML file `path`. Raises ConfigError if it cannot be read."""
+    reason: object = "it is no ordinary file"
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as settings: {error}") from error
+        # To open a pipe is to wait for its writer.
+        if path.is_file() or not path.exists():
+            if path.stat().st_size <= MAX_TOML_BYTES:
+                return tomllib.loads(path.read_text(encoding="utf-8"))
+            reason = f"it has more than {MAX_TOML_BYTES:,} bytes"
+    except (OSError, ValueError) as error:  # TOML's and UTF-8's errors are ValueErrors
+        reason = error
+    except RecursionError:
+        reason = "it is nested too deeply"
+    raise ConfigError(f"{path} cannot be read as settings: {reason}.\n  Fetch or write it again.")
 
 
 def differences(left: Any, right: Any) -> dict[str, tuple[Any, Any]]:
@@ -94,6 +105,12 @@ def check_at_least(config: Any, section: str, least: int, *names: str) -> None:
     """Raises ConfigError for the first setting of `names` below `least`. None passes."""
     rule = f"be at least {least}, and finite"
     _check(config, section, names, lambda value: least <= value < math.inf, rule)
+
+
+def check_at_most(config: Any, section: str, most: int, *names: str) -> None:
+    """Raises ConfigError for the first setting of `names` above `most`. None passes."""
+    rule = f"be at most {most:,}: more is beyond what is built here"
+    _check(config, section, names, lambda value: value <= most, rule)
 
 
 def check_positive(config: Any, section: str, *names: str) -> None:
@@ -161,9 +178,12 @@ def import_named(name: str, label: str) -> Any:
         sys.path.insert(0, here)
     try:
         return pkgutil.resolve_name(name)
-    except (ImportError, AttributeError) as error:
+    except (Exception, SystemExit) as error:  # whatever the module does when it is imported
+        reason = str(error)
+        if not isinstance(error, ImportError | AttributeError):
+            reason = f"{type(error).__name__}: {error}"
         raise ConfigError(
-            f"{label} {name!r} cannot be imported: {error}.\n"
+            f"{label} {name!r} cannot be imported: {reason}.\n"
             f"  Searched: {here} and the installed packages."
         ) from error
 
@@ -203,10 +223,17 @@ def _from_plain(hint: Any, value: Any, name: str) -> Any:
     if origin is tuple and isinstance(value, list):
         items = typing.cast("list[Any]", value)
         return tuple(_from_plain(arguments[0], item, f"{name}[]") for item in items)
+    if hint is Any:
+        return value
+    if origin is dict and isinstance(value, Mapping):
+        entries = typing.cast("Mapping[str, Any]", value)
+        return {
+            key: _from_plain(arguments[1], each, f"{name}.{key}") for key, each in entries.items()
+        }
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         kind, values = typing.cast("type[Any]", hint), typing.cast("Mapping[str, Any]", value)
         return from_dict(kind, values, where=f"{name}.")
-    if hint is float and type(value) is int:
+    if hint is float and type(value) is int and abs(value) <= sys.float_info.max:
         return float(value)
     if isinstance(hint, type) and type(value) is hint:
         return value

@@ -15,6 +15,7 @@ from switchworks.adapt.config import LoraConfig
 from switchworks.adapt.freeze import select
 from switchworks.adapt.lora import MARK, adapt, merged
 from switchworks.config import CheckpointError, ConfigError, from_toml, to_toml
+from switchworks.disk import write_json
 from switchworks.model import SwitchTransformer
 
 TENSORS, SETTINGS, BASE = "adapters.safetensors", "lora.toml", "base.json"
@@ -36,7 +37,7 @@ def save_adapters(
         plain = {name: t.detach().cpu().clone().contiguous() for name, t in trained.items()}
         save_file(plain, partial / TENSORS, metadata={"format": "pt"})
         (partial / SETTINGS).write_text(to_toml(config), encoding="utf-8")
-        checkpoint.write_json(partial / BASE, {"sha256": weights_fingerprint(rest)})
+        write_json(partial / BASE, {"sha256": weights_fingerprint(rest)})
 
 
 def merge_adapters(model: SwitchTransformer, directory: Path) -> SwitchTransformer:
@@ -86,7 +87,7 @@ def save_peft(
 def _read(model: SwitchTransformer, directory: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     """The adapters of `model` in a run, and what else was trained, by name."""
     directory = _place(directory)
-    checkpoint.verify(directory, allow_foreign=True)
+    checkpoint.verify(directory)
     config = from_toml(LoraConfig, directory / SETTINGS)
     stored = checkpoint.open_safetensors([directory / TENSORS])
     with torch.device("meta"):

@@ -21,6 +21,7 @@ from torch import Tensor
 from switchworks import checkpoint
 from switchworks.adapt.config import LoraConfig
 from switchworks.config import CheckpointError
+from switchworks.disk import write_json
 from switchworks.model import SwitchTransformer
 
 SETTINGS, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -60,7 +61,7 @@ def write_peft(
         directory, needs=checkpoint.num_bytes(tensors), otherwise="The adapters are untouched."
     ) as partial:
         save_file(tensors, partial / TENSORS, metadata={"format": "pt"})
-        checkpoint.write_json(partial / SETTINGS, values | targets)
+        write_json(partial / SETTINGS, values | targets)
 
 
 def merge_peft(model: SwitchTransformer, directory: Path) -> SwitchTransformer:

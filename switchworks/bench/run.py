@@ -1,6 +1,5 @@
 """The whole run: limit, comparisons or sweep, limit again; table, JSON and picture."""
 
-import json
 import platform
 import shlex
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from switchworks import disk
 from switchworks.bench.comparisons import comparisons
 from switchworks.bench.config import BenchConfig, Precision
 from switchworks.bench.measure import Row, matrix_limit, measure, share_of_limit
@@ -56,8 +56,7 @@ def bench(
 
 def write_json(rows: list[Row], file: Path) -> None:
     """The rows as a list of objects: name, unit, ours, peer, ratio, spread, floor and more."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")
+    disk.write_json(file, [asdict(row) for row in rows])
 
 
 def cells(row: Row) -> tuple[str, ...]:

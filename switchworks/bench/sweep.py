@@ -17,6 +17,7 @@ from switchworks.bench.measure import Row, alternate, spread
 from switchworks.bench.memory import available_bytes
 from switchworks.bench.workloads import build, bytes_needed
 from switchworks.device import seconds
+from switchworks.disk import whole_file
 from switchworks.model import num_parameters
 
 EXPERTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -96,5 +97,5 @@ def draw_sweep(rows: list[Row], file: Path) -> None:
     ax.set_ylabel("ms per training step")
     ax.grid(alpha=0.3)
     ax.legend(frameon=False)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=150)
+    with whole_file(file) as aside:
+        figure.savefig(aside, dpi=150)

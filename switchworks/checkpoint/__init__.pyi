@@ -5,9 +5,9 @@ from .distributed_io import on_rank_zero as on_rank_zero
 from .files import CARD as CARD
 from .files import copy_whole as copy_whole
 from .files import read_json as read_json
+from .files import remove_whole as remove_whole
 from .files import verify as verify
 from .files import whole_directory as whole_directory
-from .files import write_json as write_json
 from .hub import push_to_hub as push_to_hub
 from .hugging_face.config import to_hf_config as to_hf_config
 from .hugging_face.weights import load_hf as load_hf

@@ -7,7 +7,7 @@ complete, also after a power cut, a killed process or a full disk.
 
 import errno
 import hashlib
-import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from switchworks import disk
 from switchworks.config import CheckpointError
 from switchworks.locks import only_writer
 
@@ -27,6 +28,11 @@ PARTIAL = ".partial"
 REPLACED = ".replaced"
 """Suffix of a complete directory that is about to be replaced by a newer one."""
 
+KEPT = ".kept"
+"""Suffix of a directory with a user's files that lay in one that is gone."""
+
+_log = logging.getLogger(__name__)
+_ENTRY = {"bytes", "sha256"}
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_ROOM_WORDS = ("No space left", "quota exceeded", "File too large", "unexpected pos")
 """In errors of torch and safetensors, which have no error number. "unexpected pos" is torch's zip
@@ -45,6 +51,7 @@ def whole_directory(
     the block ends, is added to the manifest. Raises CheckpointError for a full disk, any other
     failure to write, or a `path` with foreign files, and ConfigError if another process writes it.
     """
+    path = path.resolve() if path.is_symlink() else path  # a link stays one
     with only_writer(path):
         yield from _written_whole(path, needs, otherwise, {} if more is None else more)
 
@@ -92,7 +99,7 @@ def _seal(directory: Path, more: Mapping[str, Any]) -> None:
     known = more.get("files", {})
     rest = entries(directory, [name for name in file_names(directory) if name not in known])
     files = dict(sorted({**known, **rest}.items()))
-    write_json(directory / MANIFEST, {**more, "files": files})
+    disk.write_json(directory / MANIFEST, {**more, "files": files})
     for folder in [*(path for path in directory.rglob("*") if path.is_dir()), directory]:
         _flush(folder)
 
@@ -101,6 +108,7 @@ def entries(directory: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Flush these files to the disk; returns their entries of the manifest."""
     for name in names:
         _flush(directory / name)
+        disk.open_to_all(directory / name)  # safetensors makes files for their owner alone
     return {
         name: {"bytes": (directory / name).stat().st_size, "sha256": digest}
         for name, digest in _hashes(directory, names).items()
@@ -112,14 +120,12 @@ def _hashes(directory: Path, names: Sequence[str]) -> dict[str, str]:
         return dict(zip(names, pool.map(lambda name: sha256(directory / name), names), strict=True))
 
 
-def verify(
-    directory: Path, *, allow_foreign: bool = False, share: tuple[int, int] = (0, 1)
-) -> None:
-    """Returns if every file that the manifest of `directory` lists is there, unchanged.
+def verify(directory: Path, *, share: tuple[int, int] = (0, 1)) -> None:
+    """Returns if every file that the manifest of `directory` lists is there, unchanged. Other files
+    are their owner's, and nobody reads them.
 
     Raises CheckpointError naming the first that is missing, torn (of another size) or changed
-    (of another hash), or, unless `allow_foreign`, that the manifest does not list. With a `share`
-    (i, n) only every nth file is hashed, from the ith on.
+    (of another hash). With a `share` (i, n) only every nth file is hashed, from the ith on.
     """
     manifest = read_manifest(directory)
     listing = {name: entry for name, entry in manifest.items() if name != CARD}
@@ -131,12 +137,6 @@ def verify(
             raise CheckpointError(
                 f"{file} is torn: it has {size} bytes and should have {entry['bytes']}.{_FIX}"
             )
-    foreign = [] if allow_foreign else sorted(set(file_names(directory)) - manifest.keys())
-    if foreign:
-        raise CheckpointError(
-            f"{directory / foreign[0]} is not part of the checkpoint it lies in.\n"
-            "  Move it elsewhere."
-        )
     for name, digest in _hashes(directory, list(listing)[share[0] :: share[1]]).items():
         if digest != listing[name]["sha256"]:
             raise CheckpointError(
@@ -152,35 +152,29 @@ def read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
         fix = f"\n  A save was interrupted: rename {aside} to {directory.name}."
         raise CheckpointError(f"{directory} does not exist.{fix if aside.is_dir() else ''}")
     files = read_json(directory / MANIFEST).get("files")
+    label = str(directory / MANIFEST)
     if not isinstance(files, dict):
-        raise CheckpointError(f"{directory / MANIFEST} lists no files.{_FIX}")
+        raise CheckpointError(f"{label} lists no files.{_FIX}")
+    for name, entry in files.items():
+        disk.inside(directory, name, label, CheckpointError)
+        if not isinstance(entry, dict) or not entry.keys() >= _ENTRY:
+            raise CheckpointError(f"{label} lists {name} without its bytes and sha256.{_FIX}")
     return files
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Write `values` to `path` as readable JSON, flushed to the disk. Floats keep all digits."""
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    _flush(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`. Raises CheckpointError if there is none."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return disk.read_json(path, CheckpointError)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing: {path.parent} is incomplete.{_FIX}") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}{_FIX}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds no JSON object.{_FIX}")
-    return values
 
 
 _FIX = "\n  Use another checkpoint, or write this one again."
 
 
 def _prepare(path: Path, partial: Path) -> None:
-    """Remove what an interrupted save left, and refuse to replace foreign files."""
+    """Remove what an interrupted save left, and refuse to replace what is no directory of ours."""
     replaced = path.with_name(f".{path.name}{REPLACED}")
     if replaced.exists() and not path.exists():
         replaced.rename(path)
@@ -189,11 +183,9 @@ def _prepare(path: Path, partial: Path) -> None:
         return
     if not path.is_dir():
         raise CheckpointError(f"{path} is a file, not a directory.\n  Choose another place.")
-    listed = read_manifest(path) if (path / MANIFEST).exists() else {}
-    foreign = sorted(set(file_names(path)) - listed.keys())
-    if foreign:
+    if not (path / MANIFEST).exists() and (names := file_names(path)):
         raise CheckpointError(
-            f"{path} already holds {foreign[0]}, which would be lost.\n"
+            f"{path} already holds {names[0]}, which would be lost.\n"
             "  Move it elsewhere, or choose another directory."
         )
 
@@ -204,10 +196,45 @@ def _move_into_place(partial: Path, path: Path) -> None:
     replaced = path.with_name(f".{path.name}{REPLACED}")
     shutil.rmtree(replaced, ignore_errors=True)
     if path.exists():
+        _keep_foreign(path)
         path.rename(replaced)
     partial.rename(path)
     _flush(path.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def remove_whole(path: Path) -> None:
+    """Delete the directory `path`, without the files in it that are not its own, see
+    `_keep_foreign`."""
+    _keep_foreign(path)
+    partial = path.with_name(f".{path.name}{PARTIAL}")  # which nothing reads, whenever this ends
+    shutil.rmtree(partial, ignore_errors=True)
+    path.rename(partial)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _keep_foreign(path: Path) -> None:
+    """Move the files in `path` that its manifest does not list to a directory beside it, and log
+    where. Without a manifest that can be read, those are all."""
+    try:
+        listed = read_manifest(path).keys()
+    except CheckpointError:
+        listed = set[str]()
+    foreign = sorted(set(file_names(path)) - listed)
+    if not foreign:
+        return
+    kept = path.with_name(f"{path.name}{KEPT}")
+    number = 1
+    while kept.exists():
+        number += 1
+        kept = path.with_name(f"{path.name}{KEPT}{number}")
+    for name in foreign:
+        (kept / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).rename(kept / name)
+    _log.warning(
+        "%s is replaced or deleted; %s in it, and %d more files that are not ours, are in %s now",
+        *(path, foreign[0], len(foreign) - 1, kept),
+    )
 
 
 def file_names(directory: Path) -> list[str]:

@@ -45,7 +45,7 @@ def push_to_hub(path: Path | str, repo: str, *, private: bool = True) -> str:
     if not weight_files(directory):
         raise CheckpointError(f"{path} holds no model, so there is nothing to upload.")
     if (directory / MANIFEST).is_file():
-        verify(directory, allow_foreign=True)
+        verify(directory)
     api = HfApi(library_name="switchworks")
     with _explained(f"{directory} could not be uploaded to {repo}"):
         api.create_repo(repo, private=private, exist_ok=True)

@@ -84,7 +84,7 @@ def load(
     configuration and tokenizer do not fit together.
     """
     directory = _model_directory(Path(path))
-    verify(directory, allow_foreign=True)
+    verify(directory)
     config = from_toml(ModelConfig, directory / CONFIG)
     quantisation = stored_quantisation(directory)
     stored = tensors.open_tensors(directory)

@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from switchworks.checkpoint.distributed_io import is_single, write_parts
-from switchworks.checkpoint.files import read_json, write_json
+from switchworks.checkpoint.files import read_json
 from switchworks.config import CheckpointError
+from switchworks.disk import inside, write_json
 
 SHARD_BYTES = 5_000_000_000
 """Larger files are split; the limit that the Hub's tools use."""
@@ -85,8 +86,13 @@ def weight_files(directory: Path) -> list[Path]:
     for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
         index, single = directory / f"{stem}.{ending}.index.json", directory / f"{stem}.{ending}"
         if index.exists():
-            files = sorted(set(read_json(index).get("weight_map", {}).values()))
-            return [directory / file for file in files]
+            names = read_json(index).get("weight_map")
+            if not isinstance(names, dict):
+                raise CheckpointError(f"{index} has no weight_map, tensor to file.")
+            files = {
+                inside(directory, name, str(index), CheckpointError) for name in names.values()
+            }
+            return sorted(files)
         if single.exists():
             return [single]
     return []

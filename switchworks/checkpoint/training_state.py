@@ -1,8 +1,8 @@
 """Training state on disk: what a run needs to continue exactly where it stopped.
 
 torch.distributed.checkpoint writes the tensors, for any mesh to read; it takes a quarter second to
-import, so the functions that use it do that. Of the files only its `.metadata` is a pickle: resume
-your own runs and exchange `model/` instead.
+import, so the functions that use it do that. Of the files its `.metadata` is a pickle, of which
+`checkpoint/metadata.py` reads lists of tensors and nothing else.
 """
 
 # pyright: reportPrivateImportUsage=false
@@ -27,9 +27,11 @@ from switchworks.checkpoint.distributed_io import (
     shared_directory,
     verify_shared,
 )
-from switchworks.checkpoint.files import MANIFEST, PARTIAL, read_json, verify
+from switchworks.checkpoint.files import MANIFEST, PARTIAL, read_json, remove_whole, verify
+from switchworks.checkpoint.metadata import metadata_reader
 from switchworks.checkpoint.tensors import num_bytes, require_match
 from switchworks.config import CheckpointError, flatten
+from switchworks.disk import well_formed
 
 log = logging.getLogger(__name__)
 
@@ -135,8 +137,9 @@ class Checkpoints:
             fix="Resume with the settings the run was started with.",
         )
         _read_tensors(tensors, path)
-        require_same(str(path), read_json(path / MANIFEST)["tensors"], _digests(tensors))
-        return read_json(path / COUNTERS)["about"]
+        with well_formed(str(path), CheckpointError, "Resume from another checkpoint."):
+            require_same(str(path), read_json(path / MANIFEST)["tensors"], _digests(tensors))
+            return dict(read_json(path / COUNTERS)["about"])
 
     def steps(self) -> dict[int, Path]:
         """Step -> directory of every checkpoint, damaged or not."""
@@ -150,13 +153,13 @@ class Checkpoints:
             try:
                 verify(path)
             except CheckpointError:
-                shutil.rmtree(path, ignore_errors=True)
+                remove_whole(path)
 
     def _prune(self, step: int) -> None:
         """Delete all but the newest `keep` up to `step`."""
         steps = sorted(number for number in self.steps() if number <= step)
         for number in steps[: -self.keep] if self.keep else []:
-            shutil.rmtree(self.steps()[number], ignore_errors=True)
+            remove_whole(self.steps()[number])
 
     def _otherwise(self, step: int) -> str:
         earlier = {number: path for number, path in self.steps().items() if number < step}
@@ -215,14 +218,14 @@ def _read_tensors(tensors: dict[str, Tensor], directory: Path) -> None:
     import torch.distributed.checkpoint as dcp
 
     warnings.filterwarnings("ignore", message=_SINGLE)
-    dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(directory), no_dist=is_single())
+    dcp.load(dict(tensors), storage_reader=metadata_reader(directory), no_dist=is_single())
 
 
 def _stored_layouts(directory: Path, sections: list[str]) -> dict[str, str]:
     """Name -> shape and dtype of every stored tensor of `sections`."""
     import torch.distributed.checkpoint as dcp
 
-    entries = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
+    entries = metadata_reader(directory).read_metadata().state_dict_metadata
     return {
         name: _layout(entry.properties.dtype, entry.size)
         for name, entry in entries.items()

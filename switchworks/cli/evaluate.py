@@ -1,6 +1,5 @@
 """`switchworks evaluate PATH`: validation loss of a model, or its answers to tasks."""
 
-import json
 import shlex
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from switchworks import evaluate
 from switchworks.cli import parsing
 from switchworks.config import ConfigError, check_at_least
 from switchworks.data import DataConfig
+from switchworks.disk import write_json
 
 _TABLES = ("labels", "metrics", "delimiter", "quoting", "skip_bad")
 
@@ -88,26 +88,32 @@ def run(words: list[str]) -> int:
     with_tasks = bool(data.tasks) and flags.text is None
     flags.check_used(tasks=with_tasks)
     if with_tasks:
-        figures = _evaluate_tasks(flags, data, command)
+        text, figures = _evaluate_tasks(flags, data, command)
     else:
         dtype = parsing.dtype_of(flags.precision)
         figures = evaluate.evaluate_run(
             flags.path, batches=flags.batches, text=flags.text, dtype=dtype
         )
-        for name, value in figures.items():
-            print(f"{name:<24} {value:.4g}" if isinstance(value, float) else f"{name:<24} {value}")
+        lines = [
+            f"{name:<24} {value:.4g}" if isinstance(value, float) else f"{name:<24} {value}"
+            for name, value in figures.items()
+        ]
+        text = "\n".join(lines)
         figures["command"] = command
     if flags.json is not None:
-        flags.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        write_json(flags.json, figures)
+    print(text)
     return 0
 
 
-def _evaluate_tasks(flags: EvaluateFlags, data: DataConfig, command: str) -> dict[str, Any]:
-    """Print the table of the tasks' figures, and return them as plain values."""
+def _evaluate_tasks(
+    flags: EvaluateFlags, data: DataConfig, command: str
+) -> tuple[str, dict[str, Any]]:
+    """The table of the tasks' figures, and the same as plain values. Writes --predictions."""
     length = flags.decoding.input_length or data.input_length
     config, dtype = replace(flags.decoding, input_length=length), parsing.dtype_of(flags.precision)
     results = evaluate.evaluate_tasks(flags.path, data, config, split=flags.split, dtype=dtype)
-    print(evaluate.as_table(results))
     if flags.predictions is not None:
         evaluate.write_predictions(flags.predictions, results)
-    return evaluate.as_json(results, config, str(flags.path), command)
+    figures = evaluate.as_json(results, config, str(flags.path), command)
+    return evaluate.as_table(results), figures

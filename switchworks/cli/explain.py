@@ -1,12 +1,12 @@
 """`switchworks explain RECIPE`: parameters, FLOPs, memory and traffic, without running anything."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from switchworks.cli import parsing
 from switchworks.config import check_at_least, check_positive
+from switchworks.disk import write_json
 
 if TYPE_CHECKING:
     from switchworks.training import Experiment
@@ -57,31 +57,34 @@ def run(words: list[str]) -> int:
     from switchworks.plan import as_text, draw_mesh, explain_experiment, layout_table
 
     figures = explain_experiment(experiment)
-    print(as_text(figures))
+    texts = [as_text(figures)]
     if flags.simulate or flags.search:
-        figures |= _plan(experiment, flags)
+        more, planned = _plan(experiment, flags)
+        figures |= planned
+        texts += more
     if flags.layout:
-        print(layout_table(experiment))
+        texts.append(layout_table(experiment))
     if flags.picture is not None:
-        print(draw_mesh(experiment.mesh, flags.picture))
+        texts.append(str(draw_mesh(experiment.mesh, flags.picture)))
     if flags.json is not None:
-        flags.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        write_json(flags.json, figures)
+    print(*texts, sep="\n")
     return 0
 
 
-def _plan(experiment: "Experiment", flags: ExplainFlags) -> dict[str, Any]:
-    """Print the results of --simulate and --search, and return them as plain values."""
+def _plan(experiment: "Experiment", flags: ExplainFlags) -> tuple[list[str], dict[str, Any]]:
+    """The results of --simulate and --search, to print and as plain values."""
     from switchworks.plan import find_machine, find_meshes, make_plan, search_figures, search_text
 
-    machine, figures = find_machine(flags.machine), {}
+    machine, texts, figures = find_machine(flags.machine), list[str](), {}
     if flags.simulate:
         plan = make_plan(experiment, machine, flags.memory, flags.ranks)
-        print(plan.text())
+        texts.append(plan.text())
         figures |= plan.figures()
     if flags.search:
         devices = flags.devices or experiment.mesh.size
         memory = flags.memory or machine.memory_gib
         meshes = find_meshes(experiment, devices, memory, machine)
-        print(search_text(meshes, machine, memory))
+        texts.append(search_text(meshes, machine, memory))
         figures["meshes"] = search_figures(meshes)
-    return figures
+    return texts, figures

@@ -1,6 +1,5 @@
 """`switchworks generate PATH TEXT`: fill the holes of a text, or continue it."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import tyro
 
 from switchworks.cli import parsing
 from switchworks.config import ConfigError
+from switchworks.disk import write_json
 from switchworks.generate import (
     GenerationConfig,
     complete_file,
@@ -89,7 +89,7 @@ def _write_one(flags: GenerateFlags, text: str, weights: dict[str, Any]) -> None
         print(*write_texts(*model, [text], flags.config))
     else:
         (answers,) = write_candidates(*model, [text], flags.config, flags.candidates)
-        print(*(f"{answer.score:8.3f}  {answer.text}" for answer in answers), sep="\n")
         if flags.json is not None:
             figures = {"text": text, "candidates": [answer._asdict() for answer in answers]}
-            flags.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+            write_json(flags.json, figures)
+        print(*(f"{answer.score:8.3f}  {answer.text}" for answer in answers), sep="\n")

@@ -1,13 +1,17 @@
 """The entry point of the command line: finds the verb and prints errors in plain words."""
 
+import errno
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib.metadata import version
 
 from switchworks.cli.parsing import HELP, UsageError
 from switchworks.config import CheckpointError, ConfigError, DataError
+from switchworks.trust import trusted_code
 
 USAGE = """usage: switchworks VERB ...
 
@@ -39,7 +43,8 @@ USAGE = """usage: switchworks VERB ...
   recipes             what there is to train, and the sizes of the papers
 
 `switchworks VERB --help` lists the flags of a verb, `switchworks train RECIPE --help` all
-settings of a recipe with their values. --debug, after the verb, shows tracebacks."""
+settings of a recipe with their values. After the verb, --debug shows tracebacks, and
+--trust-code runs Python files that a run names, such as its task.py (SECURITY.md)."""
 
 
 VERBS = (
@@ -52,21 +57,29 @@ VERBS = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; the exit status: 0 done, 2 bad input, 1 anything else, 130 interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        if isinstance(stream, io.TextIOWrapper):  # names that are no UTF-8 are printed somehow
+            stream.reconfigure(errors="backslashreplace")
     if not words or words[0] in (*HELP, "help"):
         print(USAGE)
         return 0
     if words[0] == "--version":
         print(f"switchworks {version('switchworks')}")
         return 0
+    if not_utf8 := [word for word in words if not word.isascii() and _is_broken(word)]:
+        print_error(f"error: {not_utf8[0]!r} is not UTF-8.\n  Rename the file, or link to it.")
+        return 2
     verb, rest = words[0], words[1:]
     if verb not in VERBS:
         print(f"error: there is no verb {verb!r}.\n\n{USAGE}", file=sys.stderr)
         return 2
-    debug = "--debug" in rest
+    debug, trusted = "--debug" in rest, "--trust-code" in rest
     try:
         module = importlib.import_module(f"switchworks.cli.{verb}")
-        status = module.run([word for word in rest if word != "--debug"])
-        sys.stdout.flush()
+        with trusted_code() if trusted else nullcontext():
+            status = module.run([w for w in rest if w not in ("--debug", "--trust-code")])
+        if sys.stdout is not None:  # closed by the caller
+            sys.stdout.flush()
         return status
     except (ConfigError, DataError, CheckpointError) as error:
         if debug:
@@ -80,13 +93,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader, for example `head`, has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if sys.stdout is not None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:  # a full disk, files that may not be read
         if debug:
             raise
-        print_error(f"error: {error}\n  --debug shows where.")
+        print_error(f"error: {_in_words(error)}\n  --debug shows where.")
         return 1
+
+
+def _is_broken(word: str) -> bool:
+    """Whether bytes of the command line were no UTF-8, so that no file of ours can hold `word`."""
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _in_words(error: OSError) -> str:
+    """The file, what is wrong with it, and what to do where that is known."""
+    if error.strerror is None:
+        return str(error)
+    fixes = {
+        errno.ENOSPC: "Make room, or write elsewhere.",
+        errno.EDQUOT: "Make room, or write elsewhere.",
+        errno.EROFS: "Write elsewhere.",
+        errno.EACCES: "Change its mode or owner, or name another place.",
+        errno.EMFILE: "Allow more open files: ulimit -n.",
+    }
+    subject = f"{error.filename}: " if error.filename else ""
+    fix = fixes.get(error.errno or 0)
+    return f"{subject}{error.strerror}." + (f"\n  {fix}" if fix else "")
 
 
 def print_error(error: str) -> None:

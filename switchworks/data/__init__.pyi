@@ -1,5 +1,3 @@
-from .cache import atomic_write_json as atomic_write_json
-from .cache import atomic_write_text as atomic_write_text
 from .config import DataConfig as DataConfig
 from .config import cache_folder as cache_folder
 from .dataset import TextDataset as TextDataset

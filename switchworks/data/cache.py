@@ -1,31 +1,14 @@
-"""What the cache is made of: files written completely or not at all, and hashes that name them."""
+"""What names the files of the cache, hashes of what they are made of, and the lock of one."""
 
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-
-
-def atomic_write_text(path: Path, lines: Iterable[str]) -> None:
-    """Write `lines` to `path`, never leaving half of them: a temporary file, synced and renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def atomic_write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write `values` to `path` as JSON, completely or not at all."""
-    atomic_write_text(path, [json.dumps(values, indent=1)])
 
 
 def digest(*values: Any) -> str:

@@ -1,12 +1,13 @@
 """The data settings and metadata of a run directory, and the text to measure a model on."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from switchworks.config import CheckpointError, ConfigError, from_dict, read_toml
 from switchworks.data.config import DataConfig
+from switchworks.disk import read_json
+from switchworks.trust import NamedByRun
 
 
 def run_data_config(path: Path) -> DataConfig | None:
@@ -17,13 +18,17 @@ def run_data_config(path: Path) -> DataConfig | None:
     values = read_toml(file)
     if "data" not in values:
         raise ConfigError(f"{file} has no [data], so it is not that of a run.")
-    return from_dict(DataConfig, values["data"], where="data.")
+    config = from_dict(DataConfig, values["data"], where="data.")
+    return replace(config, tasks=tuple(map(NamedByRun, config.tasks)))
 
 
 def run_metadata(path: Path) -> dict[str, Any]:
-    """The about.json of the run in `path`; empty if the run has not begun."""
-    file = path / "about.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    """The about.json of the run in `path`; empty if the run has not begun. Raises CheckpointError
+    if it is damaged."""
+    try:
+        return read_json(path / "about.json", CheckpointError)
+    except FileNotFoundError:
+        return {}
 
 
 def default_rows(decoder_only: bool) -> DataConfig:

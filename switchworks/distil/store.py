@@ -8,14 +8,14 @@ is not padding, the k most likely ids and their log-probabilities:
         logs     float16 or float32                          N k+1    the last: all other ids
         ends     int64     R    where each row's targets end among the N
         hashes   uint64    R    of each row's inputs, targets and segments
+        checks   uint64    R    of each row's ids and logs, and of its hash
 
-Rows are numbered across the steps of a run. Reading compares the hash of each row. Parts are
+Rows are numbered across the steps of a run. Reading compares both hashes of each row. Parts are
 written aside and renamed: a killed writer continues with the row after the last complete part.
 
 Letters: B sequences, T target length, V vocabulary, k ids kept, N targets, R rows.
 """
 
-import os
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -31,11 +31,10 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from switchworks.batch import Batch
-from switchworks.checkpoint import read_json
-from switchworks.config import ConfigError, DataError, differences
-from switchworks.data import atomic_write_json
+from switchworks.config import ConfigError, DataError, differences, from_dict
+from switchworks.disk import read_sealed, whole_file, write_sealed
 
-VERSION = 1
+VERSION = 2
 FILE = "store.json"
 PART_ROWS = 4096
 """Rows of a part: kept in memory until it is written, and lost when the writer is killed."""
@@ -99,10 +98,10 @@ class LogitStore:
                 f"  Make them: switchworks prepare RECIPE --distil.store {folder}, with the flags "
                 "of the training."
             )
-        values = read_json(folder / FILE)
+        values = read_sealed(folder / FILE)
         if values.pop("version", None) != VERSION:
             raise DataError(f"{folder} was made by another version of switchworks. Make it anew.")
-        self.info = StoreInfo(**values)
+        self.info = from_dict(StoreInfo, values)
         self.path, self.weights = self.info.teacher, self.info.weights
         """Path of the teacher, and hash of its weights."""
         self.vocab_size = self.info.vocab_size
@@ -151,12 +150,15 @@ class LogitStore:
                 f"are in {self.folder}.\n"
                 "  Its text, tokenizer, seed or row lengths have changed; make the store anew."
             )
-        ends = file.get_slice("ends")
-        begin = int(ends[place - 1 : place][0]) if place else 0
-        end = int(ends[place + len(hashes) - 1 : place + len(hashes)][0])
+        rows = slice(place, place + len(hashes))
+        ends = file.get_slice("ends")[rows]
+        begin = int(file.get_slice("ends")[place - 1 : place][0]) if place else 0
+        ids, logs = (file.get_slice(name)[begin : int(ends[-1])] for name in ("ids", "logs"))
+        checks = _checks(ids, logs, ends - begin, hashes)
+        if (wrong := np.flatnonzero(file.get_slice("checks")[rows] != checks)).size:
+            raise _damaged(path, f"row {row + int(wrong[0])} is not what was written")
         return TeacherTargets(
-            torch.from_numpy(file.get_slice("ids")[begin:end].astype(np.int64)),
-            torch.from_numpy(file.get_slice("logs")[begin:end].astype(np.float32)),
+            torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(logs.astype(np.float32))
         )
 
     def _part(self, row: int) -> tuple[int, int, Path]:
@@ -172,12 +174,22 @@ class LogitStore:
         if path not in self._open:
             try:
                 self._open[path] = safe_open(path, framework="numpy")
+                rows = int(path.stem.split("-")[2]) - int(path.stem.split("-")[1])
+                shapes = {name: self._open[path].get_slice(name).get_shape() for name in _COLUMNS}
+                if any(shapes[name] != [rows] for name in _COLUMNS[2:]):
+                    raise _damaged(path, f"it has no {rows} rows")
             except (OSError, SafetensorError) as error:
-                raise DataError(
-                    f"{path} cannot be read: {error}.\n  Delete it and what follows it, and make "
-                    "them again."
-                ) from error
+                raise _damaged(path, str(error)) from error
         return self._open[path]
+
+
+_COLUMNS = ("ids", "logs", "ends", "hashes", "checks")
+
+
+def _damaged(path: Path, reason: str) -> DataError:
+    return DataError(
+        f"{path} cannot be read: {reason}.\n  Delete it and what follows it, and make them again."
+    )
 
 
 class LogitWriter:
@@ -200,7 +212,7 @@ class LogitWriter:
             )
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            atomic_write_json(folder / FILE, {"version": VERSION, **asdict(info)})
+            write_sealed(folder / FILE, {"version": VERSION, **asdict(info)})
         parts = parts_in(folder)
         self.written = parts[-1][1] if parts else 0
         """Rows on disk."""
@@ -222,6 +234,8 @@ class LogitWriter:
             "ends": real.sum(dim=1).cpu().numpy(),
             "hashes": row_hashes(batch),
         }
+        ends = part["ends"].cumsum()
+        part["checks"] = _checks(part["ids"], part["logs"], ends, part["hashes"])
         self._pending.append(part)
         if sum(len(part["hashes"]) for part in self._pending) >= PART_ROWS:
             self.flush()
@@ -235,11 +249,8 @@ class LogitWriter:
         tensors["ends"] = tensors["ends"].cumsum()
         stop = self.written + len(tensors["hashes"])
         path = self.folder / f"rows-{self.written:09d}-{stop:09d}.safetensors"
-        aside = path.with_suffix(".partial")
-        save_file(tensors, aside)
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
-        aside.replace(path)
+        with whole_file(path) as aside:
+            save_file(tensors, aside)
         self.written, self._pending = stop, []
 
 
@@ -261,6 +272,19 @@ def row_hashes(batch: Batch) -> np.ndarray:
     widths = np.array([len(columns), *(column.shape[1] for column in columns)], "<i8").tobytes()
     rows = (widths + b"".join(map(np.ndarray.tobytes, row)) for row in zip(*columns, strict=True))
     digests = [blake2b(row, digest_size=8).digest() for row in rows]
+    return np.frombuffer(b"".join(digests), "<u8").astype(np.uint64)
+
+
+def _checks(ids: np.ndarray, logs: np.ndarray, ends: np.ndarray, hashes: np.ndarray) -> np.ndarray:
+    """A 64-bit hash of each row: of its ids and logs, which end at `ends`, of their types, and of
+    its hash in `hashes`."""
+    kinds = f"{ids.dtype} {ids.shape[1:]} {logs.dtype} {logs.shape[1:]}".encode()
+    digests: list[bytes] = []
+    begin = 0
+    for end, name in zip(ends.tolist(), hashes, strict=True):
+        row = kinds + ids[begin:end].tobytes() + logs[begin:end].tobytes() + name.tobytes()
+        digests.append(blake2b(row, digest_size=8).digest())
+        begin = end
     return np.frombuffer(b"".join(digests), "<u8").astype(np.uint64)
 
 

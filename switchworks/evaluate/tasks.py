@@ -15,6 +15,7 @@ import torch
 
 from switchworks import data
 from switchworks.config import ConfigError, DataError
+from switchworks.disk import whole_file
 from switchworks.evaluate.answers import DecodingConfig, answer, check_choices
 from switchworks.evaluate.metrics import averages, check_metrics, judge, score, signatures
 from switchworks.generate import load_with_tokenizer
@@ -225,7 +226,7 @@ def as_table(results: Sequence[TaskResult]) -> str:
 
 def write_predictions(path: Path, results: Iterable[TaskResult]) -> None:
     """Write a JSON object per line: the task, the input, every right answer and the model's."""
-    with path.open("w", encoding="utf-8") as file:
+    with whole_file(path) as aside, aside.open("w", encoding="utf-8") as file:
         for result in results:
             pairs = zip(result.eval_set.examples, result.predictions, strict=True)
             for example, prediction in pairs:

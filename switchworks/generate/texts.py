@@ -16,6 +16,7 @@ from switchworks.checkpoint import load, require_tokenizer
 from switchworks.config import ConfigError
 from switchworks.data import Tokenizer
 from switchworks.device import compute_device
+from switchworks.disk import write_text
 from switchworks.generate.batches import (
     Candidate,
     GenerationConfig,
@@ -95,7 +96,7 @@ def complete_file(
     completed = iter(complete(path, texts, config, int8=int8, dtype=dtype))
     results = [" ".join(next(completed).splitlines()) if line.strip() else "" for line in lines]
     if output is not None:
-        output.write_text("".join(f"{text}\n" for text in results), encoding="utf-8")
+        write_text(output, (f"{text}\n" for text in results))
     return results
 
 

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from switchworks.data import atomic_write_text
+from switchworks.disk import whole_file, write_text
 from switchworks.lab.analysis import Comparison, compare
 from switchworks.lab.results import losses
 from switchworks.lab.statistics import Interval
@@ -27,7 +27,8 @@ def write_pages(results: Sequence[Mapping[str, Any]], markdown: Path, page: Path
     for study, comparisons in compared:
         picture = draw(study, comparisons)
         name = f"results-{study['study']}.png"
-        (markdown.parent / name).write_bytes(picture)
+        with whole_file(markdown.parent / name) as aside:
+            aside.write_bytes(picture)
         head, *rows = without_empty([HEAD, *(cells(each) for each in comparisons)])
         about = conditions(study)
         text += [f"## {study['question']}", f"{study['paper']}.", f"![{study['question']}]({name})"]
@@ -38,8 +39,8 @@ def write_pages(results: Sequence[Mapping[str, Any]], markdown: Path, page: Path
         shown = html.table(head, [[escape(cell) for cell in row] for row in rows])
         sections.append(html.section(study["question"], escape(study["paper"]), image, shown))
         sections.append(html.soft(escape(about.replace("`", ""))))
-    atomic_write_text(markdown, ["\n\n".join(text), "\n"])
-    atomic_write_text(page, [html.document("Results - switchworks lab", sections)])
+    write_text(markdown, ["\n\n".join(text), "\n"])
+    write_text(page, [html.document("Results - switchworks lab", sections)])
 
 
 INTRODUCTION = """# Results

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from switchworks.config import DataError
-from switchworks.data import atomic_write_json
+from switchworks.disk import write_json
 from switchworks.lab.runner import Job, jobs_of
 from switchworks.lab.study import Study
 from switchworks.report import read_run
@@ -62,13 +62,13 @@ def write_results(study: Study, folder: Path, file: Path) -> dict[str, Any]:
     results = collect(study, folder)
     if file.exists():
         results |= {key: value for key, value in read_results(file).items() if key in RATES}
-    atomic_write_json(file, results)
+    write_json(file, results)
     return results
 
 
 def write_rates(file: Path, rates: Mapping[str, float], machine: str) -> None:
     """Add the tokens per second of each arm, measured on `machine`, to the results in `file`."""
-    atomic_write_json(file, read_results(file) | dict(zip(RATES, (rates, machine), strict=True)))
+    write_json(file, read_results(file) | dict(zip(RATES, (rates, machine), strict=True)))
 
 
 def read_results(file: Path) -> dict[str, Any]:

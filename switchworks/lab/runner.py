@@ -21,7 +21,7 @@ from pathlib import Path
 
 from switchworks import checkpoint
 from switchworks.config import ConfigError
-from switchworks.data import atomic_write_json
+from switchworks.disk import write_json
 from switchworks.lab.study import Training
 
 POLL_SECONDS = 0.5
@@ -181,7 +181,7 @@ class Runner:
             process = subprocess.Popen(
                 command, stdout=file, stderr=subprocess.STDOUT, env=environment
             )
-        atomic_write_json(log.with_suffix(".json"), record)
+        write_json(log.with_suffix(".json"), record)
         self._running[job.run_dir] = job, process
         self.say(f"begun  {job.run_dir}, at step {job.step} of {job.steps}")
 

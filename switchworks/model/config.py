@@ -10,6 +10,7 @@ from typing import Literal, get_args
 from switchworks.config import (
     ConfigError,
     check_at_least,
+    check_at_most,
     check_literals,
     check_positive,
     check_rate,
@@ -19,6 +20,11 @@ from switchworks.model.strategies import STRATEGIES, Strategy
 Activation = Literal["relu", "gelu", "silu"]
 MIN_TEMPERATURE = 1e-4
 """Below it sampling is greedy, and scores divided by the temperature may overflow float32."""
+
+
+MAX_LAYERS, MAX_WIDTH = 1 << 12, 1 << 24
+"""Of what a file or a flag may ask for: above it a typing error is likelier than a model, and to
+list its blocks takes minutes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +98,7 @@ class RoutingConfig:
         check_literals(self, "routing.")
         check_at_least(self, "routing.", 1, "experts", "every", "group_sequences", "min_capacity")
         check_at_least(self, "routing.", 1, "ntlb_rounds", "expert_d_ff")
+        check_at_most(self, "routing.", MAX_WIDTH, "experts", "ntlb_rounds", "expert_d_ff")
         check_at_least(self, "routing.", 0, "balance_weight", "z_weight", "bias_rate")
         check_at_least(self, "routing.", 0, "second_threshold")
         check_rate(self, "routing.", "jitter", "input_dropout", "expert_dropout")
@@ -235,6 +242,9 @@ class ModelConfig:
         check_literals(self, "model.")
         check_at_least(self, "model.", 1, "vocab_size", "d_model", "d_ff", "d_kv", "num_heads")
         check_at_least(self, "model.", 1, "num_layers", "num_decoder_layers")
+        check_at_most(self, "model.", MAX_LAYERS, "num_layers", "num_decoder_layers")
+        check_at_most(self, "model.", MAX_WIDTH, "vocab_size", "d_model", "d_ff", "d_kv")
+        check_at_most(self, "model.", MAX_WIDTH, "num_heads", "relative_buckets")
         check_rate(self, "model.", "dropout")
         check_positive(self, "model.", "init_scale")
         if self.decoder_only and self.num_decoder_layers is not None:

@@ -7,6 +7,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from switchworks.disk import whole_file
 from switchworks.parallel import MeshConfig
 
 MAX_FRAMED = 1024
@@ -46,7 +47,8 @@ def draw_mesh(mesh: MeshConfig, file: Path) -> Path:
         fontsize=11,
     )
     figure.tight_layout()
-    figure.savefig(file, dpi=130)
+    with whole_file(file) as aside:
+        figure.savefig(aside, dpi=130)
     return file
 
 

@@ -16,20 +16,20 @@ from typing import Any
 import torch
 
 from switchworks.batch import Batch
-from switchworks.checkpoint import weight_files, write_json
+from switchworks.checkpoint import weight_files
 from switchworks.compress import grouped
 from switchworks.config import ConfigError
 from switchworks.data import (
     DataConfig,
     Tokenizer,
     ValidationSet,
-    atomic_write_text,
     open_dataset,
     places_of,
     run_data_config,
     tasks_of,
 )
 from switchworks.device import compute_device, take_turns
+from switchworks.disk import write_json, write_text
 from switchworks.distil import fraction_of_gain
 from switchworks.evaluate import DecodingConfig, build_eval_set, measure, validation_losses
 from switchworks.generate import generate
@@ -84,7 +84,7 @@ def write_compression(
         "models": models,
     }
     page = output or page_folder(paths[1]) / "compression.html"
-    atomic_write_text(page, [compression_page(report)])
+    write_text(page, [compression_page(report)])
     write_json(page.with_suffix(".json"), report)
     return report | {"page": str(page)}
 

@@ -14,6 +14,8 @@ from matplotlib.colorbar import Colorbar
 from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 
+from switchworks.disk import whole_file
+
 DENSE, SWITCH = "#d55e00", "#0072b2"
 _LOADS = LinearSegmentedColormap.from_list("loads", [SWITCH, "#ffffff", DENSE])
 _ROW, _MARGIN, _DPI = 0.16, 2.2, 110  # inches of a row, inches around, dots per inch
@@ -38,7 +40,8 @@ def draw_quality(
     axes.grid(axis="y", color="#ececea")
     axes.legend(frameon=False, loc="lower right")
     _bare(axes)
-    figure.savefig(path)
+    with whole_file(path) as aside:
+        figure.savefig(aside)
 
 
 def draw_speedups(path: Path, speedups: Sequence[float]) -> None:
@@ -68,7 +71,8 @@ def draw_speedups(path: Path, speedups: Sequence[float]) -> None:
     axes.set_ylabel("languages")
     axes.set_title(f"Step speed-up over {len(speedups)} languages", loc="left")
     _bare(axes)
-    figure.savefig(path)
+    with whole_file(path) as aside:
+        figure.savefig(aside)
 
 
 def draw_heat(
@@ -88,7 +92,8 @@ def draw_heat(
     axes.set_xlabel(f"switch layers, {experts} experts each")
     bar.set_ticks([-3, -2, -1, 0, 1, 2, 3], labels=["1/8", "1/4", "1/2", "even", "2x", "4x", "8x"])
     bar.set_label("share of the tokens that go to an expert, over an even share")
-    figure.savefig(path)
+    with whole_file(path) as aside:
+        figure.savefig(aside)
 
 
 def draw_similarity(path: Path, rows: Sequence[str], similar: Float[np.ndarray, "K K"]) -> None:
@@ -99,7 +104,8 @@ def draw_similarity(path: Path, rows: Sequence[str], similar: Float[np.ndarray, 
     figure, axes, bar = _matrix(size, rows, similar, (least, most), "viridis")
     axes.set_xticks([])
     bar.set_label("similarity of routing: 1 minus the Jensen-Shannon distance, mean over layers")
-    figure.savefig(path)
+    with whole_file(path) as aside:
+        figure.savefig(aside)
 
 
 def _matrix(

@@ -18,6 +18,7 @@ from jaxtyping import Float
 
 from switchworks.config import DataError
 from switchworks.data import english_name, script_name, script_of
+from switchworks.disk import whole_file
 from switchworks.evaluate import LanguageRouting, evaluate_run, open_run, routing_by_language
 from switchworks.report import language_charts as charts
 from switchworks.report.runs import Run, crossing, read_run
@@ -252,7 +253,7 @@ def write_routing(out: Path, routing: LanguageRouting) -> None:
 
 
 def _write_csv(path: Path, head: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with whole_file(path) as aside, aside.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(head)
         for row in rows:

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from switchworks.checkpoint import is_model, load, open_model, require_tokenizer, write_json
+from switchworks.checkpoint import is_model, load, open_model, require_tokenizer
 from switchworks.config import CheckpointError
-from switchworks.data import DataConfig, Tokenizer, atomic_write_text, open_dataset
+from switchworks.data import DataConfig, Tokenizer, open_dataset
 from switchworks.device import compute_device
+from switchworks.disk import write_json, write_text
 from switchworks.evaluate import routing_report
 from switchworks.model import SwitchTransformer
 from switchworks.report import html
@@ -46,7 +47,7 @@ def write_routing_report(
     by_label = {name or "text": rows for name, rows in held_out.batches.items()}
     report = {"model": str(path), "against": against and str(against), "text": str(data.named)}
     report |= routing_report(model, tokenizer, by_label, against=other[0][0] if other else None)
-    atomic_write_text(output, [routing_page(report)])
+    write_text(output, [routing_page(report)])
     write_json(output.with_suffix(".json"), report)
     return report
 

@@ -1,6 +1,7 @@
 """The training loop: a step, then every hook. Everything optional is a hook."""
 
 import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -47,7 +48,11 @@ class Interrupt:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Inside, the first signal requests a stop. A second SIGINT acts as usual; a second SIGTERM
-        does nothing, since torchrun repeats the one its workers have received."""
+        does nothing, since torchrun repeats the one its workers have received. Only the main thread
+        may listen; training in another one hears nothing."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         previous = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
 
         def request(number: int, _frame: FrameType | None) -> None:

@@ -25,6 +25,7 @@ from switchworks.config import (
     from_toml,
     to_toml,
 )
+from switchworks.disk import write_json, write_text
 from switchworks.training.experiment import MAY_CHANGE, Experiment
 
 _ENDLESS = ("rsqrt", "constant")
@@ -100,8 +101,8 @@ def claim(path: Path, experiment: Experiment, about: Mapping[str, Any] | None = 
         kept = {name: before[name] for name in _OF_BEGINNING if name in before}
         session = {name: about[name] for name in _OF_SESSION if name in about}
         contents = {**about, **kept, "sessions": [*before.get("sessions", []), session]}
-        data.atomic_write_json(path / "about.json", contents)
-    data.atomic_write_text(path / "experiment.toml", [to_toml(experiment)])
+        write_json(path / "about.json", contents)
+    write_text(path / "experiment.toml", [to_toml(experiment)])
 
 
 _OF_BEGINNING = ("id", "command", "started", "init", "init_weights")
@@ -114,6 +115,11 @@ def require_same_run(
     """Raises ConfigError, DataError or CheckpointError unless the run in `path` began with the
     weights of `init` (None: with any), read this text, and has a teacher with these weights."""
     about = data.run_metadata(path)
+    if not about:
+        raise CheckpointError(
+            f"{path / 'about.json'} is missing or empty, so nothing says which text and weights "
+            "this run began with.\n  Put it back, or choose another --run-dir."
+        )
     if init is not None and about.get("init_weights") != checkpoint.weights_hash(Path(init)):
         begun = f"the weights in {about['init']}" if about.get("init") else "initial weights"
         raise ConfigError(

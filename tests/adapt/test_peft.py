@@ -14,9 +14,10 @@ import switchworks
 from switchworks.adapt import LoraConfig, adapt, save_adapters, save_peft
 from switchworks.adapt.files import merge_adapters
 from switchworks.batch import Batch
-from switchworks.checkpoint import read_json, write_json
+from switchworks.checkpoint import read_json
 from switchworks.cli.main import main
 from switchworks.config import CheckpointError, ConfigError
+from switchworks.disk import write_json
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
 from switchworks.recipes.tiny import tiny
 from switchworks.training.state import build_state

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from switchworks.checkpoint.files import MANIFEST, verify, whole_directory
+from switchworks.checkpoint.files import MANIFEST, remove_whole, verify, whole_directory
 from switchworks.checkpoint.model_files import save
 from switchworks.checkpoint.training_state import Checkpoints
 from switchworks.config import CheckpointError
@@ -100,7 +101,6 @@ def leave_a_note(path: Path) -> None:
         (lambda path: (path / "inner" / "b.txt").unlink(), r"b\.txt is missing"),
         (lambda path: (path / "a.txt").write_text("hell"), r"a\.txt is torn: it has 4 bytes"),
         (lambda path: (path / "a.txt").write_text("hullo"), r"a\.txt has changed"),
-        (leave_a_note, r"notes\.txt is not part of"),
         (lambda path: (path / MANIFEST).unlink(), r"manifest\.json is missing"),
         (lambda path: (path / MANIFEST).write_text("{"), r"manifest\.json cannot be read"),
         (lambda path: path.rename(path.with_name("gone")), "does not exist"),
@@ -113,10 +113,46 @@ def test_verify_names_the_first_file_that_is_wrong(tmp_path, damage, complaint):
         verify(tmp_path / "step")
 
 
-def test_foreign_files_can_be_allowed(tmp_path):
+def test_a_note_is_no_damage_and_outlives_what_it_lies_in(tmp_path, caplog):
+    write(tmp_path / "step", "old")
+    leave_a_note(tmp_path / "step")
+    verify(tmp_path / "step")
+    write(tmp_path / "step", "new")
+    assert (tmp_path / "step" / "a.txt").read_text() == "new"
+    assert (tmp_path / "step.kept" / "notes.txt").read_text() == "mine"
+    assert "notes.txt in it" in caplog.text
+    assert f"are in {tmp_path / 'step.kept'} now" in caplog.text
+    leave_a_note(tmp_path / "step")
+    remove_whole(tmp_path / "step")
+    assert everything_in(tmp_path) == ["step.kept", "step.kept2"]
+    assert everything_in(tmp_path / "step.kept2") == ["notes.txt"]
+
+
+def test_a_directory_without_a_manifest_is_kept_whole(tmp_path):
     write(tmp_path / "step")
-    (tmp_path / "step" / "README.md").write_text("about this model")
-    verify(tmp_path / "step", allow_foreign=True)
+    (tmp_path / "step" / MANIFEST).unlink()
+    remove_whole(tmp_path / "step")
+    assert everything_in(tmp_path) == ["step.kept"]
+    assert (tmp_path / "step.kept" / "inner" / "b.txt").exists()
+
+
+def test_a_link_to_a_directory_stays_one(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "model").symlink_to("disk")
+    for text in ("old", "new"):
+        write(tmp_path / "model", text)
+        assert (tmp_path / "model").is_symlink()
+        assert (tmp_path / "disk" / "a.txt").read_text() == text
+    assert everything_in(tmp_path) == ["disk", "model"]
+
+
+def test_files_have_the_mode_that_a_new_file_has(tmp_path):
+    with whole_directory(tmp_path / "step", needs=0, otherwise="") as partial:
+        save_file({"a": torch.zeros(2)}, partial / "model.safetensors")
+        (partial / "a.txt").touch()
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "step").iterdir()}
+    (tmp_path / "plain").touch()
+    assert set(modes.values()) == {(tmp_path / "plain").stat().st_mode}
 
 
 def test_a_disk_that_is_too_small_is_noticed_before_anything_is_written(tmp_path):

@@ -153,7 +153,7 @@ def test_the_kept_ids_are_the_likeliest_and_all_masses_sum_to_one():
 
 
 def test_a_store_is_as_large_as_it_says(tmp_path):
-    """Ids in 2 bytes, logarithms in 2, one more for the rest; 16 bytes a row; a header."""
+    """Ids in 2 bytes, logarithms in 2, one more for the rest; 24 bytes a row; a header."""
     writer = LogitWriter(tmp_path, info(top_k=4, dtype="float16"))
     for step in range(8):
         writer.add(some_batch(step), torch.randn(4, 5, 11))
@@ -161,7 +161,7 @@ def test_a_store_is_as_large_as_it_says(tmp_path):
     store = LogitStore(tmp_path)
     assert store.num_targets == 8 * 18
     (part,) = tmp_path.glob("*.safetensors")
-    assert 0 <= part.stat().st_size - (8 * 18 * 18 + 32 * 16) < 400
+    assert 0 <= part.stat().st_size - (8 * 18 * 18 + 32 * 24) < 500
     assert info(vocab_size=70_000).id_type == "uint32"
 
 

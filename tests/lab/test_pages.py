@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from switchworks.cli.main import main
-from switchworks.data import atomic_write_json
+from switchworks.disk import write_json
 from switchworks.lab import write_pages
 from switchworks.lab.analysis import compare
 
@@ -114,7 +114,7 @@ def test_a_study_of_one_length_has_no_column_for_factors(tmp_path):
 
 
 def test_the_command_writes_them(tmp_path, capsys):
-    atomic_write_json(tmp_path / "small.json", results([3.5], [4.0]))
+    write_json(tmp_path / "small.json", results([3.5], [4.0]))
     words = ["--results", str(tmp_path), "--page", str(tmp_path / "results.md")]
     assert main(["lab", "report", *words]) == 0
     assert str(tmp_path / "results.html") in capsys.readouterr().out

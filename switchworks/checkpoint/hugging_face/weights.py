@@ -14,11 +14,12 @@ from torch import Tensor
 
 from switchworks.checkpoint import tensors
 from switchworks.checkpoint.card import CardFacts, write_card
-from switchworks.checkpoint.files import MANIFEST, read_json, verify, whole_directory, write_json
+from switchworks.checkpoint.files import MANIFEST, read_json, verify, whole_directory
 from switchworks.checkpoint.hub import fetch, is_hub_name
 from switchworks.checkpoint.hugging_face.config import Capacity, from_hf_config, to_hf_config
 from switchworks.config import CheckpointError, ConfigError
 from switchworks.data import Tokenizer, write_for_transformers
+from switchworks.disk import write_json
 from switchworks.model import ModelConfig, SwitchTransformer
 
 RENAMES = (
@@ -168,7 +169,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
             "  Download the model first and give the directory that holds it."
         )
     if (directory / MANIFEST).is_file():  # written by save_hf
-        verify(directory, allow_foreign=True)
+        verify(directory)
     return read_json(directory / "config.json")
 
 

@@ -20,16 +20,17 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from itertools import chain, groupby, islice
+from itertools import chain, groupby
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
 from switchworks.config import ConfigError, DataError
-from switchworks.data.cache import atomic_write_text, digest
+from switchworks.data.cache import digest
 from switchworks.data.sources.near_copies import without_copies
 from switchworks.data.sources.prose import is_english, paragraphs
 from switchworks.data.sources.python_docs import in_processes, join_documents, python_strings
 from switchworks.data.sources.text_source import TextConfig, TextSource
+from switchworks.disk import is_sealed, read_sealed_lines, write_sealed_lines
 
 PACKAGES = tuple(
     line
@@ -94,32 +95,25 @@ class PackageDocs(TextSource):
         return self._file().stat().st_size
 
     def documents(self, shard: int = 0, num_shards: int = 1) -> Iterator[str]:
-        with self._file().open(encoding="utf-8") as file:
-            yield from map(json.loads, islice(file, shard, None, num_shards))
+        return read_sealed_lines(self._file(), shard, num_shards)
 
     def fingerprint(self) -> str:
         return digest(_RULES, *self.packages)
 
     def _file(self) -> Path:
         """One JSON string per document; made if it is missing, which takes many minutes."""
-        path = self.cache / f"package_docs-{self.fingerprint()[:16]}.jsonl"
-        if not path.exists():
+        path = self.cache / f"package_docs-{self.fingerprint()[:16]}.lines"
+        if not is_sealed(path):
             files = read_wheels(self.packages, self.cache / "package_docs", workers=self.workers)
-            texts = chain.from_iterable(map(read_lines, files))
-            documents = without_copies(join_documents(new_sentences(texts)))
-            atomic_write_text(path, (json.dumps(d, ensure_ascii=False) + "\n" for d in documents))
+            texts = chain.from_iterable(map(read_sealed_lines, files))
+            write_sealed_lines(path, without_copies(join_documents(new_sentences(texts))))
         return path
-
-
-def read_lines(file: Path) -> Iterator[str]:
-    with file.open(encoding="utf-8") as lines:
-        yield from map(json.loads, lines)
 
 
 def read_wheels(packages: Sequence[str], folder: Path, *, workers: int = 0) -> list[Path]:
     """A file with the paragraphs of each of `packages`, made in `folder` where it is missing."""
-    files = [folder / f"{normal_name(each).replace('==', '-')}.{_RULES}.jsonl" for each in packages]
-    missing = [pair for pair in zip(packages, files, strict=True) if not pair[1].exists()]
+    files = [folder / f"{normal_name(each).replace('==', '-')}.{_RULES}.lines" for each in packages]
+    missing = [pair for pair in zip(packages, files, strict=True) if not is_sealed(pair[1])]
     started = time.monotonic()
     for number, (requirement, file) in enumerate(missing):
         seconds = (time.monotonic() - started) * (len(missing) - number) / max(1, number)
@@ -127,7 +121,7 @@ def read_wheels(packages: Sequence[str], folder: Path, *, workers: int = 0) -> l
         print(f"package_docs: {requirement} ({number + 1} of {len(missing)}{left})", flush=True)
         members = documentation_in(fetch(requirement, folder))
         texts = chain.from_iterable(in_processes(read_members, [members], workers))
-        atomic_write_text(file, (json.dumps(text, ensure_ascii=False) + "\n" for text in texts))
+        write_sealed_lines(file, texts)
     return files
 
 

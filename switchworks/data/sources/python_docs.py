@@ -11,7 +11,6 @@ import contextlib
 import gc
 import hashlib
 import importlib.metadata
-import json
 import multiprocessing
 import os
 import re
@@ -21,16 +20,17 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
 
 from packaging.requirements import Requirement
 
-from switchworks.data.cache import atomic_write_text, digest, file_lock
+from switchworks.data.cache import digest, file_lock
 from switchworks.data.sources.prose import paragraphs
 from switchworks.data.sources.text_source import TextConfig, TextSource
+from switchworks.disk import is_sealed, read_sealed_lines, write_sealed_lines
 
 T = TypeVar("T")
 Packages = dict[str, importlib.metadata.Distribution]
@@ -78,8 +78,7 @@ class PythonDocs(TextSource):
         return docs_file(self.cache, workers=self.workers).stat().st_size
 
     def documents(self, shard: int = 0, num_shards: int = 1) -> Iterator[str]:
-        with docs_file(self.cache, workers=self.workers).open(encoding="utf-8") as file:
-            yield from map(json.loads, islice(file, shard, None, num_shards))
+        return read_sealed_lines(docs_file(self.cache, workers=self.workers), shard, num_shards)
 
     def fingerprint(self) -> str:
         return docs_fingerprint()
@@ -95,13 +94,11 @@ def docs_file(cache: Path, *, workers: int = 0) -> Path:
 
     `workers`: processes that extract; 0 means one per core.
     """
-    path = cache / f"python_docs-{docs_fingerprint()[:16]}.jsonl"
-    if not path.exists():
+    path = cache / f"python_docs-{docs_fingerprint()[:16]}.lines"
+    if not is_sealed(path):
         with file_lock(path):
-            if not path.exists():  # by the process that had the lock before
-                documents = extract_docs(_packages(), workers=workers)
-                lines = (json.dumps(document, ensure_ascii=False) + "\n" for document in documents)
-                atomic_write_text(path, lines)
+            if not is_sealed(path):  # by the process that had the lock before
+                write_sealed_lines(path, extract_docs(_packages(), workers=workers))
     return path
 
 

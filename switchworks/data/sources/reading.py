@@ -21,6 +21,13 @@ MAX_DOCUMENT_CHARACTERS = 1 << 16
 MAX_ZSTD_WINDOW = 1 << 31
 """Bytes that unpacking a .zst file may keep: what `zstd --long=31`, its longest, asks for."""
 
+MAX_RATIO, FREE_BYTES = 500, 1 << 26
+"""A file may unpack to so many times its size, or to so many bytes; text compresses 3 to 20
+times."""
+
+MAX_LINE_CHARACTERS = 1 << 28
+"""A longer line of a .jsonl file or a table is refused."""
+
 FORMATS = (".txt", ".jsonl", ".parquet")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 """The suffixes of compressed files, and pyarrow's names of their formats."""
@@ -51,16 +58,20 @@ def read_documents(path: Path, column: str) -> Iterator[str]:
 
 
 def _blocks(path: Path) -> Iterator[bytes]:
-    """The decompressed bytes of `path`, in blocks. Raises DataError for a truncated file."""
-    import pyarrow as pa
+    """The decompressed bytes of `path`, in blocks of at most BLOCK_BYTES. Raises DataError for a
+    truncated file, and for one that unpacks to more than text does."""
     import zstandard
 
     try:
-        if path.suffix.lower() == ".zst":
-            yield from _zstd_blocks(path)
-            return
-        with pa.input_stream(str(path), COMPRESSIONS.get(path.suffix.lower())) as file:
-            yield from iter(lambda: file.read(BLOCK_BYTES), b"")
+        most = max(FREE_BYTES, MAX_RATIO * path.stat().st_size)
+        for block in _unpacked(path):
+            most -= len(block)
+            if most < 0:
+                raise DataError(
+                    f"{path} unpacks to more than {MAX_RATIO} times its size, which no text does.\n"
+                    "  Unpack it yourself if it is meant to be read."
+                )
+            yield block
     except (OSError, zstandard.ZstdError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise DataError(f"{path} cannot be read: {error.strerror}.") from error
@@ -70,13 +81,25 @@ def _blocks(path: Path) -> Iterator[bytes]:
         raise DataError(f"{path} {problem}.\n  Fetch or compress it again.") from error
 
 
+def _unpacked(path: Path) -> Iterator[bytes]:
+    import pyarrow as pa
+
+    if path.suffix.lower() == ".zst":
+        for data in _zstd_blocks(path):
+            yield from (data[i : i + BLOCK_BYTES] for i in range(0, len(data), BLOCK_BYTES))
+        return
+    with pa.input_stream(str(path), COMPRESSIONS.get(path.suffix.lower())) as file:
+        yield from iter(lambda: file.read(BLOCK_BYTES), b"")
+
+
 def _zstd_blocks(path: Path) -> Iterator[bytes]:
     import zstandard
 
     decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW)
     frame = None
     with path.open("rb") as file:
-        while data := file.read(BLOCK_BYTES // 16):  # so little that no block is huge unpacked
+        # Four bytes may stand for 128 KiB: of so little no more than 16 MiB come.
+        while data := file.read(512):
             while data:
                 frame = frame or decompressor.decompressobj()
                 yield frame.decompress(data)
@@ -137,14 +160,20 @@ def read_lines(path: Path) -> Iterator[str]:
     """The lines of `path` without line ends, which are CR in a file whose first is a lone CR, else
     LF. Raises DataError for what is not UTF-8 text."""
     pieces: list[str] = []  # of the line so far; joined once per line, however long it is
-    end = None
+    end, length = None, 0
     for block in _characters(path):
         end = end or re.search(r"\n|\r(?!\n|\Z)", block)
         first, *rest = block.split(end[0] if end else "\n")
         pieces.append(first)
+        length += len(first)
+        if length > MAX_LINE_CHARACTERS:
+            raise DataError(
+                f"{path} has a line of over {MAX_LINE_CHARACTERS:,} characters.\n  It is not what "
+                "its name says, or lacks line ends."
+            )
         for line in rest:
             yield "".join(pieces)
-            pieces = [line]
+            pieces, length = [line], len(line)
     yield "".join(pieces)
 
 

@@ -5,7 +5,6 @@ A store is a folder with the tokens of all examples end to end, inputs and targe
 in full and without EOS, so that the lengths of rows do not matter. Letters: N examples.
 """
 
-import json
 import logging
 import os
 import shutil
@@ -17,20 +16,21 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-from switchworks.config import DataError
+from switchworks.config import DataError, from_dict
 from switchworks.data.cache import digest
 from switchworks.data.tasks.sources import Places
 from switchworks.data.tasks.task import UNKNOWN, Example, Task
 from switchworks.data.tasks.user_tasks import task_fingerprint
 from switchworks.data.tokens.build import token_dtype
-from switchworks.data.tokens.store import token_digest
+from switchworks.data.tokens.store import file_hash, token_digest
 from switchworks.data.tokens.tokenizer import Tokenizer
+from switchworks.disk import read_sealed, write_sealed
 
 MAX_EMPTY_SHARE = 1e-3
 """A larger share of training examples without a target is an error: then a column is wrong. A few
 are left out and counted, and so are those of other splits: real datasets have them."""
 
-TASK_STORE_VERSION = 4
+TASK_STORE_VERSION = 5
 """Raised when the content of stores changes, so that no older one is opened."""
 
 BATCH_EXAMPLES = 4096
@@ -72,8 +72,14 @@ class TaskStore:
     """The examples in `folder`, in the order of the dataset."""
 
     def __init__(self, folder: Path) -> None:
-        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-        self.counts = Counts(**about["counts"])
+        """Raises DataError if a file of it is missing or has changed."""
+        try:
+            about = read_sealed(folder / "about.json")
+            if about["hashes"] != _hashes(folder):
+                raise DataError(f"{folder} is not what was written: a hash differs.")
+        except FileNotFoundError as error:
+            raise DataError(f"{folder} lacks a file: {error.filename}.") from error
+        self.counts = from_dict(Counts, about["counts"])
         self.ends: Int[np.ndarray, "N 2"] = np.load(folder / "ends.npy", mmap_mode="r")
         size = int(self.ends[-1, 1]) if len(self.ends) else 0
         self.ids = np.memmap(folder / "ids.bin", about["dtype"], "r", shape=(size,))
@@ -174,9 +180,14 @@ def open_task(task: Task, split: str, places: Places, tokenizer: Tokenizer) -> T
     key = digest(task_fingerprint(task, split, places), tokenizer.fingerprint, TASK_STORE_VERSION)
     check_labels(task, tokenizer)
     folder = places.cache / f"task-{task.name}-{split}-{key[:16]}"
-    if not folder.is_dir():
-        counts = Counts()
-        _build(folder, examples_of(task, split, places, counts), tokenizer, counts)
+    if folder.is_dir():
+        try:
+            return TaskStore(folder)
+        except DataError as error:
+            logging.getLogger(__name__).warning("%s It is made again.", error)
+            shutil.rmtree(folder)
+    counts = Counts()
+    _build(folder, examples_of(task, split, places, counts), tokenizer, counts)
     return TaskStore(folder)
 
 
@@ -195,8 +206,8 @@ def _build(folder: Path, examples: Iterator[Example], tokenizer: Tokenizer, coun
             file.flush()
             os.fsync(file.fileno())
         np.save(temporary / "ends.npy", np.concatenate(ends))
-        about = {"dtype": dtype, "counts": asdict(counts)}
-        (temporary / "about.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
+        about = {"dtype": dtype, "counts": asdict(counts), "hashes": _hashes(temporary)}
+        write_sealed(temporary / "about.json", about)
         if not folder.is_dir():  # another process may have been faster, with the same result
             temporary.replace(folder)
     except OSError as error:
@@ -206,6 +217,10 @@ def _build(folder: Path, examples: Iterator[Example], tokenizer: Tokenizer, coun
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    return {name: file_hash(folder / name) for name in ("ids.bin", "ends.npy")}
 
 
 def _tokens(batch: list[Example], tokenizer: Tokenizer) -> list[np.ndarray]:

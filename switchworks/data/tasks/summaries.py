@@ -6,18 +6,17 @@ answer.
 
 import ast
 import gc
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from switchworks.data.cache import atomic_write_text
 from switchworks.data.sources import python_docs
 from switchworks.data.sources.prose import paragraphs
 from switchworks.data.sources.text_source import SPLIT_RULES, is_validation
 from switchworks.data.tasks.sources import Made, Places, Record
 from switchworks.data.tasks.task import Example, Task, hub_task, text_in
+from switchworks.disk import is_sealed, read_sealed_lines, write_sealed_lines
 
 SHORTEST_BODY = 80
 """Characters. A shorter body has hardly more than the summary."""
@@ -29,8 +28,8 @@ def summarise(record: Record, text: str, summary: str) -> Example:
 
 
 def _summaries(split: str, places: Places) -> Iterator[Record]:
-    with _table(places).open(encoding="utf-8") as file:
-        yield from (record for record in map(json.loads, file) if record["split"] == split)
+    records = read_sealed_lines(_table(places))
+    return (record for record in records if record["split"] == split)
 
 
 def _version(places: Places) -> str:
@@ -41,15 +40,15 @@ def _version(places: Places) -> str:
 def _table(places: Places) -> Path:
     """All records, one JSON object per line; made if missing, a minute or two of work."""
     key = f"{python_docs.docs_fingerprint()[:16]}-{SPLIT_RULES}-{places.validation_share:g}"
-    path = places.cache / f"docstring_summary-{key}.jsonl"
-    if not path.exists():
+    path = places.cache / f"docstring_summary-{key}.lines"
+    if not is_sealed(path):
         held_out = _held_out(places)
         records = (
             {"split": split, "summary": summary, "body": "\n".join(body)}
             for summary, body in _pairs()
             if (split := split_of([summary, *body], held_out)) is not None
         )
-        atomic_write_text(path, (json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+        write_sealed_lines(path, records)
     return path
 
 
@@ -65,10 +64,9 @@ def split_of(parts: Iterable[str], held_out: Mapping[str, bool]) -> str | None:
 def _held_out(places: Places) -> dict[str, bool]:
     """Every paragraph of the embedded corpus, and whether its document is held out."""
     held_out: dict[str, bool] = {}
-    with python_docs.docs_file(places.cache).open(encoding="utf-8") as file:
-        for document in map(json.loads, file):
-            side = is_validation(document, places.validation_share)
-            held_out.update((paragraph, side) for paragraph in document.split("\n"))
+    for document in read_sealed_lines(python_docs.docs_file(places.cache)):
+        side = is_validation(document, places.validation_share)
+        held_out.update((paragraph, side) for paragraph in document.split("\n"))
     return held_out
 
 

@@ -19,6 +19,7 @@ from switchworks.data.sources.reading import format_of
 from switchworks.data.sources.text_source import is_validation
 from switchworks.data.tasks import sources
 from switchworks.data.tasks.task import Example, Task, text_in
+from switchworks.trust import require_trusted
 
 
 @dataclass(frozen=True)
@@ -114,13 +115,15 @@ def table_task(entry: str, *, metrics: tuple[str, ...], labels: tuple[str, ...])
 
 
 def task_in_file(entry: str) -> Task:
-    """The `TASK` of a Python file. Raises ConfigError if it cannot be run or has none."""
+    """The `TASK` of a Python file. Raises ConfigError if it cannot be run or has none, and for one
+    that a run names, unless code is trusted."""
     path = Path(entry).expanduser()
+    require_trusted(entry)
     if not path.is_file():
         raise ConfigError(f"data.tasks: {path} does not exist.")
     try:
         task = runpy.run_path(str(path)).get("TASK")
-    except Exception as error:  # whatever the user's code raises
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
         raise ConfigError(
             f"data.tasks: {path} cannot be run: {type(error).__name__}: {error}."
         ) from error

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from switchworks.config import DataError
-from switchworks.data.cache import atomic_write_json
 from switchworks.data.tokens import store
 from switchworks.data.tokens.tokenizer import SentencePieceTokenizer, Tokenizer
+from switchworks.disk import write_sealed
 
 PART_TOKENS = 1 << 26
 """A part is closed by the first batch of documents that takes it past this many tokens: 128 MiB,
@@ -64,7 +64,7 @@ def write_plan(folder: Path, tokenizer: Tokenizer, num_shards: int) -> None:
         "vocab_size": tokenizer.vocab_size,
         "dtype": token_dtype(tokenizer),
     }
-    atomic_write_json(folder / "plan.json", values)
+    write_sealed(folder / "plan.json", values)
 
 
 def token_dtype(tokenizer: Tokenizer) -> str:
@@ -196,7 +196,7 @@ class _PartWriter:
             for split in store.SPLITS
         }
         part = store.ShardPart(shard, number, self.documents_read, last, segments, hashes, sizes)
-        atomic_write_json(self.folder / f"{self.name}.json", asdict(part))
+        write_sealed(self.folder / f"{self.name}.json", asdict(part))
         if self.space_marks:
             logging.getLogger(__name__).warning(
                 "%d characters U+2581 of the text became spaces, for which SentencePiece has them",

@@ -165,6 +165,7 @@ def _store_key(config: DataConfig, source: TextSource, tokenizer: Tokenizer) -> 
     validation = source.validation()
     by_hash = SPLIT_RULES, config.validation_share
     return digest(
+        store.STORE_VERSION,
         source.fingerprint(),
         by_hash if validation is None else validation.fingerprint(),
         config.near_copies == "drop",

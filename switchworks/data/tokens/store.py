@@ -19,7 +19,6 @@ less than its files: `finish_store` can move the last documents of the training 
 without writing tokens again.
 """
 
-import json
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -31,10 +30,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from switchworks.config import DataError
-from switchworks.data.cache import atomic_write_json
+from switchworks.config import DataError, from_dict
+from switchworks.disk import read_sealed, write_sealed
 
-STORE_VERSION = 1
+STORE_VERSION = 2
 DIGEST_TOKENS = 1 << 24
 DIGEST_WINDOW = 1 << 12
 """A digest is made of at most so many tokens, taken in windows of this many."""
@@ -193,9 +192,7 @@ def finished_parts(folder: Path, shard: int, num_shards: int) -> list[ShardPart]
     """The complete parts of `shard` from the first on, without a gap."""
     parts: list[ShardPart] = []
     while values := _read_json(folder / f"{part_name(shard, num_shards, len(parts))}.json"):
-        values.pop("report", None)  # which older versions wrote
-        values["segments"] = {k: Segment(**v) for k, v in values["segments"].items()}
-        part = ShardPart(**values)
+        part = from_dict(ShardPart, values)
         if any(_size(folder / name) != size for name, size in part.sizes.items()):
             break
         parts.append(part)
@@ -225,7 +222,7 @@ def finish_store(folder: Path, *, validation_share: float) -> None:
         raise DataError("There is no text to train on: every document is empty.")
     segments = {"train": train, "validation": validation}
     plan = _read_json(folder / "plan.json") or {}
-    atomic_write_json(
+    write_sealed(
         folder / "store.json",
         {
             **plan,
@@ -299,8 +296,8 @@ def file_hash(path: Path) -> str:
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_sealed(path)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise _unusable(path, f"cannot be read: {error}") from error
+    except DataError as error:
+        raise _unusable(path.parent, f"is damaged: {str(error).splitlines()[0]}") from error

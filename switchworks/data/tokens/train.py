@@ -2,10 +2,13 @@
 
 import heapq
 import io
+import logging
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
+from pathlib import Path
 
 import numpy as np
 import sentencepiece
@@ -20,11 +23,17 @@ from switchworks.data.tokens.tokenizer import (
     MAX_SENTINELS,
     SentencePieceTokenizer,
     Tokenizer,
+    load_tokenizer,
     with_sentinels,
 )
+from switchworks.disk import read_sealed, write_sealed
 
 SAMPLED_FILES = 32
 """A tokenizer is trained on the beginnings of this many files, spread evenly over the source."""
+
+
+_SEAL = "made.json"
+"""The file with the fingerprint of the tokenizer beside it."""
 
 
 def trained_tokenizer(
@@ -36,18 +45,34 @@ def trained_tokenizer(
     more = () if sentinels == Tokenizer.num_sentinels else (sentinels,)
     key = digest(fingerprint, vocab_size, coverage, *more)
     folder = cache_folder(config) / f"tokenizer-{key[:16]}"
-    if folder.is_dir():
+    if _is_whole(folder):
         return str(folder)
     with file_lock(folder):
-        if not folder.is_dir():  # another process may have made it meanwhile
+        if not _is_whole(folder):  # another process may have made it meanwhile
+            shutil.rmtree(folder, ignore_errors=True)
             print(f"training a tokenizer of {vocab_size} ids", flush=True)
             tokenizer = train_sentencepiece(
                 documents, vocab_size, coverage=coverage, sentinels=sentinels
             )
             temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
             tokenizer.save(temporary)
+            write_sealed(temporary / _SEAL, {"fingerprint": tokenizer.fingerprint})
             temporary.replace(folder)
     return str(folder)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the tokenizer in `folder` is the one that was put there. A damaged one is logged."""
+    if not folder.is_dir():
+        return False
+    try:
+        stored = read_sealed(folder / _SEAL)
+        if load_tokenizer(folder).fingerprint == stored["fingerprint"]:
+            return True
+    except (DataError, FileNotFoundError):
+        pass
+    logging.getLogger(__name__).warning("%s is damaged, and made again", folder)
+    return False
 
 
 def needed_sentinels(config: DataConfig) -> int:

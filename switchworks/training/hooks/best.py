@@ -5,15 +5,15 @@ where an uninterrupted one would. The weights lie in best/step_XXXXXXXX/ as `exp
 until a better step is found and no kept checkpoint refers to them.
 """
 
-import shutil
 from collections.abc import Callable
 from dataclasses import InitVar, dataclass, replace
 from difflib import get_close_matches
 from math import isnan
 from pathlib import Path
 
-from switchworks.checkpoint import Checkpoints, copy_whole, on_rank_zero, steps_in, write_json
+from switchworks.checkpoint import Checkpoints, copy_whole, on_rank_zero, remove_whole, steps_in
 from switchworks.config import CheckpointError, ConfigError
+from switchworks.disk import write_json
 from switchworks.training.experiment import BestConfig
 from switchworks.training.loggers import Recorder
 from switchworks.training.state import Best, TrainState
@@ -137,4 +137,4 @@ class KeepBest:
             for checkpoint in self.checkpoints.steps()
         ]
         for step in steps.keys() - {current, *needed}:
-            shutil.rmtree(steps[step], ignore_errors=True)
+            remove_whole(steps[step])

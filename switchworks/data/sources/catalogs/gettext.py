@@ -23,11 +23,12 @@ from struct import error as struct_error
 from typing import Any, ClassVar, Literal
 
 from switchworks.config import DataError
-from switchworks.data.cache import atomic_write_text, digest, file_lock
+from switchworks.data.cache import digest, file_lock
 from switchworks.data.sources.catalogs import gettext_messages as messages
 from switchworks.data.sources.catalogs.languages import normalise
 from switchworks.data.sources.python_docs import Packages, installed_packages, versions
 from switchworks.data.sources.text_source import TextConfig, TextSource, choose_languages, too_few
+from switchworks.disk import is_sealed, read_sealed_lines, write_sealed_lines, write_text
 
 CATALOG_ROOTS = ("Django", "Sphinx", "gramps")
 """Packages whose catalogs are read, with those of everything they require."""
@@ -145,10 +146,10 @@ def catalogs(cache: Path) -> Path:
     Making it prints what was left out; a .json file beside it has (language, reason, count).
     Raises DataError if no package with catalogs is installed.
     """
-    path = cache / f"catalogs-{catalogs_fingerprint()[:16]}.jsonl"
-    if not path.exists():
+    path = cache / f"catalogs-{catalogs_fingerprint()[:16]}.lines"
+    if not is_sealed(path):
         with file_lock(path):
-            if not path.exists():  # by the process that had the lock before
+            if not is_sealed(path):  # by the process that had the lock before
                 _write_catalogs(path)
     return path
 
@@ -161,18 +162,16 @@ def _write_catalogs(path: Path) -> None:
             f"There are no catalogs: of {', '.join(CATALOG_ROOTS)} none is installed.\n"
             "  Install them: pip install 'switchworks[languages]', or switchworks[more-languages]."
         )
-    lines = (json.dumps(vars(sentence), ensure_ascii=False) + "\n" for sentence in sentences)
     counts = [[language, reason, count] for (language, reason), count in refusals.items()]
-    atomic_write_text(path.with_suffix(".json"), [json.dumps(counts)])
-    atomic_write_text(path, lines)
+    write_text(path.with_suffix(".json"), [json.dumps(counts)])
+    write_sealed_lines(path, map(vars, sentences))
     print(f"catalogs: {len(sentences):,} sentences; left out: {refusals_text(refusals)}")
 
 
 @lru_cache(maxsize=2)
 def split_sentences(path: Path, share: float) -> Mapping[str, Split]:
     """The corpus at `path` by language, sorted; about `share` of its messages are held out."""
-    with path.open(encoding="utf-8") as file:
-        return split_by_english([Sentence(**json.loads(line)) for line in file], share)
+    return split_by_english([Sentence(**values) for values in read_sealed_lines(path)], share)
 
 
 def split_by_english(sentences: Sequence[Sentence], share: float) -> dict[str, Split]:
