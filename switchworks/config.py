@@ -58,9 +58,7 @@ def from_dict(kind: type[T], values: Mapping[str, Any], *, where: str = "") -> T
                 f"{where}{name} is not a setting of {kind.__name__}.\n"
                 f"  Known settings: {', '.join(known)}."
             )
-    parsed = {
-        name: _from_plain(hints[name], value, f"{where}{name}") for name, value in values.items()
-    }
+    parsed = {name: checked(hints[name], value, f"{where}{name}") for name, value in values.items()}
     return kind(**parsed)
 
 
@@ -209,10 +207,12 @@ def _to_plain(value: Any) -> Any:
     return value
 
 
-def _from_plain(hint: Any, value: Any, name: str) -> Any:
+def checked(hint: Any, value: Any, name: str) -> Any:
+    """`value`, out of TOML or JSON, as the type `hint` of a setting. Raises ConfigError, naming
+    `name`, if it is of another type."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
-        return _from_plain(arguments[0], value, name)
+        return checked(arguments[0], value, name)
     if origin in (typing.Union, types.UnionType):
         return _from_union(arguments, value, name)
     if origin is typing.Literal:
@@ -222,14 +222,12 @@ def _from_plain(hint: Any, value: Any, name: str) -> Any:
         raise ConfigError(f"{name} = {value!r} is not one of {choices}.")
     if origin is tuple and isinstance(value, list):
         items = typing.cast("list[Any]", value)
-        return tuple(_from_plain(arguments[0], item, f"{name}[]") for item in items)
+        return tuple(checked(arguments[0], item, f"{name}[]") for item in items)
     if hint is Any:
         return value
     if origin is dict and isinstance(value, Mapping):
         entries = typing.cast("Mapping[str, Any]", value)
-        return {
-            key: _from_plain(arguments[1], each, f"{name}.{key}") for key, each in entries.items()
-        }
+        return {key: checked(arguments[1], each, f"{name}.{key}") for key, each in entries.items()}
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         kind, values = typing.cast("type[Any]", hint), typing.cast("Mapping[str, Any]", value)
         return from_dict(kind, values, where=f"{name}.")
@@ -241,14 +239,14 @@ def _from_plain(hint: Any, value: Any, name: str) -> Any:
 
 
 def _from_union(choices: tuple[Any, ...], value: Any, name: str) -> Any:
-    if value == NONE and type(None) in choices:
+    if (value is None or value == NONE) and type(None) in choices:
         return None
     errors: list[str] = []
     for choice in choices:
         if choice is type(None):
             continue
         try:
-            return _from_plain(choice, value, name)
+            return checked(choice, value, name)
         except ConfigError as error:
             errors.append(str(error))
     raise ConfigError(errors[0])

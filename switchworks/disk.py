@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from switchworks.config import DataError
+from switchworks.config import CheckpointError, ConfigError, DataError
 
 MAX_BYTES = 1 << 28
 """Larger settings and listings are refused; the index of 2,048 experts in 15 layers has 12 MB."""
@@ -180,9 +180,9 @@ def well_formed(label: str, error: type[ValueError], fix: str) -> Iterator[None]
     it should be, `error` is raised, which names `label`."""
     try:
         yield
+    except (ConfigError, DataError, CheckpointError):
+        raise  # it says more
     except (ValueError, OSError) as cause:
-        if isinstance(cause, ValueError) and type(cause) is not ValueError:
-            raise  # somebody said more than we could; UnicodeError and the like
         raise error(f"{label} cannot be read: {cause}.\n  {fix}") from cause
     except KeyError as cause:
         raise error(f"{label} has no {cause}.\n  {fix}") from cause

@@ -88,6 +88,7 @@ def load(
     config = from_toml(ModelConfig, directory / CONFIG)
     quantisation = stored_quantisation(directory)
     stored = tensors.open_tensors(directory)
+    tensors.require_plausible(directory / CONFIG, config.num_layers, 0, stored.shapes)
     with torch.device("meta"):
         model = SwitchTransformer(config)
         if quantisation is not None:

@@ -6,7 +6,8 @@ is lazy: a tensor's bytes are read when it is used.
 
 import pickle
 import re
-from collections.abc import Callable, Iterator, Mapping
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from switchworks.checkpoint.distributed_io import is_single, write_parts
 from switchworks.checkpoint.files import read_json
+from switchworks.checkpoint.pickles import check_bin
 from switchworks.config import CheckpointError
 from switchworks.disk import inside, write_json
 
@@ -124,6 +126,17 @@ def require_match(
         raise CheckpointError("\n  ".join([problem, *complaints, fix]))
 
 
+def require_plausible(label: object, layers: int, experts: int, names: Iterable[str]) -> None:
+    """Raises CheckpointError for more blocks or experts than there are tensors: to build such a
+    model only to find that it does not fit would take minutes."""
+    count = len(list(names))
+    if max(layers, experts) > max(count, 1):
+        raise CheckpointError(
+            f"{label} says {layers:,} layers and {experts:,} experts, and there are {count:,} "
+            "tensors.\n  They do not belong together; fetch or write them again."
+        )
+
+
 def materialise(model: nn.Module, read: Callable[[str, Tensor], Tensor]) -> None:
     """Replace each parameter and buffer of a `model` on the meta device by `read(name, meta)`."""
     for name, meta in [*model.named_parameters(), *model.named_buffers()]:
@@ -168,6 +181,8 @@ def open_safetensors(files: list[Path]) -> Tensors:
     handles: dict[str, Any] = {}
     for file in files:
         try:
+            if file.exists() and not file.is_file():  # to open a pipe is to wait for its writer
+                raise OSError("it is no ordinary file")
             handle = safe_open(file, framework="pt")
         except (OSError, SafetensorError) as error:
             raise _unreadable(file, error) from error
@@ -181,12 +196,12 @@ def _open_bin(files: list[Path]) -> Tensors:
     state: dict[str, Tensor] = {}
     for file in files:
         try:
-            with file.open("rb") as opened:
-                zipped = opened.read(2) == b"PK"  # torch < 1.6 wrote a format that cannot be mapped
+            check_bin(file)
+            zipped = zipfile.is_zipfile(file)  # torch < 1.6 wrote a format that cannot be mapped
             loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
             if not isinstance(loaded, dict) or not all(map(torch.is_tensor, loaded.values())):
                 raise pickle.UnpicklingError("it does not hold a dictionary of tensors")
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        except Exception as error:  # whatever a damaged pickle makes torch do
             raise _unreadable(file, error) from error
         state |= loaded
     return from_state_dict(state)

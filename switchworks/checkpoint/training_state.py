@@ -2,7 +2,7 @@
 
 torch.distributed.checkpoint writes the tensors, for any mesh to read; it takes a quarter second to
 import, so the functions that use it do that. Of the files its `.metadata` is a pickle, of which
-`checkpoint/metadata.py` reads lists of tensors and nothing else.
+`checkpoint/pickles.py` reads lists of tensors and nothing else.
 """
 
 # pyright: reportPrivateImportUsage=false
@@ -28,7 +28,7 @@ from switchworks.checkpoint.distributed_io import (
     verify_shared,
 )
 from switchworks.checkpoint.files import MANIFEST, PARTIAL, read_json, remove_whole, verify
-from switchworks.checkpoint.metadata import metadata_reader
+from switchworks.checkpoint.pickles import metadata_reader
 from switchworks.checkpoint.tensors import num_bytes, require_match
 from switchworks.config import CheckpointError, flatten
 from switchworks.disk import well_formed

@@ -57,7 +57,7 @@ def test_an_error_of_the_system_is_said_without_a_traceback(monkeypatch, capsys)
 
     monkeypatch.setattr("switchworks.cli.recipes.run", full)
     assert main(["recipes"]) == 1
-    assert "error: [Errno 28] No space left on device" in capsys.readouterr().err
+    assert "error: No space left on device.\n  Make room, or write" in capsys.readouterr().err
     with pytest.raises(OSError, match="No space left"):
         main(["recipes", "--debug"])
 

@@ -2,9 +2,9 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
-from switchworks.config import CheckpointError, ConfigError
+from switchworks.config import CheckpointError, ConfigError, checked
 from switchworks.model import Activation, ModelConfig, RoutingConfig
 
 _SAME = ("vocab_size", "d_model", "d_ff", "d_kv", "num_heads", "num_layers", "num_decoder_layers")
@@ -68,7 +68,7 @@ def from_hf_config(
     activation, gated = _activation(values, "gated-gelu" if kind == "mt5" else "relu", sparse)
     if sparse:  # a Switch configuration has no setting for gates: the tensors' names decide
         gated = gated or any(name.endswith(".wi_0.weight") for name in names)
-    settings = {ours: _get(values, theirs) for ours, theirs in _NAMES.items()}
+    settings = _typed(values, ModelConfig, _NAMES)
     try:
         return ModelConfig(
             **settings,
@@ -113,6 +113,19 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     return values | _sparse_values(config, config.routing) | {"dense_act_fn": name}
 
 
+def _typed(values: Mapping[str, Any], kind: type, names: Mapping[str, str]) -> dict[str, Any]:
+    """The settings `names` of `kind`, a dataclass, out of a config.json. Raises CheckpointError for
+    one that is missing or of another type."""
+    hints = get_type_hints(kind)
+    try:
+        return {
+            ours: checked(hints[ours], _get(values, theirs), f"config.json: {theirs}")
+            for ours, theirs in names.items()
+        }
+    except ConfigError as error:
+        raise CheckpointError(f"{error}\n  Mend it, or fetch it again.") from error
+
+
 def _get(values: Mapping[str, Any], name: str) -> Any:
     if name not in values and name not in _HF_DEFAULTS:
         raise CheckpointError(f"config.json does not say {name}.\n  Add it, or fetch it again.")
@@ -150,7 +163,7 @@ def _activation(values: Mapping[str, Any], default: str, sparse: bool) -> tuple[
     if sparse and not str(values.get(key, "")).startswith("gated-"):
         key = "dense_act_fn"
     name = values.get(key, default)
-    if name not in _ACTIVATIONS:
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
         raise CheckpointError(
             f"{key} = {name!r} cannot be read.\n  Known: {', '.join(_ACTIVATIONS)}."
         )
@@ -161,6 +174,11 @@ def _is_tied(values: Mapping[str, Any], kind: str) -> bool:
     """Whether the output is scaled by d_model ** -0.5, which in this family means tied.
     transformers 5 writes tie_word_embeddings = true for every T5, and the actual value as
     scale_decoder_outputs; mT5 never scales."""
+    for name in ("tie_word_embeddings", "scale_decoder_outputs"):
+        if not isinstance(values.get(name), bool | None):
+            raise CheckpointError(
+                f"config.json: {name} = {values[name]!r} is neither true nor false."
+            )
     tied = values.get("tie_word_embeddings", True) is not False
     if kind == "t5":
         return bool(values.get("scale_decoder_outputs", tied))
@@ -181,9 +199,9 @@ def _routing(
     if not encoder and not decoder:
         return None
     layers = settings["num_layers"], settings["num_decoder_layers"] or settings["num_layers"]
-    chosen = {ours: _get(values, theirs) for ours, theirs in _ROUTING_NAMES.items()}
+    chosen = _typed(values, RoutingConfig, _ROUTING_NAMES)
     if capacity == "hf":
-        chosen["expert_capacity"] = _get(values, "expert_capacity")
+        chosen |= _typed(values, RoutingConfig, {"expert_capacity": "expert_capacity"})
         chosen["padding_takes_slots"] = True
     for every in range(1, max(layers) + 1):
         if [_sparse_blocks(count, every) for count in layers] == [encoder, decoder]:

@@ -73,6 +73,8 @@ def load_hf(
     else:
         directory, values, stored = type(source).__name__, *_of_model(source)
     config = from_hf_config(values, stored.shapes, capacity)
+    experts = 0 if config.routing is None else config.routing.experts
+    tensors.require_plausible("config.json", config.num_layers, experts, stored.shapes)
     stored = _resolve_aliases(stored, config)
     with torch.device("meta"):
         model = SwitchTransformer(config)

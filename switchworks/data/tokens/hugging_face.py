@@ -27,7 +27,9 @@ from switchworks.data.tokens.tokenizer import (
     PieceTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
+    read_model,
 )
+from switchworks.disk import read_json, read_text, well_formed
 
 CONFIG_FILE = "tokenizer_config.json"
 _SPECIAL = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -134,15 +136,20 @@ class LibraryTokenizer(PieceTokenizer):
 
 def open_folder(folder: Path) -> Tokenizer | None:
     """The tokenizer in `folder`, of ours or of transformers, with its added tokens; None if there
-    is none. Raises DataError if its ids cannot be ours."""
+    is none. Raises DataError if its ids cannot be ours, or for a damaged file."""
+    with well_formed(f"The tokenizer in {folder}", DataError, "Fetch its files again."):
+        return _open_folder(folder)
+
+
+def _open_folder(folder: Path) -> Tokenizer | None:
     config, added = _read(folder / CONFIG_FILE), _added_tokens(folder)
     kind = config.get("tokenizer_class") or _read(folder / "config.json").get("tokenizer_class")
     if kind == "ByT5Tokenizer":
         base = ByteTokenizer()
     elif (model := folder / MODEL_FILE).is_file():
-        base = SentencePieceTokenizer(model.read_bytes(), source=str(model))
+        base = SentencePieceTokenizer(read_model(model), source=str(model))
     elif (settings := folder / SETTINGS_FILE).is_file():
-        text = _with_added(settings.read_text(encoding="utf-8"), added, folder)
+        text = _with_added(read_text(settings), added, folder)
         return LibraryTokenizer(text, config, source=str(settings))
     else:
         return None
@@ -331,12 +338,10 @@ def _with_added(text: str, added: dict[int, dict[str, Any]], folder: Path) -> st
 
 
 def _read(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{file} is no JSON object: {error}.\n  Fetch it again.") from error
+        return read_json(file)
+    except FileNotFoundError:
+        return {}
 
 
 def _write_config(folder: Path, values: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ import sentencepiece
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
 from switchworks.config import DataError
+from switchworks.disk import MAX_BYTES, read_text
 
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 MODEL_FILE = "spiece.model"
@@ -285,19 +286,29 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         if (file / "model").is_dir():
             file = file / "model"
         settings = file / SETTINGS_FILE  # that of Hugging Face's tokenizers is called so, too
-        if settings.is_file() and settings.read_text(encoding="utf-8") == _BYTES:
+        if settings.is_file() and read_text(settings) == _BYTES:
             return ByteTokenizer()
         if (tokenizer := open_folder(file)) is not None:
             return tokenizer
         file = file / MODEL_FILE
     try:
-        model = file.read_bytes()
+        model = read_model(file)
     except OSError as error:
         raise DataError(
             f"There is no tokenizer at {path}: {file} cannot be read ({error.strerror}).\n"
             f'  Name a {MODEL_FILE}, a folder that holds one, "bytes", or "train".'
         ) from error
     return SentencePieceTokenizer(model, source=str(file))
+
+
+def read_model(file: Path) -> bytes:
+    """The content of a SentencePiece model. Raises DataError for what is too large to be one, or no
+    ordinary file."""
+    if file.exists() and not (file.is_file() and file.stat().st_size <= MAX_BYTES):
+        raise DataError(
+            f"{file} is no ordinary file of at most {MAX_BYTES:,} bytes.\n  Name a {MODEL_FILE}."
+        )
+    return file.read_bytes()
 
 
 def _processor(model: bytes, source: str) -> sentencepiece.SentencePieceProcessor:
