@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from switchworks import disk
 from switchworks.config import CheckpointError
 from switchworks.locks import only_writer
@@ -76,8 +78,8 @@ def _written_whole(
         shutil.rmtree(partial, ignore_errors=True)
         if _no_room(error):
             raise CheckpointError(_full(path, needs, otherwise)) from error
-        if isinstance(error, OSError):
-            raise CheckpointError(f"{path} cannot be written: {error}\n  {otherwise}") from error
+        if (cause := _of_system(error)) is not None:
+            raise CheckpointError(f"{path} cannot be written: {cause}\n  {otherwise}") from error
         raise
 
 
@@ -256,6 +258,15 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _of_system(error: BaseException) -> BaseException | None:
+    """`error`, or the first among those that torch.distributed.checkpoint collected (rank ->
+    (error, stack)), if the system refused to write. safetensors has an error of its own for it."""
+    inner = [failure[0] for failure in getattr(error, "failures", {}).values()]
+    return next(
+        (each for each in [error, *inner] if isinstance(each, OSError | SafetensorError)), None
+    )
 
 
 def _no_room(error: BaseException) -> bool:

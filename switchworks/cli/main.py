@@ -123,7 +123,7 @@ def _in_words(error: OSError) -> str:
         errno.EACCES: "Change its mode or owner, or name another place.",
         errno.EMFILE: "Allow more open files: ulimit -n.",
     }
-    subject = f"{error.filename}: " if error.filename else ""
+    subject = f"{os.fsdecode(error.filename)}: " if error.filename else ""
     fix = fixes.get(error.errno or 0)
     return f"{subject}{error.strerror}." + (f"\n  {fix}" if fix else "")
 

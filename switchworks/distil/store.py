@@ -206,13 +206,15 @@ class LogitWriter:
                     f"{folder} holds other probabilities. They differ in:\n{lines}"
                     "  Choose another --distil.store, or delete that one."
                 )
-        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        elif folder.exists() and (not folder.is_dir() or _named_files(folder)):
             raise ConfigError(
                 f"{folder} holds other files.\n  Choose another --distil.store, or an empty one."
             )
         else:
             folder.mkdir(parents=True, exist_ok=True)
             write_sealed(folder / FILE, {"version": VERSION, **asdict(info)})
+        for rest in folder.glob(".tmp*"):  # safetensors' own, of a writer that was killed
+            rest.unlink(missing_ok=True)
         parts = parts_in(folder)
         self.written = parts[-1][1] if parts else 0
         """Rows on disk."""
@@ -249,9 +251,20 @@ class LogitWriter:
         tensors["ends"] = tensors["ends"].cumsum()
         stop = self.written + len(tensors["hashes"])
         path = self.folder / f"rows-{self.written:09d}-{stop:09d}.safetensors"
-        with whole_file(path) as aside:
-            save_file(tensors, aside)
+        try:
+            with whole_file(path) as aside:
+                save_file(tensors, aside)
+        except (OSError, SafetensorError) as error:
+            raise DataError(
+                f"{path} cannot be written: {error}.\n  Rows up to {self.written:,} are kept. Make "
+                "room and repeat the command, which goes on after them."
+            ) from error
         self.written, self._pending = stop, []
+
+
+def _named_files(folder: Path) -> list[str]:
+    """What lies in `folder` beside hidden files, which a killed writer may have left."""
+    return [path.name for path in folder.iterdir() if not path.name.startswith(".")]
 
 
 def top_log_probs(

@@ -158,7 +158,7 @@ def open_recorder(run: Run, extra: Sequence[loggers.Logger]) -> loggers.Recorder
     if not run.ranks.is_main:
         return loggers.Recorder()
     directory, step = run.directory, run.state.step
-    logged = loggers.metrics_after(directory, step)  # before JsonLines deletes them
+    logged = loggers.metrics_from(directory, step)  # before JsonLines deletes them
     recorder = loggers.Recorder([loggers.JsonLines(), *extra])
     info = loggers.RunInfo(directory, run.experiment, step, data.run_metadata(directory), logged)
     for logger in recorder.loggers:

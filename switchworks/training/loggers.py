@@ -3,13 +3,16 @@ and the two that write files in the run directory."""
 
 import importlib
 import json
-import logging
+import os
+import socket
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
 from switchworks.config import ConfigError, import_named
+from switchworks.disk import whole_file
 from switchworks.training.experiment import Experiment
 from switchworks.training.state import TrainState
 
@@ -27,8 +30,8 @@ class RunInfo(NamedTuple):
     """Contents of about.json: parameters, machine, versions, command; and `id`, which a resumed run
     keeps."""
     logged: Mapping[int, frozenset[str]] = {}
-    """Step -> metrics that an earlier session logged after `step`. The resumed run logs them again:
-    a logger that cannot delete skips them (`new_numbers`)."""
+    """Step -> metrics that an earlier session logged from `step` on. All but those of `step` are
+    logged again: a logger that cannot delete skips them (`new_numbers`)."""
 
     def new_numbers(self, step: int, values: Mapping[str, Any]) -> dict[str, float]:
         """Those of `values` that are single numbers and that no earlier session logged."""
@@ -118,35 +121,55 @@ class Recorder:
 
 
 class TensorBoard:
-    """Writes every number as a scalar to the event files in tensorboard/."""
+    """Writes every number as a scalar to an event file in tensorboard/, by the program's own
+    records: its writer does it in a thread, which outlives an error and loses it."""
 
     def start(self, run: RunInfo) -> None:
         """TensorBoard hides what an earlier session logged after the step it is resumed from."""
-        from torch.utils.tensorboard import SummaryWriter
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
-        logging.getLogger("tensorboard").setLevel(logging.ERROR)
-        self.writer = SummaryWriter(str(run.directory / "tensorboard"), purge_step=run.step + 1)
+        folder = run.directory / "tensorboard"
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        self._writer = RecordWriter((folder / name).open("wb", buffering=0))
+        step = run.step + 1
+        self._add(Event(step=step, file_version="brain.Event:2"))
+        self._add(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self.writer.add_scalar(name, value, step)
+        from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[attr-defined]
+        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
+
+        scalars = [
+            Summary.Value(tag=name, simple_value=value)
+            for name, value in values.items()
+            if isinstance(value, int | float)
+        ]
+        self._add(Event(step=step, summary=Summary(value=scalars)))
+
+    def _add(self, event: Any) -> None:
+        event.wall_time = time.time()
+        self._writer.write(event.SerializeToString())
 
     def close(self) -> None:
-        self.writer.close()
+        self._writer.close()
 
 
 class JsonLines:
     """Appends to metrics.jsonl, from which the report is made. A line is complete once written."""
 
     def start(self, run: RunInfo) -> None:
-        """Lines after the step that the run is resumed from go, since it writes them again."""
+        """Lines after the step that the run is resumed from go, since it writes them again. What
+        follows the last step is measured again too if it was not complete, and not logged again."""
         self.path = run.directory / METRICS
+        self._known = {run.step: run.logged.get(run.step, frozenset[str]())}
         for name in (METRICS, SAMPLES):
-            _drop_after(run.directory / name, run.step)
+            drop_after(run.directory / name, run.step)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        append_line(self.path, {"step": step, **values})
+        if values.keys() - self._known.get(step, frozenset()):
+            append_line(self.path, {"step": step, **values})
 
     def close(self) -> None:
         """Nothing is buffered."""
@@ -158,11 +181,11 @@ def append_line(path: Path, values: Mapping[str, Any]) -> None:
         file.write(json.dumps(values, ensure_ascii=False) + "\n")
 
 
-def metrics_after(path: Path, step: int) -> dict[int, frozenset[str]]:
-    """Step -> names of the metrics that the metrics.jsonl in `path` has after `step`."""
+def metrics_from(path: Path, step: int) -> dict[int, frozenset[str]]:
+    """Step -> names of the metrics that the metrics.jsonl in `path` has from `step` on."""
     names: dict[int, frozenset[str]] = {}
     for _, values in _lines(path / METRICS):
-        if values["step"] > step:
+        if values["step"] >= step:
             names[values["step"]] = names.get(values["step"], frozenset()) | values.keys()
     return names
 
@@ -181,10 +204,9 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
         yield line, values
 
 
-def _drop_after(path: Path, step: int) -> None:
-    if not path.exists():
-        return
-    aside = path.with_suffix(".tmp")
-    kept = [line for line, values in _lines(path) if values["step"] <= step]
-    aside.write_bytes(b"".join(line + b"\n" for line in kept))
-    aside.replace(path)
+def drop_after(path: Path, step: int) -> None:
+    """Delete the lines of `path`, if there is such a file, that are of later steps than `step`."""
+    if path.exists():
+        kept = [line for line, values in _lines(path) if values["step"] <= step]
+        with whole_file(path) as aside:
+            aside.write_bytes(b"".join(line + b"\n" for line in kept))

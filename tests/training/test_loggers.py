@@ -14,7 +14,7 @@ import pytest
 
 from switchworks.config import ConfigError
 from switchworks.training import Experiment, Interrupted, train
-from switchworks.training.loggers import LOGGERS, JsonLines, RunInfo, make_loggers, metrics_after
+from switchworks.training.loggers import LOGGERS, JsonLines, RunInfo, make_loggers, metrics_from
 
 
 class Listed:
@@ -93,7 +93,7 @@ def test_a_resumed_run_keeps_its_id_and_tells_what_was_logged_already(short, tmp
     assert (first.run.step, second.run.step) == (0, 2)
     assert first.run.info["id"] == second.run.info["id"]
     assert first.run.logged == {}
-    assert second.run.logged.keys() == {3, 4}
+    assert second.run.logged.keys() == {2, 3, 4}
     fresh = [step for step, values in second.logged if second.run.new_numbers(step, values)]
     assert set(fresh) == {5, 6}
     keys = [(line["step"], *line.keys()) for line in lines_of(tmp_path / "run")]
@@ -110,7 +110,7 @@ def test_loggers_are_closed_when_a_signal_ends_the_run(short, tmp_path):
 
 def test_an_incomplete_last_line_is_dropped_and_counts_as_not_logged(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "a": 1}\n{"step": 3, "a": 2}\n{"step": 4')
-    assert metrics_after(tmp_path, 2) == {3: {"step", "a"}}
+    assert metrics_from(tmp_path, 2) == {3: {"step", "a"}}
     JsonLines().start(RunInfo(tmp_path, None, 2, {}))  # type: ignore[arg-type]
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "a": 1}\n'
 

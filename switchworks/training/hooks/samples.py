@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from switchworks.batch import Batch
 from switchworks.data import Tokenizer, ValidationSet
 from switchworks.generate import continuation, fill, generate, parse_fills
-from switchworks.training.loggers import append_line
+from switchworks.training.loggers import append_line, drop_after
 from switchworks.training.state import TrainState
 
 ROWS = 4
@@ -27,6 +27,7 @@ def write_samples(path: Path | None, batch: Batch, tokenizer: Tokenizer, state: 
     sample = _continuations if continues else _fill_ins
     samples = sample(state, batch, tokenizer)
     if path is not None:
+        drop_after(path, state.step - 1)  # this step's, if it was interrupted after them
         for each in samples:
             append_line(path, {"step": state.step} | each)
     print(f"step {state.step}  {_as_line(samples[0], continues)}", flush=True)
