@@ -23,6 +23,9 @@ from switchworks.config import CheckpointError, ConfigError, DataError
 MAX_BYTES = 1 << 28
 """Larger settings and listings are refused; the index of 2,048 experts in 15 layers has 12 MB."""
 
+MAX_NAME = 255
+"""Bytes of a file's name that file systems take."""
+
 _SEAL = "seal"
 """The key of a hash over all other values, or all other lines."""
 _BLOCK = 1 << 20
@@ -195,7 +198,7 @@ def inside(folder: Path, name: Any, label: str, error: type[ValueError] = DataEr
     that leads out of it: an absolute one, or one with "..". Links are followed wherever they were
     laid."""
     plain = isinstance(name, str) and name.isprintable() and bool(name)
-    parts = PurePosixPath(name).parts if plain else ()
+    parts = PurePosixPath(name).parts if plain and len(name) <= MAX_NAME else ()
     if not parts or parts[0] == "/" or ".." in parts or "\\" in name:
         raise error(
             f"{label} names the file {str(name)[:200]!r}, which is not inside {folder}.\n"

@@ -19,6 +19,7 @@ from switchworks.model.blocks import Block as Block
 from switchworks.model.blocks import Stack as Stack
 from switchworks.model.cache import DecoderCache as DecoderCache
 from switchworks.model.cache import LayerCache as LayerCache
+from switchworks.model.config import MAX_LAYERS as MAX_LAYERS
 from switchworks.model.config import Activation as Activation
 from switchworks.model.config import ModelConfig as ModelConfig
 from switchworks.model.config import RoutingConfig as RoutingConfig

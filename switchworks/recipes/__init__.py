@@ -7,7 +7,7 @@ The name of a size (`sizes.py`) is a recipe too: that model, trained as in its p
 from collections.abc import Callable
 from functools import partial, wraps
 
-from switchworks.config import ConfigError, import_named
+from switchworks.config import CheckpointError, ConfigError, DataError, import_named
 from switchworks.recipes import c4, finetune, quickstart, tiny
 from switchworks.recipes.finetune import text_of as text_of
 from switchworks.recipes.sizes import FAMILIES as FAMILIES
@@ -61,8 +61,11 @@ def _checked(name: str, recipe: Callable[..., object]) -> Recipe:
     def checked(**arguments: object) -> Experiment:
         try:
             result = recipe(**arguments)
-        except TypeError as error:
-            raise ConfigError(f"The recipe {name!r} cannot be called: {error}.") from error
+        except (ConfigError, DataError, CheckpointError):
+            raise
+        except (Exception, SystemExit) as error:  # whatever the user's code raises
+            kind = type(error).__name__
+            raise ConfigError(f"The recipe {name!r} cannot be called: {kind}: {error}.") from error
         if not isinstance(result, Experiment):
             kind = type(result).__name__
             raise ConfigError(

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from switchworks.config import DataError
-from switchworks.disk import write_text
+from switchworks.disk import well_formed, write_text
 from switchworks.report import html
 from switchworks.report.charts import Curve, Kind, Mark, curves_of, line_chart, points_of
 from switchworks.report.figures import by_corpus, compact, figures, recorded, speedups
@@ -30,7 +30,10 @@ def write_report(run_dirs: Sequence[Path], output: Path | None = None) -> Path:
     runs = [read_run(Path(path)) for path in run_dirs]
     name = "report.html" if len(runs) == 1 else "comparison.html"
     target = runs[0].path / name if output is None else Path(output)
-    write_text(target, [page(runs)])
+    label = ", ".join(str(run.path) for run in runs)
+    with well_formed(f"The files in {label}", DataError, "Leave out what was edited by hand."):
+        text = page(runs)
+    write_text(target, [text])
     return target
 
 

@@ -5,7 +5,6 @@ skipped and counted, and the page says so.
 """
 
 import json
-import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from switchworks.config import DataError, flatten
+from switchworks.config import DataError, flatten, read_toml
+from switchworks.disk import read_json
 
 
 class Sample(NamedTuple):
@@ -106,13 +106,13 @@ def read_run(path: Path) -> Run:
             "  `switchworks train RECIPE --run-dir D` makes one."
         )
     notes: list[str] = []
-    settings = flatten(_mapping(path / "experiment.toml", tomllib.loads, notes))
+    settings = flatten(_mapping(path / "experiment.toml", read_toml, notes))
     return Run(
         path=path,
         name=str(settings.get("name") or path.resolve().name),
         settings=settings,
-        about=_mapping(path / "about.json", json.loads, notes),
-        best=_mapping(path / "best.json", json.loads, notes),
+        about=_mapping(path / "about.json", read_json, notes),
+        best=_mapping(path / "best.json", read_json, notes),
         rows=_rows(path / "metrics.jsonl", notes),
         samples=_samples(path / "samples.jsonl", notes),
         notes=tuple(notes),
@@ -168,11 +168,13 @@ def _samples(path: Path, notes: list[str]) -> tuple[Sample, ...]:
 def _lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
     """The lines of `path` that are JSON objects with a step; the others are counted in `notes`."""
     skipped = 0
+    if not path.is_file():  # to open a pipe is to wait for its writer
+        raise DataError(f"{path} is no ordinary file.\n  Move it elsewhere.")
     content = path.read_text(encoding="utf-8", errors="replace")
     for text in filter(str.strip, content.split("\n")):  # not splitlines: text may hold U+2028
         try:
             line = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             line = None
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             yield line
@@ -183,12 +185,13 @@ def _lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
         notes.append(f"{path.name}: {lines} unreadable and left out.")
 
 
-def _mapping(path: Path, parse: Any, notes: list[str]) -> dict[str, Any]:
+def _mapping(
+    path: Path, read: Callable[[Path], dict[str, Any]], notes: list[str]
+) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        values = parse(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # torn, or not UTF-8: TOML's and JSON's errors are ValueErrors
+        return read(path)
+    except ValueError as error:  # torn, or no UTF-8
         notes.append(f"{path.name} could not be read: {error}")
         return {}
-    return values if isinstance(values, dict) else {}

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_type_hints
 
 from switchworks.config import CheckpointError, ConfigError, checked
-from switchworks.model import Activation, ModelConfig, RoutingConfig
+from switchworks.model import MAX_LAYERS, Activation, ModelConfig, RoutingConfig
 
 _SAME = ("vocab_size", "d_model", "d_ff", "d_kv", "num_heads", "num_layers", "num_decoder_layers")
 _NAMES = {name: name for name in _SAME} | {
@@ -199,6 +199,8 @@ def _routing(
     if not encoder and not decoder:
         return None
     layers = settings["num_layers"], settings["num_decoder_layers"] or settings["num_layers"]
+    if max(layers) > MAX_LAYERS:  # before so many are looked at
+        raise CheckpointError(f"config.json: more than {MAX_LAYERS:,} layers cannot be built here.")
     chosen = _typed(values, RoutingConfig, _ROUTING_NAMES)
     if capacity == "hf":
         chosen |= _typed(values, RoutingConfig, {"expert_capacity": "expert_capacity"})

@@ -21,7 +21,7 @@ MAX_DOCUMENT_CHARACTERS = 1 << 16
 MAX_ZSTD_WINDOW = 1 << 31
 """Bytes that unpacking a .zst file may keep: what `zstd --long=31`, its longest, asks for."""
 
-MAX_RATIO, FREE_BYTES = 500, 1 << 26
+MAX_RATIO, FREE_BYTES = 200, 1 << 26
 """A file may unpack to so many times its size, or to so many bytes; text compresses 3 to 20
 times."""
 
