@@ -79,7 +79,10 @@ def _acquire(path: Path, directory: Path) -> int | None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
-            raise _refusal(directory, path) from None
+            raise ConfigError(
+                f"{directory} is being written by {_name_in(path)}.\n"
+                "  Wait for its end, or choose another place."
+            ) from None
         except OSError as error:
             os.close(descriptor)
             _log.warning(_UNPROTECTED, directory, error.strerror)
@@ -108,10 +111,3 @@ def _name_in(path: Path) -> str:
         return "process {pid} on {host}, since {since} ({command})".format(**holder)
     except (OSError, ValueError, KeyError, TypeError):  # it has the lock and not yet written this
         return "another process"
-
-
-def _refusal(directory: Path, path: Path) -> ConfigError:
-    return ConfigError(
-        f"{directory} is being written by {_name_in(path)}.\n"
-        "  Wait for its end, or choose another place."
-    )

@@ -9,7 +9,7 @@ import torch
 
 from switchworks.data import raw_length
 from switchworks.doctor.finding import Finding, judge
-from switchworks.doctor.machine import available_memory, free_bytes, usable_cores
+from switchworks.doctor.machine import available_memory, free_bytes
 from switchworks.doctor.text import about_tokens
 from switchworks.model import RoutingConfig, active_parameters
 from switchworks.optim import learning_rate
@@ -54,7 +54,6 @@ def check_recipe(experiment: Experiment, folder: Path, *, tuned: bool = False) -
     if tokens := about_tokens(experiment.data):
         yield _epochs(experiment, tokens)
         yield _vocabulary(experiment, tokens)
-    yield _threads(experiment)
     yield _memory(experiment)
     yield _disk(experiment, folder)
 
@@ -153,12 +152,6 @@ def _vocabulary(experiment: Experiment, tokens: float) -> Finding:
     subject = f"vocabulary: {size:,} ids, each about {uses:,.0f} times in the text"
     smaller = max(512, int(tokens / LEAST_USES))
     return judge(subject, "note", "rare-ids", unless=uses >= LEAST_USES, size=smaller)
-
-
-def _threads(experiment: Experiment) -> Finding:
-    threads, fewer = experiment.threads, max(1, int(usable_cores()))
-    subject = f"threads: {threads or torch.get_num_threads()} for each rank"
-    return judge(subject, "warning", "too-many-threads", unless=threads <= fewer, threads=fewer)
 
 
 def _memory(experiment: Experiment) -> Finding:

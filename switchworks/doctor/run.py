@@ -49,11 +49,11 @@ def check_path(path: Path) -> Iterator[Finding]:
 
 def check_run(path: Path) -> Iterator[Finding]:
     """Findings on the run directory `path`, its newest checkpoint and its model."""
-    holder = holder_of(path)
-    if (path / "metrics.jsonl").is_file():
+    holder, metrics = holder_of(path), path / "metrics.jsonl"
+    if metrics.is_file() and metrics.stat().st_size:
         yield from guarded(f"run {path}", _check_metrics, path, holder)
     else:
-        subject = f"run {path}: there is no metrics.jsonl, and {holder or 'nobody'} is writing"
+        subject = f"run {path}: metrics.jsonl has no line, and {holder or 'nobody'} is writing"
         yield judge(subject, "note", "no-metrics")
     if steps := checkpoint.steps_in(path / "checkpoints"):
         newest = steps[max(steps)]
@@ -140,7 +140,7 @@ def _overfits(run: Run) -> Iterator[Finding]:
 
 def _dropped(run: Run) -> Iterator[Finding]:
     share = run.settled("train/dropped")
-    if share is not None:
+    if share is not None and len(run.series("train/dropped")[0]) >= LEAST_LINES:
         subject = f"run {run.path}: {share:.1%} of the tokens are dropped at the end"
         yield judge(subject, "warning", "much-dropped", unless=share <= MUCH_DROPPED)
 
