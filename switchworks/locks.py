@@ -33,8 +33,7 @@ def only_writer(directory: Path) -> Iterator[None]:
 
     Raises ConfigError, naming the holder, if there is one. Not for use twice in one process.
     """
-    place = directory.resolve()
-    path = place.with_name(f".{place.name}.lock")
+    path = _lock_of(directory)
     descriptor = _acquire(path, directory)
     try:
         yield
@@ -42,6 +41,30 @@ def only_writer(directory: Path) -> Iterator[None]:
         if descriptor is not None:
             path.unlink(missing_ok=True)  # before the lock ends with the descriptor
             os.close(descriptor)
+
+
+def holder_of(directory: Path) -> str | None:
+    """Who is inside `only_writer` for `directory`, in words; None if nobody is. For an instant it
+    shares the lock, so that a writer who comes just then is refused."""
+    path = _lock_of(directory)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # it may be a pipe
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _name_in(path)
+    except OSError:  # a file system without locks
+        pass
+    finally:
+        os.close(descriptor)
+    return None
+
+
+def _lock_of(directory: Path) -> Path:
+    place = directory.resolve()
+    return place.with_name(f".{place.name}.lock")
 
 
 def _acquire(path: Path, directory: Path) -> int | None:
@@ -56,7 +79,10 @@ def _acquire(path: Path, directory: Path) -> int | None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
-            raise _refusal(directory, path) from None
+            raise ConfigError(
+                f"{directory} is being written by {_name_in(path)}.\n"
+                "  Wait for its end, or choose another place."
+            ) from None
         except OSError as error:
             os.close(descriptor)
             _log.warning(_UNPROTECTED, directory, error.strerror)
@@ -78,12 +104,10 @@ def _ourselves() -> dict[str, Any]:
     }
 
 
-def _refusal(directory: Path, path: Path) -> ConfigError:
+def _name_in(path: Path) -> str:
+    """The holder, as the lock's file names it."""
     try:
         holder = json.loads(path.read_text("utf-8"))
-        name = "process {pid} on {host}, since {since} ({command})".format(**holder)
+        return "process {pid} on {host}, since {since} ({command})".format(**holder)
     except (OSError, ValueError, KeyError, TypeError):  # it has the lock and not yet written this
-        name = "another process"
-    return ConfigError(
-        f"{directory} is being written by {name}.\n  Wait for its end, or choose another place."
-    )
+        return "another process"

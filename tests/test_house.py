@@ -15,9 +15,9 @@ PACKAGE = ROOT / "switchworks"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-MOST_LINES = 31_500
+MOST_LINES = 32_300
 """Lines of the package, with blank ones, docstrings and imports: 27,000 as it was rearranged, and
-since then `lab`, `package_docs`, what docs/interop.md lists, and trust in files."""
+since then `lab`, `package_docs`, what docs/interop.md lists, trust in files, and `doctor`."""
 MOST_CELL = 120
 MEAN_LENGTH, P90_LENGTH = 10.5, 21
 """Lines of a function: its mean, and what a tenth of them exceed."""

@@ -3,6 +3,7 @@ from .card import copy_card as copy_card
 from .card import write_card as write_card
 from .distributed_io import on_rank_zero as on_rank_zero
 from .files import CARD as CARD
+from .files import MANIFEST as MANIFEST
 from .files import copy_whole as copy_whole
 from .files import read_json as read_json
 from .files import remove_whole as remove_whole
@@ -32,3 +33,4 @@ from .tensors import open_safetensors as open_safetensors
 from .tensors import require_match as require_match
 from .training_state import Checkpoints as Checkpoints
 from .training_state import steps_in as steps_in
+from .training_state import stored_tensors as stored_tensors

@@ -11,11 +11,12 @@ import logging
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -174,6 +175,14 @@ def steps_in(directory: Path) -> dict[int, Path]:
     return {int(path.name[5:]): path for path in paths if re.fullmatch(r"step_\d{8,}", path.name)}
 
 
+def stored_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Name and values of every tensor of the checkpoint `path`, whole, one after another."""
+    for name, entry in _stored_entries(path):
+        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+        _read_tensors({name: tensor}, path)
+        yield name, tensor
+
+
 def _flatten(state: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     """The tensors of a nested state; names are the keys that lead to them, joined by dots."""
     tensors = flatten(state)
@@ -223,14 +232,20 @@ def _read_tensors(tensors: dict[str, Tensor], directory: Path) -> None:
 
 def _stored_layouts(directory: Path, sections: list[str]) -> dict[str, str]:
     """Name -> shape and dtype of every stored tensor of `sections`."""
+    return {
+        name: _layout(entry.properties.dtype, entry.size)
+        for name, entry in _stored_entries(directory)
+        if name.split(".")[0] in sections
+    }
+
+
+def _stored_entries(directory: Path) -> Iterator[tuple[str, Any]]:
     import torch.distributed.checkpoint as dcp
 
     entries = metadata_reader(directory).read_metadata().state_dict_metadata
-    return {
-        name: _layout(entry.properties.dtype, entry.size)
-        for name, entry in entries.items()
-        if isinstance(entry, dcp.TensorStorageMetadata) and name.split(".")[0] in sections
-    }
+    for name, entry in entries.items():
+        if isinstance(entry, dcp.TensorStorageMetadata):
+            yield name, entry
 
 
 def _layout(dtype: Any, shape: Any) -> str:

@@ -23,6 +23,9 @@ USAGE = """usage: switchworks VERB ...
                       (RECIPE may be a size: explain switch-base-128)
                       [--simulate: trace a step on any mesh; --search --devices N:
                       the best meshes; --layout, --picture F: who holds what]
+  doctor [RECIPE or PATH]
+                      what is wrong, why it matters and what to do: with the machine,
+                      a recipe and its text, a run, a model; [--json F]; status 3 or 4
   generate PATH TEXT  fill the holes <extra_id_0>, <extra_id_1>, ... of a text, or continue it
                       [--file F --output G: of many texts, one in each line]
   evaluate PATH       validation loss of a trained model, or [--tasks glue_rte ...] its
@@ -48,14 +51,15 @@ settings of a recipe with their values. After the verb, --debug shows tracebacks
 
 
 VERBS = (
-    *("train", "prepare", "explain", "generate", "evaluate"),
+    *("train", "prepare", "explain", "doctor", "generate", "evaluate"),
     *("routing", "report", "convert", "bench", "lab", "recipes"),
 )
 """Each is a module beside this one, imported when it is called."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; the exit status: 0 done, 2 bad input, 1 anything else, 130 interrupted."""
+    """Run one verb; the exit status: 0 done, 2 bad input, 1 anything else, 130 interrupted, and
+    more that single verbs document."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     for stream in filter(None, (sys.stdout, sys.stderr)):
         if isinstance(stream, io.TextIOWrapper):  # names that are no UTF-8 are printed somehow

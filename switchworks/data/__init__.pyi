@@ -6,6 +6,7 @@ from .open import open_dataset as open_dataset
 from .rows.mixture import Mixture as Mixture
 from .rows.pipeline import Pipeline as Pipeline
 from .rows.pipeline import rows_of_step as rows_of_step
+from .rows.span_corruption import raw_length as raw_length
 from .run_info import default_rows as default_rows
 from .run_info import run_data_config as run_data_config
 from .run_info import run_metadata as run_metadata
@@ -20,8 +21,10 @@ from .sources.catalogs.languages import mc4_table as mc4_table
 from .sources.catalogs.languages import normalise as normalise
 from .sources.catalogs.languages import script_name as script_name
 from .sources.catalogs.languages import script_of as script_of
+from .sources.near_copies import copied as copied
 from .sources.text_source import TextConfig as TextConfig
 from .sources.text_source import TextSource as TextSource
+from .sources.text_source import is_validation as is_validation
 from .tasks import TASK_GROUPS as TASK_GROUPS
 from .tasks import UNKNOWN as UNKNOWN
 from .tasks import Example as Example
@@ -37,6 +40,7 @@ from .tasks.store import check_labels as check_labels
 from .tasks.store import examples_of as examples_of
 from .tasks.translation import language_name as language_name
 from .tokens.coverage import coverage_table as coverage_table
+from .tokens.coverage import measure_coverage as measure_coverage
 from .tokens.hugging_face import open_folder as open_folder
 from .tokens.hugging_face import write_for_transformers as write_for_transformers
 from .tokens.prepare import prepare as prepare

@@ -1,6 +1,7 @@
 from .explain import as_text as as_text
 from .explain import count as count
 from .explain import explain_experiment as explain_experiment
+from .explain import memory_per_rank as memory_per_rank
 from .machines import MACHINES as MACHINES
 from .machines import estimate as estimate
 from .machines import find_machine as find_machine

@@ -1,0 +1,10 @@
+from .finding import Finding as Finding
+from .finding import as_json as as_json
+from .finding import as_text as as_text
+from .finding import exit_status as exit_status
+from .machine import check_machine as check_machine
+from .model import check_model as check_model
+from .recipe import check_recipe as check_recipe
+from .run import check_path as check_path
+from .run import check_run as check_run
+from .text import check_text as check_text
