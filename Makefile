@@ -2,6 +2,7 @@
 # make test         all tests but the slow ones and those for GPUs
 # make test-slow    the slow ones
 # make check        format, lint, types, import ladder
+# make drills       kills, full disks, damage, hostile files, random command lines: docs/reliability.md
 # make setup        only the environment
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint const
 # Tests start hundreds of processes: each should find its modules compiled.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup quickstart test test-slow check format clean
+.PHONY: setup quickstart test test-slow drills check format clean
 
 setup: .venv/installed
 
@@ -39,6 +40,9 @@ test: .venv/installed-dev
 
 test-slow: .venv/installed-dev
 	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+
+drills: .venv/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python experiments/drills/everything.py --write docs/reliability.md
 
 check: .venv/installed-dev
 	$(BIN)/ruff format --check .

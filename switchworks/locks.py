@@ -64,6 +64,8 @@ def holder_of(directory: Path) -> str | None:
 
 def _lock_of(directory: Path) -> Path:
     place = directory.resolve()
+    if not place.name:
+        raise ConfigError(f"{directory} is the root of all folders.\n  Name one inside it.")
     return place.with_name(f".{place.name}.lock")
 
 

@@ -1,5 +1,5 @@
-"""Files made to harm: values of settings files replaced by what should not be there, names that lead
-elsewhere, bombs, pipes, and code where there should be data.
+"""Files made to harm: values of settings files replaced by what should not be there, names that
+lead elsewhere, bombs, pipes, and code where there should be data.
 
     python experiments/drills/hostile.py                     1,000 attempts
     python experiments/drills/hostile.py --count 200 --seed 3
