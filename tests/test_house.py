@@ -15,7 +15,7 @@ PACKAGE = ROOT / "switchworks"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-MOST_LINES = 32_300
+MOST_LINES = 32_500
 """Lines of the package, with blank ones, docstrings and imports: 27,000 as it was rearranged, and
 since then `lab`, `package_docs`, what docs/interop.md lists, trust in files, and `doctor`."""
 MOST_CELL = 120

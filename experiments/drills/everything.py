@@ -1,4 +1,4 @@
-"""All drills one after the other, and the page that says what they tried, what held and what did not.
+"""All drills one after the other, and the page that says what they tried and what held.
 
 python experiments/drills/everything.py --write docs/reliability.md      `make drills`
 python experiments/drills/everything.py --share 0.01                     a hundredth of each
@@ -14,21 +14,22 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-ATTEMPTS = {"damage": 170, "hostile": 112, "words": 2000, "pairs": 50, "crash": 40}
+ATTEMPTS = {"damage": 170, "hostile": 112, "words": 2000, "pairs": 50, "crash": 25}
 """Attempts of each kind; of `crash` the points of each verb and fault, drawn where it has more."""
 TOP = """# Reliability
 
 What was done to files, processes and command lines, and what came of it. Written by
-`python experiments/drills/everything.py --write docs/reliability.md` (`make drills`); each drill takes
-a `--seed` and can be run alone. A line under "lost" is a fault that is known and not yet mended.
+`python experiments/drills/everything.py --write docs/reliability.md` (`make drills`); each drill
+takes a `--seed` and can be run alone. A line under "Lost" is a fault that is known, not yet mended.
 
-**Killed, failed, full**: at each point where a verb opens, writes, syncs, renames or deletes a file the
-process is killed, the call fails, or the disk is full from then on. Then the same command is repeated
-(`--resume` for a training): it has to end with the same weights and the same files as if undisturbed.
-**Damage**: a bit flipped or a file cut short. **Hostile**: files made to harm, opened in a process with
-a limit of 5 seconds and 1 GB. **Two processes** at one place. **Command lines** drawn at random.
+**Killed, failed, full**: at points where a verb opens, writes, syncs, renames or deletes a file the
+process is killed, the call fails, or the disk is full from then on. Then the same command is
+repeated (`--resume` for a training): it has to end with the same weights and the same files as if
+undisturbed. **Damage**: a bit flipped or a file cut short. **Hostile**: files made to harm, opened
+in a process with a limit of 5 seconds and 1 GB. **Two processes** at one place. **Command lines**
+drawn at random.
 
-[SECURITY.md](../SECURITY.md) says what is trusted; tests/test_drills.py runs a few attempts of each.
+[SECURITY.md](../SECURITY.md) says what is trusted; tests/test_drills.py runs some of each.
 """
 
 
