@@ -76,6 +76,8 @@ def _written_whole(
         _move_into_place(partial, path)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if any(isinstance(each, KeyboardInterrupt) for each in _collected(error)):
+            raise KeyboardInterrupt from error
         if _no_room(error):
             raise CheckpointError(_full(path, needs, otherwise)) from error
         if (cause := _of_system(error)) is not None:
@@ -260,20 +262,28 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def _collected(error: BaseException) -> list[BaseException]:
+    """What torch.distributed.checkpoint collected in its own exception: rank -> (error, stack)."""
+    return [failure[0] for failure in getattr(error, "failures", {}).values()]
+
+
 def _of_system(error: BaseException) -> BaseException | None:
-    """`error`, or the first among those that torch.distributed.checkpoint collected (rank ->
-    (error, stack)), if the system refused to write. safetensors has an error of its own for it."""
-    inner = [failure[0] for failure in getattr(error, "failures", {}).values()]
+    """`error`, or the first that it collected, if the system refused to write. safetensors has an
+    error of its own for it."""
     return next(
-        (each for each in [error, *inner] if isinstance(each, OSError | SafetensorError)), None
+        (
+            each
+            for each in [error, *_collected(error)]
+            if isinstance(each, OSError | SafetensorError)
+        ),
+        None,
     )
 
 
 def _no_room(error: BaseException) -> bool:
     """Whether `error`, or one that it wraps, means that the disk is full."""
     inner: list[BaseException | None] = [error.__cause__, error.__context__]
-    # torch.distributed.checkpoint collects rank -> (error, stack) in its own exception.
-    inner += [failure[0] for failure in getattr(error, "failures", {}).values()]
+    inner += _collected(error)
     return (
         getattr(error, "errno", None) in _NO_ROOM
         or any(words in str(error) for words in _NO_ROOM_WORDS)

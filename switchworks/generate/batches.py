@@ -44,6 +44,8 @@ class GenerationConfig(Limits):
 
     max_length: int = 128
     """Tokens written at most."""
+    max_input: int = 4096
+    """Tokens of a text; a longer one is refused, since attention needs memory with their square."""
     sampling: Sampling = field(default_factory=Sampling)
     """How the next token is chosen."""
     beams: BeamSearch = field(default_factory=lambda: BeamSearch(beams=1))
@@ -64,7 +66,7 @@ class GenerationConfig(Limits):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(self, "", 1, "max_length", "batch_size")
+        check_at_least(self, "", 1, "max_length", "max_input", "batch_size")
         for name in ("forbid", "allow", "stop"):
             if "" in getattr(self, name):
                 raise ConfigError(f'{name} = {getattr(self, name)} holds "".\n  Give it a text.')

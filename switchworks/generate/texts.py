@@ -110,7 +110,7 @@ def write_texts(
     model: SwitchTransformer, tokenizer: Tokenizer, texts: Sequence[str], config: GenerationConfig
 ) -> list[str]:
     """`texts` with every hole filled, or continued; see `complete`."""
-    prompts = _prompts(model, tokenizer, texts)
+    prompts = _prompts(model, tokenizer, texts, config)
     ids = [prompt.ids for prompt in prompts]
     written = generate_all(model, ids, config, tokenizer=tokenizer)
     return [prompt.show(tokens) for prompt, tokens in zip(prompts, written, strict=True)]
@@ -124,7 +124,7 @@ def write_candidates(
     count: int,
 ) -> list[list[CandidateText]]:
     """`count` completions of each text as `complete` has them, the likeliest first."""
-    prompts = _prompts(model, tokenizer, texts)
+    prompts = _prompts(model, tokenizer, texts, config)
     ids = [prompt.ids for prompt in prompts]
     written = generate_candidates(model, ids, config, count, tokenizer=tokenizer)
 
@@ -143,7 +143,7 @@ def stream_text(
 ) -> Iterator[str]:
     """What the model writes for `text`, piece by piece as it is written, without beams: a
     decoder-only model's continuation, or else the holes' names and their fills."""
-    (prompt,) = _prompts(model, tokenizer, [text])
+    (prompt,) = _prompts(model, tokenizer, [text], config)
     before = prompt.ids if model.config.decoder_only else []
     steps = stream(
         model,
@@ -162,10 +162,18 @@ def stream_text(
     yield whole[shown:]
 
 
-def _prompts(model: SwitchTransformer, tokenizer: Tokenizer, texts: Sequence[str]) -> list[_Prompt]:
-    if model.config.decoder_only:
-        return _to_continue(tokenizer, texts)
-    return _to_fill(tokenizer, texts)
+def _prompts(
+    model: SwitchTransformer, tokenizer: Tokenizer, texts: Sequence[str], config: GenerationConfig
+) -> list[_Prompt]:
+    prompts = (_to_continue if model.config.decoder_only else _to_fill)(tokenizer, texts)
+    for text, prompt in zip(texts, prompts, strict=True):
+        if len(prompt.ids) > config.max_input:
+            raise ConfigError(
+                f"The text {text[:40]!r}... has {len(prompt.ids):,} tokens, and at most "
+                f"{config.max_input:,} are read.\n  Cut it, or raise --max-input: twice as many "
+                "take four times the memory."
+            )
+    return prompts
 
 
 def _to_fill(tokenizer: Tokenizer, texts: Sequence[str]) -> list[_Prompt]:

@@ -14,13 +14,16 @@ import importlib.metadata
 import multiprocessing
 import os
 import re
+import signal
 import sys
 import sysconfig
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
+from multiprocessing.connection import wait
 from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
@@ -116,12 +119,36 @@ def in_processes(
 ) -> Iterator[Iterator[T]]:
     """What `function` makes of the files of each group, some files at a time, in their order."""
     count = workers or os.cpu_count() or 1
-    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(count, context, initializer=_end_with_parent)
+    try:
         # All work is queued at once: the pool starts its processes while it is given work.
         with _main_hidden():
             futures = [[pool.submit(function, job) for job in _jobs(group)] for group in groups]
         for group in futures:
             yield chain.from_iterable(future.result() for future in group)
+    except BaseException:
+        # Whoever interrupts waits for no file that is still being read.
+        processes = list((pool._processes or {}).values())
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.terminate()
+        raise
+    pool.shutdown()
+
+
+def _end_with_parent() -> None:
+    """In a worker: leave Ctrl-C, which the terminal sends to all, to the parent, and end with it
+    however it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
 
 
 def source_files() -> list[str]:
