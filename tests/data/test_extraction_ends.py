@@ -1,4 +1,4 @@
-"""An extraction by several processes ends when it is interrupted, and leaves none of them behind."""
+"""An extraction by several processes ends when it is interrupted, and leaves none of them."""
 
 import os
 import signal

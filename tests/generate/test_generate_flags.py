@@ -129,3 +129,16 @@ def test_a_compiled_step_writes_the_same_under_constraints():
                 for step in (None, graph)
             )
             assert torch.equal(plain, compiled)
+
+
+def test_a_text_that_would_fill_the_memory_is_refused_with_the_flag_that_raises_the_limit(
+    directory, tmp_path, capsys
+):
+    (tmp_path / "long.txt").write_text("x" * 5000 + "\n")
+    assert main(["generate", str(directory), "--file", str(tmp_path / "long.txt")]) == 2
+    said = capsys.readouterr().err
+    assert re.search(r"'x{40}'\.\.\. has 5,0\d\d tokens, and at most 4,096 are read", said)
+    assert "raise --max-input" in said
+    words = ["generate", str(directory), "x" * 50, "--max-length", "2", "--max-input"]
+    assert main([*words, "40"]) == 2
+    assert main([*words, "100"]) == 0
