@@ -28,6 +28,7 @@ MAX_NAME = 255
 
 _SEAL = "seal"
 """The key of a hash over all other values, or all other lines."""
+_SEAL_BYTES = len(f'{{"{_SEAL}": "{"0" * 32}"}}\n')
 _BLOCK = 1 << 20
 
 _UMASK = os.umask(0)
@@ -112,7 +113,7 @@ def is_sealed(path: Path) -> bool:
 @lru_cache
 def _is_sealed(path: Path, size: int, _changed: int) -> bool:
     digest = blake2b(digest_size=16)
-    end = size - len(json.dumps({_SEAL: digest.hexdigest()})) - 1
+    end = size - _SEAL_BYTES
     with path.open("rb") as file:
         for start in range(0, end, _BLOCK):
             digest.update(file.read(min(_BLOCK, end - start)))
@@ -124,6 +125,11 @@ def read_sealed_lines(path: Path, first: int = 0, step: int = 1) -> Iterator[Any
     with path.open(encoding="utf-8") as file:
         lines = (line for line in file if not line.startswith(f'{{"{_SEAL}"'))
         yield from map(json.loads, islice(lines, first, None, step))
+
+
+def sealed_bytes(path: Path) -> int:
+    """The size of what `write_sealed_lines` wrote to `path`, without the last line."""
+    return path.stat().st_size - _SEAL_BYTES
 
 
 def _canonical(values: dict[str, Any]) -> bytes:

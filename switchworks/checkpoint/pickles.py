@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader
 
 from switchworks.config import CheckpointError
 from switchworks.disk import inside, well_formed
@@ -102,9 +101,10 @@ def _popped(stack: list[int | None], opcode: pickletools.OpcodeInfo) -> list[int
     return parts + [stack.pop() or 0 for _ in range(count)]
 
 
-def metadata_reader(directory: Path) -> FileSystemReader:
+def metadata_reader(directory: Path) -> Any:
     """A reader of the checkpoint in `directory`. Its `read_metadata` raises CheckpointError for a
     `.metadata` that names anything but descriptions of tensors, or files elsewhere."""
+    from torch.distributed.checkpoint import FileSystemReader
 
     class Reader(FileSystemReader):
         def read_metadata(self, *args: Any, **kwargs: Any) -> Any:

@@ -23,6 +23,7 @@ from switchworks.data.sources.catalogs.gettext import (
     split_sentences,
 )
 from switchworks.data.sources.catalogs.gettext_messages import clean, fault, folded, is_mojibake
+from switchworks.disk import read_sealed_lines, write_sealed_lines
 
 HEADER = """msgid ""
 msgstr ""
@@ -384,7 +385,7 @@ def test_making_the_corpus_tells_what_was_left_out(monkeypatch, tmp_path, capsys
     for _, reason, count in json.loads(made.with_suffix(".json").read_text(encoding="utf-8")):
         kept[reason] += count
     said = capsys.readouterr().out
-    assert said.startswith(f"catalogs: {len(made.read_text('utf-8').splitlines()):,} sentences; ")
+    assert said.startswith(f"catalogs: {len(list(read_sealed_lines(made))):,} sentences; ")
     assert all(f"{count:,} {reason}" in said for reason, count in kept.items())
     corpus.catalogs(tmp_path)
     assert capsys.readouterr().out == ""  # it is there already
@@ -408,7 +409,7 @@ def test_of_two_that_need_the_corpus_at_once_one_makes_it(tmp_path, monkeypatch)
     def slowly(path: Path) -> None:
         time.sleep(0.3)
         made.append(path)
-        path.touch()
+        write_sealed_lines(path, [])
 
     monkeypatch.setattr(corpus, "_write_catalogs", slowly)
     with ThreadPoolExecutor(2) as threads:

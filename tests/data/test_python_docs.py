@@ -1,7 +1,6 @@
 """The embedded corpus: prose in, code and markup out, the same text every time."""
 
 import importlib
-import json
 import re
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import pytest
 
 from switchworks.data.sources import python_docs
 from switchworks.data.sources.prose import is_english, paragraphs
+from switchworks.disk import read_sealed_lines
 
 DOCSTRING = """
 Return the cat that sat on the given mat.
@@ -156,7 +156,7 @@ def test_a_package_gives_its_readme_docstrings_and_comments_once_and_runs_no_cod
     package, tmp_path
 ):
     path = python_docs.docs_file(tmp_path / "cache", workers=1)
-    (document,) = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    (document,) = read_sealed_lines(path)
     assert document.split("\n") == CATS
 
 
@@ -164,7 +164,7 @@ def test_the_second_call_reads_the_cache(package, tmp_path, monkeypatch):
     first = python_docs.docs_file(tmp_path / "cache", workers=1)
     monkeypatch.setattr(python_docs, "extract_docs", None)
     assert python_docs.docs_file(tmp_path / "cache") == first
-    assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".jsonl", ".lock"]
+    assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".lines", ".lock"]
 
 
 def test_another_version_of_a_package_is_another_text(package):

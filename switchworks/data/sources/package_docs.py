@@ -30,7 +30,7 @@ from switchworks.data.sources.near_copies import without_copies
 from switchworks.data.sources.prose import is_english, paragraphs
 from switchworks.data.sources.python_docs import in_processes, join_documents, python_strings
 from switchworks.data.sources.text_source import TextConfig, TextSource
-from switchworks.disk import is_sealed, read_sealed_lines, write_sealed_lines
+from switchworks.disk import is_sealed, read_sealed_lines, sealed_bytes, write_sealed_lines
 
 PACKAGES = tuple(
     line
@@ -92,7 +92,7 @@ class PackageDocs(TextSource):
 
     @property
     def num_characters(self) -> int:
-        return self._file().stat().st_size
+        return sealed_bytes(self._file())
 
     def documents(self, shard: int = 0, num_shards: int = 1) -> Iterator[str]:
         return read_sealed_lines(self._file(), shard, num_shards)

@@ -33,7 +33,7 @@ from packaging.requirements import Requirement
 from switchworks.data.cache import digest, file_lock
 from switchworks.data.sources.prose import paragraphs
 from switchworks.data.sources.text_source import TextConfig, TextSource
-from switchworks.disk import is_sealed, read_sealed_lines, write_sealed_lines
+from switchworks.disk import is_sealed, read_sealed_lines, sealed_bytes, write_sealed_lines
 
 T = TypeVar("T")
 Packages = dict[str, importlib.metadata.Distribution]
@@ -78,7 +78,7 @@ class PythonDocs(TextSource):
 
     @property
     def num_characters(self) -> int:
-        return docs_file(self.cache, workers=self.workers).stat().st_size
+        return sealed_bytes(docs_file(self.cache, workers=self.workers))
 
     def documents(self, shard: int = 0, num_shards: int = 1) -> Iterator[str]:
         return read_sealed_lines(docs_file(self.cache, workers=self.workers), shard, num_shards)
