@@ -33,6 +33,29 @@ MODELS = {
 }
 ONE_EXPERT = replace(DENSE, routing=RoutingConfig(experts=1, every=1))
 GATED = replace(DENSE, gated=True, activation="silu", routing=RoutingConfig(experts=3))
+SWITCH = MODELS["Switch"]
+SHAPES = {
+    "T5, gelu": replace(DENSE, activation="gelu"),
+    "UL2: silu, gated": replace(DENSE, activation="silu", gated=True),
+    "mT5: gelu, gated, untied": replace(DENSE, activation="gelu", gated=True, tied_head=False),
+    "a deeper decoder": replace(DENSE, num_decoder_layers=3),
+    "a deeper encoder": replace(DENSE, num_layers=3, num_decoder_layers=1),
+    "heads wider than the model": replace(DENSE, d_kv=10, num_heads=3),
+    "Switch, untied": replace(SWITCH, tied_head=False),
+    "Switch, gelu": replace(SWITCH, activation="gelu"),
+    "Switch, every block": replace(SWITCH, routing=RoutingConfig(experts=3, every=1)),
+    "Switch, a dense encoder": replace(
+        SWITCH, routing=RoutingConfig(experts=3, encoder_blocks=(), decoder_blocks=(1,))
+    ),
+    "Switch, a dense decoder": replace(
+        SWITCH, routing=RoutingConfig(experts=3, encoder_blocks=(1,), decoder_blocks=())
+    ),
+    "Switch, blocks 1 and 4 of 6": replace(
+        SWITCH,
+        num_layers=6,
+        routing=RoutingConfig(experts=2, encoder_blocks=(1, 4), decoder_blocks=(1, 4)),
+    ),
+}
 each_model = pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
 
 
@@ -103,6 +126,21 @@ def test_adapters_made_here_open_in_peft_on_the_model_of_transformers(
     theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "hf")
     model = peft.PeftModel.from_pretrained(theirs, tmp_path / "peft")
     assert_same(logits_of_theirs(model), logits_of(ours), logits_of(base))
+
+
+@pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
+def test_adapters_of_every_shape_open_in_peft_and_come_back(transformers, peft, tmp_path, config):
+    torch.manual_seed(0)
+    base = SwitchTransformer(config)
+    ours = adapted(base, LoraConfig(rank=2, alpha=3.0), tmp_path / "lora")
+    switchworks.save_hf(base, tmp_path / "hf")
+    save_peft(base, tmp_path / "lora", tmp_path / "peft")
+    theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "hf")
+    model = peft.PeftModel.from_pretrained(theirs, tmp_path / "peft")
+    assert_same(logits_of_theirs(model), logits_of(ours), logits_of(base))
+    model.save_pretrained(tmp_path / "again")
+    merged = merge_adapters(switchworks.load_hf(tmp_path / "hf"), tmp_path / "again")
+    assert_same(logits_of(merged), logits_of(ours), logits_of(base))
 
 
 @pytest.mark.parametrize(
