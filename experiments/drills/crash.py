@@ -266,7 +266,7 @@ class Site:
 def drill(site: Site, fault: str, most: int, seed: int) -> Tally:
     """One verb with a kind of fault at every point, or at `most` of them, drawn by `seed`."""
     goal = "repeated, it ends as if undisturbed; what was there is whole; no traceback"
-    tally = Tally(f"{site.name}: {fault} at each of {site.points} points", goal, seed)
+    tally = Tally(f"{site.name}: {fault} at one of {site.points} points", goal, seed)
     places = list(range(1, site.points + 1))
     if 0 < most < site.points:
         places = sorted(random.Random(seed).sample(places, most))

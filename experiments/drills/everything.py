@@ -43,10 +43,10 @@ def counts_of(name: str, count: int, seed: int) -> list[dict[str, Any]]:
         return json.loads(file.read_text())
 
 
-def page(counts: dict[str, list[dict[str, Any]]], minutes: float) -> str:
+def page(counts: dict[str, list[dict[str, Any]]], share: float, minutes: float) -> str:
     """The page in Markdown."""
     rows = [each for tallies in counts.values() for each in tallies]
-    lines = [TOP, f"Seed {rows[0]['seed']}, {minutes:.0f} minutes.\n"]
+    lines = [TOP, f"--seed {rows[0]['seed']} --share {share:g}, {minutes:.0f} minutes.\n"]
     lines += ["| drill | tried | held | how they ended |", "| --- | --- | --- | --- |"]
     for row in rows:
         kinds = ", ".join(f"{number:,} {kind}" for kind, number in row["kinds"].items())
@@ -68,7 +68,7 @@ def main() -> None:
         name: counts_of(name, max(1, round(number * args.share)), args.seed)
         for name, number in ATTEMPTS.items()
     }
-    text = page(counts, (time.monotonic() - started) / 60)
+    text = page(counts, args.share, (time.monotonic() - started) / 60)
     print(text)
     if args.write is not None:
         args.write.write_text(text, encoding="utf-8")
