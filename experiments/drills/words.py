@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from damage import SMALL
 from tally import Tally
 
 from switchworks import SwitchTransformer, save
@@ -26,7 +27,6 @@ from switchworks.cli.main import VERBS
 from switchworks.cli.main import main as switchworks
 from switchworks.data.tokens.tokenizer import ByteTokenizer
 from switchworks.disk import write_json
-from switchworks.model import ModelConfig, RoutingConfig
 from switchworks.recipes.tiny import tiny
 from switchworks.training import train
 
@@ -119,19 +119,10 @@ def make_site() -> None:
     """A text, a model and a run, in the current folder."""
     Path("text.txt").write_text("a quick brown fox\n" * 500)
     os.environ["SWITCHWORKS_CACHE"] = str(Path("cache").resolve())
-    config = ModelConfig(
-        vocab_size=384,
-        d_model=8,
-        d_ff=8,
-        d_kv=4,
-        num_heads=2,
-        num_layers=2,
-        routing=RoutingConfig(experts=2, group_sequences=2),
-    )
-    save(SwitchTransformer(config, seed=1), "model", ByteTokenizer())
+    save(SwitchTransformer(SMALL, seed=1), "model", ByteTokenizer())
     experiment = tiny()
     data = replace(experiment.data, path=str(Path("text.txt").resolve()))
-    train(replace(experiment, data=data, steps=2, model=config), "run")
+    train(replace(experiment, data=data, steps=2, model=SMALL), "run")
 
 
 def main() -> None:
