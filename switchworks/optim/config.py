@@ -46,9 +46,10 @@ class OptimConfig:
     """rsqrt: lr / sqrt(max(step, warmup_steps)), flat until then, as in T5. Others: linear rise,
     whose first step moves already."""
     final_lr_share: float = 0.1
-    """Where cosine, linear and wsd end, as a share of `lr`."""
-    decay_share: float = 0.2
-    """wsd: share of all steps over which the rate falls."""
+    """Where a schedule that falls to its end arrives, as a share of what it fell from."""
+    decay_share: float | None = None
+    """wsd, rsqrt: share of the steps, the last, over which the rate falls to its end. None: 0.2
+    for wsd, and no end for rsqrt."""
     clip_norm: float | None = None
     """Largest global gradient norm; gradients beyond it are scaled down. None: no clipping."""
     weight_decay: float = 0.0
@@ -99,35 +100,40 @@ class OptimConfig:
                 f"optim.final_lr_share = {self.final_lr_share} must be between 0 and 1."
             )
 
-    def decay_begins(self, total_steps: int) -> int:
-        """The first step at which "wsd" is below `lr` in a run of `total_steps`."""
-        return total_steps - round(self.decay_share * total_steps)
+    def steps_in_common(self, total_steps: int) -> float:
+        """How many steps have the rate that they have in a longer run than `total_steps`."""
+        if self.schedule in ("cosine", "linear"):
+            return 0
+        share = 0.2 if self.decay_share is None and self.schedule == "wsd" else self.decay_share
+        if self.schedule == "constant" or not share:
+            return math.inf
+        return total_steps - round(share * total_steps)
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
     """The learning rate of step number `step`, counted from 0, in a run of `total_steps`.
 
     "rsqrt" is T5's: lr / sqrt(max(step, warmup_steps)), flat until the warm-up ends (Mesh
-    TensorFlow's `learning_rate_schedule_noam` without its final linear decay). The others rise
-    linearly over `warmup_steps` to `lr`, never from 0: the first step moves already. "cosine" and
-    "linear" then fall to final_lr_share * lr at `total_steps` and stay there. "wsd" (warm-up,
-    stable, decay: Hu et al. 2024, MiniCPM) stays at `lr` and falls linearly over the last
-    `decay_share` of the steps, so runs of any length have their beginning in common.
+    TensorFlow's `learning_rate_schedule_noam`, whose final linear decay is `decay_share`). The
+    others rise linearly over `warmup_steps` to `lr`, never from 0: the first step moves already.
+    "cosine" and "linear" then fall to final_lr_share * lr at `total_steps` and stay there. "wsd"
+    (warm-up, stable, decay: Hu et al. 2024, MiniCPM) stays at `lr` and falls linearly over the last
+    `decay_share` of the steps. Runs of any length with such a decay have their beginning in common.
     """
+    rate = config.lr
     if config.schedule == "rsqrt":
-        return config.lr / math.sqrt(max(step, config.warmup_steps, 1))
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return config.lr
-    begin = config.warmup_steps
-    if config.schedule == "wsd":
-        begin = max(begin, config.decay_begins(total_steps))
+        rate /= math.sqrt(max(step, config.warmup_steps, 1))
+    elif step < config.warmup_steps:
+        return rate * (step + 1) / config.warmup_steps
+    common = config.steps_in_common(total_steps)
+    if common == math.inf:
+        return rate
+    begin = int(common) if config.schedule == "rsqrt" else max(config.warmup_steps, int(common))
     done = max(0, step - begin) / max(1, total_steps - begin)
     left = 1.0 - min(1.0, done)
     if config.schedule == "cosine":
         left = (1.0 - math.cos(math.pi * left)) / 2
-    return config.lr * (config.final_lr_share + (1.0 - config.final_lr_share) * left)
+    return rate * (config.final_lr_share + (1.0 - config.final_lr_share) * left)
 
 
 def _check_name(setting: str, name: str, known: Iterable[str]) -> None:

@@ -28,9 +28,6 @@ from switchworks.config import (
 from switchworks.disk import write_json, write_text
 from switchworks.training.experiment import MAY_CHANGE, Experiment
 
-_ENDLESS = ("rsqrt", "constant")
-"""Schedules that do not depend on the number of steps, so that a run may always be made longer."""
-
 
 def may_resume(
     path: Path, experiment: Experiment, *, resume: bool, ignoring: frozenset[str] = frozenset()
@@ -38,10 +35,10 @@ def may_resume(
     """Whether `path` holds this experiment; False if it is free. Writes nothing.
 
     Settings in MAY_CHANGE and in `ignoring` are not compared. A run whose schedule ends with its
-    last step may be made longer once it has finished, not before. Before "wsd" decays, its run may
-    be made longer and shorter: a copy of the directory with other steps decays elsewhere. Raises
-    ConfigError if `path` holds another experiment (listing the differences), the same one while
-    `resume` is False, or files that do not belong to a run.
+    last step may be made longer once it has finished, not before. Before a decay begins ("wsd", or
+    "rsqrt" with one), its run may be made longer and shorter: a copy of the directory with other
+    steps decays elsewhere. Raises ConfigError if `path` holds another experiment (listing the
+    differences), the same one while `resume` is False, or files that do not belong to a run.
     """
     stored = settings_in(path)
     if stored is None:
@@ -77,13 +74,11 @@ def require_writable(path: Path) -> None:
 
 def _may_be_longer(path: Path, stored: Experiment, experiment: Experiment) -> bool:
     optim = experiment.optim
-    if optim.schedule in _ENDLESS:
-        return True
-    if optim.schedule == "wsd":  # until it decays, its rate does not depend on the steps either
-        saved = max(checkpoint.steps_in(path / "checkpoints"), default=0)
-        return saved <= min(optim.decay_begins(run.num_steps) for run in (stored, experiment))
-    finished = (path / "checkpoints" / f"step_{stored.num_steps:08d}").is_dir()
-    return finished and experiment.num_steps > stored.num_steps
+    if optim.schedule in ("cosine", "linear"):
+        finished = (path / "checkpoints" / f"step_{stored.num_steps:08d}").is_dir()
+        return finished and experiment.num_steps > stored.num_steps
+    saved = max(checkpoint.steps_in(path / "checkpoints"), default=0)
+    return saved <= min(optim.steps_in_common(run.num_steps) for run in (stored, experiment))
 
 
 def settings_in(path: Path) -> Experiment | None:

@@ -113,7 +113,7 @@ def test_a_run_and_its_branch_are_trained_and_their_results_kept(study, tmp_path
     assert [row[0] for row in short["curve"]] == [10]
     assert long["curve"][0][3] != short["curve"][0][3]  # the short one has decayed by then
     assert long["commit"] == commit_of(Path(__file__).parent)
-    assert long["command"].startswith("-m switchworks train tiny --seed 0 --optim.schedule wsd")
+    assert long["command"].startswith("-m switchworks train tiny --seed 0 --optim.schedule rsqrt")
     assert progress(jobs[0]).startswith("step 20 of 20")
     monkeypatch.setitem(STUDIES, "small", one)
     monkeypatch.setattr("switchworks.lab.speed.ROUNDS", 1)

@@ -73,9 +73,24 @@ def test_wsd_is_constant_until_its_last_steps_and_falls_in_equal_steps():
 
 def test_wsd_of_runs_of_any_length_is_the_same_until_the_shorter_decays():
     config = OptimConfig(lr=0.3, schedule="wsd", warmup_steps=5)
-    assert config.decay_begins(100) == 80
+    assert config.steps_in_common(100) == 80
     assert rates(config, range(81), total=100) == rates(config, range(81), total=1000)
     assert learning_rate(config, 81, 100) < learning_rate(config, 81, 1000)
+
+
+def test_t5s_rate_can_end_in_a_linear_decay():
+    config = OptimConfig(lr=1.0, warmup_steps=4, final_lr_share=0.0, decay_share=0.5)
+    found = rates(config, range(11), total=10)
+    assert found[:6] == pytest.approx([1 / math.sqrt(max(step, 4)) for step in range(6)])
+    assert found[7] == pytest.approx(0.6 / math.sqrt(7))
+    assert found[10] == 0
+    assert rates(config, range(6), total=10) == rates(config, range(6), total=1000)
+
+
+def test_without_a_decay_t5s_rate_is_that_of_any_longer_run():
+    config = OptimConfig(lr=1.0, warmup_steps=4)
+    assert config.steps_in_common(10) == math.inf
+    assert rates(config, range(30), total=10) == rates(config, range(30), total=1000)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
