@@ -118,6 +118,13 @@ class Checkpoints:
             )
         return None
 
+    def drop_after(self, step: int) -> Path | None:
+        """Delete the checkpoints of later steps than `step`; the newest of the others, or None."""
+        self.wait()
+        later = [path for number, path in self.steps().items() if number > step]
+        on_rank_zero(lambda: [remove_whole(path) for path in later])
+        return self.latest()
+
     def load(self, path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
         """Fill the tensors of `state` in place from the checkpoint, and return its `about`.
 

@@ -1,7 +1,6 @@
 """The machine: what torch computes with, and whether there is room. Takes about a second."""
 
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,8 +20,6 @@ much is what a model of 100M parameters takes."""
 SLOW_BFLOAT16 = 0.5
 """Emulated, bfloat16 has a tenth of float32's speed or less, with instructions for it twice as much
 or more: nothing hangs on the exact value."""
-_CGROUP = Path("/sys/fs/cgroup")
-"""The limits of a container: files of version 2, or in folders those of version 1."""
 
 
 def check_machine(folder: Path) -> Iterator[Finding]:
@@ -37,27 +34,13 @@ def check_machine(folder: Path) -> Iterator[Finding]:
     yield _gpu()
 
 
-def available_memory() -> int | None:
-    """Bytes that new processes can have, within the limit of the control group (container); None
-    where the system does not say."""
-    try:
-        text = Path("/proc/meminfo").read_text(encoding="utf-8")
-    except OSError:
-        return None
-    free = int(re.findall(r"^MemAvailable: *(\d+) kB", text, re.M)[0]) * 1024
-    older = _numbers("memory/memory.limit_in_bytes"), _numbers("memory/memory.usage_in_bytes")
-    for limit, usage in ((_numbers("memory.max"), _numbers("memory.current")), older):
-        free = min(free, max(0, limit[0] - usage[0])) if limit and usage else free
-    return free
-
-
 def usable_cores() -> float:
     """The cores that this process may use: those it is bound to, within the control group's share
     of time."""
     affinity = getattr(os, "sched_getaffinity", None)
     cores = float(len(affinity(0)) if affinity else os.cpu_count() or 1)
-    older = _numbers("cpu/cpu.cfs_quota_us") + _numbers("cpu/cpu.cfs_period_us")
-    quota = _numbers("cpu.max") or older
+    older = machine.limits("cpu/cpu.cfs_quota_us") + machine.limits("cpu/cpu.cfs_period_us")
+    quota = machine.limits("cpu.max") or older
     return min(cores, quota[0] / quota[1]) if len(quota) == 2 and min(quota) > 0 else cores
 
 
@@ -66,15 +49,6 @@ def free_bytes(folder: Path) -> int:
     place = folder.absolute()
     existing = next(path for path in (place, *place.parents) if path.exists())
     return shutil.disk_usage(existing).free
-
-
-def _numbers(name: str) -> list[int]:
-    """The numbers in a file of the control group; none if it is not there, or sets no limit."""
-    try:
-        text = (_CGROUP / name).read_text(encoding="utf-8")
-    except OSError:
-        return []
-    return [] if "max" in text else [int(word) for word in text.split()]
 
 
 def _torch() -> Finding:
@@ -111,7 +85,7 @@ def _bfloat16() -> Finding:
 
 
 def _memory() -> Finding:
-    free = available_memory()
+    free = machine.available_memory()
     text = "the system does not say how much is" if free is None else f"{free / _GIB:.1f} GiB"
     enough = free is None or free >= LEAST_MEMORY
     return judge(f"memory: {text} free", "warning", "little-memory", unless=enough)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from switchworks import checkpoint
 from switchworks.data import Tokenizer
 from switchworks.doctor.finding import Finding, announce, judge, listed
-from switchworks.doctor.machine import available_memory
 from switchworks.model import Experts
 from switchworks.quantise import tensors_of
+from switchworks.training import machine
 
 EQUAL = 0.999
 """Cosine of two experts' weights. Between experts with initial values of their own it is about 0,
@@ -38,7 +38,7 @@ def check_model(path: Path) -> Iterator[Finding]:
     if is_listed:
         checkpoint.verify(path)
     hashes = "hashes are as written" if is_listed else "no hashes beside them"
-    if size > (available_memory() or size * 2) / 2:
+    if size > (machine.available_memory() or size * 2) / 2:
         yield judge(f"{subject}, {hashes}; not looked into", "note", "large-model")
         return
     model, tokenizer = checkpoint.open_model(path)

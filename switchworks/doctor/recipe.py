@@ -9,7 +9,7 @@ import torch
 
 from switchworks.data import raw_length
 from switchworks.doctor.finding import Finding, judge
-from switchworks.doctor.machine import available_memory, free_bytes
+from switchworks.doctor.machine import free_bytes
 from switchworks.doctor.text import about_tokens
 from switchworks.model import RoutingConfig, active_parameters
 from switchworks.optim import learning_rate
@@ -155,7 +155,7 @@ def _vocabulary(experiment: Experiment, tokens: float) -> Finding:
 
 
 def _memory(experiment: Experiment) -> Finding:
-    needs, free = memory_per_rank(experiment)["total"], available_memory()
+    needs, free = memory_per_rank(experiment)["total"], machine.available_memory()
     if torch.cuda.is_available():
         free = torch.cuda.mem_get_info()[0]
     subject = f"memory: {needs / 2**30:.2f} GiB for weights, gradients and optimizer of one rank"

@@ -2,6 +2,8 @@ from .distillation import precompute_teacher as precompute_teacher
 from .experiment import BestConfig as BestConfig
 from .experiment import Experiment as Experiment
 from .experiment import MeshConfig as MeshConfig
+from .guard import DivergenceError as DivergenceError
+from .guard import GuardConfig as GuardConfig
 from .loggers import LOGGERS as LOGGERS
 from .loggers import Logger as Logger
 from .loggers import RunInfo as RunInfo
@@ -17,6 +19,5 @@ from .state import build_state as build_state
 from .state import cast_for_compute as cast_for_compute
 from .state import spread_model as spread_model
 from .state import state_of as state_of
-from .step import DivergenceError as DivergenceError
 from .step import StepResult as StepResult
 from .step import train_step as train_step

@@ -21,6 +21,7 @@ from switchworks.model import active_parameters, flops_per_token, num_parameters
 from switchworks.parallel import Ranks, torchrun
 from switchworks.training import hooks, loggers, machine, resolve, run_directory
 from switchworks.training.experiment import Experiment
+from switchworks.training.guard import WatchLoss
 from switchworks.training.loop import Hook
 from switchworks.training.state import TrainState, export, initial_state, require_shape
 
@@ -173,7 +174,7 @@ def make_hooks(
     then the best of what they measured, then checkpoints, which contain it; then the user's `extra`
     ones. The watchdog is last, so that a step includes all."""
     experiment, state, tokenizer = run.experiment, run.state, run.dataset.tokenizer
-    standard = _measuring(run, recorder)
+    standard = [*_watching(run), *_measuring(run, recorder)]
     best, config = None, experiment.resolved_best
     if config is not None:
         write = partial(export, tokenizer=tokenizer)
@@ -181,6 +182,17 @@ def make_hooks(
         standard.append(best)
     save = hooks.SaveCheckpoints(run.checkpoints, experiment.checkpoint_every)
     return [*standard, save, *extra, hooks.Every(1, lambda state: reached(state.step))], best
+
+
+def _watching(run: Run) -> list[Hook]:
+    """The hooks that look whether the run is well, and on the main rank warn."""
+    watching: list[Hook] = [WatchLoss()]
+    routing = run.experiment.model.routing
+    if run.ranks.is_main:
+        watching.append(hooks.WatchMemory())
+    if run.ranks.is_main and routing is not None:
+        watching.append(hooks.WatchRouters(routing))
+    return watching
 
 
 def _measuring(run: Run, recorder: loggers.Recorder) -> list[Hook]:

@@ -12,6 +12,7 @@ from switchworks.distil import DistilConfig
 from switchworks.model import ModelConfig
 from switchworks.optim import OptimConfig
 from switchworks.parallel import MeshConfig
+from switchworks.training.guard import GuardConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +97,7 @@ class Experiment:
     patterns over names (decoder.*), or all but one kind (all-but-experts)."""
     lora: LoraConfig | None = None
     """Adapters, trained in place of the model's weights. None: there are none."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
     best: BestConfig | None = None
     """Export the best weights as the model. None: the model is that of the last step."""
 
@@ -196,6 +198,7 @@ class Experiment:
             f"micro_batches = {self.micro_batches}": self.micro_batches > 1,
             f"optim.clip_norm = {self.optim.clip_norm}": self.optim.clip_norm is not None,
         }
+        several[f"guard.skip = {self.guard.skip}"] = self.guard.skip > 0
         reason = "all gradients must be complete before a weight is updated"
         self._refuse("update_in_backward", reason, several | mesh)
 
@@ -301,7 +304,7 @@ MAY_CHANGE = (
     frozenset(_CADENCES)
     | {"data.cache", "data.workers", "data.prefetch", "async_checkpoints", "log", "auto_steps"}
     | {"mesh.data", "mesh.expert", "mesh.model", "mesh.shard", "mesh.overlap", "mesh.timeout"}
-    | {"micro_batches", "update_in_backward"}
+    | {"micro_batches", "update_in_backward", "guard.skip", "guard.spike", "guard.rollbacks"}
 )
 """Settings that a resumed run may change, because they change nothing but rounding (threads, ranks)
 and the noise, which each rank draws for itself."""

@@ -131,7 +131,7 @@ class TensorBoard:
 
         folder = run.directory / "tensorboard"
         folder.mkdir(parents=True, exist_ok=True)
-        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
         self._writer = RecordWriter((folder / name).open("wb", buffering=0))
         step = run.step + 1
         self._add(Event(step=step, file_version="brain.Event:2"))

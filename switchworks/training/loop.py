@@ -1,5 +1,7 @@
 """The training loop: a step, then every hook. Everything optional is a hook."""
 
+import logging
+import math
 import signal
 import threading
 import time
@@ -13,6 +15,8 @@ from switchworks.batch import Batch
 from switchworks.parallel import Ranks, torchrun
 from switchworks.training.state import TrainState
 from switchworks.training.step import StepResult, train_step
+
+log = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -86,12 +90,42 @@ def run_loop(
         ) from error
 
 
+PATIENCE = 60.0
+"""Seconds without a batch after which a run says that it waits for one."""
+
+
+def _waited_for(batches: Iterator[Batch], state: TrainState) -> Iterator[Batch]:
+    """The same batches. Each time that one takes longer than PATIENCE, a thread says so."""
+    since, closed = [math.inf], threading.Event()
+
+    def watch() -> None:
+        while not closed.wait(PATIENCE / 4):
+            if time.monotonic() - since[0] > PATIENCE:
+                log.warning(
+                    "step %d waits for its batch since %.0f seconds.\n  Its text is read from the "
+                    "cache (--data.cache): is that disk there? --data.prefetch 0 reads it in the "
+                    "main thread, where Ctrl-C shows at what it stands.",
+                    *(state.step + 1, time.monotonic() - since[0]),
+                )
+                since[0] = math.inf  # once a batch
+
+    threading.Thread(target=watch, daemon=True, name="waits for batches").start()
+    try:
+        while True:
+            since[0] = time.monotonic()
+            batch = next(batches)
+            since[0] = math.inf
+            yield batch
+    finally:
+        closed.set()
+
+
 def _loop(
     state: TrainState, batches: Iterator[Batch], hooks: Sequence[Hook], interrupt: Interrupt
 ) -> None:
     started = time.perf_counter()
     steps = 0 if state.ended else max(0, state.experiment.num_steps - state.step)
-    for batch in islice(batches, steps):
+    for batch in islice(_waited_for(batches, state), steps):
         result = train_step(state, batch)
         state.seconds += time.perf_counter() - started
         for hook in hooks:

@@ -18,6 +18,8 @@ from switchworks.device import compute_device
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 """From glibc's malloc.h."""
+CGROUP = Path("/sys/fs/cgroup")
+"""The limits of a container: files of version 2, or in folders those of version 1."""
 
 
 def keep_freed_memory() -> bool:
@@ -72,6 +74,29 @@ def bfloat16_gain(size: int = 256) -> float:
 def fastest_precision() -> Literal["float32", "bfloat16"]:
     """bfloat16 if its products are at least 1.2 times as fast as float32's."""
     return "bfloat16" if bfloat16_gain() > 1.2 else "float32"
+
+
+def available_memory() -> int | None:
+    """Bytes that new processes can have, within the limit of the control group (container); None
+    where the system does not say."""
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    free = int(re.findall(r"^MemAvailable: *(\d+) kB", text, re.M)[0]) * 1024
+    older = limits("memory/memory.limit_in_bytes"), limits("memory/memory.usage_in_bytes")
+    for limit, usage in ((limits("memory.max"), limits("memory.current")), older):
+        free = min(free, max(0, limit[0] - usage[0])) if limit and usage else free
+    return free
+
+
+def limits(name: str) -> list[int]:
+    """The numbers in a file of the control group; none if it is not there, or sets no limit."""
+    try:
+        text = (CGROUP / name).read_text(encoding="utf-8")
+    except OSError:
+        return []
+    return [] if "max" in text else [int(word) for word in text.split()]
 
 
 def describe() -> str:

@@ -2,8 +2,9 @@
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, redirect_stdout
+from functools import partial
 from pathlib import Path
 
 from switchworks import data, report
@@ -13,10 +14,11 @@ from switchworks.parallel import Ranks, connect_ranks, torchrun, watching
 from switchworks.training import machine
 from switchworks.training.assemble import Run, assemble, make_hooks, num_trainable, open_recorder
 from switchworks.training.experiment import Experiment
+from switchworks.training.guard import DivergenceError, go_back
 from switchworks.training.loggers import Logger, make_loggers
 from switchworks.training.loop import Hook, Interrupt, run_loop
 from switchworks.training.resolve import check_initial_weights, check_mesh, resolve_tokenizer
-from switchworks.training.state import export
+from switchworks.training.state import TrainState, export
 
 
 class Interrupted(Exception):  # noqa: N818  it is not an error
@@ -74,22 +76,33 @@ def train(
 def _train(run: Run, hooks: Sequence[Hook], loggers: Sequence[Logger]) -> Interrupted | None:
     """All steps, then the exported model and the report; `Interrupted` if a signal came."""
     state, interrupt = run.state, Interrupt()
-    watchdog = watching(state.step, run.experiment.mesh.timeout)
-    recorder = open_recorder(run, loggers)
-    with closing(recorder), interrupt.listening(), watchdog as reached:
-        every, best = make_hooks(run, recorder, hooks, reached)
-        with closing(run.pipeline.batches(state.step)) as batches:
-            run_loop(state, batches, every, interrupt)
+    while True:
+        try:
+            write_model = _train_on(run, hooks, loggers, interrupt)
+            break
+        except DivergenceError as error:
+            go_back(state, run.checkpoints, error)
     if interrupt.agreed is not None:
         return Interrupted(interrupt.agreed.name, state.step, run.directory)
-    if best is None:
-        export(state, run.directory, run.dataset.tokenizer)
-    else:
-        best.write_model(state, run.directory)
+    write_model(state, run.directory)
     if run.ranks.is_main:
         report.write_run_card(run.directory)
         report.write_report([run.directory])
     return None
+
+
+def _train_on(
+    run: Run, hooks: Sequence[Hook], loggers: Sequence[Logger], interrupt: Interrupt
+) -> Callable[[TrainState, Path], None]:
+    """The steps from `run.state` on, with all hooks and loggers; what writes the model then."""
+    state = run.state
+    watchdog = watching(state.step, run.experiment.mesh.timeout)
+    recorder = open_recorder(run, loggers)
+    with closing(recorder), interrupt.listening(), watchdog as reached:
+        every, best = make_hooks(run, recorder, hooks, reached)
+        with closing(run.pipeline.batches(state.next_batch)) as batches:
+            run_loop(state, batches, every, interrupt)
+    return partial(export, tokenizer=run.dataset.tokenizer) if best is None else best.write_model
 
 
 @contextmanager

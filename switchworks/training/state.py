@@ -2,7 +2,7 @@
 weights come from, and their export."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,9 @@ class Best:
     """Measurements since then, none of them better."""
 
 
+_COUNTERS = ("step", "tokens", "seconds", "left_out", "rollbacks", "skipped", "recent")
+
+
 @dataclass
 class TrainState:
     """Model, optimizer and counters. Data order and noise need no state: both follow from seed
@@ -46,6 +49,13 @@ class TrainState:
     """Input and target tokens seen, padding not counted."""
     seconds: float = 0.0
     """Time spent in steps over all sessions, without validation and saving."""
+    left_out: int = 0
+    """Batches that no step has read, because of rollbacks."""
+    rollbacks: int = 0
+    skipped: int = 0
+    """Steps without an update, because loss or gradient was not finite."""
+    recent: list[float] = field(default_factory=list)
+    """The last losses, if a jump of the loss is watched for."""
     teacher: "SwitchTransformer | distil.LogitStore | None" = None
     """One that runs, or its stored probabilities. It never changes and is in no checkpoint."""
     adapted: "adapt.Table | None" = None
@@ -54,6 +64,11 @@ class TrainState:
     """None before the first measurement."""
     compiled: Callable[..., Output] | None = None
     """The compiled forward pass, used by training steps only; None: eager."""
+
+    @property
+    def next_batch(self) -> int:
+        """The number of the batch that the next step reads: of its rows, in the whole run."""
+        return self.step + self.left_out
 
     @property
     def ended(self) -> bool:
@@ -69,14 +84,14 @@ class TrainState:
 
     def about(self) -> dict[str, Any]:
         """The counters, as plain numbers for a checkpoint."""
-        counters = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds}
+        counters = {name: getattr(self, name) for name in _COUNTERS}
         return counters | {"best": None if self.best is None else asdict(self.best)}
 
     def restore(self, contents: dict[str, Any], about: dict[str, Any]) -> None:
         """Continue from a checkpoint: `contents` of `state_dict`, `about` of `about`."""
         self.updater.load_state_dict(contents)
-        self.step, self.tokens = about["step"], about["tokens"]
-        self.seconds = about["seconds"]
+        for name in _COUNTERS:
+            setattr(self, name, about[name])
         best = about.get("best")
         self.best = None if best is None else Best(**best)
 

@@ -3,6 +3,7 @@
 Letters: B sequences, T target length, V vocabulary, E experts.
 """
 
+import logging
 import math
 from typing import NamedTuple
 
@@ -18,11 +19,10 @@ from switchworks.batch import Batch
 from switchworks.model import Output, Routing, SwitchTransformer
 from switchworks.optim import UpdateStats, first_nonfinite
 from switchworks.parallel import Ranks
+from switchworks.training.guard import DivergenceError
 from switchworks.training.state import TrainState
 
-
-class DivergenceError(RuntimeError):
-    """A loss, gradient or weight is not finite. Names the step and the tensor."""
+log = logging.getLogger(__name__)
 
 
 class LayerReport(NamedTuple):
@@ -50,6 +50,8 @@ class StepResult(NamedTuple):
     tokens: int
     soft: float | None = None
     """The distillation loss before it is weighted; None if no teacher enters the loss."""
+    skipped: bool = False
+    """Loss or gradient was not finite: nothing was updated, and `layers` is empty."""
 
 
 def train_step(state: TrainState, batch: Batch) -> StepResult:
@@ -60,8 +62,9 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
     (jitter, dropout) follows from seed, step and rank, so a resumed run repeats it. With a teacher
     the loss is that of `DistilConfig`.
 
-    Raises DivergenceError if loss or gradient is not finite, before any weight is updated; with
-    `update_in_backward` some have been updated when a gradient turns out not to be finite.
+    Raises DivergenceError if loss or gradient is not finite, before any weight is updated, unless
+    `guard.skip` allows to leave the batch out; with `update_in_backward` some have been updated
+    when a gradient turns out not to be finite.
     """
     model, experiment = state.model.train(), state.experiment
     _seed_noise(state)
@@ -78,20 +81,21 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
         routings.append(routing)
     sums = sum(losses[1:], start=losses[0]).tolist()
     total, cross_entropy, soft = state.ranks.all_sum(sums)
-    _require_finite(state, batch, "loss", total)
     state.gradients.finish(state.updater.masters.gradients())
-    update = state.updater.step(state.step, experiment.num_steps)
-    _require_finite(state, batch, "gradient norm", update.grad_norm)
-    layers = layer_reports(model, routings, state.ranks)
+    update = UpdateStats(math.nan, math.nan)
+    finite = _is_finite(state, batch, "loss", total)
+    if finite:
+        update = state.updater.step(state.step, experiment.num_steps)
+        finite = _is_finite(state, batch, "gradient norm", update.grad_norm)
+    layers = layer_reports(model, routings, state.ranks) if finite else {}
     for name, layer in model.switch_layers.items():
-        if layer.router.weight.requires_grad:  # else it is frozen, its selection bias too
+        if finite and layer.router.weight.requires_grad:  # else its selection bias is frozen too
             layer.router.update_bias(torch.tensor(layers[name].load))
     state.step += 1
     state.tokens += num_tokens
-    uses_teacher = experiment.distil is not None and experiment.distil.uses_teacher
-    return StepResult(
-        total, cross_entropy, update, layers, num_tokens, soft if uses_teacher else None
-    )
+    if experiment.distil is None or not experiment.distil.uses_teacher:
+        soft = None
+    return StepResult(total, cross_entropy, update, layers, num_tokens, soft, skipped=not finite)
 
 
 def _accumulate(
@@ -110,7 +114,7 @@ def _accumulate(
     loss = share * (learned + losses.output_z)
     loss = loss + (losses.balance + losses.router_z) / num_parts
     if experiment.update_in_backward:  # the backward pass updates weights: check before it
-        _require_finite(state, part, "loss", float(loss.detach()))
+        _is_finite(state, part, "loss", float(loss.detach()))
     loss.backward()
     if num_parts > 1 or ranks.mesh is not None:
         state.updater.masters.accumulate()
@@ -118,18 +122,30 @@ def _accumulate(
     return parts.detach(), output.routing
 
 
-def _require_finite(state: TrainState, batch: Batch, name: str, value: float) -> None:
-    """Raises DivergenceError with the step, the first tensor not finite, and what to try."""
+def _is_finite(state: TrainState, batch: Batch, name: str, value: float) -> bool:
+    """Whether `value` is finite. If not, and the step may be skipped, it is counted and nothing is
+    left of its gradients; else raises DivergenceError with the step, the first tensor not finite,
+    and what to try."""
     if math.isfinite(value):
-        return
+        return True
+    first, allowed = _first_nonfinite(state, batch), state.experiment.guard.skip
+    if state.skipped < allowed:
+        state.skipped += 1
+        state.updater.masters.zero()
+        log.warning(
+            "step %d is skipped (%d of %d): %s %s is not finite; the first offending tensor is %s",
+            *(state.step + 1, state.skipped, allowed, name, value, first),
+        )
+        return False
     weights = "The weights are as they were before this step"
     if state.experiment.update_in_backward and name.startswith("gradient"):
         weights = "Some weights have been updated in this step, because of update_in_backward,"
     raise DivergenceError(
         f"Step {state.step + 1}: {name} {value} is not finite; the first offending tensor is "
-        f"{_first_nonfinite(state, batch)}.\n"
+        f"{first}.\n"
         f"  {weights} and the last checkpoint is untouched.\n"
-        "  Try a lower optim.lr, optim.clip_norm 1.0, routing.z_weight 1e-3 or precision float32."
+        "  Try a lower optim.lr, optim.clip_norm 1.0, routing.z_weight 1e-3 or precision float32.\n"
+        "  --guard.skip leaves such batches out, up to a number; --guard.rollbacks goes back."
     )
 
 
@@ -174,8 +190,8 @@ def _forward_and_loss(
 def _rows_of(state: TrainState, number: int) -> range:
     """Numbers, in the whole run, of the rows in the `number`-th micro-batch of this rank."""
     experiment, ranks = state.experiment, state.ranks
-    rows = data.rows_of_step(state.step, experiment.batch_size, ranks.batch_rank, ranks.batch_world)
-    size = experiment.micro_batch_size
+    size, rank = experiment.micro_batch_size, ranks.batch_rank
+    rows = data.rows_of_step(state.next_batch, experiment.batch_size, rank, ranks.batch_world)
     return rows[(number - 1) * size : number * size]
 
 

@@ -22,7 +22,6 @@ from switchworks.doctor import (
     check_recipe,
     check_text,
     machine,
-    model,
     recipe,
     run,
     text,
@@ -34,6 +33,7 @@ from switchworks.quantise import quantise
 from switchworks.recipes import RECIPES
 from switchworks.recipes.quickstart import quickstart
 from switchworks.recipes.tiny import tiny
+from switchworks.training.machine import available_memory
 
 
 def faults(found) -> dict[str, str]:
@@ -97,7 +97,7 @@ def test_a_machine_is_looked_at_within_a_few_lines(tmp_path):
 def test_a_poor_machine_has_a_finding_for_each_lack(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr(machine, "available_memory", lambda: 2**30)
+    monkeypatch.setattr(machine.machine, "available_memory", lambda: 2**30)
     monkeypatch.setattr(machine, "usable_cores", lambda: 0.5)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
@@ -118,18 +118,18 @@ def test_a_poor_machine_has_a_finding_for_each_lack(tmp_path, monkeypatch):
 
 
 def test_a_container_s_limits_count_in_either_version(tmp_path, monkeypatch):
-    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
+    monkeypatch.setattr(machine.machine, "CGROUP", tmp_path)
     (tmp_path / "memory.max").write_text("3000\n")
     (tmp_path / "memory.current").write_text("1000\n")
     (tmp_path / "cpu.max").write_text("50000 100000\n")
-    assert (machine.available_memory(), machine.usable_cores()) == (2000, 0.5)
+    assert (available_memory(), machine.usable_cores()) == (2000, 0.5)
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert (machine.available_memory() or 0) > 2000
+    assert (available_memory() or 0) > 2000
     for name, number in (("limit_in_bytes", "70"), ("usage_in_bytes", "30")):
         (tmp_path / "memory").mkdir(exist_ok=True)
         (tmp_path / "memory" / f"memory.{name}").write_text(number)
-    assert machine.available_memory() == 40
+    assert available_memory() == 40
 
 
 # A recipe
@@ -138,7 +138,7 @@ def test_a_container_s_limits_count_in_either_version(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def a_machine_with_room(monkeypatch):
     """Recipes are judged as on a machine that holds any of them."""
-    monkeypatch.setattr(recipe, "available_memory", lambda: 2**50)
+    monkeypatch.setattr(machine.machine, "available_memory", lambda: 2**50)
     monkeypatch.setattr(recipe, "free_bytes", lambda folder: 2**50)
 
 
@@ -190,7 +190,7 @@ def test_the_rows_that_are_proposed_give_four_slots(tmp_path):
 
 
 def test_a_model_that_fits_neither_memory_nor_disk_is_a_problem(tmp_path, monkeypatch):
-    monkeypatch.setattr(recipe, "available_memory", lambda: 1000)
+    monkeypatch.setattr(machine.machine, "available_memory", lambda: 1000)
     monkeypatch.setattr(recipe, "free_bytes", lambda folder: 1000)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = faults(check_recipe(quickstart(), tmp_path))
@@ -369,7 +369,7 @@ def test_what_of_a_quantised_model_is_not_is_counted(tmp_path):
 
 
 def test_a_model_larger_than_the_memory_is_compared_with_its_hashes_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(model, "available_memory", lambda: 1000)
+    monkeypatch.setattr(machine.machine, "available_memory", lambda: 1000)
     (only,) = check_path(saved(tmp_path))
     assert (only.name, "hashes are as written" in only.subject) == ("large-model", True)
 

@@ -7,3 +7,5 @@ from .samples import sample_rows as sample_rows
 from .samples import write_samples as write_samples
 from .tasks import evaluate_tasks as evaluate_tasks
 from .tasks import tasks_to_evaluate as tasks_to_evaluate
+from .watch import WatchMemory as WatchMemory
+from .watch import WatchRouters as WatchRouters

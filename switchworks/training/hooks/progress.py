@@ -1,5 +1,6 @@
 """Hooks of every run: progress lines, checkpoints, validation, and actions every so many steps."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -73,7 +74,10 @@ class Progress:
             self._report(state)
 
     def _report(self, state: TrainState) -> None:
-        values = averages(self._since)
+        done = [result for result in self._since if not result.skipped]
+        values = averages(done) if done else {"train/loss": math.nan}
+        if state.skipped:
+            values["train/skipped"] = state.skipped
         tokens, seconds = state.tokens - self._mark[0], state.seconds - self._mark[1]
         values["tokens_per_second"] = tokens / max(seconds, 1e-9)
         per_step = seconds / len(self._since)
@@ -135,7 +139,7 @@ def validate(
     """Write and print the validation loss, in nats per target token, and bits per byte; of a
     mixture per corpus too, and the epochs read so far."""
     loss, per_corpus = validation_losses(state.model, held_out, state.ranks)
-    epochs = {} if mixture is None else mixture.epochs(state.step)
+    epochs = {} if mixture is None else mixture.epochs(state.next_batch)
     values = {"val/loss": loss} | {f"val/loss/{name}": x for name, x in per_corpus.items()}
     for name, nats in (per_corpus or {"": loss}).items():
         values[f"val/bits_per_byte/{name}".rstrip("/")] = held_out.bits_per_byte(name, nats)
