@@ -33,6 +33,7 @@ def test_the_cost_of_rounding_is_measured(script, tiny_run, tmp_path):
     assert "| int8 |" in said
 
 
+@pytest.mark.slow
 def test_fewer_experts_are_measured_with_and_without_recovery(script, tiny_run, corpus, tmp_path):
     words = [str(tiny_run), "--batches", "1", "--held-out", "1", "--out", "f", "--threads", "1"]
     words += ["--recover", "1", "--recipe", "tiny"]
@@ -91,6 +92,7 @@ def test_table_6_goes_on_with_the_teacher_and_the_student_of_table_7(
     assert "several --experts are for --table 7" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_fine_tuned_pair_has_its_dense_one_taught_the_task(script, corpus, tmp_path):
     lines = [f"ball {i} is {hue},{hue == 'red'}\n" for i in range(100) for hue in ("red", "blue")]
     (tmp_path / "hues.csv").write_text("text,warm\n" + "".join(lines))

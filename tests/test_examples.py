@@ -75,7 +75,7 @@ def test_the_language_model_compiles_into_one_graph():
     assert after < before - 0.5
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_language_model_trains_sharded_over_two_processes():
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     output = run(*launcher, str(EXAMPLES / "causal_lm.py"), "--fsdp", "--steps", "15")

@@ -104,6 +104,8 @@ RUNS = {
     "fast_kernels": Run("tiny", "--kernels fast --routing.jitter 0"),
     "two_ranks": Run("tiny", "--mesh.expert 2", ranks=2),
 }
+LARGE = {"quickstart", "quickstart_lm", "two_ranks"}
+"""These take ten times as long as the others, and are left to `make test-slow`."""
 EVERYWHERE = (
     f"--steps {STEPS} --threads 1 --data.workers 1 --log-every 1 --sample-every 0 "
     "--kernels reference"
@@ -254,7 +256,7 @@ def text(tmp_path_factory) -> Path:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", mostly_slow(RUNS, RUNS.keys() - {"quickstart_lm"}))
+@pytest.mark.parametrize("name", mostly_slow(RUNS, RUNS.keys() - LARGE))
 def test_twenty_steps_from_stored_weights_have_the_losses_they_had(name, golden, text, tmp_path):
     found, recorded = losses_of(name, text, tmp_path), golden["losses"][name]
     if this_machine() == golden["machine"]:

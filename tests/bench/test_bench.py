@@ -200,7 +200,7 @@ def test_the_line_of_traffic_grows_with_the_weights():
     assert traffic(many) - traffic(one) == 4 * (2 + 2 + 4 + 3) * weights
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_peak_memory_is_that_of_a_process_that_has_only_this_side():
     """So it grows by what the model adds and not by what this process holds."""
     held = torch.ones(200_000_000)  # 800 MB

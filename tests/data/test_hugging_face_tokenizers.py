@@ -155,7 +155,7 @@ def lines_of_50_languages(per_language: int) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "per_language", [pytest.param(200, marks=pytest.mark.slow), pytest.param(12, id="few")]
+    "per_language", [pytest.param(200, marks=pytest.mark.slow), pytest.param(4, id="few")]
 )
 def test_lines_of_50_languages_are_the_same_in_transformers(per_language, tmp_path):
     lines = lines_of_50_languages(per_language)

@@ -404,6 +404,7 @@ def pair_dense() -> Experiment:
     return replace(pair(), model=replace(pair().model, routing=None))
 
 
+@pytest.mark.slow
 def test_the_experiment_compares_starts_models_and_dropout_and_goes_on(
     corpus, table, tmp_path, monkeypatch
 ):

@@ -162,6 +162,7 @@ def test_what_needs_all_gradients_at_once_is_refused(settings, named):
         state(True, **settings)
 
 
+@pytest.mark.slow
 def test_a_simulated_step_holds_fewer_gradients():
     recipe = tiny()
     shallow = replace(recipe.model, num_layers=1, routing=replace(recipe.model.routing, every=1))

@@ -173,7 +173,7 @@ def on_two(tmp_path_factory) -> dict:
     return spawn(2, run_cases, folder, [Case(mesh, more=MUON) for mesh in MESHES])[0]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES, ids=["data", "expert", "model"])
 def test_three_steps_on_two_ranks_are_those_of_one_process(mesh, on_two):
     """Sharded matrices are gathered: 1e-7 of the largest entry, in float64."""

@@ -35,7 +35,7 @@ def initial_state(rank: int, cases: list[Case]) -> list[dict[str, dict[str, torc
     return states
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_on_two_ranks_every_initial_value_is_that_of_one_process(tmp_path, monkeypatch):
     monkeypatch.setattr(init, "CHUNK", 128)
     for case, shards in zip(CASES, spawn(2, initial_state, tmp_path, CASES)[0], strict=True):

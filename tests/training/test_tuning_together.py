@@ -81,7 +81,7 @@ def measured(run_dir: Path) -> dict[tuple[int, str], float]:
     }
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_two_ranks_measure_and_leave_what_one_process_does(experiment, on_two, tmp_path):
     alone, two = tmp_path / "alone", on_two[0]["runs"]
     run_all(0, experiment, alone, together=False)
@@ -150,7 +150,7 @@ def on_two(experiment, tmp_path_factory) -> list[dict[str, Any]]:
     return spawn(2, all_of_it, pickles, experiment, runs)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_ranks_that_share_a_model_write_what_one_process_writes(on_two):
     for number, case in enumerate(MESHES.values()):
         losses, said = write_between_steps([replace(case, mesh=MeshConfig())])[0]
@@ -160,7 +160,7 @@ def test_ranks_that_share_a_model_write_what_one_process_writes(on_two):
             assert rank["written"][number][1] == said
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_prompts_are_continued_alike(on_two):
     (alone,) = continued([None])
     assert [rank["continued"] for rank in on_two] == [[alone] * 2] * 2
