@@ -1,8 +1,10 @@
 """A few attempts of each drill of experiments/drills; `make drills` runs all."""
 
+import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,35 @@ def test_command_lines_that_nobody_meant_end_in_words():
 @pytest.mark.slow
 def test_of_two_processes_at_one_place_one_wins():
     assert "two processes: convert: 2 of 2" in run("drills/pairs.py", "convert", "--count", "2")
+
+
+@pytest.mark.slow
+def test_a_soak_looks_at_its_process_and_generates_from_its_exports(tmp_path):
+    words = ["--minutes", "0.5", "--every", "5", "--json", str(tmp_path / "soak.json")]
+    script = [sys.executable, str(EXPERIMENTS / "drills" / "soak.py"), *words]
+    subprocess.run(script, capture_output=True, check=False, timeout=600)  # too short to hold
+    found = json.loads((tmp_path / "soak.json").read_text())
+    assert found["steps"] == found["rows"][-1]["step"] > 0
+    assert found["generated"] > 0
+    assert len(found["held"]) == 4
+
+
+def test_a_soak_says_what_grew_and_what_slowed_down():
+    sys.path.insert(0, str(EXPERIMENTS / "drills"))
+    try:
+        from soak import Minute, verdicts
+    finally:
+        sys.path.pop(0)
+    calm = [Minute(n, 10 * n, 500.0, 11, 19, 1000.0, 50.0) for n in range(1, 21)]
+    assert list(verdicts(calm).values()) == [True] * 4
+    grown = [replace(row, megabytes=500 + row.minutes) for row in calm]
+    assert list(verdicts(grown).values()) == [False, True, True, True]
+    busy = [replace(row, tokens_per_second=500.0, products_per_second=25.0) for row in calm[:9]]
+    assert all(verdicts([*busy, *calm[9:]]).values())  # all of the machine was slower
+    slow = [replace(row, tokens_per_second=1000.0 - 10 * row.minutes) for row in calm]
+    assert list(verdicts(slow).values()) == [True, True, True, False]
+    left = [replace(row, files=11 + row.step // 100, threads=19 + row.step // 90) for row in calm]
+    assert list(verdicts(left).values()) == [True, False, False, True]
 
 
 @pytest.mark.slow

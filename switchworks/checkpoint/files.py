@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -218,13 +218,9 @@ def remove_whole(path: Path) -> None:
 
 
 def _keep_foreign(path: Path) -> None:
-    """Move the files in `path` that its manifest does not list to a directory beside it, and log
+    """Move the files in `path` that no manifest in it lists to a directory beside it, and log
     where. Without a manifest that can be read, those are all."""
-    try:
-        listed = read_manifest(path).keys()
-    except CheckpointError:
-        listed = set[str]()
-    foreign = sorted(set(file_names(path)) - listed)
+    foreign = sorted(set(file_names(path)) - _listed(path))
     if not foreign:
         return
     kept = path.with_name(f"{path.name}{KEPT}")
@@ -239,6 +235,16 @@ def _keep_foreign(path: Path) -> None:
         "%s is replaced or deleted; %s in it, and %d more files that are not ours, are in %s now",
         *(path, foreign[0], len(foreign) - 1, kept),
     )
+
+
+def _listed(path: Path) -> set[str]:
+    """Names of the files that the manifests in `path` and below list, and of these manifests."""
+    names = set[str]()
+    for manifest in path.rglob(MANIFEST):
+        with suppress(CheckpointError):
+            folder, files = manifest.parent, [*read_manifest(manifest.parent), MANIFEST]
+            names |= {(folder / name).relative_to(path).as_posix() for name in files}
+    return names
 
 
 def file_names(directory: Path) -> list[str]:

@@ -87,6 +87,9 @@ def test_the_model_is_that_of_the_best_step_and_the_run_says_which(
     assert same(best, weights_after(8))
     assert not same(best, weights_after(12))
     assert same(best, switchworks.load(run_dir / "best" / "step_00000008")[0].state_dict())
+    # Earlier ones are gone as a whole: none of their files was taken for somebody else's.
+    kept = sorted(path.name for path in (run_dir / "best").iterdir())
+    assert all(name.startswith("step_") and not name.endswith(".kept") for name in kept), kept
 
 
 def test_a_run_that_gets_no_better_ends_early(scripted, short, tmp_path, capsys):
