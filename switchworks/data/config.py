@@ -42,8 +42,8 @@ class DataConfig(TextConfig):
     """Share of the text's characters that have pieces in a tokenizer trained here. The others are
     encoded in bytes."""
     cache: str | None = None
-    """Folder for tokenizers and token stores. None: $SWITCHWORKS_CACHE, else
-    ~/.cache/switchworks."""
+    """Folder for tokenizers and token stores. None: $SWITCHWORKS_CACHE, else switchworks in
+    $XDG_CACHE_HOME, else ~/.cache/switchworks."""
 
     objective: Literal["span_corruption", "prefix", "causal"] = "span_corruption"
     """"span_corruption" hides spans of the text, which the model predicts (T5). "prefix": a row's
@@ -225,9 +225,11 @@ class DataConfig(TextConfig):
 
 
 def cache_folder(config: DataConfig) -> Path:
-    """`config.cache`, else $SWITCHWORKS_CACHE, else ~/.cache/switchworks."""
-    folder = config.cache or os.environ.get("SWITCHWORKS_CACHE") or "~/.cache/switchworks"
-    return Path(folder).expanduser()
+    """`config.cache`, else $SWITCHWORKS_CACHE, else switchworks in $XDG_CACHE_HOME or ~/.cache."""
+    if folder := config.cache or os.environ.get("SWITCHWORKS_CACHE"):
+        return Path(folder).expanduser()
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))  # the standard ignores relative ones
+    return (base if base.is_absolute() else Path("~/.cache").expanduser()) / "switchworks"
 
 
 def _parse_entry(entry: str) -> tuple[str, str, str]:

@@ -169,6 +169,11 @@ def test_the_cache_is_the_setting_else_the_environments_else_the_home_folders(
     assert cache_folder(DataConfig(cache="/elsewhere")).as_posix() == "/elsewhere"
     assert cache_folder(DataConfig()) == tmp_path
     monkeypatch.delenv("SWITCHWORKS_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache_folder(DataConfig()).as_posix().endswith("/.cache/switchworks")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder(DataConfig()) == tmp_path / "switchworks"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # which its standard tells to ignore
     assert cache_folder(DataConfig()).as_posix().endswith("/.cache/switchworks")
 
 
