@@ -39,7 +39,8 @@ def begun(recipe: str, directory: Path, flags: Sequence[str]) -> subprocess.Pope
     require_same(directory.parent / "flags" / directory.name, settings)
     if is_finished(directory):
         return None
-    words = ["train", recipe, "--run-dir", str(directory), "--resume", *flags]
+    resume = ["--resume"] if (directory / "experiment.toml").exists() else []
+    words = ["train", recipe, "--run-dir", str(directory), *resume, *flags]
     return subprocess.Popen([sys.executable, "-m", "switchworks", *words])
 
 

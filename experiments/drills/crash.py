@@ -95,7 +95,7 @@ class Scenario:
     old: Sequence[str] = ()
     """Files that hold "old", or the new content, at any time."""
     more: Sequence[str] = ()
-    """Words added when the command is repeated."""
+    """Words added when the command is repeated, if there is a run by then."""
 
 
 def command(text: str) -> Callable[[Path], list[str]]:
@@ -256,7 +256,8 @@ class Site:
 
     def _repetition(self) -> str | None:
         """What keeps the repeated command from ending as the undisturbed one did."""
-        status, said = run_in_child([*self.words, *self.scenario.more])
+        begun = (self.work / "run" / "experiment.toml").exists()
+        status, said = run_in_child([*self.words, *(self.scenario.more if begun else ())])
         lost = difference(self.wanted, state_of(self.work, self.scenario))
         if status and "exists already" in said and lost is None:
             return None  # all was done before the fault

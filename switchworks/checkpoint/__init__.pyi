@@ -26,6 +26,7 @@ from .model_files import stored_config as stored_config
 from .model_files import stored_quantisation as stored_quantisation
 from .model_files import weight_files as weight_files
 from .model_files import weights_hash as weights_hash
+from .run_models import state_at as state_at
 from .tensors import materialise as materialise
 from .tensors import merged_names as merged_names
 from .tensors import num_bytes as num_bytes

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from switchworks.checkpoint import tensors
+from switchworks.checkpoint import run_models, tensors
 from switchworks.checkpoint.card import CardFacts, write_card
 from switchworks.checkpoint.distributed_io import on_rank_zero, shared_directory
 from switchworks.checkpoint.files import MANIFEST, read_manifest, sha256, verify
@@ -77,12 +77,15 @@ def load(
 ) -> tuple[SwitchTransformer, Tokenizer | None]:
     """The model, in evaluation mode, and the tokenizer in `path`, None if it has none.
 
-    `path` is a directory that `save` wrote or a run directory with one in `model/`. `dtype` None
-    keeps the stored one; routers always do. A quantised model stays quantised, computes in float32
+    `path` is a directory that `save` wrote, a run directory with one in `model/`, one of a run that
+    has not ended, whose newest checkpoint is read, or a checkpoint. `dtype` None keeps the stored
+    one; routers always do. A quantised model stays quantised, computes in float32
     if `dtype` is None, and cannot be trained; with `to_float32` it becomes an ordinary model that
     computes the same. Raises CheckpointError if a file is missing, torn or changed, or if weights,
     configuration and tokenizer do not fit together.
     """
+    if (state := run_models.state_of(Path(path))) is not None:
+        return run_models.load_state(state, device, dtype)
     directory = _model_directory(Path(path))
     verify(directory)
     config = from_toml(ModelConfig, directory / CONFIG)
@@ -117,6 +120,8 @@ def load(
 
 def stored_config(path: Path | str) -> ModelConfig:
     """The settings of the model that `load(path)` would read. Raises CheckpointError as it does."""
+    if (state := run_models.state_of(Path(path))) is not None:
+        return run_models.config_of_state(state)
     return from_toml(ModelConfig, _model_directory(Path(path)) / CONFIG)
 
 
@@ -127,8 +132,9 @@ def stored_quantisation(path: Path) -> QuantiseConfig | None:
 
 
 def is_model(path: Path) -> bool:
-    """Whether `path` is a model directory in switchworks' format, or a run directory with one."""
-    return (_model_in(path) / CONFIG).is_file()
+    """Whether `load` reads `path`: a model directory in switchworks' format, a run directory, or a
+    checkpoint of one."""
+    return (_model_in(path) / CONFIG).is_file() or run_models.state_of(path) is not None
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -138,6 +144,8 @@ def weight_files(path: Path) -> list[Path]:
 
 def weights_hash(path: Path) -> str:
     """A hash of the weights of the model in `path`, a run or model directory of either format."""
+    if (state := run_models.state_of(path)) is not None:
+        return run_models.state_hash(state)
     files, directory = weight_files(path), _model_in(path)
     listed = read_manifest(directory) if (directory / MANIFEST).is_file() else {}
     hashes = [listed[f.name]["sha256"] if f.name in listed else sha256(f) for f in files]
@@ -183,8 +191,8 @@ def open_model(
         return load(source, to_float32=True)
     if (source / "experiment.toml").is_file():
         raise CheckpointError(
-            f"{source} is a run that has not ended: it has no model/ yet.\n"
-            "  Go on with it: switchworks train RECIPE --run-dir ... --resume"
+            f"{source} is a run without a model: it has saved no checkpoint yet.\n"
+            f"  Go on with it: switchworks train --resume {source}"
         )
     return load_hf(source, capacity=capacity), open_folder(source)
 
@@ -221,7 +229,7 @@ def _model_directory(path: Path) -> Path:
         )
     raise CheckpointError(
         f"{path} holds no model: there is no {CONFIG} in it or in {path / 'model'}.\n"
-        "  A run writes model/ when it ends; give its directory or that one."
+        "  Give a run directory, one of its checkpoints, or a model directory."
     )
 
 

@@ -184,10 +184,21 @@ def steps_in(directory: Path) -> dict[int, Path]:
 
 def stored_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """Name and values of every tensor of the checkpoint `path`, whole, one after another."""
-    for name, entry in _stored_entries(path):
-        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-        _read_tensors({name: tensor}, path)
-        yield name, tensor
+    for name in stored_layouts(path):
+        yield name, read_stored(path, name)
+
+
+def stored_layouts(path: Path) -> dict[str, list[int]]:
+    """Name -> shape of every tensor of the checkpoint `path`, whole."""
+    return {name: list(entry.size) for name, entry in _stored_entries(path)}
+
+
+def read_stored(path: Path, name: str) -> Tensor:
+    """The values of one tensor of the checkpoint `path`, whole."""
+    entry = dict(_stored_entries(path))[name]
+    tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+    _read_tensors({name: tensor}, path)
+    return tensor
 
 
 def _flatten(state: Mapping[str, Any], path: Path) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import tyro
 
 from switchworks import evaluate
+from switchworks.checkpoint import state_at
 from switchworks.cli import parsing
 from switchworks.config import ConfigError, check_at_least
 from switchworks.data import DataConfig
@@ -21,7 +22,9 @@ class EvaluateFlags:
     """Measure a trained model: on tasks, or if there are none by its validation loss."""
 
     path: tyro.conf.Positional[Path]
-    """A run directory; with --tasks or --text a model directory, too."""
+    """A run directory or one of its checkpoints; with --tasks or --text a model directory, too."""
+    step: int | None = None
+    """Of a run: its checkpoint of this step, in place of its model."""
     text: str | None = None
     """Measure the loss on all of this file, folder or glob, in place of the run's validation
     text."""
@@ -76,6 +79,7 @@ class EvaluateFlags:
 def run(words: list[str]) -> int:
     """Print the figures, and write the files that the flags name."""
     flags = parsing.parse_flags(EvaluateFlags, "evaluate", words)
+    flags = replace(flags, path=state_at(flags.path, flags.step))
     parsing.check_writable(flags.json, flags.predictions)
     if flags.tasks and flags.text is not None:
         raise ConfigError(

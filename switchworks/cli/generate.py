@@ -6,6 +6,7 @@ from typing import Any
 
 import tyro
 
+from switchworks.checkpoint import state_at
 from switchworks.cli import parsing
 from switchworks.config import ConfigError
 from switchworks.disk import write_json
@@ -24,10 +25,12 @@ class GenerateFlags:
     """Fill the holes of a text, or continue it."""
 
     path: tyro.conf.Positional[Path]
-    """A run directory or a model directory."""
+    """A run directory, one of its checkpoints, or a model directory."""
     text: tyro.conf.Positional[str | None] = None
     """Text with holes <extra_id_0>, <extra_id_1>, ... Without a hole one is added at the end. A
     decoder-only model continues the text and fills no holes."""
+    step: int | None = None
+    """Of a run: its checkpoint of this step, in place of its model."""
     file: Path | None = None
     """Many texts instead, one in each line."""
     output: Path | None = None
@@ -70,17 +73,18 @@ def run(words: list[str]) -> int:
             "switchworks generate needs one text, or --file with a text in each line.\n"
             '  Example: switchworks generate runs/quickstart "The <extra_id_0> of the list."'
         )
+    path = state_at(flags.path, flags.step)
     weights: dict[str, Any] = {"int8": flags.int8, "dtype": parsing.dtype_of(flags.precision)}
     if flags.text is not None:
-        _write_one(flags, flags.text, weights)
+        _write_one(flags, path, flags.text, weights)
     elif flags.file is not None:
-        answers = complete_file(flags.path, flags.file, flags.config, flags.output, **weights)
+        answers = complete_file(path, flags.file, flags.config, flags.output, **weights)
         print(f"{len(answers)} texts  {flags.output}" if flags.output else "\n".join(answers))
     return 0
 
 
-def _write_one(flags: GenerateFlags, text: str, weights: dict[str, Any]) -> None:
-    model = load_with_tokenizer(flags.path, **weights)
+def _write_one(flags: GenerateFlags, path: Path, text: str, weights: dict[str, Any]) -> None:
+    model = load_with_tokenizer(path, **weights)
     if flags.stream:
         for piece in stream_text(*model, text, flags.config):
             print(piece, end="", flush=True)

@@ -16,7 +16,9 @@ from switchworks.trust import trusted_code
 USAGE = """usage: switchworks VERB ...
 
   train RECIPE [--steps N --model.num-layers 6 --run-dir D --resume ...]
-                      data, tokenizer, training, model and report
+                      data, tokenizer, training, model and report;
+                      train --resume RUN_DIR goes on, train F.toml repeats a run
+  finish RUN          end a run now: its model and report as they are
   prepare RECIPE      tokenizer and token store ahead of time
                       [--distil.store D: a teacher's probabilities, too]
   explain RECIPE      parameters, FLOPs, memory and capacity; runs nothing
@@ -51,7 +53,7 @@ settings of a recipe with their values. After the verb, --debug shows tracebacks
 
 
 VERBS = (
-    *("train", "prepare", "explain", "doctor", "generate", "evaluate"),
+    *("train", "finish", "prepare", "explain", "doctor", "generate", "evaluate"),
     *("routing", "report", "convert", "bench", "lab", "recipes"),
 )
 """Each is a module beside this one, imported when it is called."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from switchworks.checkpoint import state_at
 from switchworks.cli.parsing import HELP, check_writable, expand, parse_flags
 from switchworks.config import ConfigError, check_at_least
 from switchworks.data import DataConfig
@@ -13,6 +14,8 @@ class RoutingFlags:
     """Which experts handle what, by label and token type: JSON, and one HTML page."""
 
     data: DataConfig = field(default_factory=DataConfig)
+    step: int | None = None
+    """Of a run: its checkpoint of this step, in place of its model."""
     against: Path | None = None
     """Another state of the same model: how many tokens have another expert there."""
     batches: int = 16
@@ -30,7 +33,7 @@ def run(words: list[str]) -> int:
         parse_flags(RoutingFlags, "routing PATH", words)
     if not words or words[0].startswith("-"):
         raise ConfigError(
-            "switchworks routing needs a model first: a run or model directory.\n"
+            "switchworks routing needs a model first: a run, a checkpoint, a model directory.\n"
             "  Example: switchworks routing runs/quickstart --data.path texts"
         )
     from switchworks.recipes import text_of
@@ -41,6 +44,7 @@ def run(words: list[str]) -> int:
     flags = parse_flags(RoutingFlags, f"routing {path}", more, default=default)
     output = flags.output or page_folder(path) / "routing.html"
     check_writable(output)
+    path = state_at(path, flags.step)
     write_routing_report(path, flags.data, output, against=flags.against, batches=flags.batches)
     print(output.resolve())
     return 0

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from switchworks.cli.main import print_error
 from switchworks.cli.parsing import parse_experiment
+from switchworks.config import ConfigError
 
 
 @dataclass(frozen=True)
@@ -15,13 +16,18 @@ class TrainFlags:
     run_dir: Path | None = None
     """Where everything goes; default runs/NAME."""
     resume: bool = False
-    """Continue the run that is in the run directory."""
+    """Continue the run that is in the run directory. `train --resume RUN_DIR` needs no recipe."""
     init: Path | None = None
     """Start from the weights of this run or model directory."""
 
 
 def run(words: list[str]) -> int:
     """Train; 130 after Ctrl-C, 0 after another signal that asks for an end, 1 after divergence."""
+    if words[:1] == ["--resume"] and len(words) > 1:  # of a run, which needs nothing else
+        settings = Path(words[1], "experiment.toml")
+        if not settings.is_file():
+            raise ConfigError(f"There is no run in {words[1]} to resume.\n  Name a run directory.")
+        words = [str(settings), "--run-dir", words[1], "--resume", *words[2:]]
     experiment, flags = parse_experiment("train", words, TrainFlags)
     from switchworks.training import DivergenceError, Interrupted, LostContactError, train
 

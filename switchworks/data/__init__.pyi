@@ -7,10 +7,13 @@ from .rows.mixture import Mixture as Mixture
 from .rows.pipeline import Pipeline as Pipeline
 from .rows.pipeline import rows_of_step as rows_of_step
 from .rows.span_corruption import raw_length as raw_length
+from .run_info import TOKENIZER as TOKENIZER
 from .run_info import default_rows as default_rows
 from .run_info import run_data_config as run_data_config
 from .run_info import run_metadata as run_metadata
+from .run_info import run_of as run_of
 from .run_info import text_for as text_for
+from .run_info import with_absolute_paths as with_absolute_paths
 from .sources import SOURCES as SOURCES
 from .sources.catalogs.gettext import Sentence as Sentence
 from .sources.catalogs.gettext import catalogs as catalogs

@@ -1,5 +1,6 @@
 """The data settings and metadata of a run directory, and the text to measure a model on."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,20 @@ from switchworks.data.config import DataConfig
 from switchworks.disk import read_json
 from switchworks.trust import NamedByRun
 
+TOKENIZER = "tokenizer"
+"""In a run directory: the tokenizer, from the beginning of the run."""
+
+
+def run_of(path: Path) -> Path:
+    """The run directory that `path` is, or that it is a checkpoint or best state of."""
+    path = path.absolute()
+    return path.parents[1] if path.parent.name in ("checkpoints", "best") else path
+
 
 def run_data_config(path: Path) -> DataConfig | None:
-    """The data settings of the run directory `path`; None if it is not a run directory."""
-    file = path / "experiment.toml"
+    """The data settings of the run directory `path`, or of the one that it is a checkpoint of; None
+    if it is neither."""
+    file = run_of(path) / "experiment.toml"
     if not file.is_file():
         return None
     values = read_toml(file)
@@ -22,11 +33,37 @@ def run_data_config(path: Path) -> DataConfig | None:
     return replace(config, tasks=tuple(map(NamedByRun, config.tasks)))
 
 
+def with_absolute_paths(config: DataConfig) -> DataConfig:
+    """`config` with files and folders of this machine named from the root, so that a run directory
+    means the same from any folder."""
+
+    def place(name: str | None) -> str | None:
+        return None if name is None else os.path.abspath(os.path.expanduser(name))
+
+    def entry(text: str) -> str:
+        """NAME=PATH, NAME=PATH:COLUMN:COLUMN, or task.py; other words stay as they are."""
+        name, equals, path = text.rpartition("=") if "=" in text else ("", "", text)
+        path, colon, columns = path.partition(":")
+        known = bool(path) and os.path.exists(path)
+        return type(text)(f"{name}{equals}{place(path)}{colon}{columns}") if known else text
+
+    tokenizer = config.tokenizer
+    return replace(
+        config,
+        path=place(config.path),
+        mixture=tuple(map(entry, config.mixture)),
+        tokenizer=entry(tokenizer) if tokenizer not in ("bytes", "train") else tokenizer,
+        cache=place(config.cache),
+        tasks=tuple(map(entry, config.tasks)),
+        task_folder=place(config.task_folder),
+    )
+
+
 def run_metadata(path: Path) -> dict[str, Any]:
     """The about.json of the run in `path`; empty if the run has not begun. Raises CheckpointError
     if it is damaged."""
     try:
-        return read_json(path / "about.json", CheckpointError)
+        return read_json(run_of(path) / "about.json", CheckpointError)
     except FileNotFoundError:
         return {}
 

@@ -74,7 +74,8 @@ class Job:
         if not self.is_branch and len(steps) > 1:
             begins = [self.training.branches_at(each) for each in steps[:-1]]
             words += ["--checkpoint-every", str(gcd(*begins)), "--keep-checkpoints", "0"]
-        return [*words, "--threads", "1", "--resume"]
+        begun = (self.run_dir / "experiment.toml").exists()
+        return [*words, "--threads", "1", *(["--resume"] if begun else [])]
 
     def prepare(self) -> None:
         """Give a branch its beginning: the trunk's settings and state. Writes all or nothing.

@@ -5,14 +5,17 @@ The name of a size (`sizes.py`) is a recipe too: that model, trained as in its p
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial, wraps
+from pathlib import Path
 
-from switchworks.config import CheckpointError, ConfigError, DataError, import_named
+from switchworks.config import CheckpointError, ConfigError, DataError, from_toml, import_named
 from switchworks.recipes import c4, finetune, quickstart, tiny
 from switchworks.recipes.finetune import text_of as text_of
 from switchworks.recipes.sizes import FAMILIES as FAMILIES
 from switchworks.recipes.sizes import MT5, SIZES
 from switchworks.training import Experiment
+from switchworks.trust import NamedByRun
 
 Recipe = Callable[..., Experiment]
 """Called without arguments, or with `init=`, the model a run starts from, if it has that parameter.
@@ -36,7 +39,8 @@ RECIPES: dict[str, Recipe] = {
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe or size called `name`, or the function that `module:function` names.
+    """The recipe or size called `name`, the function that `module:function` names, or the settings
+    of a run in a file NAME.toml.
 
     A size may be spelled like its checkpoint: switch-base-8. Raises ConfigError with all names.
     """
@@ -45,13 +49,24 @@ def find_recipe(name: str) -> Recipe:
     size = name.replace("-", "_")
     if size in SIZES:
         return partial(c4.on_own_text if size in MT5 else c4.on_c4, size, SIZES[size])
+    if name.endswith(".toml"):
+        return partial(_settings_of_run, Path(name))
     if ":" not in name:
         raise ConfigError(
             f"There is no recipe {name!r}. Recipes: {', '.join(RECIPES)}.\n"
             "  Names of sizes are recipes too; `switchworks recipes` lists them.\n"
-            "  Your own: module:function, a function that returns an Experiment."
+            "  Your own: module:function, a function that returns an Experiment, or the "
+            "experiment.toml of a run."
         )
     return _checked(name, import_named(name, "The recipe"))
+
+
+def _settings_of_run(file: Path) -> Experiment:
+    """The experiment in `file`, whose author may be somebody else: it runs no code unasked."""
+    experiment = from_toml(Experiment, file)
+    tasks = tuple(map(NamedByRun, experiment.data.tasks))
+    log = tuple(map(NamedByRun, experiment.log))
+    return replace(experiment, data=replace(experiment.data, tasks=tasks), log=log)
 
 
 def _checked(name: str, recipe: Callable[..., object]) -> Recipe:

@@ -2,6 +2,7 @@ from .distillation import precompute_teacher as precompute_teacher
 from .experiment import BestConfig as BestConfig
 from .experiment import Experiment as Experiment
 from .experiment import MeshConfig as MeshConfig
+from .finish import finish as finish
 from .guard import DivergenceError as DivergenceError
 from .guard import GuardConfig as GuardConfig
 from .loggers import LOGGERS as LOGGERS

@@ -93,7 +93,8 @@ def assemble(
         tasks = hooks.tasks_to_evaluate(experiment, dataset)
     ranks.barrier()  # every rank has read the directory before the main one changes it
     if ranks.is_main:
-        run_directory.claim(run_dir, experiment, _describe(experiment, dataset, teacher, init))
+        about = _describe(experiment, dataset, teacher, init)
+        run_directory.claim(run_dir, experiment, about, dataset.tokenizer)
     return Run(experiment, run_dir, ranks, dataset, pipeline, validation, tasks, checkpoints, state)
 
 

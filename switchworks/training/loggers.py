@@ -15,6 +15,7 @@ from switchworks.config import ConfigError, import_named
 from switchworks.disk import whole_file
 from switchworks.training.experiment import Experiment
 from switchworks.training.state import TrainState
+from switchworks.trust import require_trusted
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 
@@ -76,6 +77,7 @@ def _make(name: str) -> Logger:
             f"log: there is no logger {name!r}. Loggers: {', '.join(LOGGERS)}.\n"
             "  Your own: module:class with the methods start, log and close."
         )
+    require_trusted(name if name not in LOGGERS else "")
     return import_named(place, "log: the logger")()
 
 

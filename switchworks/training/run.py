@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, redirect_stdout
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -43,7 +44,8 @@ def train(
     """Run `experiment` in `run_dir` (default runs/NAME) and return that directory.
 
     Afterwards it holds the exported model, checkpoints, metrics and the report. `resume` continues
-    an interrupted run from its newest complete checkpoint; so does a restart by torchrun. `init`
+    an interrupted run from its newest complete checkpoint, and is an error where there is no run;
+    so does a restart by torchrun. `init`
     starts from the weights of another model. `hooks` run on every rank after the standard ones, in
     this order; `loggers` get all metrics on the main rank, beside those of `experiment.log`.
 
@@ -52,6 +54,7 @@ def train(
     On a mesh every process that torchrun started calls this with the same arguments; the main rank
     prints and writes metrics. After SIGINT or SIGTERM the state is saved and `Interrupted` raised.
     """
+    experiment = replace(experiment, data=data.with_absolute_paths(experiment.data))
     check_initial_weights(experiment, init)
     num_trainable(experiment)  # refuses what --freeze and --lora cannot mean, before text is read
     loggers = [*make_loggers(experiment.log), *loggers]

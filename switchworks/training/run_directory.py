@@ -2,6 +2,7 @@
 
 experiment.toml     every setting, enough to repeat the run
 about.json          sizes, machine, versions, command
+tokenizer/          so that a checkpoint is a model
 metrics.jsonl       one line per measurement        samples.jsonl   one line per sample
 tensorboard/        the same numbers
 checkpoints/        step_XXXXXXXX/: everything needed to resume
@@ -13,6 +14,7 @@ report.html
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,13 @@ def may_resume(
     stored = settings_in(path)
     if stored is None:
         _refuse_foreign_files(path)
+        if resume:
+            raise ConfigError(
+                f"There is no run in {path} to resume.\n"
+                "  Leave out --resume to begin it, or give the run's --run-dir."
+            )
         return False
+    stored = replace(stored, data=data.with_absolute_paths(stored.data))
     free = MAY_CHANGE | ignoring
     if _may_be_longer(path, stored, experiment):
         free |= {"steps"}
@@ -87,10 +95,22 @@ def settings_in(path: Path) -> Experiment | None:
     return from_toml(Experiment, file) if file.exists() else None
 
 
-def claim(path: Path, experiment: Experiment, about: Mapping[str, Any] | None = None) -> None:
-    """Make `path` the directory of `experiment` by writing experiment.toml, and about.json. For a
-    resumed run about.json keeps what it says of the beginning, and lists every session."""
+def claim(
+    path: Path,
+    experiment: Experiment,
+    about: Mapping[str, Any] | None = None,
+    tokenizer: "data.Tokenizer | None" = None,
+) -> None:
+    """Make `path` the directory of `experiment` by writing experiment.toml, about.json and the
+    tokenizer. For a resumed run about.json keeps what it says of the beginning, and lists every
+    session."""
     path.mkdir(parents=True, exist_ok=True)
+    if tokenizer is not None and not (path / data.TOKENIZER).is_dir():
+        otherwise = "The run has not begun."
+        with checkpoint.whole_directory(
+            path / data.TOKENIZER, needs=0, otherwise=otherwise
+        ) as folder:
+            tokenizer.save(folder)
     if about is not None:
         before = data.run_metadata(path) if (path / "experiment.toml").exists() else {}
         kept = {name: before[name] for name in _OF_BEGINNING if name in before}
@@ -136,7 +156,12 @@ def require_same_run(
 
 
 def _refuse_foreign_files(path: Path) -> None:
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if not path.exists():
+        return
+    # What is written before experiment.toml may be left by a run that was killed meanwhile.
+    ours = {"about.json", data.TOKENIZER}
+    names = {each.name for each in path.iterdir()} - ours if path.is_dir() else {path.name}
+    if any(not name.startswith(".") for name in names):
         raise ConfigError(
             f"{path} exists and is not the directory of a run (it has no experiment.toml).\n"
             "  Choose another --run-dir, or an empty one."

@@ -90,8 +90,9 @@ class TrainState:
     def restore(self, contents: dict[str, Any], about: dict[str, Any]) -> None:
         """Continue from a checkpoint: `contents` of `state_dict`, `about` of `about`."""
         self.updater.load_state_dict(contents)
-        for name in _COUNTERS:
-            setattr(self, name, about[name])
+        self.step, self.tokens, self.seconds = (about[name] for name in _COUNTERS[:3])
+        self.left_out, self.rollbacks, self.skipped = (about[name] for name in _COUNTERS[3:6])
+        self.recent = list(about["recent"])
         best = about.get("best")
         self.best = None if best is None else Best(**best)
 

@@ -370,12 +370,15 @@ def test_none_may_follow_an_equals_sign(tmp_path):
     assert json.loads(file.read_text())["routing"]["encoder"]["slots_per_expert"] is None
 
 
-def test_a_path_that_is_not_there_or_a_run_that_has_not_ended_is_called_that(
+def test_a_path_that_is_not_there_or_a_run_without_a_model_is_called_that(
     tiny_run, tmp_path, capsys
 ):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "experiment.toml").write_bytes((tiny_run / "experiment.toml").read_bytes())
-    for path, what in ((tmp_path / "no", "does not exist"), (tmp_path / "run", "has not ended")):
+    for path, what in (
+        (tmp_path / "no", "does not exist"),
+        (tmp_path / "run", "run without a model"),
+    ):
         for words in (["convert", str(path), str(tmp_path / "out")], ["routing", str(path)]):
             assert main(words) == 2
             assert what in capsys.readouterr().err

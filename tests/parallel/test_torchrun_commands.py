@@ -19,7 +19,8 @@ ONLY_TRAIN = {"--run-dir": 2, "--init": 2, "--resume": 1, "$resume": 1}
 def commands_of(text: str) -> list[str]:
     """In code blocks to the end of the line, lines that end in \\ joined; else to the backtick."""
     blocks = re.findall(r"```\w+\n(.*?)```", text, flags=re.DOTALL)
-    joined = "\n".join(blocks).replace("\\\n", " ")
+    shell = [block for block in blocks if "kind: PyTorchJob" not in block]
+    joined = "\n".join(shell).replace("\\\n", " ")
     lines = [line for line in joined.splitlines() if BEGINS.search(line)]
     spans = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
     spans = [" ".join(span.split()) for span in spans]
@@ -29,11 +30,7 @@ def commands_of(text: str) -> list[str]:
 
 def of_pod(yaml: str) -> str:
     """The command that a PyTorchJob runs, with what the job tells torchrun as its flags."""
-    words = [
-        word.strip().strip('"')
-        for key in ("command", "args")
-        for word in re.findall(rf"{key}: \[(.*?)\]", yaml, flags=re.DOTALL)[0].split(",")
-    ]
+    words = re.findall(r"exec (torchrun.*?\$resume)", yaml, flags=re.DOTALL)[0].split()
     nodes = re.findall(r"replicas: (\d+)", yaml)[0]
     per_node = re.findall(r'nprocPerNode: "(\d+)"', yaml)[0]
     words[1:1] = ["--nnodes", nodes, "--nproc-per-node", per_node]

@@ -110,8 +110,10 @@ def test_a_folder_that_is_no_run_is_not_written_into(tiny_experiment, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_a_free_directory_is_not_resumed_from(tiny_experiment, tmp_path):
-    assert not may_resume(tmp_path / "run", tiny_experiment, resume=True)
+def test_a_free_directory_is_begun_and_not_resumed_from(tiny_experiment, tmp_path):
+    assert not may_resume(tmp_path / "run", tiny_experiment, resume=False)
+    with pytest.raises(ConfigError, match=r"There is no run in .*run to resume"):
+        may_resume(tmp_path / "run", tiny_experiment, resume=True)
 
 
 def test_settings_that_do_not_change_the_result_may_change_on_resume(tiny_experiment, tmp_path):

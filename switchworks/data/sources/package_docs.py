@@ -26,7 +26,6 @@ from zipfile import BadZipFile, ZipFile
 
 from switchworks.config import ConfigError, DataError
 from switchworks.data.cache import digest
-from switchworks.data.sources.near_copies import without_copies
 from switchworks.data.sources.prose import is_english, paragraphs
 from switchworks.data.sources.python_docs import in_processes, join_documents, python_strings
 from switchworks.data.sources.text_source import TextConfig, TextSource
@@ -104,6 +103,8 @@ class PackageDocs(TextSource):
         """One JSON string per document; made if it is missing, which takes many minutes."""
         path = self.cache / f"package_docs-{self.fingerprint()[:16]}.lines"
         if not is_sealed(path):
+            from switchworks.data.sources.near_copies import without_copies
+
             files = read_wheels(self.packages, self.cache / "package_docs", workers=self.workers)
             texts = chain.from_iterable(map(read_sealed_lines, files))
             write_sealed_lines(path, without_copies(join_documents(new_sentences(texts))))

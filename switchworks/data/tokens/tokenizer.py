@@ -283,8 +283,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     if file.name == SETTINGS_FILE:
         file = file.parent
     if file.is_dir():
-        if (file / "model").is_dir():
-            file = file / "model"
+        file = next((inner for inner in _inside(file) if inner.is_dir()), file)
         settings = file / SETTINGS_FILE  # that of Hugging Face's tokenizers is called so, too
         if settings.is_file() and read_text(settings) == _BYTES:
             return ByteTokenizer()
@@ -299,6 +298,14 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
             f'  Name a {MODEL_FILE}, a folder that holds one, "bytes", or "train".'
         ) from error
     return SentencePieceTokenizer(model, source=str(file))
+
+
+def _inside(path: Path) -> Iterator[Path]:
+    """Where a run directory, or a checkpoint in it, has its tokenizer."""
+    yield path / "model"
+    if path.absolute().parent.name == "checkpoints":
+        path = path.absolute().parents[1]
+    yield path / "tokenizer"
 
 
 def read_model(file: Path) -> bytes:
