@@ -105,14 +105,14 @@ def check_rows(
 def check_prompts(inputs: Tensor, max_length: int, decoder_only: bool) -> None:
     """Raises ConfigError unless decoding can start from `inputs`."""
     if max_length < 1:
-        raise ConfigError(f"max_length = {max_length} must be at least 1 token.")
+        raise ConfigError(f"max_length = {max_length} must be at least 1 token.\n  Raise it.")
     if inputs.dim() != 2 or not inputs.shape[0]:
         raise ConfigError(
             f"inputs of shape {list(inputs.shape)} are not [batch, length] with a row or more.\n"
             "  One text is inputs[None]."
         )
     if not inputs.shape[1] and not decoder_only:
-        raise ConfigError("inputs of length 0 leave the encoder nothing: give it EOS at least.")
+        raise ConfigError("inputs of length 0 leave the encoder nothing.\n  Give it EOS at least.")
 
 
 def shift_right(

@@ -166,7 +166,10 @@ def _check(
     for name in names:
         value = getattr(config, name)
         if value is not None and not is_met(value):
-            raise ConfigError(f"{section}{name} = {value} must {rule}.")
+            kind, fix = config.__class__, "Change it."  # a class has the defaults
+            if hasattr(kind, name):
+                fix = f"The default is {_to_plain(getattr(kind, name))}."
+            raise ConfigError(f"{section}{name} = {value} must {rule}.\n  {fix}")
 
 
 def import_named(name: str, label: str) -> Any:
@@ -219,7 +222,7 @@ def checked(hint: Any, value: Any, name: str) -> Any:
         if value in arguments:
             return value
         choices = ", ".join(repr(choice) for choice in arguments)
-        raise ConfigError(f"{name} = {value!r} is not one of {choices}.")
+        raise ConfigError(f"{name} = {value!r} is not known.\n  Use {choices}.")
     if origin is tuple and isinstance(value, list):
         items = typing.cast("list[Any]", value)
         return tuple(checked(arguments[0], item, f"{name}[]") for item in items)
@@ -235,7 +238,20 @@ def checked(hint: Any, value: Any, name: str) -> Any:
         return float(value)
     if isinstance(hint, type) and type(value) is hint:
         return value
-    raise ConfigError(f"{name} = {value!r} should be of type {getattr(hint, '__name__', hint)}.")
+    label = getattr(hint, "__name__", str(hint))
+    raise ConfigError(
+        f"{name} = {value!r} should be of type {label}.\n  Write {_FORMS.get(label, f'a {label}')}."
+    )
+
+
+_FORMS = {
+    "bool": "true or false",
+    "int": "3, say",
+    "float": "0.5, say",
+    "str": "it in quotes",
+    "tuple": "a list, in brackets",
+}
+"""How values of a type are written in TOML."""
 
 
 def _from_union(choices: tuple[Any, ...], value: Any, name: str) -> Any:

@@ -160,7 +160,7 @@ def read_text(path: Path, error: type[ValueError] = DataError, limit: int = MAX_
             f"{path} cannot be read as UTF-8 text: {cause}.\n  Fetch or write it again."
         ) from cause
     except OSError as cause:
-        raise error(f"{path} cannot be read: {cause.strerror}.") from cause
+        raise error(f"{path} cannot be read: {cause.strerror}.\n  Name another.") from cause
 
 
 def read_json(path: Path, error: type[ValueError] = DataError) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Configs: TOML in and out, differences, and errors that name the setting."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import pytest
@@ -22,6 +22,7 @@ from switchworks.evaluate import DecodingConfig
 from switchworks.generate import BeamSearch
 from switchworks.model import ModelConfig, RoutingConfig
 from switchworks.optim import OptimConfig
+from switchworks.plan.machines import MACHINES
 from switchworks.quantise import QuantiseConfig
 from switchworks.recipes.tiny import tiny
 from switchworks.training import BestConfig, Experiment
@@ -84,15 +85,32 @@ def test_an_unknown_setting_is_refused_with_the_known_ones():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"steps": "3"}, "steps = '3' should be of type int"),
-        ({"steps": True}, "steps = True should be of type int"),
-        ({"inner": {"mode": "c"}}, "inner.mode = 'c' is not one of 'a', 'b'"),
+        ({"steps": "3"}, r"steps = '3' should be of type int\.\n  Write 3, say\."),
+        ({"steps": True}, r"steps = True should be of type int\.\n  Write 3, say\."),
+        ({"name": 3}, r"name = 3 should be of type str\.\n  Write it in quotes\."),
+        ({"inner": {"mode": "c"}}, r"inner\.mode = 'c' is not known\.\n  Use 'a', 'b'\."),
+        ({"inner": {"rate": "x"}}, r"rate = 'x' should be of type float\.\n  Write 0\.5, say\."),
         ({"betas": [1.0, "x"]}, r"betas\[\] = 'x' should be of type float"),
+        ({"betas": 1.0}, r"betas = 1\.0 should be of type tuple\.\n  Write a list, in brackets\."),
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused_by_name(values, message):
     with pytest.raises(ConfigError, match=message):
         from_dict(Outer, values)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LoraConfig(rank=0), r"lora\.rank = 0 must be at least 1.*\n  The default is 8\."),
+        (lambda: OptimConfig(lr=0.0), r"optim\.lr = 0\.0 must be .*\n  The default is 1\.0\."),
+        (lambda: OptimConfig(fallback_lr=0.0), r"fallback_lr = .*\n  The default is none\."),
+        (lambda: replace(MACHINES["a100"], flops=0.0), r"machine flops = 0\.0 .*\n  Change it\."),
+    ],
+)
+def test_a_number_out_of_its_range_is_refused_with_the_default(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
 
 
 def test_a_whole_number_is_a_good_float():

@@ -10,7 +10,7 @@ import pytest
 
 from switchworks import disk
 from switchworks.config import CheckpointError, ConfigError, DataError, read_toml
-from switchworks.disk import inside, read_json, read_sealed, whole_file, write_sealed
+from switchworks.disk import inside, read_json, read_sealed, well_formed, whole_file, write_sealed
 
 
 def names_in(folder: Path) -> list[str]:
@@ -106,6 +106,30 @@ def test_nobody_waits_for_the_writer_of_a_pipe(read, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises((DataError, ConfigError), match="no ordinary file"):
         read(tmp_path / "pipe")
+
+
+def test_a_link_to_itself_cannot_be_read(tmp_path):
+    (tmp_path / "a.json").symlink_to("a.json")
+    with pytest.raises(
+        DataError, match=r"a\.json cannot be read: Too many levels .*\n  Name anoth"
+    ):
+        read_json(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("take", "problem"),
+    [
+        (lambda values: int(values["a"]), r"cannot be read: invalid literal for int.*"),
+        (lambda values: values["b"], r"has no 'b'"),
+        (lambda values: values["a"] + 1, r"is not laid out as it should be: .*"),
+    ],
+)
+def test_values_that_are_not_as_they_should_be_are_refused_with_the_file_and_the_fix(take, problem):
+    with (
+        pytest.raises(CheckpointError, match=rf"^a\.json {problem}\.\n  Fetch it again\.$"),
+        well_formed("a.json", CheckpointError, "Fetch it again."),
+    ):
+        take({"a": "x"})
 
 
 @pytest.mark.parametrize("content", [b"a = " + b"[" * 100_000, b"\xff", b"a = 1\na = 2", b"="])

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from switchworks.config import ConfigError
-from switchworks.locks import only_writer
+from switchworks.locks import holder_of, only_writer
 from switchworks.training import train
 
 
@@ -86,3 +86,8 @@ def test_a_second_run_in_a_run_directory_is_refused_before_it_writes(tiny_experi
     train(experiment, tmp_path / "run")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert not list((tmp_path / "run").rglob("*.lock"))
+
+
+def test_the_root_of_all_folders_is_no_place_to_write(tmp_path):
+    with pytest.raises(ConfigError, match=r"^/ is the root .*\n  Name one inside"):
+        holder_of(Path("/"))

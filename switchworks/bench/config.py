@@ -160,9 +160,11 @@ class BenchConfig:
         check_literals(self, "bench ")
         check_at_least(self, "bench ", 1, "rounds")
         if any(experts < 0 for experts in self.experts):
-            raise ConfigError(f"bench experts = {self.experts} must be 0 (dense) or more.")
+            raise ConfigError(f"bench experts = {self.experts} must be 0 or more.\n  0 is dense.")
         if any(not 0 <= rate < 1 for rate in self.dropout):
-            raise ConfigError(f"bench dropout = {self.dropout} must lie in [0, 1).")
+            raise ConfigError(
+                f"bench dropout = {self.dropout} must lie in [0, 1).\n  0.1 is usual."
+            )
 
 
 _SMALL = Shape(d_model=256, d_ff=1024, num_heads=4, layers=2, vocab_size=4096)

@@ -87,7 +87,8 @@ def _combine(name: str, parts: list[DigestPart]) -> list[str]:
     elements = sum(part.elements for part in distinct.values())
     if elements != math.prod(shape):
         raise CheckpointError(
-            f"{name}: the ranks have {elements} of its {math.prod(shape)} numbers together."
+            f"{name}: the ranks have {elements} of its {math.prod(shape)} numbers "
+            "together.\n  A part is lost; go on from an earlier checkpoint."
         )
     totals = [0] * (shape[0] if is_stack(name, shape) else 1)
     for part in distinct.values():

@@ -153,8 +153,10 @@ def read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
     """File name -> {"bytes", "sha256"} of everything in `directory`."""
     if not directory.is_dir():
         aside = directory.with_name(f".{directory.name}{REPLACED}")
-        fix = f"\n  A save was interrupted: rename {aside} to {directory.name}."
-        raise CheckpointError(f"{directory} does not exist.{fix if aside.is_dir() else ''}")
+        fix = "Name a checkpoint or a model."
+        if aside.is_dir():
+            fix = f"A save was interrupted: rename {aside} to {directory.name}."
+        raise CheckpointError(f"{directory} does not exist.\n  {fix}")
     files = read_json(directory / MANIFEST).get("files")
     label = str(directory / MANIFEST)
     if not isinstance(files, dict):

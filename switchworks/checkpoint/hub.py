@@ -43,7 +43,7 @@ def push_to_hub(path: Path | str, repo: str, *, private: bool = True) -> str:
 
     directory = Path(path) / "model" if (Path(path) / "model").is_dir() else Path(path)
     if not weight_files(directory):
-        raise CheckpointError(f"{path} holds no model, so there is nothing to upload.")
+        raise CheckpointError(f"{path} holds no model to upload.\n  Name the folder of one.")
     if (directory / MANIFEST).is_file():
         verify(directory)
     api = HfApi(library_name="switchworks")

@@ -186,7 +186,7 @@ def open_model(
     A quantised model is dequantised: the ordinary model that computes the same.
     """
     if not source.exists():
-        raise CheckpointError(f"{source} does not exist.")
+        raise CheckpointError(f"{source} does not exist.\n  Name a model.")
     if is_model(source):
         return load(source, to_float32=True)
     if (source / "experiment.toml").is_file():

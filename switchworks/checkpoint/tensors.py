@@ -90,7 +90,9 @@ def weight_files(directory: Path) -> list[Path]:
         if index.exists():
             names = read_json(index).get("weight_map")
             if not isinstance(names, dict):
-                raise CheckpointError(f"{index} has no weight_map, tensor to file.")
+                raise CheckpointError(
+                    f"{index} has no weight_map, tensor to file.\n  Fetch it again."
+                )
             files = {
                 inside(directory, name, str(index), CheckpointError) for name in names.values()
             }
@@ -209,7 +211,9 @@ def _open_bin(files: list[Path]) -> Tensors:
 
 def _unreadable(file: Path, error: Exception) -> CheckpointError:
     if not file.exists():
-        return CheckpointError(f"{file} is missing: {file.parent} is incomplete.")
+        return CheckpointError(
+            f"{file} is missing: {file.parent} is incomplete.\n  Fetch or write it again."
+        )
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return CheckpointError(
         f"{file} cannot be read: {reason}\n  It may be torn; fetch or write it again."

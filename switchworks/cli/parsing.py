@@ -192,7 +192,7 @@ def dtype_of(precision: Precision) -> "torch.dtype | None":
 def check_picture(path: Path | None) -> None:
     """Raises ConfigError for a picture in a format that is not drawn."""
     if path is not None and path.suffix not in (".svg", ".png", ".pdf"):
-        raise ConfigError(f"--picture {path} must end in .svg, .png or .pdf.")
+        raise ConfigError(f"--picture {path} cannot be drawn.\n  End it in .svg, .png or .pdf.")
 
 
 def check_writable(*files: Path | None) -> None:
@@ -203,7 +203,7 @@ def check_writable(*files: Path | None) -> None:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"{file} cannot be written: {error}.") from error
+            raise ConfigError(f"{file} cannot be written: {error}.\n  Name another.") from error
         if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
             reason = "is a folder" if file.is_dir() else "may not be written here"
             raise ConfigError(f"{file} {reason}.\n  Name another file.")

@@ -73,7 +73,9 @@ def text_to_count(
     """The text of the run in `source`, or `text` in its place, or `only` a part of it. Raises
     ConfigError if both are asked for, and what `text_for` raises."""
     if text is not None and only:
-        raise ConfigError(f"--text {text} and --only {' '.join(only)}: count on one of them.")
+        raise ConfigError(
+            f"--text {text} and --only {' '.join(only)} are both to count on.\n  Give one of them."
+        )
     data = text_for(source, decoder_only=model.decoder_only, text=text)
     return _part_of(data, only) if only else data
 

@@ -139,7 +139,9 @@ def check_fewer(config: ModelConfig, keep: int) -> None:
     """Raises ConfigError if a model of `config` cannot be left with `keep` experts a layer."""
     routing = config.routing
     if routing is None:
-        raise ConfigError("The model is dense: there are no experts to drop or merge.")
+        raise ConfigError(
+            "The model is dense: there are no experts to drop or merge.\n  Name a sparse one."
+        )
     if keep < 1:
         raise ConfigError(
             f"{keep} experts would be left. Keep at least 1, which makes a dense FFN."

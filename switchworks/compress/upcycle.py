@@ -46,7 +46,7 @@ def upcycle_model(
         )
     if not (noise >= 0 and math.isfinite(noise)):
         raise ConfigError(
-            f"noise = {noise} must be 0 (exact copies) or a positive share, for example 0.01."
+            f"noise = {noise} must be a share of 0 or more.\n  0 copies exactly; 0.01 is little."
         )
     _check_routing(routing)
     with torch.device("meta"):

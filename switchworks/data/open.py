@@ -73,7 +73,8 @@ def _long_enough(
     if not kept:
         raise DataError(
             "No language has enough text for one row to train on and one for validation.\n"
-            "  Use a shorter --data.input-length, or more text."
+            f"  Use more text, or shorter rows than {config.input_length} and "
+            f"{config.target_length} tokens."
         )
     return kept
 

@@ -304,7 +304,8 @@ def check_metrics(task: Task, examples: Examples) -> None:
         is_met, condition = REQUIREMENTS.get(name, (None, ""))
         if is_met is not None and not is_met(task, examples):
             raise ConfigError(
-                f"Task {task.name!r} cannot be judged by {name}, which needs {condition}."
+                f"Task {task.name!r} cannot be judged by {name}, which needs {condition}.\n"
+                "  Use another metric."
             )
 
 

@@ -155,7 +155,9 @@ def _entropy(share: Float[Tensor, "E"]) -> float:
 
 def _check(model: SwitchTransformer, against: SwitchTransformer | None) -> None:
     if not model.switch_layers:
-        raise CheckpointError("The model is dense: it has no router to report on.")
+        raise CheckpointError(
+            "The model is dense: it has no router to report on.\n  Name a sparse one."
+        )
     if against is None:
         return
     ours, theirs = (

@@ -44,7 +44,7 @@ class BeamSearch:
     def __post_init__(self) -> None:
         check_literals(self, "")
         if self.beams < 1:
-            raise ConfigError(f"beams = {self.beams} must be at least 1, which is greedy.")
+            raise ConfigError(f"beams = {self.beams} must be at least 1.\n  1 is greedy.")
         if not abs(self.length_penalty) <= MAX_PENALTY:
             raise ConfigError(
                 f"length_penalty = {self.length_penalty} must lie between -{MAX_PENALTY} and "

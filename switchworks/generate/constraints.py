@@ -67,8 +67,8 @@ class Constraints(Limits):
         ids = {*self.prefix, *self.allow, *(id_ for ids in self.forbid for id_ in ids)}
         if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
             raise ConfigError(
-                f"Token {max(ids, key=abs)} of prefix, forbid or allow must be one of the "
-                f"vocabulary's {vocab_size} ids, from 0."
+                f"Token {max(ids, key=abs)} of prefix, forbid or allow is not in the vocabulary.\n"
+                f"  Use ids from 0 to {vocab_size - 1}."
             )
         if max(len(self.prefix), self.min_length) >= max_length:
             raise ConfigError(

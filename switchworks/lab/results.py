@@ -74,12 +74,12 @@ def write_rates(file: Path, rates: Mapping[str, float], machine: str) -> None:
 def read_results(file: Path) -> dict[str, Any]:
     """The results in `file`. Raises DataError if they are none."""
     try:
-        results = json.loads(file.read_text("utf-8"))
+        results, reason = json.loads(file.read_text("utf-8")), "it has no runs"
     except (OSError, ValueError) as error:
-        raise DataError(f"{file} holds no results of a study: {error}") from None
+        results, reason = None, str(error)
     if not isinstance(results, dict) or "runs" not in results:
         raise DataError(
-            f"{file} holds no results of a study.\n  `switchworks lab NAME` makes them."
+            f"{file} holds no results of a study: {reason}.\n  `switchworks lab NAME` makes them."
         )
     return results
 

@@ -58,9 +58,11 @@ class Study:
     def __post_init__(self) -> None:
         names = [arm.name for arm in self.arms]
         if len(set(names)) < len(names):
-            raise ConfigError(f"{self.name} has two arms of one name: {', '.join(names)}.")
+            raise ConfigError(
+                f"{self.name} has two arms of one name: {', '.join(names)}.\n  Rename one."
+            )
         if list(self.steps) != sorted(set(self.steps)) or not self.steps:
-            raise ConfigError(f"{self.name}.steps = {self.steps} must ascend.")
+            raise ConfigError(f"{self.name}.steps = {self.steps} must ascend.\n  Sort them.")
 
     def training(self, arm: Arm, seed: int, folder: Path) -> "Training":
         """The runs of `arm` with `seed`, below `folder`."""

@@ -326,9 +326,9 @@ class Sampling:
                 "greedy, 1 samples the model's own distribution."
             )
         if self.top_k is not None and self.top_k < 1:
-            raise ConfigError(f"top_k = {self.top_k} must be at least 1.")
+            raise ConfigError(f"top_k = {self.top_k} must be at least 1.\n  1 is greedy.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p = {self.top_p} must lie in (0, 1].")
+            raise ConfigError(f"top_p = {self.top_p} must lie in (0, 1].\n  0.9 is usual.")
 
 
 def check_activation(name: str) -> None:

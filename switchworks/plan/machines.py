@@ -33,7 +33,9 @@ class Machine:
         positive = ("flops", "memory_gib", "memory_bandwidth", "node", "near", "far")
         check_positive(self, "machine ", *positive)
         if not 0 < self.efficiency <= 1:
-            raise ConfigError(f"efficiency = {self.efficiency} must lie in (0, 1].")
+            raise ConfigError(
+                f"efficiency = {self.efficiency} must lie in (0, 1].\n  0.5 is usual."
+            )
 
 
 MACHINES = {

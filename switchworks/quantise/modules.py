@@ -42,7 +42,7 @@ class QuantiseConfig:
                 "byte. 32 is usual."
             )
         if self.bits == 4 and self.product == "int8_dynamic":
-            raise ConfigError("product = int8_dynamic is for 8 bits; 4-bit weights have a kernel.")
+            raise ConfigError("product = int8_dynamic is for 8 bits, not 4.\n  Use int8_kernel.")
 
     @staticmethod
     def from_scheme(scheme: Scheme, group: int = 32) -> "QuantiseConfig":

@@ -80,11 +80,14 @@ def _checked(name: str, recipe: Callable[..., object]) -> Recipe:
             raise
         except (Exception, SystemExit) as error:  # whatever the user's code raises
             kind = type(error).__name__
-            raise ConfigError(f"The recipe {name!r} cannot be called: {kind}: {error}.") from error
+            raise ConfigError(
+                f"The recipe {name!r} cannot be called: {kind}: {error}.\n  Mend the function."
+            ) from error
         if not isinstance(result, Experiment):
             kind = type(result).__name__
             raise ConfigError(
-                f"The recipe {name!r} returned {kind}, not a switchworks.training.Experiment."
+                f"The recipe {name!r} returned {kind}, not a switchworks.training.Experiment.\n"
+                "  Return one."
             )
         return result
 

@@ -132,7 +132,7 @@ class Experiment:
         check_at_least(self, "", 1, "batch_size", "micro_batches")
         check_at_least(self, "", 0, *_CADENCES)
         if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"seed = {self.seed} must lie between 0 and {2**32 - 1}.")
+            raise ConfigError(f"seed = {self.seed} must lie in [0, 2**32).\n  0 is usual.")
         if self.lora is not None and self.freeze:
             raise ConfigError(
                 f"freeze = {' '.join(self.freeze)} beside lora, which freezes all of the model.\n"

@@ -314,3 +314,8 @@ def test_an_adapted_router_of_float32_scores_float64_inputs_in_float64():
     x = torch.randn(1, 5, router.weight.shape[1], dtype=torch.float64)
     assert router(x).dtype == torch.float64
     torch.testing.assert_close(router(x).float(), router(x.float()))
+
+
+def test_adapters_of_nothing_are_refused():
+    with pytest.raises(ConfigError, match=r"targets names nothing to adapt\.\n  Use some of att"):
+        LoraConfig(targets=())

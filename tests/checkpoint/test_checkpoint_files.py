@@ -1,15 +1,13 @@
 """Directories that are whole or not there; the disk is really full in the last tests."""
 
-import resource
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.limits import no_file_beyond
 
 from switchworks.checkpoint.files import MANIFEST, remove_whole, verify, whole_directory
 from switchworks.checkpoint.model_files import save
@@ -91,6 +89,13 @@ def test_a_directory_with_somebodys_own_files_is_never_replaced(tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
+def test_a_file_is_never_replaced_by_a_directory(tmp_path):
+    (tmp_path / "step").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"is a file, not a directory\.\n  Choose another pl"):
+        write(tmp_path / "step")
+    assert (tmp_path / "step").read_text() == "mine"
+
+
 def leave_a_note(path: Path) -> None:
     (path / "notes.txt").write_text("mine")
 
@@ -103,7 +108,18 @@ def leave_a_note(path: Path) -> None:
         (lambda path: (path / "a.txt").write_text("hullo"), r"a\.txt has changed"),
         (lambda path: (path / MANIFEST).unlink(), r"manifest\.json is missing"),
         (lambda path: (path / MANIFEST).write_text("{"), r"manifest\.json cannot be read"),
-        (lambda path: path.rename(path.with_name("gone")), "does not exist"),
+        (
+            lambda path: (path / MANIFEST).write_text('{"files": []}'),
+            r"manifest\.json lists no files\.\n  Use another checkpoint, or write this one again",
+        ),
+        (
+            lambda path: (path / MANIFEST).write_text('{"files": {"a.txt": {"bytes": 5}}}'),
+            r"manifest\.json lists a\.txt without its bytes and sha256\.\n  Use another checkpoint",
+        ),
+        (
+            lambda path: path.rename(path.with_name("gone")),
+            r"step does not exist\.\n  Name a checkpoint or a model",
+        ),
     ],
 )
 def test_verify_names_the_first_file_that_is_wrong(tmp_path, damage, complaint):
@@ -169,17 +185,6 @@ def test_a_place_that_cannot_be_written_is_a_checkpoint_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be written"):
         write(tmp_path / "file" / "step")
-
-
-@contextmanager
-def no_file_beyond(size: int) -> Iterator[None]:
-    """The system refuses to let any file of this process grow beyond `size` bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_file_that_stops_growing_halfway_leaves_the_previous_checkpoint(tmp_path):

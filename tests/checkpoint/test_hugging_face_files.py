@@ -293,3 +293,25 @@ def test_loading_takes_the_memory_of_the_model_and_not_of_the_files_beside_it(la
         assert len(list((large / kind).glob("*model-*"))) > 15
         assert 0.9 * int(size) < int(grown) < 1.2 * int(size), line
     assert len(done.stdout.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"d_model": "10"}, r"d_model = '10' should be of type int\.\n  Write 3.*\n  Or fetch"),
+        ({"tie_word_embeddings": "no"}, r"= 'no' is neither true nor false\.\n  Mend it, or fetch"),
+        ({"router_bias": True}, r"router_bias = true: no router .*\n  Use another model"),
+        ({"num_layers": 5000}, r"json: 5,000 layers exceed 4,096\.\n  Fetch it again"),
+        ({"num_layers": 4000}, r"says 4,000 layers and 3 experts, .* 126 tensors\.\n  They do not"),
+    ],
+)
+def test_settings_that_no_model_has_are_refused_with_their_values(settings, message, tmp_path):
+    write_gated(SwitchTransformer(GATED), tmp_path / "hf", **settings)
+    with pytest.raises(CheckpointError, match=message):
+        load_hf(tmp_path / "hf")
+
+
+def test_an_index_without_a_map_of_weights_is_refused(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text('{"metadata": {}}')
+    with pytest.raises(CheckpointError, match=r"json has no weight_map, .*\n  Fetch it again"):
+        open_tensors(tmp_path)

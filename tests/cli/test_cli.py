@@ -385,3 +385,9 @@ def test_a_path_that_is_not_there_or_a_run_without_a_model_is_called_that(
     (tmp_path / "run" / "experiment.toml").write_text("name = [")
     assert main(["evaluate", str(tmp_path / "run")]) == 2
     assert "cannot be read as settings" in capsys.readouterr().err
+
+
+def test_two_reports_at_once_are_refused(capsys):
+    assert main(["report", "--compression", "--languages", "out", "a", "b", "c"]) == 2
+    message = "--compression and --languages are different reports.\n  Make one after the other."
+    assert message in capsys.readouterr().err

@@ -309,7 +309,7 @@ def test_experts_are_counted_on_one_language_corpus_or_task_alone(tiny_run, tmp_
         only('mixture = ["a=x", "b=y"]', "c")
     with pytest.raises(ConfigError, match="There is no task 'german'"):
         only('path = "plain"', "german")
-    with pytest.raises(ConfigError, match="count on one of them"):
+    with pytest.raises(ConfigError, match=r"are both to count on\.\n  Give one of them"):
         read_by(tiny_run, tmp_path, "", text="a.txt", only=("de",))
 
 

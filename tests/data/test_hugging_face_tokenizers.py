@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import sys
 from itertools import islice
 from pathlib import Path
 
@@ -325,3 +326,18 @@ def test_an_export_tuned_in_transformers_comes_back_with_its_ids(
     for text in (*TEXTS[:5], *ODD, *NAMES):
         assert ours.encode(text) == trained.encode(text), repr(text)
         assert ours.decode(ours.encode(text)) == trained.decode(trained.encode(text))
+
+
+def test_without_the_library_its_file_says_what_to_install(bpe_folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)  # an import of it fails
+    message = r"tokenizer\.json is .* tokenizers, which is missing\.\n  Install it: "
+    with pytest.raises(DataError, match=message):
+        load_tokenizer(bpe_folder)
+
+
+def test_sentinels_out_of_order_are_refused():
+    names = [f"<extra_id_{index}>" for index in (0, 2, 1)]
+    text = bpe(special=("<pad>", "</s>", "<unk>", *names)).to_str()
+    message = r"at \[3, 5, 4\]\.\.\., which neither rise nor fall .*\n  Use a tokenizer in"
+    with pytest.raises(DataError, match=message):
+        LibraryTokenizer(text, {})

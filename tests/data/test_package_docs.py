@@ -79,6 +79,12 @@ def test_a_package_that_pip_cannot_find_is_told_with_what_pip_says(index, tmp_pa
         fetch("absent==1.0", tmp_path / "cache")
 
 
+def test_a_version_that_a_wheel_s_name_spells_otherwise_is_refused(index, tmp_path):
+    message = r"no wheel of clouds==1\.0\.0 after .*\n  Write the version as the wheel's name does"
+    with pytest.raises(DataError, match=message):
+        fetch("clouds==1.0.0", tmp_path / "cache")
+
+
 def test_half_a_wheel_is_refused(tmp_path):
     (tmp_path / "package_docs").mkdir()
     (tmp_path / "package_docs" / "clouds-1.0-py3-none-any.whl").write_bytes(b"PK half")

@@ -351,3 +351,22 @@ def test_the_report_by_language_measures_the_last_weights_on_more_text(
     (row, *_) = csv.DictReader(table.read_text(encoding="utf-8").splitlines())
     last = read_run(pair[0]).last(f"val/loss/{row['code']}")
     assert float(row["switch_quality"]) == pytest.approx(-last, abs=1e-4)
+
+
+def test_a_row_longer_than_any_language_s_text_is_refused(texts, cache):
+    config = of(texts, tokenizer="bytes", input_length=100_000, mean_span=300.0)
+    message = r"No language has enough text .*\n  Use more text, or shorter rows than 100000 and"
+    with pytest.raises(DataError, match=message):
+        open_dataset(config, vocab_size=384)
+
+
+def test_languages_of_too_few_sentences_are_refused_together(texts, cache):
+    with pytest.raises(DataError, match=r"has 1000 sentences\.\n  Lower --data.min-sentences, or"):
+        languages_of(of(texts, min_sentences=1000), cache)
+
+
+def test_languages_are_looked_for_in_a_folder(texts, cache):
+    with pytest.raises(
+        DataError, match=r"iw\.txt is no folder\.\n  With data.languages, data.path"
+    ):
+        languages_of(of(texts / "iw.txt"), cache)

@@ -369,3 +369,50 @@ def test_records_of_a_dataset_that_are_no_text_are_counted(tmp_path, cache, capl
     write(tmp_path / "set" / "train.jsonl", b'{"text": "a"}\n{"text": null}\n{"text": "b"}\n')
     assert list(open_source(hub(tmp_path / "set"), cache).documents()) == ["a", "b"]
     assert "1 records were left out: their 'text' is not a string. First: record 2" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"source": "web"},
+            r"source = 'web' is not a source of text\.\n  Sources: files, hub, .*\n",
+        ),
+        ({"source": "files"}, r"data\.source = 'files' needs a path\. Set --data\.path"),
+        (
+            {"source": "hub"},
+            r"data\.source = 'hub' needs .* a dataset\.\n  Set it, for example --data",
+        ),
+    ],
+)
+def test_a_source_without_what_it_needs_is_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        DataConfig(**settings)
+
+
+def test_a_file_that_unpacks_to_far_more_than_text_does_is_refused(tmp_path, monkeypatch, cache):
+    monkeypatch.setattr("switchworks.data.sources.reading.FREE_BYTES", 0)
+    path = write(tmp_path / "a.txt.gz", b"a" * 1_000_000)
+    with pytest.raises(
+        DataError, match=r"a\.txt\.gz unpacks to more than 200 .*\n  Unpack it your"
+    ):
+        read(path, cache=cache)
+
+
+def test_a_file_that_is_gone_by_its_turn_is_named(tmp_path, cache):
+    path = write(tmp_path / "a.txt", b"one")
+    source = open_source(DataConfig(path=str(path)), cache)
+    path.unlink()
+    with pytest.raises(
+        DataError, match=r"a\.txt cannot be read: No such file.*\n  Make it readable"
+    ):
+        list(source.documents())
+
+
+def test_a_line_without_an_end_is_refused(tmp_path, monkeypatch, cache):
+    monkeypatch.setattr("switchworks.data.sources.reading.MAX_LINE_CHARACTERS", 100)
+    path = write(tmp_path / "a.jsonl", jsonl(["x" * 200]))
+    with pytest.raises(
+        DataError, match=r"a\.jsonl has a line of over 100 characters\.\n  It is not"
+    ):
+        read(path, cache=cache)

@@ -22,6 +22,7 @@ from switchworks.data.tokens.store import (
 )
 from switchworks.data.tokens.tokenizer import ByteTokenizer, Tokenizer
 from switchworks.data.tokens.train import train_sentencepiece
+from switchworks.disk import read_sealed, write_sealed
 
 BYTES = ByteTokenizer()
 TEXTS = [f"document {n} " + "word " * (n % 7) for n in range(50)]
@@ -204,6 +205,13 @@ def test_a_torn_manifest_is_refused(tmp_path):
     build(tmp_path)
     (tmp_path / "store.json").write_text('{"version": 1, "tok')
     with pytest.raises(DataError, match=r"store\.json cannot be read"):
+        open_store(tmp_path)
+
+
+def test_a_store_of_another_version_is_refused(tmp_path):
+    build(tmp_path)
+    write_sealed(tmp_path / "store.json", read_sealed(tmp_path / "store.json") | {"version": 0})
+    with pytest.raises(DataError, match=r"written by another version of .*\n  Delete the folder"):
         open_store(tmp_path)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from support.cases import mostly_slow
+from support.limits import no_file_beyond
 
 from switchworks.batch import Batch
 from switchworks.config import ConfigError, DataError
@@ -314,3 +315,29 @@ def test_a_tokenizer_trained_here_learns_from_the_tasks(tmp_path):
 def test_settings_that_cannot_work_are_refused(more, problem):
     with pytest.raises(ConfigError, match=problem):
         DataConfig(**more)
+
+
+def test_a_row_with_no_room_beside_eos_is_refused(tmp_path):
+    config = settings(tmp_path, input_length=1)
+    message = (
+        r"input_length = 1 and data\.target_length = 8: a task needs 2 .*\n  Raise the smaller"
+    )
+    with pytest.raises(ConfigError, match=message):
+        TaskRows(config, store_of(tmp_path, write_task(tmp_path, "t", 3)), EOS, seed=0)
+
+
+def test_a_store_that_lost_a_file_is_made_again(tmp_path, caplog):
+    entry = write_task(tmp_path, "t", 3)
+    before = store_of(tmp_path, entry)
+    (before.ids.filename).unlink()
+    assert store_of(tmp_path, entry).digest == before.digest
+    assert "ids.bin is missing. It is made again." in caplog.text
+
+
+def test_a_disk_without_room_for_a_store_is_named_with_the_way_out(tmp_path):
+    entry = write_task(tmp_path, "t", rows=300, length=20)
+    with (
+        no_file_beyond(1000),
+        pytest.raises(DataError, match=r"cannot be written: File too large\.\n  Make room, or set"),
+    ):
+        store_of(tmp_path, entry)

@@ -14,6 +14,7 @@ import sentencepiece
 
 from switchworks.config import ConfigError, DataError
 from switchworks.data.config import DataConfig
+from switchworks.data.dataset import TextDataset
 from switchworks.data.open import open_dataset
 from switchworks.data.sources.tables import TableFormat, read_tables
 from switchworks.data.tasks import TASKS, Hub, Places, find_tasks
@@ -546,3 +547,39 @@ def test_labels_with_the_same_ids_are_refused_by_name(tmp_path):
         open_task(task, "train", places, tokenizer)
     (task,) = find_tasks([entry])
     assert open_task(task, "train", places, tokenizer).counts.unwritable == 10
+
+
+def test_a_file_that_is_no_table_is_refused_with_the_formats(tmp_path):
+    with pytest.raises(DataError, match=r"a\.txt is no table\. Readable are \.parquet, \.jsonl, "):
+        list(read_tables([write(tmp_path / "a.txt", "one")]))
+
+
+def test_a_task_without_a_dataset_on_the_hub_needs_a_folder(tmp_path):
+    source = Hub(dataset=None, folder="nq", names={"train": "train"})
+    message = (
+        r"'nq' needs a folder nq\.\n  Name the one that holds nq/train\.jsonl with --data\.task-f"
+    )
+    with pytest.raises(DataError, match=message):
+        list(source.records("train", Places(tmp_path)))
+
+
+def one_split(folder: Path, split: str) -> TextDataset:
+    """A task `r` that has nothing but `split`."""
+    write(folder / "r" / f"{split}.csv", "text,stars\ngood,5\n")
+    tasks = (f"r={folder / 'r'}:text:stars",)
+    return open_dataset(
+        DataConfig(tasks=tasks, tokenizer="bytes", cache=str(folder)), vocab_size=384
+    )
+
+
+def test_tasks_without_a_split_to_train_or_to_validate_on_are_refused(tmp_path):
+    message = r"tasks = r=.*:text:stars: none has a training split\.\n  Add one that has"
+    untrained = one_split(tmp_path, "validation")
+    with pytest.raises(DataError, match=message):
+        untrained.training(batch_size=1, seed=0)
+    with pytest.raises(DataError, match=message):
+        untrained.held_out(batch_size=1, batches=1)
+    assert untrained.train_tokens == 0
+    message = r"tasks r has a validation split .*\n  Set --validate-every 0"
+    with pytest.raises(DataError, match=message):
+        one_split(tmp_path / "more", "train").held_out(batch_size=1, batches=1)

@@ -471,7 +471,7 @@ def test_a_text_where_a_list_belongs_is_refused_and_not_cut_into_letters(name, c
 
 
 def test_a_value_that_a_task_cannot_read_is_shown_with_its_record():
-    with pytest.raises(DataError, match=r"answerKey = 'E' is none of the choices"):
+    with pytest.raises(DataError, match=r"answerKey = 'E' is no choice\.\n  Choices: "):
         TASKS["arc_easy"].examples(GOLDEN["arc_easy"][0] | {"answerKey": "E"}, "train")
     with pytest.raises(DataError, match=r"ValueError: (?s:.*)The record: .*'label': 'high'"):
         TASKS["glue_stsb"].examples(PAIR | {"label": "high"}, "train")

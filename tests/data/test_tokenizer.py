@@ -222,7 +222,13 @@ def test_a_model_without_room_above_its_pieces_is_refused(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"not a model", b"\x00" * 50])
 def test_a_file_that_is_no_model_is_refused(tmp_path, content):
     (tmp_path / "spiece.model").write_bytes(content)
-    with pytest.raises(DataError, match=r"spiece\.model is not a SentencePiece model"):
+    with pytest.raises(DataError, match=r"spiece\.model is not a Sent.*\n  Name a spiece"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_folder_in_place_of_a_model_is_refused(tmp_path):
+    (tmp_path / "spiece.model").mkdir()
+    with pytest.raises(DataError, match=r"is no ordinary file of at most .* bytes\.\n  Name a spi"):
         load_tokenizer(tmp_path)
 
 

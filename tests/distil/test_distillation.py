@@ -17,9 +17,11 @@ from switchworks.checkpoint.training_state import Checkpoints
 from switchworks.cli.main import main
 from switchworks.config import CheckpointError, ConfigError, from_toml
 from switchworks.data.open import open_dataset
+from switchworks.data.tokens.tokenizer import ByteTokenizer
 from switchworks.data.tokens.train import train_sentencepiece
 from switchworks.distil import fraction_of_gain, initialise_from_teacher
 from switchworks.distil.config import DistilConfig
+from switchworks.distil.teacher import Teacher
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
 from switchworks.recipes import RECIPES
 from switchworks.recipes.tiny import tiny
@@ -556,3 +558,10 @@ def test_the_experiment_trains_all_three_and_goes_on_with_what_is_there(
     again = call()
     assert "step" not in again
     assert again.splitlines() == first.splitlines()[-len(again.splitlines()) :]
+
+
+def test_a_student_with_more_rows_than_its_teacher_is_refused(byte_model):
+    teacher = Teacher("runs/t", byte_model, ByteTokenizer())
+    teacher.require_same_ids(ByteTokenizer(), 384)
+    with pytest.raises(CheckpointError, match=r"384 rows .* the student 400\.\n  Leave --init out"):
+        teacher.require_same_ids(ByteTokenizer(), 400)

@@ -8,14 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
+from support.limits import no_file_beyond
 
 import switchworks
 from switchworks.batch import Batch
 from switchworks.cli.main import main
 from switchworks.config import CheckpointError, ConfigError, DataError
+from switchworks.disk import read_sealed, write_sealed
 from switchworks.distil.config import DistilConfig
 from switchworks.distil.loss import distillation_loss, stored_distillation_loss
 from switchworks.distil.store import (
+    FILE,
     LogitStore,
     LogitWriter,
     StoreInfo,
@@ -407,3 +411,50 @@ def test_another_tokenizer_is_explained(student, tmp_path):
 def test_flags_that_do_not_fit_are_refused(flags, message, capsys):
     assert main(["prepare", "tiny", *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_store_of_another_version_is_refused(tmp_path):
+    LogitWriter(tmp_path, info())
+    write_sealed(tmp_path / FILE, read_sealed(tmp_path / FILE) | {"version": 0})
+    with pytest.raises(DataError, match=r"was made by another version of .*\. Make it anew"):
+        LogitStore(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (
+            lambda part: part.write_bytes(part.read_bytes()[:50]),
+            "Error while deserializing header.*",
+        ),
+        (lambda part: save_file(load_file(part) | {"ends": np.ones(3)}, part), "it has no 4 rows"),
+    ],
+)
+def test_a_part_that_is_not_what_was_written_is_refused_with_what_to_delete(
+    damage, problem, tmp_path
+):
+    batch = some_batch()
+    stored(tmp_path, torch.randn(4, 5, 11), batch)
+    (part,) = (tmp_path / "store").glob("*.safetensors")
+    damage(part)
+    message = rf"{part.name} cannot be read: {problem}\.\n  Delete it and what follows it"
+    with pytest.raises(DataError, match=message):
+        LogitStore(tmp_path / "store").read(range(4), batch)
+
+
+def test_a_disk_without_room_keeps_the_rows_so_far(tmp_path):
+    writer = LogitWriter(tmp_path, info())
+    writer.add(some_batch(0), torch.randn(4, 5, 11))
+    writer.flush()
+    writer.add(some_batch(1), torch.randn(4, 5, 11))
+    message = r"cannot be written: .*\n  Rows up to 4 are kept\. Make room and repeat the command"
+    with no_file_beyond(100), pytest.raises(DataError, match=message):
+        writer.flush()
+    assert LogitStore(tmp_path).num_rows == 4
+
+
+def test_a_teacher_s_probabilities_need_a_folder():
+    with pytest.raises(
+        ConfigError, match=r"There is no folder .*\n  Give one: --distil\.store DIR"
+    ):
+        precompute_teacher(tiny())

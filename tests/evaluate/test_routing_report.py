@@ -24,6 +24,7 @@ from switchworks.evaluate.routing import (
 )
 from switchworks.model import RoutingConfig, SwitchTransformer
 from switchworks.recipes.tiny import tiny
+from switchworks.report.routing import open_comparable
 
 
 def types_of(tokenizer, ids: list[int]) -> list[str]:
@@ -243,3 +244,12 @@ def test_the_command_writes_numbers_and_a_page_that_needs_nothing_else(
 def test_without_a_model_the_command_says_what_it_needs(capsys):
     assert main(["routing", "--batches", "2"]) == 2
     assert "needs a model first" in capsys.readouterr().err
+
+
+def test_models_of_two_kinds_are_not_compared(byte_model, byte_decoder, tmp_path):
+    for name, model in (("both", byte_model), ("decoder", byte_decoder)):
+        switchworks.save(model, tmp_path / name, ByteTokenizer())
+    with pytest.raises(
+        CheckpointError, match=r"decoder-only and the other is not.*\n  Compare mod"
+    ):
+        open_comparable([tmp_path / "both", tmp_path / "decoder"])

@@ -11,7 +11,10 @@ from switchworks.cli.main import main
 from switchworks.config import ConfigError
 from switchworks.evaluate.answers import target_log_probabilities
 from switchworks.generate import BeamSearch, Sampling, generate
+from switchworks.generate.batches import GenerationConfig, generate_all
 from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
+from switchworks.parallel import MeshConfig
+from switchworks.plan.simulate import fake_ranks
 
 SIZE = {"vocab_size": 29, "d_model": 16, "d_kv": 4, "num_heads": 4, "d_ff": 24, "num_layers": 2}
 START = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
@@ -170,3 +173,10 @@ def test_generate_and_evaluate_take_beams(tiny_run, tmp_path, capsys):
     assert (figures["beams"], figures["length_penalty"]) == (2, 1.0)
     assert main([*task, "--beams", "2", "--decode", "rank"]) == 2
     assert "decode = rank chooses" in capsys.readouterr().err
+
+
+def test_beams_over_several_ranks_are_refused(byte_model):
+    settings = GenerationConfig(max_length=4, beams=BeamSearch(beams=2))
+    message = r"beams are for a model on one rank\. Leave them out"
+    with fake_ranks(MeshConfig(expert=2)) as ranks, pytest.raises(ConfigError, match=message):
+        generate_all(byte_model, [[5, 1]], settings, ranks)

@@ -132,7 +132,9 @@ def test_an_unknown_activation_is_refused_by_a_layer_of_its_own():
 
 
 def test_an_unknown_activation_in_an_experiment_file_is_refused():
-    with pytest.raises(ConfigError, match="activation = 'tanh' is not one of 'relu', 'gelu'"):
+    with pytest.raises(
+        ConfigError, match=r"activation = 'tanh' is not known\.\n  Use 'relu', 'gelu'"
+    ):
         from_dict(ModelConfig, {"activation": "tanh"})
 
 

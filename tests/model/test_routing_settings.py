@@ -120,3 +120,10 @@ def test_a_report_says_what_experts_got_beside_what_tokens_wanted():
     report = layer(x)[1]
     assert report.load.tolist() == pytest.approx([8 / 12, 4 / 12, 0])
     assert report.received.tolist() == pytest.approx([4 / 8, 4 / 8, 0])
+
+
+@pytest.mark.parametrize("more", [{"bias_rate": 0.1}, {"exploration": "sample"}])
+def test_experts_that_choose_leave_nothing_to_balance_or_to_sample(more):
+    message = r"strategy = expert_choice leaves nothing .*\n  Set routing\.bias_rate 0 and another"
+    with pytest.raises(ConfigError, match=message):
+        RoutingConfig(strategy="expert_choice", capacity_factor=2.0, **more)

@@ -309,3 +309,17 @@ def test_a_command_of_the_page_names_a_mesh_that_can_work(command):
     assert possible_meshes(experiment, ranks)
     check_fit(experiment.model, experiment.mesh)
     find_machine(flags.machine)
+
+
+def test_a_machine_reaches_a_share_of_its_speed():
+    with pytest.raises(
+        ConfigError, match=r"efficiency = 1\.5 must lie in \(0, 1\]\.\n  0\.5 is usual"
+    ):
+        replace(MACHINE, efficiency=1.5)
+
+
+def test_a_mesh_and_another_number_of_ranks_are_refused():
+    with pytest.raises(
+        ConfigError, match=r"--ranks 4, but the mesh has 2 places\.\n  Leave --ranks"
+    ):
+        make_plan(small(data=2), MACHINES["a100"], ranks=4)

@@ -346,3 +346,10 @@ def test_flags_that_do_not_fit_are_refused(flags, message, tiny_run, tmp_path, c
 def test_a_rounded_directory_is_not_rounded_again(rounded, tmp_path, capsys):
     assert main(["convert", str(rounded), str(tmp_path / "out"), "--quantise", "int8"]) == 2
     assert "quantised already, to int4" in capsys.readouterr().err
+
+
+def test_the_product_of_8_bits_is_refused_for_4():
+    with pytest.raises(
+        ConfigError, match=r"int8_dynamic is for 8 bits, not 4\.\n  Use int8_kernel"
+    ):
+        QuantiseConfig(bits=4, product="int8_dynamic")

@@ -107,6 +107,7 @@ def test_a_recipe_beside_the_user_is_found_by_the_program(tmp_path, monkeypatch,
     (tmp_path / "mine.py").write_text(
         "from switchworks.recipes.tiny import tiny\ndef run():\n    return tiny()\n"
         "def number():\n    return 3\n"
+        "def broken():\n    return 1 / 0\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [place for place in sys.path if Path(place) != Path()])
@@ -115,7 +116,10 @@ def test_a_recipe_beside_the_user_is_found_by_the_program(tmp_path, monkeypatch,
     assert main(["explain", "mine:number"]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert "returned int, not a switchworks.training.Experiment" in printed.err
+    assert "returned int, not a switchworks.training.Experiment.\n  Return one." in printed.err
+    assert main(["explain", "mine:broken"]) == 2
+    message = "cannot be called: ZeroDivisionError: division by zero.\n  Mend the function."
+    assert message in capsys.readouterr().err
     del sys.modules["mine"]
 
 

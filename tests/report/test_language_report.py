@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 
 import matplotlib.image
@@ -196,3 +197,30 @@ def test_evaluation_gives_bits_per_byte(tiny_run):
     figures = evaluate_run(tiny_run, batches=1)
     # Bytes: a target token hides at most one byte, and sentinels and EOS none.
     assert figures["bits_per_byte"] > figures["loss"] / math.log(2)
+
+
+def test_runs_without_a_language_in_common_are_not_compared(pair, tmp_path):
+    other = read_run(a_run(tmp_path / "other", {"sw": [3.0, 2.0, 1.0]}, sparse=False))
+    with pytest.raises(DataError, match=r"on any language in common\.\n  Train both on the same"):
+        compare([pair[0], other])
+
+
+def test_seeds_that_were_never_validated_at_the_same_step_are_not_averaged(pair, tmp_path):
+    odd = a_run(tmp_path / "odd", SWITCH, sparse=True, steps=(50, 150, 250))
+    with (odd / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 300}\n')
+    runs = [odd, a_run(tmp_path / "even", SWITCH, sparse=True, steps=(100, 200, 300))]
+    runs.append(a_run(tmp_path / "twin", DENSE, sparse=False, steps=(100, 200, 300)))
+    with pytest.raises(DataError, match=r"no validation at the same step\. Use one validate_every"):
+        compare([read_run(run) for run in runs])
+
+
+def test_a_language_whose_text_is_gone_is_named(tiny_run, tmp_path):
+    for name, key in (("switch", "train/balance"), ("dense", "train/loss")):
+        shutil.copytree(tiny_run, tmp_path / name)
+        lines = [{"step": step, "val/loss/de": 1.0, key: 1.0} for step in STEPS]
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    runs = [read_run(tmp_path / name) for name in ("switch", "dense")]
+    message = r"There is no text of de here, .*switch was validated\.\n  Install or .* --batches 0"
+    with pytest.raises(DataError, match=message):
+        compare(runs, batches=1)

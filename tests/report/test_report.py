@@ -456,3 +456,16 @@ def test_runs_are_compared_task_by_task(tmp_path):
 
 def test_a_run_without_tasks_says_nothing_of_them(tmp_path):
     assert "The tasks" not in write_report([a_run(tmp_path / "run", [training(1)])]).read_text()
+
+
+def test_a_report_on_nothing_is_refused():
+    with pytest.raises(DataError, match=r"needs at least one run directory\. Name the one"):
+        write_report([])
+
+
+def test_a_folder_in_place_of_samples_is_refused(tmp_path):
+    (a_run(tmp_path / "run", [training(1)]) / "samples.jsonl").mkdir()
+    with pytest.raises(
+        DataError, match=r"samples\.jsonl is no ordinary file\.\n  Move it elsewhere"
+    ):
+        write_report([tmp_path / "run"])

@@ -17,6 +17,7 @@ import switchworks
 from switchworks.config import CheckpointError, ConfigError, DataError, from_toml, to_toml
 from switchworks.data.tokens.train import train_sentencepiece
 from switchworks.evaluate.perplexity import evaluate_run
+from switchworks.model import SwitchTransformer
 from switchworks.training import Experiment, Interrupted, train
 from switchworks.training.run_directory import claim, may_resume
 
@@ -344,3 +345,20 @@ def test_a_run_remembers_the_command_as_one_would_type_it(
     run_dir = train(replace(tiny_experiment, steps=1), tmp_path / "run")
     about = json.loads((run_dir / "about.json").read_text())
     assert about["command"] == "switchworks train tiny --steps 1"
+
+
+def test_a_run_that_lost_its_beginning_does_not_go_on(tiny_run, tiny_experiment, tmp_path):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    (run / "about.json").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"about\.json is missing or empty.*\n  Put it back, or"
+    ):
+        train(replace(tiny_experiment, steps=21), run, resume=True)
+
+
+def test_weights_of_a_vocabulary_that_no_tokenizer_came_with_are_refused(tiny_experiment, tmp_path):
+    small = replace(tiny_experiment.model, vocab_size=20)
+    switchworks.save(SwitchTransformer(small), tmp_path / "model")
+    message = r"has a vocabulary of 20, the tokenizer one of 384\.\n  Use the model's own tokenizer"
+    with pytest.raises(CheckpointError, match=message):
+        train(tiny_experiment, tmp_path / "run", init=tmp_path / "model")

@@ -123,7 +123,7 @@ def _typed(values: Mapping[str, Any], kind: type, names: Mapping[str, str]) -> d
             for ours, theirs in names.items()
         }
     except ConfigError as error:
-        raise CheckpointError(f"{error}\n  Mend it, or fetch it again.") from error
+        raise CheckpointError(f"{error}\n  Or fetch it again.") from error
 
 
 def _get(values: Mapping[str, Any], name: str) -> Any:
@@ -177,7 +177,8 @@ def _is_tied(values: Mapping[str, Any], kind: str) -> bool:
     for name in ("tie_word_embeddings", "scale_decoder_outputs"):
         if not isinstance(values.get(name), bool | None):
             raise CheckpointError(
-                f"config.json: {name} = {values[name]!r} is neither true nor false."
+                f"config.json: {name} = {values[name]!r} is neither true nor false.\n"
+                "  Mend it, or fetch it again."
             )
     tied = values.get("tie_word_embeddings", True) is not False
     if kind == "t5":
@@ -190,7 +191,7 @@ def _routing(
 ) -> RoutingConfig | None:
     """The routing of a Switch model; the tensors' names show which blocks are sparse."""
     if values.get("router_bias"):
-        raise CheckpointError("router_bias = true cannot be read: routers have no bias here.")
+        raise CheckpointError("router_bias = true: no router has one here.\n  Use another model.")
     sparse: dict[str, set[int]] = {"encoder": set(), "decoder": set()}
     for name in names:
         if match := re.match(r"(encoder|decoder)\.block\.(\d+)\..*\.router\.", name):
@@ -200,7 +201,9 @@ def _routing(
         return None
     layers = settings["num_layers"], settings["num_decoder_layers"] or settings["num_layers"]
     if max(layers) > MAX_LAYERS:  # before so many are looked at
-        raise CheckpointError(f"config.json: more than {MAX_LAYERS:,} layers cannot be built here.")
+        raise CheckpointError(
+            f"config.json: {max(layers):,} layers exceed {MAX_LAYERS:,}.\n  Fetch it again."
+        )
     chosen = _typed(values, RoutingConfig, _ROUTING_NAMES)
     if capacity == "hf":
         chosen |= _typed(values, RoutingConfig, {"expert_capacity": "expert_capacity"})

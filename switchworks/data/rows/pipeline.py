@@ -58,8 +58,7 @@ class RunRows:
             raise ConfigError(f"seed = {self.seed} is negative. Use 0 or more.")
         if not 0 <= self.rank < self.world:
             raise ConfigError(
-                f"rank = {self.rank} is not one of the {self.world} ranks from 0 to "
-                f"{self.world - 1}."
+                f"rank = {self.rank} is not one of the {self.world} ranks.\n  Count from 0."
             )
         if self.batch_size < 1 or self.batch_size % self.world:
             raise ConfigError(

@@ -137,7 +137,10 @@ def fetch(requirement: str, folder: Path) -> Path:
                 return path
         if not fetched:
             _download(requirement, folder)
-    raise DataError(f"{folder} has no wheel of {requirement} after pip had fetched it.")
+    raise DataError(
+        f"{folder} has no wheel of {requirement} after pip had fetched it.\n"
+        "  Write the version as the wheel's name does."
+    )
 
 
 def _download(requirement: str, folder: Path) -> None:

@@ -74,7 +74,9 @@ def _blocks(path: Path) -> Iterator[bytes]:
             yield block
     except (OSError, zstandard.ZstdError) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+            raise DataError(
+                f"{path} cannot be read: {error.strerror}.\n  Make it readable, or leave it out."
+            ) from error
         problem = f"is damaged, or is not what its name says: {error}"
         if "Truncated" in str(error):
             problem = "breaks off in the middle"

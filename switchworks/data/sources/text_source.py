@@ -175,7 +175,8 @@ def names_languages(config: TextConfig) -> bool:
 
 def unusable(code: str, reason: str) -> DataError:
     """The error for a language that was named and cannot be used."""
-    return DataError(f"{english_name(code)} ({code}) cannot be used: {reason}.")
+    name = f"{english_name(code)} ({code})"
+    return DataError(f"{name} cannot be used: {reason}.\n  Leave it out, or give more text.")
 
 
 def choose_languages(

@@ -61,7 +61,7 @@ def arc(record: Record) -> Example:
     listed = " ".join(f"({letter}) {text}" for letter, text in by_letter.items())
     key = record["answerKey"]
     if key and key not in by_letter:
-        raise DataError(f"answerKey = {key!r} is none of the choices, {', '.join(letters)}.")
+        raise DataError(f"answerKey = {key!r} is no choice.\n  Choices: {', '.join(letters)}.")
     return Example(
         inputs=f"arc question: {text_in(record, 'question')} choices: {listed}",
         target=by_letter[key] if key else UNKNOWN,

@@ -46,7 +46,7 @@ class TaskRows:
         if row.min() < 2:
             raise ConfigError(
                 f"data.input_length = {row[0]} and data.target_length = {row[1]}: a task needs "
-                "2 positions at least of each, one of them for EOS."
+                "2 positions at least of each, one of them for EOS.\n  Raise the smaller."
             )
         lengths = store.lengths() + 1
         self.cut = tuple(int(number) for number in (lengths > row).sum(axis=0))
@@ -130,6 +130,9 @@ def task_rates(config: DataConfig, rows: Sequence[TaskRows]) -> Float[np.ndarray
 
     In proportion to min(size, cap) ** (1 / temperature), T5's rule. The cap is in examples.
     """
+    if not rows:
+        tasks = " ".join(config.tasks)
+        raise DataError(f"data.tasks = {tasks}: none has a training split.\n  Add one that has.")
     cap = np.inf if config.task_cap is None else config.task_cap
     sizes = [min(len(part.store), cap) for part in rows]
     if config.task_rates == "equal":
@@ -164,8 +167,6 @@ def task_mixture(
     config: DataConfig, stores: Mapping[str, TaskStore], eos_id: int, run: RunRows
 ) -> Mixture:
     """One task or several, mixed by their rates."""
-    if not stores:
-        raise DataError("None of the tasks has a training split.")
     parts = rows_of_tasks(config, stores, eos_id, seed=run.seed)
     rows = list(parts.values())
     return Mixture(parts, row_rates(config, task_rates(config, rows), rows), run, config.prefetch)

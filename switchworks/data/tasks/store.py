@@ -76,9 +76,9 @@ class TaskStore:
         try:
             about = read_sealed(folder / "about.json")
             if about["hashes"] != _hashes(folder):
-                raise DataError(f"{folder} is not what was written: a hash differs.")
+                raise DataError(f"{folder} has changed: a hash differs. It is made again.")
         except FileNotFoundError as error:
-            raise DataError(f"{folder} lacks a file: {error.filename}.") from error
+            raise DataError(f"{error.filename} is missing. It is made again.") from error
         self.counts = from_dict(Counts, about["counts"])
         self.ends: Int[np.ndarray, "N 2"] = np.load(folder / "ends.npy", mmap_mode="r")
         size = int(self.ends[-1, 1]) if len(self.ends) else 0
@@ -184,7 +184,7 @@ def open_task(task: Task, split: str, places: Places, tokenizer: Tokenizer) -> T
         try:
             return TaskStore(folder)
         except DataError as error:
-            logging.getLogger(__name__).warning("%s It is made again.", error)
+            logging.getLogger(__name__).warning("%s", error)
             shutil.rmtree(folder)
     counts = Counts()
     _build(folder, examples_of(task, split, places, counts), tokenizer, counts)

@@ -219,7 +219,7 @@ def finish_store(folder: Path, *, validation_share: float) -> None:
     )
     train, validation = _with_validation(folder, train, validation, validation_share)
     if not train:
-        raise DataError("There is no text to train on: every document is empty.")
+        raise DataError("There is no text to train on: all of it is empty.\n  Name other text.")
     segments = {"train": train, "validation": validation}
     plan = _read_json(folder / "plan.json") or {}
     write_sealed(

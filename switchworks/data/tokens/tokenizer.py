@@ -323,9 +323,10 @@ def _processor(model: bytes, source: str) -> sentencepiece.SentencePieceProcesso
     try:
         processor.LoadFromSerializedProto(model)
     except RuntimeError as error:
-        raise DataError(f"{source} is not a SentencePiece model: {error}") from error
-    if processor.get_piece_size() == 0:
-        raise DataError(f"{source} is not a SentencePiece model: it holds no pieces.")
+        reason = str(error).strip()
+        raise DataError(
+            f"{source} is not a SentencePiece model: {reason}\n  Name a {MODEL_FILE}."
+        ) from error
     return processor
 
 

@@ -137,7 +137,7 @@ def train_sentencepiece(
         )
     lines = list(_training_lines(documents, sample_bytes))
     if not lines:
-        raise DataError("There is no text to train a tokenizer on: every document is empty.")
+        raise DataError("There is no text to train a tokenizer on.\n  Name some that is not empty.")
     model = io.BytesIO()
     try:
         _train(lines, model, pieces, coverage)
