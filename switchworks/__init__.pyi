@@ -4,6 +4,9 @@ from .checkpoint import push_to_hub as push_to_hub
 from .checkpoint import save as save
 from .checkpoint import save_hf as save_hf
 from .data import Tokenizer as Tokenizer
+from .evaluate import classify as classify
+from .generate.simple import continue_ as continue_
+from .generate.simple import fill as fill
 from .model import ModelConfig as ModelConfig
 from .model import RoutingConfig as RoutingConfig
 from .model import SwitchFFN as SwitchFFN

@@ -30,6 +30,8 @@ USAGE = """usage: switchworks VERB ...
                       a recipe and its text, a run, a model; [--json F]; status 3 or 4
   generate PATH TEXT  fill the holes <extra_id_0>, <extra_id_1>, ... of a text, or continue it
                       [--file F --output G: of many texts, one in each line]
+  predict PATH --input new.csv:text [--output answers.csv]
+                      labels with probabilities, or texts, for new inputs
   evaluate PATH       validation loss of a trained model, or [--tasks glue_rte ...] its
                       answers to tasks
   routing PATH        which experts handle what: --data.path TEXT, or --data.mixture
@@ -53,8 +55,8 @@ settings of a recipe with their values. After the verb, --debug shows tracebacks
 
 
 VERBS = (
-    *("train", "finish", "prepare", "explain", "doctor", "generate", "evaluate"),
-    *("routing", "report", "convert", "bench", "lab", "recipes"),
+    *("train", "finish", "prepare", "explain", "doctor", "generate", "predict"),
+    *("evaluate", "routing", "report", "convert", "bench", "lab", "recipes"),
 )
 """Each is a module beside this one, imported when it is called."""
 

@@ -25,6 +25,9 @@ from .sources.catalogs.languages import normalise as normalise
 from .sources.catalogs.languages import script_name as script_name
 from .sources.catalogs.languages import script_of as script_of
 from .sources.near_copies import copied as copied
+from .sources.reading import read_lines as read_lines
+from .sources.tables import is_table as is_table
+from .sources.tables import read_tables as read_tables
 from .sources.text_source import TextConfig as TextConfig
 from .sources.text_source import TextSource as TextSource
 from .sources.text_source import is_validation as is_validation
@@ -41,6 +44,7 @@ from .tasks.rows import with_eos as with_eos
 from .tasks.store import Counts as Counts
 from .tasks.store import check_labels as check_labels
 from .tasks.store import examples_of as examples_of
+from .tasks.task import text_in as text_in
 from .tasks.translation import language_name as language_name
 from .tokens.coverage import coverage_table as coverage_table
 from .tokens.coverage import measure_coverage as measure_coverage

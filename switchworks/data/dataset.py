@@ -88,6 +88,11 @@ class TextDataset:
         )
 
     @property
+    def classes(self) -> dict[str, tuple[str, ...]]:
+        """The possible answers of each task that is a classification; text has none."""
+        return {}
+
+    @property
     def rates(self) -> dict[str, float]:
         """The share of the rows of each corpus."""
         by, stores = self.config.mixture_by, [part.train for part in self.parts.values()]

@@ -6,6 +6,8 @@ from .perplexity import mean_nats as mean_nats
 from .perplexity import measure_perplexity as measure_perplexity
 from .perplexity import open_run as open_run
 from .perplexity import validation_losses as validation_losses
+from .predictions import classify as classify
+from .predictions import predict as predict
 from .routing import LanguageRouting as LanguageRouting
 from .routing import routing_by_language as routing_by_language
 from .routing import routing_report as routing_report

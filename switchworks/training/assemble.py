@@ -253,6 +253,8 @@ def _describe(
             name: {"train_tokens": dataset.parts[name].train.num_tokens, "rate": rate}
             for name, rate in dataset.rates.items()
         }
+    if dataset.classes:
+        about["labels"] = dataset.classes
     return about
 
 

@@ -42,6 +42,11 @@ class TableFormat:
         return self.quoting == "on" or (self.quoting == "auto" and kind == ".csv")
 
 
+def is_table(path: Path) -> bool:
+    """Whether `read_tables` reads files that are called like `path`."""
+    return format_of(path, TABLE_FORMATS) is not None
+
+
 def read_tables(paths: Iterable[Path], table: TableFormat = TableFormat()) -> Iterator[Record]:
     """The rows of table files, file after file. Raises DataError for what is not a table."""
     for path in paths:

@@ -14,7 +14,7 @@ from switchworks.data.rows.pipeline import RunRows
 from switchworks.data.sources.tables import TableFormat
 from switchworks.data.tasks import Places, Task, find_tasks
 from switchworks.data.tasks.rows import TaskRows, rows_of_tasks, task_mixture, task_rates
-from switchworks.data.tasks.store import TaskStore
+from switchworks.data.tasks.store import TaskStore, targets_in
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,14 @@ class TaskDataset(TextDataset):
     def tasks(self) -> tuple[Task, ...]:
         """The tasks, in the order of the settings."""
         return tuple(part.task for part in self.parts.values())
+
+    @property
+    def classes(self) -> dict[str, tuple[str, ...]]:
+        """The possible answers of each task that is a classification by what it trains on."""
+        classes = {
+            name: targets_in(store, self.tokenizer) for name, store in self._stores("train").items()
+        }
+        return {name: targets for name, targets in classes.items() if targets}
 
     @cached_property
     def rates(self) -> dict[str, float]:

@@ -117,6 +117,20 @@ class TaskStore:
         return np.diff(self.ends.reshape(-1), prepend=0).reshape(-1, 2)
 
 
+def targets_in(store: TaskStore, tokenizer: Tokenizer, most: int = 64) -> tuple[str, ...]:
+    """The targets of `store` if they are classes: at most so many, which occur five times each in
+    the mean. Else none."""
+    distinct: dict[bytes, np.ndarray] = {}
+    for index in range(len(store)):
+        target = store.example(index)[1]
+        distinct.setdefault(target.tobytes(), target)
+        if len(distinct) > most:
+            return ()
+    if len(store) < 5 * len(distinct):
+        return ()
+    return tuple(sorted(tokenizer.decode(target) for target in distinct.values()))
+
+
 def examples_of(
     task: Task, split: str, places: Places, counts: Counts, *, judged: bool = False
 ) -> Iterator[Example]:
