@@ -1,13 +1,15 @@
 """`switchworks generate PATH TEXT`: fill the holes of a text, or continue it."""
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from switchworks.checkpoint import state_at
 from switchworks.cli import parsing
+from switchworks.cli.main import print_error
 from switchworks.config import ConfigError
 from switchworks.disk import write_json
 from switchworks.generate import (
@@ -19,6 +21,10 @@ from switchworks.generate import (
     write_texts,
 )
 
+if TYPE_CHECKING:
+    from switchworks.data import Tokenizer
+    from switchworks.model import SwitchTransformer
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateFlags:
@@ -28,11 +34,12 @@ class GenerateFlags:
     """A run directory, one of its checkpoints, or a model directory."""
     text: tyro.conf.Positional[str | None] = None
     """Text with holes <extra_id_0>, <extra_id_1>, ... Without a hole one is added at the end. A
-    decoder-only model continues the text and fills no holes."""
+    decoder-only model continues the text and fills no holes. Default: lines of standard input,
+    answered one by one by a model that stays loaded."""
     step: int | None = None
     """Of a run: its checkpoint of this step, in place of its model."""
     file: Path | None = None
-    """Many texts instead, one in each line."""
+    """Many texts instead, one in each line, answered together. -: standard input."""
     output: Path | None = None
     """Where their answers go, one in each line. Default: they are printed."""
     candidates: int = 1
@@ -68,10 +75,9 @@ def run(words: list[str]) -> int:
     """Print or write the model's answers."""
     flags = parsing.parse_flags(GenerateFlags, "generate", words)
     parsing.check_writable(flags.output, flags.json)
-    if (flags.text is None) == (flags.file is None):
+    if flags.text is not None and flags.file is not None:
         raise ConfigError(
-            "switchworks generate needs one text, or --file with a text in each line.\n"
-            '  Example: switchworks generate runs/quickstart "The <extra_id_0> of the list."'
+            f"A text and --file {flags.file} are both to be answered.\n  Leave out one of them."
         )
     path = state_at(flags.path, flags.step)
     weights: dict[str, Any] = {"int8": flags.int8, "dtype": parsing.dtype_of(flags.precision)}
@@ -80,7 +86,26 @@ def run(words: list[str]) -> int:
     elif flags.file is not None:
         answers = complete_file(path, flags.file, flags.config, flags.output, **weights)
         print(f"{len(answers)} texts  {flags.output}" if flags.output else "\n".join(answers))
+    else:
+        _answer_lines(load_with_tokenizer(path, **weights), flags.config)
     return 0
+
+
+def _answer_lines(model: "tuple[SwitchTransformer, Tokenizer]", config: GenerationConfig) -> None:
+    """Answer each line of standard input at once, until it ends. A text that cannot be answered is
+    said, and the next one read."""
+    if at_terminal := sys.stdin.isatty():
+        print("A text with holes <extra_id_0>, <extra_id_1>, ... in each line; Ctrl-D ends.")
+    while True:
+        print("> " if at_terminal else "", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        line = line.rstrip("\n")
+        try:
+            print(*write_texts(*model, [line], config) if line.strip() else [""], flush=True)
+        except ConfigError as error:
+            print_error(f"error: {error}")
 
 
 def _write_one(flags: GenerateFlags, path: Path, text: str, weights: dict[str, Any]) -> None:

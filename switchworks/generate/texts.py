@@ -5,10 +5,12 @@ then the text of its hole, as in its training targets.
 """
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import torch
 
@@ -79,12 +81,14 @@ def complete_file(
     int8: bool = False,
     dtype: torch.dtype | None = None,
 ) -> list[str]:
-    """`complete` for every line of `source`; also written to `output`, if given, line by line.
+    """`complete` for every line of `source` ("-": standard input); also written to `output`, if
+    given, line by line.
 
     An empty line stays empty. Raises ConfigError if there is no text.
     """
     try:
-        with source.open(encoding="utf-8-sig") as file:  # unlike `splitlines`, not split at U+2028
+        # Unlike by `splitlines`, a line is not split at U+2028.
+        with nullcontext(sys.stdin) if str(source) == "-" else _opened(source) as file:
             lines = [line.rstrip("\n") for line in file]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
@@ -98,6 +102,10 @@ def complete_file(
     if output is not None:
         write_text(output, (f"{text}\n" for text in results))
     return results
+
+
+def _opened(path: Path) -> TextIO:
+    return path.open(encoding="utf-8-sig")
 
 
 class _Prompt(NamedTuple):

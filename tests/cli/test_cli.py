@@ -1,5 +1,6 @@
 """The command line: verbs, flags, errors in plain words, and the README's own commands."""
 
+import io
 import json
 import os
 import re
@@ -158,8 +159,7 @@ def test_lines_of_a_file_end_where_other_programs_end_them(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "needs one text, or --file"),
-        (["a text", "--file", "texts.txt"], "needs one text, or --file"),
+        (["a text", "--file", "texts.txt"], "A text and --file texts.txt are both"),
         (["--file", "nowhere.txt"], "nowhere.txt cannot be read"),
         (["--file", "empty.txt"], "empty.txt holds no text"),
         (["--file", "bytes.txt"], "UTF-8 text, one text in each line"),
@@ -173,6 +173,27 @@ def test_generate_says_what_is_wrong_with_its_texts(
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
     assert main(["generate", str(tiny_run), *words]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_lines_of_standard_input_are_answered_one_by_one(tiny_run, monkeypatch, capsys):
+    texts = ["The <extra_id_0> of", "", "A list"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{text}\n" for text in texts)))
+    assert main(["generate", str(tiny_run)]) == 0
+    answered = capsys.readouterr().out.splitlines()
+    assert answered[1] == ""
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{text}\n" for text in texts)))
+    assert main(["generate", str(tiny_run), "--file", "-"]) == 0
+    assert capsys.readouterr().out.splitlines() == answered
+    assert main(["generate", str(tiny_run), texts[2]]) == 0
+    assert capsys.readouterr().out.splitlines() == [answered[2]]
+
+
+def test_a_line_that_cannot_be_answered_is_said_and_the_next_is_read(tiny_run, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("a very long line\nA\n"))
+    assert main(["generate", str(tiny_run), "--max-input", "5"]) == 0
+    printed = capsys.readouterr()
+    assert "has 19 tokens, and at most 5 are read" in printed.err
+    assert printed.out.startswith("A [")
 
 
 def test_generate_without_text_says_so(tiny_run, capsys):
