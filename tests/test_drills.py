@@ -53,7 +53,7 @@ def test_of_two_processes_at_one_place_one_wins():
 @pytest.mark.slow
 def test_a_soak_looks_at_its_process_and_generates_from_its_exports(tmp_path):
     words = ["--minutes", "0.5", "--every", "5", "--json", str(tmp_path / "soak.json")]
-    script = [sys.executable, str(EXPERIMENTS / "drills" / "soak.py"), *words]
+    script = [sys.executable, str(EXPERIMENTS / "drills/soak.py"), *words]
     subprocess.run(script, capture_output=True, check=False, timeout=600)  # too short to hold
     found = json.loads((tmp_path / "soak.json").read_text())
     assert found["steps"] == found["rows"][-1]["step"] > 0

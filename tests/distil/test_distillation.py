@@ -483,7 +483,7 @@ def test_a_teacher_whose_run_has_not_ended_is_explained(student, tiny_run, tmp_p
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "experiment.toml").write_text("")
     early = replace(student, distil=replace(student.distil, teacher=str(tmp_path / "half")))
-    assert "a run that has not ended" in refusal(early, tmp_path, CheckpointError)
+    assert "a run without a model" in refusal(early, tmp_path, CheckpointError)
 
 
 def test_a_teacher_with_another_vocabulary_is_refused_with_the_flag_that_helps(

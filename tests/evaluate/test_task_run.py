@@ -382,7 +382,7 @@ def test_the_commands_of_the_page_about_tasks_are_understood(tiny_run, tmp_path,
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "base").symlink_to(tiny_run)
-    found = commands_of(DOCS)
+    found = [words for words in commands_of(DOCS) if words[0] != "predict"]  # test_predict.py
     assert [words[0] for words in found] == ["train", "evaluate", "evaluate", "train", "train"]
     for verb, *words in found:
         if verb == "train":

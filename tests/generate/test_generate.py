@@ -180,7 +180,7 @@ def test_settings_that_cannot_work_are_refused(settings, message):
     [
         (torch.ones(4, dtype=torch.long), r"inputs of shape \[4\] are not"),
         (torch.ones(0, 4, dtype=torch.long), r"inputs of shape \[0, 4\] are not"),
-        (torch.ones(2, 0, dtype=torch.long), "give it EOS at least"),
+        (torch.ones(2, 0, dtype=torch.long), "Give it EOS at least"),
     ],
 )
 def test_inputs_that_are_no_texts_are_refused(inputs, message):
