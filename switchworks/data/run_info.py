@@ -54,7 +54,8 @@ def with_absolute_paths(config: DataConfig) -> DataConfig:
         mixture=tuple(map(entry, config.mixture)),
         tokenizer=entry(tokenizer) if tokenizer not in ("bytes", "train") else tokenizer,
         cache=place(config.cache),
-        tasks=tuple(map(entry, config.tasks)),
+        # A folder may be called like a task: only what names a file is one.
+        tasks=tuple(entry(x) if "=" in x or x.endswith(".py") else x for x in config.tasks),
         task_folder=place(config.task_folder),
     )
 
