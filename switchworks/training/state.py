@@ -91,8 +91,9 @@ class TrainState:
         """Continue from a checkpoint: `contents` of `state_dict`, `about` of `about`."""
         self.updater.load_state_dict(contents)
         self.step, self.tokens, self.seconds = (about[name] for name in _COUNTERS[:3])
-        self.left_out, self.rollbacks, self.skipped = (about[name] for name in _COUNTERS[3:6])
-        self.recent = list(about["recent"])
+        # Checkpoints from before there were guards have none of these.
+        self.left_out, self.rollbacks, self.skipped = (about.get(x, 0) for x in _COUNTERS[3:6])
+        self.recent = list(about.get("recent", ()))
         best = about.get("best")
         self.best = None if best is None else Best(**best)
 

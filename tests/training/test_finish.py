@@ -179,6 +179,7 @@ def test_settings_of_somebody_else_run_no_code(stopped, tmp_path, capsys):
 def test_files_named_by_settings_are_named_from_the_root(tmp_path, monkeypatch, tiny_experiment):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "spam.csv").write_text("text,label\n")
+    (tmp_path / "glue_rte").mkdir()  # a folder that is called like a task
     config = replace(
         tiny_experiment.data,
         path="texts/*.txt",
