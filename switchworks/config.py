@@ -6,8 +6,8 @@ file is complete: nothing in it depends on a default that a later version might 
 """
 
 import dataclasses
-import math
 import pkgutil
+import re
 import sys
 import tomllib
 import types
@@ -51,13 +51,18 @@ def from_dict(kind: type[T], values: Mapping[str, Any], *, where: str = "") -> T
     """An instance of the dataclass `kind` from nested plain values. Raises ConfigError for an
     unknown name or a value of the wrong type, naming both."""
     hints = typing.get_type_hints(kind)
-    known = [field.name for field in dataclasses.fields(kind) if field.init]  # type: ignore[arg-type]
+    fields = [field for field in dataclasses.fields(kind) if field.init]  # type: ignore[arg-type]
+    known = [field.name for field in fields]
     for name in values:
         if name not in known:
             raise ConfigError(
                 f"{where}{name} is not a setting of {kind.__name__}.\n"
                 f"  Known settings: {', '.join(known)}."
             )
+    for field in fields:
+        optional = (field.default, field.default_factory) != (dataclasses.MISSING,) * 2
+        if not (optional or field.name in values):
+            raise ConfigError(f"{where}{field.name} is missing.\n  Add it: it has no default.")
     parsed = {name: checked(hints[name], value, f"{where}{name}") for name, value in values.items()}
     return kind(**parsed)
 
@@ -101,28 +106,40 @@ def differences(left: Any, right: Any) -> dict[str, tuple[Any, Any]]:
 
 def check_at_least(config: Any, section: str, least: int, *names: str) -> None:
     """Raises ConfigError for the first setting of `names` below `least`. None passes."""
-    rule = f"be at least {least}, and finite"
-    _check(config, section, names, lambda value: least <= value < math.inf, rule)
+    rule = f"be at least {least}, and below 2^63.\n  Use {least} or more"
+    _check(config, section, names, lambda value: least <= value < 1 << 63, rule)
 
 
 def check_at_most(config: Any, section: str, most: int, *names: str) -> None:
     """Raises ConfigError for the first setting of `names` above `most`. None passes."""
-    rule = f"be at most {most:,}: more is beyond what is built here"
+    rule = f"be at most {most:,}: more is beyond what is built here.\n  Use {most:,} or less"
     _check(config, section, names, lambda value: value <= most, rule)
 
 
 def check_positive(config: Any, section: str, *names: str) -> None:
     """Raises ConfigError for the first setting of `names` that is 0 or less. None passes."""
-    _check(config, section, names, lambda value: 0 < value < math.inf, "be positive, and finite")
+    rule = "be positive, and finite in float32.\n  Use a number above 0"
+    _check(config, section, names, lambda value: 0 < value < 3e38, rule)
 
 
 def check_rate(config: Any, section: str, *names: str) -> None:
     """Raises ConfigError for the first setting of `names` outside [0, 1). None passes."""
-    _check(config, section, names, lambda value: 0 <= value < 1, "lie in [0, 1)")
+    rule = "lie in [0, 1).\n  Use 0 or a share below 1"
+    _check(config, section, names, lambda value: 0 <= value < 1, rule)
+
+
+_NO_NAME = re.compile("[\0\ud800-\udfff]|[^/]{256}")
 
 
 def check_literals(config: Any, section: str) -> None:
-    """Raises ConfigError for the first setting that is none of the words its type lists."""
+    """Raises ConfigError for the first setting that is none of the words its type lists, or text
+    that no file can hold."""
+    for name, value in typing.cast("dict[str, Any]", vars(config)).items():
+        words = typing.cast("tuple[Any, ...]", value if isinstance(value, tuple) else (value,))
+        for word in words:
+            if isinstance(word, str) and _NO_NAME.search(word):
+                reason = "has a NUL, half a character, or a name of over 255 characters"
+                raise ConfigError(f"{section}{name} = {word[:80]!r} {reason}.\n  Mend it.")
     for name, choices in _choices(config.__class__).items():
         value = getattr(config, name)
         several = isinstance(value, tuple)
@@ -219,7 +236,7 @@ def checked(hint: Any, value: Any, name: str) -> Any:
         if value in arguments:
             return value
         choices = ", ".join(repr(choice) for choice in arguments)
-        raise ConfigError(f"{name} = {value!r} is not one of {choices}.")
+        raise ConfigError(f"{name} = {value!r} is not one of {choices}.\n  Use one of them.")
     if origin is tuple and isinstance(value, list):
         items = typing.cast("list[Any]", value)
         return tuple(checked(arguments[0], item, f"{name}[]") for item in items)
@@ -235,7 +252,8 @@ def checked(hint: Any, value: Any, name: str) -> Any:
         return float(value)
     if isinstance(hint, type) and type(value) is hint:
         return value
-    raise ConfigError(f"{name} = {value!r} should be of type {getattr(hint, '__name__', hint)}.")
+    wanted = getattr(hint, "__name__", hint)
+    raise ConfigError(f"{name} = {value!r} should be of type {wanted}.\n  Write it as {wanted}.")
 
 
 def _from_union(choices: tuple[Any, ...], value: Any, name: str) -> Any:

@@ -17,7 +17,7 @@ def run_data_config(path: Path) -> DataConfig | None:
         return None
     values = read_toml(file)
     if "data" not in values:
-        raise ConfigError(f"{file} has no [data], so it is not that of a run.")
+        raise ConfigError(f"{file} has no [data]: it is not that of a run.\n  Name a run.")
     config = from_dict(DataConfig, values["data"], where="data.")
     return replace(config, tasks=tuple(map(NamedByRun, config.tasks)))
 

@@ -94,10 +94,11 @@ class OptimConfig:
         if self.name == "muon":
             _check_name("fallback", self.fallback, OPTIMIZERS.keys() - {"muon"})
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigError(f"optim.betas = {self.betas} must be two numbers in [0, 1).")
+            rule = "must be two numbers in [0, 1).\n  Use 0.9 0.999, or 0 0.999 for adafactor."
+            raise ConfigError(f"optim.betas = {self.betas} {rule}")
         if not 0 <= self.final_lr_share <= 1:
             raise ConfigError(
-                f"optim.final_lr_share = {self.final_lr_share} must be between 0 and 1."
+                f"optim.final_lr_share = {self.final_lr_share} must be between 0 and 1. Use 0.1."
             )
 
     def steps_in_common(self, total_steps: int) -> float:

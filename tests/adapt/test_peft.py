@@ -248,6 +248,14 @@ def test_other_forms_of_peft_are_refused_by_name(from_peft, name, value):
         merge_adapters(SwitchTransformer(DENSE), from_peft)
 
 
+@pytest.mark.parametrize("value", ["16", None, [16]])
+def test_settings_of_peft_of_another_type_are_refused(from_peft, value):
+    values = read_json(from_peft / "adapter_config.json") | {"lora_alpha": value}
+    write_json(from_peft / "adapter_config.json", values)
+    with pytest.raises(CheckpointError, match="not laid out as it should be"):
+        merge_adapters(SwitchTransformer(DENSE), from_peft)
+
+
 def test_adapters_of_peft_for_another_model_are_refused(from_peft):
     with pytest.raises(CheckpointError, match=r"do not fit this model(.|\n)*should be \[8, 16\]"):
         merge_adapters(SwitchTransformer(replace(DENSE, d_model=16)), from_peft)

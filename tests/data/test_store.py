@@ -11,7 +11,7 @@ import textwrap
 import numpy as np
 import pytest
 
-from switchworks.config import DataError
+from switchworks.config import ConfigError, DataError
 from switchworks.data.tokens.build import build_shard, token_dtype, write_plan
 from switchworks.data.tokens.store import (
     finish_store,
@@ -22,6 +22,7 @@ from switchworks.data.tokens.store import (
 )
 from switchworks.data.tokens.tokenizer import ByteTokenizer, Tokenizer
 from switchworks.data.tokens.train import train_sentencepiece
+from switchworks.disk import read_sealed, write_sealed
 
 BYTES = ByteTokenizer()
 TEXTS = [f"document {n} " + "word " * (n % 7) for n in range(50)]
@@ -204,6 +205,37 @@ def test_a_torn_manifest_is_refused(tmp_path):
     build(tmp_path)
     (tmp_path / "store.json").write_text('{"version": 1, "tok')
     with pytest.raises(DataError, match=r"store\.json cannot be read"):
+        open_store(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"segments": None}, "not laid out as it should be"),
+        ({"segments": {"train": []}}, "has no 'validation'"),
+        ({"sizes": {}}, r"has no '.*\.tokens'"),
+        ({"dtype": "O"}, "numbers of another type, 'O'"),
+        ({"first_token": -5}, "places .* outside of its file"),
+        ({"num_documents": 10**18}, "places .* outside of its file"),
+        ({"name": "../elsewhere"}, r"has no '\.\./elsewhere\.tokens'"),
+        ({"num_tokens": "3"}, "num_tokens = '3' should be of type int"),
+    ],
+)
+def test_a_manifest_that_somebody_sealed_anew_is_refused(tmp_path, change, message):
+    build(tmp_path)
+    values = read_sealed(tmp_path / "store.json")
+    segment = values["segments"]["train"][0]
+    values |= {name: value for name, value in change.items() if name not in segment}
+    segment |= {name: value for name, value in change.items() if name in segment}
+    write_sealed(tmp_path / "store.json", values)
+    with pytest.raises((DataError, ConfigError), match=message):
+        open_store(tmp_path)
+
+
+def test_a_plan_without_a_number_of_shards_is_refused(tmp_path):
+    write_plan(tmp_path, BYTES, 2)
+    write_sealed(tmp_path / "plan.json", read_sealed(tmp_path / "plan.json") | {"num_shards": None})
+    with pytest.raises(DataError, match="has no number of shards"):
         open_store(tmp_path)
 
 

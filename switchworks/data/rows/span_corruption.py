@@ -62,7 +62,7 @@ def noise_counts(length: int, noise_density: float, mean_span: float) -> tuple[i
     if length < SHORTEST:
         raise DataError(
             f"{length} tokens cannot be corrupted: at least {SHORTEST} are needed, "
-            "one to keep and one to hide."
+            "one to keep and one to hide.\n  Raise data.input_length, or give more text."
         )
     # T5's counts: rounded, at least one token hidden, at least one kept, at least one span. Both
     # depend on the length alone, so all rows of one length have the same shape. T5 computes in

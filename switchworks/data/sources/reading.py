@@ -74,7 +74,8 @@ def _blocks(path: Path) -> Iterator[bytes]:
             yield block
     except (OSError, zstandard.ZstdError) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+            reason = f"{error.strerror}.\n  Mend that, or name another file"
+            raise DataError(f"{path} cannot be read: {reason}.") from error
         problem = f"is damaged, or is not what its name says: {error}"
         if "Truncated" in str(error):
             problem = "breaks off in the middle"
@@ -273,7 +274,7 @@ def open_parquet(path: Path) -> Iterator[Any]:
         with pq.ParquetFile(source) as file:
             two_of_one_name(path, file.schema_arrow.names)
             yield file
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
         raise DataError(
             f"{path} cannot be read as Parquet: {error}\n  Fetch or write it again."
         ) from error

@@ -56,7 +56,7 @@ class TaskDataset(TextDataset):
         """The share of the training examples, or tokens, of each task."""
         rows = rows_of_tasks(self.config, self._stores("train"), self.tokenizer.eos_id, seed=0)
         if not rows:
-            raise DataError("None of the tasks has a training split.")
+            raise DataError("None of the tasks has a training split.\n  Name one with it.")
         shares = task_rates(self.config, list(rows.values()))
         return dict(zip(rows, shares.tolist(), strict=True))
 

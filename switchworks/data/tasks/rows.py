@@ -46,7 +46,7 @@ class TaskRows:
         if row.min() < 2:
             raise ConfigError(
                 f"data.input_length = {row[0]} and data.target_length = {row[1]}: a task needs "
-                "2 positions at least of each, one of them for EOS."
+                "2 positions at least of each, one of them for EOS.\n  Raise the shorter one."
             )
         lengths = store.lengths() + 1
         self.cut = tuple(int(number) for number in (lengths > row).sum(axis=0))
@@ -165,7 +165,7 @@ def task_mixture(
 ) -> Mixture:
     """One task or several, mixed by their rates."""
     if not stores:
-        raise DataError("None of the tasks has a training split.")
+        raise DataError("None of the tasks has a training split.\n  Name one with it.")
     parts = rows_of_tasks(config, stores, eos_id, seed=run.seed)
     rows = list(parts.values())
     return Mixture(parts, row_rates(config, task_rates(config, rows), rows), run, config.prefetch)

@@ -120,12 +120,12 @@ def task_in_file(entry: str) -> Task:
     path = Path(entry).expanduser()
     require_trusted(entry)
     if not path.is_file():
-        raise ConfigError(f"data.tasks: {path} does not exist.")
+        raise ConfigError(f"data.tasks: {path} does not exist.\n  Name a file of Python.")
     try:
         task = runpy.run_path(str(path)).get("TASK")
     except (Exception, SystemExit) as error:  # whatever the user's code raises
         raise ConfigError(
-            f"data.tasks: {path} cannot be run: {type(error).__name__}: {error}."
+            f"data.tasks: {path} cannot be run: {type(error).__name__}: {error}.\n  Mend it."
         ) from error
     if not isinstance(task, Task):
         raise ConfigError(

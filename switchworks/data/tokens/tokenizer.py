@@ -318,7 +318,7 @@ def _processor(model: bytes, source: str) -> sentencepiece.SentencePieceProcesso
     except RuntimeError as error:
         raise DataError(f"{source} is not a SentencePiece model: {error}") from error
     if processor.get_piece_size() == 0:
-        raise DataError(f"{source} is not a SentencePiece model: it holds no pieces.")
+        raise DataError(f"{source} is no SentencePiece model: it has no pieces.\n  Use another.")
     return processor
 
 

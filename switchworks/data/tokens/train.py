@@ -67,7 +67,7 @@ def _is_whole(folder: Path) -> bool:
         return False
     try:
         stored = read_sealed(folder / _SEAL)
-        if load_tokenizer(folder).fingerprint == stored["fingerprint"]:
+        if load_tokenizer(folder).fingerprint == stored.get("fingerprint"):
             return True
     except (DataError, FileNotFoundError):
         pass
@@ -137,7 +137,7 @@ def train_sentencepiece(
         )
     lines = list(_training_lines(documents, sample_bytes))
     if not lines:
-        raise DataError("There is no text to train a tokenizer on: every document is empty.")
+        raise DataError("There is no text to train a tokenizer on: all is empty.\n  Name another.")
     model = io.BytesIO()
     try:
         _train(lines, model, pieces, coverage)
