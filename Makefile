@@ -2,7 +2,7 @@
 # make test         all tests but the slow ones and those for GPUs
 # make test-slow    the slow ones
 # make check        format, lint, types, import ladder
-# make drills       kills, full disks, damage, hostile files, random command lines: docs/reliability.md
+# make drills       kills, full disks, damage, hostile files, random settings: docs/reliability.md
 # make setup        only the environment
 
 PYTHON ?= python3

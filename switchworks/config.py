@@ -6,8 +6,8 @@ file is complete: nothing in it depends on a default that a later version might 
 """
 
 import dataclasses
-import math
 import pkgutil
+import re
 import sys
 import tomllib
 import types
@@ -51,13 +51,18 @@ def from_dict(kind: type[T], values: Mapping[str, Any], *, where: str = "") -> T
     """An instance of the dataclass `kind` from nested plain values. Raises ConfigError for an
     unknown name or a value of the wrong type, naming both."""
     hints = typing.get_type_hints(kind)
-    known = [field.name for field in dataclasses.fields(kind) if field.init]  # type: ignore[arg-type]
+    fields = [field for field in dataclasses.fields(kind) if field.init]  # type: ignore[arg-type]
+    known = [field.name for field in fields]
     for name in values:
         if name not in known:
             raise ConfigError(
                 f"{where}{name} is not a setting of {kind.__name__}.\n"
                 f"  Known settings: {', '.join(known)}."
             )
+    for field in fields:
+        optional = (field.default, field.default_factory) != (dataclasses.MISSING,) * 2
+        if not (optional or field.name in values):
+            raise ConfigError(f"{where}{field.name} is missing.\n  Add it: it has no default.")
     parsed = {name: checked(hints[name], value, f"{where}{name}") for name, value in values.items()}
     return kind(**parsed)
 
@@ -101,8 +106,8 @@ def differences(left: Any, right: Any) -> dict[str, tuple[Any, Any]]:
 
 def check_at_least(config: Any, section: str, least: int, *names: str) -> None:
     """Raises ConfigError for the first setting of `names` below `least`. None passes."""
-    rule = f"be at least {least}, and finite"
-    _check(config, section, names, lambda value: least <= value < math.inf, rule)
+    _check(config, section, names, lambda value: value >= least, f"be at least {least}")
+    _check(config, section, names, lambda value: value < 1 << 63, "be below 2^63")
 
 
 def check_at_most(config: Any, section: str, most: int, *names: str) -> None:
@@ -113,7 +118,8 @@ def check_at_most(config: Any, section: str, most: int, *names: str) -> None:
 
 def check_positive(config: Any, section: str, *names: str) -> None:
     """Raises ConfigError for the first setting of `names` that is 0 or less. None passes."""
-    _check(config, section, names, lambda value: 0 < value < math.inf, "be positive, and finite")
+    _check(config, section, names, lambda value: value > 0, "be positive")
+    _check(config, section, names, lambda value: value < 3e38, "be finite in float32")
 
 
 def check_rate(config: Any, section: str, *names: str) -> None:
@@ -121,8 +127,18 @@ def check_rate(config: Any, section: str, *names: str) -> None:
     _check(config, section, names, lambda value: 0 <= value < 1, "lie in [0, 1)")
 
 
+_NO_NAME = re.compile("[\0\ud800-\udfff]|[^/]{256}")
+
+
 def check_literals(config: Any, section: str) -> None:
-    """Raises ConfigError for the first setting that is none of the words its type lists."""
+    """Raises ConfigError for the first setting that is none of the words its type lists, or text
+    that no file can hold."""
+    for name, value in typing.cast("dict[str, Any]", vars(config)).items():
+        words = typing.cast("tuple[Any, ...]", value if isinstance(value, tuple) else (value,))
+        for word in words:
+            if isinstance(word, str) and _NO_NAME.search(word):
+                reason = "has a NUL, half a character, or a name of over 255 characters"
+                raise ConfigError(f"{section}{name} = {word[:80]!r} {reason}.\n  Mend it.")
     for name, choices in _choices(config.__class__).items():
         value = getattr(config, name)
         several = isinstance(value, tuple)

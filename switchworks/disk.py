@@ -16,6 +16,7 @@ from functools import lru_cache
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path, PurePosixPath
+from tokenize import TokenError  # which numpy raises for a header
 from typing import Any
 
 from switchworks.config import CheckpointError, ConfigError, DataError
@@ -30,6 +31,7 @@ _SEAL = "seal"
 """The key of a hash over all other values, or all other lines."""
 _SEAL_BYTES = len(f'{{"{_SEAL}": "{"0" * 32}"}}\n')
 _BLOCK = 1 << 20
+_MISFITS = TypeError, AttributeError, IndexError, OverflowError, RuntimeError, TokenError
 
 _UMASK = os.umask(0)
 os.umask(_UMASK)  # there is no way to read it without setting it
@@ -195,7 +197,7 @@ def well_formed(label: str, error: type[ValueError], fix: str) -> Iterator[None]
         raise error(f"{label} cannot be read: {cause}.\n  {fix}") from cause
     except KeyError as cause:
         raise error(f"{label} has no {cause}.\n  {fix}") from cause
-    except (TypeError, AttributeError, IndexError, OverflowError, RecursionError) as cause:
+    except _MISFITS as cause:
         raise error(f"{label} is not laid out as it should be: {cause}.\n  {fix}") from cause
 
 

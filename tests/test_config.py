@@ -113,6 +113,34 @@ def test_a_number_out_of_its_range_is_refused_with_the_default(make, message):
         make()
 
 
+def test_a_setting_without_a_default_that_is_missing_is_named():
+    with pytest.raises(ConfigError, match=r"lora\.distil\.teacher is missing.*\n.*no default"):
+        from_dict(DistilConfig, {"soft_weight": 0.5}, where="lora.distil.")
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        (ModelConfig, {"num_layers": 0}, r"at least 1.*\n  The default is"),
+        (ModelConfig, {"d_model": 2**31}, r"at most 16,777,216.*\n  The default is"),
+        (ModelConfig, {"norm_epsilon": -1.0}, r"positive.*\n  The default is"),
+        (ModelConfig, {"dropout": 1.0}, r"lie in \[0, 1\).*\n  The default is"),
+        (RoutingConfig, {"min_capacity": 2**31}, r"at most 16,777,216.*\n  The default is"),
+        (OptimConfig, {"relative_bias_floor": 1e300}, r"finite in float32.*\n  The default is"),
+        (OptimConfig, {"betas": (0.9,)}, r"two numbers.*\n  Write 0.9 0.99"),
+        (DataConfig, {"documents": 10**30}, r"below 2\^63.*\n  The default is"),
+        (DataConfig, {"input_length": 2**31}, r"at most 16,777,216.*\n  The default is"),
+        (DataConfig, {"prefetch": 2**31}, r"at most 1,024.*\n  The default is"),
+        (DataConfig, {"path": "a\ud800"}, r"'a\\ud800' has a NUL, half a character.*\n  Mend it"),
+        (LoraConfig, {"also_train": ("\0",)}, r"has a NUL.*\n  Mend it"),
+        (DistilConfig, {"teacher": "t", "store": "a" * 999}, r"a name of over 255.*\n  Mend it"),
+    ],
+)
+def test_a_refusal_says_the_rule_and_the_fix(kind, values, message):
+    with pytest.raises(ConfigError, match=message):
+        kind(**values)
+
+
 def test_a_whole_number_is_a_good_float():
     assert from_dict(Inner, {"rate": 1}).rate == 1.0
 

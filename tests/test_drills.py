@@ -32,6 +32,33 @@ def test_damaged_files_are_refused_or_made_again():
     assert "damage: a checkpoint: 3 of 3" in run("drills/damage.py", "--count", "3", "--seed", "1")
 
 
+@pytest.fixture
+def drills(monkeypatch) -> None:
+    """The drills can be imported: in a process of their own most of the time goes by importing."""
+    monkeypatch.syspath_prepend(str(EXPERIMENTS / "drills"))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["settings", "texts", "batches"])
+def test_random_settings_texts_and_batches_are_trained_on_or_refused(name, drills, tmp_path):
+    import configs
+
+    configs.make_site(tmp_path / "site")
+    trial, _ = configs.DRILLS[name]
+    found = [trial(number, seed=1, site=tmp_path / "site") for number in range(1, 9)]
+    assert [lost for _, lost in found if lost] == []
+    assert {kind for kind, _ in found} <= {"trained", "refused", "the same"}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["a checkpoint", "a model", "an experiment", "a table, tsv"])
+def test_files_changed_by_what_they_consist_of_are_read_or_refused(name, drills, tmp_path):
+    import readers
+
+    reader = readers.Reader(name, tmp_path / "site", seed=1)
+    assert [lost for _, lost in map(reader.attempt, range(8)) if lost] == []
+
+
 @pytest.mark.slow
 def test_hostile_files_are_refused():
     printed = run("drills/hostile.py", "--count", "2", "--seed", "1")

@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-ATTEMPTS = {"damage": 170, "hostile": 112, "words": 2000, "pairs": 50, "crash": 25}
+ATTEMPTS = {
+    "configs": 1000,
+    "readers": 90,
+    "damage": 170,
+    "hostile": 112,
+    "words": 2000,
+    "pairs": 50,
+    "crash": 25,
+}
 """Attempts of each kind; of `crash` the points of each verb and fault, drawn where it has more."""
 TOP = """# Reliability
 
@@ -27,7 +35,10 @@ process is killed, the call fails, or the disk is full from then on. Then the sa
 repeated (`--resume` for a training): it has to end with the same weights and the same files as if
 undisturbed. **Damage**: a bit flipped or a file cut short. **Hostile**: files made to harm, opened
 in a process with a limit of 5 seconds and 1 GB. **Two processes** at one place. **Command lines**
-drawn at random.
+drawn at random. **Random**: settings drawn by their types, which train two steps to a finite loss
+or are refused with a rule and a fix; documents of any characters, read again from the rows; batches
+whose loss neither padding nor the fast kernels change. **Changed**: values, keys, headers, cells,
+pieces and blocks of files replaced, exchanged or left out, half of the time with hashes that fit.
 
 [SECURITY.md](../SECURITY.md) says what is trusted; tests/test_drills.py runs some of each.
 """

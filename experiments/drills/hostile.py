@@ -10,7 +10,6 @@ seconds and a GB of memory, without a traceback and without having run what it n
 
 import argparse
 import gzip
-import hashlib
 import json
 import os
 import random
@@ -21,7 +20,7 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ import tomli_w
 import torch
 import zstandard
 from damage import SMALL, make_adapters, make_bin, make_foreign, make_tokenizer, of_adapters
+from mutate import WEIRD, places, replaced, seal_again
 from tally import Tally
 
 from switchworks import SwitchTransformer, load, load_hf, save
@@ -42,35 +42,6 @@ from switchworks.report import write_report
 
 SECONDS, MEGABYTES = 5, 1000
 SURVIVED, REFUSED, FAILED = 0, 1, 2
-WEIRD: tuple[Any, ...] = (
-    *(None, True, False, "", "x", "none", "NaN", "../../x", "/etc/passwd", "\u0000", "a" * 10_000),
-    *(-1, 0, 1, 3, 1.5, -0.0, 1e30, float("inf"), float("nan"), 10**9, 2**31, 10**18, -(10**18)),
-    *([], {}, [1, 2], ["a"], {"a": 1}, [[[]]], {"a": {"a": {}}}),
-)
-
-
-def places(values: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The path of keys to every value, and to every group of values."""
-    if path:
-        yield path
-    items = (
-        values.items()
-        if isinstance(values, dict)
-        else enumerate(values[:3])
-        if isinstance(values, list)
-        else ()
-    )
-    for key, value in items:
-        yield from places(value, (*path, key))
-
-
-def replaced(values: Any, path: tuple[Any, ...], value: Any) -> Any:
-    """A copy of `values` in which `path` leads to `value`."""
-    if not path:
-        return value
-    copied = dict(values) if isinstance(values, dict) else list(values)
-    copied[path[0]] = replaced(values[path[0]], path[1:], value)
-    return copied
 
 
 def mutate_json(file: Path, draw: random.Random) -> str:
@@ -113,15 +84,9 @@ def model(folder: Path) -> None:
     save(SwitchTransformer(SMALL, seed=1), folder, ByteTokenizer(), shard_bytes=2000)
 
 
-def seal_again(folder: Path) -> None:
+def load_sealed(folder: Path) -> None:
     """Open our model in `folder` as if its maker had meant what it says: with hashes that fit."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    for name in manifest["files"]:
-        if (folder / name).is_file() and (folder / name).stat().st_size < 1 << 30:
-            content = (folder / name).read_bytes()
-            digest = hashlib.sha256(content).hexdigest()
-            manifest["files"][name] = {"bytes": len(content), "sha256": digest}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    seal_again(folder)
     load(folder)
 
 
@@ -248,7 +213,7 @@ TARGETS: dict[
     ),
     "our model, sealed again": (
         model,
-        seal_again,
+        load_sealed,
         {"*index.json": [mutate_json, deep], "config.toml": [mutate_toml, mutate_toml, deep]},
     ),
     "transformers' model": (

@@ -111,7 +111,7 @@ def _read(model: SwitchTransformer, directory: Path) -> tuple[LoraConfig, dict[s
             f"The adapters in {directory} were trained on other weights than this model's.\n"
             "  Merge them into the very model that --init named."
         )
-    return config, {name: stored.read(name) for name in stored.shapes}
+    return config, {name: stored.read(name).float() for name in stored.shapes}
 
 
 def merge_directory(source: Path, destination: Path, adapters: Path) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor
 from switchworks import checkpoint
 from switchworks.adapt.config import LoraConfig
 from switchworks.config import CheckpointError
-from switchworks.disk import write_json
+from switchworks.disk import well_formed, write_json
 from switchworks.model import SwitchTransformer
 
 SETTINGS, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -72,6 +72,13 @@ def merge_peft(model: SwitchTransformer, directory: Path) -> SwitchTransformer:
     """
     values = checkpoint.read_json(directory / SETTINGS)
     _refuse_other_forms(values)
+    with well_formed(str(directory), CheckpointError, "Fetch or write them again."):
+        return _merged(model, directory, values)
+
+
+def _merged(
+    model: SwitchTransformer, directory: Path, values: Mapping[str, Any]
+) -> SwitchTransformer:
     stored = checkpoint.open_safetensors([directory / TENSORS])
     result = copy.deepcopy(model).float()
     matrices = _matrices(result, values.get("target_parameters") or [])

@@ -113,7 +113,7 @@ def metadata_reader(directory: Path) -> Any:
                 try:
                     with file.open("rb") as opened:
                         metadata = _Unpickler(opened).load()
-                except (pickle.UnpicklingError, EOFError, ImportError) as error:
+                except (pickle.UnpicklingError, EOFError, ImportError, MemoryError) as error:
                     raise CheckpointError(
                         f"{file} cannot be read: {error}.\n  Resume from another checkpoint."
                     ) from error

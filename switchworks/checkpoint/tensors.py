@@ -144,6 +144,8 @@ def materialise(model: nn.Module, read: Callable[[str, Tensor], Tensor]) -> None
     for name, meta in [*model.named_parameters(), *model.named_buffers()]:
         owner, _, leaf = name.rpartition(".")
         value = read(name, meta)
+        if isinstance(meta, nn.Parameter) and not value.is_floating_point():
+            raise CheckpointError(f"{name} holds {value.dtype}, no weights.\n  Write them again.")
         value = nn.Parameter(value) if isinstance(meta, nn.Parameter) else value
         setattr(model.get_submodule(owner), leaf, value)
 
@@ -201,7 +203,9 @@ def _open_bin(files: list[Path]) -> Tensors:
             check_bin(file)
             zipped = zipfile.is_zipfile(file)  # torch < 1.6 wrote a format that cannot be mapped
             loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
-            if not isinstance(loaded, dict) or not all(map(torch.is_tensor, loaded.values())):
+            tensors = list(loaded.values()) if isinstance(loaded, dict) else [None]
+            # Sparse ones and those of the meta device have no numbers to map.
+            if not all(torch.is_tensor(t) and t.is_cpu and not t.is_sparse for t in tensors):
                 raise pickle.UnpicklingError("it does not hold a dictionary of tensors")
         except Exception as error:  # whatever a damaged pickle makes torch do
             raise _unreadable(file, error) from error

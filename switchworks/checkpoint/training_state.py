@@ -243,9 +243,19 @@ def _read_tensors(tensors: dict[str, Tensor], directory: Path) -> None:
     tensor. Each rank reads, of all files, the overlap of these ranges with the part that its
     DTensor has."""
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
 
     warnings.filterwarnings("ignore", message=_SINGLE)
-    dcp.load(dict(tensors), storage_reader=metadata_reader(directory), no_dist=is_single())
+    try:
+        dcp.load(dict(tensors), storage_reader=metadata_reader(directory), no_dist=is_single())
+    except CheckpointException as error:  # no Exception; it holds what each rank met
+        causes = [failure[0] for failure in error.failures.values()]
+        if any(isinstance(cause, KeyboardInterrupt) for cause in causes):
+            raise KeyboardInterrupt from error
+        reason = str(causes[0]).partition("\n")[0]
+        raise CheckpointError(
+            f"{directory} cannot be read: {reason}.\n  Resume from another checkpoint."
+        ) from error
 
 
 def _stored_layouts(directory: Path, sections: list[str]) -> dict[str, str]:

@@ -10,6 +10,7 @@ from typing import Literal
 from switchworks.config import (
     ConfigError,
     check_at_least,
+    check_at_most,
     check_literals,
     check_positive,
     check_rate,
@@ -119,6 +120,8 @@ class DataConfig(TextConfig):
         check_rate(self, "data.", "noise_density")
         check_positive(self, "data.", "noise_density", "mixture_cap")
         check_at_least(self, "data.", 0, "prefetch", "input_length")
+        check_at_most(self, "data.", 1 << 24, "input_length", "target_length")
+        check_at_most(self, "data.", 1 << 10, "prefetch", "workers")
         check_at_least(
             self, "data.", 1, "target_length", "mean_span", "task_temperature", "task_cap"
         )

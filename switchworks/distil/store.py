@@ -175,9 +175,14 @@ class LogitStore:
             try:
                 self._open[path] = safe_open(path, framework="numpy")
                 rows = int(path.stem.split("-")[2]) - int(path.stem.split("-")[1])
-                shapes = {name: self._open[path].get_slice(name).get_shape() for name in _COLUMNS}
-                if any(shapes[name] != [rows] for name in _COLUMNS[2:]):
-                    raise _damaged(path, f"it has no {rows} rows")
+                shapes = [self._open[path].get_slice(name).get_shape() for name in _COLUMNS]
+                size, k = shapes[0][0] if shapes[0] else 0, self.info.top_k
+                if shapes != [[size, k], [size, k + 1], [rows], [rows], [rows]]:
+                    raise _damaged(path, f"it has no {rows} rows of the {k} likeliest ids")
+                ends = self._open[path].get_tensor("ends")
+                rises = ends.dtype.kind in "iu" and np.all(np.diff(ends.astype(np.int64)) >= 0)
+                if rows and not (rises and 0 <= ends[0] <= ends[-1] <= size):
+                    raise _damaged(path, "its rows do not end where others begin")
             except (OSError, SafetensorError) as error:
                 raise _damaged(path, str(error)) from error
         return self._open[path]

@@ -99,6 +99,7 @@ class RoutingConfig:
         check_at_least(self, "routing.", 1, "experts", "every", "group_sequences", "min_capacity")
         check_at_least(self, "routing.", 1, "ntlb_rounds", "expert_d_ff")
         check_at_most(self, "routing.", MAX_WIDTH, "experts", "ntlb_rounds", "expert_d_ff")
+        check_at_most(self, "routing.", MAX_WIDTH, "min_capacity", "expert_capacity")
         check_at_least(self, "routing.", 0, "balance_weight", "z_weight", "bias_rate")
         check_at_least(self, "routing.", 0, "second_threshold")
         check_rate(self, "routing.", "jitter", "input_dropout", "expert_dropout")
@@ -246,7 +247,7 @@ class ModelConfig:
         check_at_most(self, "model.", MAX_WIDTH, "vocab_size", "d_model", "d_ff", "d_kv")
         check_at_most(self, "model.", MAX_WIDTH, "num_heads", "relative_buckets")
         check_rate(self, "model.", "dropout")
-        check_positive(self, "model.", "init_scale")
+        check_positive(self, "model.", "init_scale", "norm_epsilon")
         if self.decoder_only and self.num_decoder_layers is not None:
             raise ConfigError(
                 f"model.num_decoder_layers = {self.num_decoder_layers} is the depth beside an "

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from switchworks.adapt import LoraConfig
-from switchworks.config import ConfigError, check_at_least, check_literals
+from switchworks.config import ConfigError, check_at_least, check_at_most, check_literals
 from switchworks.data import DataConfig
 from switchworks.distil import DistilConfig
 from switchworks.model import ModelConfig
@@ -130,6 +130,8 @@ class Experiment:
         check_literals(self, "")
         self._check_steps()
         check_at_least(self, "", 1, "batch_size", "micro_batches")
+        check_at_most(self, "", 1 << 24, "batch_size")
+        check_at_most(self, "", 1 << 10, "threads")
         check_at_least(self, "", 0, *_CADENCES)
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed = {self.seed} must lie in [0, 2**32).\n  0 is usual.")

@@ -248,6 +248,14 @@ def test_other_forms_of_peft_are_refused_by_name(from_peft, name, value):
         merge_adapters(SwitchTransformer(DENSE), from_peft)
 
 
+@pytest.mark.parametrize("value", ["16", None, [16]])
+def test_settings_of_peft_of_another_type_are_refused(from_peft, value):
+    values = read_json(from_peft / "adapter_config.json") | {"lora_alpha": value}
+    write_json(from_peft / "adapter_config.json", values)
+    with pytest.raises(CheckpointError, match="not laid out as it should be"):
+        merge_adapters(SwitchTransformer(DENSE), from_peft)
+
+
 def test_adapters_of_peft_for_another_model_are_refused(from_peft):
     with pytest.raises(CheckpointError, match=r"do not fit this model(.|\n)*should be \[8, 16\]"):
         merge_adapters(SwitchTransformer(replace(DENSE, d_model=16)), from_peft)
@@ -284,3 +292,16 @@ def test_what_peft_cannot_hold_is_not_written(tmp_path, config, settings, base, 
 def test_another_base_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="base = 'timm' is not known"):
         save_peft(SwitchTransformer(DENSE), tmp_path, tmp_path / "peft", base="timm")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int32])
+def test_adapters_stored_in_another_type_are_merged_in_float32(tmp_path, dtype):
+    model, config = SwitchTransformer(SWITCH, seed=1), LoraConfig(rank=2)
+    other = copy.deepcopy(model)
+    adapt(other, config)
+    tensors = {
+        n: p.to(dtype) if n.endswith((".a", ".b")) else p for n, p in other.named_parameters()
+    }
+    save_adapters(tmp_path / "adapters", tensors, config, ())
+    merged = merge_adapters(model, tmp_path / "adapters")
+    assert {p.dtype for p in merged.parameters()} == {torch.float32}

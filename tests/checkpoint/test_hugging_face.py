@@ -398,3 +398,13 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin cannot be read"):
         load_hf(tmp_path)
     assert not Unpickled.ran
+
+
+@pytest.mark.parametrize("kind", ["meta", "sparse", "nothing"])
+def test_tensors_without_numbers_are_refused(tmp_path, kind):
+    (tmp_path / "config.json").write_text(json.dumps(T5))
+    weight = torch.eye(3)
+    value = {"meta": weight.to("meta"), "sparse": weight.to_sparse(), "nothing": None}[kind]
+    torch.save({"shared.weight": value}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin cannot be read"):
+        load_hf(tmp_path)

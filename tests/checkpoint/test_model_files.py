@@ -125,6 +125,14 @@ def test_a_torn_model_is_refused(tmp_path):
         load(tmp_path / "model")
 
 
+def test_weights_that_are_whole_numbers_are_refused(tmp_path):
+    model = SwitchTransformer(DENSE)
+    model.embedding.weight = torch.nn.Parameter(torch.ones(384, 12).int(), requires_grad=False)
+    save(model, tmp_path / "model")
+    with pytest.raises(CheckpointError, match=r"embedding\.weight holds torch\.int32, no weights"):
+        load(tmp_path / "model")
+
+
 def test_a_readme_beside_the_model_does_no_harm(tmp_path):
     save(SwitchTransformer(DENSE), tmp_path / "model")
     (tmp_path / "model" / "README.md").write_text("about this model")

@@ -1,5 +1,6 @@
 """Saving and restoring training state."""
 
+import hashlib
 import json
 import logging
 from pathlib import Path
@@ -292,3 +293,30 @@ def test_half_written_rests_of_a_killed_run_are_cleared_by_the_next_save(tmp_pat
     assert checkpoints.latest() is None
     checkpoints.save(8, {"w": torch.ones(1)}, {})
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000008"]
+
+
+def sealed_again(path: Path) -> None:
+    """Let the manifest of `path` fit what it holds."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    for name in manifest["files"]:
+        content = (path / name).read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        manifest["files"][name] = {"bytes": len(content), "sha256": digest}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_tensors_that_torch_cannot_read_are_refused_although_the_hashes_fit(tmp_path):
+    path = Checkpoints(tmp_path, keep=2).save(3, some_state(), ABOUT)
+    (file,) = path.glob("*.distcp")
+    file.write_bytes(bytes(file.stat().st_size))
+    sealed_again(path)
+    with pytest.raises(CheckpointError, match=r"step_00000003 cannot be read: .*\n.*another"):
+        Checkpoints(tmp_path, keep=2).load(path, some_state(1))
+
+
+def test_a_list_of_tensors_that_asks_for_all_memory_is_refused(tmp_path):
+    path = Checkpoints(tmp_path, keep=2).save(3, some_state(), ABOUT)
+    (path / ".metadata").write_bytes(b"\x80\x04\x8e" + (1 << 62).to_bytes(8, "little") + b"x.")
+    sealed_again(path)
+    with pytest.raises(CheckpointError, match=r"\.metadata cannot be read"):
+        Checkpoints(tmp_path, keep=2).load(path, some_state(1))

@@ -12,6 +12,7 @@ from switchworks.config import DataError
 from switchworks.data.config import DataConfig, cache_folder
 from switchworks.data.sources.text_source import is_validation
 from switchworks.data.tokens.prepare import prepare
+from switchworks.disk import write_sealed
 
 SENTENCE = "the cat sat on a mat while rain fell over every quiet town and nobody walked home"
 WORDS = SENTENCE.split()
@@ -154,6 +155,13 @@ def test_a_damaged_store_is_refused_when_it_is_used(config):
     path.write_bytes(data)
     with pytest.raises(DataError, match="is not what was written"):
         prepare(config, vocab_size=512).train
+
+
+def test_a_tokenizer_without_its_fingerprint_is_made_again(config):
+    made = prepare(config, vocab_size=512)
+    (seal,) = cache_folder(config).glob("tokenizer-*/made.json")
+    write_sealed(seal, {"x": 1})
+    assert prepare(config, vocab_size=512).tokenizer.fingerprint == made.tokenizer.fingerprint
 
 
 def test_a_summary_tells_tokens_and_documents(config):

@@ -11,7 +11,7 @@ import textwrap
 import numpy as np
 import pytest
 
-from switchworks.config import DataError
+from switchworks.config import ConfigError, DataError
 from switchworks.data.tokens.build import build_shard, token_dtype, write_plan
 from switchworks.data.tokens.store import (
     finish_store,
@@ -212,6 +212,37 @@ def test_a_store_of_another_version_is_refused(tmp_path):
     build(tmp_path)
     write_sealed(tmp_path / "store.json", read_sealed(tmp_path / "store.json") | {"version": 0})
     with pytest.raises(DataError, match=r"written by another version of .*\n  Delete the folder"):
+        open_store(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"segments": None}, "not laid out as it should be"),
+        ({"segments": {"train": []}}, "has no 'validation'"),
+        ({"sizes": {}}, r"has no '.*\.tokens'"),
+        ({"dtype": "O"}, "numbers of another type, 'O'"),
+        ({"first_token": -5}, "places .* outside of its file"),
+        ({"num_documents": 10**18}, "places .* outside of its file"),
+        ({"name": "../elsewhere"}, r"has no '\.\./elsewhere\.tokens'"),
+        ({"num_tokens": "3"}, "num_tokens = '3' should be of type int"),
+    ],
+)
+def test_a_manifest_that_somebody_sealed_anew_is_refused(tmp_path, change, message):
+    build(tmp_path)
+    values = read_sealed(tmp_path / "store.json")
+    segment = values["segments"]["train"][0]
+    values |= {name: value for name, value in change.items() if name not in segment}
+    segment |= {name: value for name, value in change.items() if name in segment}
+    write_sealed(tmp_path / "store.json", values)
+    with pytest.raises((DataError, ConfigError), match=message):
+        open_store(tmp_path)
+
+
+def test_a_plan_without_a_number_of_shards_is_refused(tmp_path):
+    write_plan(tmp_path, BYTES, 2)
+    write_sealed(tmp_path / "plan.json", read_sealed(tmp_path / "plan.json") | {"num_shards": None})
+    with pytest.raises(DataError, match="has no number of shards"):
         open_store(tmp_path)
 
 

@@ -29,7 +29,9 @@ from switchworks.data.tasks.rows import (
     task_rates,
 )
 from switchworks.data.tasks.store import open_task
+from switchworks.data.tokens.store import file_hash
 from switchworks.data.tokens.tokenizer import ByteTokenizer
+from switchworks.disk import read_sealed, write_sealed
 
 EOS = 1
 
@@ -102,6 +104,20 @@ def test_a_store_is_made_once_and_again_if_the_file_changes(tmp_path):
     write_task(tmp_path, "t", 31)
     assert len(store_of(tmp_path, entry)) == 31
     assert len(list((tmp_path / "cache").iterdir())) == len(made) + 1
+
+
+@pytest.mark.parametrize(
+    "ends", [np.zeros((30, 3), np.int64), np.arange(60)[::-1].reshape(30, 2), np.zeros((0, 2), int)]
+)
+def test_a_store_whose_examples_end_nowhere_is_made_again(tmp_path, ends):
+    entry = write_task(tmp_path, "t", 30)
+    whole = store_of(tmp_path, entry)
+    digest, folder = whole.digest, Path(whole.ids.filename).parent
+    np.save(folder / "ends.npy", ends)
+    about = read_sealed(folder / "about.json")
+    about["hashes"]["ends.npy"] = file_hash(folder / "ends.npy")
+    write_sealed(folder / "about.json", about)
+    assert store_of(tmp_path, entry).digest == digest
 
 
 def test_a_build_that_breaks_off_leaves_nothing_behind(tmp_path):

@@ -356,6 +356,15 @@ def test_a_python_file_of_twenty_lines_is_a_task_and_a_change_in_it_is_noticed(t
     assert task_fingerprint(changed, "train", places) != before
 
 
+@pytest.mark.parametrize("kind", [pa.date32(), pa.duration("s")])
+def test_a_date_that_python_does_not_have_is_refused(tmp_path, kind):
+    column = pa.array([-(2**31)]).cast(pa.int32()).cast(kind) if kind == pa.date32() else None
+    column = pa.array([2**62], kind) if column is None else column
+    pq.write_table(pa.table({"a": column}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet cannot be read as Parquet"):
+        list(read_tables([tmp_path / "a.parquet"]))
+
+
 def rows_of(path: Path, text: str | bytes, **table) -> list[tuple[str, ...]]:
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return [tuple(row.values()) for row in read_tables([path], TableFormat(**table))]

@@ -207,6 +207,26 @@ def test_a_row_that_is_another_is_refused(tmp_path):
         LogitStore(tmp_path / "store").read(range(4, 8), batch)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ends": np.array([5, 3, 9, 10])},
+        {"ends": np.array([5, 8, 13, 10**9])},
+        {"ends": np.arange(4) / 2},
+        {"ids": np.zeros((4, 80), np.uint16)},
+        {"hashes": np.zeros(3, np.uint64)},
+    ],
+)
+def test_rows_that_do_not_fit_together_are_refused(tmp_path, change):
+    writer = LogitWriter(tmp_path, info())
+    writer.add(some_batch(), torch.randn(4, 5, 11))
+    writer.flush()
+    (path,) = tmp_path.glob("*.safetensors")
+    save_file(load_file(path) | change, path)
+    with pytest.raises(DataError, match=r"(no 4 rows of the 11|do not end where others begin)"):
+        LogitStore(tmp_path).read(range(4), some_batch())
+
+
 def test_rows_are_told_apart_by_their_segments_too():
     batch = some_batch()
     ones = {"input_segments": torch.ones_like(batch.inputs)}

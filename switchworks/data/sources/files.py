@@ -114,7 +114,7 @@ def find_files(pattern: str) -> list[Path]:
         raise DataError(f"{path} does not exist.\n  Text is named by a file, a folder or a glob.")
     if not any(file.stat().st_size for file in files):
         empty = "is empty" if len(files) == 1 else f"and {len(files) - 1} more are empty"
-        raise NoText(f"There is no text to train on: {files[0]} {empty}.")
+        raise NoText(f"There is no text to train on: {files[0]} {empty}.\n  Name others.")
     return files
 
 

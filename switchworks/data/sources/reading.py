@@ -275,7 +275,7 @@ def open_parquet(path: Path) -> Iterator[Any]:
         with pq.ParquetFile(source) as file:
             two_of_one_name(path, file.schema_arrow.names)
             yield file
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
         raise DataError(
             f"{path} cannot be read as Parquet: {error}\n  Fetch or write it again."
         ) from error

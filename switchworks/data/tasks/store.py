@@ -24,7 +24,7 @@ from switchworks.data.tasks.user_tasks import task_fingerprint
 from switchworks.data.tokens.build import token_dtype
 from switchworks.data.tokens.store import file_hash, token_digest
 from switchworks.data.tokens.tokenizer import Tokenizer
-from switchworks.disk import read_sealed, write_sealed
+from switchworks.disk import read_sealed, well_formed, write_sealed
 
 MAX_EMPTY_SHARE = 1e-3
 """A larger share of training examples without a target is an error: then a column is wrong. A few
@@ -75,14 +75,19 @@ class TaskStore:
         """Raises DataError if a file of it is missing or has changed."""
         try:
             about = read_sealed(folder / "about.json")
-            if about["hashes"] != _hashes(folder):
+            if about.get("hashes") != _hashes(folder):
                 raise DataError(f"{folder} has changed: a hash differs. It is made again.")
         except FileNotFoundError as error:
             raise DataError(f"{error.filename} is missing. It is made again.") from error
-        self.counts = from_dict(Counts, about["counts"])
-        self.ends: Int[np.ndarray, "N 2"] = np.load(folder / "ends.npy", mmap_mode="r")
-        size = int(self.ends[-1, 1]) if len(self.ends) else 0
-        self.ids = np.memmap(folder / "ids.bin", about["dtype"], "r", shape=(size,))
+        with well_formed(str(folder), DataError, "Delete it; it is made again."):
+            self.counts = from_dict(Counts, about["counts"])
+            self.ends: Int[np.ndarray, "N 2"] = np.load(folder / "ends.npy", mmap_mode="r")
+            if self.ends.dtype != np.int64 or self.ends.shape != (self.counts.examples, 2):
+                raise ValueError("ends.npy does not hold a pair of positions for each example")
+            if np.any(np.diff(self.ends.reshape(-1), prepend=0) < 0):
+                raise ValueError("the positions in ends.npy do not rise")
+            size = int(self.ends[-1, 1]) if len(self.ends) else 0
+            self.ids = np.memmap(folder / "ids.bin", about["dtype"], "r", shape=(size,))
 
     def __len__(self) -> int:
         return len(self.ends)

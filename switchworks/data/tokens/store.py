@@ -31,7 +31,7 @@ import numpy as np
 from jaxtyping import Int
 
 from switchworks.config import DataError, from_dict
-from switchworks.disk import read_sealed, write_sealed
+from switchworks.disk import inside, read_sealed, well_formed, write_sealed
 
 STORE_VERSION = 2
 DIGEST_TOKENS = 1 << 24
@@ -144,14 +144,26 @@ def open_store(folder: Path, *, verify: bool = False) -> tuple[TokenStore, Token
         raise DataError(_missing_message(folder))
     if manifest.get("version") != STORE_VERSION:
         raise _unusable(folder, "was written by another version of switchworks")
-    for name, size in manifest["sizes"].items():
-        _check_file(folder / name, size, manifest["hashes"][name] if verify else None)
-    train, validation = (
-        TokenStore(
-            folder, split, manifest["dtype"], [Segment(**s) for s in manifest["segments"][split]]
-        )
-        for split in SPLITS
-    )
+    with well_formed(str(folder), DataError, _FIX):
+        sizes, dtype = manifest["sizes"], manifest["dtype"]
+        if dtype not in ("<u2", "<u4"):
+            raise _unusable(folder, f"holds numbers of another type, {dtype!r}")
+        for name, size in sizes.items():
+            file = inside(folder, name, str(folder / "store.json"))
+            _check_file(file, size, manifest["hashes"][name] if verify else None)
+        segments = [
+            [from_dict(Segment, values) for values in manifest["segments"][split]]
+            for split in SPLITS
+        ]
+        for part in (each for split in segments for each in split):
+            tokens, documents = sizes[f"{part.name}.tokens"], sizes[f"{part.name}.ends"]
+            counts = part.first_token, part.num_tokens, part.first_document, part.num_documents
+            width = int(dtype[2])
+            fits = sum(counts[:2]) * width <= tokens and sum(counts[2:]) * 8 <= documents
+            if min(counts) < 0 or tokens % width or documents % 8 or not fits:
+                raise _unusable(folder, f"places {part.name} outside of its file")
+        pairs = zip(SPLITS, segments, strict=True)
+        train, validation = (TokenStore(folder, split, dtype, parts) for split, parts in pairs)
     return train, validation
 
 
@@ -185,7 +197,9 @@ def planned_shards(folder: Path) -> int:
     plan = _read_json(folder / "plan.json")
     if plan is None:
         raise DataError(f"There is no token store in {folder}.\n  Build it: switchworks prepare.")
-    return plan["num_shards"]
+    if type(shards := plan.get("num_shards")) is not int or shards < 1:
+        raise _unusable(folder, f"has no number of shards: {shards!r}")
+    return shards
 
 
 def finished_parts(folder: Path, shard: int, num_shards: int) -> list[ShardPart]:
@@ -270,8 +284,11 @@ def _missing_message(folder: Path) -> str:
     )
 
 
+_FIX = "Delete the folder; it will be made again."
+
+
 def _unusable(path: Path, problem: str) -> DataError:
-    return DataError(f"{path} {problem}.\n  Delete the folder; it will be made again.")
+    return DataError(f"{path} {problem}.\n  {_FIX}")
 
 
 def _check_file(path: Path, size: int, digest: str | None) -> None:

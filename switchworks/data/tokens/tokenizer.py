@@ -327,6 +327,8 @@ def _processor(model: bytes, source: str) -> sentencepiece.SentencePieceProcesso
         raise DataError(
             f"{source} is not a SentencePiece model: {reason}\n  Name a {MODEL_FILE}."
         ) from error
+    if processor.get_piece_size() == 0:
+        raise DataError(f"{source} is a SentencePiece model of no pieces.\n  Name another.")
     return processor
 
 

@@ -67,7 +67,7 @@ def _is_whole(folder: Path) -> bool:
         return False
     try:
         stored = read_sealed(folder / _SEAL)
-        if load_tokenizer(folder).fingerprint == stored["fingerprint"]:
+        if load_tokenizer(folder).fingerprint == stored.get("fingerprint"):
             return True
     except (DataError, FileNotFoundError):
         pass
