@@ -57,7 +57,7 @@ def test_every_flag_the_readme_names_exists(capsys):
     flags = set(re.findall(r"`?(--(?:data|model|routing|optim|steps)[\w.-]*)", README))
     assert len(flags) > 6
     with pytest.raises(SystemExit):
-        main(["train", "quickstart", "--help"])
+        main(["train", "quickstart", "--help-all"])
     known = capsys.readouterr().out
     for flag in flags:
         assert flag.replace("--routing", "--model.routing") in known, flag

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from difflib import get_close_matches
 from importlib.metadata import version
 
 from switchworks.cli.parsing import HELP, UsageError
@@ -15,48 +16,55 @@ from switchworks.trust import trusted_code
 
 USAGE = """usage: switchworks VERB ...
 
-  train RECIPE [--steps N --model.num-layers 6 --run-dir D --resume ...]
-                      data, tokenizer, training, model and report;
-                      train --resume RUN_DIR goes on, train F.toml repeats a run
+train
+  train RECIPE        from text to a model and a report; each setting is a flag:
+                      --steps N --model.num-layers 6 --run-dir D ...
+                      train --resume RUN goes on, train F.toml repeats a run
   finish RUN          end a run now: its model and report as they are
-  prepare RECIPE      tokenizer and token store ahead of time
-                      [--distil.store D: a teacher's probabilities, too]
-  explain RECIPE      parameters, FLOPs, memory and capacity; runs nothing
-                      (RECIPE may be a size: explain switch-base-128)
-                      [--simulate: trace a step on any mesh; --search --devices N:
-                      the best meshes; --layout, --picture F: who holds what]
-  doctor [RECIPE or PATH]
-                      what is wrong, why it matters and what to do: with the machine,
-                      a recipe and its text, a run, a model; [--json F]; status 3 or 4
-  generate PATH TEXT  fill the holes <extra_id_0>, <extra_id_1>, ... of a text, or continue it
-                      [--file F --output G: of many texts, one in each line]
+  prepare RECIPE      tokenizer and tokens ahead of time, or with
+                      --distil.store D a teacher's probabilities
+
+use
+  generate PATH TEXT  fill the holes <extra_id_0>, <extra_id_1>, ... of a text,
+                      or continue it [--file F --output G: of many texts]
   predict PATH --input new.csv:text [--output answers.csv]
                       labels with probabilities, or texts, for new inputs
-  evaluate PATH       validation loss of a trained model, or [--tasks glue_rte ...] its
-                      answers to tasks
-  routing PATH        which experts handle what: --data.path TEXT, or --data.mixture
-                      en=A de=B for labels; [--against PATH2: what changed]
-  report RUN_DIR ...  one HTML page from one or several runs
-                      [--compression TEACHER STUDENT ... DENSE: what smaller models kept]
+  evaluate PATH       validation loss, or [--tasks glue_rte ...] metrics
   convert SRC DST     Hugging Face directory <-> switchworks directory
-                      [--upcycle E: a dense model made sparse;
-                      --prune K, --merge K: a sparse one with fewer experts;
-                      --quantise int8|int8-dynamic|int4: in 8 or 4 bits;
-                      --merge-lora RUN: adapters merged into their model]
-  bench               our speed against transformers, our dense twin and the machine's limit
-                      [--quick: two minutes; --sweep-experts: step time against E]
-  lab [STUDY ...]     experiments over seeds and lengths, resumable: what there are, how far
-                      they are, [--budget 8h] and train what is missing
-  recipes             what there is to train, and the sizes of the papers
+                      [--upcycle E: a dense model made sparse; --prune K,
+                      --merge K: fewer experts; --merge-lora RUN;
+                      --quantise int8|int8-dynamic|int4]
 
-`switchworks VERB --help` lists the flags of a verb, `switchworks train RECIPE --help` all
-settings of a recipe with their values. After the verb, --debug shows tracebacks, and
---trust-code runs Python files that a run names, such as its task.py (SECURITY.md)."""
+look
+  report RUN ...      one HTML page from one or several runs
+                      [--compression TEACHER STUDENT ... DENSE]
+  routing PATH        which experts handle what: --data.path TEXT, or
+                      --data.mixture en=A de=B [--against PATH2: what changed]
+  doctor [RECIPE or PATH]
+                      what is wrong with machine, recipe, text, run or model,
+                      why it matters, what to do; [--json F]; status 3 or 4
+
+plan
+  recipes             what there is to train, and the sizes of the papers
+  explain RECIPE      parameters, FLOPs, memory and capacity; runs nothing
+                      (a size, too: explain switch-base-128)
+                      [--simulate: trace a step on any mesh; --search
+                      --devices N: the best; --layout, --picture F]
+  bench               our speed against transformers and our dense twin
+                      [--quick: two minutes; --sweep-experts]
+  lab [STUDY ...]     experiments over seeds and lengths, resumable
+                      [--budget 8h]
+  cache               texts, tokenizers and tokens kept for later runs
+                      [--clean]
+
+`switchworks VERB --help` lists the flags of a verb, `train RECIPE --help` the
+settings people change, --help-all all. --debug after it shows tracebacks;
+--trust-code runs Python files that a run names, as its task.py (SECURITY.md)."""
 
 
 VERBS = (
     *("train", "finish", "prepare", "explain", "doctor", "generate", "predict"),
-    *("evaluate", "routing", "report", "convert", "bench", "lab", "recipes"),
+    *("evaluate", "routing", "report", "convert", "bench", "lab", "recipes", "cache"),
 )
 """Each is a module beside this one, imported when it is called."""
 
@@ -79,7 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     verb, rest = words[0], words[1:]
     if verb not in VERBS:
-        print(f"error: there is no verb {verb!r}.\n\n{USAGE}", file=sys.stderr)
+        alike = get_close_matches(verb, VERBS, n=1)
+        hint = f" Did you mean {alike[0]}?" if alike else f"\n\n{USAGE}"
+        print(f"error: there is no verb {verb!r}.{hint}", file=sys.stderr)
         return 2
     debug, trusted = "--debug" in rest, "--trust-code" in rest
     try:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
+from switchworks.cli.usual import usual_settings
 from switchworks.config import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-HELP = ("-h", "--help")
+HELP = ("-h", "--help", "--help-all")
 
 
 class UsageError(Exception):
@@ -37,6 +38,7 @@ def parse_flags(kind: type[T], verb: str, words: Sequence[str], **settings: Any)
     tyro's message.
     """
     stderr = io.StringIO()
+    words = ["--help" if word == "--help-all" else word for word in words]
     try:
         with contextlib.redirect_stderr(stderr):
             return tyro.cli(kind, prog=f"switchworks {verb}", args=words, **settings)
@@ -66,6 +68,9 @@ def parse_experiment(verb: str, words: list[str], kind: type[T]) -> "tuple[Exper
     from switchworks.training import Experiment
 
     recipe, words = _recipe(verb, words)
+    if "--help-all" not in words and set(HELP) & set(words) and verb == "train":
+        print(usual_settings(verb, recipe))
+        raise SystemExit(0)
 
     @dataclass(frozen=True)
     class Arguments:

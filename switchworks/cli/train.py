@@ -1,6 +1,7 @@
 """`switchworks train RECIPE`: any training, from text to a model and a report."""
 
 import os
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +20,13 @@ class TrainFlags:
     """Continue the run that is in the run directory. `train --resume RUN_DIR` needs no recipe."""
     init: Path | None = None
     """Start from the weights of this run or model directory."""
+    signal_status: int | None = None
+    """The exit status after a signal that the run was saved at. Default 128 + its number: 130 after
+    Ctrl-C, 143 after SIGTERM; 0 under torchrun, which starts workers that end otherwise anew."""
 
 
 def run(words: list[str]) -> int:
-    """Train; 130 after Ctrl-C, 0 after another signal that asks for an end, 1 after divergence."""
+    """Train; 128 + its number after a signal, 1 after divergence."""
     if words[:1] == ["--resume"] and len(words) > 1:  # of a run, which needs nothing else
         settings = Path(words[1], "experiment.toml")
         if not settings.is_file():
@@ -31,13 +35,18 @@ def run(words: list[str]) -> int:
     experiment, flags = parse_experiment("train", words, TrainFlags)
     from switchworks.training import DivergenceError, Interrupted, LostContactError, train
 
+    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     is_main = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun one prints
     try:
         run_dir = train(experiment, flags.run_dir, resume=flags.resume, init=flags.init)
     except Interrupted as stop:
         if is_main:
             print(stop)
-        return 130 if stop.signal == "SIGINT" else 0
+        if flags.signal_status is not None:
+            return flags.signal_status
+        return (
+            0 if under_torchrun and stop.signal != "SIGINT" else 128 + signal.Signals[stop.signal]
+        )
     except (DivergenceError, LostContactError) as error:
         print_error(f"error: {error}")
         return 1

@@ -1,3 +1,5 @@
+from .cache import cache_entries as cache_entries
+from .cache import delete_entry as delete_entry
 from .config import DataConfig as DataConfig
 from .config import cache_folder as cache_folder
 from .dataset import TextDataset as TextDataset
@@ -40,6 +42,7 @@ from .tasks import find_tasks as find_tasks
 from .tasks.dataset import TaskDataset as TaskDataset
 from .tasks.dataset import places_of as places_of
 from .tasks.dataset import tasks_of as tasks_of
+from .tasks.rows import TaskRows as TaskRows
 from .tasks.rows import with_eos as with_eos
 from .tasks.store import Counts as Counts
 from .tasks.store import check_labels as check_labels

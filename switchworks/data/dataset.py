@@ -88,8 +88,9 @@ class TextDataset:
         )
 
     @property
-    def classes(self) -> dict[str, tuple[str, ...]]:
-        """The possible answers of each task that is a classification; text has none."""
+    def label_counts(self) -> Mapping[str, Mapping[str, int]]:
+        """How often each possible answer of a task that is a classification is trained on; text has
+        none."""
         return {}
 
     @property
@@ -141,7 +142,8 @@ class TextDataset:
         try:
             return Pipeline(self.config, store, self.tokenizer, run)
         except DataError as error:
-            raise DataError(f"Held-out text: {error}\n  Or raise data.validation_share.") from error
+            fix = "Or raise data.validation_share."
+            raise DataError(f"Validation text: {error}\n  {fix}") from error
 
     def coverage(self) -> dict[str, Coverage]:
         """The tokenizer's coverage of each corpus of a mixture by languages."""

@@ -137,7 +137,7 @@ def _copies(label: str, documents: Sequence[str], is_whole: bool, share: float) 
         subject = f"{label}: none of the documents read is held out for validation"
         return judge(subject, "warning" if is_whole else "note", "none-held-out")
     keys = data.copied(held_out, (text for text, is_held_out in split if not is_held_out))
-    subject = f"{label}: {len(keys)} of {len(held_out)} held-out documents have near copies"
+    subject = f"{label}: {len(keys)} of {len(held_out)} validation documents have near copies"
     level = "warning" if len(keys) / len(held_out) > MANY_COPIES else "note"
     return judge(f"{subject} among those trained on", level, "copies-across", unless=not keys)
 

@@ -18,6 +18,7 @@ from switchworks.data import Example, Task, Tokenizer, check_labels, with_eos
 from switchworks.generate import GenerationConfig, batches_by_length, generate_all, pad
 from switchworks.model import SwitchTransformer, evaluating
 from switchworks.parallel import SINGLE, Ranks
+from switchworks.progress import tracked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +131,8 @@ def score_all(
     lengths = [len(a) + len(b) for a, b in zip(inputs, targets, strict=True)]
     device = model.embedding.weight.device
     with evaluating(model):
-        for places in batches_by_length(lengths, batch_size):
+        batches = list(batches_by_length(lengths, batch_size))
+        for places in tracked(batches, "scoring", len(batches)):
             target = pad([targets[place] for place in places]).to(device)
             if not target.shape[1]:
                 continue

@@ -15,6 +15,7 @@ from switchworks import data
 from switchworks.batch import Batch
 from switchworks.model import SwitchTransformer, evaluating
 from switchworks.parallel import SINGLE, Ranks
+from switchworks.progress import phase
 
 NEARLY_ALL = 1 - 1e-9
 """A validation share: a token store is split in two, so the first rows stay in the other part."""
@@ -71,7 +72,8 @@ def evaluate_run(
     """
     model, dataset = open_run(path, text, dtype)
     held_out = dataset.held_out(batch_size=batch_size, batches=batches)
-    loss, by_corpus = validation_losses(model, held_out)
+    with phase("measuring the validation loss"):
+        loss, by_corpus = validation_losses(model, held_out)
     rows = chain.from_iterable(held_out.batches.values())
     return {
         "loss": loss,

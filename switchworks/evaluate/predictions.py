@@ -8,7 +8,6 @@ call goes on where it was.
 import csv
 import json
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -23,11 +22,10 @@ from switchworks.disk import parse_json, whole_file
 from switchworks.evaluate.answers import DecodingConfig, log_likelihoods, write
 from switchworks.generate import GenerationConfig, load_with_tokenizer, write_texts
 from switchworks.model import SwitchTransformer
+from switchworks.progress import phase
 
 CHUNK = 256
 """Inputs that are answered before their answers are kept."""
-SECONDS = 5.0
-"""Between two lines that say how far it is."""
 
 Answer = tuple[str, Mapping[str, float]]
 """The text, and of a class the probability of every label."""
@@ -218,14 +216,11 @@ def _answer_rest(
     weights: Mapping[str, Any],
 ) -> None:
     model, tokenizer = load_with_tokenizer(path, **weights)
-    first, started, told = done.count, time.monotonic(), time.monotonic()
-    rows = islice(rows, first, None)
-    while chunk := [text for _, text in islice(rows, CHUNK)]:
-        done.add(answers(model, tokenizer, chunk, question, config))
-        now = time.monotonic()
-        if now - told > SECONDS:
-            told, left = now, (now - started) / (done.count - first) * (total - done.count)
-            print(f"{done.count:,} of {total:,}, {left:.0f} s left", file=sys.stderr, flush=True)
+    rows = islice(rows, done.count, None)
+    with phase("answering", total - done.count) as shown:
+        while chunk := [text for _, text in islice(rows, CHUNK)]:
+            done.add(answers(model, tokenizer, chunk, question, config))
+            shown.advance(len(chunk))
 
 
 def _partial_of(output: Path) -> Path:

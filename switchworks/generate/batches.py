@@ -34,6 +34,7 @@ from switchworks.model import (
     first_logits,
 )
 from switchworks.parallel import SINGLE, Ranks
+from switchworks.progress import tracked
 
 T = TypeVar("T")
 
@@ -329,7 +330,8 @@ def _in_batches(
     compiled = _compile(model, size) if config.compile else None
     constraints = config.constraints(tokenizer)
     share: dict[int, T] = {}
-    for places in _batches_of_rank([len(ids) for ids in inputs], size, ranks):
+    batches = _batches_of_rank([len(ids) for ids in inputs], size, ranks)
+    for places in tracked(batches, "generating", len(batches)):
         batch = pad([inputs[place] for place in places])
         batch = F.pad(batch, (0, ranks.all_max(batch.shape[1]) - batch.shape[1]))
         results = write(

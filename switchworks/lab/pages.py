@@ -47,7 +47,7 @@ INTRODUCTION = """# Results
 
 Written by `switchworks lab report` from the files in `experiments/results/`; nothing here is typed.
 Intervals are of 95 % over seeds (Student's t; of factors, over their logarithms). A loss is that of
-held-out text in nats per token, at the end of a whole run with a whole schedule. "Fewer steps" is
+validation text in nats per token, at the end of a whole run with a whole schedule. "Fewer steps" is
 the paper's factor: how many times fewer steps an arm needs to the loss that the first arm ends at,
 both with runs of several lengths. "In seconds" is that, times the tokens per second of both sides,
 measured in turns on a quiet machine."""
@@ -153,7 +153,7 @@ def _draw_losses(
             x = [steps * per_step for steps in by_steps]
             style = {"color": colour, "label": name, "markersize": 3, "linewidth": 1.2}
             axes.plot(x, list(by_steps.values()), "o-", **style)
-    axes.set(xlabel="million tokens of a run", ylabel="held-out loss (nats per token)")
+    axes.set(xlabel="million tokens of a run", ylabel="validation loss (nats per token)")
     axes.legend(frameon=False, fontsize=8)
 
 
@@ -185,4 +185,4 @@ def _draw_intervals(
         axes.plot(seeds, [row] * len(seeds), "o", color=colour, markersize=4)
     axes.set_yticks(range(len(comparisons)), [comparison.arm for comparison in comparisons])
     axes.invert_yaxis()
-    axes.set_xlabel("held-out loss (nats per token): seeds, and 95 % of their mean")
+    axes.set_xlabel("validation loss (nats per token): seeds, and 95 % of their mean")

@@ -193,7 +193,7 @@ class Runner:
             del self._running[path]
             if not job.is_done:
                 # Told to stop from outside, a run saves and ends with these.
-                ending = "was stopped" if process.returncode in (0, 130) else "failed"
+                ending = "was stopped" if process.returncode in (0, 130, 143) else "failed"
                 raise ConfigError(
                     f"{path} {ending} before its end (status {process.returncode}).\n"
                     f"  {path.with_suffix('.log')} says more; the same command goes on."

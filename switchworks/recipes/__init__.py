@@ -6,6 +6,7 @@ The name of a size (`sizes.py`) is a recipe too: that model, trained as in its p
 
 from collections.abc import Callable
 from dataclasses import replace
+from difflib import get_close_matches
 from functools import partial, wraps
 from pathlib import Path
 
@@ -22,12 +23,13 @@ Recipe = Callable[..., Experiment]
 """
 
 GROUPS: dict[str, tuple[Recipe, ...]] = {
-    "On this machine": (
-        *(tiny.tiny, quickstart.quickstart, quickstart.quickstart_dense),
-        *(quickstart.quickstart_lm, quickstart.quickstart_lm_dense),
-        *(quickstart.distil, quickstart.text_folder, finetune.finetune),
+    "To see it work, in minutes": (*(quickstart.quickstart, quickstart.quickstart_lm, tiny.tiny),),
+    "Your own text, your own table": (quickstart.text_folder, finetune.finetune),
+    "A smaller model from a large one": (quickstart.distil,),
+    "Many languages in one model": (quickstart.multilingual, quickstart.multilingual_dense),
+    "What experts bring, beside a dense twin": (
         *(quickstart.speedup, quickstart.speedup_dense),
-        *(quickstart.multilingual, quickstart.multilingual_dense),
+        *(quickstart.quickstart_dense, quickstart.quickstart_lm_dense),
     ),
     "The paper's models on C4": c4.RECIPES,
 }
@@ -52,8 +54,10 @@ def find_recipe(name: str) -> Recipe:
     if name.endswith(".toml"):
         return partial(_settings_of_run, Path(name))
     if ":" not in name:
+        alike = get_close_matches(size, [*RECIPES, *SIZES], n=1)
         raise ConfigError(
-            f"There is no recipe {name!r}. Recipes: {', '.join(RECIPES)}.\n"
+            f"There is no recipe {name!r}.{f' Did you mean {alike[0]}?' if alike else ''} "
+            f"Recipes: {', '.join(RECIPES)}.\n"
             "  Names of sizes are recipes too; `switchworks recipes` lists them.\n"
             "  Your own: module:function, a function that returns an Experiment, or the "
             "experiment.toml of a run."

@@ -2,6 +2,7 @@ from . import html as html
 from .card import carry_card as carry_card
 from .card import write_run_card as write_run_card
 from .compression import write_compression as write_compression
+from .figures import compact as compact
 from .languages import write_languages as write_languages
 from .page import write_report as write_report
 from .routing import page_folder as page_folder

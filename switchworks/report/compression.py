@@ -69,7 +69,7 @@ def write_compression(
     held_out = dataset.held_out(batch_size=ROWS, batches=batches)
     models = []
     for path, (model, tokenizer) in zip(paths, opened, strict=True):
-        print(f"reading held-out text with {path}", flush=True)
+        print(f"reading validation text with {path}", flush=True)
         models.append(_figures(path, model, data) | _quality(model, tokenizer, held_out, data))
     speeds = _speeds([model for model, _ in opened], held_out)
     models = [model | speed for model, speed in zip(models, speeds, strict=True)]

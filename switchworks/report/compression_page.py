@@ -36,7 +36,7 @@ def compression_page(report: Mapping[str, Any]) -> str:
     metric, threads = report["metric"], report["threads"]
     facts = [
         f"text: {report['text']}",
-        f"{report['target_tokens']:,} held-out targets",
+        f"{report['target_tokens']:,} validation targets",
         f"{threads} thread{'s' * (threads != 1)}",
     ]
     above = any((model["gain_kept"] or 0) > 1 for model in models)

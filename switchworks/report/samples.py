@@ -12,13 +12,13 @@ from switchworks.report.runs import Run, Sample
 SAMPLE_STEPS = 8
 
 _FILLED_IN = (
-    "Held-out text, filled in",
+    "Validation text, filled in",
     'The model saw the text without the marked words. <mark class="right">its guess</mark> was the '
     "original; <mark>its guess</mark><ins>original</ins> was not. Many other fillings make sense "
     "too.",
 )
 _CONTINUED = (
-    "Held-out text, continued",
+    "Validation text, continued",
     "The model read the beginning and wrote <mark>what follows</mark>; <ins>the original</ins> "
     "went on otherwise, as good texts may.",
 )

@@ -1,5 +1,6 @@
 """From an Experiment to everything a run needs: data, teacher, state, hooks and loggers."""
 
+import logging
 import os
 import shlex
 import sys
@@ -19,13 +20,15 @@ from switchworks.checkpoint import Checkpoints
 from switchworks.config import CheckpointError, ConfigError, DataError
 from switchworks.model import active_parameters, flops_per_token, num_parameters
 from switchworks.parallel import Ranks, torchrun
-from switchworks.training import hooks, loggers, machine, resolve, run_directory
+from switchworks.progress import Phase
+from switchworks.training import hooks, loggers, machine, opening, resolve, run_directory
 from switchworks.training.experiment import Experiment
 from switchworks.training.guard import WatchLoss
 from switchworks.training.loop import Hook
 from switchworks.training.state import TrainState, export, initial_state, require_shape
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,9 @@ def assemble(
     if ranks.is_main:
         about = _describe(experiment, dataset, teacher, init)
         run_directory.claim(run_dir, experiment, about, dataset.tokenizer)
+        print(opening.opening(experiment, run_dir, about, dataset, pipeline, validation))
+        for text in opening.mistakes(experiment, dataset, pipeline, validation):
+            log.warning(text)
     return Run(experiment, run_dir, ranks, dataset, pipeline, validation, tasks, checkpoints, state)
 
 
@@ -169,13 +175,17 @@ def open_recorder(run: Run, extra: Sequence[loggers.Logger]) -> loggers.Recorder
 
 
 def make_hooks(
-    run: Run, recorder: loggers.Recorder, extra: Sequence[Hook], reached: Callable[[int], None]
+    run: Run,
+    recorder: loggers.Recorder,
+    extra: Sequence[Hook],
+    reached: Callable[[int], None],
+    shown: Phase,
 ) -> "tuple[list[Hook], hooks.KeepBest | None]":
     """All hooks in order, and the one that keeps the best weights. Those that measure come first,
     then the best of what they measured, then checkpoints, which contain it; then the user's `extra`
     ones. The watchdog is last, so that a step includes all."""
     experiment, state, tokenizer = run.experiment, run.state, run.dataset.tokenizer
-    standard = [*_watching(run), *_measuring(run, recorder)]
+    standard = [*_watching(run), *_measuring(run, recorder, shown)]
     best, config = None, experiment.resolved_best
     if config is not None:
         write = partial(export, tokenizer=tokenizer)
@@ -196,10 +206,10 @@ def _watching(run: Run) -> list[Hook]:
     return watching
 
 
-def _measuring(run: Run, recorder: loggers.Recorder) -> list[Hook]:
+def _measuring(run: Run, recorder: loggers.Recorder, shown: Phase) -> list[Hook]:
     """The hooks that measure, as far as the experiment wants them."""
     experiment, validation, tokenizer = run.experiment, run.validation, run.dataset.tokenizer
-    measuring: list[Hook] = [hooks.Progress(recorder, experiment.log_every, run.state)]
+    measuring: list[Hook] = [hooks.Progress(recorder, experiment.log_every, run.state, shown)]
     if validation is not None and experiment.validate_every:
         mixture = run.pipeline if isinstance(run.pipeline, data.Mixture) else None
         validate = partial(hooks.validate, recorder, validation, mixture)
@@ -253,8 +263,8 @@ def _describe(
             name: {"train_tokens": dataset.parts[name].train.num_tokens, "rate": rate}
             for name, rate in dataset.rates.items()
         }
-    if dataset.classes:
-        about["labels"] = dataset.classes
+    if dataset.label_counts:
+        about["labels"] = {name: list(each) for name, each in dataset.label_counts.items()}
     return about
 
 

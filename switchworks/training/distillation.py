@@ -16,6 +16,7 @@ from switchworks.device import compute_device
 from switchworks.fast import skip_losses, use_fast_kernels
 from switchworks.locks import only_writer
 from switchworks.model import SwitchTransformer
+from switchworks.progress import tracked
 from switchworks.training import machine
 from switchworks.training.experiment import Experiment
 from switchworks.training.resolve import kernels_of, resolve_auto, resolve_vocabulary
@@ -149,18 +150,16 @@ def _write(
 ) -> None:
     """All rows of the run, from the first that is missing."""
     size, steps = experiment.batch_size, experiment.num_steps
-    for step in range(writer.written // size, steps):
+    first = writer.written // size
+    for step in tracked(range(first, steps), "storing probabilities", steps - first):
         batch, skipped = batch_at(step), max(0, writer.written - step * size)
         batch = batch.to(model.embedding.weight.device)
         parts = batch.split(experiment.micro_batches)
         if skipped:  # a killed writer stopped within this batch: the rest of it at once
             parts = [batch.take(torch.arange(skipped, size))]
-        before = writer.written
         for part in parts:
             with skip_losses(model):
                 writer.add(part, model(**part.arguments()).logits)
-        if writer.written != before:
-            print(f"rows {writer.written:,} of {steps * size:,}", flush=True)
     writer.flush()
 
 

@@ -1,15 +1,18 @@
 """The training loop: a step, then every hook. Everything optional is a hook."""
 
+import errno
 import logging
 import math
+import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from itertools import islice
 from types import FrameType
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, TextIO, cast, runtime_checkable
 
 from switchworks.batch import Batch
 from switchworks.parallel import Ranks, torchrun
@@ -34,8 +37,12 @@ class LostContactError(RuntimeError):
     """Another rank has died. Names the step."""
 
 
+_STOPS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+
+
 class Interrupt:
-    """SIGINT or SIGTERM: the loop stops after the current step."""
+    """Ctrl-C, SIGTERM, a closed terminal, or a reader of the output that has gone: the loop stops
+    after the current step."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -53,11 +60,13 @@ class Interrupt:
     def listening(self) -> Iterator[None]:
         """Inside, the first signal requests a stop. A second SIGINT acts as usual; a second SIGTERM
         does nothing, since torchrun repeats the one its workers have received. Only the main thread
-        may listen; training in another one hears nothing."""
+        may listen; training in another one hears nothing. SIGHUP that nohup ignores stays so."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        previous = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+        previous = {name: signal.getsignal(name) for name in _STOPS}
+        if previous[signal.SIGHUP] is signal.SIG_IGN:
+            del previous[signal.SIGHUP]
 
         def request(number: int, _frame: FrameType | None) -> None:
             self.signal = signal.Signals(number)
@@ -65,13 +74,46 @@ class Interrupt:
             signal.signal(signal.SIGINT, previous[signal.SIGINT])
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
+        def reader_gone() -> None:
+            self.signal = self.signal or signal.SIGPIPE
+
         for name in previous:
             signal.signal(name, request)
         try:
-            yield
+            with redirect_stdout(cast("TextIO", _Outlet(sys.stdout, reader_gone))):
+                yield
         finally:
             for name, handler in previous.items():
                 signal.signal(name, handler)
+
+
+class _Outlet:
+    """The text stream `stream`. Once its reader is gone, a pipe or a terminal that was closed, what
+    is written to it is lost and `gone` is called, once."""
+
+    def __init__(self, stream: TextIO, gone: Callable[[], None]) -> None:
+        self._stream, self._gone = stream, gone
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, act: Callable[[], Any]) -> None:
+        try:
+            act()
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            # All that shares the descriptor writes to nowhere from now on, so this is met once.
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
+            self._gone()
 
 
 def run_loop(

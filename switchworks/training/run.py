@@ -12,6 +12,7 @@ from switchworks import data, report
 from switchworks.config import ConfigError
 from switchworks.locks import only_writer
 from switchworks.parallel import Ranks, connect_ranks, torchrun, watching
+from switchworks.progress import phase
 from switchworks.training import machine
 from switchworks.training.assemble import Run, assemble, make_hooks, num_trainable, open_recorder
 from switchworks.training.experiment import Experiment
@@ -27,7 +28,8 @@ class Interrupted(Exception):  # noqa: N818  it is not an error
 
     def __init__(self, signal: str, step: int, run_dir: Path) -> None:
         super().__init__(
-            f"{signal}: step {step} is saved in {run_dir}. The same command with --resume goes on."
+            f"{signal}: step {step} is saved in {run_dir}.\n"
+            f"  To go on: switchworks train --resume {run_dir}"
         )
         self.signal = signal
 
@@ -52,7 +54,8 @@ def train(
     Raises ConfigError if another process trains in `run_dir`.
 
     On a mesh every process that torchrun started calls this with the same arguments; the main rank
-    prints and writes metrics. After SIGINT or SIGTERM the state is saved and `Interrupted` raised.
+    prints and writes metrics. After SIGINT, SIGTERM, SIGHUP or when the reader of the
+    output has gone (SIGPIPE) the state is saved and `Interrupted` raised.
     """
     experiment = replace(experiment, data=data.with_absolute_paths(experiment.data))
     check_initial_weights(experiment, init)
@@ -87,10 +90,12 @@ def _train(run: Run, hooks: Sequence[Hook], loggers: Sequence[Logger]) -> Interr
             go_back(state, run.checkpoints, error)
     if interrupt.agreed is not None:
         return Interrupted(interrupt.agreed.name, state.step, run.directory)
-    write_model(state, run.directory)
+    with phase("writing the model"):
+        write_model(state, run.directory)
     if run.ranks.is_main:
-        report.write_run_card(run.directory)
-        report.write_report([run.directory])
+        with phase("writing the report"):
+            report.write_run_card(run.directory)
+            report.write_report([run.directory])
     return None
 
 
@@ -101,8 +106,9 @@ def _train_on(
     state = run.state
     watchdog = watching(state.step, run.experiment.mesh.timeout)
     recorder = open_recorder(run, loggers)
-    with closing(recorder), interrupt.listening(), watchdog as reached:
-        every, best = make_hooks(run, recorder, hooks, reached)
+    steps = phase("", run.experiment.num_steps - state.step, lines=False)
+    with closing(recorder), interrupt.listening(), watchdog as reached, steps as shown:
+        every, best = make_hooks(run, recorder, hooks, reached, shown)
         with closing(run.pipeline.batches(state.next_batch)) as batches:
             run_loop(state, batches, every, interrupt)
     return partial(export, tokenizer=run.dataset.tokenizer) if best is None else best.write_model

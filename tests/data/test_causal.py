@@ -255,7 +255,7 @@ def test_a_run_learns_and_continues_held_out_text(lm_run):
     sample = json.loads((lm_run / "samples.jsonl").read_text().splitlines()[0])
     assert len(sample["inputs"].encode()) == len(sample["truth"].encode()) == 32
     assert sample["prediction"]
-    assert "Held-out text, continued" in (lm_run / "report.html").read_text()
+    assert "Validation text, continued" in (lm_run / "report.html").read_text()
 
 
 def test_generate_prints_the_text_and_what_follows(lm_run, capsys):

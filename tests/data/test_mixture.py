@@ -401,7 +401,7 @@ def test_held_out_text_under_one_row_is_refused_by_the_corpus_name(config, tmp_p
     settings = replace(config, mixture=(config.mixture[0], f"gd={tmp_path / 'gd.txt'}"))
     corpora = open_dataset(settings, vocab_size=512)
     corpora.training(batch_size=2, seed=0)
-    with pytest.raises(DataError, match=r"Corpus 'gd': Held-out text: .*(.|\n)*validation_share"):
+    with pytest.raises(DataError, match=r"Corpus 'gd': Validation text: .*(.|\n)*validation_share"):
         corpora.held_out(batch_size=2, batches=1)
 
 

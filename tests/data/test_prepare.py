@@ -225,7 +225,7 @@ def test_held_out_documents_with_near_copies_are_counted_and_on_demand_dropped(t
         made = prepare(config, vocab_size=512)
         counts[choice] = made.validation.num_documents, made.train.num_documents
         said = capsys.readouterr().out
-        assert (f"2 of {len(held_out)} held-out documents have near copies" in said) == (
+        assert (f"2 of {len(held_out)} validation documents have near copies" in said) == (
             choice != "keep"
         )
     assert counts["keep"] == counts["count"] == (len(held_out), 22 - len(held_out))

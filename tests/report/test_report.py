@@ -352,7 +352,7 @@ def test_a_continuation_follows_its_prompt_and_the_original_stands_beside_it(tmp
     html = html_of(a_run(tmp_path / "r", [training(7)], samples=samples, settings=settings))
     assert "The cat <mark>&lt;ran&gt;</mark><ins>sat.</ins>" in html
     assert "The c<mark>ow</mark><ins>at sat.</ins>" in html
-    assert "Held-out text, continued" in html
+    assert "Validation text, continued" in html
     assert "holes" not in html
 
 

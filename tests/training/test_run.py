@@ -1,6 +1,7 @@
 """Whole runs: what they write, how they stop, and that they go on exactly."""
 
 import json
+import os
 import shutil
 import signal
 import sys
@@ -14,6 +15,7 @@ from support.once import made_once
 from support.slowed import start, wait_for
 
 import switchworks
+from switchworks.cli.main import main
 from switchworks.config import CheckpointError, ConfigError, DataError, from_toml, to_toml
 from switchworks.data.tokens.train import train_sentencepiece
 from switchworks.evaluate.perplexity import evaluate_run
@@ -320,6 +322,35 @@ def test_a_signal_saves_this_step_and_the_run_goes_on(resumable, uninterrupted, 
     train(experiment, run_dir, resume=True)
     whole, resumed = weights_of(uninterrupted), weights_of(run_dir)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_closed_terminal_and_a_reader_that_has_gone_save_too(resumable, tmp_path, monkeypatch):
+    experiment = from_toml(Experiment, resumable)
+    with pytest.raises(Interrupted, match="SIGHUP: step 8"):
+        train(experiment, tmp_path / "hangup", hooks=[SignalAt(8, signal.SIGHUP)])
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as nobody:
+        monkeypatch.setattr("sys.stdout", nobody)
+        with pytest.raises(Interrupted, match="SIGPIPE: step 1"):
+            train(replace(experiment, log_every=1), tmp_path / "head", resume=False)
+    assert (tmp_path / "head" / "checkpoints").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("environment", "words", "status"),
+    [({}, [], 143), ({}, ["--signal-status", "0"], 0), ({"TORCHELASTIC_RUN_ID": "a"}, [], 0)],
+)
+def test_the_status_after_a_signal_is_the_shell_s_unless_a_scheduler_wants_another(
+    environment, words, status, monkeypatch, tmp_path
+):
+    def interrupted(*_, **__):
+        raise Interrupted("SIGTERM", 3, tmp_path)
+
+    monkeypatch.setattr("switchworks.training.train", interrupted)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert main(["train", "tiny", *words]) == status
 
 
 @pytest.mark.long

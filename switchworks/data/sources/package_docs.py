@@ -16,7 +16,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -30,6 +29,7 @@ from switchworks.data.sources.prose import is_english, paragraphs
 from switchworks.data.sources.python_docs import in_processes, join_documents, python_strings
 from switchworks.data.sources.text_source import TextConfig, TextSource
 from switchworks.disk import is_sealed, read_sealed_lines, sealed_bytes, write_sealed_lines
+from switchworks.progress import phase
 
 PACKAGES = tuple(
     line
@@ -115,14 +115,13 @@ def read_wheels(packages: Sequence[str], folder: Path, *, workers: int = 0) -> l
     """A file with the paragraphs of each of `packages`, made in `folder` where it is missing."""
     files = [folder / f"{normal_name(each).replace('==', '-')}.{_RULES}.lines" for each in packages]
     missing = [pair for pair in zip(packages, files, strict=True) if not is_sealed(pair[1])]
-    started = time.monotonic()
-    for number, (requirement, file) in enumerate(missing):
-        seconds = (time.monotonic() - started) * (len(missing) - number) / max(1, number)
-        left = f", {seconds / 60:.0f} min left" if number else ""
-        print(f"package_docs: {requirement} ({number + 1} of {len(missing)}{left})", flush=True)
-        members = documentation_in(fetch(requirement, folder))
-        texts = chain.from_iterable(in_processes(read_members, [members], workers))
-        write_sealed_lines(file, texts)
+    with phase("reading wheels", len(missing)) as shown:
+        for requirement, file in missing:
+            shown.say(requirement)
+            members = documentation_in(fetch(requirement, folder))
+            texts = chain.from_iterable(in_processes(read_members, [members], workers))
+            write_sealed_lines(file, texts)
+            shown.advance()
     return files
 
 

@@ -20,7 +20,7 @@ import sysconfig
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from multiprocessing.connection import wait
@@ -34,6 +34,7 @@ from switchworks.data.cache import digest, file_lock
 from switchworks.data.sources.prose import paragraphs
 from switchworks.data.sources.text_source import TextConfig, TextSource
 from switchworks.disk import is_sealed, read_sealed_lines, sealed_bytes, write_sealed_lines
+from switchworks.progress import Phase, phase
 
 T = TypeVar("T")
 Packages = dict[str, importlib.metadata.Distribution]
@@ -125,8 +126,9 @@ def in_processes(
         # All work is queued at once: the pool starts its processes while it is given work.
         with _main_hidden():
             futures = [[pool.submit(function, job) for job in _jobs(group)] for group in groups]
-        for group in futures:
-            yield chain.from_iterable(future.result() for future in group)
+        with phase("reading documentation", sum(map(len, futures))) as shown:
+            for group in futures:
+                yield chain.from_iterable(_results(group, shown))
     except BaseException:
         # Whoever interrupts waits for no file that is still being read.
         processes = list((pool._processes or {}).values())
@@ -135,6 +137,12 @@ def in_processes(
             process.terminate()
         raise
     pool.shutdown()
+
+
+def _results(futures: Iterable[Future[list[T]]], shown: Phase) -> Iterator[list[T]]:
+    for future in futures:
+        yield future.result()
+        shown.advance()
 
 
 def _end_with_parent() -> None:

@@ -14,7 +14,7 @@ from switchworks.data.rows.pipeline import RunRows
 from switchworks.data.sources.tables import TableFormat
 from switchworks.data.tasks import Places, Task, find_tasks
 from switchworks.data.tasks.rows import TaskRows, rows_of_tasks, task_mixture, task_rates
-from switchworks.data.tasks.store import TaskStore, targets_in
+from switchworks.data.tasks.store import TaskStore, label_counts
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,12 @@ class TaskDataset(TextDataset):
         """The tasks, in the order of the settings."""
         return tuple(part.task for part in self.parts.values())
 
-    @property
-    def classes(self) -> dict[str, tuple[str, ...]]:
-        """The possible answers of each task that is a classification by what it trains on."""
-        classes = {
-            name: targets_in(store, self.tokenizer) for name, store in self._stores("train").items()
-        }
-        return {name: targets for name, targets in classes.items() if targets}
+    @cached_property
+    def label_counts(self) -> dict[str, dict[str, int]]:
+        """Of each task that is a classification by what it trains on."""
+        stores = self._stores("train").items()
+        counts = {name: label_counts(store, self.tokenizer) for name, store in stores}
+        return {name: each for name, each in counts.items() if each}
 
     @cached_property
     def rates(self) -> dict[str, float]:

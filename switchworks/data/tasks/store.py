@@ -8,6 +8,7 @@ in full and without EOS, so that the lengths of rows do not matter. Letters: N e
 import logging
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -122,18 +123,18 @@ class TaskStore:
         return np.diff(self.ends.reshape(-1), prepend=0).reshape(-1, 2)
 
 
-def targets_in(store: TaskStore, tokenizer: Tokenizer, most: int = 64) -> tuple[str, ...]:
-    """The targets of `store` if they are classes: at most so many, which occur five times each in
-    the mean. Else none."""
-    distinct: dict[bytes, np.ndarray] = {}
+def label_counts(store: TaskStore, tokenizer: Tokenizer, most: int = 64) -> dict[str, int]:
+    """How often each target of `store` occurs, if they are classes: at most so many, which occur
+    five times each in the mean. Else none."""
+    counts = Counter[bytes]()
     for index in range(len(store)):
-        target = store.example(index)[1]
-        distinct.setdefault(target.tobytes(), target)
-        if len(distinct) > most:
-            return ()
-    if len(store) < 5 * len(distinct):
-        return ()
-    return tuple(sorted(tokenizer.decode(target) for target in distinct.values()))
+        counts[store.example(index)[1].tobytes()] += 1
+        if len(counts) > most:
+            return {}
+    if len(store) < 5 * len(counts):
+        return {}
+    texts = {tokenizer.decode(np.frombuffer(ids, np.int64)): n for ids, n in counts.items()}
+    return dict(sorted(texts.items()))
 
 
 def examples_of(

@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import os
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from itertools import islice
@@ -15,45 +14,18 @@ from switchworks.config import DataError
 from switchworks.data.tokens import store
 from switchworks.data.tokens.tokenizer import SentencePieceTokenizer, Tokenizer
 from switchworks.disk import write_sealed
+from switchworks.progress import Phase
 
 PART_TOKENS = 1 << 26
 """A part is closed by the first batch of documents that takes it past this many tokens: 128 MiB,
 some tens of seconds of work, which is what a kill can cost."""
 
-SECONDS_BETWEEN_LINES = 10.0
-
 BATCH_CHARACTERS = 1 << 22
 """Characters tokenised at once: what a build holds in memory, whatever the corpus."""
 
 
-class BuildProgress:
-    """Prints every ten seconds the tokens so far, their rate, and of `total` characters (0: not
-    known) the share done and the time left."""
-
-    def __init__(self, label: str, total: int) -> None:
-        self.label, self.total = label, total
-        self.characters = self.tokens = 0
-        self._started = self._printed = time.monotonic()
-
-    def advance(self, characters: int, tokens: int) -> None:
-        """Count `characters` more as done, which gave `tokens` tokens."""
-        self.characters += characters
-        self.tokens += tokens
-        now = time.monotonic()
-        if now - self._printed < SECONDS_BETWEEN_LINES:
-            return
-        self._printed, seconds = now, now - self._started
-        line = (
-            f"{self.label}: {self.tokens / 1e6:.1f}M tokens, {self.tokens / seconds / 1e3:.0f}k/s"
-        )
-        if self.total and 0 < self.characters <= self.total:
-            done = self.characters / self.total
-            line += f", {100 * done:.0f} %, {seconds * (1 / done - 1):.0f} s left"
-        print(line, flush=True)
-
-
-def write_plan(folder: Path, tokenizer: Tokenizer, num_shards: int) -> None:
-    """Begin a store of `num_shards` shards by `tokenizer` in `folder`."""
+def write_plan(folder: Path, tokenizer: Tokenizer, num_shards: int, text: str = "") -> None:
+    """Begin a store of `num_shards` shards by `tokenizer` in `folder`; `text` says of what."""
     folder.mkdir(parents=True, exist_ok=True)
     for split in store.SPLITS:
         (folder / split).mkdir(exist_ok=True)
@@ -63,6 +35,7 @@ def write_plan(folder: Path, tokenizer: Tokenizer, num_shards: int) -> None:
         "tokenizer": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
         "dtype": token_dtype(tokenizer),
+        "text": text,
     }
     write_sealed(folder / "plan.json", values)
 
@@ -80,7 +53,7 @@ def build_shard(
     shard: int = 0,
     num_shards: int = 1,
     threads: int = 0,
-    progress: BuildProgress | None = None,
+    progress: Phase | None = None,
     part_tokens: int = PART_TOKENS,
 ) -> None:
     """Write the parts of `shard` that are still missing.
@@ -117,7 +90,7 @@ def _fill_part(
     batches: Iterator[list[tuple[str, bool]]],
     tokenizer: Tokenizer,
     threads: int,
-    progress: BuildProgress | None,
+    progress: Phase | None,
     part_tokens: int,
 ) -> bool:
     """Tokenise documents into `writer` until the part is full; True if there are no more."""
@@ -134,7 +107,8 @@ def _fill_part(
             writer.space_marks += sum(text.count("\u2581") for text in texts)
         writer.documents_read += len(batch)
         if progress is not None:
-            progress.advance(sum(map(len, texts)), sum(map(len, encoded)))
+            progress.advance(sum(map(len, texts)))
+            progress.say(f"{writer.num_tokens / 1e6:.1f}M tokens")
         if writer.num_tokens >= part_tokens:
             return False
     return True

@@ -17,10 +17,11 @@ from switchworks.data.sources import open_source
 from switchworks.data.sources.near_copies import copied, key_of
 from switchworks.data.sources.text_source import SPLIT_RULES, TextSource, is_validation
 from switchworks.data.tokens import store
-from switchworks.data.tokens.build import BuildProgress, build_shard, write_plan
+from switchworks.data.tokens.build import build_shard, write_plan
 from switchworks.data.tokens.store import TokenStore
 from switchworks.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from switchworks.data.tokens.train import sample_order, trained_tokenizer
+from switchworks.progress import phase
 
 VERIFIED_BYTES = 1 << 28
 """A store up to this size (256 MiB: a third of a second) is read and its hashes are compared
@@ -82,12 +83,13 @@ def prepare(
     tokenizer = load_tokenizer(path)
     folder = cache_folder(config) / f"store-{_store_key(config, source, tokenizer)}"
     if not (folder / "store.json").exists():
-        num_shards = _plan(folder, tokenizer, shard)
+        num_shards = _plan(folder, tokenizer, shard, name or config.named)
         characters = (source.num_characters or 0) // num_shards
         for index in range(num_shards) if shard is None else [shard[0]]:
             part = "" if num_shards == 1 else f"{index}/{num_shards}"
             label = " ".join(filter(None, ["tokenising", name, part]))
-            with file_lock(folder / f"shard-{index}"):  # another process may have made it by then
+            shard_lock = file_lock(folder / f"shard-{index}")
+            with shard_lock, phase(label, characters) as shown:  # it may have been made by then
                 build_shard(
                     folder,
                     _documents(config, source, index, num_shards),
@@ -95,7 +97,7 @@ def prepare(
                     shard=index,
                     num_shards=num_shards,
                     threads=config.workers,
-                    progress=BuildProgress(label, characters),
+                    progress=shown,
                 )
         with file_lock(folder):
             if not store.missing_shards(folder):
@@ -103,7 +105,7 @@ def prepare(
     return PreparedCorpus(tokenizer, folder)
 
 
-def _plan(folder: Path, tokenizer: Tokenizer, shard: tuple[int, int] | None) -> int:
+def _plan(folder: Path, tokenizer: Tokenizer, shard: tuple[int, int] | None, text: str) -> int:
     """How many shards the store has: decided by the first process, and fixed from then on."""
     if shard is not None and not 0 <= shard[0] < shard[1]:
         raise DataError(
@@ -112,7 +114,7 @@ def _plan(folder: Path, tokenizer: Tokenizer, shard: tuple[int, int] | None) -> 
         )
     with file_lock(folder):
         if not (folder / "plan.json").exists():
-            write_plan(folder, tokenizer, 1 if shard is None else shard[1])
+            write_plan(folder, tokenizer, 1 if shard is None else shard[1], text)
         num_shards = store.planned_shards(folder)
     if shard is not None and shard[1] != num_shards:
         raise DataError(
@@ -155,7 +157,7 @@ def _near_copies(config: DataConfig, source: TextSource) -> set[bytes]:
     copies = copied(held_out, rest)
     end = "are left out" if config.near_copies == "drop" else "--data.near-copies drop drops them"
     print(
-        f"{len(copies):,} of {len(held_out):,} held-out documents have near copies among those "
+        f"{len(copies):,} of {len(held_out):,} validation documents have near copies among those "
         f"trained on; {end}"
     )
     return copies

@@ -27,6 +27,7 @@ from switchworks.data.tokens.tokenizer import (
     with_sentinels,
 )
 from switchworks.disk import read_sealed, write_sealed
+from switchworks.progress import phase
 
 SAMPLED_FILES = 32
 """A tokenizer is trained on the beginnings of this many files, spread evenly over the source."""
@@ -50,13 +51,14 @@ def trained_tokenizer(
     with file_lock(folder):
         if not _is_whole(folder):  # another process may have made it meanwhile
             shutil.rmtree(folder, ignore_errors=True)
-            print(f"training a tokenizer of {vocab_size} ids", flush=True)
-            tokenizer = train_sentencepiece(
-                documents, vocab_size, coverage=coverage, sentinels=sentinels
-            )
+            with phase(f"training a tokenizer of {vocab_size} ids"):
+                tokenizer = train_sentencepiece(
+                    documents, vocab_size, coverage=coverage, sentinels=sentinels
+                )
             temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
             tokenizer.save(temporary)
-            write_sealed(temporary / _SEAL, {"fingerprint": tokenizer.fingerprint})
+            about = {"fingerprint": tokenizer.fingerprint, "text": config.named}
+            write_sealed(temporary / _SEAL, about)
             temporary.replace(folder)
     return str(folder)
 

@@ -10,6 +10,7 @@ from typing import Any
 from switchworks.checkpoint import Checkpoints
 from switchworks.data import Mixture, ValidationSet
 from switchworks.evaluate import measure_perplexity, validation_losses
+from switchworks.progress import Phase
 from switchworks.training.loggers import Recorder
 from switchworks.training.state import TrainState
 from switchworks.training.step import StepResult
@@ -55,16 +56,18 @@ class SaveCheckpoints(Every):
 
 
 class Progress:
-    """Every `every` steps (0: never) a printed line and metrics, averaged since the last."""
+    """Every `every` steps (0: never) a printed line and metrics, averaged since the last. On a
+    terminal that is the line of `shown`, which changes."""
 
-    def __init__(self, recorder: Recorder, every: int, state: TrainState) -> None:
-        self.recorder = recorder
+    def __init__(self, recorder: Recorder, every: int, state: TrainState, shown: Phase) -> None:
+        self.recorder, self.shown = recorder, shown
         self.every = every
         self._since: list[StepResult] = []
         self._mark = (state.tokens, state.seconds)
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
         self._since.append(result)
+        self.shown.advance()
         if self.every and state.step % self.every == 0:
             self._report(state)
 
@@ -83,7 +86,10 @@ class Progress:
         per_step = seconds / len(self._since)
         values["seconds_left"] = per_step * (state.experiment.num_steps - state.step)
         self.recorder.write(state, values)
-        print(progress_line(state, values), flush=True)
+        if self.shown.is_live:
+            self.shown.say(short_line(state, values))
+        else:
+            print(progress_line(state, values), flush=True)
         self._since, self._mark = [], (state.tokens, state.seconds)
 
 
@@ -131,6 +137,14 @@ def progress_line(state: TrainState, values: dict[str, Any]) -> str:
         ]
     speed = f"{values['tokens_per_second'] / 1000:.1f}k tok/s"
     return "  ".join([*parts, speed, f"{timedelta(seconds=round(values['seconds_left']))} left"])
+
+
+def short_line(state: TrainState, values: dict[str, Any]) -> str:
+    """What the line of a terminal has room for beside a bar and the time left."""
+    parts = [f"step {state.step}/{state.experiment.steps}", f"loss {values['train/loss']:.3f}"]
+    if "train/dropped" in values:
+        parts.append(f"dropped {values['train/dropped']:.1%}")
+    return "  ".join([*parts, f"{values['tokens_per_second'] / 1000:.1f}k tok/s"])
 
 
 def validate(
