@@ -42,7 +42,7 @@ test-slow: .venv/installed-dev
 	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
 
 drills: .venv/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python experiments/drills/everything.py --write docs/reliability.md
+	OMP_NUM_THREADS=1 $(BIN)/python experiments/drills/everything.py --share 0.1 $(ARGS)
 
 check: .venv/installed-dev
 	$(BIN)/ruff format --check .

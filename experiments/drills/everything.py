@@ -1,7 +1,8 @@
 """All drills one after the other, and the page that says what they tried and what held.
 
-python experiments/drills/everything.py --write docs/reliability.md      `make drills`
-python experiments/drills/everything.py --share 0.01                     a hundredth of each
+python experiments/drills/everything.py --share 0.1                      `make drills`
+python experiments/drills/everything.py --write docs/reliability.md --keep counts
+                                       everything, for hours; called again it goes on
 """
 
 import argparse
@@ -9,9 +10,11 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from crash import SCENARIOS
 
 HERE = Path(__file__).parent
 ATTEMPTS = {
@@ -21,14 +24,15 @@ ATTEMPTS = {
     "hostile": 112,
     "words": 2000,
     "pairs": 50,
-    "crash": 25,
 }
-"""Attempts of each kind; of `crash` the points of each verb and fault, drawn where it has more."""
+"""Attempts of each kind. The drill `crash` is beside them: it tries every point of a verb."""
+SOME_POINTS = 25
+"""Points of each verb and fault of which a share is drawn where not all are tried."""
 TOP = """# Reliability
 
 What was done to files, processes and command lines, and what came of it. Written by
-`python experiments/drills/everything.py --write docs/reliability.md` (`make drills`); each drill
-takes a `--seed` and can be run alone. A line under "Lost" is a fault that is known, not yet mended.
+`python experiments/drills/everything.py --write docs/reliability.md` (`make drills` tries a tenth);
+each drill takes a `--seed` and can be run alone. A line under "Lost" is a fault that is known, not yet mended.
 
 **Killed, failed, full**: at points where a verb opens, writes, syncs, renames or deletes a file the
 process is killed, the call fails, or the disk is full from then on. Then the same command is
@@ -44,20 +48,42 @@ pieces and blocks of files replaced, exchanged or left out, half of the time wit
 """
 
 
-def counts_of(name: str, count: int, seed: int) -> list[dict[str, Any]]:
-    """The counts of one drill. It prints what it does."""
-    flag = "--most" if name == "crash" else "--count"
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "counts.json"
-        words = [flag, str(count), "--seed", str(seed), "--json", str(file)]
-        subprocess.run([sys.executable, str(HERE / f"{name}.py"), *words], check=False)
-        return json.loads(file.read_text())
+def parts(share: float) -> dict[str, list[str]]:
+    """The words of each script to run, without seed and file, by the name of its counts."""
+    some = {
+        name: [f"{name}.py", "--count", str(max(1, round(number * share)))]
+        for name, number in ATTEMPTS.items()
+    }
+    points = 0 if share == 1 else max(1, round(SOME_POINTS * share))  # 0: every one
+    verbs = {f"crash {verb}": ["crash.py", verb, "--most", str(points)] for verb in SCENARIOS}
+    return some | verbs
 
 
-def page(counts: dict[str, list[dict[str, Any]]], share: float, minutes: float) -> str:
+def counts_of(words: list[str], file: Path, seed: int) -> list[dict[str, Any]]:
+    """The counts of one drill, which are kept in `file`. It prints what it does."""
+    if not file.exists():
+        script, *rest = words
+        more = ["--seed", str(seed), "--json", str(file)]
+        subprocess.run([sys.executable, str(HERE / script), *rest, *more], check=False)
+    return json.loads(file.read_text())
+
+
+def soak() -> list[str]:
+    """The lines about the hours of training that `soak.py` has kept."""
+    kept = json.loads((HERE / "soak.json").read_text())
+    about = (
+        f"{kept['minutes']} minutes of training with validation, checkpoints and texts generated"
+    )
+    lines = [f"{about} from its exports ({kept['machine']}, `python {kept['command']}`):", ""]
+    lines += [f"- {kept['steps']:,} steps, {kept['generated']} texts"]
+    lines += [f"- {text}: {'held' if held else 'not held'}" for text, held in kept["held"].items()]
+    return ["", "## Soak", "", *lines]
+
+
+def page(counts: dict[str, list[dict[str, Any]]], share: float) -> str:
     """The page in Markdown."""
     rows = [each for tallies in counts.values() for each in tallies]
-    lines = [TOP, f"--seed {rows[0]['seed']} --share {share:g}, {minutes:.0f} minutes.\n"]
+    lines = [TOP, f"--seed {rows[0]['seed']} --share {share:g}.\n"]
     lines += ["| drill | tried | held | how they ended |", "| --- | --- | --- | --- |"]
     for row in rows:
         kinds = ", ".join(f"{number:,} {kind}" for kind, number in row["kinds"].items())
@@ -65,7 +91,7 @@ def page(counts: dict[str, list[dict[str, Any]]], share: float, minutes: float) 
     total, held = (sum(row[key] for row in rows) for key in ("tried", "survived"))
     lines += [f"| **all** | **{total:,}** | **{held:,}** | |", "", "## Lost", ""]
     lost = [f"- {row['drill']}: `{line[:150]}`" for row in rows for line in row["lost"]]
-    return "\n".join([*lines, *(lost or ["Nothing."])]) + "\n"
+    return "\n".join([*lines, *(lost or ["Nothing."]), *soak()]) + "\n"
 
 
 def main() -> None:
@@ -73,13 +99,16 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=1.0, help="of the attempts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", type=Path, help="the page")
+    parser.add_argument("--keep", type=Path, help="folder of counts: what is there is not repeated")
     args = parser.parse_args()
-    started = time.monotonic()
-    counts = {
-        name: counts_of(name, max(1, round(number * args.share)), args.seed)
-        for name, number in ATTEMPTS.items()
-    }
-    text = page(counts, args.share, (time.monotonic() - started) / 60)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.keep or Path(temporary)
+        folder.mkdir(exist_ok=True)
+        counts = {
+            name: counts_of(words, folder / f"{name} {args.share:g} {args.seed}.json", args.seed)
+            for name, words in parts(args.share).items()
+        }
+    text = page(counts, args.share)
     print(text)
     if args.write is not None:
         args.write.write_text(text, encoding="utf-8")
