@@ -32,7 +32,8 @@ TOP = """# Reliability
 
 What was done to files, processes and command lines, and what came of it. Written by
 `python experiments/drills/everything.py --write docs/reliability.md` (`make drills` tries a tenth);
-each drill takes a `--seed` and can be run alone. A line under "Lost" is a fault that is known, not yet mended.
+each drill takes a `--seed` and can be run alone. A line under "Lost" is a fault that is known, not
+yet mended.
 
 **Killed, failed, full**: at points where a verb opens, writes, syncs, renames or deletes a file the
 process is killed, the call fails, or the disk is full from then on. Then the same command is
