@@ -230,3 +230,21 @@ def test_held_out_documents_with_near_copies_are_counted_and_on_demand_dropped(t
         )
     assert counts["keep"] == counts["count"] == (len(held_out), 22 - len(held_out))
     assert counts["drop"] == (len(held_out) - 2, 22 - len(held_out))
+
+
+def test_text_that_is_gone_is_not_missed_while_its_tokens_are_in_the_cache(tmp_path, caplog):
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "a.txt").write_text("\n".join(f"Line {n} of a text." for n in range(900)))
+    config = DataConfig(path=str(text), cache=str(tmp_path / "cache"))
+    before = prepare(config, vocab_size=600)
+    (text / "a.txt").unlink()
+    text.rmdir()
+    after = prepare(config, vocab_size=600)
+    assert after.folder == before.folder
+    assert after.tokenizer.fingerprint == before.tokenizer.fingerprint
+    assert f"{text} does not exist" in caplog.text
+    assert "Its tokens in the cache are read" in caplog.text
+    for other in (replace(config, column="body"), replace(config, tokenizer="bytes")):
+        with pytest.raises(DataError, match="does not exist"):
+            prepare(other, vocab_size=600)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import subprocess
 from io import BytesIO
 from itertools import chain
 
@@ -416,3 +417,37 @@ def test_a_line_without_an_end_is_refused(tmp_path, monkeypatch, cache):
         DataError, match=r"a\.jsonl has a line of over 100 characters\.\n  It is not"
     ):
         read(path, cache=cache)
+
+
+def latin(folder, *names, text="Der Käse, naïv.\n" * 20):
+    for name in names:
+        (folder / name).write_text(text, encoding="latin-1")
+    return folder
+
+
+def test_text_in_another_encoding_is_read_where_it_is_named(tmp_path):
+    text = "Der Käse, naïv.\n" * 20
+    for encoding in ("latin-1", "cp1252", "utf-16"):
+        folder = tmp_path / encoding
+        folder.mkdir()
+        (folder / "a.txt").write_text(text, encoding=encoding)
+        (folder / "b.jsonl").write_text('{"text": "Käse"}\n', encoding=encoding)
+        config = DataConfig(path=str(folder), encoding=encoding)
+        assert list(open_source(config, tmp_path).documents()) == [text.strip("\n"), "Käse"]
+
+
+def test_all_files_in_another_encoding_are_listed_at_once_with_one_command(tmp_path):
+    latin(tmp_path, "b.txt", "c d.txt")
+    (tmp_path / "a.txt").write_text("Käse")
+    source = open_source(DataConfig(path=str(tmp_path)), tmp_path)
+    with pytest.raises(DataError, match="2 of 3 files are not utf-8; the first: .*b.txt") as raised:
+        list(source.documents())
+    command = str(raised.value).splitlines()[-1]
+    subprocess.run(command, shell=True, check=True)
+    assert [text[:8] for text in source.documents()] == ["Käse", "Der Käse", "Der Käse"]
+
+
+def test_an_encoding_that_python_lacks_is_refused(tmp_path):
+    latin(tmp_path, "a.txt")
+    with pytest.raises(ConfigError, match=r"data.encoding = 'klingon' is not known\.\n  Use utf-8"):
+        open_source(DataConfig(path=str(tmp_path), encoding="klingon"), tmp_path)

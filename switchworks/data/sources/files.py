@@ -1,7 +1,10 @@
 """The source `files`: own text in a file, a folder or the files of a glob."""
 
+import codecs
 import glob
-from collections.abc import Iterator, Mapping
+import shlex
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -10,7 +13,14 @@ from typing import Any
 from switchworks.config import ConfigError, DataError
 from switchworks.data.cache import digest, file_stats
 from switchworks.data.sources.catalogs.languages import normalise
-from switchworks.data.sources.reading import COMPRESSIONS, FORMATS, format_of, read_documents
+from switchworks.data.sources.reading import (
+    COMPRESSIONS,
+    FORMATS,
+    UndecodableError,
+    characters,
+    format_of,
+    read_documents,
+)
 from switchworks.data.sources.text_source import (
     ALL,
     NoText,
@@ -19,7 +29,10 @@ from switchworks.data.sources.text_source import (
     choose_languages,
     too_few,
 )
+from switchworks.progress import tracked
 
+MOST_NAMED = 20
+"""Files that an error lists."""
 LINE_CHARACTERS = 100
 """A line counts as one sentence, and a longer one as one for every so many characters."""
 
@@ -30,16 +43,24 @@ class Files(TextSource):
 
     paths: tuple[Path, ...]
     column: str
+    encoding: str = "utf-8"
 
     @classmethod
     def check(cls, config: TextConfig) -> None:
         if config.path is None:
             raise ConfigError("data.source = 'files' needs a path. Set --data.path.")
+        try:
+            codecs.lookup(config.encoding)
+        except LookupError:
+            raise ConfigError(
+                f"data.encoding = {config.encoding!r} is not known.\n  Use utf-8, latin-1, cp1252, "
+                "utf-16 or another that Python has."
+            ) from None
 
     @classmethod
     def open(cls, config: TextConfig, cache: Path) -> "Files":
         assert config.path is not None  # `check` saw to it
-        return Files(tuple(find_files(config.path)), config.column)
+        return Files(tuple(find_files(config.path)), config.column, config.encoding)
 
     @classmethod
     def mixture_settings(cls, argument: str) -> dict[str, Any]:
@@ -78,16 +99,43 @@ class Files(TextSource):
         )
 
     def documents(self, shard: int = 0, num_shards: int = 1) -> Iterator[str]:
-        if len(self.paths) >= num_shards:
-            for path in self.paths[shard::num_shards]:
-                yield from read_documents(path, self.column)
-            return
-        # Too few files to share out: every shard reads all of them and keeps every n-th document.
-        texts = (text for path in self.paths for text in read_documents(path, self.column))
-        yield from islice(texts, shard, None, num_shards)
+        try:
+            if len(self.paths) >= num_shards:
+                yield from self._documents(self.paths[shard::num_shards])
+            else:  # too few to share out: each shard reads all and keeps every n-th document
+                yield from islice(self._documents(self.paths), shard, None, num_shards)
+        except UndecodableError as error:
+            raise self._all_undecodable(error) from error
+
+    def _documents(self, paths: Sequence[Path]) -> Iterator[str]:
+        for path in paths:
+            yield from read_documents(path, self.column, self.encoding)
+
+    def _all_undecodable(self, first: UndecodableError) -> DataError:
+        """One error for all files that are not text in the encoding, with what mends them."""
+        bad: list[Path] = []
+        for path in tracked(self.paths, f"looking for files that are not {self.encoding}"):
+            try:
+                deque(characters(path, self.encoding), maxlen=0)
+            except UndecodableError:
+                bad.append(path)
+            except DataError:  # is met when its turn comes
+                continue
+        if len(bad) == 1:
+            return first
+        names = " ".join(shlex.quote(str(path)) for path in bad[:MOST_NAMED])
+        more = " ..." if len(bad) > MOST_NAMED else ""
+        reason = str(first).partition("\n")[0]
+        return DataError(
+            f"{len(bad)} of {len(self.paths)} files are not {self.encoding}; the first: {reason}\n"
+            f"  Were all written so, say --data.encoding latin-1, or whatever it is. Else convert "
+            f'these:\n  for f in {names}{more}; do iconv -f latin1 -t utf-8 "$f" > "$f.new" && '
+            'mv "$f.new" "$f"; done'
+        )
 
     def fingerprint(self) -> str:
-        return digest(file_stats(self.paths), self.column)
+        encoding = () if self.encoding == "utf-8" else (self.encoding,)
+        return digest(file_stats(self.paths), self.column, *encoding)
 
 
 def find_files(pattern: str) -> list[Path]:

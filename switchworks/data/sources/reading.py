@@ -44,14 +44,18 @@ def format_of(path: Path, formats: tuple[str, ...] = FORMATS) -> str | None:
     return suffixes[-1] if suffixes and suffixes[-1] in formats else None
 
 
-def read_documents(path: Path, column: str) -> Iterator[str]:
+class UndecodableError(DataError):
+    """A file is not text in the encoding it should have."""
+
+
+def read_documents(path: Path, column: str, encoding: str = "utf-8") -> Iterator[str]:
     """The documents of one file, in order, without empty ones; bad lines are logged. Raises
     DataError if the file cannot be read to its end."""
     kind = format_of(path)
     if kind == ".txt":
-        documents = _cut(_characters(path))
+        documents = _cut(characters(path, encoding))
     elif kind == ".jsonl":
-        documents = _from_jsonl(path, column)
+        documents = _from_jsonl(path, column, encoding)
     else:
         documents = _from_parquet(path, column)
     return (document for document in documents if document.strip())
@@ -110,25 +114,27 @@ def _zstd_blocks(path: Path) -> Iterator[bytes]:
         raise OSError("Truncated frame")
 
 
-def _characters(path: Path) -> Iterator[str]:
-    """The text of `path`, in blocks. Raises DataError for what is not UTF-8 text."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
+def characters(path: Path, encoding: str = "utf-8") -> Iterator[str]:
+    """The text of `path`, in blocks. Raises UndecodableError for what is not text in `encoding`,
+    DataError for what cannot be read."""
+    decoder = codecs.getincrementaldecoder(encoding)()
+    label = codecs.lookup(encoding).name.upper()
     offset = 0  # of the first byte that is not decoded yet
     for block in chain(_blocks(path), [None]):  # None: the end, where no character may be open
         data = block or b""
         pending = len(decoder.getstate()[0])  # bytes of a character that the last block cut in two
-        if b"\0" in data:
-            raise DataError(
+        if b"\0" in data and label == "UTF-8":
+            raise UndecodableError(
                 f"{path} is binary, not text: byte {offset + pending + data.index(0)} is zero.\n"
-                "  Give UTF-8 text; a UTF-16 file must be converted first."
+                "  Give text; of a UTF-16 file say --data.encoding utf-16."
             )
         try:
             text = decoder.decode(data, final=block is None)
         except UnicodeDecodeError as error:
-            raise DataError(
-                f"{path} is not UTF-8: byte {offset + error.start} is "
+            raise UndecodableError(
+                f"{path} is not {label}: byte {offset + error.start} is "
                 f"0x{error.object[error.start]:02x} ({error.reason}).\n"
-                f"  Convert it, for example: iconv -f latin1 -t utf-8 {path.name}"
+                f"  Say --data.encoding, or convert it: iconv -f latin1 -t utf-8 {path.name}"
             ) from error
         if offset == 0:
             text = text.removeprefix("\ufeff")
@@ -158,12 +164,12 @@ def _cut_point(text: str) -> int:
     return MAX_DOCUMENT_CHARACTERS
 
 
-def read_lines(path: Path) -> Iterator[str]:
+def read_lines(path: Path, encoding: str = "utf-8") -> Iterator[str]:
     """The lines of `path` without line ends, which are CR in a file whose first is a lone CR, else
-    LF. Raises DataError for what is not UTF-8 text."""
+    LF. Raises DataError for what is not text in `encoding`."""
     pieces: list[str] = []  # of the line so far; joined once per line, however long it is
     end, length = None, 0
-    for block in _characters(path):
+    for block in characters(path, encoding):
         end = end or re.search(r"\n|\r(?!\n|\Z)", block)
         first, *rest = block.split(end[0] if end else "\n")
         pieces.append(first)
@@ -179,10 +185,10 @@ def read_lines(path: Path) -> Iterator[str]:
     yield "".join(pieces)
 
 
-def _from_jsonl(path: Path, column: str) -> Iterator[str]:
+def _from_jsonl(path: Path, column: str, encoding: str) -> Iterator[str]:
     bad: Counter[str] = Counter()  # lines, by reason
     first, keys, is_usable = "", set[str](), False
-    for number, line in enumerate(read_lines(path), start=1):
+    for number, line in enumerate(read_lines(path, encoding), start=1):
         if not line.strip():
             continue
         try:

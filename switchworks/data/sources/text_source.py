@@ -51,6 +51,8 @@ class TextConfig:
     streaming: bool = False
     column: str = "text"
     """The column (Parquet, Hub) or key (JSONL) that holds the text."""
+    encoding: str = "utf-8"
+    """Of .txt and .jsonl files: utf-8, latin-1, cp1252, utf-16, gb18030, ..."""
     validation_share: float = 0.02
     """Share of the documents held out for validation, chosen by a hash of the document's text."""
     near_copies: Literal["keep", "count", "drop"] = "keep"

@@ -24,8 +24,8 @@ BATCH_CHARACTERS = 1 << 22
 """Characters tokenised at once: what a build holds in memory, whatever the corpus."""
 
 
-def write_plan(folder: Path, tokenizer: Tokenizer, num_shards: int, text: str = "") -> None:
-    """Begin a store of `num_shards` shards by `tokenizer` in `folder`; `text` says of what."""
+def write_plan(folder: Path, tokenizer: Tokenizer, num_shards: int, **about: str) -> None:
+    """Begin a store of `num_shards` shards by `tokenizer` in `folder`; `about` is kept with it."""
     folder.mkdir(parents=True, exist_ok=True)
     for split in store.SPLITS:
         (folder / split).mkdir(exist_ok=True)
@@ -35,7 +35,7 @@ def write_plan(folder: Path, tokenizer: Tokenizer, num_shards: int, text: str = 
         "tokenizer": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
         "dtype": token_dtype(tokenizer),
-        "text": text,
+        **about,
     }
     write_sealed(folder / "plan.json", values)
 

@@ -4,8 +4,10 @@ They lie in the cache under names made of the fingerprints of text, tokenizer an
 so no change of one meets an old store. One process builds, others wait.
 """
 
+import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -15,12 +17,13 @@ from switchworks.data.cache import digest, file_lock
 from switchworks.data.config import DataConfig, cache_folder
 from switchworks.data.sources import open_source
 from switchworks.data.sources.near_copies import copied, key_of
-from switchworks.data.sources.text_source import SPLIT_RULES, TextSource, is_validation
+from switchworks.data.sources.text_source import SPLIT_RULES, TextConfig, TextSource, is_validation
 from switchworks.data.tokens import store
 from switchworks.data.tokens.build import build_shard, write_plan
 from switchworks.data.tokens.store import TokenStore
 from switchworks.data.tokens.tokenizer import Tokenizer, load_tokenizer
-from switchworks.data.tokens.train import sample_order, trained_tokenizer
+from switchworks.data.tokens.train import needed_sentinels, sample_order, trained_tokenizer
+from switchworks.disk import read_sealed
 from switchworks.progress import phase
 
 VERIFIED_BYTES = 1 << 28
@@ -75,7 +78,14 @@ def prepare(
     builds the i-th of n shards only, so that n jobs can share the work; the first of them to
     start trains the tokenizer while the others wait for it. Raises DataError for bad input.
     """
-    source = open_source(config, cache_folder(config))
+    about = {"text": name or config.named, "settings": _settings_key(config, vocab_size)}
+    try:
+        source = open_source(config, cache_folder(config))
+    except DataError as error:
+        if shard is None and (kept := _kept_corpus(config, about["settings"])):
+            logging.getLogger(__name__).warning("%s\n  Its tokens in the cache are read.", error)
+            return kept
+        raise
     path = config.tokenizer
     if path == "train":
         texts = sample_order(source)
@@ -83,7 +93,7 @@ def prepare(
     tokenizer = load_tokenizer(path)
     folder = cache_folder(config) / f"store-{_store_key(config, source, tokenizer)}"
     if not (folder / "store.json").exists():
-        num_shards = _plan(folder, tokenizer, shard, name or config.named)
+        num_shards = _plan(folder, tokenizer, shard, about)
         characters = (source.num_characters or 0) // num_shards
         for index in range(num_shards) if shard is None else [shard[0]]:
             part = "" if num_shards == 1 else f"{index}/{num_shards}"
@@ -105,7 +115,9 @@ def prepare(
     return PreparedCorpus(tokenizer, folder)
 
 
-def _plan(folder: Path, tokenizer: Tokenizer, shard: tuple[int, int] | None, text: str) -> int:
+def _plan(
+    folder: Path, tokenizer: Tokenizer, shard: tuple[int, int] | None, about: dict[str, str]
+) -> int:
     """How many shards the store has: decided by the first process, and fixed from then on."""
     if shard is not None and not 0 <= shard[0] < shard[1]:
         raise DataError(
@@ -114,7 +126,7 @@ def _plan(folder: Path, tokenizer: Tokenizer, shard: tuple[int, int] | None, tex
         )
     with file_lock(folder):
         if not (folder / "plan.json").exists():
-            write_plan(folder, tokenizer, 1 if shard is None else shard[1], text)
+            write_plan(folder, tokenizer, 1 if shard is None else shard[1], **about)
         num_shards = store.planned_shards(folder)
     if shard is not None and shard[1] != num_shards:
         raise DataError(
@@ -122,6 +134,30 @@ def _plan(folder: Path, tokenizer: Tokenizer, shard: tuple[int, int] | None, tex
             f"  Use --shard i/{num_shards}, or delete the folder to begin again."
         )
     return num_shards
+
+
+def _settings_key(config: DataConfig, vocab_size: int) -> str:
+    """Hexadecimal; of all settings that say which text is read and how it becomes tokens."""
+    text = {field.name: getattr(config, field.name) for field in fields(TextConfig)}
+    tokens = config.tokenizer, vocab_size, config.character_coverage, needed_sentinels(config)
+    return digest(text | {"workers": 0}, tokens)
+
+
+def _kept_corpus(config: DataConfig, settings: str) -> PreparedCorpus | None:
+    """The newest tokens in the cache that were made by these settings, for text that is gone."""
+    cache, places = cache_folder(config), dict[str, Path | str]()
+    for made in cache.glob("tokenizer-*/made.json"):
+        with suppress(DataError):  # a damaged one is none
+            places[read_sealed(made).get("fingerprint", "")] = made.parent
+    for plan in sorted(cache.glob("store-*/plan.json"), key=lambda path: -path.stat().st_mtime):
+        with suppress(DataError):
+            values = read_sealed(plan)
+            is_trained = config.tokenizer == "train"
+            place = places.get(values["tokenizer"]) if is_trained else config.tokenizer
+            is_whole = (plan.parent / "store.json").exists()
+            if place is not None and is_whole and values.get("settings") == settings:
+                return PreparedCorpus(load_tokenizer(place), plan.parent)
+    return None
 
 
 def _documents(
