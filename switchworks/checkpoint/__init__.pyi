@@ -1,6 +1,7 @@
 from .card import CardFacts as CardFacts
 from .card import copy_card as copy_card
 from .card import write_card as write_card
+from .converted import as_ours as as_ours
 from .distributed_io import on_rank_zero as on_rank_zero
 from .files import CARD as CARD
 from .files import MANIFEST as MANIFEST

@@ -15,6 +15,7 @@ from switchworks.checkpoint import run_models, tensors
 from switchworks.checkpoint.card import CardFacts, write_card
 from switchworks.checkpoint.distributed_io import on_rank_zero, shared_directory
 from switchworks.checkpoint.files import MANIFEST, read_manifest, sha256, verify
+from switchworks.checkpoint.hub import fetch, is_hub_name
 from switchworks.checkpoint.hugging_face.config import Capacity
 from switchworks.checkpoint.hugging_face.weights import load_hf, save_hf
 from switchworks.config import CheckpointError, ConfigError, from_toml, to_toml
@@ -153,38 +154,49 @@ def weights_hash(path: Path) -> str:
 
 
 def convert_checkpoint(
-    source: Path | str, destination: Path | str, *, capacity: Capacity = "paper"
+    source: Path | str,
+    destination: Path | str,
+    *,
+    capacity: Capacity = "paper",
+    tokenizer: Tokenizer | None = None,
 ) -> str:
     """Write the model in `source` to `destination` in the other format; returns a sentence on it.
 
-    The tokenizer beside the weights comes along. `capacity` is for reading Hugging Face's
-    format, see `load_hf`. Raises CheckpointError if the model cannot be read or expressed, or if
-    `destination` holds other files.
+    The tokenizer beside the weights comes along, `tokenizer` where there is none. `capacity` is for
+    reading Hugging Face's format, see `load_hf`. Raises CheckpointError if the model cannot be read
+    or expressed, or if `destination` holds other files.
     """
     source = Path(source)
     if is_model(source):
+        if tokenizer is not None:
+            raise ConfigError(
+                f"{source} is a model of switchworks, which has its own tokenizer.\n"
+                "  Leave --tokenizer out."
+            )
         if capacity != "paper":
             raise ConfigError(
                 f"--capacity {capacity} is for reading Hugging Face's format, but {source} is in "
                 "switchworks'.\n  Its routing.expert_capacity, if set, is written as it is."
             )
-        model, tokenizer = load(source, to_float32=True)
-        save_hf(model, destination, tokenizer)
+        model, beside = load(source, to_float32=True)
+        save_hf(model, destination, beside)
         return f"{destination} holds the model for transformers: from_pretrained opens it."
-    model, tokenizer = open_model(source, capacity)
-    save(model, destination, tokenizer)
-    missing = f"{source} has neither {MODEL_FILE} nor {SETTINGS_FILE}"
-    without = "" if tokenizer else f", without a tokenizer: {missing}"
+    model, beside = open_model(source, capacity)
+    save(model, destination, beside or tokenizer)
+    missing = f"{source} has neither {MODEL_FILE} nor {SETTINGS_FILE}; --tokenizer PATH names one"
+    without = "" if beside or tokenizer else f", without a tokenizer: {missing}"
     return f"{destination} holds the model for switchworks{without}."
 
 
 def open_model(
     source: Path, capacity: Capacity = "paper"
 ) -> tuple[SwitchTransformer, Tokenizer | None]:
-    """The model in `source`, of either format, and the tokenizer beside it if any.
+    """The model in `source`, of either format or a name on the Hub, and its tokenizer if any.
 
     A quantised model is dequantised: the ordinary model that computes the same.
     """
+    if is_hub_name(str(source)):
+        source = fetch(str(source))
     if not source.exists():
         raise CheckpointError(f"{source} does not exist.\n  Name a model.")
     if is_model(source):

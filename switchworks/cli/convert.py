@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import tyro
 
-from switchworks import adapt, checkpoint, compress, report
+from switchworks import adapt, checkpoint, compress, data, report
 from switchworks.cli.parsing import check_needed, flag_name, parse_flags
 from switchworks.config import ConfigError
 
@@ -20,6 +20,8 @@ class ConvertFlags:
 
     source: tyro.conf.Positional[Path]
     destination: tyro.conf.Positional[Path]
+    tokenizer: Path | None = None
+    """Of a Hugging Face model without one: the folder of a tokenizer, which is saved with it."""
     capacity: Literal["paper", "hf"] = "paper"
     """Which tokens are dropped in a Switch model read from Hugging Face: by the paper's factor and
     in training only, or as transformers does, by the checkpoint's expert_capacity."""
@@ -88,7 +90,8 @@ def _convert(flags: ConvertFlags) -> str:
         return adapt.merge_directory(*places, flags.merge_lora)
     if flags.quantise is not None:
         return compress.quantise_directory(*places, flags.quantise, group=flags.group)
-    return checkpoint.convert_checkpoint(*places, capacity=flags.capacity)
+    tokenizer = None if flags.tokenizer is None else data.load_tokenizer(flags.tokenizer)
+    return checkpoint.convert_checkpoint(*places, capacity=flags.capacity, tokenizer=tokenizer)
 
 
 _CHANGES = ("upcycle", "prune", "merge", "merge_lora", "quantise")

@@ -123,7 +123,11 @@ def _initial_model(verb: str, words: Sequence[str]) -> Path | None:
             f"{words[0]} starts from a trained model: add --init PATH, a run or model directory.\n"
             "  To train from initial values all the same, say --init none."
         )
-    return None if not values or values[-1] in ("none", "None") else Path(values[-1])
+    if not values or values[-1] in ("none", "None"):
+        return None
+    from switchworks.checkpoint import as_ours
+
+    return as_ours(values[-1])
 
 
 def _without(words: list[str], *names: str) -> tuple[list[str], bool]:

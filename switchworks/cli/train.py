@@ -19,7 +19,7 @@ class TrainFlags:
     resume: bool = False
     """Continue the run that is in the run directory. `train --resume RUN_DIR` needs no recipe."""
     init: Path | None = None
-    """Start from the weights of this run or model directory."""
+    """Start from these weights: a run, a model directory of either format, a name on the Hub."""
     signal_status: int | None = None
     """The exit status after a signal that the run was saved at. Default 128 + its number: 130 after
     Ctrl-C, 143 after SIGTERM; 0 under torchrun, which starts workers that end otherwise anew."""

@@ -1,5 +1,8 @@
 from .cache import cache_entries as cache_entries
 from .cache import delete_entry as delete_entry
+from .cache import digest as digest
+from .cache import file_lock as file_lock
+from .cache import file_stats as file_stats
 from .config import DataConfig as DataConfig
 from .config import cache_folder as cache_folder
 from .dataset import TextDataset as TextDataset

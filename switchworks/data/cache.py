@@ -66,6 +66,7 @@ _KINDS = {
     "python_docs": ("text of python_docs", None),
     "package_docs": ("text of package_docs", None),
     "catalogs": ("text of catalogs", None),
+    "converted": ("a model of Hugging Face, converted", None),
 }
 
 

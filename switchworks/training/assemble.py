@@ -21,7 +21,7 @@ from switchworks.config import CheckpointError, ConfigError, DataError
 from switchworks.model import active_parameters, flops_per_token, num_parameters
 from switchworks.parallel import Ranks, torchrun
 from switchworks.progress import Phase
-from switchworks.training import hooks, loggers, machine, opening, resolve, run_directory
+from switchworks.training import hooks, loggers, machine, resolve, run_directory
 from switchworks.training.experiment import Experiment
 from switchworks.training.guard import WatchLoss
 from switchworks.training.loop import Hook
@@ -98,6 +98,8 @@ def assemble(
     if ranks.is_main:
         about = _describe(experiment, dataset, teacher, init)
         run_directory.claim(run_dir, experiment, about, dataset.tokenizer)
+        from switchworks.training import opening  # it imports the report
+
         print(opening.opening(experiment, run_dir, about, dataset, pipeline, validation))
         for text in opening.mistakes(experiment, dataset, pipeline, validation):
             log.warning(text)

@@ -4,11 +4,15 @@ mistake."""
 from collections.abc import Iterator, Mapping
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from switchworks import report
-from switchworks.data import Mixture, Pipeline, TaskRows, TextDataset, ValidationSet
+from switchworks import data, report
 from switchworks.training.experiment import Experiment
+
+if TYPE_CHECKING:
+    from switchworks.data import TaskRows, TextDataset, ValidationSet
+
+    Batches = data.Pipeline | data.Mixture
 
 MOST_EPOCHS = 8.0
 """Readings of a text after which a model learns it by heart."""
@@ -24,9 +28,9 @@ def opening(
     experiment: Experiment,
     run_dir: Path,
     about: Mapping[str, Any],
-    dataset: TextDataset,
-    batches: Pipeline | Mixture,
-    validation: ValidationSet | None,
+    dataset: "TextDataset",
+    batches: "Batches",
+    validation: "ValidationSet | None",
 ) -> str:
     """The lines to print; `about` is what about.json holds."""
     lines = {
@@ -50,9 +54,9 @@ def opening(
 
 def mistakes(
     experiment: Experiment,
-    dataset: TextDataset,
-    batches: Pipeline | Mixture,
-    validation: ValidationSet | None,
+    dataset: "TextDataset",
+    batches: "Batches",
+    validation: "ValidationSet | None",
 ) -> Iterator[str]:
     """What is likely no intention, with what to do."""
     for name, epochs in _epochs(experiment, batches).items():
@@ -68,7 +72,7 @@ def mistakes(
             "--validation-batches or --data.validation-share."
         )
     for name, part in getattr(batches, "parts", {}).items():
-        if isinstance(part, TaskRows):
+        if isinstance(part, data.TaskRows):
             yield from _cut(name, part)
     for name, counts in dataset.label_counts.items():
         for label, other in labels_alike(counts):
@@ -91,7 +95,7 @@ def labels_alike(counts: Mapping[str, int]) -> Iterator[tuple[str, str]]:
                 break
 
 
-def _amounts(dataset: TextDataset, split: str) -> str:
+def _amounts(dataset: "TextDataset", split: str) -> str:
     stores = [store for part in dataset.parts.values() if (store := getattr(part, split))]
     kind = "examples" if dataset.config.tasks else "documents"
     documents = sum(store.num_documents for store in stores)
@@ -99,16 +103,16 @@ def _amounts(dataset: TextDataset, split: str) -> str:
     return f"{documents:,} {kind} of {report.compact(tokens)} tokens"
 
 
-def _reading(experiment: Experiment, batches: Pipeline | Mixture) -> str:
+def _reading(experiment: Experiment, batches: "Batches") -> str:
     steps, epochs = experiment.num_steps, _epochs(experiment, batches)
     least, most = min(epochs.values()), max(epochs.values())
     times = f"{least:.2g}" if least == most else f"{least:.2g} to {most:.2g}"
     return f"{steps:,} steps of {experiment.batch_size} rows: {times} epochs"
 
 
-def _epochs(experiment: Experiment, batches: Pipeline | Mixture) -> dict[str, float]:
+def _epochs(experiment: Experiment, batches: "Batches") -> dict[str, float]:
     """How many times each corpus or task is read; a single corpus is named ""."""
-    if isinstance(batches, Mixture):
+    if isinstance(batches, data.Mixture):
         return batches.epochs(experiment.num_steps)
     return {"": experiment.num_steps * experiment.batch_size / batches.windows}
 
@@ -121,11 +125,11 @@ def _model(about: Mapping[str, Any]) -> str:
     return f"{text}; {report.compact(about['flops_per_token'])}FLOPs a token forward"
 
 
-def _rows(validation: ValidationSet) -> int:
+def _rows(validation: "ValidationSet") -> int:
     return sum(len(batch.targets) for rows in validation.batches.values() for batch in rows)
 
 
-def _cut(name: str, rows: TaskRows) -> Iterator[str]:
+def _cut(name: str, rows: "TaskRows") -> Iterator[str]:
     for number, kind in zip(rows.cut, ("input", "target"), strict=True):
         if (share := number / len(rows.store)) > MOST_CUT:
             yield (

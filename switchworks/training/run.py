@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from switchworks import data, report
+from switchworks import checkpoint, data
 from switchworks.config import ConfigError
 from switchworks.locks import only_writer
 from switchworks.parallel import Ranks, connect_ranks, torchrun, watching
@@ -47,9 +47,10 @@ def train(
 
     Afterwards it holds the exported model, checkpoints, metrics and the report. `resume` continues
     an interrupted run from its newest complete checkpoint, and is an error where there is no run;
-    so does a restart by torchrun. `init`
-    starts from the weights of another model. `hooks` run on every rank after the standard ones, in
-    this order; `loggers` get all metrics on the main rank, beside those of `experiment.log`.
+    so does a restart by torchrun. `init` starts from the weights of another model: of a run, a
+    model directory of either format, or a name on the Hub. `hooks` run on every rank after the
+    standard ones, in this order; `loggers` get all metrics on the main rank, beside those of
+    `experiment.log`.
 
     Raises ConfigError if another process trains in `run_dir`.
 
@@ -58,6 +59,7 @@ def train(
     output has gone (SIGPIPE) the state is saved and `Interrupted` raised.
     """
     experiment = replace(experiment, data=data.with_absolute_paths(experiment.data))
+    init = None if init is None else checkpoint.as_ours(init)
     check_initial_weights(experiment, init)
     num_trainable(experiment)  # refuses what --freeze and --lora cannot mean, before text is read
     loggers = [*make_loggers(experiment.log), *loggers]
@@ -93,6 +95,8 @@ def _train(run: Run, hooks: Sequence[Hook], loggers: Sequence[Logger]) -> Interr
     with phase("writing the model"):
         write_model(state, run.directory)
     if run.ranks.is_main:
+        from switchworks import report  # nothing of it is needed before
+
         with phase("writing the report"):
             report.write_run_card(run.directory)
             report.write_report([run.directory])

@@ -440,7 +440,9 @@ def test_all_files_in_another_encoding_are_listed_at_once_with_one_command(tmp_p
     latin(tmp_path, "b.txt", "c d.txt")
     (tmp_path / "a.txt").write_text("Käse")
     source = open_source(DataConfig(path=str(tmp_path)), tmp_path)
-    with pytest.raises(DataError, match="2 of 3 files are not utf-8; the first: .*b.txt") as raised:
+    with pytest.raises(
+        DataError, match=r"2 of 3 files are not utf-8; the first: .*b\.txt"
+    ) as raised:
         list(source.documents())
     command = str(raised.value).splitlines()[-1]
     subprocess.run(command, shell=True, check=True)
