@@ -26,6 +26,7 @@ class Shape:
     batch_size: int = 8
     input_length: int = 512
     target_length: int = 114
+    """Tokens in a row of targets."""
     many_d_ff: int | None = 1024
     """The FFN width from 128 experts on, where transformers would need over 24 GB. None: d_ff."""
 
@@ -132,6 +133,7 @@ class BenchConfig:
     dropout: tuple[float, ...] = (0.0, 0.1)
     """Rates at which training is compared."""
     decode_batches: tuple[int, ...] = (1, 32)
+    """Sequences written at a time."""
     new_tokens: int = 64
     """Tokens written per sequence, for inputs of 128."""
     shape: Shape = field(default_factory=Shape)

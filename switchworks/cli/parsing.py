@@ -4,6 +4,8 @@ import contextlib
 import inspect
 import io
 import os
+import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from itertools import pairwise
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from switchworks.cli.usual import usual_settings
+from switchworks.cli.usual import WIDTH, usual_settings
 from switchworks.config import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 HELP = ("-h", "--help", "--help-all")
+_LEAST_MARGIN = 8
+"""Columns in front of the texts of tyro's help."""
 
 
 class UsageError(Exception):
@@ -37,12 +41,13 @@ def parse_flags(kind: type[T], verb: str, words: Sequence[str], **settings: Any)
     setting, and UsageError for words that are no flags: under torchrun each process would print
     tyro's message.
     """
-    stderr = io.StringIO()
+    stdout, stderr = io.StringIO(), io.StringIO()
     words = ["--help" if word == "--help-all" else word for word in words]
     try:
-        with contextlib.redirect_stderr(stderr):
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
             return tyro.cli(kind, prog=f"switchworks {verb}", args=words, **settings)
     except SystemExit as end:
+        print(reflowed(stdout.getvalue()), end="")
         # tyro turns a ValueError of a dataclass into SystemExit; ours is in the chain behind it.
         cause: BaseException | None = end
         while cause is not None:
@@ -52,6 +57,31 @@ def parse_flags(kind: type[T], verb: str, words: Sequence[str], **settings: Any)
         if end.code:
             raise UsageError(stderr.getvalue().rstrip()) from None
         raise
+
+
+def reflowed(text: str) -> str:
+    """tyro's help in WIDTH columns, each text filled anew: tyro breaks it where its source does."""
+    lines: list[str] = []
+    for line in map(str.rstrip, text.splitlines()):
+        last = lines[-1] if lines else ""
+        if _margin(line) and (_margin(last) or "  " in last.strip()):
+            lines[-1] += f" {line.strip()}"
+        else:
+            lines.append(line)
+    return "".join(f"{_filled(line)}\n" for line in lines)
+
+
+def _margin(line: str) -> int:
+    """Columns in front of the text on an option; 0 of a line that is none."""
+    spaces = len(line) - len(line.lstrip())
+    return spaces if spaces >= _LEAST_MARGIN else 0
+
+
+def _filled(line: str) -> str:
+    beside = re.match(r" +\S.*?  +", line)  # a flag with its text behind it
+    margin = _margin(line) or (beside.end() if beside else 0)
+    settings = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.fill(line, WIDTH, subsequent_indent=" " * margin, **settings)
 
 
 def parse_experiment(verb: str, words: list[str], kind: type[T]) -> "tuple[Experiment, T]":

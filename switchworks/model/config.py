@@ -32,6 +32,7 @@ class RoutingConfig:
     """How tokens are shared out among experts, and what keeps the shares even."""
 
     experts: int = 8
+    """Of each switch layer."""
     strategy: str = "switch"
     """switch: one expert per token, first come first served. switch_max and switch_random differ
     in which tokens a full expert drops, no_token_left_behind offers those their next choices, top2
@@ -59,6 +60,7 @@ class RoutingConfig:
     """The same in evaluation and generation. None drops nothing, so that no output depends on
     its neighbours in the batch; the paper's code uses 2.0."""
     min_capacity: int = 4
+    """Slots of an expert at least, whatever the factors give."""
     expert_capacity: int | None = None
     """Slots per expert and group as a plain number, in training and evaluation alike, instead of
     the factors. transformers works so, with 64 for each row."""
@@ -208,12 +210,17 @@ class ModelConfig:
     vocab_size: int = 32128
     """Rows of the embedding. Training sets it to the tokenizer's size."""
     d_model: int = 512
+    """Width of the hidden states."""
     d_ff: int = 2048
+    """Hidden units of an FFN, or of each expert."""
     d_kv: int = 64
+    """Width of each head's queries, keys and values."""
     num_heads: int = 8
+    """Heads of attention; with d_kv they need not make up d_model."""
     num_layers: int = 6
     """Blocks of the encoder, and of the decoder unless `num_decoder_layers` says otherwise."""
     num_decoder_layers: int | None = None
+    """Blocks of the decoder. None: as many as of the encoder."""
     decoder_only: bool = False
     """No encoder and no cross-attention: a causal language model of `num_layers` blocks."""
     activation: Activation = "relu"
@@ -226,8 +233,11 @@ class ModelConfig:
     """After embeddings, sublayers, on hidden FFN activations and attention weights. The mask is
     shared over the sequence, as in Mesh-TensorFlow."""
     relative_buckets: int = 32
+    """Relative positions that have a bias of their own."""
     relative_max_distance: int = 128
+    """Tokens from which on all distances share a bias."""
     norm_epsilon: float = 1e-6
+    """Added to the mean square that a norm divides by."""
     init_scale: float = 0.1
     """s of section 2.4: FFN, expert, router and head weights have variance s / fan_in. T5 used
     1.0; the paper recommends 0.1."""
@@ -314,6 +324,7 @@ class Sampling:
     """How the next token is chosen. Temperature 0 is greedy: always the likeliest token."""
 
     temperature: float = 0.0
+    """Divides the logits that are drawn from. 0: the likeliest token, no draw."""
     top_k: int | None = None
     """Only the k likeliest tokens may be chosen."""
     top_p: float | None = None

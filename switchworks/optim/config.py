@@ -42,6 +42,7 @@ class OptimConfig:
     router_lr: float = 1.0
     """Factor on the learning rate of routers."""
     schedule: Literal["rsqrt", "cosine", "linear", "constant", "wsd"] = "rsqrt"
+    """How the rate falls after the warm-up. wsd: not at all until the last `decay_share`."""
     warmup_steps: int = 10_000
     """rsqrt: lr / sqrt(max(step, warmup_steps)), flat until then, as in T5. Others: linear rise,
     whose first step moves already."""

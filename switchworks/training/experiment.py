@@ -55,6 +55,7 @@ class Experiment:
     """A complete training run. Recipes return one; `train` runs it; `experiment.toml` keeps it."""
 
     name: str
+    """The run's directory, unless --run-dir is given: runs/NAME."""
     steps: int | Literal["auto"]
     """Optimizer steps. auto: as many as `auto_steps` says."""
     batch_size: int

@@ -45,10 +45,13 @@ class TextConfig:
     dataset: str | None = None
     """Name on the Hub, or a local folder that `datasets.load_dataset` opens."""
     dataset_config: str | None = None
+    """Which of its configurations, if it has several."""
     split: str = "train"
+    """The split of the dataset to train on."""
     validation_split: str | None = None
     """A dataset's own validation split. Without one, documents are held out by their hash."""
     streaming: bool = False
+    """Read the dataset while it is fetched, and keep no copy of it."""
     column: str = "text"
     """The column (Parquet, Hub) or key (JSONL) that holds the text."""
     encoding: str = "utf-8"
