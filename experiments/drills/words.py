@@ -41,7 +41,14 @@ FLAGS = (
     *("--prune", "--merge", "--quantise", "--upcycle", "--overwrite", "--push-to", "--batches"),
     *("--simulate", "--layout", "--picture", "--mesh.data", "--log", "--best.metric", "--best"),
     *("--lora.rank", "--freeze", "--distil.teacher", "--distil.store", "--precision", "--shard"),
-    *("--decode", "--compile", "--int8", "--routing", "--debug", "--trust-code", "--against"),
+    *(
+        "--decode",
+        "--compile",
+        "--int8",
+        "--routing",
+        "--trust-code",
+        "--against",
+    ),  # --debug is to give tracebacks
 )
 VALUES = (
     *("1", "0", "-1", "2", "3.5", "1e400", "nan", "none", "None", "", " ", "x", "true", "auto"),

@@ -49,6 +49,8 @@ class GenerateFlags:
     """Where the candidates go with scores, tokens and their log-probabilities."""
     stream: bool = False
     """Print what is written as it is written."""
+    experts: bool = False
+    """Print below each answer which expert of each switch layer read each token."""
     config: tyro.conf.OmitArgPrefixes[GenerationConfig] = field(default_factory=GenerationConfig)
     """How texts are written."""
     precision: parsing.Precision = "stored"
@@ -64,6 +66,11 @@ class GenerateFlags:
         for name in ("candidates", "json", "stream"):
             parsing.check_needed(self, name, "TEXT", given=self.file is None)
         scored = self.candidates != 1 or self.json is not None
+        if self.experts and (scored or self.stream or self.file is not None):
+            raise ConfigError(
+                "--experts is for single texts.\n  Leave out --file, --candidates, --json and "
+                "--stream."
+            )
         if self.stream and (scored or self.config.beams.beams > 1 or self.config.compile):
             raise ConfigError(
                 "--stream prints tokens as they are written, and --beams, --candidates, --json and "
@@ -87,11 +94,11 @@ def run(words: list[str]) -> int:
         answers = complete_file(path, flags.file, flags.config, flags.output, **weights)
         print(f"{len(answers)} texts  {flags.output}" if flags.output else "\n".join(answers))
     else:
-        _answer_lines(load_with_tokenizer(path, **weights), flags.config)
+        _answer_lines(load_with_tokenizer(path, **weights), flags)
     return 0
 
 
-def _answer_lines(model: "tuple[SwitchTransformer, Tokenizer]", config: GenerationConfig) -> None:
+def _answer_lines(model: "tuple[SwitchTransformer, Tokenizer]", flags: GenerateFlags) -> None:
     """Answer each line of standard input at once, until it ends. A text that cannot be answered is
     said, and the next one read."""
     if at_terminal := sys.stdin.isatty():
@@ -103,9 +110,25 @@ def _answer_lines(model: "tuple[SwitchTransformer, Tokenizer]", config: Generati
             return
         line = line.rstrip("\n")
         try:
-            print(*write_texts(*model, [line], config) if line.strip() else [""], flush=True)
+            _answer(model, line, flags) if line.strip() else print(flush=True)
         except ConfigError as error:
             print_error(f"error: {error}")
+
+
+def _answer(model: "tuple[SwitchTransformer, Tokenizer]", text: str, flags: GenerateFlags) -> None:
+    """Print the likeliest answer, and below it the experts of its tokens if they are wanted."""
+    if not flags.experts:
+        print(*write_texts(*model, [text], flags.config), flush=True)
+        return
+    from switchworks.evaluate import token_experts
+
+    ((answer,),) = write_candidates(*model, [text], flags.config, 1)
+    print(answer.text, flush=True)
+    layers = token_experts(*model, text, answer.ids)
+    width = max(map(len, layers))
+    for name, tokens in layers.items():
+        told = (f"{token.text.strip()}/{'+'.join(map(str, token.experts))}" for token in tokens)
+        print(f"  {name:<{width}}  {' '.join(told)}", flush=True)
 
 
 def _write_one(flags: GenerateFlags, path: Path, text: str, weights: dict[str, Any]) -> None:
@@ -115,7 +138,7 @@ def _write_one(flags: GenerateFlags, path: Path, text: str, weights: dict[str, A
             print(piece, end="", flush=True)
         print()
     elif flags.candidates == 1 and flags.json is None:
-        print(*write_texts(*model, [text], flags.config))
+        _answer(model, text, flags)
     else:
         (answers,) = write_candidates(*model, [text], flags.config, flags.candidates)
         if flags.json is not None:

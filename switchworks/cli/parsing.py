@@ -80,8 +80,9 @@ def _margin(line: str) -> int:
 def _filled(line: str) -> str:
     beside = re.match(r" +\S.*?  +", line)  # a flag with its text behind it
     margin = _margin(line) or (beside.end() if beside else 0)
-    settings = {"break_long_words": False, "break_on_hyphens": False}
-    return textwrap.fill(line, WIDTH, subsequent_indent=" " * margin, **settings)
+    return textwrap.fill(
+        line, WIDTH, subsequent_indent=" " * margin, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def parse_experiment(verb: str, words: list[str], kind: type[T]) -> "tuple[Experiment, T]":

@@ -18,6 +18,9 @@ class RoutingFlags:
     """Of a run: its checkpoint of this step, in place of its model."""
     against: Path | None = None
     """Another state of the same model: how many tokens have another expert there."""
+    text: tuple[str, ...] = ()
+    """Texts to show token by token, on the colours of their experts. Default: the beginning of the
+    validation text."""
     batches: int = 16
     """Batches of 16 rows routed, over all labels together."""
     output: Path | None = None
@@ -45,6 +48,8 @@ def run(words: list[str]) -> int:
     output = flags.output or page_folder(path) / "routing.html"
     check_writable(output)
     path = state_at(path, flags.step)
-    write_routing_report(path, flags.data, output, against=flags.against, batches=flags.batches)
+    write_routing_report(
+        path, flags.data, output, against=flags.against, texts=flags.text, batches=flags.batches
+    )
     print(output.resolve())
     return 0

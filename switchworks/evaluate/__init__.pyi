@@ -20,3 +20,5 @@ from .tasks import evaluate_tasks as evaluate_tasks
 from .tasks import measure as measure
 from .tasks import named_tasks as named_tasks
 from .tasks import write_predictions as write_predictions
+from .token_experts import RoutedToken as RoutedToken
+from .token_experts import token_experts as token_experts

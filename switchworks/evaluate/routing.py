@@ -82,7 +82,7 @@ class _Layer:
         self, routed: RoutedBatch, other: RoutedBatch | None, kinds: Tensor, label: int
     ) -> None:
         """Add a batch of `label` with the types `kinds`, and how `other` routes it."""
-        real, mine = routed.real.cpu(), _members(routed)
+        real, mine = routed.real.cpu(), experts_of(routed)
         kinds, probs = kinds.view_as(real)[real], routed.logits.cpu()[real].double().softmax(-1)
         served = routed.routes.served(real.shape[1]).cpu() & real
         self.tokens += len(mine)
@@ -92,7 +92,7 @@ class _Layer:
         self.by_label[label] += mine.sum(dim=0)
         self.by_type.index_add_(0, kinds, mine)
         if other is not None:
-            theirs = _members(other)
+            theirs = experts_of(other)
             self.changed.index_add_(0, kinds, (theirs != mine).any(dim=-1).double())
             self.compared += torch.bincount(kinds, minlength=len(TYPES))
             self.other_load += theirs.sum(dim=0)
@@ -123,7 +123,7 @@ def routing_report(
         for batch in rows:
             others = {} if against is None else route_batch(against, batch)
             for name, routed in route_batch(model, batch).items():
-                kinds = types(_tokens_read(model, batch, name))
+                kinds = types(tokens_read(model, batch, name))
                 layers[name].count(routed, others.get(name), kinds, label)
     return {
         "labels": labels,
@@ -171,7 +171,7 @@ def _check(model: SwitchTransformer, against: SwitchTransformer | None) -> None:
         )
 
 
-def _tokens_read(model: SwitchTransformer, batch: Batch, name: str) -> Int[Tensor, "B L"]:
+def tokens_read(model: SwitchTransformer, batch: Batch, name: str) -> Int[Tensor, "B L"]:
     """The tokens that the layer `name` reads."""
     if name.startswith("encoder"):
         return batch.inputs
@@ -181,7 +181,7 @@ def _tokens_read(model: SwitchTransformer, batch: Batch, name: str) -> Int[Tenso
     return shift_right(targets, (targets != 0).long() if segments is None else segments)
 
 
-def _members(routed: RoutedBatch) -> Float[Tensor, "N E"]:
+def experts_of(routed: RoutedBatch) -> Float[Tensor, "N E"]:
     """1 for the experts that each real position is sent to, for any strategy."""
     groups, size, experts = routed.logits.shape
     tokens, kept = rows_of(routed.routes, size), routed.routes.kept.flatten()

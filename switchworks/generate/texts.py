@@ -53,6 +53,7 @@ class CandidateText(NamedTuple):
     score: float
     tokens: list[str]
     log_probs: list[float]
+    ids: list[int]
 
 
 def complete(
@@ -138,9 +139,8 @@ def write_candidates(
 
     def as_text(prompt: _Prompt, candidate: Candidate) -> CandidateText:
         tokens, score, log_probs = candidate
-        return CandidateText(
-            prompt.show(tokens), score, [tokenizer.piece(id_) for id_ in tokens], log_probs
-        )
+        pieces = [tokenizer.piece(id_) for id_ in tokens]
+        return CandidateText(prompt.show(tokens), score, pieces, log_probs, tokens)
 
     pairs = zip(prompts, written, strict=True)
     return [[as_text(prompt, each) for each in candidates] for prompt, candidates in pairs]

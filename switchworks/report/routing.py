@@ -10,19 +10,24 @@ from typing import Any
 
 import numpy as np
 
+from switchworks.batch import Batch
 from switchworks.checkpoint import is_model, load, open_model, require_tokenizer
 from switchworks.config import CheckpointError
 from switchworks.data import DataConfig, Tokenizer, open_dataset
 from switchworks.device import compute_device
 from switchworks.disk import write_json, write_text
-from switchworks.evaluate import routing_report
+from switchworks.evaluate import RoutedToken, routing_report, token_experts
 from switchworks.model import SwitchTransformer
 from switchworks.report import html
 from switchworks.report.html import percent
 from switchworks.report.load_chart import colour_bar, heat_map
 from switchworks.report.svg import WIDTH, Frame, svg, text
+from switchworks.report.tokens import coloured_text
 
 _LEFT, _RIGHT, _TALL, _TOP = 108, 418, 19, 20
+
+MOST_TEXTS, TOKENS = 3, 120
+"""Texts shown token by token where none is named, and tokens of each."""
 
 Layer = Mapping[str, Any]
 Layers = Mapping[str, Layer]
@@ -34,11 +39,13 @@ def write_routing_report(
     output: Path,
     *,
     against: Path | None = None,
+    texts: Sequence[str] = (),
     batches: int = 16,
     batch_size: int = 16,
 ) -> dict[str, Any]:
     """Write the report on the model in `path` as a page into `output`, and beside it as JSON.
-    Held-out rows of `data` are routed, labelled by their corpus in a mixture or by their task.
+    Held-out rows of `data` are routed, labelled by their corpus in a mixture or by their task, and
+    `texts` (else the beginning of those rows) are shown token by token.
     Raises CheckpointError if there is no tokenizer, or if `against` is another model."""
     (model, tokenizer), *other = open_comparable([path] if against is None else [path, against])
     data = replace(data, tokenizer=str(path))
@@ -47,9 +54,24 @@ def write_routing_report(
     by_label = {name or "text": rows for name, rows in held_out.batches.items()}
     report = {"model": str(path), "against": against and str(against), "text": str(data.named)}
     report |= routing_report(model, tokenizer, by_label, against=other[0][0] if other else None)
+    shown = texts or [_beginning(rows[0], tokenizer) for rows in by_label.values()][:MOST_TEXTS]
+    report["texts"] = [token_experts(model, tokenizer, text) for text in shown]
     write_text(output, [routing_page(report)])
     write_json(output.with_suffix(".json"), report)
     return report
+
+
+def _beginning(batch: Batch, tokenizer: Tokenizer) -> str:
+    """The first tokens of a batch's first row, without what is hidden in it."""
+    row = batch.inputs[0] if batch.inputs.shape[1] else batch.targets[0]
+    return tokenizer.decode([token for token in row.tolist() if token > 1][:TOKENS])
+
+
+def _tokens(layers: Mapping[str, Sequence[RoutedToken]]) -> str:
+    """An encoder's last layer is opened: a decoder read nothing but its start token."""
+    encoders = [name for name in layers if name.startswith("encoder")]
+    names = encoders or list(layers)
+    return coloured_text({name: layers[name] for name in names}, names[-1])
 
 
 def open_comparable(paths: Sequence[Path]) -> list[tuple[SwitchTransformer, Tokenizer]]:
@@ -99,6 +121,8 @@ def routing_page(report: Mapping[str, Any]) -> str:
     if several:
         note = "The same, for each label of the text."
         sections.append(html.section("By label", note, _maps(layers, "by_label")))
+    note = "Each token stands on the colour of the expert that reads it, layer by layer."
+    sections.append(html.section("Token by token", note, *map(_tokens, report["texts"])))
     sections += [_drift(report), _numbers(layers, several)]
     return html.document(f"routing of {report['model']}", sections)
 
