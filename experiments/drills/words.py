@@ -33,6 +33,7 @@ from switchworks.training import train
 ENDS = {0, 2, 130, 143}
 DOCTOR_ENDS = {3, 4}
 PATIENCE = 5.0
+# Without --debug, which is there to show tracebacks.
 FLAGS = (
     *("--steps", "--seed", "--run-dir", "--resume", "--init", "--json", "--help", "--batch-size"),
     *("--model.num-layers", "--model.d-model", "--routing.experts", "--routing.strategy", "--text"),
