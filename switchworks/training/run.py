@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from switchworks import data, report
+from switchworks import data, evaluate, report
 from switchworks.config import ConfigError
 from switchworks.locks import only_writer
 from switchworks.parallel import Ranks, connect_ranks, torchrun, watching
@@ -93,6 +93,8 @@ def _train(run: Run, hooks: Sequence[Hook], loggers: Sequence[Logger]) -> Interr
     with phase("writing the model"):
         write_model(state, run.directory)
     if run.ranks.is_main:
+        if run.dataset.label_counts:
+            evaluate.write_classes(run.directory, run.experiment.evaluate_examples)
         with phase("writing the report"):
             report.write_run_card(run.directory)
             report.write_report([run.directory])
