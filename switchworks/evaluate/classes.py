@@ -4,6 +4,7 @@
 classes keeps the same as classes.json. Letters: N rows, K classes.
 """
 
+import logging
 import math
 import warnings
 from collections import Counter
@@ -16,13 +17,15 @@ import numpy as np
 import torch
 
 from switchworks import data
-from switchworks.config import ConfigError
+from switchworks.config import ConfigError, DataError
 from switchworks.disk import write_json
 from switchworks.evaluate.answers import DecodingConfig
 from switchworks.evaluate.predictions import classify
 from switchworks.evaluate.tasks import EvalSet, build_eval_set
 from switchworks.generate import load_with_tokenizer
 from switchworks.model import SwitchTransformer
+
+_log = logging.getLogger(__name__)
 
 CLASSES = "classes.json"
 """In a run directory: what it came to, of each task that is a classification."""
@@ -132,16 +135,19 @@ def measure_classes(
     return measured
 
 
-def write_classes(run_dir: Path, examples: int) -> None:
-    """Write classes.json about the model of the run in `run_dir` on its own tasks, at most so many
-    validation `examples` of each (0: all); nothing if none is a classification."""
-    settings = data.run_data_config(run_dir)
+def write_classes(run_dir: Path, settings: data.DataConfig | None, examples: int) -> None:
+    """Write classes.json about the model of the run in `run_dir` on its tasks, those of `settings`:
+    at most so many validation `examples` of each (0: all). Nothing if none is a classification; a
+    warning if the tasks cannot be read any more, since all else of the run is done."""
     if settings is None or not data.run_metadata(run_dir).get("labels"):
         return
     config = DecodingConfig(input_length=settings.input_length, examples=examples)
-    if any("validation" in task.source.splits for task in data.tasks_of(settings)):
-        measured = measure_classes(run_dir, settings, config)
-        write_json(run_dir / CLASSES, {"tasks": [asdict(each) for each in measured]})
+    try:
+        if any("validation" in task.source.splits for task in data.tasks_of(settings)):
+            measured = measure_classes(run_dir, settings, config)
+            write_json(run_dir / CLASSES, {"tasks": [asdict(each) for each in measured]})
+    except (ConfigError, DataError) as error:
+        _log.warning("The report has no classes: %s", error)
 
 
 def _training_rows(task: data.Task, places: data.Places) -> list[data.Example]:

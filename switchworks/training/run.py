@@ -93,8 +93,8 @@ def _train(run: Run, hooks: Sequence[Hook], loggers: Sequence[Logger]) -> Interr
     with phase("writing the model"):
         write_model(state, run.directory)
     if run.ranks.is_main:
-        if run.dataset.label_counts:
-            evaluate.write_classes(run.directory, run.experiment.evaluate_examples)
+        settings = run.experiment
+        evaluate.write_classes(run.directory, settings.data, settings.evaluate_examples)
         with phase("writing the report"):
             report.write_run_card(run.directory)
             report.write_report([run.directory])

@@ -13,7 +13,7 @@ import switchworks
 from switchworks.cli.main import main
 from switchworks.data import Example, run_data_config
 from switchworks.evaluate import Answered, Classification, DecodingConfig, classify, measure_classes
-from switchworks.evaluate.classes import baselines, wilson
+from switchworks.evaluate.classes import baselines, wilson, write_classes
 from switchworks.report.classes import classes_section, write_classes_page
 
 TRUTH, ANSWERS = "aaaaabbbcc", "aaaabbbaca"
@@ -175,3 +175,13 @@ def test_a_long_text_is_cut(classifier):
 
     example = Example(inputs="word " * 1000, target="a")
     assert len(_answered(example, {"a": 0.7, "b": 0.3}).inputs) == LONGEST
+
+
+def test_a_table_that_has_gone_is_warned_of_and_stops_nothing(classifier, tmp_path, caplog):
+    (tmp_path / "about.json").write_bytes((classifier / "about.json").read_bytes())
+    settings = run_data_config(classifier)
+    assert settings is not None
+    gone = replace(settings, tasks=(f"colours={tmp_path}/gone.csv:text:warm",))
+    write_classes(tmp_path, gone, examples=4)
+    assert "The report has no classes: data.tasks" in caplog.text
+    assert not (tmp_path / "classes.json").exists()
