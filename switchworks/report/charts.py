@@ -131,6 +131,15 @@ class Chart:
         room = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
         return (0.0 if self.from_zero and low >= 0 else low - room), high + room
 
+    @property
+    def cut_off(self) -> str:
+        """How far the curves reach outside the y range, as a note; "" if they do not."""
+        low = min(float(curve.y.min()) for curve in self.drawn)
+        high = max(float(curve.y.max()) for curve in self.drawn)
+        ends = [f"up to {short(high)}"] if high > self.y_range[1] else []
+        ends += [f"down to {short(low)}"] if low < self.y_range[0] else []
+        return f"cut off: {' and '.join(ends)}" if ends else ""
+
 
 def line_chart(chart: Chart) -> str:
     """A `<figure>` of `chart`; "" if no curve has a point. A note says what is cut off."""
@@ -150,7 +159,7 @@ def line_chart(chart: Chart) -> str:
         f'<svg {frame.box} viewBox="{left} {top} {right - left} {bottom - top}">{lines}</svg>',
         *(_dots(frame, curve) for curve in curves if len(curve.x) == 1 or curve.kind == "points"),
         _end_labels(frame, curves),
-        _cut_off(frame, curves),
+        text(frame.right, frame.top - 7, chart.cut_off, "end") if chart.cut_off else "",
         attributes=f'class="chart" data-frame="{edges}" data-x="{escape(chart.x_label)}"',
     )
     # The legend names the curves left, even if that is one.
@@ -227,15 +236,6 @@ def _end_labels(frame: Frame, curves: Sequence[Curve]) -> str:
         + text(frame.right + 12, place + 4, short(value), kind="end")
         for place, value, tint in ends
     )
-
-
-def _cut_off(frame: Frame, curves: Sequence[Curve]) -> str:
-    low = min(float(curve.y.min()) for curve in curves)
-    high = max(float(curve.y.max()) for curve in curves)
-    ends = [f"up to {short(high)}"] if high > frame.y[1] else []
-    ends += [f"down to {short(low)}"] if low < frame.y[0] else []
-    note = f"cut off: {' and '.join(ends)}"
-    return text(frame.right, frame.top - 7, note, "end") if ends else ""
 
 
 def _reference(frame: Frame, reference: Mark) -> str:

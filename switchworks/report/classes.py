@@ -11,7 +11,7 @@ from switchworks.report import html
 from switchworks.report.load_chart import ABOVE, BELOW
 from switchworks.report.svg import Frame, axes, left_of_numbers, svg
 
-_MOST = 0.6
+_MOST = 0.7
 """Opacity of a cell that holds its whole row: the ink on it can still be read, light or dark."""
 
 
@@ -22,13 +22,14 @@ def write_classes_page(
     names = ", ".join(each.task for each in classifications)
     title = f"{model}: {names}"
     sections = [html.header(title, ["answers to tasks with a closed set of labels"])]
-    sections += [classes_section(each) for each in classifications]
+    sections += [classes_section(each, opened=True) for each in classifications]
     sections.append(html.section("To repeat it", "", f"<pre>{escape(command)}</pre>"))
     write_text(output, [html.document(f"{title} - switchworks evaluate", sections)])
 
 
-def classes_section(result: Classification, run: str = "") -> str:
-    """All about one task; with the name of its `run` where there are several."""
+def classes_section(result: Classification, run: str = "", *, opened: bool = False) -> str:
+    """All about one task; with the name of its `run` where there are several. `opened`: the wrong
+    answers are shown at once."""
     rows = f"{result.rows:,}" + (f" of {result.total:,}" if result.rows < result.total else "")
     note = (
         f"{rows} rows of the {escape(result.split)} split. Each answer is the likeliest of the "
@@ -44,7 +45,7 @@ def classes_section(result: Classification, run: str = "") -> str:
         html.soft("A row is a class, its cells are the answers, coloured by their share of it."),
         html.card(_confusion(result)),
         html.grid([_probabilities(result)]),
-        _answers("Wrong answers", result.wrong, result.rows - result.hits, opened=True),
+        _answers("Wrong answers", result.wrong, result.rows - result.hits, opened=opened),
         _answers("Right answers", result.right, result.hits),
     )
 

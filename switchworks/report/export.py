@@ -12,6 +12,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from switchworks.disk import whole_file
 from switchworks.report.charts import FEW, Chart, Curve
@@ -30,6 +31,8 @@ _STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
+_DOTTED: dict[str, Any] = {"color": "#5c6066", "linestyle": ":", "linewidth": 1}
+_BESIDE: dict[str, Any] = {"xytext": (3, 3), "textcoords": "offset points", "fontsize": 8}
 
 Rows = list[tuple[str | float, ...]]
 
@@ -39,7 +42,6 @@ def write_figures(run_dirs: Sequence[Path], folder: Path) -> list[str]:
     NAME.csv; returns the names. Titles say the runs. Raises DataError for a directory that holds no
     run."""
     runs = with_distinct_names([read_run(Path(path)) for path in run_dirs])
-    title = ", ".join(run.name for run in runs)
     names: list[str] = []
     for run, chart in page_charts(runs):
         if isinstance(chart, Chart) and not chart.drawn:
@@ -47,10 +49,11 @@ def write_figures(run_dirs: Sequence[Path], folder: Path) -> list[str]:
         label = chart.title if run is None else f"{run.name} {chart.title}"
         name = _unused(re.sub(r"[^\w.]+", "-", label).strip("-").lower(), names)
         names.append(name)
+        single = runs[0] if len(runs) == 1 else run  # else the legend names them
         draw = _draw_curves if isinstance(chart, Chart) else _draw_map
         with _figure(folder / name) as figure:
             rows = draw(figure, chart)  # type: ignore[arg-type]
-            figure.suptitle(f"{title if run is None else run.name}\n{chart.title}", fontsize=9)
+            figure.suptitle((f"{single.name}: " if single else "") + chart.title, fontsize=9)
         _write_csv(folder / f"{name}.csv", rows)
     return names
 
@@ -75,23 +78,26 @@ def _figure(path: Path) -> Iterator[Figure]:
 def _draw_curves(figure: Figure, chart: Chart) -> Rows:
     axes = figure.subplots()
     rows: Rows = [("curve", chart.x_label, "value", "drawn")]
+    dotted = any(curve.kind == "points" for curve in chart.drawn)
     for curve in chart.drawn:
         colour = COLOURS[curve.colour % len(COLOURS)]
         if curve.kind == "noisy":
             axes.plot(curve.x, curve.y, color=colour, linewidth=0.6, alpha=0.3)
-        marker = "o" if len(curve.x) <= FEW and curve.kind in ("points", "plain") else ""
-        dashes = "--" if curve.kind == "smooth" else "-"
-        axes.plot(curve.x, curve.shown, dashes, color=colour, label=fill(curve.label, 60),
-                  marker=marker, linewidth=1.2, markersize=3)  # fmt: skip
+        is_marked = len(curve.x) == 1 or (curve.kind == "points" and len(curve.x) <= FEW)
+        axes.plot(
+            *(curve.x, curve.shown, "--" if dotted and curve.kind == "smooth" else "-"),
+            **{"color": colour, "label": fill(curve.label, 60), "linewidth": 1.2},
+            **{"marker": "o" if is_marked else "", "markersize": 3},
+        )
         rows += _points(curve)
+    axes.set_title(chart.cut_off, loc="right", fontsize=8)
+    axes.set(xlabel=chart.x_label, ylabel=chart.unit, xlim=chart.x_range, ylim=chart.y_range)
     if chart.reference is not None:
-        axes.axhline(chart.reference[0], color="#5c6066", linestyle=":", linewidth=1)
+        axes.axhline(chart.reference[0], **_DOTTED)
+        axes.annotate(chart.reference[1], (chart.x_range[0], chart.reference[0]), **_BESIDE)
     if chart.mark is not None:
-        axes.axvline(chart.mark[0], color="#5c6066", linestyle=":", linewidth=1)
-    axes.set_xlabel(chart.x_label)
-    axes.set_ylabel(chart.unit)
-    axes.set_xlim(chart.x_range)
-    axes.set_ylim(chart.y_range)
+        axes.axvline(chart.mark[0], **_DOTTED)
+        axes.annotate(chart.mark[1], (chart.mark[0], chart.y_range[0]), rotation=90, **_BESIDE)
     if len(chart.drawn) > 1:
         figure.set_figheight(3.2 + 0.17 * len(chart.drawn))
         figure.legend(loc="outside lower left", frameon=False)
@@ -111,12 +117,12 @@ def _draw_map(figure: Figure, load: LoadMap) -> Rows:
         strength(columns), cmap=_LOADS, vmin=-1, vmax=1, aspect="auto", extent=extent,
         interpolation="nearest",
     )  # fmt: skip
-    heat.set_xlabel("step")
-    heat.set_ylabel("expert")
+    heat.set(xlabel="step", ylabel="expert")
+    heat.yaxis.set_major_locator(MaxNLocator(8, integer=True))
     bars.barh(range(experts), end, color=_LOADS((strength(end) + 1) / 2), edgecolor="#5c6066",
               linewidth=0.4)  # fmt: skip
-    bars.axvline(1, color="#5c6066", linestyle=":", linewidth=1)
-    bars.set_xlabel("at the end")
+    bars.axvline(1, **_DOTTED)
+    bars.set(xlabel="at the end", xlim=(0, load.most))
     key = figure.colorbar(image, ax=[heat, bars], location="bottom", shrink=0.6, aspect=40)
     key.set_ticks([-1, -0.5, 0, 0.5, 1], labels=["1/4", "1/2", "even", "2", "4"])
     steps = [part.mean() for part in np.array_split(load.steps, columns.shape[1])]

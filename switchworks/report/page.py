@@ -49,7 +49,9 @@ def page(runs: Sequence[Run]) -> str:
     if several:
         sections.append(_comparison(runs))
     elif runs[0].rows:
-        sections.append(html.tiles(figures(runs[0])))
+        title = "The run" if runs[0].classes else ""  # else the tiles are the top of the page
+        tiles = html.tiles(figures(runs[0]))
+        sections.append(html.section(title, "", tiles) if title else tiles)
     sections += [_learning(runs), tasks_section(runs), *map(_corpora, comparable(runs))]
     sections += [_speed(runs), _routing(runs)]
     sections += [_loads(run, several=several) for run in runs]
@@ -202,7 +204,8 @@ def _loss_charts(runs: Sequence[Run], group: Sequence[Run], *, apart: bool) -> l
         "time": ("seconds", seconds, f"training time, {clock}"),
         "tokens": ("tokens", tokens, f"tokens seen, {magnitude}"),
     }
-    names = ": " + ", ".join(run.name for run in group) if apart else ""
+    more = f" and {len(group) - 1} more" if len(group) > 1 else ""
+    names = f": {group[0].name}{more}" if apart else ""
     return [
         Chart(
             f"Loss by {name}{names}", LOSS_UNIT, label, _losses(runs, group, against, unit),

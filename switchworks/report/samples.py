@@ -85,9 +85,9 @@ def _filled(sample: Sample) -> tuple[str, int, int]:
     text, right = escape(first), 0
     for number, after in zip(pieces[::2], pieces[1::2], strict=True):
         guess, original = guesses.get(int(number), ""), truth.get(int(number), "")
-        if guess == original:
+        if guess == original and int(number) in guesses:
             right += 1
-            text += f'<mark class="right">{escape(guess)}</mark>'
+            text += f'<mark class="right">{escape(guess) or "(space)"}</mark>'
         else:
             text += f"<mark>{escape(guess) or '(nothing)'}</mark><ins>{escape(original)}</ins>"
         if int(number) in nats:

@@ -156,7 +156,7 @@ def test_a_baseline_that_is_not_beaten_is_said(hits, said):
 
 def test_cells_are_coloured_by_their_share_of_the_class():
     cells = re.findall(r"rgba\(([\d,.]+)\)\">(\d+)", classes_section(a_result()))
-    assert cells[:3] == [("0,114,178,0.48", "4"), ("213,94,0,0.12", "1"), ("213,94,0,0.00", "0")]
+    assert cells[:3] == [("0,114,178,0.56", "4"), ("213,94,0,0.14", "1"), ("213,94,0,0.00", "0")]
 
 
 def test_everything_a_user_wrote_is_escaped(tmp_path):

@@ -345,6 +345,15 @@ def test_holes_are_filled_with_the_guess_and_the_original_stands_beside_a_wrong_
     assert "After step 7: 1 of 3 holes as in the original" in html
 
 
+def test_a_hole_that_is_left_open_is_not_right_even_if_it_hid_a_space(tmp_path):
+    truth = "<extra_id_0>  <extra_id_1>  "
+    sample = {"step": 7, "inputs": "a<extra_id_0>b<extra_id_1>c", "truth": truth}
+    sample |= {"prediction": "<extra_id_1> "}
+    html = html_of(a_run(tmp_path / "r", [training(7)], samples=[sample]))
+    assert "1 of 2 holes as in the original" in html
+    assert 'a<mark>(nothing)</mark><ins></ins>b<mark class="right">(space)</mark>c' in html
+
+
 def test_a_continuation_follows_its_prompt_and_the_original_stands_beside_it(tmp_path):
     samples = [
         {"step": 7, "inputs": "The cat", "truth": " sat.", "prediction": " <ran>"},
@@ -528,7 +537,7 @@ def test_runs_on_the_same_text_are_compared_beside_another(tmp_path):
     html = html_of(*runs)
     assert "Speed-up in steps, b" in html
     assert "Speed-up in steps, c" not in html
-    assert "Loss by step: a, b" in html
+    assert "Loss by step: a and 1 more" in html
     assert "Loss by step: c" in html
 
 
