@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import tomli_w
 
+from switchworks.cli.parsing import parse_flags
+from switchworks.cli.report import ReportFlags
 from switchworks.config import DataError
 from switchworks.report import write_report
 from switchworks.report.charts import Chart, Curve, line_chart, smooth
@@ -570,3 +572,11 @@ def test_fills_are_judged_by_the_probability_of_the_original_beside_two_baseline
     assert '<mark class="right">saw</mark> <small>25 %</small>' in html
     assert "<ins>the</ins> <small>50 %</small>" in html
     assert "<ins>of it</ins> <small>under 0.001 %</small>" in html
+
+
+def test_the_commands_of_the_page_about_the_report_are_understood():
+    page = (Path(__file__).parents[2] / "docs" / "report.md").read_text()
+    commands = re.findall(r"\$ switchworks report (.*?) *(?:#.*)?\n", page)
+    assert len(commands) == 3
+    flags = [parse_flags(ReportFlags, "report", words.split()) for words in commands]
+    assert flags[2].figures == Path("paper")
