@@ -99,18 +99,22 @@ def _by_class(result: Classification) -> str:
 
 
 def _confusion(result: Classification) -> str:
-    head = "".join(f"<th>{escape(_short(label))}</th>" for label in result.labels)
+    head = "".join(_heading(label, 12) for label in result.labels)
     body = ""
     for place, (label, row) in enumerate(zip(result.labels, result.confusion, strict=True)):
         cells = "".join(
             _count(count, count / max(1, sum(row)), BELOW if place == other else ABOVE)
             for other, count in enumerate(row)
         )
-        body += f"<tr><th>{escape(_short(label))}</th>{cells}</tr>"
+        body += f"<tr>{_heading(label, 24)}{cells}</tr>"
     return (
         '<table class="confusion"><thead><tr><th>class &#8595; answer &#8594;</th>'
         f"{head}</tr></thead><tbody>{body}</tbody></table>"
     )
+
+
+def _heading(label: str, most: int) -> str:
+    return f'<th title="{escape(label)}">{escape(_short(label, most))}</th>'
 
 
 def _count(count: int, share: float, rgb: tuple[int, int, int]) -> str:
