@@ -1,5 +1,6 @@
 """Fixtures every test shares: a small real corpus, and a tiny trained run."""
 
+import csv
 import os
 from dataclasses import replace
 from functools import partial
@@ -85,6 +86,34 @@ def trained(shared_folder):
 def tiny_run(tiny_experiment, trained) -> Path:
     """The run directory of a finished tiny run. Tests only read it."""
     return trained(tiny_experiment)
+
+
+@pytest.fixture(scope="session")
+def classifier(tiny_experiment, trained, shared_folder):
+    """A run on 200 sentences that name a colour, and whether it is warm."""
+    table = made_once(shared_folder / "colours", write_colours) / "colours.csv"
+    data = replace(
+        tiny_experiment.data,
+        path=None,
+        tasks=(f"colours={table}:text:warm",),
+        tokenizer="bytes",
+        validation_share=0.1,
+        input_length=48,
+        target_length=8,
+    )
+    return trained(replace(tiny_experiment, data=data, steps=10, evaluate_every=0))
+
+
+def write_colours(folder: Path) -> None:
+    folder.mkdir()
+    rows = [
+        (f"The {'wall' if n % 3 else 'door'} number {n} is {colour}.", answer)
+        for n in range(50)
+        for answer, colours in (("yes", ("red", "orange")), ("no", ("blue", "green")))
+        for colour in colours
+    ]
+    with (folder / "colours.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("text", "warm"), *rows])
 
 
 @pytest.fixture(scope="session")

@@ -60,6 +60,9 @@ class EvaluateFlags:
     """Also write the figures to this file, with the exact command."""
     predictions: Path | None = None
     """Also write every input and answer to this file, a JSON object per line."""
+    html: Path | None = None
+    """Also write a page about tasks that are classifications to this file: accuracy beside
+    baselines, every class, which is taken for which, and the worst answers."""
 
     def __post_init__(self) -> None:
         parsing.check_decoding(self.decoding)
@@ -67,7 +70,8 @@ class EvaluateFlags:
 
     def check_used(self, *, tasks: bool) -> None:
         """Raises ConfigError for a flag that is unused where tasks are measured, or are not."""
-        for name in ("split", "predictions", "task_folder", *(f"task_{name}" for name in _TABLES)):
+        tables = [f"task_{name}" for name in _TABLES]
+        for name in ("split", "predictions", "html", "task_folder", *tables):
             parsing.check_needed(self, name, "--tasks", given=tasks)
         for name in ("decode", "examples", "input_length", "max_length", "batch_size", "beams"):
             parsing.check_needed(self.decoding, name, "--tasks", given=tasks)
@@ -80,7 +84,7 @@ def run(words: list[str]) -> int:
     """Print the figures, and write the files that the flags name."""
     flags = parsing.parse_flags(EvaluateFlags, "evaluate", words)
     flags = replace(flags, path=state_at(flags.path, flags.step))
-    parsing.check_writable(flags.json, flags.predictions)
+    parsing.check_writable(flags.json, flags.predictions, flags.html)
     if flags.tasks and flags.text is not None:
         raise ConfigError(
             f"--tasks {' '.join(flags.tasks)} and --text {flags.text} ask for different figures.\n"
@@ -113,11 +117,17 @@ def run(words: list[str]) -> int:
 def _evaluate_tasks(
     flags: EvaluateFlags, data: DataConfig, command: str
 ) -> tuple[str, dict[str, Any]]:
-    """The table of the tasks' figures, and the same as plain values. Writes --predictions."""
+    """The table of the tasks' figures, and the same as plain values. Writes --predictions and
+    --html."""
     length = flags.decoding.input_length or data.input_length
     config, dtype = replace(flags.decoding, input_length=length), parsing.dtype_of(flags.precision)
     results = evaluate.evaluate_tasks(flags.path, data, config, split=flags.split, dtype=dtype)
     if flags.predictions is not None:
         evaluate.write_predictions(flags.predictions, results)
+    if flags.html is not None:
+        from switchworks.report import write_classes_page
+
+        classes = evaluate.measure_classes(flags.path, data, config, split=flags.split, dtype=dtype)
+        write_classes_page(flags.html, flags.path.resolve().name, classes, command)
     figures = evaluate.as_json(results, config, str(flags.path), command)
     return evaluate.as_table(results), figures

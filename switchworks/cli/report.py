@@ -17,6 +17,9 @@ class ReportFlags:
     """One run, or several to compare."""
     output: Path | None = None
     """Default: report.html in the first run directory."""
+    figures: Path | None = None
+    """Also every curve and map of the page as .svg, .pdf and, with the numbers drawn, .csv into
+    this folder, in black on white for a paper."""
     languages: Path | None = None
     """Instead of the page: pictures and tables by language, into this folder. Takes runs of a
     switch model and of its dense twin on the same languages, of several seeds if there are."""
@@ -35,13 +38,18 @@ class ReportFlags:
             raise ConfigError(
                 "--compression and --languages are different reports.\n  Make one after the other."
             )
+        if self.figures is not None and (self.compression or self.languages is not None):
+            raise ConfigError(
+                f"--figures {self.figures} are those of the page of runs.\n"
+                "  Leave out --compression and --languages, which have their own."
+            )
 
 
 def run(words: list[str]) -> int:
     """Write one of the three reports, and print where it is."""
     flags = parse_flags(ReportFlags, "report", words)
     check_writable(flags.output)
-    from switchworks.report import write_languages, write_report
+    from switchworks.report import write_figures, write_languages, write_report
 
     if flags.compression:
         _compression(flags)
@@ -50,6 +58,9 @@ def run(words: list[str]) -> int:
         print(f"pictures and tables  {flags.languages.resolve()}")
     else:
         print(write_report(flags.run_dirs, flags.output).resolve())
+        if flags.figures is not None:
+            names = write_figures(flags.run_dirs, flags.figures)
+            print(f"{len(names)} figures  {flags.figures.resolve()}")
     return 0
 
 

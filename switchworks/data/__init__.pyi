@@ -48,6 +48,7 @@ from .tasks.dataset import tasks_of as tasks_of
 from .tasks.rows import TaskRows as TaskRows
 from .tasks.rows import with_eos as with_eos
 from .tasks.store import Counts as Counts
+from .tasks.store import are_classes as are_classes
 from .tasks.store import check_labels as check_labels
 from .tasks.store import examples_of as examples_of
 from .tasks.task import text_in as text_in

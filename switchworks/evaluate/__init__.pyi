@@ -1,4 +1,11 @@
 from .answers import DecodingConfig as DecodingConfig
+from .classes import BINS as BINS
+from .classes import CLASSES as CLASSES
+from .classes import Answered as Answered
+from .classes import Classification as Classification
+from .classes import measure_classes as measure_classes
+from .classes import wilson as wilson
+from .classes import write_classes as write_classes
 from .metrics import averages as averages
 from .metrics import check_metrics as check_metrics
 from .perplexity import evaluate_run as evaluate_run

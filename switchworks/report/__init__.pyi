@@ -1,7 +1,9 @@
 from . import html as html
 from .card import carry_card as carry_card
 from .card import write_run_card as write_run_card
+from .classes import write_classes_page as write_classes_page
 from .compression import write_compression as write_compression
+from .export import write_figures as write_figures
 from .figures import compact as compact
 from .languages import write_languages as write_languages
 from .page import write_report as write_report

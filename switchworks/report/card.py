@@ -39,7 +39,7 @@ def run_facts(run: Run, change: str = "") -> CardFacts:
     if change:
         figures = {f"{name}, before the change": value for name, value in figures.items()}
     return CardFacts(
-        name=run.name,
+        name=str(run.settings.get("name") or run.name),
         data=_data(run),
         training=_training(run) | {"Changed by": _code(change)},
         figures=figures,

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from html import escape
 from typing import Literal
 
@@ -11,9 +11,25 @@ from jaxtyping import Float
 
 from switchworks.report.html import figure
 from switchworks.report.runs import Run
-from switchworks.report.svg import COLOURS, Frame, axes, colour, svg, text, upright
+from switchworks.report.svg import (
+    COLOURS,
+    WIDTH,
+    Frame,
+    axes,
+    colour,
+    left_of_numbers,
+    number,
+    svg,
+    text,
+    text_width,
+    upright,
+)
 
 POINTS = 600
+FEW = 40
+"""Curves of so many points have dots, and are never cut."""
+LINE = 18
+"""The height of a line of text, on a phone."""
 
 Kind = Literal["noisy", "smooth", "plain", "points"]
 """noisy: the raw values faint, and smoothed on top. smooth: only smoothed. plain: the raw values.
@@ -68,69 +84,101 @@ def smooth(y: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
     return (sums[after] - sums[first]) / (after - first)
 
 
-def line_chart(
-    title: str,
-    unit: str,
-    x_label: str,
-    curves: Sequence[Curve],
-    *,
-    from_zero: bool = False,
-    reference: Mark | None = None,
-    mark: Mark | None = None,
-) -> str:
-    """A `<figure>` with `curves`; "" if none has a point. `reference` is a line across, `mark`
-    down. The y axis fits the values after the first tenth of the run; what lies outside is cut off,
-    and a note says so."""
-    several = len(curves) > 1  # the legend names the curves left, even if that is one
-    curves = [curve for curve in curves if len(curve.x)]
+@dataclass(frozen=True)
+class Chart:
+    """Curves over one axis. `reference` is a line across, `mark` one down."""
+
+    title: str
+    unit: str
+    x_label: str
+    curves: Sequence[Curve]
+    from_zero: bool = field(default=False, kw_only=True)
+    reference: Mark | None = field(default=None, kw_only=True)
+    mark: Mark | None = field(default=None, kw_only=True)
+
+    @property
+    def drawn(self) -> list[Curve]:
+        """The curves that have a point."""
+        return [curve for curve in self.curves if len(curve.x)]
+
+    @property
+    def x_range(self) -> tuple[float, float]:
+        """From the first point, or from 0 if that is near, to the last."""
+        first = min(float(curve.x[0]) for curve in self.drawn)
+        last = max(float(curve.x[-1]) for curve in self.drawn)
+        if first < 0.1 * last:
+            first = 0.0
+        return (first, last) if last > first else (first, first + 1)
+
+    @property
+    def y_range(self) -> tuple[float, float]:
+        """All values, and some room. Only long noisy curves may be cut: to their values after the
+        first tenth without the outer percents, where these had less than a quarter of the height
+        else, because of a steep beginning or of spikes."""
+        first, last = self.x_range
+        whole: list[float] = [] if self.reference is None else [self.reference[0]]
+        settled = list(whole)
+        for curve in self.drawn:
+            whole += [float(curve.y.min()), float(curve.y.max())]
+            if curve.kind in ("noisy", "smooth") and len(curve.y) > FEW:
+                after = curve.y[curve.x >= first + 0.1 * (last - first)]
+                settled += np.percentile(after if len(after) else curve.y, [1, 99]).tolist()
+            else:
+                settled += whole[-2:]
+        low, high = min(whole), max(whole)
+        if max(settled) - min(settled) < (high - low) / 4:
+            low, high = min(settled), max(settled)
+        room = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+        return (0.0 if self.from_zero and low >= 0 else low - room), high + room
+
+    @property
+    def cut_off(self) -> str:
+        """How far the curves reach outside the y range, as a note; "" if they do not."""
+        low = min(float(curve.y.min()) for curve in self.drawn)
+        high = max(float(curve.y.max()) for curve in self.drawn)
+        ends = [f"up to {short(high)}"] if high > self.y_range[1] else []
+        ends += [f"down to {short(low)}"] if low < self.y_range[0] else []
+        return f"cut off: {' and '.join(ends)}" if ends else ""
+
+
+def line_chart(chart: Chart) -> str:
+    """A `<figure>` of `chart`; "" if no curve has a point. A note says what is cut off."""
+    curves = chart.drawn
     if not curves:
         return ""
-    frame = Frame(50, 16, 424, 226, _span(curves), _y_range(curves, from_zero, reference))
+    frame = _frame(chart)
     left, right, top, bottom = frame.left, frame.right, frame.top, frame.bottom
     edges = " ".join(f"{edge:.6g}" for edge in (left, right, top, bottom, *frame.x, *frame.y))
     lines = "".join(_line(frame, curve) for curve in curves)
     picture = svg(
-        title,
-        268,
-        axes(frame, x_label),
-        _reference(frame, reference) if reference else "",
-        _mark(frame, mark, curves) if mark else "",
+        chart.title,
+        272,
+        axes(frame, chart.x_label),
+        _reference(frame, chart.reference) if chart.reference else "",
+        _mark(frame, chart.mark, curves, chart.reference) if chart.mark else "",
         f'<svg {frame.box} viewBox="{left} {top} {right - left} {bottom - top}">{lines}</svg>',
-        *(_dots(frame, curve) for curve in curves if curve.kind == "points"),
+        *(_dots(frame, curve) for curve in curves if len(curve.x) == 1 or curve.kind == "points"),
         _end_labels(frame, curves),
-        _cut_off(frame, curves),
-        attributes=f'class="chart" data-frame="{edges}" data-x="{escape(x_label)}"',
+        text(frame.right, frame.top - 7, chart.cut_off, "end") if chart.cut_off else "",
+        attributes=f'class="chart" data-frame="{edges}" data-x="{escape(chart.x_label)}"',
     )
-    return figure(title, unit, picture, _legend(curves) if several else "")
+    # The legend names the curves left, even if that is one.
+    return figure(
+        chart.title, chart.unit, picture, _legend(curves) if len(chart.curves) > 1 else ""
+    )
 
 
-def _span(curves: Sequence[Curve]) -> tuple[float, float]:
-    first = min(float(curve.x[0]) for curve in curves)
-    last = max(float(curve.x[-1]) for curve in curves)
-    if first < 0.1 * last:
-        first = 0.0
-    return (first, last) if last > first else (first, first + 1)
-
-
-def _y_range(
-    curves: Sequence[Curve], from_zero: bool, reference: Mark | None
-) -> tuple[float, float]:
-    first, last = _span(curves)
-    ends: list[float] = [] if reference is None else [reference[0]]
-    for curve in curves:
-        settled = curve.x >= first + 0.1 * (last - first)
-        y = curve.y[settled] if settled.any() else curve.y
-        # Of a long noisy curve the outer percents are left out: spikes must not flatten the rest.
-        outer = 1 if curve.kind in ("noisy", "smooth") and len(y) > 40 else 0
-        ends += np.percentile(y, [outer, 100 - outer]).tolist()
-    low, high = min(ends), max(ends)
-    room = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
-    return (0.0 if from_zero and low >= 0 else low - room), high + room
+def _frame(chart: Chart) -> Frame:
+    """The chart's frame: left and right of it is room for numbers."""
+    ends = max(text_width(short(float(curve.shown[-1])), "end") for curve in chart.drawn)
+    last = text_width(number(chart.x_range[1])) / 2  # the last number of the x axis
+    left, right = left_of_numbers(chart.y_range), WIDTH - round(max(14 + ends, last))
+    return Frame(left, 20, right, 226, chart.x_range, chart.y_range)
 
 
 def short(value: float) -> str:
-    """A number with four digits, or all those before the point."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    """A number with four digits, or all those before the point of up to seven."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.4g}"
 
 
 def _line(frame: Frame, curve: Curve) -> str:
@@ -157,7 +205,7 @@ def _points(frame: Frame, x: np.ndarray, y: np.ndarray) -> str:
 
 def _dots(frame: Frame, curve: Curve) -> str:
     inside = (curve.y >= frame.y[0]) & (curve.y <= frame.y[1])
-    if inside.sum() > 40:
+    if inside.sum() > FEW:
         return ""
     return "".join(
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" style="fill:{colour(curve.colour)}"/>'
@@ -177,39 +225,43 @@ def _end_labels(frame: Frame, curves: Sequence[Curve]) -> str:
             ends.append([place, value, curve.colour % COLOURS])
     ends.sort()
     for above, below in itertools.pairwise(ends):
-        below[0] = max(below[0], above[0] + 15)
+        below[0] = max(below[0], above[0] + LINE)
     limit = frame.bottom - 6  # above the numbers of the x axis
     for end in reversed(ends):
         end[0] = min(end[0], limit)
-        limit = end[0] - 15
+        limit = end[0] - LINE
     return "".join(
         f'<rect x="{frame.right + 5}" y="{place - 4:.1f}" width="4" height="8" rx="2" '
-        f'style="fill:{colour(number)}"/>'
+        f'style="fill:{colour(tint)}"/>'
         + text(frame.right + 12, place + 4, short(value), kind="end")
-        for place, value, number in ends
+        for place, value, tint in ends
     )
-
-
-def _cut_off(frame: Frame, curves: Sequence[Curve]) -> str:
-    peak = max(float(curve.y.max()) for curve in curves)
-    note = f"cut off above: up to {short(peak)}"
-    return text(frame.right, frame.top - 5, note, "end") if peak > frame.y[1] else ""
 
 
 def _reference(frame: Frame, reference: Mark) -> str:
     y = frame.down(reference[0])
     line = f'<path class="reference" d="M{frame.left} {y:.1f}H{frame.right}"/>'
-    return line + text(frame.left + 4, y - 5, reference[1])
+    return line + text(frame.left + 4, _above(frame, reference), reference[1])
 
 
-def _mark(frame: Frame, mark: Mark, curves: Sequence[Curve]) -> str:
+def _above(frame: Frame, reference: Mark) -> float:
+    """The base of the name of a line across: over it, or below it where it is at the top."""
+    y = frame.down(reference[0])
+    return y - 5 if y - LINE > frame.top else y + LINE - 2
+
+
+def _mark(frame: Frame, mark: Mark, curves: Sequence[Curve], reference: Mark | None) -> str:
     """A dashed line down, named where the curves leave room: at the bottom or at the top."""
     place, name = mark
     if not frame.x[0] <= place <= frame.x[1]:
         return ""
     x, middle = frame.across(place), (frame.top + frame.bottom) / 2
     heights = [frame.down(float(np.interp(place, c.x, c.shown))) for c in curves]
-    y = frame.bottom - 6 if np.mean(heights) < middle else frame.top + 12
+    places = [frame.bottom - 6.0, frame.bottom - 6.0 - LINE, frame.top + 12.0]
+    if np.mean(heights) >= middle:
+        places = [frame.top + 12.0, frame.top + 12.0 + LINE, frame.bottom - 6.0]
+    taken = -LINE if reference is None else _above(frame, reference)
+    y = next(place for place in places if abs(place - taken) >= LINE)
     late = x > (frame.left + frame.right) / 2  # then its name stands left of it
     return upright(frame, x) + text(x + (-4 if late else 4), y, name, "end" if late else "start")
 

@@ -8,11 +8,15 @@ from switchworks.report.html import Tile
 from switchworks.report.runs import Reached, Run, when_reached
 
 _NOT_REACHED = "not reached"
+LOSSES = ("Validation loss", "Validation perplexity", "Training loss")
+"""The key figures that depend on text, tokenizer and task."""
 
 
 def figures(run: Run) -> list[Tile]:
-    """The key figures of a run; those without a value are left out."""
-    return [tile for tile in (*_quality(run), *_size(run), *_routing(run)) if tile[1]]
+    """The key figures of a run, losses first, and last where it has classes; those without a value
+    are left out."""
+    losses, others = _losses(run), [*_size(run), *_routing(run)]
+    return [tile for tile in (others + losses if run.classes else losses + others) if tile[1]]
 
 
 def compact(count: int | float | None) -> str:
@@ -96,18 +100,21 @@ def recorded(run: Run, name: str) -> int | float | None:
     return value if isinstance(value, int | float) else None
 
 
-def _quality(run: Run) -> list[Tile]:
+def _losses(run: Run) -> list[Tile]:
     steps, losses = run.series("val/loss")
     loss, training = run.last("val/loss"), run.settled("train/loss")
     best = ""
     if len(losses) and losses.min() < losses[-1]:
         best = f"best {losses.min():.3f} at step {int(steps[losses.argmin()]):,}"
     perplexity = "" if loss is None else short(measure_perplexity(loss))
-    return [
-        ("Validation loss", "" if loss is None else f"{loss:.3f}", best or "nats per target token"),
-        ("Validation perplexity", perplexity, "exp of the loss, per target token"),
-        ("Training loss", "" if training is None else f"{training:.3f}", "mean of the last tenth"),
-    ]
+    texts = ["" if value is None else f"{value:.3f}" for value in (loss, training)]
+    values = (texts[0], perplexity, texts[1])
+    notes = (
+        best or "nats per target token",
+        "exp of the loss, per target token",
+        "mean of the last tenth",
+    )
+    return list(zip(LOSSES, values, notes, strict=True))
 
 
 def _size(run: Run) -> list[Tile]:

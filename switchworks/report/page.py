@@ -10,13 +10,14 @@ import numpy as np
 from switchworks.config import DataError
 from switchworks.disk import well_formed, write_text
 from switchworks.report import html
-from switchworks.report.charts import Curve, Kind, Mark, curves_of, line_chart, points_of
-from switchworks.report.figures import by_corpus, compact, figures, recorded, speedups
-from switchworks.report.load_chart import colour_bar, load_chart
-from switchworks.report.runs import Run, baseline, last_part, read_run
+from switchworks.report.charts import Chart, Curve, Kind, Mark, curves_of, line_chart, points_of
+from switchworks.report.classes import classes_section
+from switchworks.report.figures import LOSSES, by_corpus, compact, figures, recorded, speedups
+from switchworks.report.load_chart import LoadMap, colour_bar, load_chart
+from switchworks.report.runs import Run, baseline, comparable, difference, last_part, read_run
 from switchworks.report.samples import samples_section
 from switchworks.report.svg import COLOURS
-from switchworks.report.tasks import best_mark, tasks_section
+from switchworks.report.tasks import best_mark, task_charts, tasks_section
 
 LOSS_UNIT = "nats per target token"
 
@@ -39,35 +40,53 @@ def write_report(run_dirs: Sequence[Path], output: Path | None = None) -> Path:
 
 def page(runs: Sequence[Run]) -> str:
     """The page as HTML. Sections for which the runs have no data are left out."""
-    runs, several = _with_distinct_names(runs), len(runs) > 1
+    runs, several = with_distinct_names(runs), len(runs) > 1
     facts = [fact for fact in _facts(runs[0]) if all(fact in _facts(run) for run in runs)]
     names = ", ".join(run.name for run in runs)
     sections = [html.header(names, facts), *(_problems(run) for run in runs)]
+    for run in runs:
+        sections += [classes_section(each, run.name if several else "") for each in run.classes]
     if several:
         sections.append(_comparison(runs))
     elif runs[0].rows:
-        sections.append(html.tiles(figures(runs[0])))
-    sections += [_learning(runs), tasks_section(runs), _corpora(runs), _speed(runs), _routing(runs)]
+        title = "The run" if runs[0].classes else ""  # else the tiles are the top of the page
+        tiles = html.tiles(figures(runs[0]))
+        sections.append(html.section(title, "", tiles) if title else tiles)
+    sections += [_learning(runs), tasks_section(runs), *map(_corpora, comparable(runs))]
+    sections += [_speed(runs), _routing(runs)]
     sections += [_loads(run, several=several) for run in runs]
     sections += [samples_section(run, several=several) for run in runs]
     sections += [_origin(runs), _settings(runs)]
     return html.document(f"{names} - switchworks report", sections)
 
 
-def _with_distinct_names(runs: Sequence[Run]) -> list[Run]:
-    """Runs of one name, such as two seeds of a recipe, get their directories added to it."""
-    names = [run.name for run in runs]
-    return [
-        replace(run, name=f"{run.name} ({run.path.resolve().name})")
-        if names.count(run.name) > 1
-        else run
-        for run in runs
-    ]
+def page_charts(runs: Sequence[Run]) -> list[tuple[Run | None, Chart | LoadMap]]:
+    """Every curve and map of the page, in its order, with the run if it is of one of several."""
+    charts: list[Chart | LoadMap] = [*_learning_charts(runs), *task_charts(runs)]
+    for group in comparable(runs):
+        charts += _corpora_charts(group)
+    charts += [*_speed_charts(runs), *_routing_charts(runs)]
+    maps = [(run if len(runs) > 1 else None, load) for run in runs for load in _load_maps(run)]
+    return [*((None, chart) for chart in charts), *maps]
+
+
+def with_distinct_names(runs: Sequence[Run]) -> list[Run]:
+    """Runs in directories of one name get the folder above, or else the whole path, as their
+    name."""
+    for longer in (lambda path: f"{path.parent.name}/{path.name}", str):
+        names = [run.name for run in runs]
+        runs = [
+            replace(run, name=longer(run.path.resolve())) if names.count(run.name) > 1 else run
+            for run in runs
+        ]
+    return list(runs)
 
 
 def _facts(run: Run) -> list[str]:
     tokens, vocabulary = recorded(run, "train_tokens"), recorded(run, "vocabulary")
+    recipe = str(run.settings.get("name") or run.name)
     facts = [
+        f"recipe {recipe}" if recipe != run.path.resolve().name else "",
         str(run.about.get("text", "")),
         f"{compact(tokens)} tokens" if tokens else "",
         f"vocabulary of {vocabulary:,}" if vocabulary else "",
@@ -89,36 +108,65 @@ def _problems(run: Run) -> str:
 
 
 def _comparison(runs: Sequence[Run]) -> str:
+    """Key figures side by side, and speed-ups; losses only if all can be compared."""
+    groups = comparable(runs)
     columns = [{name: (value, note) for name, value, note in figures(run)} for run in runs]
     names = dict.fromkeys(name for column in columns for name in column)
-    rows = [html.row(name, [column.get(name) for column in columns]) for name in names]
-    base = baseline(runs)
-    target, tiles, definition = base.last("val/loss"), [], ""
-    if target is not None:
-        tiles, speedup_rows = speedups(runs, base, target)
-        rows += [list(map(escape, row)) for row in speedup_rows]
-        definition = html.soft(
-            "Speed-up, as in the Switch Transformer paper: the steps (or the seconds of training) "
-            f"{escape(base.name)} took to its final validation loss of {target:.3f}, divided by "
-            "those another run took to come down to the same loss. Between two validations the "
-            "loss is taken to fall in a straight line."
-        )
+    rows = [
+        html.row(name, [column.get(name) for column in columns])
+        for name in names
+        if len(groups) == 1 or name not in LOSSES
+    ]
     by_run = html.card(html.table(_head(runs), rows))
-    return html.section("Comparison", "", html.tiles(tiles), definition, by_run)
+    speedups = "".join(map(_speedups, groups))
+    return html.section("Comparison", "", _not_compared(groups), speedups, by_run)
+
+
+def _not_compared(groups: Sequence[Sequence[Run]]) -> str:
+    """A notice which runs are not compared by loss, and why; "" if all are."""
+    if len(groups) == 1:
+        return ""
+    base = groups[0][0]
+    lines = [
+        f"Not compared with {base.name} by loss, and without a speed-up over it: "
+        f"{', '.join(run.name for run in group)}, which read {difference(group[0], base)}."
+        for group in groups[1:]
+    ]
+    return html.notice(*lines, "A loss is per token of its text, tokenizer and task.")
+
+
+def _speedups(runs: Sequence[Run]) -> str:
+    """Tiles and a table of how much sooner each run came to the loss of the baseline."""
+    base = baseline(runs)
+    target = base.last("val/loss")
+    if target is None or len(runs) == 1:
+        return ""
+    tiles, rows = speedups(runs, base, target)
+    definition = html.soft(
+        "Speed-up, as in the Switch Transformer paper: the steps (or the seconds of training) "
+        f"{escape(base.name)} took to its final validation loss of {target:.3f}, divided by "
+        "those another run took to come down to the same loss. Between two validations the "
+        "loss is taken to fall in a straight line."
+    )
+    table = html.table(_head(runs), [list(map(escape, row)) for row in rows])
+    return html.tiles(tiles) + definition + html.card(table)
 
 
 def _head(runs: Sequence[Run]) -> list[str]:
     return ["", *(run.name for run in runs)]
 
 
-def _losses(runs: Sequence[Run], against: str, unit: float = 1) -> list[Curve]:
+def _losses(
+    runs: Sequence[Run], group: Sequence[Run], against: str, unit: float = 1
+) -> list[Curve]:
+    """The losses of a group of `runs`, in their colours on the whole page."""
     curves: list[Curve] = []
     single = len(runs) == 1
     noisy: Kind = "noisy" if single else "smooth"
     lines: list[tuple[str, str, Kind]] = [("training", "train/loss", noisy)]
     lines.append(("validation", "val/loss", "points"))
     for place, run in enumerate(runs):
-        for name, key, kind in lines:
+        for name, key, kind in lines if run in group else ():
             x, y = run.series(key, against)
             label = name if single else f"{run.name}, {name}"
             colour = len(curves) if single else place  # one for each curve, or for each run
@@ -127,25 +175,48 @@ def _losses(runs: Sequence[Run], against: str, unit: float = 1) -> list[Curve]:
 
 
 def _learning(runs: Sequence[Run]) -> str:
-    longest = max(run.last("seconds") or 0.0 for run in runs)
-    most = max(run.last("tokens") or 0.0 for run in runs)
+    note = "Lower is better. Training loss is smoothed"
+    note += ", with its raw values behind." if len(runs) == 1 else "."
+    return html.section("How it learned", note, _grid(_learning_charts(runs)))
+
+
+def _learning_charts(runs: Sequence[Run]) -> list[Chart]:
+    """Losses, of runs that cannot be compared apart, and the learning rate."""
+    groups = comparable(runs)
+    charts = []
+    for group in groups:
+        charts += _loss_charts(runs, group, apart=len(groups) > 1)
+    rate = curves_of(runs, "train/lr", kind="plain")
+    return [*charts, Chart("Learning rate", "", "step", rate, from_zero=True)]
+
+
+def _loss_charts(runs: Sequence[Run], group: Sequence[Run], *, apart: bool) -> list[Chart]:
+    longest = max(run.last("seconds") or 0.0 for run in group)
+    most = max(run.last("tokens") or 0.0 for run in group)
     seconds, clock = next(
         pair
         for pair in ((86400, "days"), (3600, "hours"), (60, "minutes"), (1, "seconds"))
         if longest >= 3 * pair[0] or pair[0] == 1
     )
     tokens, magnitude = (1e9, "billion") if most >= 2e9 else (1e6, "million")
-    by_step, by_time = _losses(runs, "step"), _losses(runs, "seconds", seconds)
-    by_tokens, rate = _losses(runs, "tokens", tokens), curves_of(runs, "train/lr", kind="plain")
-    charts = [
-        line_chart("Loss by step", LOSS_UNIT, "step", by_step, mark=best_mark(runs)),
-        line_chart("Loss by time", LOSS_UNIT, f"training time, {clock}", by_time),
-        line_chart("Loss by tokens", LOSS_UNIT, f"tokens seen, {magnitude}", by_tokens),
-        line_chart("Learning rate", "", "step", rate, from_zero=True),
-    ]
-    note = "Lower is better. Training loss is smoothed"
-    note += ", with its raw values behind." if len(runs) == 1 else "."
-    return html.section("How it learned", note, html.grid(charts))
+    axes = {
+        "step": ("step", 1, "step"),
+        "time": ("seconds", seconds, f"training time, {clock}"),
+        "tokens": ("tokens", tokens, f"tokens seen, {magnitude}"),
+    }
+    more = f" and {len(group) - 1} more" if len(group) > 1 else ""
+    names = f": {group[0].name}{more}" if apart else ""
+    return [
+        Chart(
+            f"Loss by {name}{names}", LOSS_UNIT, label, _losses(runs, group, against, unit),
+            mark=best_mark(runs) if name == "step" else None,
+        )
+        for name, (against, unit, label) in axes.items()
+    ]  # fmt: skip
+
+
+def _grid(charts: Sequence[Chart]) -> str:
+    return html.grid(list(map(line_chart, charts)))
 
 
 def _corpora(runs: Sequence[Run]) -> str:
@@ -153,37 +224,53 @@ def _corpora(runs: Sequence[Run]) -> str:
     losses = by_corpus(runs)
     if not losses:
         return ""
-    chart = ""
-    if len(runs) == 1 and len(losses) <= COLOURS:
-        curves = points_of(runs[0], {name: f"val/loss/{name}" for name in losses})
-        chart = line_chart("Validation loss by corpus", LOSS_UNIT, "step", curves)
     note = (
         "The last validation loss on each. The validation loss of the run is their mean, each "
         "weighted by its share of the rows."
     )
     rows = [html.row(name, values) for name, values in losses.items()]
     by_run = html.card(html.table(_head(runs), rows))
-    return html.section("The corpora", note, html.grid([chart]), by_run)
+    return html.section("The corpora", note, _grid(_corpora_charts(runs)), by_run)
+
+
+def _corpora_charts(runs: Sequence[Run]) -> list[Chart]:
+    names = by_corpus(runs)
+    if len(runs) > 1 or not 1 <= len(names) <= COLOURS:
+        return []
+    curves = points_of(runs[0], {name: f"val/loss/{name}" for name in names})
+    return [Chart("Validation loss by corpus", LOSS_UNIT, "step", curves)]
 
 
 def _chart(
     runs: Sequence[Run], name: str, unit: str, key: str, *, scale: int = 1, line: Mark | None = None
-) -> str:
+) -> Chart:
     curves = curves_of(runs, key, scale=scale)
-    return line_chart(name, unit, "step", curves, from_zero=True, reference=line)
+    return Chart(name, unit, "step", curves, from_zero=True, reference=line)
 
 
 def _speed(runs: Sequence[Run]) -> str:
-    charts = [
+    note = "Speed, and the size of the gradients."
+    return html.section("How it ran", note, _grid(_speed_charts(runs)))
+
+
+def _speed_charts(runs: Sequence[Run]) -> list[Chart]:
+    return [
         _chart(runs, "Throughput", "tokens per second", "tokens_per_second"),
         _chart(runs, "Gradient norm", "over all parameters", "train/grad_norm"),
     ]
-    return html.section("How it ran", "Speed, and the size of the gradients.", html.grid(charts))
 
 
 def _routing(runs: Sequence[Run]) -> str:
+    note = (
+        "Every switch layer sends each token to one expert. A token that finds its expert full is "
+        "dropped: it passes the layer unchanged."
+    )
+    return html.section("How it routed", note, _grid(_routing_charts(runs)))
+
+
+def _routing_charts(runs: Sequence[Run]) -> list[Chart]:
     if not any(run.sparse for run in runs):
-        return ""
+        return []
     experts = max((loads.shape[1] for run in runs for _, loads in run.loads().values()), default=0)
     even, used = (1.0, "even"), (float(experts), f"all {experts}") if experts else None
     balance, busiest = curves_of(runs, "train/balance"), _busiest(runs)
@@ -191,19 +278,14 @@ def _routing(runs: Sequence[Run]) -> str:
         "1 = even, E = all tokens to one expert",
         "times the even share, of all layers",
     )
-    charts = [
-        line_chart("Balance", by_balance, "step", balance, reference=even),
+    return [
+        Chart("Balance", by_balance, "step", balance, reference=even),
         _chart(runs, "Dropped tokens", "% of tokens", "train/dropped", scale=100),
-        line_chart("Busiest expert", by_load, "step", busiest, from_zero=True, reference=even),
+        Chart("Busiest expert", by_load, "step", busiest, from_zero=True, reference=even),
         _chart(runs, "Experts in use", "mean over layers", "train/experts_in_use", line=used),
         _chart(runs, "Confidence", "probability of the chosen expert", "train/confidence"),
         _chart(runs, "Router z", "squared log-sum-exp of its logits", "train/router_z"),
     ]
-    note = (
-        "Every switch layer sends each token to one expert. A token that finds its expert full is "
-        "dropped: it passes the layer unchanged."
-    )
-    return html.section("How it routed", note, html.grid(charts))
 
 
 def _busiest(runs: Sequence[Run]) -> list[Curve]:
@@ -221,23 +303,29 @@ def _busiest(runs: Sequence[Run]) -> list[Curve]:
 
 
 def _loads(run: Run, *, several: bool) -> str:
-    """A heat map and final bars for each switch layer, the bars to one scale."""
+    """A heat map and final bars for each switch layer."""
+    note = (
+        "Each expert's share of the tokens, as a multiple of the even share. One row is one "
+        "expert; the bars are the mean of the last tenth of the run."
+    )
+    title, maps = "Load of the experts" + (f": {run.name}" if several else ""), _load_maps(run)
+    charts = html.grid(list(map(load_chart, maps)))
+    return html.section(title, note, colour_bar(), charts) if maps else ""
+
+
+def _load_maps(run: Run) -> list[LoadMap]:
+    """The maps of the switch layers, the bars to one scale."""
     loads = run.loads()
     ends = {layer: last_part(shares).mean(axis=0) for layer, (_, shares) in loads.items()}
     most = max([2.0, *(1.05 * float(end.max()) for end in ends.values())])
-    charts = []
+    maps = []
     for layer, (steps, shares) in loads.items():
         end, dropped = ends[layer], run.settled(f"dropped/{layer}")
         note = f"busiest {end.max():.2f} (expert {end.argmax()})"
         note += f", idlest {end.min():.2f} (expert {end.argmin()})"
         note += "" if dropped is None else f", {100 * dropped:.2f}\N{NO-BREAK SPACE}% dropped"
-        charts.append(load_chart(layer, steps, shares, note=note, most=most))
-    note = (
-        "Each expert's share of the tokens, as a multiple of the even share. One row is one "
-        "expert; the bars are the mean of the last tenth of the run."
-    )
-    title = "Load of the experts" + (f": {run.name}" if several else "")
-    return html.section(title, note, colour_bar(), html.grid(charts)) if charts else ""
+        maps.append(LoadMap(title=layer, note=note, steps=steps, loads=shares, most=most))
+    return maps
 
 
 def _origin(runs: Sequence[Run]) -> str:

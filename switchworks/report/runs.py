@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from switchworks.config import DataError, flatten, read_toml
+from switchworks.config import DataError, flatten, from_dict, read_toml
 from switchworks.disk import read_json
+from switchworks.evaluate import CLASSES, Classification
 
 
 class Sample(NamedTuple):
@@ -25,6 +26,9 @@ class Sample(NamedTuple):
     inputs: str
     truth: str
     prediction: str
+    holes: tuple[dict[str, Any], ...] = ()
+    """Of each hole in turn: number, nats and tokens of the true text as the model reads it, and
+    what two baselines put there, unigram and copy. Empty in samples of older versions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +42,8 @@ class Run:
     about: dict[str, Any] = field(default_factory=dict)
     best: dict[str, Any] = field(default_factory=dict)
     """best.json: the step whose weights became the model, and its metric. Empty: the last step."""
+    classes: tuple[Classification, ...] = ()
+    """classes.json: the answers to its tasks that are classifications."""
     rows: tuple[dict[str, Any], ...] = ()
     samples: tuple[Sample, ...] = ()
     notes: tuple[str, ...] = ()
@@ -106,17 +112,70 @@ def read_run(path: Path) -> Run:
             "  `switchworks train RECIPE --run-dir D` makes one."
         )
     notes: list[str] = []
-    settings = flatten(_mapping(path / "experiment.toml", read_toml, notes))
+    classes = _mapping(path / CLASSES, read_json, notes)
     return Run(
         path=path,
-        name=str(settings.get("name") or path.resolve().name),
-        settings=settings,
+        name=path.resolve().name,
+        settings=flatten(_mapping(path / "experiment.toml", read_toml, notes)),
         about=_mapping(path / "about.json", read_json, notes),
         best=_mapping(path / "best.json", read_json, notes),
+        classes=tuple(
+            from_dict(Classification, each, where=f"{CLASSES}: ")
+            for each in classes.get("tasks", ())
+        ),
         rows=_rows(path / "metrics.jsonl", notes),
         samples=_samples(path / "samples.jsonl", notes),
         notes=tuple(notes),
     )
+
+
+_OBJECTIVE = ("data.objective", "data.noise_density", "data.mean_span")
+
+
+def difference(run: Run, other: Run) -> str:
+    """Why the losses of two runs mean different things, as what `run` has and `other` has not; ""
+    if they can be compared, or if older runs do not say what they read."""
+    for words, reads in _READS.items():
+        here, there = reads(run), reads(other)
+        if here and there and here != there:
+            return f"{words} {here}, not {there}"
+    digests = [each.about.get("text_digest") for each in (run, other)]
+    if not all(digests) or digests[0] == digests[1]:
+        return ""
+    here, there = (str(each.about.get("text") or "another text") for each in (run, other))
+    if here == there:
+        return f"{here} with other contents or another tokenizer"
+    return f"the text {here}, not {there}"
+
+
+def _objective(run: Run) -> str:
+    values = [run.settings[key] for key in _OBJECTIVE if key in run.settings]
+    return " ".join(map(str, values))
+
+
+def _tasks(run: Run) -> str:
+    """Their names without the files, which the digest of the text knows."""
+    entries = run.settings.get("data.tasks") or ()
+    return ", ".join(str(entry).partition("=")[0] for entry in entries)
+
+
+_READS: dict[str, Callable[[Run], Any]] = {
+    "a tokenizer with a vocabulary of": lambda run: run.about.get("vocabulary"),
+    "the tasks": _tasks,
+    "text for the objective": _objective,
+}
+
+
+def comparable(runs: Sequence[Run]) -> list[list[Run]]:
+    """`runs` in groups whose losses can be compared, in their order."""
+    groups: list[list[Run]] = []
+    for run in runs:
+        group = next((group for group in groups if not difference(run, group[0])), None)
+        if group is None:
+            groups.append([run])
+        else:
+            group.append(run)
+    return groups
 
 
 class Reached(NamedTuple):
@@ -161,7 +220,8 @@ def _samples(path: Path, notes: list[str]) -> tuple[Sample, ...]:
     samples = {}
     for line in _lines(path, notes) if path.exists() else ():
         texts = [str(line.get(key, "")) for key in ("inputs", "truth", "prediction")]
-        samples[line["step"], texts[0]] = Sample(line["step"], *texts)
+        holes = tuple(line.get("holes", ()))
+        samples[line["step"], texts[0]] = Sample(line["step"], *texts, holes=holes)
     return tuple(sorted(samples.values(), key=lambda sample: -sample.step))
 
 

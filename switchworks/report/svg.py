@@ -14,6 +14,11 @@ WIDTH = 480
 COLOURS = 6
 """Colours of the palette, `--c0` to `--c5`; a seventh curve begins again."""
 
+SIZES = {"small": 13.5}
+"""Of letters by the kind of text, as page.css has them on a phone, where they are largest."""
+SIZE = 15.0
+"""Of all other kinds."""
+
 Numbers = TypeVar("Numbers", float, np.ndarray)
 
 
@@ -63,6 +68,13 @@ def text(x: float, y: float, words: str, anchor: str = "start", kind: str = "sma
     )
 
 
+def text_width(words: str, kind: str = "") -> float:
+    """How wide `words` are at most, in picture units: in DejaVu Sans Bold, the widest of the usual
+    fonts, and as large as on a phone."""
+    narrow, wide = sum(map(words.count, ".,:;|!'iljI ")), sum(map(words.count, "mwMW%@"))
+    return SIZES.get(kind, SIZE) * (0.72 * len(words) - 0.3 * narrow + 0.38 * wide)
+
+
 def upright(frame: Frame, x: float) -> str:
     """A dashed line down the frame, at a place in picture units."""
     return f'<path class="reference" d="M{x:.1f} {frame.top}V{frame.bottom}"/>'
@@ -79,19 +91,29 @@ def axes(frame: Frame, x_label: str) -> str:
     for value in ticks(*frame.y, bins=5):
         y = frame.down(value)
         marks.append(f'<path class="grid" d="M{frame.left} {y:.1f}H{frame.right}"/>')
-        marks.append(text(frame.left - 7, y + 4, _number(value), "end", ""))
+        marks.append(text(frame.left - 7, y + 4, number(value), "end", ""))
     return "".join(marks) + bottom(frame, x_label, bins=6)
 
 
+def left_of_numbers(y: tuple[float, float]) -> int:
+    """The left edge of a frame, which leaves room for the numbers of its y axis."""
+    return 12 + round(max(text_width(number(value)) for value in ticks(*y, bins=5)))
+
+
 def bottom(frame: Frame, label: str, *, bins: int) -> str:
-    """The x axis, with about `bins` numbers and its name below."""
+    """The x axis, with at most about `bins` numbers that do not touch, and its name below."""
+    room, values = frame.right - frame.left, ticks(*frame.x, bins=bins)
+    widest = max(text_width(number(value)) for value in values) + 8
+    while bins > 1 and widest * (len(values) - 1) > room:
+        bins -= 1
+        values = ticks(*frame.x, bins=bins)
     marks = [f'<path class="axis" d="M{frame.left} {frame.bottom}H{frame.right}"/>']
-    for value in ticks(*frame.x, bins=bins):
+    for value in values:
         x = frame.across(value)
         marks.append(f'<path class="axis" d="M{x:.1f} {frame.bottom}v4"/>')
-        marks.append(text(x, frame.bottom + 17, _number(value), "middle", ""))
+        marks.append(text(x, frame.bottom + 18, number(value), "middle", ""))
     middle = (frame.left + frame.right) / 2
-    return "".join(marks) + text(middle, frame.bottom + 34, label, "middle", "label")
+    return "".join(marks) + text(middle, frame.bottom + 36, label, "middle", "label")
 
 
 def ticks(low: int | float, high: int | float, *, bins: int) -> np.ndarray:
@@ -103,5 +125,6 @@ def ticks(low: int | float, high: int | float, *, bins: int) -> np.ndarray:
     return ticks[(ticks >= low - slack) & (ticks <= high + slack)]
 
 
-def _number(value: float) -> str:
-    return f"{round(float(value), 12):,.10g}"
+def number(value: float) -> str:
+    """A number of an axis: 0.0002, 1,500, and from ten millions on 2e+07."""
+    return f"{value:.4g}" if abs(value) >= 1e7 else f"{round(float(value), 12):,.10g}"

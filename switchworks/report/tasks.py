@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from html import escape
 
 from switchworks.report import html
-from switchworks.report.charts import Curve, Mark, curves_of, line_chart, points_of
+from switchworks.report.charts import Chart, Curve, Mark, curves_of, line_chart, points_of
 from switchworks.report.runs import Run
 
 
@@ -15,22 +15,32 @@ def tasks_section(runs: Sequence[Run]) -> str:
         for run in runs
         if (sentence := _best_sentence(run))
     ]
-    scores = [key for key in _keys(runs, "task/") if key.endswith("/score")]
-    names = [key.removesuffix("/score") for key in scores]
+    names = _names(runs)
     if not names:
         return f"<section>{html.soft(' '.join(sentences))}</section>" if sentences else ""
     sentences.insert(0, "Answers to the same validation examples, out of 100; higher is better.")
+    head = ["", *(run.name for run in runs)]
+    table = html.card(html.table(head, _rows(runs, names)))
+    charts = html.grid(list(map(line_chart, task_charts(runs))))
+    return html.section("The tasks", " ".join(sentences), charts, table)
+
+
+def task_charts(runs: Sequence[Run]) -> list[Chart]:
+    """The metrics of each task, and first the mean of several."""
+    names = _names(runs)
     curves = {name: _curves(runs, name) for name in names}
     if len(names) > 1:
         curves = {"All tasks": curves_of(runs, "task/mean", kind="points")} | curves
     mark = best_mark(runs)
-    charts = [
-        line_chart(title, "out of 100", "step", lines, from_zero=True, mark=mark)
+    return [
+        Chart(title, "out of 100", "step", lines, from_zero=True, mark=mark)
         for title, lines in curves.items()
     ]
-    head = ["", *(run.name for run in runs)]
-    table = html.card(html.table(head, _rows(runs, names)))
-    return html.section("The tasks", " ".join(sentences), html.grid(charts), table)
+
+
+def _names(runs: Sequence[Run]) -> list[str]:
+    keys = [key for key in _keys(runs, "task/") if key.endswith("/score")]
+    return [key.removesuffix("/score") for key in keys]
 
 
 def best_mark(runs: Sequence[Run]) -> Mark | None:

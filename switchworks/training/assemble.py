@@ -219,7 +219,8 @@ def _measuring(run: Run, recorder: loggers.Recorder, shown: Phase) -> list[Hook]
     if validation is not None and experiment.sample_every and not experiment.data.tasks:
         path = run.directory / loggers.SAMPLES if run.ranks.is_main else None
         rows = hooks.sample_rows(validation)
-        samples = partial(hooks.write_samples, path, rows, tokenizer)
+        common = hooks.common_token(run.dataset)
+        samples = partial(hooks.write_samples, path, rows, tokenizer, common)
         measuring.append(hooks.Every(experiment.sample_every, samples))
     if run.tasks:
         decoding = evaluate.DecodingConfig(

@@ -4,7 +4,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from switchworks import checkpoint, data, report
+from switchworks import checkpoint, data, evaluate, report
 from switchworks.checkpoint import Checkpoints
 from switchworks.config import CheckpointError, ConfigError
 from switchworks.locks import only_writer
@@ -44,6 +44,8 @@ def finish(run_dir: Path | str, step: int | None = None) -> int:
             write(state, run_dir)
         else:
             KeepBest(config, Recorder(), checkpoints, state, write).write_model(state, run_dir)
+        settings = data.run_data_config(run_dir)  # names code by the run, which has to be trusted
+        evaluate.write_classes(run_dir, settings, experiment.evaluate_examples)
         report.write_run_card(run_dir)
         report.write_report([run_dir])
     return state.step

@@ -122,7 +122,7 @@ def _model(about: Mapping[str, Any]) -> str:
     text = f"{total} parameters, {active} for each token"
     if about["trainable_parameters"] != about["parameters"]:
         text += f", {report.compact(about['trainable_parameters'])} of them trained"
-    return f"{text}; {report.compact(about['flops_per_token'])}FLOPs a token forward"
+    return f"{text}; {report.compact(about['flops_per_token'])} FLOPs a token forward"
 
 
 def _rows(validation: "ValidationSet") -> int:

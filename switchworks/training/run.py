@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from switchworks import checkpoint, data
+from switchworks import checkpoint, data, evaluate
 from switchworks.config import ConfigError
 from switchworks.locks import only_writer
 from switchworks.parallel import Ranks, connect_ranks, torchrun, watching
@@ -97,6 +97,8 @@ def _train(run: Run, hooks: Sequence[Hook], loggers: Sequence[Logger]) -> Interr
     if run.ranks.is_main:
         from switchworks import report  # nothing of it is needed before
 
+        settings = run.experiment
+        evaluate.write_classes(run.directory, settings.data, settings.evaluate_examples)
         with phase("writing the report"):
             report.write_run_card(run.directory)
             report.write_report([run.directory])

@@ -9,6 +9,7 @@ checkpoints/        step_XXXXXXXX/: everything needed to resume
 model/              what `switchworks.load` opens
 adapters/           with lora: the trained adapters by themselves
 best/               with best: the best weights so far as models; best.json says of which step
+classes.json        of tasks that are classifications: what the report says of them
 report.html
 """
 

@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import re
-from dataclasses import replace
 
 import pytest
 import torch
@@ -15,32 +14,6 @@ from switchworks.config import ConfigError
 from switchworks.evaluate import classify, predict, predictions
 from switchworks.evaluate.predictions import question_of, read_inputs
 from switchworks.generate import GenerationConfig
-
-WARM, COLD = ("red", "orange"), ("blue", "green")
-
-
-@pytest.fixture(scope="session")
-def classifier(tiny_experiment, trained, tmp_path_factory):
-    """A run on 200 sentences that name a colour, and whether it is warm."""
-    folder = tmp_path_factory.mktemp("colours")
-    rows = [
-        (f"The {'wall' if n % 3 else 'door'} number {n} is {colour}.", answer)
-        for n in range(50)
-        for answer, colours in (("yes", WARM), ("no", COLD))
-        for colour in colours
-    ]
-    with (folder / "colours.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([("text", "warm"), *rows])
-    data = replace(
-        tiny_experiment.data,
-        path=None,
-        tasks=(f"colours={folder}/colours.csv:text:warm",),
-        tokenizer="bytes",
-        validation_share=0.1,
-        input_length=48,
-        target_length=8,
-    )
-    return trained(replace(tiny_experiment, data=data, steps=10, evaluate_every=0))
 
 
 @pytest.fixture

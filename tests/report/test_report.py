@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from html.parser import HTMLParser
@@ -14,11 +15,13 @@ import numpy as np
 import pytest
 import tomli_w
 
+from switchworks.cli.parsing import parse_flags
+from switchworks.cli.report import ReportFlags
 from switchworks.config import DataError
 from switchworks.report import write_report
-from switchworks.report.charts import Curve, line_chart, smooth
+from switchworks.report.charts import Chart, Curve, line_chart, smooth
 from switchworks.report.figures import compact, duration
-from switchworks.report.load_chart import load_chart
+from switchworks.report.load_chart import LoadMap, load_chart
 from switchworks.report.runs import read_run, when_reached
 
 
@@ -297,18 +300,19 @@ def test_a_loss_that_is_no_number_does_not_break_the_curves(tmp_path):
 def test_the_axis_fits_what_comes_after_the_fall_at_the_beginning():
     x = np.arange(100.0)
     y = np.where(x < 5, 1000.0, 4.0 + x / 100)
-    chart = line_chart("Loss", "nats", "step", [Curve(x=x, y=y, label="training", kind="plain")])
+    curve = Curve(x=x, y=y, label="training", kind="noisy")
+    chart = line_chart(Chart("Loss", "nats", "step", [curve]))
     frame = re.search(r'data-frame="([^"]*)"', chart)
     assert frame
     low, high = (float(edge) for edge in frame[1].split()[-2:])
     assert 3.9 < low < 4.1
     assert 4.99 < high < 5.1
-    assert "cut off above: up to 1,000" in chart
+    assert "cut off: up to 1,000" in chart
 
 
 def test_a_heat_map_is_clear_where_even_blue_where_idle_and_orange_where_busy():
     loads = np.array([[1.0, 0.25, 4.0, 0.5]] * 3)
-    html = load_chart("encoder.1", np.arange(3.0), loads, note="", most=4.0)
+    html = load_chart(LoadMap(title="1", note="", steps=np.arange(3.0), loads=loads, most=4.0))
     data = re.search(r"base64,([^\"]*)", html)
     assert data
     picture = matplotlib.image.imread(io.BytesIO(base64.b64decode(data[1])))
@@ -341,6 +345,15 @@ def test_holes_are_filled_with_the_guess_and_the_original_stands_beside_a_wrong_
         "<mark>(nothing)</mark><ins>left</ins>." in html
     )
     assert "After step 7: 1 of 3 holes as in the original" in html
+
+
+def test_a_hole_that_is_left_open_is_not_right_even_if_it_hid_a_space(tmp_path):
+    truth = "<extra_id_0>  <extra_id_1>  "
+    sample = {"step": 7, "inputs": "a<extra_id_0>b<extra_id_1>c", "truth": truth}
+    sample |= {"prediction": "<extra_id_1> "}
+    html = html_of(a_run(tmp_path / "r", [training(7)], samples=[sample]))
+    assert "1 of 2 holes as in the original" in html
+    assert 'a<mark>(nothing)</mark><ins></ins>b<mark class="right">(space)</mark>c' in html
 
 
 def test_a_continuation_follows_its_prompt_and_the_original_stands_beside_it(tmp_path):
@@ -394,7 +407,13 @@ def test_every_setting_is_listed_and_differences_are_marked(tmp_path):
 
 def test_two_runs_of_one_name_are_told_apart_by_their_directories(tmp_path):
     runs = [a_run(tmp_path / f"seed{i}", [training(1)], settings={"name": "q"}) for i in (0, 1)]
-    assert "<h1>q (seed0), q (seed1)</h1>" in html_of(*runs)
+    html = html_of(*runs)
+    assert "<h1>seed0, seed1</h1>" in html
+    assert "recipe q" in html
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        a_run(tmp_path / name / "seed0", [training(1)])
+    assert "<h1>a/seed0, b/seed0</h1>" in html_of(tmp_path / "a/seed0", tmp_path / "b/seed0")
 
 
 def test_the_page_is_put_into_the_run_directory_and_nothing_else_is(tmp_path):
@@ -469,3 +488,95 @@ def test_a_folder_in_place_of_samples_is_refused(tmp_path):
         DataError, match=r"samples\.jsonl is no ordinary file\.\n  Move it elsewhere"
     ):
         write_report([tmp_path / "run"])
+
+
+# Runs that read different things
+
+
+def of_text(path: Path, loss: float, digest: str, **more: Any) -> Path:
+    about = {"text_digest": digest, "vocabulary": 512, "text": "books", **more.pop("about", {})}
+    lines = [training(10, loss), validation(10, loss), validation(20, loss - 1)]
+    return a_run(path, lines, about=about, **more)
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        ({"about": {"text": "news"}}, "which read the text news, not books."),
+        ({"about": {"vocabulary": 1024}}, "which read a tokenizer with a vocabulary of 1024, not"),
+        ({}, "which read books with other contents or another tokenizer."),
+        (
+            {"settings": {"data": {"tasks": ["rte=/a/rte.csv"]}}},
+            "which read the tasks rte, not cola.",
+        ),
+        (
+            {"settings": {"data": {"objective": "causal"}}},
+            "which read text for the objective causal, not span_corruption.",
+        ),
+    ],
+)
+def test_runs_that_read_different_things_are_not_compared_by_loss(tmp_path, other, reason):
+    settings = {"data": {"objective": "span_corruption", "tasks": ["cola=/b/cola.csv"]}}
+    if "settings" in other and "tasks" not in other["settings"]["data"]:
+        other["settings"]["data"]["tasks"] = settings["data"]["tasks"]
+    one = of_text(tmp_path / "one", 5.0, "aa", settings=settings)
+    two = of_text(tmp_path / "two", 4.0, "bb", **other)
+    html = html_of(one, two)
+    parsed(html)
+    assert "Not compared with one by loss, and without a speed-up over it: two" in html
+    assert reason in html
+    assert "Speed-up" not in html
+    assert "<th>Validation loss" not in html
+    for name in ("one", "two"):  # each has its own curves
+        (chart,) = re.findall(rf'aria-label="Loss by step: {name}".*?</svg></figure>', html)
+        assert re.findall(r'data-label="(\w+), validation', chart) == [name]
+
+
+def test_runs_on_the_same_text_are_compared_beside_another(tmp_path):
+    runs = [
+        of_text(tmp_path / name, 5.0, digest) for name, digest in zip("abc", "112", strict=True)
+    ]
+    html = html_of(*runs)
+    assert "Speed-up in steps, b" in html
+    assert "Speed-up in steps, c" not in html
+    assert "Loss by step: a and 1 more" in html
+    assert "Loss by step: c" in html
+
+
+def test_older_runs_that_do_not_say_what_they_read_are_compared(tmp_path):
+    runs = [a_run(tmp_path / name, [validation(1, 5.0)]) for name in "ab"]
+    assert "Speed-up in steps" in html_of(*runs)
+
+
+# Fills and what they are worth
+
+
+def test_fills_are_judged_by_the_probability_of_the_original_beside_two_baselines(tmp_path):
+    sample = {
+        "step": 7,
+        "inputs": "I <extra_id_0> the <extra_id_1> of <extra_id_2>.",
+        "truth": "<extra_id_0> saw <extra_id_1> the <extra_id_2> of it",
+        "prediction": "<extra_id_0> saw <extra_id_1> a",
+        "holes": [
+            {"hole": 0, "nats": math.log(4), "tokens": 1, "unigram": "the", "copy": "I"},
+            {"hole": 1, "nats": math.log(2), "tokens": 1, "unigram": "the", "copy": "the"},
+            {"hole": 2, "nats": 20.0, "tokens": 2, "unigram": "the", "copy": "of"},
+        ],
+    }
+    html = html_of(a_run(tmp_path / "r", [training(7)], samples=[sample])).replace("\xa0", " ")
+    # exp(-(ln 4 + ln 2 + 20) / 4)
+    assert (
+        "After step 7: 0.4 % per token of the original; 1 of 3 holes as in the original "
+        "(most frequent token 1, token before 1)" in html
+    )
+    assert '<mark class="right">saw</mark> <small>25 %</small>' in html
+    assert "<ins>the</ins> <small>50 %</small>" in html
+    assert "<ins>of it</ins> <small>under 0.001 %</small>" in html
+
+
+def test_the_commands_of_the_page_about_the_report_are_understood():
+    page = (Path(__file__).parents[2] / "docs" / "report.md").read_text()
+    commands = re.findall(r"\$ switchworks report (.*?) *(?:#.*)?\n", page)
+    assert len(commands) == 3
+    flags = [parse_flags(ReportFlags, "report", words.split()) for words in commands]
+    assert flags[2].figures == Path("paper")

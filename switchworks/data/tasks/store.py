@@ -123,15 +123,23 @@ class TaskStore:
         return np.diff(self.ends.reshape(-1), prepend=0).reshape(-1, 2)
 
 
-def label_counts(store: TaskStore, tokenizer: Tokenizer, most: int = 64) -> dict[str, int]:
-    """How often each target of `store` occurs, if they are classes: at most so many, which occur
-    five times each in the mean. Else none."""
+MAX_CLASSES = 64
+
+
+def are_classes(targets: int, examples: int) -> bool:
+    """Whether so many different targets of so many examples are classes: few, which occur five
+    times each in the mean."""
+    return 0 < targets <= MAX_CLASSES and examples >= 5 * targets
+
+
+def label_counts(store: TaskStore, tokenizer: Tokenizer) -> dict[str, int]:
+    """How often each target of `store` occurs, if they are classes. Else none."""
     counts = Counter[bytes]()
     for index in range(len(store)):
         counts[store.example(index)[1].tobytes()] += 1
-        if len(counts) > most:
-            return {}
-    if len(store) < 5 * len(counts):
+        if len(counts) > MAX_CLASSES:
+            break
+    if not are_classes(len(counts), len(store)):
         return {}
     texts = {tokenizer.decode(np.frombuffer(ids, np.int64)): n for ids, n in counts.items()}
     return dict(sorted(texts.items()))

@@ -3,6 +3,7 @@ from .progress import Every as Every
 from .progress import Progress as Progress
 from .progress import SaveCheckpoints as SaveCheckpoints
 from .progress import validate as validate
+from .samples import common_token as common_token
 from .samples import sample_rows as sample_rows
 from .samples import write_samples as write_samples
 from .tasks import evaluate_tasks as evaluate_tasks

@@ -1,8 +1,11 @@
 """Samples: what the model generates for the same pieces of held-out text."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Int
@@ -10,8 +13,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from switchworks.batch import Batch
-from switchworks.data import Tokenizer, ValidationSet
+from switchworks.data import TextDataset, Tokenizer, ValidationSet
 from switchworks.generate import continuation, fill, generate, parse_fills
+from switchworks.model import evaluating
 from switchworks.training.loggers import append_line, drop_after
 from switchworks.training.state import TrainState
 
@@ -19,13 +23,21 @@ ROWS = 4
 """Pieces of held-out text at each sampling."""
 
 
-def write_samples(path: Path | None, batch: Batch, tokenizer: Tokenizer, state: TrainState) -> None:
+def write_samples(
+    path: Path | None, batch: Batch, tokenizer: Tokenizer, common: str, state: TrainState
+) -> None:
     """The model fills the spans of `batch`, or continues its texts if it is decoder-only: then it
     gets the first half of each row's longest packed example. Samples are appended to the JSON lines
-    in `path` (None: on this rank they are not); the first is printed."""
+    in `path` (None: on this rank they are not); the first is printed.
+
+    Fills come with `holes`, one for each, to judge them by: number, nats of the true text given all
+    before it, its tokens, and the texts of two baselines, `common` and the token before the hole.
+    """
     continues = state.model.config.decoder_only
-    sample = _continuations if continues else _fill_ins
-    samples = sample(state, batch, tokenizer)
+    if continues:
+        samples = _continuations(state, batch, tokenizer)
+    else:
+        samples = _fill_ins(state, batch, tokenizer, common)
     if path is not None:
         drop_after(path, state.step - 1)  # this step's, if it was interrupted after them
         for each in samples:
@@ -33,14 +45,64 @@ def write_samples(path: Path | None, batch: Batch, tokenizer: Tokenizer, state: 
     print(f"step {state.step}  {_as_line(samples[0], continues)}", flush=True)
 
 
-def _fill_ins(state: TrainState, batch: Batch, tokenizer: Tokenizer) -> list[dict[str, str]]:
+def _fill_ins(
+    state: TrainState, batch: Batch, tokenizer: Tokenizer, common: str
+) -> list[dict[str, Any]]:
     inputs, targets = first_pieces(batch)
-    answers = _generate(state, inputs, targets.shape[1])
+    answers, nats = _generate(state, inputs, targets.shape[1]), _nats(state, inputs, targets)
     columns = {"inputs": inputs.tolist(), "truth": targets.tolist(), "prediction": answers}
-    return [
+    samples: list[dict[str, Any]] = [
         {name: tokenizer.decode(ids) for name, ids in zip(columns, row, strict=True)}
         for row in zip(*columns.values(), strict=True)
     ]
+    rows = zip(samples, inputs.tolist(), targets.tolist(), nats, strict=True)
+    for sample, row, target, costs in rows:
+        sample["holes"] = judge_holes(tokenizer, row, target, costs, common)
+    return samples
+
+
+def judge_holes(
+    tokenizer: Tokenizer,
+    inputs: Sequence[int],
+    targets: Sequence[int],
+    nats: Sequence[float],
+    common: str,
+) -> list[dict[str, Any]]:
+    """The `holes` of one row: `nats` of each of its target ids in one list by hole."""  # fmt: skip
+    numbers = {tokenizer.sentinel(number): number for number in range(tokenizer.num_sentinels)}
+    before = {hole: tokenizer.decode([left]).strip() for left, hole in pairwise(inputs)}
+    holes: list[dict[str, Any]] = []
+    for token, cost in zip(targets, nats, strict=True):
+        if token in numbers:
+            copy = before.get(token, "")
+            baselines = {"unigram": common, "copy": copy}
+            holes.append({"hole": numbers[token], "nats": 0.0, "tokens": 0, **baselines})
+        elif holes and token not in (tokenizer.pad_id, tokenizer.eos_id):
+            holes[-1]["nats"] += cost
+            holes[-1]["tokens"] += 1
+    return [hole for hole in holes if hole["tokens"]]
+
+
+@torch.no_grad()
+def _nats(state: TrainState, inputs: Tensor, targets: Tensor) -> list[list[float]]:
+    """-ln p of every target id; of ranks, padded to one width as in `_generate`."""
+    ranks, device = state.ranks, state.model.embedding.weight.device
+    inputs, padded = (
+        F.pad(ids, (0, ranks.all_max(ids.shape[1]) - ids.shape[1])).to(device)
+        for ids in (inputs, targets)
+    )
+    with evaluating(state.model):
+        logs = state.model(inputs, padded).logits.float().log_softmax(dim=-1)
+    return (-logs.gather(-1, padded[..., None]).squeeze(-1)[:, : targets.shape[1]]).tolist()
+
+
+def common_token(dataset: TextDataset) -> str:
+    """The text of the most frequent token among the first million of the training text that is any
+    text at all: a fill that reads nothing."""
+    store = next(iter(dataset.parts.values())).train
+    counts = np.bincount(store.tokens(0, min(store.num_tokens, 1_000_000)))
+    texts = (dataset.tokenizer.decode([token]).strip() for token in counts.argsort()[::-1].tolist())
+    return next(filter(None, texts), "")
 
 
 def _continuations(state: TrainState, batch: Batch, tokenizer: Tokenizer) -> list[dict[str, str]]:
