@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -23,6 +23,7 @@ _shown = threading.Lock()
 """Held by the outermost phase: what it calls has no line of its own."""
 
 
+@runtime_checkable
 class Phase(Protocol):
     """Work that is going on."""
 
