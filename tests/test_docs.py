@@ -139,7 +139,7 @@ def test_the_balance_loss_of_the_tour_is_the_layer_s(six_tokens):
     assert f == [round(share, 3) for share in report.load.tolist()]
     assert mean == [round(share, 3) for share in probs.mean(dim=0).tolist()]
     assert product == [round(share, 4) for share in (report.load * probs.mean(dim=0)).tolist()]
-    total = re.search(r"3 \* \(([\d.]+) \+ ([\d.]+) \+ ([\d.]+)\) = ([\d.]+)", TOUR)
+    total = re.search(r"3 \* \(([\d.]+) \+ ([\d.]+) \+ ([\d.]+)\) = (\d\.\d+)", TOUR)
     assert total is not None
     assert [float(number) for number in total.groups()[:3]] == product
     assert float(total[4]) == round(3 * sum(product), 3) == round(report.balance.item(), 3)
