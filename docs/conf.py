@@ -60,10 +60,10 @@ def plain_text(_: Any, __: str, ___: str, ____: Any, _____: Any, lines: list[str
     lines[:] = "".join(parts).splitlines()
 
 
-def is_public(_: Any, what: str, name: str, obj: Any, skip: bool, __: Any) -> bool | None:
+def is_public(_: Any, __: str, ___: str, obj: Any, ____: bool, _____: Any) -> bool | None:
     """Leave what stands on the page of the public names out of the packages' page."""
     names = {id(getattr(switchworks, public)) for public in switchworks.__all__}
-    return True if what == "module" and id(obj) in names else None
+    return True if id(obj) in names else None
 
 
 def setup(app: Any) -> None:

@@ -1,5 +1,6 @@
 """Every block of every tutorial runs, from the top of its page to the end, on small models."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -62,7 +63,8 @@ def run_command(words: list[str]) -> None:
     assert program == "torchrun"
     at = rest.index("switchworks") + 1
     command = [sys.executable, "-m", "torch.distributed.run", *rest[:at], *smaller(rest[at:])]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
 
 
