@@ -152,7 +152,7 @@ class SwitchFFN(nn.Module):
             y, routing = self(x[None], None if real is None else real[None])
             return y[0], routing
         padding = x.new_zeros(self.config.group_sequences, 1, x.shape[-1])
-        y, routing = self(padding, torch.zeros_like(padding[..., 0], dtype=torch.bool))
+        y, routing = self(padding, padding[..., 0] > 0)
         return y[:0].reshape(*x.shape[:-1], y.shape[-1]), routing
 
     def _check(self, x: Tensor) -> None:
@@ -160,8 +160,7 @@ class SwitchFFN(nn.Module):
         if x.ndim not in (2, 3) or x.shape[-1] != width:
             raise ConfigError(
                 f"x of shape {list(x.shape)} does not fit a switch layer of d_model = {width}.\n"
-                f"  Give it [batch, length, {width}] or [tokens, {width}], or make a "
-                "SwitchFFN(d_model, ...) of the width of x."
+                f"  Give it [batch, length, {width}] or [tokens, {width}], or change d_model."
             )
 
     def _limits(self, capacity: int | None, real: Tensor) -> RoutingLimits:
@@ -197,10 +196,11 @@ class SwitchFFN(nn.Module):
     def _eval_group(self, rows: int) -> int:
         """Rows of a group in evaluation. 1 where it changes no output and `torch.export` leaves the
         number of rows open, which `gcd` would fix."""
-        size = self.config.group_sequences
-        is_free = torch.compiler.is_exporting() and self.config.capacity(1, training=False) is None
-        single = size == 1 or is_free or self.config.rule.experts_choose
-        return 1 if single else math.gcd(rows, size)
+        size, limit = self.config.group_sequences, self.config.capacity(1, training=False)
+        single = self.config.rule.experts_choose or (
+            torch.compiler.is_exporting() and limit is None
+        )
+        return 1 if single or size == 1 else math.gcd(rows, size)
 
 
 def switch_ffn(config: ModelConfig, *, causal: bool, **options: Any) -> SwitchFFN:

@@ -78,22 +78,9 @@ class SwitchTransformer(nn.Module):
 
     def __repr__(self) -> str:
         """Sizes in a few lines; `print(model.decoder)` lists the modules of a stack."""
-        from switchworks.model.sizes import active_parameters, num_parameters  # made of this class
+        from switchworks.model.sizes import summary  # made of this class
 
-        config = self.config
-        lines = [
-            f"SwitchTransformer: {num_parameters(config):,} parameters, "
-            f"{active_parameters(config):,} of them used by each token",
-            f"  blocks: {config.encoder_layers} in the encoder, {config.decoder_layers} in the "
-            f"decoder, on {next(self.parameters()).device}",
-            f"  d_model {config.d_model}, d_ff {config.d_ff}, {config.num_heads} heads of "
-            f"{config.d_kv}, vocabulary of {config.vocab_size:,}",
-        ]
-        if config.routing is not None:
-            routing = config.routing
-            layers = ", ".join(self.switch_layers)
-            lines.append(f"  {routing.experts} experts ({routing.strategy}) in {layers}")
-        return "\n".join(lines)
+        return summary(self)
 
     @property
     def switch_layers(self) -> dict[str, SwitchFFN]:
