@@ -2,11 +2,13 @@
 
 import ast
 import re
+import tomllib
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from switchworks import RoutingConfig, SwitchFFN
 from switchworks.cli.main import main
@@ -144,3 +146,17 @@ def test_the_balance_loss_of_the_tour_is_the_layer_s(six_tokens):
     assert [float(number) for number in total.groups()[:3]] == product
     assert float(total[4]) == round(3 * sum(product), 3) == round(report.balance.item(), 3)
     assert f"so {report.loss.item():.5f} joins" in TOUR
+
+
+def test_the_citation_names_this_version_and_the_paper():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert citation["cff-version"] == "1.2.0"
+    assert (citation["title"], citation["version"], citation["license"]) == (
+        project["name"],
+        project["version"],
+        project["license"],
+    )
+    (paper,) = citation["references"]
+    assert [author["family-names"] for author in paper["authors"]] == ["Fedus", "Zoph", "Shazeer"]
+    assert paper["title"].startswith("Switch Transformers: Scaling to Trillion Parameter Models")
