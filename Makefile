@@ -2,6 +2,7 @@
 # make test         all tests but the slow ones and those for GPUs
 # make test-slow    the slow ones
 # make check        format, lint, types, import ladder
+# make docs         the documentation as a site, build/docs/index.html
 # make drills       kills, full disks, damage, hostile files, random settings: docs/reliability.md
 # make setup        only the environment
 
@@ -13,7 +14,7 @@ PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint const
 # Tests start hundreds of processes: each should find its modules compiled.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup quickstart test test-slow drills check format clean
+.PHONY: setup quickstart test test-slow drills check docs format clean
 
 setup: .venv/installed
 
@@ -28,6 +29,11 @@ setup: .venv/installed
 .venv/installed-dev: .venv/installed
 	@echo "installing the test tools ..."
 	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+.venv/installed-docs: .venv/installed
+	@echo "installing the tools for the documentation ..."
+	@$(PIP) --editable '.[docs]'
 	@touch $@
 
 quickstart: .venv/installed
@@ -49,6 +55,10 @@ check: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+docs: .venv/installed-docs
+	$(BIN)/python -m sphinx --builder html --conf-dir docs --fail-on-warning --quiet . build/docs
+	@echo "build/docs/index.html"
 
 format: .venv/installed-dev
 	$(BIN)/ruff format .

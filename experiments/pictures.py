@@ -1,9 +1,11 @@
-"""The two pictures of the README: which expert reads each token, and loss against tokens.
+"""The pictures of the README and of docs/tour.md: which expert reads each token, loss against
+tokens, and six tokens on their way through a switch layer.
 
     python experiments/pictures.py routing runs/quickstart --layer encoder.3
     python experiments/pictures.py curve runs/speedup runs/speedup_dense
+    python experiments/pictures.py layer
 
-Writes docs/routing.png and docs/curve.png, or to `--output`.
+Writes docs/routing.png, docs/curve.png and docs/layer.svg, or to `--output`.
 """
 
 import argparse
@@ -15,6 +17,8 @@ import matplotlib
 import torch
 
 import switchworks
+from switchworks import RoutingConfig
+from switchworks.model import Routing
 from switchworks.report import read_run, when_reached
 
 matplotlib.use("agg")  # before pyplot is imported
@@ -29,23 +33,84 @@ TEXT = (
 )
 LINE = 84
 """Characters of a line in the routing picture."""
+LOGITS = ((2, 1, 0), (0, 2, 1), (2, 0, 1), (0, 1, 2), (2, 1, 0), (1, 2, 0))
+"""Of six tokens, A to F, for three experts: the example of docs/tour.md."""
+ANSWERS = (10.0, 20.0, 30.0)
+"""What each expert answers to any token there."""
+COLOURS = "#4c78a8", "#e08a2e", "#54a24b"
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Draw the picture that the first word names."""
     parser = argparse.ArgumentParser(usage=__doc__)
-    parser.add_argument("picture", choices=("routing", "curve"))
-    parser.add_argument("runs", nargs="+", type=Path, help="curve: the sparse run, then the dense")
+    parser.add_argument("picture", choices=("routing", "curve", "layer"))
+    parser.add_argument("runs", nargs="*", type=Path, help="curve: the sparse run, then the dense")
     parser.add_argument("--text", default=TEXT)
     parser.add_argument("--layer", default="encoder.3")
     parser.add_argument("--output", type=Path)
     flags = parser.parse_args(words)
-    output = flags.output or DOCS / f"{flags.picture}.png"
-    if flags.picture == "routing":
+    kind = "svg" if flags.picture == "layer" else "png"
+    output = flags.output or DOCS / f"{flags.picture}.{kind}"
+    if flags.picture == "layer":
+        output.write_text(layer_svg(*six_tokens()), encoding="utf-8")
+    elif flags.picture == "routing":
         draw_routing(routed(flags.runs[0], flags.text, flags.layer), output)
     else:
         draw_curve(flags.runs[0], flags.runs[1], output)
     print(output)
+
+
+@torch.no_grad()
+def six_tokens() -> tuple[torch.Tensor, Routing]:
+    """Outputs [6] and routing of a layer with `LOGITS`, `ANSWERS` and two slots an expert."""
+    routing = RoutingConfig(experts=3, capacity_factor=1.0, min_capacity=1, jitter=0.0)
+    layer = switchworks.SwitchFFN(6, 6, routing, d_out=1)
+    layer.router.weight.copy_(torch.tensor(LOGITS).T)
+    layer.experts.w_in.copy_(torch.eye(6).expand(3, 6, 6))  # token i is row i of the identity
+    layer.experts.w_out.copy_(torch.tensor(ANSWERS)[:, None, None].expand(3, 6, 1))
+    outputs, report = layer(torch.eye(6))
+    return outputs.flatten(), report
+
+
+def layer_svg(outputs: torch.Tensor, report: Routing) -> str:
+    """A drawing of the plan in `report`: tokens, router, slots of the experts, outputs."""
+    routes = report.routes
+    parts = [f'<rect width="720" height="355" fill="white"/>{label(230, 315, "router")}']
+    parts.append('<rect x="210" y="30" width="40" height="270" rx="6" fill="#ececec"/>')
+    for expert, colour in enumerate(COLOURS):
+        top = 35 + 95 * expert
+        parts += [box(400, top + 36 * slot, colour, 0.12) for slot in (0, 1)]
+        parts.append(label(430, top + 86, f"expert {expert}, 2 slots"))
+    plan = zip(routes.expert[0].tolist(), routes.slot[0].tolist(), routes.kept[0], strict=True)
+    for number, (expert, slot, kept) in enumerate(plan):
+        name, y, colour = "ABCDEF"[number], 35 + 45 * number, COLOURS[expert]
+        parts += [box(60, y, colour), label(90, y + 21, name), line(120, y + 15, 210, y + 15)]
+        parts += [label(655, y + 21, f"{name}: {outputs[number]:.2f}", colour="#222222")]
+        if kept:
+            place = 35 + 95 * expert + 36 * slot
+            parts += [box(400, place, colour), label(430, place + 21, name)]
+            parts += [line(250, y + 15, 400, place + 15, colour)]
+            parts += [line(460, place + 15, 615, y + 15, colour)]
+        else:
+            parts += [line(250, y + 15, 310, 325, colour), line(310, 325, 550, 325, colour)]
+            parts += [line(550, 325, 615, y + 15, colour)]
+            parts += [label(430, 342, f"{name} finds no slot: 0", colour="#666666")]
+    head = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 355" width="720"'
+    return "\n".join([f'{head} font-family="sans-serif" font-size="14">', *parts, "</svg>"]) + "\n"
+
+
+def box(x: float, y: float, colour: str, opacity: float = 0.45) -> str:
+    place = f'x="{x}" y="{y}" width="60" height="30" rx="4"'
+    return f'<rect {place} fill="{colour}" fill-opacity="{opacity}" stroke="{colour}"/>'
+
+
+def label(x: float, y: float, text: str, colour: str = "#222222") -> str:
+    return f'<text x="{x}" y="{y}" text-anchor="middle" fill="{colour}">{text}</text>'
+
+
+def line(x: float, y: float, to_x: float, to_y: float, colour: str = "#999999") -> str:
+    ends = f'x1="{x}" y1="{y}" x2="{to_x}" y2="{to_y}"'
+    return f'<line {ends} stroke="{colour}" stroke-width="1.5"/>'
 
 
 @torch.no_grad()

@@ -11,5 +11,6 @@ from .model import ModelConfig as ModelConfig
 from .model import RoutingConfig as RoutingConfig
 from .model import SwitchFFN as SwitchFFN
 from .model import SwitchTransformer as SwitchTransformer
+from .report import plot_load as plot_load
 from .training import Experiment as Experiment
 from .training import train as train

@@ -5,7 +5,9 @@ one only knows how any of them is written to a file, read back and compared. An 
 file is complete: nothing in it depends on a default that a later version might change.
 """
 
+import ast
 import dataclasses
+import inspect
 import pkgutil
 import re
 import sys
@@ -14,6 +16,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -38,6 +41,41 @@ class DataError(ValueError):
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read or does not fit. Names the file, the rule and the fix."""
+
+
+class _FieldHelp:
+    """The docstring of a dataclass with the texts below its fields, put together when it is read:
+    Python keeps no such texts, so they come from the source."""
+
+    def __init__(self, summary: str) -> None:
+        self.summary = summary
+
+    def __get__(self, _: object, owner: type) -> str:
+        try:
+            texts = [text for base in reversed(owner.__mro__[:-1]) for text in field_texts(base)]
+        except (OSError, TypeError):  # there is no source
+            return self.summary
+        return "\n    ".join([f"{self.summary}\n\nAttributes:", *texts]) + "\n"
+
+
+def with_field_help(config: type[T]) -> type[T]:
+    """The dataclass itself, whose `help` also says what stands below its fields."""
+    config.__doc__ = _FieldHelp(inspect.cleandoc(config.__doc__ or ""))  # type: ignore[assignment]
+    return config
+
+
+def field_texts(config: type) -> list[str]:
+    """ "name: text" of each field in the source of `config` that a text follows."""
+    tree = ast.parse(inspect.cleandoc(inspect.getsource(config))).body[0]
+    assert isinstance(tree, ast.ClassDef)
+    texts: list[str] = []
+    for field, below in pairwise(tree.body):
+        match field, below:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(ast.Constant(str(text))):
+                texts.append(f"{name}: " + inspect.cleandoc(text).replace("\n", "\n        "))
+            case _:
+                pass
+    return texts
 
 
 def to_dict(config: Any) -> dict[str, Any]:

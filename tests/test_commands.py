@@ -23,7 +23,7 @@ from switchworks.cli.main import VERBS, main
 from switchworks.training import Experiment
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PROGRAMS = ("switchworks", "python", "torchrun", "make", "pip", "srun")
 SHELL = ("console", "sh", "bash")
 MODELS = ("--init", "--distil.teacher", "--tuned")

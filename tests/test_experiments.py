@@ -11,6 +11,7 @@ import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from xml.etree import ElementTree
 
 import matplotlib.image as images
 import pytest
@@ -109,6 +110,15 @@ def test_the_curves_of_a_pair_are_drawn(tiny_run, tmp_path):
     output = tmp_path / "curve.png"
     run_script("pictures.py", "curve", str(tiny_run), str(tiny_run), "--output", str(output))
     assert images.imread(output).shape[2] == 4
+
+
+def test_the_drawing_of_the_switch_layer_is_the_one_that_the_script_makes(tmp_path):
+    output = tmp_path / "layer.svg"
+    run_script("pictures.py", "layer", "--output", str(output))
+    drawn = output.read_text(encoding="utf-8")
+    assert drawn == (EXPERIMENTS.parent / "docs" / "layer.svg").read_text(encoding="utf-8")
+    assert drawn.count("<rect") == 2 + 6 + 6 + 5  # ground and router, slots, tokens, served ones
+    assert ElementTree.fromstring(drawn).tag.endswith("svg")
 
 
 @pytest.mark.parametrize("optimizer", ["adafactor-fixed", "adafactor-relative", "adamw"])

@@ -3,9 +3,16 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from switchworks.config import ConfigError, check_at_least, check_literals, check_positive
+from switchworks.config import (
+    ConfigError,
+    check_at_least,
+    check_literals,
+    check_positive,
+    with_field_help,
+)
 
 
+@with_field_help
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
     """Which matrices get a low-rank pair that is trained in their place (Hu et al. 2021). A frozen

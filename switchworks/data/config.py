@@ -14,12 +14,14 @@ from switchworks.config import (
     check_literals,
     check_positive,
     check_rate,
+    with_field_help,
 )
 from switchworks.data.sources import SOURCES, source_class
 from switchworks.data.sources.tables import Quoting
 from switchworks.data.sources.text_source import TextConfig
 
 
+@with_field_help
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(TextConfig):
     """The text, its tokenizer and the objective that makes training examples from it."""

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from switchworks.config import ConfigError, check_literals, check_positive
+from switchworks.config import ConfigError, check_literals, check_positive, with_field_help
 
 
+@with_field_help
 @dataclass(frozen=True, kw_only=True)
 class DistilConfig:
     """The teacher of an experiment, and its weight in the loss. The loss is (1 - soft_weight) times

@@ -14,6 +14,7 @@ from switchworks.config import (
     check_literals,
     check_positive,
     check_rate,
+    with_field_help,
 )
 from switchworks.model.strategies import STRATEGIES, Strategy
 
@@ -27,6 +28,7 @@ MAX_LAYERS, MAX_WIDTH = 1 << 12, 1 << 24
 list its blocks takes minutes."""
 
 
+@with_field_help
 @dataclass(frozen=True, kw_only=True)
 class RoutingConfig:
     """How tokens are shared out among experts, and what keeps the shares even."""
@@ -203,6 +205,7 @@ class RoutingConfig:
         return max(self.min_capacity, slots)
 
 
+@with_field_help
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The shape of a model; the defaults are T5 1.0 small."""
@@ -319,6 +322,7 @@ class ModelConfig:
         return tuple(n for n in range(layers) if self.is_sparse(n, decoder=decoder))
 
 
+@with_field_help
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How the next token is chosen. Temperature 0 is greedy: always the likeliest token."""

@@ -107,7 +107,10 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def row_blocks(rows: Tensor, like: Tensor | None = None) -> tuple[Tensor, ...]:
-    """`rows` in at most 64 parts, of about a megabyte of logits each where that is larger."""
+    """`rows` in at most 64 parts, of about a megabyte of logits each where that is larger; in one
+    for `torch.export`, which may not know how many rows there will be."""
+    if torch.compiler.is_exporting():
+        return (rows,)
     logits = rows if like is None else like
     length = max(-(-len(logits) // 64), BLOCK // logits.shape[-1], 1)
     return rows.split(length)

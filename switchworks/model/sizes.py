@@ -34,6 +34,23 @@ def active_parameters(config: ModelConfig) -> int:
     return active
 
 
+def summary(model: SwitchTransformer) -> str:
+    """The sizes of `model` and where its experts are, in three or four lines."""
+    config, routing = model.config, model.config.routing
+    lines = [
+        f"SwitchTransformer: {num_parameters(config):,} parameters, "
+        f"{active_parameters(config):,} of them used by each token",
+        f"  blocks: {config.encoder_layers} in the encoder, {config.decoder_layers} in the "
+        f"decoder, on {next(model.parameters()).device}",
+        f"  d_model {config.d_model}, d_ff {config.d_ff}, {config.num_heads} heads of "
+        f"{config.d_kv}, vocabulary of {config.vocab_size:,}",
+    ]
+    if routing is not None:
+        layers = ", ".join(model.switch_layers)
+        lines.append(f"  {routing.experts} experts ({routing.strategy}) in {layers}")
+    return "\n".join(lines)
+
+
 def _without_values(config: ModelConfig) -> SwitchTransformer:
     with torch.device("meta"):
         return SwitchTransformer(config)

@@ -119,15 +119,19 @@ class SwitchFFN(nn.Module):
         return 0.0 if self.config.rule.experts_choose else self.config.balance_weight
 
     def forward(
-        self, x: Float[Tensor, "B L D"], real: Bool[Tensor, "B L"] | None = None
-    ) -> tuple[Float[Tensor, "B L O"], Routing]:
+        self, x: Float[Tensor, "*B L D"], real: Bool[Tensor, "*B L"] | None = None
+    ) -> tuple[Float[Tensor, "*B L O"], Routing]:
         """(y, routing): y = gate * expert(x), and 0 for dropped and padded tokens.
 
+        `x` is [B, L, d_model] or, as one row, [tokens, d_model]; B, L or tokens may be 0.
         `real` is False at padding, which takes no slot and counts in no loss; None: all real.
         Dropped tokens rely on the residual connection around the layer. In training ConfigError is
         raised if capacity is limited and `group_sequences` does not divide B; else the groups are
         then of the largest size that divides both.
         """
+        self._check(x)
+        if x.ndim == 2 or not x.numel():
+            return self._as_rows(x, real)
         if real is None:
             real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         groups, capacity = self._groups(x)
@@ -140,6 +144,24 @@ class SwitchFFN(nn.Module):
         routes = self.config.rule.plan(probs, choice, takes, self._limits(capacity, real))
         y = self.dispatcher(tokens, routes, self.experts, capacity)
         return y.view(*x.shape[:2], -1), self.reporter(self, logits, probs, choice, real, routes)
+
+    def _as_rows(self, x: Tensor, real: Tensor | None) -> tuple[Tensor, Routing]:
+        """`x` [tokens, D] as one row; in place of no tokens padding, so that every weight still
+        gets a gradient, of 0."""
+        if x.numel():
+            y, routing = self(x[None], None if real is None else real[None])
+            return y[0], routing
+        padding = x.new_zeros(self.config.group_sequences, 1, x.shape[-1])
+        y, routing = self(padding, padding[..., 0] > 0)
+        return y[:0].reshape(*x.shape[:-1], y.shape[-1]), routing
+
+    def _check(self, x: Tensor) -> None:
+        width = self.router.weight.shape[-1]
+        if x.ndim not in (2, 3) or x.shape[-1] != width:
+            raise ConfigError(
+                f"x of shape {list(x.shape)} does not fit a switch layer of d_model = {width}.\n"
+                f"  Give it [batch, length, {width}] or [tokens, {width}], or change d_model."
+            )
 
     def _limits(self, capacity: int | None, real: Tensor) -> RoutingLimits:
         config, group_capacity = self.config, None
@@ -161,7 +183,7 @@ class SwitchFFN(nn.Module):
         rows, length, _ = x.shape
         size = self.config.group_sequences
         if not self.training:  # any number of rows; where experts choose, each row by itself
-            size = 1 if self.config.rule.experts_choose else math.gcd(rows, size)
+            size = self._eval_group(rows)
         capacity = self.config.capacity(size * length, training=self.training)
         if rows % size and capacity is not None:
             raise ConfigError(
@@ -170,6 +192,15 @@ class SwitchFFN(nn.Module):
             )
         # Without a limit nothing is dropped, so groups only matter to the statistics.
         return rows if rows % size else rows // size, capacity
+
+    def _eval_group(self, rows: int) -> int:
+        """Rows of a group in evaluation. 1 where it changes no output and `torch.export` leaves the
+        number of rows open, which `gcd` would fix."""
+        size, limit = self.config.group_sequences, self.config.capacity(1, training=False)
+        single = self.config.rule.experts_choose or (
+            torch.compiler.is_exporting() and limit is None
+        )
+        return 1 if single or size == 1 else math.gcd(rows, size)
 
 
 def switch_ffn(config: ModelConfig, *, causal: bool, **options: Any) -> SwitchFFN:

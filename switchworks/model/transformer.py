@@ -76,6 +76,12 @@ class SwitchTransformer(nn.Module):
             self.to_empty(device=device)
             initialise(self, seed)
 
+    def __repr__(self) -> str:
+        """Sizes in a few lines; `print(model.decoder)` lists the modules of a stack."""
+        from switchworks.model.sizes import summary  # made of this class
+
+        return summary(self)
+
     @property
     def switch_layers(self) -> dict[str, SwitchFFN]:
         """Every switch layer by name, the encoder's first: "encoder.1", and for one in

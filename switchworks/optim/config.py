@@ -13,6 +13,7 @@ from switchworks.config import (
     check_literals,
     check_positive,
     check_rate,
+    with_field_help,
 )
 
 OPTIMIZERS: dict[str, Callable[..., Any] | str] = {
@@ -30,6 +31,7 @@ def optimizer_builder(name: str) -> Callable[..., Any]:
     return pkgutil.resolve_name(builder) if isinstance(builder, str) else builder
 
 
+@with_field_help
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """Which optimizer, at what learning rate, and how gradients are clipped."""

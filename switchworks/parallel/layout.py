@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from switchworks.config import ConfigError, check_at_least
+from switchworks.config import ConfigError, check_at_least, with_field_help
 from switchworks.model import ModelConfig
 
 WIDTHS = ("H", "F", "V")
 """The letters that the model axis splits. H also stands for the columns of all heads."""
 
 
+@with_field_help
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     """How many ranks share the data, the experts and the width of the model."""

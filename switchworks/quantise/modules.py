@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from switchworks.config import ConfigError, check_literals
+from switchworks.config import ConfigError, check_literals, with_field_help
 from switchworks.model import Embedding, ExpertInput, Experts, Linear, SwitchTransformer, activate
 from switchworks.quantise import matmul
 from switchworks.quantise.matmul import PRODUCTS, Product, to_int8
@@ -23,6 +23,7 @@ Scheme = Literal["int8", "int8-dynamic", "int4"]
 """int8 and int4 quantise weights alone; int8-dynamic the inputs of every product too."""
 
 
+@with_field_help
 @dataclass(frozen=True, kw_only=True)
 class QuantiseConfig:
     """How the weights of a model are quantised. Stored beside them as quantised.toml."""

@@ -7,6 +7,7 @@ from .export import write_figures as write_figures
 from .figures import compact as compact
 from .languages import write_languages as write_languages
 from .page import write_report as write_report
+from .plot import plot_load as plot_load
 from .routing import page_folder as page_folder
 from .routing import write_routing_report as write_routing_report
 from .runs import Run as Run

@@ -6,7 +6,13 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from switchworks.adapt import LoraConfig
-from switchworks.config import ConfigError, check_at_least, check_at_most, check_literals
+from switchworks.config import (
+    ConfigError,
+    check_at_least,
+    check_at_most,
+    check_literals,
+    with_field_help,
+)
 from switchworks.data import DataConfig
 from switchworks.distil import DistilConfig
 from switchworks.model import ModelConfig
@@ -15,6 +21,7 @@ from switchworks.parallel import MeshConfig
 from switchworks.training.guard import GuardConfig
 
 
+@with_field_help
 @dataclass(frozen=True, kw_only=True)
 class BestConfig:
     """Which weights of a run become its model, and when it stops early."""
@@ -50,6 +57,7 @@ class BestConfig:
         return "max" if self.metric.startswith("task/") else "min"
 
 
+@with_field_help
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
     """A complete training run. Recipes return one; `train` runs it; `experiment.toml` keeps it."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, TypeVar
 
-from switchworks.config import check_at_least, check_positive
+from switchworks.config import check_at_least, check_positive, with_field_help
 
 if TYPE_CHECKING:
     from switchworks.checkpoint import Checkpoints
@@ -25,6 +25,7 @@ class DivergenceError(RuntimeError):
     """A loss, gradient or weight is not finite, or the loss has jumped. Names the step."""
 
 
+@with_field_help
 @dataclass(frozen=True)
 class GuardConfig:
     """What a run does where its loss jumps or is not finite. As it stands: it ends."""

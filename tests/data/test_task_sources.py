@@ -1,9 +1,11 @@
 """Records from local tables, a user's own tasks, and what is refused."""
 
 import gzip
+import importlib
 import json
 import os
 import re
+import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from switchworks.config import ConfigError, DataError
 from switchworks.data.config import DataConfig
 from switchworks.data.dataset import TextDataset
 from switchworks.data.open import open_dataset
+from switchworks.data.sources.hub import hub_cache_if_offline
 from switchworks.data.sources.tables import TableFormat, read_tables
 from switchworks.data.tasks import TASKS, Hub, Places, find_tasks
 from switchworks.data.tasks.dataset import places_of
@@ -592,3 +595,28 @@ def test_tasks_without_a_split_to_train_or_to_validate_on_are_refused(tmp_path):
     message = r"tasks r has a validation split .*\n  Set --validate-every 0"
     with pytest.raises(DataError, match=message):
         one_split(tmp_path / "more", "train").held_out(batch_size=1, batches=1)
+
+
+def test_a_hub_that_does_not_answer_is_not_asked_again(tmp_path, monkeypatch):
+    """Nobody listens at that port. After its own attempts, half a minute of them, the library gives
+    another reason."""
+    constants, config = (
+        importlib.import_module(name) for name in ("huggingface_hub.constants", "datasets.config")
+    )
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+    monkeypatch.setattr("switchworks.data.sources.hub.getproxies", dict)
+    with pytest.raises(DataError, match=r"(?s)OfflineModeIsEnabled.*--data.task-folder"):
+        read(TASKS["glue_rte"], "train", Places(tmp_path))
+    assert not constants.HF_HUB_OFFLINE
+    assert not config.HF_HUB_OFFLINE
+
+
+def test_a_hub_that_answers_is_asked(monkeypatch):
+    constants = importlib.import_module("huggingface_hub.constants")
+    monkeypatch.setattr("switchworks.data.sources.hub.getproxies", dict)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        with hub_cache_if_offline():
+            assert not constants.HF_HUB_OFFLINE

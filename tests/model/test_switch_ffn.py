@@ -264,3 +264,29 @@ def test_a_gated_layer_works_alone():
     (y.sum() + routing.loss).backward()
     assert layer.experts.w_gate is not None
     assert layer.experts.w_gate.grad is not None
+
+
+def test_tokens_without_a_batch_are_one_row():
+    layer, x = new_layer(), torch.randn(6, D)
+    y, routing = layer(x, real=torch.tensor([True] * 5 + [False]))
+    expected, _ = layer(x[None], real=torch.tensor([[True] * 5 + [False]]))
+    assert torch.equal(y, expected[0])
+    assert routing.tokens == 5
+
+
+@pytest.mark.parametrize("strategy", ["switch", "top2", "expert_choice", "no_token_left_behind"])
+@pytest.mark.parametrize("shape", [(0, D), (0, 3, D), (2, 0, D)])
+def test_without_a_token_every_weight_has_a_gradient_of_zeros(shape, strategy):
+    layer = new_layer(strategy=strategy)
+    y, routing = layer(torch.randn(*shape))
+    (y.sum() + routing.loss).backward()
+    assert y.shape == shape
+    assert routing.tokens == routing.loss == 0
+    gradients = [weight.grad for weight in layer.parameters()]
+    assert all(gradient is not None and not gradient.any() for gradient in gradients)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, D + 1), (6, D - 1), (1, 2, 3, D)])
+def test_a_width_that_does_not_fit_is_named(shape):
+    with pytest.raises(ConfigError, match=rf"(?s){shape[-1]}\].*d_model = {D}\.\n  Give it"):
+        new_layer()(torch.randn(*shape))

@@ -9,7 +9,13 @@ import torch
 
 from switchworks.batch import check_rows, shift_right
 from switchworks.config import ConfigError
-from switchworks.model import ModelConfig, RoutingConfig, SwitchTransformer
+from switchworks.model import (
+    ModelConfig,
+    RoutingConfig,
+    SwitchTransformer,
+    active_parameters,
+    num_parameters,
+)
 from switchworks.model.attention import mask_to_bias
 from switchworks.model.layers import SharedDropout
 from switchworks.model.transformer import Output
@@ -432,3 +438,42 @@ def test_each_parameter_with_letters_has_as_many_dimensions_as_letters():
             parameters = dict(module.named_parameters())
             if name in parameters:  # the gate and the head are optional
                 assert parameters[name].dim() == len(letters.split()), (module, name)
+
+
+def test_a_printed_model_says_its_sizes_in_a_few_lines():
+    lines = repr(SwitchTransformer(SPARSE)).splitlines()
+    assert (
+        f"{num_parameters(SPARSE):,} parameters, {active_parameters(SPARSE):,} of them" in lines[0]
+    )
+    assert lines[-1].strip() == "3 experts (switch) in encoder.1, decoder.1"
+    assert len(lines) == 4
+    assert len(repr(SwitchTransformer(DENSE)).splitlines()) == 3
+
+
+class Logits(torch.nn.Module):
+    """What is exported: ids to logits."""
+
+    def __init__(self, model: SwitchTransformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return self.model(inputs, targets).logits
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_an_exported_model_takes_any_number_of_rows(exported, rows):
+    program, model = exported
+    inputs, targets = torch.randint(0, 40, (rows, 7)), torch.randint(1, 40, (rows, 5))
+    with torch.no_grad():
+        torch.testing.assert_close(program(inputs, targets), model(inputs, targets).logits)
+
+
+@pytest.fixture(scope="module")
+def exported():
+    """A model, groups of two rows in training, exported for evaluation; and the model."""
+    routing = RoutingConfig(experts=3, group_sequences=2)
+    model = SwitchTransformer(replace(SPARSE, routing=routing), seed=1).eval()
+    rows = ({0: torch.export.Dim("rows", min=1, max=64)},) * 2
+    example = torch.randint(1, 40, (3, 7)), torch.randint(1, 40, (3, 5))
+    return torch.export.export(Logits(model), example, dynamic_shapes=rows).module(), model

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -393,3 +394,12 @@ def test_weights_of_a_vocabulary_that_no_tokenizer_came_with_are_refused(tiny_ex
     message = r"has a vocabulary of 20, the tokenizer one of 384\.\n  Use the model's own tokenizer"
     with pytest.raises(CheckpointError, match=message):
         train(tiny_experiment, tmp_path / "run", init=tmp_path / "model")
+
+
+def test_a_run_in_a_thread_writes_the_same_model(tiny_experiment, tiny_run, tmp_path):
+    """A notebook or a server trains so; only signals, which are the main thread's, stay unheard."""
+    thread = threading.Thread(target=train, args=(tiny_experiment, tmp_path / "run"))
+    thread.start()
+    thread.join()
+    models = [switchworks.load(run)[0].state_dict() for run in (tiny_run, tmp_path / "run")]
+    assert all(torch.equal(tensor, models[1][name]) for name, tensor in models[0].items())

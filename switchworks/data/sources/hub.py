@@ -1,11 +1,14 @@
 """The source `hub`: a dataset that `datasets.load_dataset` opens, on the Hub or in a folder."""
 
+import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from switchworks.config import ConfigError, DataError
 from switchworks.data.cache import digest, file_stats
@@ -17,6 +20,27 @@ from switchworks.data.sources.text_source import ALL, TextConfig, TextSource
 _C4_AND_MC4 = "allenai/c4"
 _MC4_ENGLISH = "en-multi"
 """The config of mC4's English in allenai/c4, where "en" is C4's."""
+_SECONDS_TO_CONNECT = 5.0
+
+
+@contextmanager
+def hub_cache_if_offline() -> Iterator[None]:
+    """Inside, the Hub's libraries read their cache alone if the Hub does not answer at once; they
+    would try again for half a minute. Behind a proxy they find out themselves."""
+    from datasets import config
+    from huggingface_hub import constants
+
+    address, known = urlsplit(constants.ENDPOINT), (config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE)
+    try:
+        if not getproxies() and not any(known):
+            port = address.port or (80 if address.scheme == "http" else 443)
+            socket.create_connection((address.hostname or "", port), _SECONDS_TO_CONNECT).close()
+    except OSError:
+        config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = known
 
 
 @dataclass(frozen=True)
@@ -111,7 +135,7 @@ class HubDataset(TextSource):
 
         config, split = self.config, self.config.split
         name, subset, streaming = config.dataset or "", config.dataset_config, config.streaming
-        with self._naming_errors():
+        with self._naming_errors(), hub_cache_if_offline():
             rows = datasets.load_dataset(name, subset, split=split, streaming=streaming)
             names = rows.column_names or list(next(iter(rows), {}))
         check_column(config.column, names, self._label)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from switchworks.config import DataError
 from switchworks.data.cache import digest, file_stats
+from switchworks.data.sources.hub import hub_cache_if_offline
 from switchworks.data.sources.reading import format_of
 from switchworks.data.sources.tables import TABLE_FORMATS, Record, TableFormat, read_tables
 
@@ -99,19 +100,9 @@ class Hub(Source):
         return files
 
     def _download(self, base: str) -> Iterable[Record]:
-        import datasets
-
-        assert self.dataset is not None  # _files saw to it
         try:
-            try:
-                return datasets.load_dataset(self.dataset, self.config, split=base)  # type: ignore[return-value]
-            except RuntimeError as error:
-                # Datasets that still are scripts have a copy as tables, made by the Hub.
-                if "scripts are no longer supported" not in str(error):
-                    raise
-                return datasets.load_dataset(  # type: ignore[return-value]
-                    self.dataset, self.config, split=base, revision="refs/convert/parquet"
-                )
+            with hub_cache_if_offline():
+                return self._load(base)
         # Whatever the library raises (many kinds, by cause), the user can do the same two things.
         except Exception as error:
             raise DataError(
@@ -121,6 +112,20 @@ class Hub(Source):
                 f"{base}.parquet, .jsonl, .csv or .tsv\n  and name it: --data.task-folder FOLDER "
                 "(evaluate: --task-folder)."
             ) from error
+
+    def _load(self, base: str) -> Iterable[Record]:
+        import datasets
+
+        assert self.dataset is not None  # _files saw to it
+        try:
+            return datasets.load_dataset(self.dataset, self.config, split=base)  # type: ignore
+        except RuntimeError as error:
+            # Datasets that still are scripts have a copy as tables, made by the Hub.
+            if "scripts are no longer supported" not in str(error):
+                raise
+            return datasets.load_dataset(  # type: ignore[return-value]
+                self.dataset, self.config, split=base, revision="refs/convert/parquet"
+            )
 
 
 @dataclass(frozen=True)
