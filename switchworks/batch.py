@@ -115,6 +115,15 @@ def check_prompts(inputs: Tensor, max_length: int, decoder_only: bool) -> None:
         raise ConfigError("inputs of length 0 leave the encoder nothing.\n  Give it EOS at least.")
 
 
+def check_hidden(x: Tensor, width: int) -> None:
+    """Raises ConfigError unless `x` is [batch, length, width] or [tokens, width]."""
+    if x.ndim not in (2, 3) or x.shape[-1] != width:
+        raise ConfigError(
+            f"x of shape {list(x.shape)} does not fit a switch layer of d_model = {width}.\n"
+            f"  Give it [batch, length, {width}] or [tokens, {width}], or change d_model."
+        )
+
+
 def shift_right(
     targets: Int[Tensor, "B T"], segments: Int[Tensor, "B T"] | None
 ) -> Int[Tensor, "B T"]:

@@ -82,13 +82,13 @@ def lines_of_code(source: str) -> int:
 
 
 def test_the_model_can_be_read_in_one_sitting():
-    """At most 1,230 lines of code in short files; settings, closed-form sizes and the face are not
+    """At most 1,200 lines of code in short files; settings, closed-form sizes and the face are not
     counted."""
     sources = {path.stem: path.read_text(encoding="utf-8") for path in FILES}
     assert max(len(source.splitlines()) for source in sources.values()) < 350
     counts = {name: lines_of_code(source) for name, source in sources.items()}
-    aside = ("config", "sizes", "__init__")
-    assert sum(counts[name] for name in counts if name not in aside) <= 1230
+    aside = ("config", "routing_config", "sizes", "__init__")
+    assert sum(counts[name] for name in counts if name not in aside) <= 1200
 
 
 def test_lines_of_code_are_neither_blank_nor_comment_nor_docstring():

@@ -6,7 +6,6 @@ Works alone in anybody's model: `y, routing = SwitchFFN(d_model, d_ff, RoutingCo
 Letters: B sequences, L length, G groups, S tokens per group, E experts, D model width.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from switchworks.config import ConfigError
+from switchworks.batch import check_hidden
 from switchworks.model.config import ModelConfig, RoutingConfig
 from switchworks.model.dispatch import Dispatcher, padded_or_sorted
 from switchworks.model.experts import Experts
@@ -108,9 +107,8 @@ class SwitchFFN(nn.Module):
         self.causal = causal
         self.router = Router(d_model, self.config)
         rate = dropout if routing.expert_dropout is None else routing.expert_dropout
-        form: dict[str, Any] = {"activation": activation, "gated": gated, "d_out": d_out}
-        width = routing.expert_d_ff or d_ff
-        self.experts = Experts(routing.experts, d_model, width, dropout=rate, **form)
+        form: Any = {"activation": activation, "gated": gated, "dropout": rate, "d_out": d_out}
+        self.experts = Experts(routing.experts, d_model, routing.expert_d_ff or d_ff, **form)
         initialise_switch_ffn(self, init_scale)
 
     @property
@@ -129,21 +127,22 @@ class SwitchFFN(nn.Module):
         raised if capacity is limited and `group_sequences` does not divide B; else the groups are
         then of the largest size that divides both.
         """
-        self._check(x)
+        check_hidden(x, self.router.weight.shape[-1])
         if x.ndim == 2 or not x.numel():
             return self._as_rows(x, real)
         if real is None:
             real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-        groups, capacity = self._groups(x)
-        tokens = x.reshape(groups, -1, x.shape[-1])  # G S D
-        real = real.reshape(groups, -1)
+        rows, length, width = x.shape
+        is_open = torch.compiler.is_exporting()
+        groups, capacity = self.config.groups(rows, length, self.training, is_open=is_open)
+        tokens, real = x.reshape(groups, -1, width), real.reshape(groups, -1)  # G S D, G S
         logits = self.router(tokens)
         probs = self.config.rule.score(logits)
         choice = self.router.choose(logits, probs)
         takes = torch.ones_like(real) if self.config.padding_takes_slots else real
         routes = self.config.rule.plan(probs, choice, takes, self._limits(capacity, real))
-        y = self.dispatcher(tokens, routes, self.experts, capacity)
-        return y.view(*x.shape[:2], -1), self.reporter(self, logits, probs, choice, real, routes)
+        y = self.dispatcher(tokens, routes, self.experts, capacity).view(rows, length, -1)
+        return y, self.reporter(self, logits, probs, choice, real, routes)
 
     def _as_rows(self, x: Tensor, real: Tensor | None) -> tuple[Tensor, Routing]:
         """`x` [tokens, D] as one row; in place of no tokens padding, so that every weight still
@@ -154,14 +153,6 @@ class SwitchFFN(nn.Module):
         padding = x.new_zeros(self.config.group_sequences, 1, x.shape[-1])
         y, routing = self(padding, padding[..., 0] > 0)
         return y[:0].reshape(*x.shape[:-1], y.shape[-1]), routing
-
-    def _check(self, x: Tensor) -> None:
-        width = self.router.weight.shape[-1]
-        if x.ndim not in (2, 3) or x.shape[-1] != width:
-            raise ConfigError(
-                f"x of shape {list(x.shape)} does not fit a switch layer of d_model = {width}.\n"
-                f"  Give it [batch, length, {width}] or [tokens, {width}], or change d_model."
-            )
 
     def _limits(self, capacity: int | None, real: Tensor) -> RoutingLimits:
         config, group_capacity = self.config, None
@@ -178,34 +169,9 @@ class SwitchFFN(nn.Module):
             selection_bias=self.router.selection_bias,
         )
 
-    def _groups(self, x: Tensor) -> tuple[int, int | None]:
-        """Number of groups in the batch, and slots per expert in each."""
-        rows, length, _ = x.shape
-        size = self.config.group_sequences
-        if not self.training:  # any number of rows; where experts choose, each row by itself
-            size = self._eval_group(rows)
-        capacity = self.config.capacity(size * length, training=self.training)
-        if rows % size and capacity is not None:
-            raise ConfigError(
-                f"A batch of {rows} rows cannot be cut into groups of routing.group_sequences = "
-                f"{size}.\n  Use a batch size that is a multiple of {size}, or smaller groups."
-            )
-        # Without a limit nothing is dropped, so groups only matter to the statistics.
-        return rows if rows % size else rows // size, capacity
-
-    def _eval_group(self, rows: int) -> int:
-        """Rows of a group in evaluation. 1 where it changes no output and `torch.export` leaves the
-        number of rows open, which `gcd` would fix."""
-        size, limit = self.config.group_sequences, self.config.capacity(1, training=False)
-        single = self.config.rule.experts_choose or (
-            torch.compiler.is_exporting() and limit is None
-        )
-        return 1 if single or size == 1 else math.gcd(rows, size)
-
 
 def switch_ffn(config: ModelConfig, *, causal: bool, **options: Any) -> SwitchFFN:
     """The switch layer of a model of this `config`, with what else `SwitchFFN` can be told."""
     assert config.routing is not None
-    sizes = config.d_model, config.d_ff, config.routing
     common = {"dropout": config.dropout, "init_scale": config.init_scale, "causal": causal}
-    return SwitchFFN(*sizes, **common, **options)
+    return SwitchFFN(config.d_model, config.d_ff, config.routing, **common, **options)

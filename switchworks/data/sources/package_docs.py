@@ -25,7 +25,6 @@ from zipfile import BadZipFile, ZipFile
 
 from switchworks.config import ConfigError, DataError
 from switchworks.data.cache import digest
-from switchworks.data.sources.prose import is_english, paragraphs
 from switchworks.data.sources.python_docs import in_processes, join_documents, python_strings
 from switchworks.data.sources.text_source import TextConfig, TextSource
 from switchworks.disk import is_sealed, read_sealed_lines, sealed_bytes, write_sealed_lines
@@ -172,6 +171,8 @@ def documentation_in(wheel: Path) -> list[str]:
 
 def read_members(items: list[str]) -> list[str]:
     """Every prose paragraph of `items` as `documentation_in` names them. Runs in a worker."""
+    from switchworks.data.sources.prose import paragraphs
+
     kept, seen = [], set[str]()
     for wheel, group in groupby((item.split("\t") for item in items), key=lambda item: item[0]):
         with ZipFile(wheel) as archive:
@@ -220,6 +221,8 @@ def json_strings(source: str) -> Iterator[str]:
 def new_sentences(texts: Iterable[str]) -> Iterator[str]:
     """`texts` without the sentences that occurred before, whatever numbers stood in them; only
     what still reads like English."""
+    from switchworks.data.sources.prose import is_english
+
     seen: set[bytes] = set()
 
     def is_new(sentence: str) -> bool:

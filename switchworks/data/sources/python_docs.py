@@ -31,7 +31,6 @@ from typing import TypeVar
 from packaging.requirements import Requirement
 
 from switchworks.data.cache import digest, file_lock
-from switchworks.data.sources.prose import paragraphs
 from switchworks.data.sources.text_source import TextConfig, TextSource
 from switchworks.disk import is_sealed, read_sealed_lines, sealed_bytes, write_sealed_lines
 from switchworks.progress import Phase, phase
@@ -206,6 +205,8 @@ def _jobs(items: Sequence[str]) -> Iterator[list[str]]:
 
 def extract_paragraphs(items: list[str]) -> list[str]:
     """Every prose paragraph of the files (or texts) `items`, in order. Runs in a worker."""
+    from switchworks.data.sources.prose import paragraphs
+
     # Syntax trees hold no cycles; looking for cycles takes half the parsing time.
     gc.disable()
     return [
