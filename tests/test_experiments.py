@@ -29,12 +29,17 @@ SCRIPTS = sorted(
 
 @cache
 def names_in_calls(file: Path) -> set[str]:
-    """The strings in `file` that are no docstring: arguments, paths and members of lists."""
+    """The strings in `file` that are no docstring: arguments, paths and members of lists; and the
+    drills that it imports."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     nodes = list(ast.walk(tree))
     prose = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
     constants = [node for node in nodes if isinstance(node, ast.Constant) and id(node) not in prose]
-    return {node.value for node in constants if isinstance(node.value, str)}
+    imported = (
+        alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names
+    )
+    drills = {f"drills/{name}.py" for name in imported}
+    return drills | {node.value for node in constants if isinstance(node.value, str)}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

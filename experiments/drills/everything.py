@@ -49,14 +49,18 @@ pieces and blocks of files replaced, exchanged or left out, half of the time wit
 """
 
 
-def parts(share: float) -> dict[str, list[str]]:
-    """The words of each script to run, without seed and file, by the name of its counts."""
+def parts(share: float, points: int | None) -> dict[str, list[str]]:
+    """The words of each script to run, without seed and file, by the name of its counts. `points`:
+    of each verb and fault, 0: every one; None: as many as `share` gives."""
     some = {
         name: [f"{name}.py", "--count", str(max(1, round(number * share)))]
         for name, number in ATTEMPTS.items()
     }
-    points = 0 if share == 1 else max(1, round(SOME_POINTS * share))  # 0: every one
-    verbs = {f"crash {verb}": ["crash.py", verb, "--most", str(points)] for verb in SCENARIOS}
+    if points is None:
+        points = 0 if share == 1 else max(1, round(SOME_POINTS * share))
+    verbs = {
+        f"crash {verb} {points}": ["crash.py", verb, "--most", str(points)] for verb in SCENARIOS
+    }
     return some | verbs
 
 
@@ -81,10 +85,10 @@ def soak() -> list[str]:
     return ["", "## Soak", "", *lines]
 
 
-def page(counts: dict[str, list[dict[str, Any]]], share: float) -> str:
-    """The page in Markdown."""
+def page(counts: dict[str, list[dict[str, Any]]], flags: str) -> str:
+    """The page in Markdown; `flags` are those of the call that made the counts."""
     rows = [each for tallies in counts.values() for each in tallies]
-    lines = [TOP, f"--seed {rows[0]['seed']} --share {share:g}.\n"]
+    lines = [TOP, f"The counts are of `{flags}`.\n"]
     lines += ["| drill | tried | held | how they ended |", "| --- | --- | --- | --- |"]
     for row in rows:
         kinds = ", ".join(f"{number:,} {kind}" for kind, number in row["kinds"].items())
@@ -98,6 +102,7 @@ def page(counts: dict[str, list[dict[str, Any]]], share: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="All drills, and the page about them.")
     parser.add_argument("--share", type=float, default=1.0, help="of the attempts")
+    parser.add_argument("--points", type=int, help="of each verb and fault to try; 0: every one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", type=Path, help="the page")
     parser.add_argument("--keep", type=Path, help="folder of counts: what is there is not repeated")
@@ -107,9 +112,10 @@ def main() -> None:
         folder.mkdir(exist_ok=True)
         counts = {
             name: counts_of(words, folder / f"{name} {args.share:g} {args.seed}.json", args.seed)
-            for name, words in parts(args.share).items()
+            for name, words in parts(args.share, args.points).items()
         }
-    text = page(counts, args.share)
+    flags = f"--seed {args.seed} --share {args.share:g}"
+    text = page(counts, flags if args.points is None else f"{flags} --points {args.points}")
     print(text)
     if args.write is not None:
         args.write.write_text(text, encoding="utf-8")

@@ -42,8 +42,9 @@ class LabFlags:
     """Trainings at a time, of one thread each."""
     budget: str | None = None
     """Stop after this time: 8h, 90m. What is at work is saved."""
-    launch: str = shlex.quote(sys.executable)
-    """What runs `-m switchworks train`: python, `srun -n 1 python`, or torchrun with its flags."""
+    launch: str | None = None
+    """What runs `-m switchworks train`: `srun -n 1 python`, or torchrun with its flags. Default:
+    the Python of this command."""
 
     def __post_init__(self) -> None:
         check_at_least(self, "--", 1, "processes", "seeds")
@@ -131,9 +132,8 @@ def _train(studies: "Sequence[Study]", flags: LabFlags) -> bool:
     from switchworks.lab import Runner, jobs_of, write_results
 
     jobs = jobs_of(t for study in studies for t in _trainings(study, flags))
-    runner = Runner(
-        launch=shlex.split(flags.launch), processes=flags.processes, seconds=flags.seconds
-    )
+    launch = [sys.executable] if flags.launch is None else shlex.split(flags.launch)
+    runner = Runner(launch=launch, processes=flags.processes, seconds=flags.seconds)
     try:
         return runner.run(jobs)
     finally:

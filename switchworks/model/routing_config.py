@@ -94,7 +94,9 @@ class RoutingConfig:
         check_at_least(self, "routing.", 1, "experts", "every", "group_sequences", "min_capacity")
         check_at_least(self, "routing.", 1, "ntlb_rounds", "expert_d_ff")
         check_at_most(self, "routing.", MAX_WIDTH, "experts", "ntlb_rounds", "expert_d_ff")
-        check_at_most(self, "routing.", MAX_WIDTH, "min_capacity", "expert_capacity")
+        check_at_most(
+            self, "routing.", MAX_WIDTH, "min_capacity"
+        )  # a large expert_capacity is none
         check_at_least(self, "routing.", 0, "balance_weight", "z_weight", "bias_rate")
         check_at_least(self, "routing.", 0, "second_threshold")
         check_rate(self, "routing.", "jitter", "input_dropout", "expert_dropout")

@@ -447,7 +447,10 @@ def test_a_store_of_another_version_is_refused(tmp_path):
             lambda part: part.write_bytes(part.read_bytes()[:50]),
             "Error while deserializing header.*",
         ),
-        (lambda part: save_file(load_file(part) | {"ends": np.ones(3)}, part), "it has no 4 rows"),
+        (
+            lambda part: save_file(load_file(part) | {"ends": np.ones(3)}, part),
+            "it has no 4 rows of the 11 likeliest ids",
+        ),
     ],
 )
 def test_a_part_that_is_not_what_was_written_is_refused_with_what_to_delete(

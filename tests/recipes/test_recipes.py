@@ -91,7 +91,7 @@ def test_a_dense_twin_starts_from_the_same_values_where_it_shares_parameters():
 
 
 def test_an_unknown_recipe_is_refused_with_the_names_there_are():
-    with pytest.raises(ConfigError, match=r"no recipe 'quick'.*quickstart, quickstart_dense"):
+    with pytest.raises(ConfigError, match=r"no recipe 'quick'.*quickstart, quickstart_lm"):
         find_recipe("quick")
 
 

@@ -327,8 +327,10 @@ def test_a_signal_saves_this_step_and_the_run_goes_on(resumable, uninterrupted, 
 
 def test_a_closed_terminal_and_a_reader_that_has_gone_save_too(resumable, tmp_path, monkeypatch):
     experiment = from_toml(Experiment, resumable)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, in which tests may run
     with pytest.raises(Interrupted, match="SIGHUP: step 8"):
         train(experiment, tmp_path / "hangup", hooks=[SignalAt(8, signal.SIGHUP)])
+    signal.signal(signal.SIGHUP, before)
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "w") as nobody:
