@@ -86,6 +86,7 @@ def attempt(words: list[str]) -> tuple[int, str]:
             os.dup2(said.fileno(), 1)
             os.dup2(said.fileno(), 2)
             status = 70
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup and & ignore it
             try:
                 status = switchworks(words)
             except SystemExit as end:
