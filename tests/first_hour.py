@@ -119,6 +119,7 @@ class Hour:
             if re.match(r"step \d+/", line):
                 if stop and "step" in seconds:
                     process.send_signal(signal.SIGINT)
+                    stop = False  # a second one would end it at once
                 seconds.setdefault("step", time.monotonic() - started)
         status = process.wait()
         if answers:
@@ -173,9 +174,7 @@ def own_table(hour: Hour) -> None:
     """A table with labels, and new rows without."""
     print("  " + hour.script(TABLE, str(hour.folder / "table.csv"), *LANGUAGES).strip())
     task = "languages=table.csv:text:language"
-    more = shlex.split(
-        "--steps 60 --log-every 20 --validate-every 30 --optim.lr 0.01 --batch-size 32"
-    )
+    more = shlex.split("--steps 60 --log-every 20 --validate-every 30 --optim.lr 0.01")
     hour.run(
         *("train", "finetune", "--init", "mine", "--data.tasks", task, "--run-dir", "labels"),
         *("--data.validation-share", "0.1", *more),
