@@ -33,7 +33,7 @@ class Rotary(PositionEncoding):
     def rotate(self, x: Tensor, first: int | Tensor) -> Tensor:
         """Queries or keys [B, H, L, K] at positions first, first + 1, ..."""
         position = first + torch.arange(x.shape[2], device=x.device)
-        angle = position[:, None] * self.frequencies
+        angle = position[..., None] * self.frequencies
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         even, odd = x.chunk(2, dim=-1)
         return torch.cat([even * cos - odd * sin, even * sin + odd * cos], dim=-1)

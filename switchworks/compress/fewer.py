@@ -11,23 +11,20 @@ unit, N real tokens, G groups, S tokens per group.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from switchworks.batch import Batch
 from switchworks.checkpoint import materialise
 from switchworks.config import ConfigError, DataError
-from switchworks.fast import no_statistics, swapped
+from switchworks.fast import RoutedBatch, routes_recorded
 from switchworks.model import (
     STRATEGIES,
     Experts,
     ModelConfig,
-    Routes,
-    Routing,
     SwitchFFN,
     SwitchTransformer,
     evaluating,
@@ -38,30 +35,11 @@ By = Literal["usage", "gates"]
 """The worth of an expert: the number of tokens that want it, or the sum of their gates."""
 
 
-class RoutedBatch(NamedTuple):
-    """What one switch layer did with a batch."""
-
-    layer: SwitchFFN
-    logits: Float[Tensor, "G S E"]
-    """The router's, in float32 and without jitter."""
-    real: Bool[Tensor, "G S"]
-    """False at padding."""
-    routes: Routes
-
-
 @torch.no_grad()
 def route_batch(model: SwitchTransformer, batch: Batch) -> dict[str, RoutedBatch]:
     """What each switch layer does with `batch`, by its name, in evaluation mode, where nothing is
     dropped. The model's mode is restored."""
-    routed: dict[str, RoutedBatch] = {}
-
-    def report(name: str, layer: SwitchFFN, *given: Any) -> Routing:
-        logits, _probs, _choice, real, routes = given
-        routed[name] = RoutedBatch(layer, logits.float(), real, routes)
-        return no_statistics(layer, *given)
-
-    changes = [(layer, "reporter", partial(report, n)) for n, layer in model.switch_layers.items()]
-    with evaluating(model), swapped(changes):
+    with evaluating(model), routes_recorded(model) as routed:
         model(**batch.to(model.embedding.weight.device).arguments())
     return routed
 

@@ -15,9 +15,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from switchworks.batch import Batch, align_right, shift_right
-from switchworks.compress import RoutedBatch, route_batch
+from switchworks.compress import route_batch
 from switchworks.config import CheckpointError
 from switchworks.data import Tokenizer
+from switchworks.fast import RoutedBatch
 from switchworks.model import SwitchTransformer, evaluating, rows_of
 
 IDLE = 0.1

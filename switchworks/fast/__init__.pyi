@@ -1,9 +1,14 @@
 from .checkpointing import checkpoint_blocks as checkpoint_blocks
 from .compile_step import compile_step as compile_step
 from .compile_step import require_compiler as require_compiler
+from .decode import Buffers as Buffers
 from .decode import CompiledDecoder as CompiledDecoder
+from .decode import decode_rows as decode_rows
+from .decode import mark_buffers as mark_buffers
 from .kernels import use_fast_kernels as use_fast_kernels
+from .seams import RoutedBatch as RoutedBatch
 from .seams import no_statistics as no_statistics
+from .seams import routes_recorded as routes_recorded
 from .seams import skip_losses as skip_losses
 from .seams import swapped as swapped
 from .small_batch import for_decoding as for_decoding

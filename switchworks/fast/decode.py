@@ -4,7 +4,8 @@ Experts are called from inside the graph as they are without one, since which of
 not known before.
 
 Letters: B texts, I inputs, O outputs, G groups, S tokens per group, A assignments per group,
-D model width, V vocabulary, H heads, K head width, T positions there is room for, M memory length.
+D model width, V vocabulary, H heads, K head width, T and T2 positions there is room for, M memory
+length.
 """
 
 from collections.abc import Sequence
@@ -42,6 +43,9 @@ from switchworks.model import (
 
 MAX_BATCH_SIZES = 32
 
+Buffers = list[tuple[Tensor, Tensor, KeyValues | None]]
+"""Of each layer its keys and values [B, H, T, K], and those of cross-attention."""
+
 
 class CompiledDecoder:
     """`model.decode_step` for one token of each text, compiled when it is first called.
@@ -63,7 +67,7 @@ class CompiledDecoder:
         self._tensors = _tensor_ids(model)
         self._model = _traced_copy(model)
         self._graph = torch.compile(  # type: ignore[call-overload]
-            _decode_step,
+            decode_rows,
             fullgraph=True,
             dynamic=False,
             options={"guard_filter_fn": _guards},
@@ -81,27 +85,37 @@ class CompiledDecoder:
         require_compiler()
         layers = [(layer.k, layer.v, layer.memory) for layer in cache.layers]
         biases = (cache.last_bias, cache.memory_bias, cache.prompt_bias)
-        for k, v, memory in layers:
-            _mark_dynamic(2, k, v, *(memory or ()))
-        _mark_dynamic(3, *biases)
+        mark_buffers(layers, *biases)
 
         @torch.no_grad()
         def step(tokens: Int[Tensor, "B 1"]) -> Float[Tensor, "B 1 V"]:
-            position = torch.tensor([cache.layers[0].length])
-            logits = self._graph(self._model, tokens, position, layers, *biases)
+            positions = torch.full((len(tokens),), int(cache.layers[0].length))
+            logits, _ = self.rows(tokens, positions, layers, *biases)
             for layer in cache.layers:
                 layer.length += 1
             return logits
 
         return step
 
+    def rows(
+        self, tokens: Tensor, positions: Tensor, *buffers: Any
+    ) -> tuple[Float[Tensor, "B 1 V"], tuple[Routes, ...]]:
+        """`decode_rows` of the model, by the graph. Buffers are marked as `mark_buffers` does."""
+        return self._graph(self._model, tokens, positions, *buffers)
+
 
 def _tensor_ids(model: nn.Module) -> list[int]:
     return [id(tensor) for tensor in (*model.parameters(), *model.buffers())]
 
 
+def mark_buffers(layers: Buffers, *biases: Tensor | None) -> None:
+    """Lets one graph serve buffers of all lengths. Slices are new tensors and marked anew."""
+    for k, v, memory in layers:
+        _mark_dynamic(2, k, v, *(memory or ()))
+    _mark_dynamic(3, *biases)
+
+
 def _mark_dynamic(dimension: int, *tensors: Tensor | None) -> None:
-    """Lets one graph serve all sizes of that dimension."""
     for tensor in tensors:
         if tensor is not None:
             torch._dynamo.maybe_mark_dynamic(tensor, dimension)
@@ -109,50 +123,55 @@ def _mark_dynamic(dimension: int, *tensors: Tensor | None) -> None:
 
 def _guards(entries: Sequence[Any]) -> list[bool]:
     """Which guards are checked with every token: not those on the copy, which nobody changes."""
-    return [not entry.is_global and "L['copy']" not in entry.name for entry in entries]
+    return [not entry.is_global and "L['model']" not in entry.name for entry in entries]
 
 
-class _TracedCache(LayerCache):
-    """A layer's cache with writes at a position given as a tensor. It returns all positions that
-    there is room for; the caller masks those not yet written."""
+class RowsCache(LayerCache):
+    """A layer's cache whose rows stand each at a position of their own, for one new token of each.
+    It returns all positions that there is room for; the caller masks those not yet written."""
 
     def __init__(
         self,
         k: Float[Tensor, "B H T K"],
         v: Float[Tensor, "B H T K"],
         memory: KeyValues | None,
-        position: Int[Tensor, "1"],
+        positions: Int[Tensor, "B"],
     ) -> None:
-        self.k, self.v, self.memory, self.length = k, v, memory, position
+        self.k, self.v, self.memory, self.positions = k, v, memory, positions
+        self.length = positions[:, None, None]
 
     def extend(self, new: KeyValues) -> KeyValues:
-        assert isinstance(self.length, Tensor)
-        self.k.index_copy_(2, self.length, new.k)
-        self.v.index_copy_(2, self.length, new.v)
+        rows = torch.arange(len(self.k), device=self.k.device)
+        self.k[rows, :, self.positions] = new.k[:, :, 0]
+        self.v[rows, :, self.positions] = new.v[:, :, 0]
         return KeyValues(self.k, self.v)
 
 
-def _decode_step(
-    copy: SwitchTransformer,
+def decode_rows(
+    model: SwitchTransformer,
     tokens: Int[Tensor, "B 1"],
-    position: Int[Tensor, "1"],
-    layers: list[tuple[Tensor, Tensor, KeyValues | None]],
-    last_bias: Float[Tensor, "1 #H 1 T"],
-    memory_bias: Float[Tensor, "B 1 1 M"] | None,
-    prompt_bias: Float[Tensor, "B 1 1 L"] | None,
-) -> Float[Tensor, "B 1 V"]:
-    """`decode_step` for the token at `position`, with shapes that do not depend on it."""
-    room = last_bias.shape[-1]
-    # The bias of `position` is that of the last one moved to the right; what it leaves is masked.
-    place = torch.arange(room) + (room - 1 - position)
-    bias = last_bias.index_select(-1, place.clamp(max=room - 1))
-    bias = bias + mask_to_bias(place < room, bias.dtype)
+    positions: Int[Tensor, "B"],
+    layers: Buffers,
+    last_bias: Float[Tensor, "1 #H 1 T2"],
+    memory_bias: Float[Tensor, "B 1 1 M"] | None = None,
+    prompt_bias: Float[Tensor, "B 1 1 L"] | None = None,
+) -> tuple[Float[Tensor, "B 1 V"], tuple[Routes, ...]]:
+    """`decode_step` of rows that stand at `positions` of their own, and the plans of the decoder's
+    switch layers. No shape depends on a position.
+
+    `layers` are written to at the positions. `last_bias` is the bias of the last of T2 >= T places.
+    """
+    size, room = last_bias.shape[-1], layers[0][0].shape[2]
+    # The bias of a position is that of the last one moved to the right; what it leaves is masked.
+    place = torch.arange(room, device=positions.device) + (size - 1 - positions[:, None])  # B T
+    bias = last_bias[0, :, 0][:, place.clamp(max=size - 1)].transpose(0, 1)[:, :, None]
+    bias = bias + mask_to_bias(place < size, bias.dtype)[:, None, None]
     if prompt_bias is not None:
         bias = bias + F.pad(prompt_bias, (0, room - prompt_bias.shape[-1]))
-    caches: list[LayerCache] = [_TracedCache(k, v, memory, position) for k, v, memory in layers]
-    cached, x = DecoderCache(caches, last_bias), copy.embedding(tokens)
-    x, _ = copy.decoder(x, bias, segments=None, cache=cached, memory_bias=memory_bias)
-    return copy.logits(x)
+    caches: list[LayerCache] = [RowsCache(k, v, memory, positions) for k, v, memory in layers]
+    cached, x = DecoderCache(caches, last_bias), model.embedding(tokens)
+    x, reports = model.decoder(x, bias, segments=None, cache=cached, memory_bias=memory_bias)
+    return model.logits(x), tuple(report.routes for report in reports)
 
 
 def _traced_copy(model: SwitchTransformer) -> SwitchTransformer:

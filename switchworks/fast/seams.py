@@ -1,13 +1,16 @@
 """Setting seams of a model for a while, and giving them their plain forms back.
 
 A model that decodes or is a teacher leaves out losses and routing statistics.
+
+Letters: G groups, S tokens per group, E experts.
 """
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from switchworks.model import Routes, Routing, SwitchFFN, SwitchTransformer
@@ -68,3 +71,29 @@ def no_statistics(
     """In the place of a switch layer's reporter: the plan, and zeros."""
     zero, load = logits.new_zeros(()), logits.new_zeros(logits.shape[-1])
     return Routing(zero, zero, zero, load, load, zero, zero, zero, plan)
+
+
+class RoutedBatch(NamedTuple):
+    """What one switch layer did with a batch."""
+
+    layer: SwitchFFN
+    logits: Float[Tensor, "G S E"]
+    """The router's, in float32 and without jitter."""
+    real: Bool[Tensor, "G S"]
+    """False at padding."""
+    routes: Routes
+
+
+@contextmanager
+def routes_recorded(model: SwitchTransformer) -> Iterator[dict[str, RoutedBatch]]:
+    """While inside, what each switch layer did last, by its name, in place of statistics."""
+    routed: dict[str, RoutedBatch] = {}
+
+    def record(name: str, layer: SwitchFFN, *given: Any) -> Routing:
+        logits, _probs, _choice, real, routes = given
+        routed[name] = RoutedBatch(layer, logits.float(), real, routes)
+        return no_statistics(layer, *given)
+
+    changes = [(layer, "reporter", partial(record, n)) for n, layer in model.switch_layers.items()]
+    with swapped(changes):
+        yield routed

@@ -10,8 +10,11 @@ from .batches import generate_scored as generate_scored
 from .batches import pad as pad
 from .batches import stream as stream
 from .beam import BeamSearch as BeamSearch
+from .beam import BeamState as BeamState
+from .constraints import BoundConstraints as BoundConstraints
 from .constraints import Constraints as Constraints
 from .constraints import StopTexts as StopTexts
+from .constraints import bind as bind
 from .constraints import continuation as continuation
 from .texts import HOLE as HOLE
 from .texts import CandidateText as CandidateText

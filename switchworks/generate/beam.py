@@ -82,35 +82,63 @@ def search(
     """The best C `candidates` for each of `inputs`, ended by EOS and padded with id 0, and their
     scores; `model` is in evaluation mode."""
     logits, cache = first_logits(model, inputs, max_length)
-    rows, beams = inputs.shape[0], config.beams
-    cache = _repeat(cache, beams)
+    cache = _repeat(cache, config.beams)
     step = partial(model.decode_step, cache=cache) if compiled is None else compiled.start(cache)
-    logits = logits.repeat_interleave(beams, dim=0)
-    empty = inputs.new_zeros(rows, beams, max_length)
-    # All beams start equal: only the first counts, or all would be extended in the same way.
-    scores = torch.full((rows, beams), NEVER, device=inputs.device)
-    scores[:, 0] = 0.0
-    open_, ended = _Hypotheses(empty, scores), _Hypotheses(empty, torch.full_like(scores, NEVER))
-    done = torch.zeros(rows, dtype=torch.bool, device=inputs.device)
-    forced = 0 if rules is None else len(rules.constraints.prefix)
-    for written in range(max_length):
-        extended, parents = _extend(open_, logits[:, -1].float(), written, rules)
-        texts = extended.tokens[:, :, : written + 1]
-        over = texts[..., -1] == EOS if rules is None else rules.ended(texts.flatten(0, 1))
-        over = over.view(texts.shape[:2]) | (written + 1 == max_length)
-        length = max(1, written + 1 - forced)
-        ended = _merge(ended, extended, over, done, length, config)
+    state = BeamState(inputs, max_length, config, rules)
+    logits = logits.repeat_interleave(config.beams, dim=0)
+    while (extended := state.advance(logits[:, -1])) is not None:
+        tokens, parents = extended
+        _reorder(cache, parents)
+        logits = step(tokens[:, None])
+    return state.best(candidates)
+
+
+class BeamState:
+    """The beams of each of B sequences, from one token to the next."""
+
+    def __init__(
+        self,
+        inputs: Int[Tensor, "B L"],
+        max_length: int,
+        config: BeamSearch,
+        rules: BoundConstraints | None = None,
+    ) -> None:
+        """Before the first token. `inputs` say how many sequences there are, and where."""
+        self.config, self.rules, self.max_length, self.written = config, rules, max_length, 0
+        empty = inputs.new_zeros(inputs.shape[0], config.beams, max_length)
+        # All beams start equal: only the first counts, or all would be extended in the same way.
+        scores = torch.full(empty.shape[:2], NEVER, device=inputs.device)
+        scores[:, 0] = 0.0
+        self.open = _Hypotheses(empty, scores)
+        self.ended = _Hypotheses(empty, torch.full_like(scores, NEVER))
+        self.done = torch.zeros(inputs.shape[0], dtype=torch.bool, device=inputs.device)
+
+    def advance(
+        self, logits: Float[Tensor, "BN V"]
+    ) -> tuple[Int[Tensor, "BN"], Int[Tensor, "B N"]] | None:
+        """The next token of every beam, and the beam it extends; None once all is found."""
+        extended, parents = _extend(self.open, logits.float(), self.written, self.rules)
+        last, self.written = self.written, self.written + 1
+        texts, at_end = extended.tokens[:, :, : self.written], self.written == self.max_length
+        rules, flat = self.rules, texts.flatten(0, 1)
+        over = flat[:, -1] == EOS if rules is None else rules.ended(flat)
+        over = over.view(texts.shape[:2]) | at_end
+        forced = 0 if rules is None else len(rules.constraints.prefix)
+        length = max(1, self.written - forced)
+        self.ended = _merge(self.ended, extended, over, self.done, length, self.config)
         unended = _Hypotheses(extended.tokens, extended.scores.masked_fill(over, NEVER))
-        open_, places = unended.best(beams)
-        done = done | _is_done(open_, ended, length, config)
-        if done.all() or written + 1 == max_length:
-            break
-        _reorder(cache, parents.gather(1, places))
-        logits = step(open_.tokens[:, :, written].reshape(-1, 1))
-    best = ended.tokens[:, :candidates].flatten(0, 1)
-    used = (best != PAD).any(dim=0).nonzero()
-    best = best[:, : int(used.max()) + 1 if len(used) else 1]
-    return best, ended.scores[:, :candidates].flatten()
+        self.open, places = unended.best(self.config.beams)
+        self.done = self.done | _is_done(self.open, self.ended, length, self.config)
+        if at_end or self.done.all():
+            return None
+        return self.open.tokens[:, :, last].flatten(), parents.gather(1, places)
+
+    def best(self, candidates: int) -> tuple[Int[Tensor, "BC T"], Float[Tensor, "BC"]]:
+        """The `candidates` best texts of each sequence, and their scores."""
+        tokens = self.ended.tokens[:, :candidates].flatten(0, 1)
+        used = (tokens != PAD).any(dim=0).nonzero()
+        tokens = tokens[:, : int(used.max()) + 1 if len(used) else 1]
+        return tokens, self.ended.scores[:, :candidates].flatten()
 
 
 def _extend(

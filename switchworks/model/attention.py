@@ -66,9 +66,9 @@ class PositionEncoding(nn.Module):
         raise NotImplementedError
 
     def rotate(
-        self, x: Float[Tensor, "B H L K"], first: int | Int[Tensor, "1"]
+        self, x: Float[Tensor, "B H L K"], first: int | Int[Tensor, "B 1 1"]
     ) -> Float[Tensor, "B H L K"]:
-        """Queries or keys at positions first, first + 1, ..., before scores are taken."""
+        """Queries or keys at positions first, first + 1, ... of their row, before scores."""
         return x
 
 

@@ -18,8 +18,8 @@ class LayerCache:
     def __init__(self, room: int, memory: KeyValues | None) -> None:
         """Room for `room` positions. `memory`: keys and values of cross-attention."""
         self.room, self.memory = room, memory
-        self.length: int | Int[Tensor, 1] = 0
-        """Positions filled. A tensor in a compiled step."""
+        self.length: int | Int[Tensor, "B 1 1"] = 0
+        """Positions filled. A tensor where rows stand at positions of their own."""
         self.k = self.v = torch.empty(0)
         """[B, H, T, K] from the first `extend` on, whose heads are those of this rank."""
 

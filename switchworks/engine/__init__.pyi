@@ -1,0 +1,13 @@
+from .engine import BusyError as BusyError
+from .engine import Engine as Engine
+from .engine import EngineConfig as EngineConfig
+from .engine import Ticket as Ticket
+from .requests import Answer as Answer
+from .requests import Event as Event
+from .requests import Experts as Experts
+from .requests import Failure as Failure
+from .requests import Request as Request
+from .requests import Text as Text
+from .requests import Token as Token
+from .trace import Trace as Trace
+from .trace import trace as trace
