@@ -29,6 +29,8 @@ use
                       or continue it [--file F --output G: of many texts]
   predict PATH --input new.csv:text [--output answers.csv]
                       labels with probabilities, or texts, for new inputs
+  serve PATH ...      models over HTTP, in OpenAI's shape too, and a page to
+                      look inside: http://127.0.0.1:8000
   evaluate PATH       validation loss, or [--tasks glue_rte ...] metrics
   convert SRC DST     Hugging Face directory <-> switchworks directory
                       [--upcycle E: a dense model made sparse; --prune K,
@@ -64,7 +66,7 @@ settings people change, --help-all all. --debug after it shows tracebacks;
 
 VERBS = (
     *("train", "finish", "prepare", "explain", "doctor", "generate", "predict"),
-    *("evaluate", "routing", "report", "convert", "bench", "lab", "recipes", "cache"),
+    *("serve", "evaluate", "routing", "report", "convert", "bench", "lab", "recipes", "cache"),
 )
 """Each is a module beside this one, imported when it is called."""
 

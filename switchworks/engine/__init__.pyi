@@ -10,4 +10,6 @@ from .requests import Request as Request
 from .requests import Text as Text
 from .requests import Token as Token
 from .trace import Trace as Trace
+from .trace import likeliest as likeliest
+from .trace import log_probs as log_probs
 from .trace import trace as trace

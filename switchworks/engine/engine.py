@@ -36,7 +36,7 @@ from switchworks.engine.requests import (
     Token,
 )
 from switchworks.engine.slots import Room, Slots
-from switchworks.engine.trace import by_token, experts_by_row, log_probs, trace
+from switchworks.engine.trace import by_token, experts_by_row, likeliest, log_probs, trace
 from switchworks.engine.writers import Beams, Scores, Writer, Written, make_writer
 from switchworks.fast import decode_rows, for_decoding, routes_recorded
 from switchworks.generate import pad
@@ -48,8 +48,9 @@ T = TypeVar("T")
 class BusyError(Exception):
     """The queue is full, or the engine is closing."""
 
-    def __init__(self, message: str, retry_after: float) -> None:
+    def __init__(self, message: str, retry_after: float, *, is_closing: bool = False) -> None:
         super().__init__(message)
+        self.is_closing = is_closing
         self.retry_after = retry_after
         """Seconds after which to ask again."""
 
@@ -96,8 +97,9 @@ class Ticket:
         self.request, self.emit, self.writer = request, emit, writer
         self.place = (-request.priority, order)
         self.is_cancelled = False
-        limit = request.timeout
-        self.deadline = None if limit is None else time.monotonic() + limit
+        self.arrival, limit = time.monotonic(), request.timeout
+        self.deadline = None if limit is None else self.arrival + limit
+        self.first_token: float | None = None
         self.rows = list[int]()
         """In the slots, while it is at work."""
         self.last: list[int] = [0] * request.rows
@@ -111,6 +113,11 @@ class Ticket:
 
     def __lt__(self, other: "Ticket") -> bool:
         return self.place < other.place
+
+    def answer(self, texts: list[Text]) -> Answer:
+        """Its answer, now."""
+        experts = self.input_experts if self.request.experts else []
+        return Answer(texts, experts, self.first_token, time.monotonic() - self.arrival)
 
     @property
     def interruption(self) -> Reason | None:
@@ -138,7 +145,9 @@ class Engine:
                 "on those it shares a batch with.\n  Set it to none in the model's config.toml."
             )
         self.model, self.tokenizer, self.config = model, tokenizer, config or EngineConfig()
-        self.counts, self.on_step = Counts(), _ignore
+        self.counts = Counts()
+        self.on_step: Callable[[float], None] = _ignore
+        """Hears the rows of every step, on the engine's thread."""
         layers = model.switch_layers.items()
         self._load = {n: torch.zeros(layer.config.experts, dtype=torch.long) for n, layer in layers}
         self._decoder_layers = [name for name in self._load if name.startswith("decoder")]
@@ -166,7 +175,7 @@ class Engine:
         ticket = Ticket(request, emit, make_writer(self.model, request, self.tokenizer), 0)
         with self._change:
             if self._is_closing:
-                raise BusyError("The server is shutting down.", retry_after=10)
+                raise BusyError("The server is shutting down.", retry_after=10, is_closing=True)
             if len(self._waiting) >= self.config.max_waiting:
                 raise BusyError(
                     f"{len(self._waiting)} requests wait already, which is the most.",
@@ -295,7 +304,7 @@ class Engine:
                 heapq.heapify(self._waiting)
         for ticket in late:
             reason = ticket.interruption or "cancelled"
-            ticket.emit(Answer([Text([], 0.0, reason)], []))
+            ticket.emit(ticket.answer([Text([], 0.0, reason)]))
 
     def _room(self, tickets: Sequence[Ticket]) -> Room | None:
         """The buffers for all of `tickets`; None if there is no room."""
@@ -366,7 +375,7 @@ class Engine:
 
     def _step(self) -> None:
         """One token more for every row."""
-        start, rows = time.perf_counter(), self._slots.used
+        rows = self._slots.used
         tokens = [0] * rows
         for ticket in self._working:
             for row, token in zip(ticket.rows, ticket.last, strict=True):
@@ -387,7 +396,7 @@ class Engine:
         for ticket, places in [(ticket, list(ticket.rows)) for ticket in self._working]:
             self._advance(ticket, scores, places, [experts[row] for row in places])
         self.counts.steps, self.counts.rows = self.counts.steps + 1, self.counts.rows + rows
-        self.on_step(rows, time.perf_counter() - start)
+        self.on_step(rows)
 
     def _advance(
         self, ticket: Ticket, scores: Scores, rows: Sequence[int], experts: Sequence[Experts]
@@ -395,10 +404,14 @@ class Engine:
         """Lets `ticket` choose its next tokens from `rows` of `scores`, and ends it if they are its
         last."""
         move = ticket.writer.advance(scores, rows)
-        told = experts if ticket.request.experts else [Experts()] * len(rows)
-        for row, token in enumerate(map(Token, move.tokens, move.log_probs, told)):
+        if ticket.first_token is None:
+            ticket.first_token = time.monotonic() - ticket.arrival
+        request, places = ticket.request, list(rows)
+        told = experts if request.experts else [Experts()] * len(rows)
+        top = likeliest(scores.logits[places], request.top) if request.top else [[]] * len(rows)
+        for row, token in enumerate(map(Token, move.tokens, move.log_probs, told, top)):
             ticket.tokens[row].append(token)
-            if ticket.request.stream:
+            if request.stream:
                 ticket.emit(token)
         if move.is_over:
             self._end(ticket)
@@ -416,7 +429,7 @@ class Engine:
         ]
         texts.sort(key=lambda text: -text.score)
         self.counts.tokens += sum(len(text.tokens) for text in texts)
-        ticket.emit(Answer(texts, ticket.input_experts if ticket.request.experts else []))
+        ticket.emit(ticket.answer(texts))
 
     def _leave(self, ticket: Ticket) -> None:
         self._working.remove(ticket)
@@ -449,7 +462,8 @@ class Engine:
                 for name, b in layers.items()
             }
             experts = by_token(plans, len(ids))
-        return list(map(Token, ids, log_probs(again.logits, ids), experts))
+        top = likeliest(again.logits, request.top) if request.top else [[]] * len(ids)
+        return list(map(Token, ids, log_probs(again.logits, ids), experts, top))
 
     def _count_load(self, plans: dict[str, Routes]) -> None:
         for name, plan in plans.items():
@@ -468,8 +482,8 @@ class Engine:
         self._slots.clear()
 
 
-def _ignore(rows: int, seconds: float) -> None:
-    """Hears of a step."""
+def _ignore(_rows: float) -> None:
+    pass
 
 
 def _last(queue: "SimpleQueue[Any]") -> Answer:

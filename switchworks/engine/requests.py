@@ -31,6 +31,8 @@ class Request:
     """Whether tokens are told as they are written. Not with beams or candidates."""
     experts: bool = False
     """Whether experts are told."""
+    top: int = 0
+    """Of each token so many of the likeliest are told."""
 
     def __post_init__(self) -> None:
         beams = self.config.beams.beams
@@ -67,7 +69,9 @@ class Token(NamedTuple):
     log_prob: float
     """ln p by the model itself, whatever chose the token."""
     experts: Experts
-    """Of the layers that wrote it; empty unless they were asked for."""
+    """Of the decoder's layers where it was written; empty unless they were asked for."""
+    top: list[tuple[int, float]]
+    """The likeliest tokens in its place, with ln p."""
 
 
 class Text(NamedTuple):
@@ -86,6 +90,10 @@ class Answer(NamedTuple):
     """The likeliest first."""
     input_experts: list[Experts]
     """Of each token that was read; empty unless they were asked for."""
+    first_token_seconds: float | None
+    """From its arrival; None if none was written."""
+    seconds: float
+    """From its arrival to its end."""
 
 
 class Failure(NamedTuple):

@@ -41,6 +41,13 @@ def log_probs(logits: Float[Tensor, "T V"], ids: Sequence[int]) -> list[float]:
     return logits.log_softmax(dim=-1).gather(1, chosen)[:, 0].tolist()
 
 
+def likeliest(logits: Float[Tensor, "T V"], count: int) -> list[list[tuple[int, float]]]:
+    """The `count` likeliest tokens of each row, with ln p."""
+    values, ids = logits.float().log_softmax(dim=-1).topk(count)
+    rows = zip(ids.tolist(), values.tolist(), strict=True)
+    return [list(zip(*row, strict=True)) for row in rows]
+
+
 def experts_by_row(routes: Routes, rows: int) -> list[list[int]]:
     """The experts that each of the `rows` tokens of a layer was sent to."""
     tokens = rows_of(routes, rows // max(1, len(routes.kept)))

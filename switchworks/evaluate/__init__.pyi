@@ -29,3 +29,4 @@ from .tasks import named_tasks as named_tasks
 from .tasks import write_predictions as write_predictions
 from .token_experts import RoutedToken as RoutedToken
 from .token_experts import token_experts as token_experts
+from .token_experts import token_text as token_text

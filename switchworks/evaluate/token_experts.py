@@ -35,7 +35,7 @@ def token_experts(
     batch = Batch(inputs=torch.tensor([inputs], dtype=torch.long), targets=torch.tensor([targets]))
     return {
         name: [
-            RoutedToken(_text(tokenizer, token), tuple(members.nonzero().flatten().tolist()))
+            RoutedToken(token_text(tokenizer, token), tuple(members.nonzero().flatten().tolist()))
             for token, members in zip(
                 tokens_read(model, batch, name)[0].tolist(), experts_of(routed), strict=True
             )
@@ -44,7 +44,7 @@ def token_experts(
     }
 
 
-def _text(tokenizer: Tokenizer, token: int) -> str:
+def token_text(tokenizer: Tokenizer, token: int) -> str:
     """The text of a token; of special ones their name."""
     names = {tokenizer.pad_id: "<start>", tokenizer.eos_id: "</s>"}
     return tokenizer.piece(token) or names.get(token) or tokenizer.decode([token])

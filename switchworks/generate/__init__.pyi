@@ -18,10 +18,12 @@ from .constraints import bind as bind
 from .constraints import continuation as continuation
 from .texts import HOLE as HOLE
 from .texts import CandidateText as CandidateText
+from .texts import Prompt as Prompt
 from .texts import complete as complete
 from .texts import complete_file as complete_file
 from .texts import fill as fill
 from .texts import load_with_tokenizer as load_with_tokenizer
+from .texts import make_prompts as make_prompts
 from .texts import parse_fills as parse_fills
 from .texts import stream_text as stream_text
 from .texts import write_candidates as write_candidates

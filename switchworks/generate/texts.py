@@ -109,17 +109,21 @@ def _opened(path: Path) -> TextIO:
     return path.open(encoding="utf-8-sig")
 
 
-class _Prompt(NamedTuple):
+class Prompt(NamedTuple):
+    """A text as a model reads it."""
+
     ids: list[int]
     show: Callable[[Sequence[int]], str]
     """The whole text, given the tokens that were written."""
+    holes: tuple[int, ...] = ()
+    """The numbers of its holes; the model's are counted from 0."""
 
 
 def write_texts(
     model: SwitchTransformer, tokenizer: Tokenizer, texts: Sequence[str], config: GenerationConfig
 ) -> list[str]:
     """`texts` with every hole filled, or continued; see `complete`."""
-    prompts = _prompts(model, tokenizer, texts, config)
+    prompts = make_prompts(model, tokenizer, texts, config)
     ids = [prompt.ids for prompt in prompts]
     written = generate_all(model, ids, config, tokenizer=tokenizer)
     return [prompt.show(tokens) for prompt, tokens in zip(prompts, written, strict=True)]
@@ -133,11 +137,11 @@ def write_candidates(
     count: int,
 ) -> list[list[CandidateText]]:
     """`count` completions of each text as `complete` has them, the likeliest first."""
-    prompts = _prompts(model, tokenizer, texts, config)
+    prompts = make_prompts(model, tokenizer, texts, config)
     ids = [prompt.ids for prompt in prompts]
     written = generate_candidates(model, ids, config, count, tokenizer=tokenizer)
 
-    def as_text(prompt: _Prompt, candidate: Candidate) -> CandidateText:
+    def as_text(prompt: Prompt, candidate: Candidate) -> CandidateText:
         tokens, score, log_probs = candidate
         pieces = [tokenizer.piece(id_) for id_ in tokens]
         return CandidateText(prompt.show(tokens), score, pieces, log_probs, tokens)
@@ -151,7 +155,7 @@ def stream_text(
 ) -> Iterator[str]:
     """What the model writes for `text`, piece by piece as it is written, without beams: a
     decoder-only model's continuation, or else the holes' names and their fills."""
-    (prompt,) = _prompts(model, tokenizer, [text], config)
+    (prompt,) = make_prompts(model, tokenizer, [text], config)
     before = prompt.ids if model.config.decoder_only else []
     steps = stream(
         model,
@@ -170,9 +174,10 @@ def stream_text(
     yield whole[shown:]
 
 
-def _prompts(
+def make_prompts(
     model: SwitchTransformer, tokenizer: Tokenizer, texts: Sequence[str], config: GenerationConfig
-) -> list[_Prompt]:
+) -> list[Prompt]:
+    """`texts` as `complete` reads them. Raises ConfigError for one that cannot be."""
     prompts = (_to_continue if model.config.decoder_only else _to_fill)(tokenizer, texts)
     for text, prompt in zip(texts, prompts, strict=True):
         if len(prompt.ids) > config.max_input:
@@ -184,12 +189,12 @@ def _prompts(
     return prompts
 
 
-def _to_fill(tokenizer: Tokenizer, texts: Sequence[str]) -> list[_Prompt]:
+def _to_fill(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Prompt]:
     if not all(text.strip() for text in texts):
         raise ConfigError('There is no text to fill in. Example: "The <extra_id_0> of the list."')
     texts = [text if HOLE.search(text) else f"{text.rstrip()} <extra_id_0>" for text in texts]
 
-    def prompt(text: str) -> _Prompt:
+    def prompt(text: str) -> Prompt:
         numbers = list(dict.fromkeys(int(number) for number in HOLE.findall(text)))
         if len(numbers) > tokenizer.num_sentinels:
             raise ConfigError(
@@ -203,12 +208,12 @@ def _to_fill(tokenizer: Tokenizer, texts: Sequence[str]) -> list[_Prompt]:
             fills = parse_fills(tokenizer.decode(ids))
             return fill(text, {n: fills[i] for i, n in enumerate(numbers) if i in fills})
 
-        return _Prompt([*tokenizer.encode(counted), EOS], show)
+        return Prompt([*tokenizer.encode(counted), EOS], show, tuple(numbers))
 
     return [prompt(text) for text in texts]
 
 
-def _to_continue(tokenizer: Tokenizer, texts: Sequence[str]) -> list[_Prompt]:
+def _to_continue(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Prompt]:
     """An empty text starts a new one."""
     if any(HOLE.search(text) for text in texts):
         raise ConfigError(
@@ -220,7 +225,7 @@ def _to_continue(tokenizer: Tokenizer, texts: Sequence[str]) -> list[_Prompt]:
         return text + continuation(tokenizer, prompt, ids)
 
     pairs = [(text, tokenizer.encode(text)) for text in map(str.rstrip, texts)]
-    return [_Prompt(prompt, partial(show, text, prompt)) for text, prompt in pairs]
+    return [Prompt(prompt, partial(show, text, prompt)) for text, prompt in pairs]
 
 
 def parse_fills(text: str) -> dict[int, str]:

@@ -193,7 +193,7 @@ def test_a_small_budget_lets_fewer_texts_be_written_at_once_and_changes_none():
     row = (32 + 64) * 2 * 2 * 2 * 8 * 8
     engine = Engine(model, config=EngineConfig(cache_memory=row))
     most = []
-    engine.on_step = lambda rows, _seconds: most.append(rows)
+    engine.on_step = most.append
     answers = engine.answer(Request(ids=ids, config=GREEDY) for ids in texts)
     with pytest.raises(ConfigError, match="--cache-memory"):
         engine.submit(Request(ids=list(range(2, 70)), config=GREEDY), print)

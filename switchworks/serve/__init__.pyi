@@ -1,0 +1,3 @@
+from .app import create_app as create_app
+from .config import ServeConfig as ServeConfig
+from .run import serve as serve
