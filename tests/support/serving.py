@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import uvicorn
 
-from switchworks.data import ByteTokenizer
+from switchworks.data.tokens.tokenizer import ByteTokenizer
 from switchworks.engine import Engine, EngineConfig
 from switchworks.model import SwitchTransformer
 from switchworks.serve import ServeConfig, create_app
