@@ -201,7 +201,8 @@ def traced_linear(x: Float[Tensor, "*b I"], weight: Float[Tensor, "O I"]) -> Flo
     """`Linear.matmul`: of one row as a loop, of few in shares where those are faster."""
     if x.numel() == x.shape[-1]:
         return one_row_linear(x, weight)
-    return small_batch.linear(x, weight) if small_batch.suits(weight) else F.linear(x, weight)
+    is_split = small_batch.suits(weight) and x.numel() <= small_batch.MAX_ROWS * x.shape[-1]
+    return small_batch.split_n_linear(x, weight) if is_split else F.linear(x, weight)
 
 
 def one_row_linear(x: Float[Tensor, "*b I"], weight: Float[Tensor, "O I"]) -> Float[Tensor, "*b O"]:
