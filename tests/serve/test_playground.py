@@ -31,7 +31,7 @@ def page(browser, address) -> Iterator:
     )
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.goto(address)
-    page.wait_for_function("document.querySelectorAll('#model option').length > 0")
+    wait_for(page, "#model option")
     page.set_default_timeout(10_000)
     yield page
     page.close()
@@ -43,10 +43,16 @@ def _is_error(message) -> bool:
     return message.type == "error" and "status of 422" not in message.text
 
 
+def wait_for(page, selector: str) -> None:
+    """Until there is such an element. The page's policy allows no script to be made of text, as
+    Playwright's other ways to wait do."""
+    page.locator(selector).first.wait_for(state="attached")
+
+
 def run(page) -> None:
     page.locator("#length").fill("10")
     page.locator("#text").press("Control+Enter")
-    page.wait_for_function("document.querySelector('#live').textContent !== ''")
+    wait_for(page, "#live:not(:empty)")
 
 
 def test_a_text_is_filled_and_its_tokens_have_the_colours_of_their_experts(page):
@@ -68,9 +74,7 @@ def test_a_token_tells_how_sure_the_router_was(page):
         token = page.locator(f".{side} .token").nth(0)
         token.focus()
         token.press("Enter")
-        page.wait_for_function(
-            f"document.querySelector('.router .layers h3')?.textContent === '{layer}'"
-        )
+        page.locator(".router .layers h3", has_text=layer).wait_for()
         shares = page.locator(".router meter").evaluate_all("meters => meters.map(m => m.value)")
         assert len(shares) == 2
         assert sum(shares) == pytest.approx(1, abs=1e-4)
@@ -100,7 +104,7 @@ def test_alternatives_and_two_models_stand_beside_one_another(page):
     page.locator("#alternatives").fill("3")
     page.locator("#length").fill("6")
     page.locator("#run").click()
-    page.wait_for_function("document.querySelectorAll('.others:not([hidden]) li').length === 6")
+    page.locator(".others:not([hidden]) li").nth(5).wait_for()
     assert page.locator(".answer h2").all_inner_texts() == ["filler", "causal"]
 
 
@@ -124,7 +128,7 @@ def test_the_page_fits_its_window(browser, address, width, dark):
     scheme = "dark" if dark else "light"
     page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
     page.goto(address)
-    page.wait_for_function("document.querySelectorAll('#model option').length > 0")
+    wait_for(page, "#model option")
     run(page)
     page.locator(".output .token").first.click()
     page.wait_for_selector(".router meter")
@@ -140,7 +144,7 @@ def test_a_server_with_a_key_asks_for_it_once(browser, monkeypatch):
         page.wait_for_selector("#key:not([hidden])")
         page.locator("#secret").fill("secret")
         page.locator("#secret").press("Enter")
-        page.wait_for_function("document.querySelectorAll('#model option').length > 0")
+        wait_for(page, "#model option")
         assert page.locator("#key").is_hidden()
         run(page)
         page.close()

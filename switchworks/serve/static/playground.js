@@ -235,7 +235,7 @@ class Answer {
     const token = this[side][place];
     const panel = this.part(".router");
     show(panel, true);
-    panel.replaceChildren(element("h3", `The routers at “${token.text}”`));
+    panel.replaceChildren(element("h3", `The routers at “${token.text.trim() || token.text}”`));
     if (token.log_prob !== undefined) {
       const chance = (100 * Math.exp(token.log_prob)).toFixed(1);
       panel.append(element("p", `The model wrote it with a probability of ${chance} %.`, "soft"));
@@ -302,9 +302,14 @@ function drawHeat() {
     scroll.tabIndex = 0;
     const table = element("table");
     table.createCaption().textContent = counts.size > 1 ? model : "";
-    for (const [layer, load] of [...layers].sort()) {
+    const head = table.createTHead().insertRow();
+    const widest = Math.max(...[...layers.values()].map((load) => load.length));
+    head.append(element("th", "expert"));
+    for (let expert = 0; expert < widest; expert++) head.append(element("th", expert));
+    const body = table.createTBody();
+    for (const [layer, load] of layers) {
       const most = Math.max(...load, 1);
-      const row = table.insertRow();
+      const row = body.insertRow();
       row.append(element("th", layer));
       load.forEach((count, expert) => {
         const cell = row.insertCell();
