@@ -42,6 +42,11 @@ class Job:
         return self.training.run_dir(self.steps)
 
     @property
+    def name(self) -> str:
+        """The end of its path: of what is trained, and how long."""
+        return "/".join(self.run_dir.parts[-2:])
+
+    @property
     def is_branch(self) -> bool:
         return self.run_dir != self.training.trunk
 
