@@ -180,8 +180,11 @@ class Runner:
         log = job.run_dir.with_suffix(".log")
         log.parent.mkdir(parents=True, exist_ok=True)
         command = [*self.launch, *job.command()]
-        record = {"command": shlex.join(job.command()), "launch": [*self.launch]}
-        record["commit"] = commit_of(Path(__file__).parent)
+        record = {
+            "command": shlex.join(job.command()),
+            "launch": [Path(self.launch[0]).name, *self.launch[1:]],
+            "commit": commit_of(Path(__file__).parent),
+        }
         with log.open("a", encoding="utf-8") as file:
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             process = subprocess.Popen(
