@@ -13,10 +13,11 @@ from types import ModuleType
 
 import pytest
 import torch
+from support.models import TINY
 
 from switchworks import ModelConfig, RoutingConfig, SwitchFFN, train
 from switchworks.data import SOURCES
-from switchworks.model import STRATEGIES
+from switchworks.model import STRATEGIES, SwitchTransformer
 from switchworks.optim import OPTIMIZERS, UpdateStats
 from switchworks.training import LOGGERS, StepResult, build_state
 
@@ -233,3 +234,38 @@ def test_the_hook_of_ones_own_measures_a_share_of_the_size(tiny_experiment, tmp_
         shares = [float(line[-1]) for line in csv.reader(file)]
     assert shares == pytest.approx([0.1] * len(shares), rel=1e-4)
     assert len(shares) >= 5
+
+
+@pytest.mark.slow  # a minute for the exporter
+@pytest.mark.filterwarnings("ignore")  # of the exporter
+@pytest.mark.parametrize("tied_head", [True, False])
+def test_a_dense_model_computes_the_same_in_onnx_runtime(tied_head, tmp_path):
+    """Exported with two texts of seven tokens, then used with other shapes."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    example = load_example("onnx_export")
+    config = replace(TINY, routing=None, gated=True, tied_head=tied_head, init_scale=1.0)
+    model = SwitchTransformer(config, seed=2).eval()
+    with torch.no_grad():
+        example.export(model, tmp_path)
+    padded = torch.tensor([[5, 6, 7, 8, 9, 1], [9, 8, 1, 0, 0, 0], [3, 4, 5, 1, 0, 0]])
+    encoder, decoder = (
+        onnxruntime.InferenceSession(tmp_path / f"{name}.onnx") for name in ("encoder", "decoder")
+    )
+    for ids in (padded, torch.tensor([[7, 1]])):
+        rows, room, tokens = len(ids), 6, torch.zeros(len(ids), 1, dtype=torch.long)
+        memory, mask = encoder.run(None, {"ids": ids.numpy()})
+        heads, width = config.num_heads, config.d_kv
+        written = torch.zeros(len(memory), rows, heads, room, width).numpy()
+        columns = []
+        with torch.no_grad():
+            cache = model.init_cache(model.encode(ids), room)
+            for position in range(room):
+                positions = torch.full((rows,), position).numpy()
+                feed = {"tokens": tokens.numpy(), "positions": positions, "written": written}
+                ours = model.decode_step(tokens, cache)[:, 0]
+                theirs, written = decoder.run(None, feed | {"memory": memory, "mask": mask})
+                torch.testing.assert_close(torch.from_numpy(theirs), ours, rtol=1e-4, atol=1e-4)
+                columns.append(tokens := ours.argmax(dim=-1, keepdim=True))
+        again = example.write(tmp_path, ids.numpy(), room, heads, width)
+        assert again.tolist() == torch.cat(columns, dim=1).tolist()

@@ -143,7 +143,7 @@ class RowsCache(LayerCache):
         self.length = positions[:, None, None]
 
     def extend(self, new: KeyValues) -> KeyValues:
-        rows = torch.arange(len(self.k), device=self.k.device)
+        rows = torch.arange(self.k.shape[0], device=self.k.device)
         self.k[rows, :, self.positions] = new.k[:, :, 0]
         self.v[rows, :, self.positions] = new.v[:, :, 0]
         return KeyValues(self.k, self.v)
