@@ -1,6 +1,8 @@
 """From paths to a server that answers."""
 
+import math
 import os
+import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -16,28 +18,44 @@ from switchworks.serve.app import KEY, create_app
 from switchworks.serve.config import ServeConfig
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+BACKLOG = 2048
+GRACE = 5
+"""Seconds after the last answer's `timeout` in which clients may still read, once it shuts down."""
 
 
 def serve(paths: Sequence[Path], config: ServeConfig, host: str, port: int, **weights: Any) -> None:
     """Answers at `host` and `port` (0: any that is free) until SIGTERM or Ctrl-C; then what was
     taken is still answered. Raises CheckpointError for a model that cannot be read, ConfigError for
     an address that cannot be used."""
-    listener = _listen(host, port)
+    listener = _bind(host, port)
+    signal.signal(signal.SIGTERM, _leave)
     models = dict[str, Engine]()
     for path in paths:
         print(f"loading {path} ...", file=sys.stderr, flush=True)
         model, tokenizer = load_with_tokenizer(path, **weights)
         models[_name(path, models)] = Engine(model, tokenizer, config.engine)
     shown = f"[{host}]" if ":" in host else host
+    listener.listen(BACKLOG)  # who reads the address can come at once
     print(f"serving {', '.join(models)} at http://{shown}:{listener.getsockname()[1]}", flush=True)
     if host not in LOOPBACK and not os.environ.get(KEY):
         print(f"warning: anybody who reaches {host} may use it. Set {KEY}.", file=sys.stderr)
     app = create_app(models, config)
-    settings = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)
+    settings = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=math.ceil(config.timeout) + GRACE,
+    )
     uvicorn.Server(settings).run(sockets=[listener])
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _leave(*_: object) -> None:
+    """Ends well: uvicorn raises the signal once more when all is answered."""
+    sys.exit(0)
+
+
+def _bind(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
