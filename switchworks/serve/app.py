@@ -63,8 +63,8 @@ _STREAMED: dict[int | str, dict[str, Any]] = {
 _REASONS = {
     "Not Found": "There is no such path. GET /openapi.json lists them.",
     "Method Not Allowed": "This path has another method. GET /openapi.json tells which.",
-    "There was an error parsing the body": "The body is not JSON: it nests too deep, holds a number "
-    "of too many digits, or is not UTF-8.",
+    "There was an error parsing the body": "The body is not JSON: it nests too deep, is not UTF-8, "
+    "or holds a number of too many digits.",
 }
 """What Starlette and FastAPI say, in more words."""
 FAILED = "The server has failed at this request. Its log says why."

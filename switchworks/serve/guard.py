@@ -146,7 +146,7 @@ async def _refuse(response: JSONResponse, scope: Scope, receive: Receive, send: 
     is reset, and the client may lose the answer."""
 
     async def send_open(message: Message) -> None:
-        await send(message | {"more_body": True} if "body" in message else message)
+        await send({**message, "more_body": True} if "body" in message else message)
 
     await response(scope, receive, send_open)
     with suppress(TimeoutError):

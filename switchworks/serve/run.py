@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 
 from switchworks.config import ConfigError
 from switchworks.engine import Engine
@@ -26,20 +27,29 @@ GRACE = 5
 def serve(paths: Sequence[Path], config: ServeConfig, host: str, port: int, **weights: Any) -> None:
     """Answers at `host` and `port` (0: any that is free) until SIGTERM or Ctrl-C; then what was
     taken is still answered. Raises CheckpointError for a model that cannot be read, ConfigError for
-    an address that cannot be used."""
-    listener = _bind(host, port)
-    signal.signal(signal.SIGTERM, _leave)
-    models = dict[str, Engine]()
-    for path in paths:
-        print(f"loading {path} ...", file=sys.stderr, flush=True)
-        model, tokenizer = load_with_tokenizer(path, **weights)
-        models[_name(path, models)] = Engine(model, tokenizer, config.engine)
-    shown = f"[{host}]" if ":" in host else host
-    listener.listen(BACKLOG)  # who reads the address can come at once
-    print(f"serving {', '.join(models)} at http://{shown}:{listener.getsockname()[1]}", flush=True)
-    if host not in LOOPBACK and not os.environ.get(KEY):
-        print(f"warning: anybody who reaches {host} may use it. Set {KEY}.", file=sys.stderr)
-    app = create_app(models, config)
+    an address that cannot be used, and for no path."""
+    if not paths:
+        raise ConfigError(
+            "serve needs a model, and there is none.\n"
+            "  Give a run directory, a checkpoint or a model directory: switchworks serve runs/a"
+        )
+    with _bind(host, port) as listener:
+        signal.signal(signal.SIGTERM, _leave)
+        models = dict[str, Engine]()
+        for path in paths:
+            print(f"loading {path} ...", file=sys.stderr, flush=True)
+            model, tokenizer = load_with_tokenizer(path, **weights)
+            models[_name(path, models)] = Engine(model, tokenizer, config.engine)
+        listener.listen(BACKLOG)  # who reads the address can come at once
+        shown = f"[{host}]" if ":" in host else host
+        address = f"http://{shown}:{listener.getsockname()[1]}"
+        print(f"serving {', '.join(models)} at {address}", flush=True)
+        if host not in LOOPBACK and not os.environ.get(KEY):
+            print(f"warning: anybody who reaches {host} may use it. Set {KEY}.", file=sys.stderr)
+        _answer(create_app(models, config), config, listener)
+
+
+def _answer(app: FastAPI, config: ServeConfig, listener: socket.socket) -> None:
     settings = uvicorn.Config(
         app,
         log_level="warning",
@@ -64,8 +74,8 @@ def _bind(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         listener.close()
         raise ConfigError(
-            f"{host}:{port} cannot be used: {error}.\n  Choose another --port or --host; 0 is any "
-            "port that is free."
+            f"{host}:{port} cannot be used: {str(error).rstrip('.')}.\n"
+            "  Choose another --port or --host; 0 is any port that is free."
         ) from error
     return listener
 

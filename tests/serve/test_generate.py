@@ -46,7 +46,7 @@ def test_numbers_of_holes_are_those_of_the_text(address):
     (other,) = generate(address, text="The <extra_id_9> of the <extra_id_2>.", max_length=30)[
         "choices"
     ]
-    assert first["fills"]["0"] and first["fills"]["1"]
+    assert all(first["fills"][number] for number in "01")
     assert other["fills"] == {"9": first["fills"]["0"], "2": first["fills"]["1"]}
     assert other["text"] == first["text"]
     assert other["tokens"] == first["tokens"]
@@ -197,7 +197,7 @@ def test_a_text_ends_at_its_timeout_with_what_there_is(address):
 def test_models_are_described(address, writer):
     cards = {card["id"]: card for card in httpx.get(address + "/v1/models").json()["data"]}
     assert list(cards) == ["filler", "writer"]
-    assert cards["writer"]["decoder_only"] and not cards["filler"]["decoder_only"]
+    assert [card["decoder_only"] for card in cards.values()] == [False, True]
     assert cards["writer"]["layers"] == {"decoder.0": 4, "decoder.1": 4}
     assert cards["writer"]["parameters"] == sum(p.numel() for p in writer.parameters())
     assert (cards["writer"]["max_input"], cards["writer"]["max_length"]) == (200, 100)
