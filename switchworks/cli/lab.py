@@ -129,24 +129,32 @@ def _trainings(study: "Study", flags: LabFlags) -> "Iterator[Training]":
 
 
 def _train(studies: "Sequence[Study]", flags: LabFlags) -> bool:
-    from switchworks.lab import Runner, jobs_of, write_results
+    from switchworks.lab import Runner, jobs_of, known_runs, missing_jobs, write_results
 
-    jobs = jobs_of(t for study in studies for t in _trainings(study, flags))
+    jobs = [
+        job
+        for study in studies
+        for job in missing_jobs(jobs_of(_trainings(study, flags)), known_runs(_file(study, flags)))
+    ]
     launch = [sys.executable] if flags.launch is None else shlex.split(flags.launch)
     runner = Runner(launch=launch, processes=flags.processes, seconds=flags.seconds)
     try:
         return runner.run(jobs)
     finally:
         for study in studies:
-            file = flags.results / f"{study.name}.json"
+            file = _file(study, flags)
             write_results(study, flags.folder, file)
             print(f"results {file}")
 
 
-def _line(study: "Study", flags: LabFlags) -> str:
-    from switchworks.lab import jobs_of
+def _file(study: "Study", flags: LabFlags) -> Path:
+    return flags.results / f"{study.name}.json"
 
-    jobs = jobs_of(study.trainings(flags.folder))
-    done = sum(job.is_done for job in jobs)
+
+def _line(study: "Study", flags: LabFlags) -> str:
+    from switchworks.lab import jobs_of, known_runs
+
+    jobs, known = jobs_of(study.trainings(flags.folder)), known_runs(_file(study, flags))
+    done = sum(job.is_done or job.name in known for job in jobs)
     hours = study.minutes * len(study.seeds) / 60 / flags.processes
     return f"{study.name:<20} {done:>3} of {len(jobs):>3} runs  {hours:5.1f} h  {study.question}"

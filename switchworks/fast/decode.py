@@ -10,6 +10,7 @@ length.
 
 from collections.abc import Sequence
 from copy import deepcopy
+from functools import partial
 from itertools import count
 from typing import Any
 from weakref import WeakValueDictionary
@@ -23,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from switchworks.config import ConfigError
 from switchworks.fast import small_batch
 from switchworks.fast.compile_step import require_compiler
+from switchworks.fast.packed import can_pack
 from switchworks.fast.seams import no_statistics, reset
 from switchworks.model import (
     AttentionBase,
@@ -187,9 +189,14 @@ def _traced_copy(model: SwitchTransformer) -> SwitchTransformer:
     for layer, bank in zip(copy.switch_layers.values(), banks, strict=True):
         layer.dispatcher, layer.reporter = _OutsideDispatcher(bank), no_statistics
         layer.experts = nn.Identity()  # type: ignore[assignment]  the dispatcher calls the model's
-    for module in copy.modules():
-        if type(module) is Linear or isinstance(module, SwitchTransformer):
-            module.matmul = traced_linear
+    originals = dict(model.named_modules())
+    for name, module in copy.named_modules():
+        if type(module) is Linear:
+            module.matmul = _outside(originals[name], module.weight)
+        elif isinstance(module, SwitchTransformer):
+            head = _TiedHead(model)
+            module.matmul = _outside(head, model.embedding.weight)
+            vars(module)["outside"] = head  # which nobody else would keep
         elif isinstance(module, AttentionBase):
             module.attend = attend_once
         elif isinstance(module, RMSNorm | Stack):
@@ -197,11 +204,37 @@ def _traced_copy(model: SwitchTransformer) -> SwitchTransformer:
     return copy.eval()
 
 
-def traced_linear(x: Float[Tensor, "*b I"], weight: Float[Tensor, "O I"]) -> Float[Tensor, "*b O"]:
-    """`Linear.matmul`: of one row as a loop, of few in shares where those are faster."""
+class _TiedHead:
+    """The head of a model that has no matrix of its own for it."""
+
+    def __init__(self, model: SwitchTransformer) -> None:
+        self.model = model
+
+    def __call__(self, x: Float[Tensor, "*b D"]) -> Float[Tensor, "*b V"]:
+        return self.model.matmul(x, self.model.embedding.weight)
+
+
+def _outside(product: Any, weight: Any) -> Any:
+    """`Linear.matmul` for a graph. `product` is what the model itself multiplies with, as
+    `for_decoding` has set it."""
+    if not (isinstance(weight, Tensor) and can_pack(weight)):
+        return traced_linear
+    return partial(linear_outside, _number(product))
+
+
+def linear_outside(
+    number: int, x: Float[Tensor, "*b I"], weight: Float[Tensor, "O I"]
+) -> Float[Tensor, "*b O"]:
+    """x W^T: of one row as a loop, of more by the model's own product, which has reordered weights
+    (`packed.py`)."""
     if x.numel() == x.shape[-1]:
         return one_row_linear(x, weight)
-    return small_batch.linear(x, weight) if small_batch.suits(weight) else F.linear(x, weight)
+    return call_linear(x, number, len(weight))
+
+
+def traced_linear(x: Float[Tensor, "*b I"], weight: Float[Tensor, "O I"]) -> Float[Tensor, "*b O"]:
+    """`Linear.matmul`: of one row as a loop."""
+    return one_row_linear(x, weight) if x.numel() == x.shape[-1] else F.linear(x, weight)
 
 
 def one_row_linear(x: Float[Tensor, "*b I"], weight: Float[Tensor, "O I"]) -> Float[Tensor, "*b O"]:
@@ -226,11 +259,11 @@ def attend_once(
 
 
 _CALLED: WeakValueDictionary[int, Any] = WeakValueDictionary()
-"""Modules that graphs call as they are, by number: a graph can hold no module."""
+"""What graphs call as it is, by number: a graph can hold no module."""
 _numbers = count()
 
 
-def _number(module: nn.Module) -> int:
+def _number(module: Any) -> int:
     number = next(_numbers)
     _CALLED[number] = module
     return number
@@ -254,17 +287,24 @@ class _OutsideDispatcher:
     def __call__(
         self, x: Float[Tensor, "G S D"], routes: Routes, experts: Any, capacity: int | None
     ) -> Float[Tensor, "G S O"]:
-        return call_experts(x, *routes, self.number, self.outputs)
+        return call_experts(x, routes, self.number, self.outputs)
 
 
-@torch.library.custom_op("switchworks::call_linear", mutates_args=())
 def call_linear(x: Tensor, number: int, outputs: int) -> Tensor:
-    """The linear module of that number applied to `x`."""
+    """The product of that number applied to `x`."""
+    return torch.ops.switchworks.call_linear(x, number, outputs)
+
+
+def call_experts(x: Tensor, routes: Routes, number: int, outputs: int) -> Tensor:
+    """The sorted dispatcher on `x` and its `Routes`, with the experts of that number."""
+    return torch.ops.switchworks.call_experts(x, *routes, number, outputs)
+
+
+def _call_linear(x: Tensor, number: int, _outputs: int) -> Tensor:
     return _CALLED[number](x)
 
 
-@torch.library.custom_op("switchworks::call_experts", mutates_args=())
-def call_experts(
+def _call_experts(
     x: Tensor,
     expert: Tensor,
     slot: Tensor,
@@ -272,9 +312,8 @@ def call_experts(
     gate: Tensor,
     token: Tensor | None,
     number: int,
-    outputs: int,
+    _outputs: int,
 ) -> Tensor:
-    """The sorted dispatcher on `x` and its `Routes`, with the experts of that number."""
     routes = Routes(expert, slot, kept, gate, token)
     return small_batch.dispatch_few(x, routes, _CALLED[number], None)
 
@@ -284,5 +323,18 @@ def _fake_outputs(x: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], rest[-1])
 
 
-call_linear.register_fake(_fake_outputs)
-call_experts.register_fake(_fake_outputs)
+_OPERATORS = torch.library.Library("switchworks", "FRAGMENT")
+"""Defined by hand: `torch.library.custom_op` would add 50 us to each of the fifty calls of a
+token."""
+for _schema, _operator in (
+    ("call_linear(Tensor x, int number, int outputs) -> Tensor", _call_linear),
+    (
+        "call_experts(Tensor x, Tensor expert, Tensor slot, Tensor kept, Tensor gate, "
+        "Tensor? token, int number, int outputs) -> Tensor",
+        _call_experts,
+    ),
+):
+    _name = _schema.partition("(")[0]
+    _OPERATORS.define(_schema)
+    _OPERATORS.impl(_name, _operator, "CPU")
+    torch.library.register_fake(f"switchworks::{_name}", _fake_outputs, lib=_OPERATORS)

@@ -1,9 +1,12 @@
-"""Products of the few rows that decoding has, on a CPU in float32.
+"""What decoding computes in other ways, on a CPU: few rows, and one query of each text.
 
-A product of few rows reads its matrix with one thread. As a batch of products, each with a share of
-the outputs (of an expert's, whose inputs lie first: of its inputs, summed), all threads read it.
+In float32 a product of one row reads its matrix with one thread. As a batch of products, each with
+a share of the outputs (of an expert's, whose inputs lie first: of its inputs, summed), all threads
+read it. Other products are with copies of the weights (`packed.py`). One query is attended for by
+plain products: torch's fused kernel is made for many.
 
-Letters: N rows, I inputs, O outputs, C tokens of one expert, S shares, D model width.
+Letters: N rows, I inputs, O outputs, C tokens of one expert, S shares, D model width, B texts,
+H heads, M keys, K head width.
 """
 
 from collections.abc import Iterator
@@ -16,18 +19,23 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from switchworks.fast.packed import PackedExpert, PackedWeights, can_pack, run_packed, store_of
 from switchworks.fast.seams import Change, swapped, without_losses
 from switchworks.model import (
     DISPATCHERS,
+    AttentionBase,
     ExpertBank,
     ExpertInput,
     Experts,
     Linear,
     RMSNorm,
     Routes,
+    SharedDropout,
     SwitchFFN,
     SwitchTransformer,
+    attend,
     normalise,
+    to_float32,
 )
 
 MAX_ROWS = 32
@@ -35,48 +43,101 @@ SHARES = 8
 _LOCAL = DISPATCHERS["chosen"], DISPATCHERS["sorted"]
 MIN_WEIGHTS = 2**16
 """Weights below which a product is over before a second thread has begun."""
+FEW_KEYS = 2**17
+"""Numbers in keys up to which the fused kernel is as fast, in float32."""
 
 
 def for_decoding(model: SwitchTransformer) -> AbstractContextManager[None]:
-    """While inside, `model` computes no losses and no statistics, and multiplies few rows in
-    shares; numbers differ by the order of sums."""
+    """While inside, `model` computes no losses and no statistics, and products and attention as
+    is best for decoding; numbers differ by the order of sums. Weights must not change meanwhile."""
     return swapped((*without_losses(model), *small_batch(model)))
 
 
 def small_batch(model: SwitchTransformer) -> Iterator[Change]:
-    """The seams of `model` that multiply few rows in shares."""
+    """The seams of `model` that `for_decoding` sets beside those of losses."""
+    store = _store(model)
     for module in model.modules():
-        if type(module) is Linear and suits(module.weight):
-            yield module, "matmul", linear
-        elif type(module) is Experts and suits(module.w_in[0]) and suits(module.w_out[0]):
+        if type(module) is Linear and _is_faster(module.weight):
+            yield module, "matmul", store.seam(linear)
+        elif type(module) is Experts and all(map(_is_faster, module.parameters())):
             yield module, "matmul", expert_matmul
-        elif type(module) is RMSNorm and _is_plain(module.weight):
+            if store.packs_experts and all(map(can_pack, module.parameters())):
+                yield module, "run", store.seam(run_packed)
+        elif type(module) is RMSNorm and _is_on_cpu(module.weight) and module.weight.itemsize <= 4:
             yield module, "normalise", rms_norm
         elif isinstance(module, SwitchFFN) and module.dispatcher in _LOCAL:
             yield module, "dispatcher", dispatch_few
-    if model.head is None and suits(model.embedding.weight):
-        yield model, "matmul", linear
+    if model.head is None and _is_faster(model.embedding.weight):
+        yield model, "matmul", store.seam(linear)
+    for module in model.decoder.modules():
+        if isinstance(module, AttentionBase) and _is_on_cpu(model.embedding.weight):
+            yield module, "attend", attend_query
 
 
-def linear(x: Float[Tensor, "*b I"], weight: Float[Tensor, "O I"]) -> Float[Tensor, "*b O"]:
-    """`Linear.matmul`, in shares of the outputs if there are few rows."""
-    return split_n_linear(x, weight) if _is_few(x) else F.linear(x, weight)
+def _store(model: SwitchTransformer) -> PackedWeights:
+    """That of the context that `model` is in already, or a new one."""
+    banks = [module for module in model.modules() if type(module) is Experts]
+    seams = [m.matmul for m in (*model.modules(), model) if isinstance(m, Linear | type(model))]
+    in_use = next(filter(None, map(store_of, seams)), None)
+    return in_use or PackedWeights(sum(w.nbytes for bank in banks for w in bank.parameters()))
 
 
-def expert_matmul(x: Tensor, weight: Tensor) -> Tensor:
-    """`Experts.matmul`, in shares of the inputs for few rows of one expert."""
-    return split_k_matmul(x, weight) if x.dim() == 2 and _is_few(x) else x @ weight
+def _is_faster(weight: Tensor) -> bool:
+    """Whether products with this weight, or with the matrices in it, are faster in other ways."""
+    return can_pack(weight) or suits(weight if weight.dim() == 2 else weight[0])
+
+
+def linear(
+    store: PackedWeights, x: Float[Tensor, "*b I"], weight: Float[Tensor, "O I"]
+) -> Float[Tensor, "*b O"]:
+    """`Linear.matmul`: of one row in float32 in shares of the outputs, else with a copy."""
+    if torch.is_grad_enabled() or not x.numel():
+        return F.linear(x, weight)
+    is_single = x.numel() == x.shape[-1] or not can_pack(weight)
+    if is_single and suits(weight) and _is_few(x):
+        return split_n_linear(x, weight)
+    return store.multiply(x, weight) if can_pack(weight) else F.linear(x, weight)
+
+
+def expert_matmul(x: Tensor, weight: Tensor | PackedExpert) -> Tensor:
+    """`Experts.matmul`: of one row in float32 in shares of the inputs, else with a copy if there is
+    one."""
+    if isinstance(weight, PackedExpert):
+        if len(x) > 1 or not suits(weight.plain):
+            return weight.multiply(x)
+        weight = weight.plain
+    few = x.dim() == 2 and _is_few(x) and suits(weight)
+    return split_k_matmul(x, weight) if few else x @ weight
+
+
+def attend_query(
+    q: Float[Tensor, "B H L K"],
+    k: Float[Tensor, "B H M K"],
+    v: Float[Tensor, "B H M K"],
+    bias: Float[Tensor, "#B #H #L M"] | None,
+    dropout: SharedDropout,
+) -> Float[Tensor, "B H L K"]:
+    """`attend`, of a single query by plain products. Few keys of 16 bits are made wider: a kernel
+    in float32 takes less than making products of them would."""
+    if q.shape[2] != 1 or torch.is_grad_enabled():
+        return attend(q, k, v, bias, dropout)
+    if k.numel() <= FEW_KEYS:
+        q_wide, k_wide, v_wide = (to_float32(part) for part in (q, k, v))
+        return attend(q_wide, k_wide, v_wide, bias, dropout).to(q.dtype)
+    scores = to_float32(q @ k.mT)
+    scores = scores if bias is None else scores + bias
+    return scores.softmax(dim=-1).to(v.dtype) @ v
 
 
 def rms_norm(
     x: Float[Tensor, "*b D"], weight: Float[Tensor, "D"], epsilon: float
 ) -> Float[Tensor, "*b D"]:
     """`RMSNorm.normalise`, whose mean alone takes as long as these five operations."""
-    if not _is_few(x):
+    if not _is_few(x) or x.dtype != weight.dtype:
         return normalise(x, weight, epsilon)
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     scale = torch.addcmul(_as_tensor(epsilon), length, length, value=1 / x.shape[-1]).rsqrt_()
-    return (x * scale).mul_(weight)
+    return (x * scale).to(weight.dtype).mul_(weight)
 
 
 def split_n_linear(x: Float[Tensor, "*b I"], weight: Float[Tensor, "O I"]) -> Float[Tensor, "*b O"]:
@@ -115,12 +176,12 @@ def dispatch_few(
 def suits(weight: Tensor) -> bool:
     """Whether shares of this matrix are faster, for few rows."""
     whole = weight.is_contiguous() and weight.shape[0] % SHARES == 0
-    return _is_plain(weight) and whole and weight.numel() >= MIN_WEIGHTS
+    large = weight.dtype == torch.float32 and weight.numel() >= MIN_WEIGHTS
+    return _is_on_cpu(weight) and whole and large
 
 
-def _is_plain(weight: Tensor) -> bool:
-    on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
-    return on_cpu and not isinstance(weight, DTensor)
+def _is_on_cpu(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and not isinstance(weight, DTensor)
 
 
 def _is_few(x: Tensor) -> bool:

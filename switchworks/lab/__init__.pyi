@@ -1,4 +1,6 @@
 from .pages import write_pages as write_pages
+from .results import known_runs as known_runs
+from .results import missing_jobs as missing_jobs
 from .results import read_results as read_results
 from .results import write_rates as write_rates
 from .results import write_results as write_results

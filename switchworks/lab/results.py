@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -23,9 +23,11 @@ RATES = ("tokens_per_second", "measured_on")
 ROUTING = ("train/confidence", "train/dropped", "train/balance")
 
 
-def collect(study: Study, folder: Path) -> dict[str, Any]:
-    """The results of all runs of `study` below `folder` that are finished."""
-    done = [job for job in jobs_of(study.trainings(folder)) if job.is_done]
+def collect(study: Study, folder: Path, known: Mapping[str, Any]) -> dict[str, Any]:
+    """The results of all runs of `study` that are finished below `folder`, or are `known` by name
+    from before: runs are large, and their results outlive them."""
+    jobs = jobs_of(study.trainings(folder))
+    runs = {job.name: _result(job) if job.is_done else known.get(job.name) for job in jobs}
     return {
         "study": study.name,
         "question": study.question,
@@ -35,7 +37,7 @@ def collect(study: Study, folder: Path) -> dict[str, Any]:
         "steps": study.steps,
         "versions": {name: version(name) for name in ("switchworks", "torch", "numpy")},
         "python": platform.python_version(),
-        "runs": [_result(job) for job in done],
+        "runs": [{"run": name} | run for name, run in runs.items() if run is not None],
     }
 
 
@@ -58,12 +60,26 @@ def _result(job: Job) -> dict[str, Any]:
 
 
 def write_results(study: Study, folder: Path, file: Path) -> dict[str, Any]:
-    """Collect the results of `study` and write them to `file`, which keeps its rates."""
-    results = collect(study, folder)
+    """Collect the results of `study` and write them to `file`, which keeps its rates, and results
+    of runs that are no longer there."""
+    results = collect(study, folder, known_runs(file))
     if file.exists():
         results |= {key: value for key, value in read_results(file).items() if key in RATES}
     write_json(file, results)
     return results
+
+
+def known_runs(file: Path) -> dict[str, Any]:
+    """The results in `file` by the names of runs; none if there is no file."""
+    runs = read_results(file)["runs"] if file.exists() else []
+    return {run["run"]: run for run in runs if "run" in run}
+
+
+def missing_jobs(jobs: Iterable[Job], known: Container[str]) -> list[Job]:
+    """Those of `jobs` that are to be trained: of a training whose runs are all `known`, none."""
+    jobs = list(jobs)
+    missing = {job.training.trunk for job in jobs if job.name not in known}
+    return [job for job in jobs if job.training.trunk in missing]
 
 
 def write_rates(file: Path, rates: Mapping[str, float], machine: str) -> None:

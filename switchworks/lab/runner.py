@@ -42,6 +42,11 @@ class Job:
         return self.training.run_dir(self.steps)
 
     @property
+    def name(self) -> str:
+        """The end of its path: of what is trained, and how long."""
+        return "/".join(self.run_dir.parts[-2:])
+
+    @property
     def is_branch(self) -> bool:
         return self.run_dir != self.training.trunk
 
@@ -175,8 +180,11 @@ class Runner:
         log = job.run_dir.with_suffix(".log")
         log.parent.mkdir(parents=True, exist_ok=True)
         command = [*self.launch, *job.command()]
-        record = {"command": shlex.join(job.command()), "launch": [*self.launch]}
-        record["commit"] = commit_of(Path(__file__).parent)
+        record = {
+            "command": shlex.join(job.command()),
+            "launch": [Path(self.launch[0]).name, *self.launch[1:]],
+            "commit": commit_of(Path(__file__).parent),
+        }
         with log.open("a", encoding="utf-8") as file:
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             process = subprocess.Popen(

@@ -17,7 +17,9 @@ class LayerCache:
 
     def __init__(self, room: int, memory: KeyValues | None) -> None:
         """Room for `room` positions. `memory`: keys and values of cross-attention."""
-        self.room, self.memory = room, memory
+        # Read with every token: heads that lie among one another would be copied each time.
+        contiguous = (part.contiguous() for part in memory or ())
+        self.room, self.memory = room, memory and KeyValues(*contiguous)
         self.length: int | Int[Tensor, "B 1 1"] = 0
         """Positions filled. A tensor where rows stand at positions of their own."""
         self.k = self.v = torch.empty(0)

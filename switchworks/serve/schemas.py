@@ -26,9 +26,10 @@ TEMPERATURE = Field(ge=0, le=100, allow_inf_nan=False)
 
 
 class Fields(BaseModel):
-    """Of a request: names that are not known are refused, so that no setting is lost by a typo."""
+    """Of a request: names that are not known are refused, so that no setting is lost by a typo, and
+    so are "5" and true where a number is due."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class GenerateRequest(Fields):
@@ -133,7 +134,7 @@ class RoutingAnswer(BaseModel):
 class CompletionRequest(BaseModel):
     """As OpenAI's. Settings of it that are not here are refused unless they change nothing."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", strict=True)
 
     prompt: String | Texts | Tokens | Annotated[list[Tokens], FAIL_FAST]
     """Texts, or their tokens (of an encoder-decoder without EOS)."""

@@ -5,9 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from switchworks.fast.seams import swapped
+from switchworks.fast.seams import skip_losses, swapped
 from switchworks.fast.small_batch import (
+    FEW_KEYS,
     MAX_ROWS,
+    attend_query,
     dispatch_few,
     rms_norm,
     small_batch,
@@ -16,8 +18,9 @@ from switchworks.fast.small_batch import (
 )
 from switchworks.generate import BeamSearch, generate
 from switchworks.model import DISPATCHERS, ModelConfig, RoutingConfig, SwitchFFN, SwitchTransformer
+from switchworks.model.attention import AttentionBase, attend, mask_to_bias
 from switchworks.model.experts import Experts
-from switchworks.model.layers import RMSNorm
+from switchworks.model.layers import RMSNorm, SharedDropout
 from switchworks.model.strategies import route
 
 CONFIG = ModelConfig(
@@ -117,7 +120,7 @@ def test_a_model_scores_the_same_and_is_afterwards_as_it_was(config):
 def test_the_tokens_written_are_those_of_the_plain_products(config, beams, monkeypatch):
     model = SwitchTransformer(config, seed=1)
     ours = generate(model, inputs(), max_length=12, beams=beams)
-    monkeypatch.setattr("switchworks.fast.small_batch.MAX_ROWS", 0)
+    monkeypatch.setattr("switchworks.generate.batches.for_decoding", skip_losses)
     assert torch.equal(ours, generate(model, inputs(), max_length=12, beams=beams))
 
 
@@ -142,14 +145,41 @@ def names_of(model: SwitchTransformer, *kinds: type) -> set[str]:
     return {name for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
-def test_in_other_dtypes_only_the_dispatch_of_a_single_token_changes():
-    model = SwitchTransformer(CONFIG, seed=1).bfloat16()
-    assert changed(model) == names_of(model, SwitchFFN)
+def decoder_attention(model: SwitchTransformer) -> set[str]:
+    return {name for name in names_of(model, AttentionBase) if name.startswith("decoder")}
+
+
+def test_in_float64_only_attention_and_the_dispatch_of_a_single_token_change():
+    model = SwitchTransformer(CONFIG, seed=1).double()
+    assert changed(model) == names_of(model, SwitchFFN) | decoder_attention(model)
 
 
 def test_of_a_small_model_no_product_changes():
     small = SwitchTransformer(replace(CONFIG, d_model=32, d_ff=64, d_kv=16, vocab_size=40), seed=1)
-    assert changed(small) == names_of(small, RMSNorm, SwitchFFN)
+    assert changed(small) == names_of(small, RMSNorm, SwitchFFN) | decoder_attention(small)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_one_query_is_attended_for_as_many_are(dtype, rows):
+    """Few keys, and more than FEW_KEYS, with and without masks."""
+    torch.manual_seed(0)
+    q, k, v = (
+        torch.randn(rows, 4, 1, 16),
+        torch.randn(rows, 4, 70, 16),
+        torch.randn(rows, 4, 70, 16),
+    )
+    mask = mask_to_bias(torch.arange(70)[None, None, None] < 50, torch.float32)
+    assert k.numel() > FEW_KEYS or rows == 1
+    none = SharedDropout(0.0)
+    for bias in (None, mask, mask + torch.randn(1, 4, 1, 70)):
+        expected = attend(q, k, v, bias, none)
+        given = None if bias is None else bias.to(dtype)
+        ours = attend_query(q.to(dtype), k.to(dtype), v.to(dtype), given, none)
+        assert ours.dtype == dtype
+        close = 6e-2 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(ours.float(), expected, rtol=close, atol=close)
 
 
 @pytest.mark.parametrize("real", [True, False])

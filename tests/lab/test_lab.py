@@ -14,7 +14,17 @@ import pytest
 from switchworks.cli.main import main
 from switchworks.cli.parsing import parse_experiment
 from switchworks.config import ConfigError, DataError
-from switchworks.lab import STUDIES, Arm, Runner, Study, jobs_of, read_results, write_results
+from switchworks.lab import (
+    STUDIES,
+    Arm,
+    Runner,
+    Study,
+    jobs_of,
+    known_runs,
+    missing_jobs,
+    read_results,
+    write_results,
+)
 from switchworks.lab.results import losses
 from switchworks.lab.runner import commit_of, progress
 from switchworks.model.sizes import flops_per_token
@@ -128,6 +138,24 @@ def test_a_run_and_its_branch_are_trained_and_their_results_kept(study, tmp_path
     assert jobs_of([more])[-1].is_ready  # its beginning was not kept, so it begins at step 0
     again = Runner(launch=("no-such-program",), say=said.append)
     assert again.run(jobs)  # nothing is left to do
+
+
+def test_results_outlive_their_runs_and_spare_training_them_again(study, tmp_path):
+    """Of two seeds the first was trained on another machine, whose file was brought along."""
+    file, folder = tmp_path / "results.json", tmp_path / "runs"
+    jobs = jobs_of(study.trainings(folder))
+    first, second = ([job for job in jobs if job.training.seed == seed] for seed in study.seeds[:2])
+    told = {"arm": "dense", "loss": 3.0}
+    file.write_text(json.dumps({"runs": [told | {"run": job.name} for job in first]}))
+    known = known_runs(file)
+    assert missing_jobs([*first, *second], known) == second
+    partly = dict(list(known.items())[1:])
+    assert set(missing_jobs(first, partly)) == {
+        job for job in first if job.training.trunk == first[0].training.trunk
+    }
+    results = write_results(study, folder, file)
+    assert [run["run"] for run in results["runs"]] == [job.name for job in first]
+    assert all(run["loss"] == 3.0 for run in results["runs"])
 
 
 @pytest.mark.long

@@ -20,13 +20,13 @@ def client(address):
 
 
 def ask(client, prompt=PROMPT, **settings):
-    settings = {"model": "writer", "temperature": 0, "max_tokens": 12} | settings
+    settings = {"model": "causal", "temperature": 0, "max_tokens": 12} | settings
     return client.completions.create(prompt=prompt, **settings)
 
 
-def test_a_text_is_continued_as_offline(client, writer):
+def test_a_text_is_continued_as_offline(client, causal):
     answer = ask(client)
-    (whole,) = write_texts(writer, ByteTokenizer(), [PROMPT], GenerationConfig(max_length=12))
+    (whole,) = write_texts(causal, ByteTokenizer(), [PROMPT], GenerationConfig(max_length=12))
     (choice,) = answer.choices
     assert PROMPT + choice.text == whole
     assert choice.finish_reason in ("stop", "length")
@@ -58,11 +58,11 @@ def test_tokens_are_prompts_too(client):
     assert [choice.text for choice in ask(client, [ids, ids]).choices] == [text, text]
 
 
-def test_a_seed_gives_the_same_samples_again(client, writer):
+def test_a_seed_gives_the_same_samples_again(client, causal):
     answer = ask(client, temperature=1.0, n=3, seed=5)
     config = GenerationConfig(max_length=12, sampling=Sampling(temperature=1.0, seed=5))
     tokenizer = ByteTokenizer()
-    (texts,) = generate_candidates(writer, [tokenizer.encode(PROMPT)], config, 3)
+    (texts,) = generate_candidates(causal, [tokenizer.encode(PROMPT)], config, 3)
     assert [choice.text for choice in answer.choices] == [
         tokenizer.decode(text.tokens) for text in texts
     ]
@@ -85,12 +85,12 @@ def test_a_stop_text_is_left_out(client):
     assert "".join(event.choices[0].text for event in streamed) == text[:end]
 
 
-def test_log_probs_are_those_of_the_model(client, writer):
+def test_log_probs_are_those_of_the_model(client, causal):
     logprobs = ask(client, logprobs=3).choices[0].logprobs
     ids = ByteTokenizer().encode(PROMPT)
     for place, value in enumerate(logprobs.token_logprobs[:3]):
         with torch.no_grad():
-            output = writer(torch.tensor([ids]), torch.tensor([[0]]), padding=False)
+            output = causal(torch.tensor([ids]), torch.tensor([[0]]), padding=False)
         scores = output.logits[0, -1].log_softmax(-1)
         ids.append(int(scores.argmax()))
         assert value == pytest.approx(float(scores.max()), abs=1e-5)
@@ -129,7 +129,7 @@ def test_echo_puts_the_prompt_before_the_text(client):
 
 
 @pytest.mark.parametrize("is_streamed", [False, True])
-def test_echo_alone_scores_a_prompt_and_writes_nothing(is_streamed, client, writer):
+def test_echo_alone_scores_a_prompt_and_writes_nothing(is_streamed, client, causal):
     answer = ask(client, echo=True, max_tokens=0, logprobs=1, stream=is_streamed)
     (choice,) = next(iter(answer)).choices if is_streamed else answer.choices
     assert choice.text == PROMPT
@@ -137,13 +137,13 @@ def test_echo_alone_scores_a_prompt_and_writes_nothing(is_streamed, client, writ
     assert choice.logprobs.token_logprobs[0] is None
 
 
-def test_lm_eval_reads_the_log_likelihood_of_a_continuation(address, writer):
+def test_lm_eval_reads_the_log_likelihood_of_a_continuation(address, causal):
     """The request and the reading of its `local-completions`: api_models.py, parse_logprobs."""
     context, continuation = ByteTokenizer().encode("The cat"), ByteTokenizer().encode(" sat.")
     other = ByteTokenizer().encode("A dog ran off.")
     requests = [(context, continuation), (other[:3], other[3:])]
     payload = {
-        **{"model": "writer", "prompt": [a + b for a, b in requests], "temperature": 0},
+        **{"model": "causal", "prompt": [a + b for a, b in requests], "temperature": 0},
         **{"max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True},
     }
     choices = httpx.post(address + "/v1/completions", json=payload).json()["choices"]
@@ -152,17 +152,17 @@ def test_lm_eval_reads_the_log_likelihood_of_a_continuation(address, writer):
         told = logprobs["token_logprobs"][start:-1]
         tops = logprobs["top_logprobs"][start:-1]
         is_greedy = all(v == max(top.values()) for v, top in zip(told, tops, strict=True))
-        scores = full_pass(writer, before + after)[len(before) :]
+        scores = full_pass(causal, before + after)[len(before) :]
         expected = scores.gather(1, torch.tensor(after)[:, None]).sum()
         assert sum(told) == pytest.approx(float(expected), abs=1e-4)
         assert is_greedy == (scores.argmax(-1).tolist() == after)
 
 
-def test_lm_eval_sees_that_a_greedy_continuation_is_greedy(address, writer):
+def test_lm_eval_sees_that_a_greedy_continuation_is_greedy(address, causal):
     ids = ByteTokenizer().encode("The cat")
     for _ in range(4):
-        ids.append(int(full_pass(writer, [*ids, 5])[-1].argmax()))
-    payload = {"model": "writer", "prompt": ids, "max_tokens": 1, "logprobs": 1, "echo": True}
+        ids.append(int(full_pass(causal, [*ids, 5])[-1].argmax()))
+    payload = {"model": "causal", "prompt": ids, "max_tokens": 1, "logprobs": 1, "echo": True}
     (choice,) = httpx.post(address + "/v1/completions", json=payload).json()["choices"]
     logprobs = choice["logprobs"]
     pairs = zip(logprobs["token_logprobs"][7:-1], logprobs["top_logprobs"][7:-1], strict=True)
@@ -210,7 +210,7 @@ def test_an_unknown_model_is_not_found(client):
 
 
 def test_models_are_listed(client):
-    assert [model.id for model in client.models.list()] == ["filler", "writer"]
+    assert [model.id for model in client.models.list()] == ["filler", "causal"]
 
 
 def test_an_empty_prompt_starts_a_text(client):

@@ -17,9 +17,9 @@ MODES = {"as it says": GenerationMode.POSITIVE, "otherwise": GenerationMode.NEGA
 
 
 @pytest.fixture(scope="module")
-def document(filler, writer):
+def document(filler, causal):
     """The OpenAPI document of a server that answers at once."""
-    with serving({"filler": filler, "writer": writer}, LIMITS) as address:
+    with serving({"filler": filler, "causal": causal}, LIMITS) as address:
         yield schemathesis.openapi.from_url(address + "/openapi.json")
 
 

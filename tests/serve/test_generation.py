@@ -70,11 +70,11 @@ def test_numbers_of_holes_are_those_of_the_text(address):
     ],
     ids=["beams", "samples", "constraints", "stop"],
 )
-@pytest.mark.parametrize("name", ["filler", "writer"])
+@pytest.mark.parametrize("name", ["filler", "causal"])
 def test_every_setting_does_what_it_does_offline(
-    name, body, config, count, address, filler, writer
+    name, body, config, count, address, filler, causal
 ):
-    model = {"filler": filler, "writer": writer}[name]
+    model = {"filler": filler, "causal": causal}[name]
     answer = generate(address, model=name, text="The list", max_length=20, **body)
     (expected,) = write_candidates(model, ByteTokenizer(), ["The list"], config, count)
     choices = answer["choices"]
@@ -86,16 +86,16 @@ def test_every_setting_does_what_it_does_offline(
         assert choice["probability"] == pytest.approx(math.exp(each.score), rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["filler", "writer"])
-def test_experts_of_every_token_are_those_that_its_router_likes_best(name, address, filler, writer):
+@pytest.mark.parametrize("name", ["filler", "causal"])
+def test_experts_of_every_token_are_those_that_its_router_likes_best(name, address, filler, causal):
     body = {"text": "The list", "max_length": 12, "min_length": 11, "model": name}
     answer = generate(address, experts=True, **body)
     tokens = answer["choices"][0]["tokens"]
     ids = [token["id"] for token in tokens]
     routed = post(address, "/v1/routing", text="The list", output=ids, model=name).json()
     both = [*answer["input"], *tokens]
-    told = {"filler": {"e": answer["input"], "d": tokens}, "writer": {"d": both}}[name]
-    assert set(routed["layers"]) == set({"filler": filler, "writer": writer}[name].switch_layers)
+    told = {"filler": {"e": answer["input"], "d": tokens}, "causal": {"d": both}}[name]
+    assert set(routed["layers"]) == set({"filler": filler, "causal": causal}[name].switch_layers)
     for layer, rows in routed["layers"].items():
         experts = [token["experts"].get(layer) for token in told[layer[0]]]
         assert experts == [[row[0][0]] for row in rows]
@@ -105,7 +105,7 @@ def test_experts_of_every_token_are_those_that_its_router_likes_best(name, addre
 
 
 def test_routing_of_a_text_alone_tells_of_its_tokens(address):
-    routed = post(address, "/v1/routing", text="abc", model="writer").json()
+    routed = post(address, "/v1/routing", text="abc", model="causal").json()
     assert [token["text"] for token in routed["input"]] == ["a", "b", "c"]
     assert routed["output"] == []
     assert {len(rows) for rows in routed["layers"].values()} == {3}
@@ -121,8 +121,8 @@ def events_of(address, path="/v1/generate", **body):
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
 
 
-@pytest.mark.parametrize("name", ["filler", "writer"])
-def test_a_stream_tells_tokens_and_then_the_plain_answer(name, address, filler, writer):
+@pytest.mark.parametrize("name", ["filler", "causal"])
+def test_a_stream_tells_tokens_and_then_the_plain_answer(name, address, filler, causal):
     body = {"text": "Ein Bär", "max_length": 30, "min_length": 29, "experts": True, "model": name}
     first, *pieces, last = events_of(address, **body)
     plain = generate(address, **body)
@@ -130,7 +130,7 @@ def test_a_stream_tells_tokens_and_then_the_plain_answer(name, address, filler, 
     told = [piece["token"] for piece in pieces]
     assert [t["id"] for t in told] == [t["id"] for t in plain["choices"][0]["tokens"]]
     assert last["choices"] == plain["choices"]
-    model = {"filler": filler, "writer": writer}[name]
+    model = {"filler": filler, "causal": causal}[name]
     config = GenerationConfig(max_length=30, min_length=29)
     streamed = list(stream_text(model, ByteTokenizer(), "Ein Bär", config))
     assert [piece["piece"] for piece in pieces] == streamed[: len(pieces)]
@@ -165,7 +165,7 @@ def test_more_than_the_server_allows_names_the_flag(body, flag, address):
         ({"text": "a", "beams": 2, "stream": True}, "stream needs one text"),
         ({"text": "a", "candidates": 2}, "must lie between 1 and beams = 1"),
         ({"text": "a", "max_length": 3, "min_length": 5}, "leaves no room"),
-        ({"text": "<extra_id_0>", "model": "writer"}, "decoder-only"),
+        ({"text": "<extra_id_0>", "model": "causal"}, "decoder-only"),
         ({"text": "".join(f"<extra_id_{n}>" for n in range(130))}, "130 holes"),
     ],
 )
@@ -178,7 +178,7 @@ def test_settings_that_are_wrong_are_422_in_words(body, message, address):
 def test_a_model_that_is_not_there_is_404_and_names_those_that_are(address):
     answer = post(address, text="a", model="gpt")
     assert answer.status_code == 404
-    assert "filler, writer" in answer.json()["error"]["message"]
+    assert "filler, causal" in answer.json()["error"]["message"]
 
 
 def test_a_hole_with_a_number_of_a_thousand_digits_is_text(address):
@@ -194,10 +194,10 @@ def test_a_text_ends_at_its_timeout_with_what_there_is(address):
     assert len(choice["tokens"]) < 99
 
 
-def test_models_are_described(address, writer):
+def test_models_are_described(address, causal):
     cards = {card["id"]: card for card in httpx.get(address + "/v1/models").json()["data"]}
-    assert list(cards) == ["filler", "writer"]
+    assert list(cards) == ["filler", "causal"]
     assert [card["decoder_only"] for card in cards.values()] == [False, True]
-    assert cards["writer"]["layers"] == {"decoder.0": 4, "decoder.1": 4}
-    assert cards["writer"]["parameters"] == sum(p.numel() for p in writer.parameters())
-    assert (cards["writer"]["max_input"], cards["writer"]["max_length"]) == (200, 100)
+    assert cards["causal"]["layers"] == {"decoder.0": 4, "decoder.1": 4}
+    assert cards["causal"]["parameters"] == sum(p.numel() for p in causal.parameters())
+    assert (cards["causal"]["max_input"], cards["causal"]["max_length"]) == (200, 100)
