@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -174,8 +174,7 @@ class Engine:
         self._check(request)
         ticket = Ticket(request, emit, make_writer(self.model, request, self.tokenizer), 0)
         with self._change:
-            if self._is_closing:
-                raise BusyError("The server is shutting down.", retry_after=10, is_closing=True)
+            self._check_open()
             if len(self._waiting) >= self.config.max_waiting:
                 raise BusyError(
                     f"{len(self._waiting)} requests wait already, which is the most.",
@@ -214,7 +213,8 @@ class Engine:
         return [_last(queue) for queue in queues]
 
     def call(self, job: Callable[[], T]) -> "Future[T]":
-        """Calls `job` on the engine's thread between two steps: anything else the model is for."""
+        """Calls `job` on the engine's thread between two steps: anything else the model is for.
+        Raises BusyError if the engine closes."""
         future: Future[T] = Future()
 
         def run() -> None:
@@ -224,10 +224,15 @@ class Engine:
                 except Exception as error:
                     future.set_exception(error)
 
-        self._jobs.put(run)
         with self._change:
+            self._check_open()
+            self._jobs.put(run)
             self._change.notify()
         return future
+
+    def _check_open(self) -> None:
+        if self._is_closing:
+            raise BusyError("The server is shutting down.", retry_after=10, is_closing=True)
 
     def close(self, timeout: float | None = None) -> bool:
         """Takes no more requests and waits until those there are have ended; whether they have.
@@ -370,8 +375,10 @@ class Engine:
             end = (number + 1) * width  # prompts stand at the right
             count = len(ticket.request.ids) + 1
             *ticket.input_experts, last = experts[end - count : end] or [{}]
-            scores = Scores(logits[number].expand(ticket.request.rows, -1))
-            self._advance(ticket, scores, range(ticket.request.rows), [last] * ticket.request.rows)
+            rows = ticket.request.rows
+            self._advance(
+                ticket, Scores(logits[number].expand(rows, -1)), range(rows), [last] * rows
+            )
 
     def _step(self) -> None:
         """One token more for every row."""
@@ -402,7 +409,17 @@ class Engine:
         self, ticket: Ticket, scores: Scores, rows: Sequence[int], experts: Sequence[Experts]
     ) -> None:
         """Lets `ticket` choose its next tokens from `rows` of `scores`, and ends it if they are its
-        last."""
+        last. An error is that of this request alone."""
+        try:
+            self._choose(ticket, scores, rows, experts)
+        except Exception as error:
+            if ticket in self._working:
+                self._leave(ticket)
+            _tell(ticket, Failure(error))
+
+    def _choose(
+        self, ticket: Ticket, scores: Scores, rows: Sequence[int], experts: Sequence[Experts]
+    ) -> None:
         move = ticket.writer.advance(scores, rows)
         if ticket.first_token is None:
             ticket.first_token = time.monotonic() - ticket.arrival
@@ -477,9 +494,14 @@ class Engine:
     def _fail(self, error: Exception) -> None:
         """Gives up what is at work: a step has failed for all of it."""
         for ticket in self._working:
-            ticket.emit(Failure(error))
+            _tell(ticket, Failure(error))
         self._working.clear()
         self._slots.clear()
+
+
+def _tell(ticket: Ticket, failure: Failure) -> None:
+    with suppress(Exception):  # its listener may be what has failed
+        ticket.emit(failure)
 
 
 def _ignore(_rows: float) -> None:

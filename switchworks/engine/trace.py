@@ -38,12 +38,14 @@ def trace(model: SwitchTransformer, inputs: Sequence[int], text: Sequence[int]) 
 def log_probs(logits: Float[Tensor, "T V"], ids: Sequence[int]) -> list[float]:
     """ln p of each of `ids`."""
     chosen = torch.tensor(list(ids), dtype=torch.long, device=logits.device)[:, None]
-    return logits.log_softmax(dim=-1).gather(1, chosen)[:, 0].tolist()
+    return (logits.gather(1, chosen)[:, 0] - logits.logsumexp(dim=-1)).tolist()
 
 
 def likeliest(logits: Float[Tensor, "T V"], count: int) -> list[list[tuple[int, float]]]:
-    """The `count` likeliest tokens of each row, with ln p."""
-    values, ids = logits.float().log_softmax(dim=-1).topk(count)
+    """The `count` likeliest tokens of each row, with ln p: to the bit that of `log_probs`, by which
+    clients tell whether a token is the likeliest."""
+    values, ids = logits.topk(min(count, logits.shape[-1]))
+    values = values - logits.float().logsumexp(dim=-1, keepdim=True)
     rows = zip(ids.tolist(), values.tolist(), strict=True)
     return [list(zip(*row, strict=True)) for row in rows]
 

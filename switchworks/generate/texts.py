@@ -31,7 +31,7 @@ from switchworks.generate.constraints import continuation
 from switchworks.model import EOS, SwitchTransformer
 from switchworks.quantise import quantise
 
-HOLE = re.compile(r"<extra_id_(\d+)>")
+HOLE = re.compile(r"<extra_id_(\d{1,9})>")  # Python reads no number of any length
 
 
 def load_with_tokenizer(

@@ -103,4 +103,5 @@ def _outside_nucleus(scores: Tensor, top_p: float) -> Tensor:
     float32 rounds away."""
     ordered, order = scores.softmax(dim=-1).double().sort(dim=-1, descending=True)
     before = F.pad(ordered.cumsum(dim=-1), (1, -1))
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, before >= top_p - 1e-6)
+    least = max(top_p - 1e-6, 1e-12)  # the likeliest stays, however small the nucleus
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, before >= least)

@@ -19,8 +19,8 @@ from switchworks.config import ConfigError
 from switchworks.engine import Answer, BusyError, Engine
 from switchworks.serve.completions import Completions
 from switchworks.serve.config import ServeConfig
-from switchworks.serve.generation import Generation, routing
-from switchworks.serve.guard import Guard, error_answer
+from switchworks.serve.generation import Generation, as_event, routing
+from switchworks.serve.guard import GONE, Guard, error_answer
 from switchworks.serve.hosting import Hosted, Pending
 from switchworks.serve.metrics import Metrics
 from switchworks.serve.schemas import (
@@ -58,6 +58,16 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
 _STREAMED: dict[int | str, dict[str, Any]] = {
     200: {"content": {EVENTS: {"schema": {"type": "string"}}}, "description": "The answer"}
 }
+
+
+_REASONS = {
+    "Not Found": "There is no such path. GET /openapi.json lists them.",
+    "Method Not Allowed": "This path has another method. GET /openapi.json tells which.",
+    "There was an error parsing the body": "The body is not JSON: it nests too deep, is not UTF-8, "
+    "or holds a number of too many digits.",
+}
+"""What Starlette and FastAPI say, in more words."""
+FAILED = "The server has failed at this request. Its log says why."
 
 
 class GoneError(Exception):
@@ -146,16 +156,22 @@ def _add_errors(app: FastAPI) -> None:
     async def pass_on(_: HttpRequest, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         headers = dict(error.headers or {})
-        return error_answer(error.status_code, error.detail, "invalid_request_error", headers)
+        message = _REASONS.get(error.detail, error.detail)
+        return error_answer(error.status_code, message, "invalid_request_error", headers)
 
     async def no_answer(_: HttpRequest, _error: Exception) -> Response:
-        return Response(status_code=499)  # nobody reads it
+        return Response(status_code=GONE)  # nobody reads it
+
+    async def fail(request: HttpRequest, _error: Exception) -> JSONResponse:
+        headers = {"X-Request-Id": request.state.number}
+        return error_answer(500, FAILED, "server_error", headers)
 
     app.add_exception_handler(RequestValidationError, _refuse_body)
     app.add_exception_handler(ConfigError, refuse_settings)
     app.add_exception_handler(BusyError, turn_away)
     app.add_exception_handler(HTTPException, pass_on)
     app.add_exception_handler(GoneError, no_answer)
+    app.add_exception_handler(Exception, fail)
 
 
 async def _refuse_body(_: HttpRequest, error: Exception) -> JSONResponse:
@@ -167,7 +183,8 @@ async def _refuse_body(_: HttpRequest, error: Exception) -> JSONResponse:
         reason = first.get("ctx", {}).get("error", "")
         return error_answer(400, f"The body is not JSON: {reason}", "invalid_request_error")
     place = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
-    message = f"{place[:80]}: {first['msg']}".encode(errors="replace").decode()
+    reason = first["msg"].removeprefix("Value error, ")
+    message = f"{place[:80]}: {reason}".encode(errors="replace").decode()
     return error_answer(422, message, "invalid_request_error")
 
 
@@ -180,7 +197,7 @@ def _add_writing(app: FastAPI, server: Server) -> None:
         hosted = server.model(body.model)
         work = Completions(hosted, body, request.state.number)
         pending = await work.start()
-        if body.stream and pending:
+        if body.stream:
             return _streamed(server, request, hosted, work, pending)
         with ExitStack() as stack:
             for each in pending:
@@ -231,8 +248,13 @@ def _streamed(
         with ExitStack() as stack:
             for each in pending:
                 stack.enter_context(each)
-            async for line in work.events(pending, answered):
-                yield line
+            try:
+                async for line in work.events(pending, answered):
+                    yield line
+            except Exception:
+                error = {"message": FAILED, "type": "server_error", "param": None, "code": None}
+                yield as_event({"error": error})
+                raise
             server.note(request, hosted, answered)
 
     return StreamingResponse(events(), media_type=EVENTS, headers={"Cache-Control": "no-store"})

@@ -20,7 +20,7 @@ from switchworks.config import ConfigError
 from switchworks.engine import Answer, Request, Text, likeliest, log_probs, trace
 from switchworks.evaluate import token_text
 from switchworks.generate import GenerationConfig, Sampling, continuation
-from switchworks.model import EOS
+from switchworks.model import EOS, PAD
 from switchworks.serve.generation import DONE, as_event, check_length, check_tokens
 from switchworks.serve.hosting import Hosted, Pending
 from switchworks.serve.schemas import (
@@ -116,6 +116,10 @@ class Completions:
         ]
         for ids in prompts:
             check_tokens(self.hosted, ids)
+            if PAD in ids:
+                raise ConfigError(
+                    f"Token {PAD} pads texts and stands in none.\n  Leave it out of prompts."
+                )
             if len(ids) > most.max_input:
                 raise ConfigError(
                     f"A prompt has {len(ids):,} tokens, and this server reads {most.max_input:,}.\n"
@@ -173,17 +177,19 @@ class Completions:
         return text[: min(ends)] if ends else text
 
     def _log_probs(self, told: Sequence[Likelihood]) -> LogProbs:
-        piece = partial(token_text, self.hosted.tokenizer)
-        tokens = [piece(each.id) for each in told]
+        tokens = [token_text(self.hosted.tokenizer, each.id) for each in told]
         return LogProbs(
             tokens=tokens,
             token_logprobs=[each.log_prob for each in told],
-            top_logprobs=[
-                {piece(id_): value for id_, value in each.top} if each.top else None
-                for each in told
-            ],
+            top_logprobs=[self._top(each.top) if each.top else None for each in told],
             text_offset=[0, *accumulate(map(len, tokens))][: len(tokens)],
         )
+
+    def _top(self, tokens: Sequence[tuple[int, float]]) -> dict[str, float]:
+        top = dict[str, float]()
+        for id_, value in tokens:  # of those that read alike, as parts of a character do, the first
+            top.setdefault(token_text(self.hosted.tokenizer, id_), value)
+        return top
 
     def _usage(self, answers: Sequence[Answer]) -> Usage:
         read = sum(map(len, self.prompts))
@@ -199,6 +205,9 @@ class Completions:
     ) -> AsyncIterator[str]:
         """The lines of a stream; the answers are put into `answered`."""
         merged: _Merged = asyncio.Queue()
+        if not pending:  # a prompt that is echoed and not continued
+            for choice in self.answer([]).choices:
+                yield as_event(self._completion([choice], None).model_dump(mode="json"))
         tasks = [
             asyncio.ensure_future(self._forward(place, each, merged))
             for place, each in enumerate(pending)

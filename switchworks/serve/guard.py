@@ -16,8 +16,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from switchworks.serve.config import ServeConfig
 
-OPEN = frozenset({"/", "/docs", "/openapi.json", "/health", "/ready"})
+OPEN = frozenset({"/", "/openapi.json", "/health", "/ready"})
 """Paths without a key, and those below /static: pages, and what orchestrators ask."""
+
+GONE = 499
+"""The status that is noted when nobody was left to read an answer; nginx' number."""
+LINGER = 5
+"""Seconds in which the rest of a refused request is read and dropped."""
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'",
@@ -38,6 +43,10 @@ class _RefusedError(Exception):
     def __init__(self, response: JSONResponse) -> None:
         super().__init__()
         self.response = response
+
+
+class _GoneError(Exception):
+    """The client has left before it had sent all."""
 
 
 class Guard:
@@ -70,12 +79,18 @@ class Guard:
             body = await self._read(scope, receive)
             await self.app(scope, _replay(body, receive), note)
         except _RefusedError as refused:
-            await refused.response(scope, receive, note)
+            await _refuse(refused.response, scope, receive, note)
+        except _GoneError:
+            sent["status"] = GONE
+        except Exception:
+            sent.setdefault("status", 500)  # uvicorn logs it
+            raise
         finally:
             route = getattr(scope.get("route"), "path", "other")
-            self.count(route, sent.get("status", 499))  # 499: the client has gone
+            status = sent.get("status", GONE)
+            self.count(route, status)
             if scope["path"] not in OPEN:
-                self._log(scope, sent.get("status", 499), time.perf_counter() - start, noted)
+                self._log(scope, status, time.perf_counter() - start, noted)
 
     def _check_key(self, scope: Scope) -> None:
         path = scope["path"]
@@ -100,6 +115,8 @@ class Guard:
             async with asyncio.timeout(self.config.timeout):
                 while True:
                     message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise _GoneError
                     body += message.get("body", b"")
                     if len(body) > most:
                         error = error_answer(413, too_large, "invalid_request_error", closing)
@@ -122,6 +139,21 @@ class Guard:
         }
         with suppress(OSError, ValueError):  # nobody reads the log any more
             print(json.dumps(line, ensure_ascii=True), file=sys.stderr, flush=True)
+
+
+async def _refuse(response: JSONResponse, scope: Scope, receive: Receive, send: Send) -> None:
+    """Sends `response`, and drops what still arrives: a connection that is closed with bytes unread
+    is reset, and the client may lose the answer."""
+
+    async def send_open(message: Message) -> None:
+        await send({**message, "more_body": True} if "body" in message else message)
+
+    await response(scope, receive, send_open)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LINGER):
+            while (await receive()).get("more_body", False):
+                pass
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def _check_type(scope: Scope) -> None:

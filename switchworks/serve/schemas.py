@@ -13,17 +13,23 @@ def _check_text(text: str) -> str:
 
 String = Annotated[str, AfterValidator(_check_text)]
 """Text that has bytes in UTF-8: JSON can spell more."""
-Count = Annotated[int, Field(ge=1)]
-Whole = Annotated[int, Field(ge=0, le=2**63 - 1)]
-Token = Annotated[int, Field(ge=0)]
+MOST = 2**63 - 1
+FAIL_FAST = Field(fail_fast=True)
+"""Checking ends at the first that is wrong: errors of a million would take seconds and a GB."""
+Count = Annotated[int, Field(ge=1, le=MOST)]
+Whole = Annotated[int, Field(ge=0, le=MOST)]
+Token = Annotated[int, Field(ge=0, le=MOST)]
+Tokens = Annotated[list[Token], FAIL_FAST]
+Texts = Annotated[list[String], FAIL_FAST]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 TEMPERATURE = Field(ge=0, le=100, allow_inf_nan=False)
 
 
 class Fields(BaseModel):
-    """Of a request: names that are not known are refused, so that no setting is lost by a typo."""
+    """Of a request: names that are not known are refused, so that no setting is lost by a typo, and
+    so are "5" and true where a number is due."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class GenerateRequest(Fields):
@@ -43,7 +49,7 @@ class GenerateRequest(Fields):
     beams: Count = 1
     candidates: Count = 1
     """Texts of the answer: samples, or the best of the beams."""
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     no_repeat_ngram: Whole = 0
     stop: list[Annotated[String, Field(min_length=1)]] = Field(default=[], max_length=16)
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
@@ -91,8 +97,8 @@ class GenerateUsage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     seconds: float
-    first_token_seconds: float | None
-    """Of a stream."""
+    first_token_seconds: float | None = None
+    """From arrival; none if no token was written in time."""
     tokens_per_second: float
 
 
@@ -110,7 +116,7 @@ class RoutingRequest(Fields):
     """A text, and what was written for it."""
 
     text: String
-    output: list[Token] = Field(default=[], max_length=100_000)
+    output: Tokens = Field(default=[], max_length=100_000)
     """Tokens of a GenerateAnswer."""
     model: str | None = None
 
@@ -128,9 +134,9 @@ class RoutingAnswer(BaseModel):
 class CompletionRequest(BaseModel):
     """As OpenAI's. Settings of it that are not here are refused unless they change nothing."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", strict=True)
 
-    prompt: String | list[String] | list[Token] | list[list[Token]]
+    prompt: String | Texts | Tokens | Annotated[list[Tokens], FAIL_FAST]
     """Texts, or their tokens (of an encoder-decoder without EOS)."""
     model: str | None = None
     max_tokens: Whole = 16

@@ -147,6 +147,7 @@ def test_top_p_keeps_the_smallest_set_that_holds_the_probability():
         ([0.3, 0.3, 0.2, 0.2], 0.6, 2),
         ([0.1] * 10, 0.3, 3),
         ([0.9, 0.1], 0.5, 1),
+        ([0.4, 0.3, 0.2, 0.1], 1e-9, 1),
     ],
 )
 def test_a_sum_of_exactly_top_p_is_enough(probs, top_p, kept):

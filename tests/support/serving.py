@@ -11,7 +11,7 @@ from switchworks.data.tokens.tokenizer import ByteTokenizer
 from switchworks.engine import Engine, EngineConfig
 from switchworks.model import SwitchTransformer
 from switchworks.serve import ServeConfig, create_app
-from switchworks.serve.run import _listen
+from switchworks.serve.run import _bind
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def serving(
 @contextmanager
 def listening(engines: Mapping[str, Engine], config: ServeConfig) -> Iterator[str]:
     """The address of a server of `engines`."""
-    listener = _listen("127.0.0.1", 0)
+    listener = _bind("127.0.0.1", 0)
     app = create_app(engines, config)
     settings = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on")
     server = uvicorn.Server(settings)
