@@ -1,6 +1,7 @@
 """What Prometheus reads, and what the log says."""
 
 import json
+import time
 
 import httpx
 import pytest
@@ -66,13 +67,24 @@ def test_tokens_of_each_expert_are_counted(server):
         assert counted == read.count([expert])
 
 
+def logged(capfd) -> str:
+    """The line of /v1/generate. It comes after the answer, and others may write beside it."""
+    said, deadline = "", time.monotonic() + 10
+    while time.monotonic() < deadline:
+        said += capfd.readouterr().err
+        if lines := [line for line in said.splitlines() if '"/v1/generate"' in line]:
+            return lines[0]
+        time.sleep(0.01)
+    raise AssertionError(said)
+
+
 @pytest.mark.parametrize(("log_texts", "is_logged"), [(True, True), (False, False)])
 def test_a_line_of_the_log_has_texts_only_if_they_are_wanted(log_texts, is_logged, filler, capfd):
     with serving({"filler": filler}, ServeConfig(log_texts=log_texts)) as address:
         body = {"text": "something secret", "max_length": 3}
         answer = httpx.post(address + "/v1/generate", json=body)
         httpx.get(address + "/health")
-    (line,) = capfd.readouterr().err.splitlines()
+    line = logged(capfd)
     told = json.loads(line)
     assert told["id"] == answer.json()["id"] == answer.headers["X-Request-Id"]
     assert (told["status"], told["model"], told["tokens"]) == (200, "filler", 3)
@@ -83,6 +95,6 @@ def test_a_stream_is_noted_as_well(server, capfd):
     body = {"text": "a", "max_length": 3, "min_length": 2, "stream": True}
     httpx.post(server + "/v1/generate", json=body)
     assert samples(server)["switchworks_time_to_first_token_seconds_count", "filler"] == 1
-    told = json.loads(capfd.readouterr().err.splitlines()[0])
+    told = json.loads(logged(capfd))
     assert told["tokens"] == 3
     assert told["finish"] == ["length"]
