@@ -50,7 +50,7 @@ def requests(number: int, seed: int = 0) -> list[dict[str, Any]]:
     return bodies
 
 
-def offline(path: Path, bodies: Sequence[dict[str, Any]], decoder_only: bool = False) -> list[str]:
+def offline(path: Path, bodies: Sequence[dict[str, Any]]) -> list[str]:
     """The texts that `generate` writes for them, one by one."""
     model, tokenizer = load_with_tokenizer(path)
     texts = []

@@ -55,8 +55,9 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
         503: "The server is shutting down",
     }.items()
 }
+_EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 _STREAMED: dict[int | str, dict[str, Any]] = {
-    200: {"content": {EVENTS: {"schema": {"type": "string"}}}, "description": "The answer"}
+    200: {"content": {EVENTS: {"schema": _EVENT}}, "description": "The answer"}
 }
 
 

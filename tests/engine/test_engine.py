@@ -249,6 +249,35 @@ def test_a_step_that_fails_fails_its_requests_and_no_later_one(monkeypatch):
     check(answer, offline(model, [5, 1], GREEDY, 1))
 
 
+def test_a_listener_that_fails_ends_its_own_request_and_no_other():
+    model, events = model_of("switch"), SimpleQueue()
+    engine, barrier = Engine(model), threading.Event()
+    engine.call(barrier.wait)  # both begin at once
+    engine.submit(Request(ids=[6, 1], config=GREEDY, stream=True), lambda _: 1 / 0)
+    engine.submit(Request(ids=[5, 1], config=GREEDY), events.put)
+    barrier.set()
+    check(events.get(timeout=10), offline(model, [5, 1], GREEDY, 1))
+    assert engine.working == 0
+    assert engine.close(timeout=10)
+
+
+def test_an_engine_that_has_closed_takes_no_job():
+    engine = Engine(model_of("switch"))
+    engine.close()
+    with pytest.raises(BusyError, match="shutting down"):
+        engine.call(list)
+
+
+def test_the_likeliest_token_is_as_likely_among_others_as_alone():
+    """To the bit: lm-eval takes a token for the greedy one if both are equal."""
+    engine = Engine(model_of("causal").float())
+    (answer,) = engine.answer([Request(ids=[5, 6, 7], config=GREEDY, top=3)])
+    engine.close()
+    for token in answer.texts[0].tokens:
+        assert token.top[0] == (token.id, token.log_prob)
+        assert len(token.top) == 3
+
+
 def test_a_model_whose_texts_depend_on_their_neighbours_is_refused():
     limited = replace(SHAPE, routing=RoutingConfig(experts=4, eval_capacity_factor=1.0))
     with pytest.raises(ConfigError, match=r"eval_capacity_factor = 1\.0"):
