@@ -2,16 +2,18 @@
 
 Each place in memory holds a module of one expert. It computes with the same operations, and has the
 same seams, as the module of all experts in whose place this is, so no number depends on where an
-expert was. One rule serves the encoder, where nearly every expert of a layer has tokens, and
-decoding, where few have: what is in memory is computed while the rest is read, as far ahead as there
-is room, in ascending order. The least recently used expert makes room.
+expert was.
+
+One rule serves the encoder, where nearly every expert of a layer has tokens, and decoding, where
+few have. What is in memory is computed while the rest is read, in ascending order and as far ahead
+as there is room. The least recently used expert makes room.
 
 Letters: E experts, N tokens sorted by expert, D width, O width of the outputs.
 """
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from pathlib import Path
@@ -82,7 +84,7 @@ class PagedExperts(nn.Module):
                 outputs[expert] = unit(ExpertInput(parts[expert], count))
         return torch.cat([tokens.new_zeros(0, self.d_out), *outputs.values()])
 
-    def _arriving(self, used: Sequence[int]) -> Iterator[tuple[int, Experts]]:
+    def _arriving(self, used: Sequence[int]) -> Generator[tuple[int, Experts], None, None]:
         """Each expert of `used` with its module, which holds it until the next is asked for."""
         hits = [expert for expert in used if expert in self._cached]
         misses = deque(expert for expert in used if expert not in self._cached)

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,8 +57,8 @@ class OpenFile:
     def read_into(self, target: Tensor, offset: int) -> None:
         """Fills `target`, contiguous, with the bytes from `offset` on. Raises CheckpointError if
         the file ends before, or cannot be read."""
-        left = memoryview(target.detach().flatten().view(torch.uint8).numpy())
-        while left:  # a call reads at most 2 GB
+        left: Any = target.detach().flatten().view(torch.uint8).numpy()
+        while len(left):  # a call reads at most 2 GB
             try:
                 count = os.preadv(self._descriptor, [left], offset)
             except OSError as error:

@@ -87,6 +87,11 @@ def quantise(model: SwitchTransformer, config: QuantiseConfig | None = None) -> 
                 f"{name} holds values that are not finite: the model has diverged.\n"
                 "  Quantised it would only look healed; quantise an earlier checkpoint."
             )
+    if any(getattr(module, "on_disk", None) is not None for module in model.modules()):
+        raise ConfigError(
+            "The experts of this model are on disk, and those in memory are soon overwritten.\n"
+            "  Quantise its files: switchworks convert PATH NEW --quantise int8."
+        )
     config = config or QuantiseConfig(product=matmul.best_product())
     embedding = QuantisedEmbedding(model.embedding)
     model.embedding = embedding
