@@ -75,14 +75,18 @@ class PagedExperts(nn.Module):
         sizes = [len(tokens) // self.num_experts] * self.num_experts if counts is None else counts
         used = [expert for expert, size in enumerate(sizes) if size]
         parts = dict(zip(used, tokens.split([sizes[expert] for expert in used]), strict=True))
-        if counts is None:  # padded slots: zeros, as an expert without tokens has, give zeros
-            used = [expert for expert, x in parts.items() if x.any()]
-        outputs = {expert: x.new_zeros(len(x), self.d_out) for expert, x in parts.items()}
+        outputs = dict[int, Tensor]()
+        if counts is None:  # of padded slots those without tokens hold zeros, which give zeros
+            empty = [expert for expert, x in parts.items() if not x.any()]
+            outputs = {expert: tokens.new_zeros(sizes[expert], self.d_out) for expert in empty}
+            used = [expert for expert in used if expert not in outputs]
         with self._lock, closing(self._arriving(used)) as arriving:
             for expert, unit in arriving:
-                count = None if counts is None else [len(parts[expert])]
+                count = None if counts is None else [sizes[expert]]
                 outputs[expert] = unit(ExpertInput(parts[expert], count))
-        return torch.cat([tokens.new_zeros(0, self.d_out), *outputs.values()])
+        if len(parts) == 1:
+            return outputs.popitem()[1]
+        return torch.cat([tokens.new_zeros(0, self.d_out), *(outputs[e] for e in parts)])
 
     def _arriving(self, used: Sequence[int]) -> Generator[tuple[int, Experts], None, None]:
         """Each expert of `used` with its module, which holds it until the next is asked for."""
@@ -117,7 +121,7 @@ class PagedExperts(nn.Module):
                     return
                 unit = self._cached.pop(oldest)
                 if isinstance(unit, QuantisedModule):
-                    unit.ordered.clear()  # a copy of the weights that are overwritten
+                    unit.weights_changed()
             else:
                 unit = self._empty.pop()
             expert = misses.popleft()
