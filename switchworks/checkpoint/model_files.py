@@ -7,6 +7,7 @@ under the names of its modules, and `quantised.toml` has the settings of the qua
 
 import hashlib
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,14 @@ from switchworks.checkpoint.hub import fetch, is_hub_name
 from switchworks.checkpoint.hugging_face.config import Capacity
 from switchworks.checkpoint.hugging_face.weights import load_hf, save_hf
 from switchworks.config import CheckpointError, ConfigError, from_toml, to_toml
-from switchworks.data import MODEL_FILE, SETTINGS_FILE, Tokenizer, load_tokenizer, open_folder
+from switchworks.data import (
+    MODEL_FILE,
+    SETTINGS_FILE,
+    Tokenizer,
+    load_tokenizer,
+    open_folder,
+    run_of,
+)
 from switchworks.model import ModelConfig, SwitchTransformer
 from switchworks.quantise import QuantiseConfig, dequantise, quantise, quantise_config_of
 
@@ -54,7 +62,14 @@ def save(
 
 
 def _state(model: SwitchTransformer) -> dict[str, Tensor]:
-    """Parameters and buffers by name; only a quantised model has buffers."""
+    """Parameters and buffers by name; only a quantised model has buffers. Raises CheckpointError
+    for a model whose experts are read from a disk when they are used (`paging/`)."""
+    for module in model.modules():
+        if (directory := getattr(module, "on_disk", None)) is not None:
+            raise CheckpointError(
+                f"The experts of this model are in {directory}, and not in memory.\n"
+                "  Copy that directory, or load it without a limit on the experts' memory."
+            )
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
@@ -87,7 +102,36 @@ def load(
     """
     if (state := run_models.state_of(Path(path))) is not None:
         return run_models.load_state(state, device, dtype)
-    directory = _model_directory(Path(path))
+    stored = open_stored(Path(path), dtype)
+    model, tokenizer = fill_stored(stored, device, dtype)
+    if stored.is_quantised and to_float32:
+        model = dequantise(model)
+        for name, parameter in model.named_parameters():
+            parameter.data = tensors.cast_tensor(name, parameter.data, dtype)
+    return model.eval(), tokenizer
+
+
+class StoredModel(NamedTuple):
+    """A model's files, verified, and the model without values that they fit."""
+
+    directory: Path
+    model: SwitchTransformer
+    """On the meta device, with quantised modules if the files hold quantised weights."""
+    tensors: tensors.Tensors
+    is_quantised: bool
+
+
+def open_stored(path: Path, dtype: torch.dtype | None = None) -> StoredModel:
+    """The model files in `path`, for `fill_stored` with the same `dtype`.
+
+    Raises CheckpointError as `load` does, and for a run's checkpoint, which is no such file.
+    """
+    if (state := run_models.state_of(path)) is not None:
+        raise CheckpointError(
+            f"{state} is a checkpoint, and this reads a model's own files.\n"
+            f"  End its run: switchworks finish {run_of(state)}"
+        )
+    directory = _model_directory(path)
     verify(directory)
     config = from_toml(ModelConfig, directory / CONFIG)
     quantisation = stored_quantisation(directory)
@@ -103,20 +147,24 @@ def load(
         actual=stored.shapes,
         fix="Write it again from the checkpoint.",
     )
-    parameter_dtype = dtype if quantisation is None else dtype or torch.float32
+    return StoredModel(directory, model, stored, quantisation is not None)
+
+
+def fill_stored(
+    stored: StoredModel, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> tuple[SwitchTransformer, Tokenizer | None]:
+    """The model of `stored` with its values, in evaluation mode, and its tokenizer; see `load`.
+    Only modules that are still in the model are read."""
+    parameter_dtype = dtype or torch.float32 if stored.is_quantised else dtype
 
     def read(name: str, meta: Tensor) -> Tensor:
         # A quantised weight and its scales are buffers and keep their dtypes. Copied, because what
         # is read shares memory with the file.
         cast_to = parameter_dtype if isinstance(meta, nn.Parameter) else None
-        return tensors.cast_tensor(name, stored.read(name), cast_to).to(device, copy=True)
+        return tensors.cast_tensor(name, stored.tensors.read(name), cast_to).to(device, copy=True)
 
-    tensors.materialise(model, read)
-    if quantisation is not None and to_float32:
-        model = dequantise(model)
-        for name, parameter in model.named_parameters():
-            parameter.data = tensors.cast_tensor(name, parameter.data, dtype)
-    return model.eval(), _load_tokenizer(directory, config)
+    tensors.materialise(stored.model, read)
+    return stored.model.eval(), _load_tokenizer(stored.directory, stored.model.config)
 
 
 def stored_config(path: Path | str) -> ModelConfig:

@@ -4,6 +4,7 @@ The files have Hugging Face's names: `model.safetensors`, or numbered shards and
 is lazy: a tensor's bytes are read when it is used.
 """
 
+import json
 import pickle
 import re
 import zipfile
@@ -32,6 +33,27 @@ class Tensors(NamedTuple):
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[str], Tensor]
     """The tensor of a name; it may share memory with a file or a model, so copy it."""
+
+
+class Place(NamedTuple):
+    """Where the values of a tensor lie, contiguous and in the order of its dimensions."""
+
+    file: Path
+    offset: int
+    """Bytes before them in the file."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+"""Those of weights, by their names in safetensors."""
 
 
 def from_state_dict(state: Mapping[str, Tensor]) -> Tensors:
@@ -194,6 +216,24 @@ def open_safetensors(files: list[Path]) -> Tensors:
             shapes[name] = tuple(handle.get_slice(name).get_shape())
             handles[name] = handle
     return Tensors(shapes, lambda name: handles[name].get_tensor(name))
+
+
+def tensor_places(files: list[Path]) -> dict[str, Place]:
+    """Where each tensor of safetensors `files` lies, to read a part of it. Raises CheckpointError
+    for a file that is missing or torn, or a dtype that no weight has."""
+    open_safetensors(files)  # which refuses a header that its file does not fit
+    places: dict[str, Place] = {}
+    for file in files:
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            if (dtype := _DTYPES.get(entry["dtype"])) is None:
+                raise _unreadable(file, ValueError(f"{name} holds {entry['dtype']}, no weights."))
+            offset = 8 + length + entry["data_offsets"][0]
+            places[name] = Place(file, offset, tuple(entry["shape"]), dtype)
+    return places
 
 
 def _open_bin(files: list[Path]) -> Tensors:

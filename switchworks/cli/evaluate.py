@@ -54,6 +54,9 @@ class EvaluateFlags:
     precision: parsing.Precision = "stored"
     """What to compute in: as the weights are stored (float32 after training), or auto, which is
     bfloat16 where this machine multiplies it faster."""
+    expert_memory: str | None = None
+    """Memory for experts, such as 512MB, 2GB or 1.5GiB: the others stay on disk, and are read when
+    they have tokens. Default: all are in memory."""
     batches: int = 32
     """Batches of 16 rows for the validation loss."""
     json: Path | None = None
@@ -66,7 +69,14 @@ class EvaluateFlags:
 
     def __post_init__(self) -> None:
         parsing.check_decoding(self.decoding)
+        parsing.parse_bytes(self.expert_memory, "--expert-memory")
         check_at_least(self, "--", 1, "batches")
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        """Settings to load the model with."""
+        memory = parsing.parse_bytes(self.expert_memory, "--expert-memory")
+        return {"dtype": parsing.dtype_of(self.precision), "expert_memory": memory}
 
     def check_used(self, *, tasks: bool) -> None:
         """Raises ConfigError for a flag that is unused where tasks are measured, or are not."""
@@ -98,9 +108,8 @@ def run(words: list[str]) -> int:
     if with_tasks:
         text, figures = _evaluate_tasks(flags, data, command)
     else:
-        dtype = parsing.dtype_of(flags.precision)
         figures = evaluate.evaluate_run(
-            flags.path, batches=flags.batches, text=flags.text, dtype=dtype
+            flags.path, batches=flags.batches, text=flags.text, **flags.weights
         )
         lines = [
             f"{name:<24} {value:.4g}" if isinstance(value, float) else f"{name:<24} {value}"
@@ -120,14 +129,14 @@ def _evaluate_tasks(
     """The table of the tasks' figures, and the same as plain values. Writes --predictions and
     --html."""
     length = flags.decoding.input_length or data.input_length
-    config, dtype = replace(flags.decoding, input_length=length), parsing.dtype_of(flags.precision)
-    results = evaluate.evaluate_tasks(flags.path, data, config, split=flags.split, dtype=dtype)
+    config, weights = replace(flags.decoding, input_length=length), flags.weights
+    results = evaluate.evaluate_tasks(flags.path, data, config, split=flags.split, **weights)
     if flags.predictions is not None:
         evaluate.write_predictions(flags.predictions, results)
     if flags.html is not None:
         from switchworks.report import write_classes_page
 
-        classes = evaluate.measure_classes(flags.path, data, config, split=flags.split, dtype=dtype)
+        classes = evaluate.measure_classes(flags.path, data, config, split=flags.split, **weights)
         write_classes_page(flags.html, flags.path.resolve().name, classes, command)
     figures = evaluate.as_json(results, config, str(flags.path), command)
     return evaluate.as_table(results), figures

@@ -16,6 +16,7 @@ from switchworks.generate import (
     GenerationConfig,
     complete_file,
     load_with_tokenizer,
+    print_expert_cache,
     stream_text,
     write_candidates,
     write_texts,
@@ -60,8 +61,18 @@ class GenerateFlags:
     """Quantise the weights to 8 bits first, and where the CPU multiplies 8-bit integers (VNNI) the
     inputs of products, too: a quarter of the memory, nearly the same answers."""
 
+    expert_memory: str | None = None
+    """Memory for experts, such as 512MB, 2GB or 1.5GiB: the others stay on disk, and are read when
+    they have tokens. The answers are the same. Default: all are in memory."""
+
     def __post_init__(self) -> None:
         parsing.check_decoding(self.config)
+        parsing.parse_bytes(self.expert_memory, "--expert-memory")
+        if self.int8 and self.expert_memory is not None:
+            raise ConfigError(
+                "--int8 quantises weights in memory, and with --expert-memory most are on disk.\n"
+                "  Quantise the model's files first: switchworks convert PATH NEW --quantise int8."
+            )
         parsing.check_needed(self, "output", "--file", given=self.file is not None)
         for name in ("candidates", "json", "stream"):
             parsing.check_needed(self, name, "TEXT", given=self.file is None)
@@ -87,14 +98,20 @@ def run(words: list[str]) -> int:
             f"A text and --file {flags.file} are both to be answered.\n  Leave out one of them."
         )
     path = state_at(flags.path, flags.step)
-    weights: dict[str, Any] = {"int8": flags.int8, "dtype": parsing.dtype_of(flags.precision)}
+    weights: dict[str, Any] = {
+        "int8": flags.int8,
+        "dtype": parsing.dtype_of(flags.precision),
+        "expert_memory": parsing.parse_bytes(flags.expert_memory, "--expert-memory"),
+    }
     if flags.text is not None:
         _write_one(flags, path, flags.text, weights)
     elif flags.file is not None:
         answers = complete_file(path, flags.file, flags.config, flags.output, **weights)
         print(f"{len(answers)} texts  {flags.output}" if flags.output else "\n".join(answers))
     else:
-        _answer_lines(load_with_tokenizer(path, **weights), flags)
+        model = load_with_tokenizer(path, **weights)
+        _answer_lines(model, flags)
+        print_expert_cache(model[0])
     return 0
 
 
@@ -145,3 +162,4 @@ def _write_one(flags: GenerateFlags, path: Path, text: str, weights: dict[str, A
             figures = {"text": text, "candidates": [answer._asdict() for answer in answers]}
             write_json(flags.json, figures)
         print(*(f"{answer.score:8.3f}  {answer.text}" for answer in answers), sep="\n")
+    print_expert_cache(model[0])

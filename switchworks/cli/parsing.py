@@ -229,6 +229,25 @@ def dtype_of(precision: Precision) -> "torch.dtype | None":
     return getattr(torch, machine.fastest_precision() if precision == "auto" else precision)
 
 
+_BYTES = {f"{prefix}B": 1000**n for n, prefix in enumerate("KMGT", start=1)}
+_BYTES |= {f"{prefix}iB": 1024**n for n, prefix in enumerate("KMGT", start=1)}
+
+
+def parse_bytes(text: str | None, flag: str) -> int | None:
+    """The bytes that a size such as 2GB or 1.5GiB stands for; None for None. Raises ConfigError,
+    naming `flag`, for anything else."""
+    if text is None:
+        return None
+    units = {unit.lower(): size for unit, size in _BYTES.items()}
+    match = re.fullmatch(r"(\d+|\d*\.\d+) ?([a-z]+)", text.strip().lower(), re.ASCII)
+    if match is None or match[2] not in units:
+        raise ConfigError(
+            f"{flag} {text} is no size.\n  Write a number and a unit: 512MB, 2GB (of a thousand "
+            f"MB) or 1.5GiB (of 1,024 MiB). Units: {', '.join(_BYTES)}."
+        )
+    return int(float(match[1]) * units[match[2]])
+
+
 def check_picture(path: Path | None) -> None:
     """Raises ConfigError for a picture in a format that is not drawn."""
     if path is not None and path.suffix not in (".svg", ".png", ".pdf"):

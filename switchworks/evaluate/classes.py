@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 
 from switchworks import data
 from switchworks.config import ConfigError, DataError
@@ -110,16 +110,17 @@ def measure_classes(
     config: DecodingConfig,
     *,
     split: str = "validation",
-    dtype: torch.dtype | None = None,
+    **weights: Any,
 ) -> list[Classification]:
-    """The tasks of `settings` that have labels, answered by the model in `path`.
+    """The tasks of `settings` that have labels, answered by the model in `path`, loaded with
+    the settings `weights` of `load_with_tokenizer`.
 
     Labels are the task's, else those that the run in `path` was trained on, else the targets of the
     training rows if they are classes. Raises ConfigError if no task has any.
     """
     places = data.places_of(settings)
     known: Mapping[str, Sequence[str]] = data.run_metadata(path).get("labels", {})
-    model, tokenizer = load_with_tokenizer(path, dtype)
+    model, tokenizer = load_with_tokenizer(path, **weights)
     measured = []
     for task in data.tasks_of(settings):
         train = _training_rows(task, places)

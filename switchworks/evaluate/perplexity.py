@@ -55,22 +55,17 @@ def validation_losses(
 
 
 def evaluate_run(
-    path: Path,
-    *,
-    batches: int,
-    batch_size: int = 16,
-    text: str | None = None,
-    dtype: torch.dtype | None = None,
+    path: Path, *, batches: int, batch_size: int = 16, text: str | None = None, **weights: Any
 ) -> dict[str, Any]:
     """Loss in nats per token, perplexity and counts of the model in `path`.
 
     Uses the validation text of the run in `path`, or all of the file, folder or glob `text`, the
     model's tokenizer and the first `batches` batches, whose masks are the same at every call.
-    `dtype` is what it computes in, None: as the model is stored. "bits_per_byte" is roughly
-    comparable between tokenizers. Of a mixture, "loss/NAME" and "bits_per_byte/NAME" are of each
-    corpus. Raises CheckpointError as `open_run` does.
+    `weights` are settings of `load_with_tokenizer`. "bits_per_byte" is roughly comparable between
+    tokenizers. Of a mixture, "loss/NAME" and "bits_per_byte/NAME" are of each corpus. Raises
+    CheckpointError as `open_run` does.
     """
-    model, dataset = open_run(path, text, dtype)
+    model, dataset = open_run(path, text, **weights)
     held_out = dataset.held_out(batch_size=batch_size, batches=batches)
     with phase("measuring the validation loss"):
         loss, by_corpus = validation_losses(model, held_out)
@@ -89,7 +84,7 @@ def evaluate_run(
 
 
 def open_run(
-    path: Path, text: str | None = None, dtype: torch.dtype | None = None
+    path: Path, text: str | None = None, **weights: Any
 ) -> tuple[SwitchTransformer, data.TextDataset]:
     """The model in `path` and the text it was trained on, or `text` in its place.
 
@@ -100,7 +95,7 @@ def open_run(
 
     if text is None and data.run_data_config(path) is None:
         data.text_for(path, decoder_only=False)  # raises before the weights are read
-    model, _ = load_with_tokenizer(path, dtype)
+    model, _ = load_with_tokenizer(path, **weights)
     config = data.text_for(path, decoder_only=model.config.decoder_only, text=text)
     if text is not None:  # nothing is trained on here, so that all of it may be measured
         config = replace(config, validation_share=NEARLY_ALL)

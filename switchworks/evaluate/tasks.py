@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from switchworks import data
 from switchworks.config import ConfigError, DataError
 from switchworks.disk import whole_file
@@ -154,13 +152,13 @@ def evaluate_tasks(
     config: DecodingConfig,
     *,
     split: str = "validation",
-    dtype: torch.dtype | None = None,
+    **weights: Any,
 ) -> list[TaskResult]:
-    """The model in `path` measured on the tasks of `settings`, in `dtype` or as it is stored.
+    """The model in `path` measured on the tasks of `settings`.
 
-    Tasks without the split are left out with a warning. Raises CheckpointError if there is no
-    tokenizer, and before anything is answered ConfigError or DataError for tasks that cannot be
-    read or judged.
+    `weights` are settings of `load_with_tokenizer`. Tasks without the split are left out with a
+    warning. Raises CheckpointError if there is no tokenizer, and before anything is answered
+    ConfigError or DataError for tasks that cannot be read or judged.
     """
     places, tasks = data.places_of(settings), _with_split(data.tasks_of(settings), split)
     eval_sets = [build_eval_set(task, split, places, config.examples) for task in tasks]
@@ -170,7 +168,7 @@ def evaluate_tasks(
         check_metrics(eval_set.task, eval_set.examples)
         if config.decode == "rank":
             check_choices(eval_set.task, eval_set.examples)
-    model, tokenizer = load_with_tokenizer(path, dtype)
+    model, tokenizer = load_with_tokenizer(path, **weights)
     return [measure(model, tokenizer, eval_set, config) for eval_set in eval_sets]
 
 

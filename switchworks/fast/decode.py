@@ -29,7 +29,6 @@ from switchworks.fast.seams import no_statistics, reset
 from switchworks.model import (
     AttentionBase,
     DecoderCache,
-    Experts,
     KeyValues,
     LayerCache,
     Linear,
@@ -281,7 +280,7 @@ class _Outside(nn.Module):
 
 
 class _OutsideDispatcher:
-    def __init__(self, experts: Experts) -> None:
+    def __init__(self, experts: Any) -> None:  # an `ExpertBank` that knows its `d_out`
         self.number, self.outputs = _number(experts), experts.d_out
 
     def __call__(

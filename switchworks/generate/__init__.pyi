@@ -25,6 +25,7 @@ from .texts import fill as fill
 from .texts import load_with_tokenizer as load_with_tokenizer
 from .texts import make_prompts as make_prompts
 from .texts import parse_fills as parse_fills
+from .texts import print_expert_cache as print_expert_cache
 from .texts import stream_text as stream_text
 from .texts import write_candidates as write_candidates
 from .texts import write_texts as write_texts

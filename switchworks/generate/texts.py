@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import torch
 
@@ -35,14 +35,24 @@ HOLE = re.compile(r"<extra_id_(\d{1,9})>")  # Python reads no number of any leng
 
 
 def load_with_tokenizer(
-    path: Path, dtype: torch.dtype | None = None, *, int8: bool = False
+    path: Path,
+    dtype: torch.dtype | None = None,
+    *,
+    int8: bool = False,
+    expert_memory: int | None = None,
 ) -> tuple[SwitchTransformer, Tokenizer]:
     """The model in `path` on the compute device. Raises CheckpointError without a tokenizer.
 
     `dtype` is what the model computes in, None: as it is stored. With `int8` the weights are
-    quantised to 8 bits.
+    quantised to 8 bits. With `expert_memory` it is on the CPU, with at most so many bytes of
+    experts in memory and the others on disk (`load_paged`).
     """
-    model, tokenizer = load(path, compute_device(), dtype)
+    if expert_memory is None:
+        model, tokenizer = load(path, compute_device(), dtype)
+    else:
+        from switchworks.paging import load_paged
+
+        model, tokenizer = load_paged(path, expert_memory, dtype)
     return (quantise(model) if int8 else model), require_tokenizer(path, tokenizer)
 
 
@@ -57,30 +67,31 @@ class CandidateText(NamedTuple):
 
 
 def complete(
-    path: Path,
-    texts: Sequence[str],
-    config: GenerationConfig,
-    *,
-    int8: bool = False,
-    dtype: torch.dtype | None = None,
+    path: Path, texts: Sequence[str], config: GenerationConfig, **weights: Any
 ) -> list[str]:
     """`texts` with their holes filled by the model in `path`, fills in square brackets.
 
     A text without a hole gets one at its end, so it is continued. A decoder-only model only
-    continues, and its text follows without brackets. Raises CheckpointError if the model has no
-    tokenizer, ConfigError if there is no text.
+    continues, and its text follows without brackets. `weights` are settings of
+    `load_with_tokenizer`. Raises CheckpointError if the model has no tokenizer, ConfigError if
+    there is no text.
     """
-    return write_texts(*load_with_tokenizer(path, dtype, int8=int8), texts, config)
+    model, tokenizer = load_with_tokenizer(path, **weights)
+    answers = write_texts(model, tokenizer, texts, config)
+    print_expert_cache(model)
+    return answers
+
+
+def print_expert_cache(model: SwitchTransformer) -> None:
+    """Print a line to standard error about the experts that were read from disk, if they are."""
+    from switchworks.paging import expert_cache
+
+    if (figures := expert_cache(model)) is not None:
+        print(figures, file=sys.stderr)
 
 
 def complete_file(
-    path: Path,
-    source: Path,
-    config: GenerationConfig,
-    output: Path | None = None,
-    *,
-    int8: bool = False,
-    dtype: torch.dtype | None = None,
+    path: Path, source: Path, config: GenerationConfig, output: Path | None = None, **weights: Any
 ) -> list[str]:
     """`complete` for every line of `source` ("-": standard input); also written to `output`, if
     given, line by line.
@@ -98,7 +109,7 @@ def complete_file(
     texts = [line for line in lines if line.strip()]
     if not texts:
         raise ConfigError(f"{source} holds no text.\n  --file takes one text in each line.")
-    completed = iter(complete(path, texts, config, int8=int8, dtype=dtype))
+    completed = iter(complete(path, texts, config, **weights))
     results = [" ".join(next(completed).splitlines()) if line.strip() else "" for line in lines]
     if output is not None:
         write_text(output, (f"{text}\n" for text in results))

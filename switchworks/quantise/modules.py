@@ -76,6 +76,11 @@ def quantise(model: SwitchTransformer, config: QuantiseConfig | None = None) -> 
     `config` None: to 8 bits, with inputs quantised too if the CPU has instructions for that. Raises
     ConfigError if it is quantised already, or if a weight is not finite.
     """
+    if any(getattr(module, "on_disk", None) is not None for module in model.modules()):
+        raise ConfigError(
+            "The experts of this model are on disk, and those in memory are soon overwritten.\n"
+            "  Quantise its files: switchworks convert PATH NEW --quantise int8."
+        )
     if (before := quantise_config_of(model)) is not None:
         raise ConfigError(
             f"The model is quantised already, to {before.scheme}.\n"
@@ -132,6 +137,8 @@ class QuantisedModule(nn.Module):
         self.inputs: dict[str, int] = {}
         """Inputs of the weights of each name, which the bytes of 4-bit ones do not tell."""
         self.ordered: dict[tuple[str, int | None], tuple[Tensor, Tensor]] = {}
+        self.stale = set[tuple[str, int | None]]()
+        """Copies of weights that have changed since."""
 
     def keep(self, name: str, weight: Float[Tensor, "*E O I"]) -> None:
         """Quantises `weight` into the buffers of that name."""
@@ -161,9 +168,22 @@ class QuantisedModule(nn.Module):
         few = config.product == "int8_kernel" and 0 < len(x) <= matmul.MAX_ROWS
         if not (few and matmul.int4_kernel_takes(qweight, config.group, x.shape[1])):
             return x @ config.dequantise(qweight, scale, x.shape[-1]).to(x.dtype).T
-        if (name, expert) not in self.ordered:
-            self.ordered[name, expert] = matmul.int4_kernel_order(qweight, scale)
+        if (name, expert) not in self.ordered or (name, expert) in self.stale:
+            self._order((name, expert), qweight, scale)
         return matmul.int4_kernel(x, *self.ordered[name, expert], config.group)
+
+    def weights_changed(self) -> None:
+        """To be called after other values were written into the tensors there are."""
+        self.stale |= self.ordered.keys()
+
+    def _order(self, key: tuple[str, int | None], qweight: Tensor, scale: Tensor) -> None:
+        copies = matmul.int4_kernel_order(qweight, scale)
+        if key in self.ordered:  # into the memory they had: a new place each time fragments it
+            for old, new in zip(self.ordered[key], copies, strict=True):
+                old.copy_(new)
+        else:
+            self.ordered[key] = copies
+        self.stale.discard(key)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantisedModule":
         self.ordered.clear()  # the weights may go to another device

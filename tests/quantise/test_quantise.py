@@ -353,3 +353,16 @@ def test_the_product_of_8_bits_is_refused_for_4():
         ConfigError, match=r"int8_dynamic is for 8 bits, not 4\.\n  Use int8_kernel"
     ):
         QuantiseConfig(bits=4, product="int8_dynamic")
+
+
+@with_kernels
+def test_weights_written_in_place_are_ordered_anew_in_the_memory_of_the_copy():
+    first, second = (QuantisedLinear(torch.randn(64, 32), QuantiseConfig(bits=4)) for _ in "ab")
+    x = torch.randn(3, 32)
+    assert not torch.equal(first(x), second(x))
+    before = [tensor.data_ptr() for pair in first.ordered.values() for tensor in pair]
+    for name, buffer in second.named_buffers():
+        first.get_buffer(name).copy_(buffer)
+    first.weights_changed()
+    assert torch.equal(first(x), second(x))
+    assert [tensor.data_ptr() for pair in first.ordered.values() for tensor in pair] == before
