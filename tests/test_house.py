@@ -15,7 +15,7 @@ PACKAGE = ROOT / "switchworks"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
-MOST_LINES = 39_300
+MOST_LINES = 39_400
 """Lines of the package, with blank ones, docstrings and imports: 27,000 as it was rearranged, and
 since then `lab`, `package_docs`, what docs/interop.md lists, trust in files, `doctor`,
 guards of a run, a run or checkpoint as a model, bounds of every reader, progress, pages of classes

@@ -29,6 +29,16 @@ class ServeFlags:
     bfloat16 where this machine multiplies it faster."""
     int8: bool = False
     """Quantise the weights to 8 bits first."""
+    expert_memory: str | None = None
+    """Keep experts on disk, and at most so many bytes of each model's in memory (2GB, 512MB)."""
+
+    def __post_init__(self) -> None:
+        parsing.parse_bytes(self.expert_memory, "--expert-memory")
+        if self.int8 and self.expert_memory is not None:
+            raise ConfigError(
+                "--int8 quantises experts in memory, and --expert-memory leaves them on disk.\n"
+                "  Quantise the files: switchworks convert PATH NEW --quantise int8"
+            )
 
 
 def run(words: list[str]) -> int:
@@ -40,6 +50,10 @@ def run(words: list[str]) -> int:
         raise ConfigError(
             f"serve needs {error.name}, which is not installed.\n  pip install 'switchworks[serve]'"
         ) from error
-    dtype = parsing.dtype_of(flags.precision)
-    serve(flags.paths, flags.config, flags.host, flags.port, int8=flags.int8, dtype=dtype)
+    weights = {
+        "int8": flags.int8,
+        "dtype": parsing.dtype_of(flags.precision),
+        "expert_memory": parsing.parse_bytes(flags.expert_memory, "--expert-memory"),
+    }
+    serve(flags.paths, flags.config, flags.host, flags.port, **weights)
     return 0

@@ -129,6 +129,9 @@ class Slots:
     def _take(self, copies: int) -> list[int]:
         rows = list(range(self.used, self.used + copies))
         self.used += copies
+        for k, v, memory in self.layers:
+            for part in (k, v, *(memory or ())):
+                part[rows] = 0  # what is masked is multiplied by 0, and so may be no NaN
         return rows
 
     @torch.no_grad()

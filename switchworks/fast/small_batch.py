@@ -16,7 +16,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from switchworks.fast.packed import PackedExpert, PackedWeights, can_pack, run_packed, store_of
@@ -55,13 +55,14 @@ def for_decoding(model: SwitchTransformer) -> AbstractContextManager[None]:
 
 def small_batch(model: SwitchTransformer) -> Iterator[Change]:
     """The seams of `model` that `for_decoding` sets beside those of losses."""
-    store = _store(model)
+    store, banks = _store(model), _banks(model)
     for module in model.modules():
         if type(module) is Linear and _is_faster(module.weight):
             yield module, "matmul", store.seam(linear)
         elif type(module) is Experts and all(map(_is_faster, module.parameters())):
             yield module, "matmul", expert_matmul
-            if store.packs_experts and all(map(can_pack, module.parameters())):
+            packs = store.packs_experts and module in banks
+            if packs and all(map(can_pack, module.parameters())):
                 yield module, "run", store.seam(run_packed)
         elif type(module) is RMSNorm and _is_on_cpu(module.weight) and module.weight.itemsize <= 4:
             yield module, "normalise", rms_norm
@@ -76,10 +77,19 @@ def small_batch(model: SwitchTransformer) -> Iterator[Change]:
 
 def _store(model: SwitchTransformer) -> PackedWeights:
     """That of the context that `model` is in already, or a new one."""
-    banks = [module for module in model.modules() if type(module) is Experts]
     seams = [m.matmul for m in (*model.modules(), model) if isinstance(m, Linear | type(model))]
     in_use = next(filter(None, map(store_of, seams)), None)
-    return in_use or PackedWeights(sum(w.nbytes for bank in banks for w in bank.parameters()))
+    return in_use or PackedWeights(
+        sum(weight.nbytes for bank in _banks(model) for weight in bank.parameters())
+    )
+
+
+def _banks(model: SwitchTransformer) -> set[nn.Module]:
+    """The experts of all layers. Not those of one expert in which others are read from disk: a copy
+    would be of whichever was there."""
+    return {
+        layer.experts for layer in model.switch_layers.values() if type(layer.experts) is Experts
+    }
 
 
 def _is_faster(weight: Tensor) -> bool:

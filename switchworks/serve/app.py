@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 
 from switchworks.config import ConfigError
 from switchworks.engine import Answer, BusyError, Engine
+from switchworks.paging import expert_cache
 from switchworks.serve.completions import Completions
 from switchworks.serve.config import ServeConfig
 from switchworks.serve.generation import Generation, as_event, routing
@@ -24,6 +25,7 @@ from switchworks.serve.guard import GONE, Guard, error_answer
 from switchworks.serve.hosting import Hosted, Pending
 from switchworks.serve.metrics import Metrics
 from switchworks.serve.schemas import (
+    CacheStatus,
     Completion,
     CompletionRequest,
     EngineStatus,
@@ -319,7 +321,13 @@ def _add_looking(app: FastAPI, server: Server) -> None:
 def _status(engine: Engine) -> EngineStatus:
     counts = engine.counts
     rate = counts.tokens / counts.seconds if counts.seconds else 0.0
-    return EngineStatus(running=engine.working, waiting=engine.waiting, tokens_per_second=rate)
+    cache = None
+    if (figures := expert_cache(engine.model)) is not None:
+        whole = figures.cold + figures.steady
+        cache = CacheStatus(hits=whole.hits, misses=whole.misses, bytes=whole.bytes_read)
+    return EngineStatus(
+        running=engine.working, waiting=engine.waiting, tokens_per_second=rate, expert_cache=cache
+    )
 
 
 def resident_bytes() -> int:

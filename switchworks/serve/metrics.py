@@ -6,6 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from switchworks.engine import Answer
+from switchworks.paging import expert_cache
 from switchworks.serve.hosting import Hosted
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -61,6 +62,8 @@ class Metrics:
         tokens = CounterMetricFamily("switchworks_tokens", "Tokens", labels=["model", "kind"])
         labels = ["model", "layer", "expert"]
         load = CounterMetricFamily("switchworks_expert_tokens", "Sent to experts", labels=labels)
+        labels = ["model", "kind"]
+        reads = CounterMetricFamily("switchworks_expert_cache", "Experts on disk", labels=labels)
         for name, hosted in self._models.items():
             engine = hosted.engine
             for attribute, gauge in gauges.items():
@@ -70,7 +73,12 @@ class Metrics:
             for layer, experts in engine.expert_load().items():
                 for expert, count in enumerate(experts):
                     load.add_metric([name, layer, str(expert)], count)
-        return [*gauges.values(), tokens, load]
+            if (cache := expert_cache(engine.model)) is not None:
+                whole = cache.cold + cache.steady
+                reads.add_metric([name, "hits"], whole.hits)
+                reads.add_metric([name, "misses"], whole.misses)
+                reads.add_metric([name, "bytes"], whole.bytes_read)
+        return [*gauges.values(), tokens, load, reads]
 
     def text(self) -> bytes:
         """All of it in Prometheus' format."""

@@ -10,7 +10,16 @@ from torch import Tensor
 
 from switchworks.checkpoint import load, save
 from switchworks.config import CheckpointError
-from switchworks.model import ExpertBank, ExpertInput, Experts, SwitchTransformer
+from switchworks.fast import for_decoding
+from switchworks.generate import generate
+from switchworks.model import (
+    ExpertBank,
+    ExpertInput,
+    Experts,
+    ModelConfig,
+    RoutingConfig,
+    SwitchTransformer,
+)
 from switchworks.paging import ExpertCache, PagedExperts, Traffic, expert_cache, load_paged
 
 EXPERT = 2 * 16 * 24 * 4
@@ -124,3 +133,24 @@ def test_a_model_put_in_place_of_its_files_is_not_the_one_that_is_read(folder):
     _, bank, plain = decoder_of(folder, 2)
     save(SwitchTransformer(TINY, seed=2), folder)
     assert torch.equal(outputs(bank, 3), outputs(plain, 3))
+
+
+def test_experts_on_disk_are_multiplied_as_they_lie(tmp_path):
+    """Of matrices that other experts have copies of (`fast.packed`): a copy would be of whichever
+    expert was in memory when it was made."""
+    routing = RoutingConfig(experts=4, every=1)
+    config = ModelConfig(
+        vocab_size=64, d_model=128, d_ff=512, d_kv=32, num_heads=4, num_layers=1, routing=routing
+    )
+    save(SwitchTransformer(config, seed=3), tmp_path / "model")
+    whole, paged = load(tmp_path / "model")[0], load_paged(tmp_path / "model", 4 * 2 * 4 * 2**17)[0]
+    inputs = torch.randint(2, 64, (6, 20), generator=torch.Generator().manual_seed(0))
+    with for_decoding(whole):
+        assert "run" in vars(whole.switch_layers["decoder.0"].experts)
+    with for_decoding(paged), torch.no_grad():
+        for _ in range(3):
+            ours = paged(inputs, inputs[:, :5]).logits
+    with torch.no_grad():
+        expected = whole(inputs, inputs[:, :5]).logits
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(generate(paged, inputs, max_length=8), generate(whole, inputs, max_length=8))
