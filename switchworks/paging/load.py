@@ -170,6 +170,8 @@ def _with_memory(unit: _Unit) -> Experts:
         return torch.empty(meta.shape, dtype=unit.dtypes[name])
 
     materialise(module, empty)
+    if isinstance(module, QuantisedExperts) and module.config.bits == 4:
+        module.reserve_order()
     return module
 
 

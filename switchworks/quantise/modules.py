@@ -276,6 +276,15 @@ class QuantisedExperts(Experts, QuantisedModule):
         """A stack in float32, inputs first."""
         return super().dequantise(name).mT.contiguous()
 
+    def reserve_order(self) -> None:
+        """Makes room for the copies of 4-bit weights in the kernel's order, which it fills at the
+        first product. Made one by one between products they would scatter over the heap."""
+        for name in self.inputs:
+            for expert, (qweight, scale) in enumerate(zip(*self.parts(name), strict=True)):
+                scales = scale.new_empty(scale.shape[1], len(scale), 2)
+                self.ordered[name, expert] = torch.empty_like(qweight), scales
+        self.weights_changed()
+
     def _run_one(self, expert: int, x: Float[Tensor, "n I"]) -> Float[Tensor, "n O"]:
         gate = self.multiply(x, "w_gate", expert) if "w_gate" in self.inputs else None
         hidden = activate(self.multiply(x, "w_in", expert), gate, self.activation)

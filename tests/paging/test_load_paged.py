@@ -8,7 +8,7 @@ from threading import Thread
 
 import pytest
 import torch
-from support.cases import mostly_slow
+from support.cases import mostly_slow, slow
 from support.compiling import compiling
 from support.models import CAUSAL, DENSE, TINY
 from torch import Tensor
@@ -107,7 +107,7 @@ def test_decoding_multiplies_in_shares_as_it_does_in_memory(tmp_path):
     assert not any("matmul" in vars(unit) for unit in units)
 
 
-@pytest.mark.parametrize("scheme", ["float32", "int4"])
+@pytest.mark.parametrize("scheme", ["float32", slow("int4")])
 def test_a_compiled_step_calls_experts_from_disk(tmp_path, scheme):
     folder = write(tmp_path, "sparse", scheme)
     plain, _ = load(folder)
