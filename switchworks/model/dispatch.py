@@ -86,8 +86,7 @@ def sorted_by_expert(
     gates = routes.gate.flatten().index_select(0, order)
     outputs = outputs * gates[:, None].to(x.dtype)
     empty = outputs.new_zeros(groups * size, outputs.shape[-1])
-    once = routes.token is None  # each row is written once at most
-    write = empty.index_copy_ if once else empty.index_add_
+    write = empty.index_add_ if routes.token is not None else empty.index_copy_  # rows come once
     return write(0, tokens, outputs).view(groups, size, -1)
 
 

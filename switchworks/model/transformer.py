@@ -156,10 +156,9 @@ class SwitchTransformer(nn.Module):
 
     def init_cache(self, memory: Memory, max_length: int) -> DecoderCache:
         """An empty cache for up to `max_length` tokens: cross-attention is projected once."""
-        states, segments = memory.states, memory.segments
-        real = None if segments is None else (segments != 0)[:, None, None]
-        bias = None if real is None else mask_to_bias(real, states.dtype)
-        return self._cache(states, max_length, memory_bias=bias)
+        real = None if memory.segments is None else (memory.segments != 0)[:, None, None]
+        bias = None if real is None else mask_to_bias(real, memory.states.dtype)
+        return self._cache(memory.states, max_length, memory_bias=bias)
 
     def prefill(
         self, prompts: Int[Tensor, "B L"], max_length: int
