@@ -1,6 +1,7 @@
 """Fixtures every test shares: a small real corpus, and a tiny trained run."""
 
 import csv
+import gc
 import os
 from dataclasses import replace
 from functools import partial
@@ -29,8 +30,16 @@ settings.register_profile("house", deadline=None)  # the machine may be busy
 settings.load_profile("house")
 
 
+gc.disable()  # until all is imported: a tenth of the time to collect tests
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what is imported stays: it need not be looked at again and again
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -82,30 +82,13 @@ def load_paged(
     and ConfigError for a model without experts, or a `budget` below two experts of each layer.
     """
     stored = open_stored(Path(path), dtype)
-    names = {module: name for name, module in stored.model.named_modules()}
     layers = stored.model.switch_layers
     if not layers:
         raise ConfigError(
             f"{path} is a dense model, without experts that could stay on disk.\n"
             "  Load it without a limit on the experts' memory."
         )
-    stacks = _stored_stacks(stored, {name: names[bank.experts] for name, bank in layers.items()})
-    units = {
-        name: _unit(stored.model.config, layer.experts, stacks[name], dtype)
-        for name, layer in layers.items()
-    }
-    slots = _split(budget, units, stacks)
-    readers = ThreadPoolExecutor(READERS, "experts")
-    banks = {
-        name: PagedExperts(
-            layer.experts,
-            [_with_memory(units[name]) for _ in range(slots[name])],
-            stacks[name],
-            readers,
-            stored.directory,
-        )
-        for name, layer in layers.items()
-    }
+    banks = _banks(stored, budget, dtype)
     for layer in layers.values():
         layer.experts = nn.Identity()  # type: ignore[assignment]  nothing to fill
     model, tokenizer = fill_stored(stored, dtype=dtype)
@@ -114,8 +97,24 @@ def load_paged(
     return model.requires_grad_(False), tokenizer
 
 
-def _stored_stacks(stored: StoredModel, prefixes: Mapping[str, str]) -> dict[str, StoredStacks]:
-    """Layer -> its stacks; `prefixes` are what the names of their tensors begin with."""
+def _banks(stored: StoredModel, budget: int, dtype: torch.dtype | None) -> dict[str, PagedExperts]:
+    """Layer -> what takes the place of its experts."""
+    layers = {name: layer.experts for name, layer in stored.model.switch_layers.items()}
+    stacks, config = _stored_stacks(stored, layers), stored.model.config
+    units = {name: _unit(config, layers[name], stacks[name], dtype) for name in layers}
+    slots = _split(budget, units, stacks)
+    readers = ThreadPoolExecutor(READERS, "experts")
+
+    def bank(name: str) -> PagedExperts:
+        memory = [_with_memory(units[name]) for _ in range(slots[name])]
+        return PagedExperts(layers[name], memory, stacks[name], readers, stored.directory)
+
+    return {name: bank(name) for name in layers}
+
+
+def _stored_stacks(stored: StoredModel, layers: Mapping[str, Experts]) -> dict[str, StoredStacks]:
+    """Layer -> the stacks of its experts."""
+    names = {module: name for name, module in stored.model.named_modules()}
     files = weight_files(stored.directory)
     opened = {file: OpenFile(file) for file in files}
     places = tensor_places(files)
@@ -124,7 +123,7 @@ def _stored_stacks(stored: StoredModel, prefixes: Mapping[str, str]) -> dict[str
         begin = f"{prefix}."
         return {n.removeprefix(begin): p for n, p in places.items() if n.startswith(begin)}
 
-    return {name: StoredStacks(inside(prefix), opened) for name, prefix in prefixes.items()}
+    return {name: StoredStacks(inside(names[e]), opened) for name, e in layers.items()}
 
 
 class _Unit(NamedTuple):

@@ -1,8 +1,8 @@
 """One expert's weights out of a layer's stacks in safetensors files.
 
 A stack is [E, ...] without gaps, so an expert is one run of bytes in each. It is read by `preadv`
-into memory that is used again for the next expert. A memory map would count as resident whatever it
-has touched; O_DIRECT was slower (docs/paging.md).
+into memory that is used again for the next expert. A memory map would count as resident whatever
+it has touched; O_DIRECT was slower (docs/paging.md).
 """
 
 import os

@@ -11,9 +11,9 @@ from support.scripts import EXPERIMENTS, run_script
 
 
 @pytest.mark.long
-def test_eight_clients_get_offline_answers_for_twelve_seconds(tiny_run, tmp_path):
+def test_eight_clients_get_offline_answers_for_three_seconds(tiny_run, tmp_path):
     output = tmp_path / "load.json"
-    words = ("--minutes", "0.2", "--clients", "8", "--requests", "6", "--output", str(output))
+    words = ("--minutes", "0.05", "--clients", "8", "--requests", "4", "--output", str(output))
     script = str(EXPERIMENTS / "serving/load.py")  # a process: it starts a server in another
     subprocess.run(
         [sys.executable, script, str(tiny_run), *words],

@@ -1,5 +1,6 @@
 """The page at /, in a real browser."""
 
+import itertools
 import shutil
 from collections.abc import Iterator
 
@@ -123,18 +124,17 @@ def test_a_refusal_is_told_in_words(page):
     assert "--max-input" in page.locator("#error").inner_text()
 
 
-@pytest.mark.parametrize("dark", [False, True])
-@pytest.mark.parametrize("width", [390, 500, 1200])
-def test_the_page_fits_its_window(browser, address, width, dark):
-    scheme = "dark" if dark else "light"
-    page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
-    page.goto(address)
-    wait_for(page, "#model option")
+def test_the_page_fits_a_phone_a_small_and_a_wide_window_by_day_and_night(page):
     run(page)
     page.locator(".output .token").first.click()
     page.wait_for_selector(".router meter")
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    page.close()
+    backgrounds = set()
+    for width, scheme in itertools.product((390, 500, 1200), ("light", "dark")):
+        page.set_viewport_size({"width": width, "height": 800})
+        page.emulate_media(color_scheme=scheme)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        backgrounds.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+    assert len(backgrounds) == 2
 
 
 def test_a_server_with_a_key_asks_for_it_once(browser, monkeypatch):
